@@ -1,0 +1,135 @@
+"""argv → config → command → exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dpgen.config import MISSING, Config, keys, load
+from dpgen.errors import EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, PeerFailed
+
+_USAGE = """\
+usage: dpgen run CONFIG.yaml [MORE.yaml ...] [key=value ...]
+
+  torchrun --nproc-per-node N -m dpgen run ...    N ranks on this machine
+  srun -n N python -m dpgen run ...               ranks from SLURM
+  python -m dpgen run ...                         one rank
+
+Generates with an LLM over a whole dataset, data-parallel. YAML files are merged from left to right, then key=value.
+Started again with the same command, a run goes on where it stopped.
+
+Exit status: 0 done, 2 wrong usage or configuration, 75 stopped but resumable, 1 anything else.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command; the exit status."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_USAGE + "\n'dpgen run --help' lists every key.")
+        return EXIT_OK if argv else EXIT_USAGE
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"dpgen {version('dpgen')}")
+        return EXIT_OK
+    command, arguments = argv[0], argv[1:]
+    if command != "run":
+        print(f"dpgen: there is no command {command!r}; see dpgen --help", file=sys.stderr)
+        return EXIT_USAGE
+    if "-h" in arguments or "--help" in arguments:
+        print(_USAGE + "\n" + help_of_keys())
+        return EXIT_OK
+    return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Joins the ranks, then runs; an error on any rank ends all of them, and is said once."""
+    from dpgen.collectives import LoneGroup, join
+    from dpgen.topology import from_environment
+
+    group: Any = LoneGroup()
+    try:
+        topology = from_environment(os.environ)
+        group = join(topology)
+        config: Config = group.agree(lambda: _config(arguments))
+
+        from dpgen.run import run
+
+        run(config, topology, group)
+        return EXIT_OK
+    except KeyboardInterrupt:
+        return 130
+    except PeerFailed as error:
+        return _end(group, error, quiet=type(error) is PeerFailed)
+    except DpgenError as error:
+        return _end(group, error)
+    except Exception as error:  # noqa: BLE001 - the process boundary: a fault of dpgen's, or of a library's
+        traceback.print_exc()
+        return _end(group, DpgenError(f"{type(error).__name__}: {error} (a fault in dpgen or a library; see above)"))
+    finally:
+        group.close()
+
+
+def _config(arguments: Sequence[str]) -> Config:
+    files = [each for each in arguments if "=" not in each]
+    overrides = [each for each in arguments if "=" in each]
+    for each in files:
+        if each.startswith("-"):
+            raise ConfigError(f"unknown option {each}; see dpgen run --help")
+    if not files and not overrides:
+        raise ConfigError("no configuration; usage: dpgen run CONFIG.yaml [key=value ...]")
+    return load(files, overrides)
+
+
+def _end(group: Any, error: DpgenError, quiet: bool = False) -> int:
+    """Tells the other ranks, and the user if none of them has; the exit status."""
+    if not quiet and group.announce_failure(str(error), error.exit_status):
+        _report(f"dpgen: {'error' if error.exit_status != 75 else 'stopped'}: {error}")
+    return error.exit_status
+
+
+def _report(message: str) -> None:
+    """Says why the run ended: through torchrun, whose own report is the last thing on the screen, or to stderr.
+
+    torchrun shows a worker's message where it finds one in the file it names (torch.distributed.elastic's error
+    file protocol); without it that place says "To enable traceback see ...".
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        import time
+
+        info = {
+            "message": message,
+            "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))},
+        }
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": info}, file)
+    else:
+        print(message, file=sys.stderr)
+
+
+def help_of_keys() -> str:
+    """Every key with its default and meaning, section by section."""
+    lines = []
+    section = ""
+    for name, default, help in keys():
+        head = name.partition(".")[0]
+        if head != section:
+            lines.append("")
+            section = head
+        shown = "required" if default == MISSING else json.dumps(default)
+        lines += [f"  {name}  ({shown})", *_wrapped(help)]
+    return "keys, with their defaults:\n" + "\n".join(lines)
+
+
+def _wrapped(text: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width=100, initial_indent="      ", subsequent_indent="      ")
+
+
+Command = Callable[[Sequence[str]], int]

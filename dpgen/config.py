@@ -1,0 +1,383 @@
+"""The configuration: what a run is told, checked before anything heavy is imported.
+
+One order of precedence, lowest first: the defaults below, each YAML file from left to right, then
+``key=value`` from the command line. `load` gives a frozen `Config` or raises `ConfigError`.
+The fields carry their own help, so that ``--help`` and the reference file can't drift from the code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dpgen.errors import ConfigError
+from dpgen.render import PromptSettings
+
+MISSING = "???"  # OmegaConf's own mark of a value that must be given
+
+
+def _key(help: str, default: Any = None, *, factory: Any = None) -> Any:
+    if factory is not None:
+        return field(default_factory=factory, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and how it behaves."""
+
+    dir: str = _key("the run folder: journal, result and report; required", MISSING)
+    seed: int | None = _key(
+        "seed of the run; a row's own seed comes from it, the row's index and the sample's; "
+        "null leaves sampling unseeded (and not repeatable)",
+        0,
+    )
+    resume: Literal["auto", "never", "force"] = _key(
+        "a folder that holds an unfinished run: auto goes on with it if nothing that changes results differs, "
+        "force goes on whatever differs, never refuses any folder that is not empty",
+        "auto",
+    )
+    engine: Literal["vllm", "fake"] = _key(
+        "what generates: vllm, or fake, a stand-in without a model to try a configuration with", "vllm"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _key(
+        "of vLLM's own log lines (dpgen's are always shown)", "warning"
+    )
+    progress_interval_s: float = _key("seconds between progress lines where there is no terminal", 30.0)
+    max_leading_errors: int = _key(
+        "stop the run if its first so many rows all fail, since then the fault is not in the rows; 0: never",
+        100,
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The rows, and how a row becomes a prompt."""
+
+    path: Any = _key(
+        "what to read: a file, glob, list of files, folder, save_to_disk folder, or Hub name; required",
+        MISSING,
+    )
+    name: str | None = _key("the Hub dataset's configuration name")
+    split: str | None = _key("the split; may be left out where there is only one")
+    revision: str | None = _key("the Hub dataset's branch, tag or commit")
+    prompt_column: str | None = _key("a text column that is the prompt, as LLM.generate takes it")
+    messages_column: str | None = _key("a column of chat messages, as LLM.chat takes it")
+    template: str | None = _key("a Jinja template over the columns that makes the prompt: 'Q: {{ question }}'")
+    as_chat: bool = _key(
+        "send the text of prompt_column or template as one user message through the chat template", False
+    )
+    system_prompt: str | None = _key("a system message put before the others (with messages_column or as_chat)")
+    chat_template: str | None = _key("a chat template, or the path of one, instead of the model's own")
+    chat_template_kwargs: dict[str, Any] = _key(
+        "passed to the chat template, e.g. {enable_thinking: false}", factory=dict
+    )
+    add_generation_prompt: bool = _key("end a chat prompt with the assistant's opening", True)
+    continue_final_message: bool = _key("leave the last chat message open, to be gone on with", False)
+    select: str | None = _key("a range of rows, start:stop or start:stop:step, counted from 0")
+    limit: int | None = _key("at most so many rows, after select")
+    columns: list[str] | None = _key("the input columns kept in the result; all by default")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks and devices are laid out."""
+
+    tensor_parallel_size: int = _key("GPUs that one model copy is split over, within a rank", 1)
+    pipeline_parallel_size: int = _key("pipeline stages of one model copy, within a rank", 1)
+    sync_kv_cache: bool = _key("give every rank the smallest rank's number of KV cache blocks", True)
+    share_devices: bool = _key("let the ranks of a node share its GPUs where there are too few", False)
+
+
+@dataclass(frozen=True)
+class WorkConfig:
+    """How rows are dealt to ranks and engines."""
+
+    steal: bool = _key("a rank that has run out helps the fullest other shard", True)
+    claim_rows: int = _key("the most rows a rank takes from a shard at a time; claims shrink towards the end", 64)
+    reserve_rows: int = _key("rows kept waiting in the engine beyond max_num_seqs, so that it never runs short", 32)
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """The final dataset."""
+
+    format: Literal["parquet", "jsonl"] = _key("of RUN_DIR/dataset", "parquet")
+    rows_per_file: int = _key("the most rows in one file of the result", 500_000)
+    gather: Literal["auto", "always", "never"] = _key(
+        "send rows to rank 0 through gather_object: auto does where a rank does not see rank 0's run folder",
+        "auto",
+    )
+    gather_bytes: int = _key("the most bytes of rows that rank 0 takes in one gather_object round", 64 << 20)
+    token_ids: bool = _key("add the column generated_token_ids", False)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run; see the sections."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: str = _key("the model: a folder, or a Hub name; required", MISSING)
+    engine: dict[str, Any] = _key(
+        "any field of vLLM's EngineArgs, passed through, e.g. {max_model_len: 8192}", factory=dict
+    )
+    sampling: dict[str, Any] = _key(
+        "any field of vLLM's SamplingParams, passed through, over the model's generation config; max_tokens is the "
+        "rest of the context unless given; sampling.from_columns takes fields from columns: {max_tokens: budget}",
+        factory=dict,
+    )
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    work: WorkConfig = field(default_factory=WorkConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def sampling_fields(self) -> dict[str, Any]:
+        """The fields of SamplingParams that are the same for every row."""
+        return {key: value for key, value in self.sampling.items() if key != "from_columns"}
+
+    @property
+    def sampling_columns(self) -> dict[str, str]:
+        """Field of SamplingParams → the column that gives it, row by row."""
+        return dict(self.sampling.get("from_columns") or {})
+
+    @property
+    def prompt(self) -> PromptSettings:
+        """How a row becomes a prompt."""
+        data = self.data
+        try:
+            return PromptSettings(
+                prompt_column=data.prompt_column,
+                messages_column=data.messages_column,
+                template=data.template,
+                as_chat=data.as_chat,
+                system_prompt=data.system_prompt,
+                chat_template=data.chat_template,
+                chat_template_kwargs=data.chat_template_kwargs,
+                add_generation_prompt=data.add_generation_prompt,
+                continue_final_message=data.continue_final_message,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"data: {error}") from None
+
+    @property
+    def gpus_per_rank(self) -> int:
+        return self.parallel.tensor_parallel_size * self.parallel.pipeline_parallel_size
+
+
+def load(files: Sequence[str], overrides: Sequence[str]) -> Config:
+    """Merges YAML files, left to right, then ``key=value`` overrides, into a checked `Config`.
+
+    Raises:
+        ConfigError: a file that isn't there or isn't YAML, an unknown key (with its nearest legal
+            neighbour), a wrong type, a missing required key, a value outside its limits.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    # The frozen classes are checked when they are made; until all is merged they may still lack keys.
+    merged: Any = OmegaConf.structured(Config)
+    for source, layer in [*((f, _read_yaml(f)) for f in files), *((o, _read_override(o)) for o in overrides)]:
+        _refuse_unknown_keys(source, OmegaConf.to_container(layer))
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            raise ConfigError(f"{source}: {_one_line(error)}") from None
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        first = missing[0]
+        raise ConfigError(
+            f"missing: {', '.join(missing)}; give it in a YAML file or as {first}=VALUE ({describe(first)})"
+        )
+    try:
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(_one_line(error)) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def _read_yaml(path: str) -> Any:
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+
+    try:
+        layer = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"no such configuration file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"{path} must hold sections (run, data, model, ...), not a list or a value")
+    return layer
+
+
+def _read_override(text: str) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w.]+", key):
+        raise ConfigError(f"{text!r} is neither a YAML file nor key=value")
+    try:
+        return OmegaConf.from_dotlist([f"{key}={value}"])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{text}: the value is not valid YAML: {_one_line(error)}") from None
+
+
+def keys() -> Iterator[tuple[str, Any, str]]:
+    """Every legal key, in order, as (dotted name, default, help)."""
+    for section in dataclasses.fields(Config):
+        if "help" in section.metadata:
+            yield section.name, _default(section), section.metadata["help"]
+            continue
+        for each in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]
+            yield f"{section.name}.{each.name}", _default(each), each.metadata["help"]
+
+
+def describe(key: str) -> str:
+    """The help of one key."""
+    return next(help for name, _, help in keys() if name == key)
+
+
+def _default(each: dataclasses.Field[Any]) -> Any:
+    return each.default_factory() if callable(each.default_factory) else each.default
+
+
+def _refuse_unknown_keys(source: str, layer: Any) -> None:
+    legal = {name for name, _, _ in keys()}
+    sections = {name.partition(".")[0] for name in legal}
+    given = []
+    for section, body in dict(layer).items():
+        if section in legal or section not in sections:
+            given.append(str(section))
+        elif not isinstance(body, Mapping):
+            raise ConfigError(f"{source}: {section} is a section of keys, not a value: {section}.KEY=VALUE")
+        else:
+            given += [f"{section}.{key}" for key in body]
+    for name in given:
+        if name in legal:
+            continue
+        raise ConfigError(f"{source}: unknown key {name!r}{nearest(name, legal)}")
+
+
+def nearest(name: str, legal: Sequence[str] | set[str]) -> str:
+    """``; did you mean 'x'?``, or the legal names where none is near."""
+    full = difflib.get_close_matches(name, sorted(legal), n=1, cutoff=0.6)
+    # prompt_column=x is meant for data.prompt_column: compare the last part alone, too.
+    last = [key for key in sorted(legal) if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    found = (last or full)[:1]
+    if found:
+        return f"; did you mean {found[0]!r}?"
+    return f"; the legal ones are {', '.join(sorted(legal))}"
+
+
+def _one_line(error: Exception) -> str:
+    """The part of a library's message that tells a user something: what is wrong, and at which key."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = [lines[0]] if lines else [type(error).__name__]
+    for line in lines[1:]:
+        if line.startswith("full_key:"):
+            kept.append(f"at {line.removeprefix('full_key:').strip()}")
+        elif line.startswith("in ") or "line " in line:
+            kept.append(line)
+    return ", ".join(kept)
+
+
+def _check(config: Config) -> None:
+    run, data, work, output = config.run, config.data, config.work, config.output
+    _at_least("run.progress_interval_s", run.progress_interval_s, 0.1)
+    _at_least("run.max_leading_errors", run.max_leading_errors, 0)
+    if run.seed is not None and not 0 <= run.seed < 2**63:
+        raise ConfigError(f"run.seed is {run.seed}; it must be from 0 to 2**63 - 1, or null")
+    _at_least("work.claim_rows", work.claim_rows, 1)
+    _at_least("work.reserve_rows", work.reserve_rows, 0)
+    _at_least("output.rows_per_file", output.rows_per_file, 1)
+    _at_least("output.gather_bytes", output.gather_bytes, 1 << 16)
+    _at_least("parallel.tensor_parallel_size", config.parallel.tensor_parallel_size, 1)
+    _at_least("parallel.pipeline_parallel_size", config.parallel.pipeline_parallel_size, 1)
+    if data.limit is not None:
+        _at_least("data.limit", data.limit, 0)
+    if data.select is not None:
+        parse_range(data.select)
+    _check_path(data.path)
+    _ = config.prompt  # its own checks raise
+    _check_passthrough(config)
+    if not config.model.strip():
+        raise ConfigError("model is empty; give a folder or a Hub name")
+    if not run.dir.strip():
+        raise ConfigError("run.dir is empty; give the folder that the run lives in")
+
+
+def _check_path(path: Any) -> None:
+    paths = path if isinstance(path, (list, tuple)) else [path]
+    if not paths or not all(isinstance(each, str) and each.strip() for each in paths):
+        raise ConfigError(f"data.path is {path!r}; it must be a path, a glob, a Hub name, or a list of paths")
+
+
+def _check_passthrough(config: Config) -> None:
+    columns = config.sampling.get("from_columns")
+    if columns is not None and not (isinstance(columns, Mapping) and all(isinstance(v, str) for v in columns.values())):
+        raise ConfigError(f"sampling.from_columns is {columns!r}; it maps a sampling field to a column's name")
+    twice = {"model": "model", "seed": "run.seed"}
+    twice |= {f"{kind}_parallel_size": f"parallel.{kind}_parallel_size" for kind in ("tensor", "pipeline")}
+    for name, home in twice.items():
+        if name in config.engine:
+            raise ConfigError(f"engine.{name} is set by {home}; give it there")
+    if "data_parallel_size" in config.engine:
+        raise ConfigError("engine.data_parallel_size can't be set: dpgen's ranks are the data-parallel ones")
+    if "seed" in config.sampling:
+        raise ConfigError(
+            "sampling.seed would give every row the same samples; set run.seed, or sampling.from_columns={seed: COLUMN}"
+        )
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if math.isnan(value) or value < least:
+        raise ConfigError(f"{name} is {value}; it must be at least {least}")
+
+
+def parse_range(text: str) -> slice:
+    """``'10:20'`` → ``slice(10, 20)``; start and stop may be left out, a step may follow.
+
+    Raises:
+        ConfigError: not of that form, or a negative number.
+    """
+    match = re.fullmatch(r"\s*(\d*)\s*:\s*(\d*)\s*(?::\s*(\d*)\s*)?", text)
+    if not match:
+        raise ConfigError(f"data.select is {text!r}; it must look like 100:200, :200 or 0:1000:10")
+    start, stop, step = (int(part) if part else None for part in match.groups())
+    if step == 0:
+        raise ConfigError(f"data.select is {text!r}; its step must be at least 1")
+    return slice(start, stop, step)
+
+
+_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, with what looks like a secret blanked out."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(_without_secrets(dataclasses.asdict(config))))
+
+
+def _without_secrets(value: Any, key: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _without_secrets(v, str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(each, key) for each in value]
+    if _SECRET.search(key) and isinstance(value, str):
+        return "<removed>"
+    return value

@@ -1,0 +1,180 @@
+"""The rank's side of its engine: a child process, a pipe, and certainty about whether it lives."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+
+from dpgen.engine.protocol import EngineInfo, EngineSpec, Event, Failed, KvAgreed, Load, Stop
+from dpgen.errors import EngineError
+from dpgen.records import Request
+
+_TAIL_LINES = 30
+# The launcher's world belongs to the rank process. vLLM reads the same names and would join it.
+_LAUNCHER_PREFIXES = (
+    "TORCHELASTIC_",
+    "TORCH_NCCL_",
+    "PET_",
+    "GROUP_",
+    "ROLE_",
+    "SLURM_",
+    "PMI_",
+    "PMIX_",
+    "OMPI_",
+)
+_LAUNCHER_NAMES = {
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+}
+
+
+class EngineProcess:
+    """One engine process; `poll` gives what it says.
+
+    Args:
+        spec: what to make.
+        environment: its whole environment; see `engine_environment`.
+        cores: the CPU cores it may run on; None for all of this process's.
+        say: takes each line that it, or vLLM in it, prints.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        environment: Mapping[str, str],
+        cores: Sequence[int] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "dpgen.engine.server", str(theirs.fileno())],
+                env=dict(environment),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is the rank's to handle, and the whole tree ends by its group
+            )
+        if cores is not None:
+            os.sched_setaffinity(self._process.pid, cores)
+        self._pipe: Connection = Connection(ours.detach())
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._pump = threading.Thread(target=self._read_lines, args=(say,), daemon=True)
+        self._pump.start()
+        self._send(spec)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def load(self, kv_bytes: int | None = None) -> None:
+        """Has the model loaded; `Ready` will come, after `KvMeasured` unless `kv_bytes` is given."""
+        self._send(Load(kv_bytes))
+
+    def agree_kv(self, num_bytes: int) -> None:
+        """Answers `KvMeasured`."""
+        self._send(KvAgreed(num_bytes))
+
+    def submit(self, requests: list[Request]) -> None:
+        """Puts rows into the engine's queue."""
+        self._send(requests)
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """What the engine has said, waiting up to `timeout_s` for a first word.
+
+        Raises:
+            EngineError: it died, or said that it can't go on.
+        """
+        events: list[Event] = []
+        try:
+            while self._pipe.poll(0 if events else timeout_s):
+                event = self._pipe.recv()
+                if isinstance(event, Failed):
+                    self.kill()
+                    raise EngineError(f"the engine failed: {event.message}")
+                events.append(event)
+        except (EOFError, OSError):
+            if not events:  # what it said before it died is still good
+                raise self._death() from None
+        return events
+
+    def close(self) -> None:
+        """Ends the engine, in good order if it listens, and its whole process tree in any case."""
+        try:
+            self._pipe.send(Stop())
+            self._process.wait(timeout=2)
+        except (OSError, subprocess.TimeoutExpired):
+            self._process.kill()  # it is deaf or dead; `kill` sees to the rest
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the engine and its whole process tree at once; safe to call twice."""
+        with contextlib.suppress(ProcessLookupError):  # the tree is gone already
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._pump.join(timeout=1)
+        self._pipe.close()
+
+    def _send(self, message: object) -> None:
+        try:
+            self._pipe.send(message)
+        except OSError:
+            raise self._death() from None
+
+    def _death(self) -> EngineError:
+        self.kill()
+        status = self._process.returncode
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        said = "".join(f"\n    {line}" for line in self._tail)
+        return EngineError(f"the engine process {how}" + (f"; its last lines:{said}" if said else ""))
+
+    def _read_lines(self, say: Callable[[str], None]) -> None:
+        assert self._process.stdout is not None
+        for raw in self._process.stdout:
+            line = raw.decode("utf-8", "replace").rstrip()
+            if line:
+                self._tail.append(line)
+                say(line)
+
+
+def engine_environment(
+    environ: Mapping[str, str], *, gpus: Sequence[str] | None, num_cores: int, log_level: str
+) -> dict[str, str]:
+    """The engine process's environment: the rank's, without the launcher's world, with its share of devices.
+
+    Args:
+        gpus: what CUDA_VISIBLE_DEVICES is to name; None where the engine runs on the CPU.
+        num_cores: threads for an engine on the CPU.
+        log_level: of vLLM's own lines.
+    """
+    kept = {
+        name: value
+        for name, value in environ.items()
+        if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
+    kept["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its subprocess client hangs for good when the engine is killed
+    kept["VLLM_LOGGING_LEVEL"] = log_level.upper()
+    kept["PYTHONUNBUFFERED"] = "1"
+    if gpus is not None:
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    else:
+        kept["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the affinity is set from outside, and vLLM's would override it
+        kept["OMP_NUM_THREADS"] = str(num_cores)
+    return kept
+
+
+__all__ = ["EngineInfo", "EngineProcess", "engine_environment"]

@@ -1,0 +1,171 @@
+"""What the rank process and its engine process say to each other over their pipe, as pickled objects.
+
+Down go `Load`, `KvAgreed`, lists of `Request`, and `Stop`. Up come `Checked`, then `KvMeasured`, then `Ready`, then
+`Finished` and `Stats` for as long as there is work; `Failed` ends it. Only finished rows come up: nothing is sent
+per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dpgen.records import Request, RowResult
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine is made from.
+
+    Attributes:
+        kind: "vllm" or "fake".
+        model: a folder or Hub name.
+        options: fields of vLLM's EngineArgs.
+        sampling: fields of SamplingParams, the same for every row.
+        sampling_columns: fields of SamplingParams that rows give themselves.
+        prompt_settings: the render settings, for tokenizers that only vLLM knows; else None.
+        tensor_parallel_size, pipeline_parallel_size: devices of this one engine.
+        local_size: engines on this node, which share its memory where they run on the CPU.
+        token_ids: whether results carry the generated token ids.
+    """
+
+    kind: str
+    model: str
+    options: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    sampling_columns: tuple[str, ...] = ()
+    prompt_settings: Any = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    local_size: int = 1
+    token_ids: bool = False
+
+
+@dataclass(frozen=True)
+class Load:
+    """Down: load the model now. `kv_bytes` imposes a KV cache size (bytes a device) that was agreed before."""
+
+    kv_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class KvAgreed:
+    """Down: allocate so many bytes of KV cache a device."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Down: drop what is in flight and end."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Up: the options are legal (`problem` is None) or not, before anything is loaded; `notes` are for the log."""
+
+    problem: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class KvMeasured:
+    """Up: bytes of memory a device that this engine has free for its KV cache; a `KvAgreed` must follow."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a loaded engine is like.
+
+    Attributes:
+        max_num_seqs: sequences that it runs at a time.
+        max_model_len: tokens of prompt and completion together.
+        num_kv_blocks, kv_block_tokens: size of its KV cache.
+        versions: package → version.
+        device: "cpu", "cuda", ...
+    """
+
+    max_num_seqs: int
+    max_model_len: int
+    num_kv_blocks: int
+    kv_block_tokens: int
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Up: the model is loaded; requests may come."""
+
+    info: EngineInfo
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Up: rows that are through, with completions or an error."""
+
+    results: list[RowResult]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Up, about once a second while there is work: a sign of life with numbers since the start.
+
+    Attributes:
+        num_generated_tokens: of all rows, those still running included.
+        num_preemptions: running rows that were thrown back for want of KV cache.
+        num_running, num_waiting: rows now.
+    """
+
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Up, last: the engine can't go on."""
+
+    message: str
+
+
+Event = Checked | KvMeasured | Ready | Finished | Stats | Failed
+
+
+class AgreeKv(Protocol):
+    """Asks the rank process for the KV cache size: measured bytes in, agreed bytes out."""
+
+    def __call__(self, measured_bytes: int) -> int: ...
+
+
+class Backend(Protocol):
+    """An engine inside the engine process."""
+
+    def check(self) -> tuple[str, ...]:
+        """Checks the options without loading; gives notes for the log.
+
+        Raises:
+            ConfigError: an illegal option, with its nearest legal neighbour.
+        """
+
+    def load(self, agree_kv: AgreeKv) -> EngineInfo:
+        """Loads the model and makes the engine ready."""
+
+    def add(self, request: Request) -> None:
+        """Takes a row in.
+
+        Raises:
+            RowRefused: this row can't be generated.
+        """
+
+    def step(self) -> list[RowResult]:
+        """Runs the model once; gives the rows that this finished."""
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+
+    def stats(self) -> Stats:
+        """The numbers so far."""

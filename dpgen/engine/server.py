@@ -1,0 +1,124 @@
+"""The engine process: checks, loads, then admits and steps for as long as its rank keeps the pipe open.
+
+Started by `dpgen.engine.process` as ``python -m dpgen.engine.server FD``, where FD is its end of the pipe.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+
+from dpgen.engine.protocol import (
+    Backend,
+    Checked,
+    EngineSpec,
+    Failed,
+    Finished,
+    KvAgreed,
+    KvMeasured,
+    Load,
+    Ready,
+    Stats,
+    Stop,
+)
+from dpgen.errors import ConfigError, RowRefused
+from dpgen.records import RowResult, refused
+
+_STATS_INTERVAL_S = 1.0
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def main() -> None:
+    _die_with_parent()
+    pipe: Connection = Connection(int(sys.argv[1]))
+    try:
+        _serve(pipe)
+    except (EOFError, ConnectionError):
+        return  # the rank is gone, and with it whoever wanted these rows
+    except Exception as error:  # noqa: BLE001 - the process boundary: everything becomes a message to the rank
+        traceback.print_exc()
+        _send_last(pipe, Failed(f"{type(error).__name__}: {error}"))
+        sys.exit(1)
+
+
+def _serve(pipe: Connection) -> None:
+    spec: EngineSpec = pipe.recv()
+    backend = _backend(spec)
+    try:
+        notes = backend.check()
+    except ConfigError as error:
+        pipe.send(Checked(problem=str(error)))
+        return
+    pipe.send(Checked(notes=notes))
+    order = pipe.recv()
+    if isinstance(order, Stop):
+        return
+    assert isinstance(order, Load)
+
+    def agree_kv(measured_bytes: int) -> int:
+        if order.kv_bytes is not None:
+            return order.kv_bytes
+        pipe.send(KvMeasured(measured_bytes))
+        answer = pipe.recv()
+        assert isinstance(answer, KvAgreed)
+        return answer.num_bytes
+
+    pipe.send(Ready(backend.load(agree_kv)))
+    _generate(pipe, backend)
+
+
+def _generate(pipe: Connection, backend: Backend) -> None:
+    """Admits whatever has arrived, steps, sends what is finished; sleeps only when there is no work."""
+    next_stats_s = 0.0
+    while True:
+        finished: list[RowResult] = []
+        while pipe.poll(0 if backend.has_work() or finished else None):
+            message = pipe.recv()
+            if isinstance(message, Stop):
+                return
+            for request in message:
+                try:
+                    backend.add(request)
+                except RowRefused as why:
+                    finished.append(refused(request.row, why))
+        if backend.has_work():
+            finished += backend.step()
+        if finished:
+            pipe.send(Finished(finished))
+        if time.monotonic() >= next_stats_s:
+            next_stats_s = time.monotonic() + _STATS_INTERVAL_S
+            stats: Stats = backend.stats()
+            pipe.send(stats)
+
+
+def _backend(spec: EngineSpec) -> Backend:
+    if spec.kind == "fake":
+        from dpgen.engine.fake import FakeBackend
+
+        return FakeBackend(spec)
+    from dpgen.engine.vllm import VllmBackend
+
+    return VllmBackend(spec)
+
+
+def _die_with_parent() -> None:
+    """Asks the kernel to end this process with its rank: a killed rank leaves no engine holding a GPU."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        sys.exit(1)  # the rank died before the request was in place
+
+
+def _send_last(pipe: Connection, message: Failed) -> None:
+    try:
+        pipe.send(message)
+    except (OSError, ValueError):
+        return  # nobody is listening any more
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Real vLLM: its engine in this process, asked one step at a time. Home of `vllm`; runs in the engine process only.
+
+Used of vLLM, alike in 0.26 to 0.32: `EngineArgs`, `LLMEngine.from_vllm_config`, `add_request`, `step`, custom
+executor classes. `LLM.generate` is not used: it raises on the first bad prompt, and it drains between calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import psutil
+import pydantic
+import torch
+import vllm
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.inputs.engine import tokens_input
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from dpgen.config import nearest
+from dpgen.engine.protocol import AgreeKv, EngineInfo, EngineSpec, Stats
+from dpgen.errors import ConfigError, RowRefused
+from dpgen.records import Completion, Request, RowError, RowResult
+
+# Fields of SamplingParams that belong to dpgen: how results come back, and vLLM's own bookkeeping.
+_OWN_SAMPLING = {"output_kind", "skip_clone", "output_text_buffer_length", "stream_interval"}
+
+
+class VllmBackend:
+    """See `Backend`."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._params = pydantic.TypeAdapter(SamplingParams)
+        self._config: VllmConfig | None = None
+        self._engine: LLMEngine | None = None
+        self._sampling: dict[str, Any] = {}
+        self._render: Callable[[Any], list[int]] | None = None
+        self._num_finished_tokens = 0
+        self._num_preemptions = 0
+
+    def check(self) -> tuple[str, ...]:
+        self._check_names()
+        options, notes = dict(self._spec.options), []
+        if current_platform.is_cpu():
+            notes = _adapt_to_cpu(options, self._spec.local_size)
+        num_devices = self._spec.tensor_parallel_size * self._spec.pipeline_parallel_size
+        executor = AgreeingUniExecutor if num_devices == 1 else AgreeingMultiExecutor
+        options.setdefault("distributed_executor_backend", f"{executor.__module__}.{executor.__qualname__}")
+        options.setdefault("disable_log_stats", True)
+        try:
+            args = EngineArgs(
+                model=self._spec.model,
+                tensor_parallel_size=self._spec.tensor_parallel_size,
+                pipeline_parallel_size=self._spec.pipeline_parallel_size,
+                **options,
+            )
+            self._config = args.create_engine_config(UsageContext.LLM_CLASS)
+        except (ValueError, TypeError, OSError, NotImplementedError) as error:
+            raise ConfigError(f"vLLM refuses the model or an engine.* key: {_reason(error)}") from None
+        self._sampling = self._default_sampling()
+        try:
+            self._params.validate_python(self._sampling)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"vLLM refuses a sampling.* key: {_reason(error)}") from None
+        return tuple(notes)
+
+    def load(self, agree_kv: AgreeKv) -> EngineInfo:
+        assert self._config is not None
+        _Agreeing.agree_kv = agree_kv
+        self._engine = LLMEngine.from_vllm_config(
+            self._config, usage_context=UsageContext.LLM_CLASS, disable_log_stats=True
+        )
+        if self._spec.prompt_settings is not None:
+            from dpgen.engine.vllm_render import EngineRenderer
+
+            self._render = EngineRenderer(self._engine, self._spec.prompt_settings).render
+        config = self._engine.vllm_config
+        return EngineInfo(
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_model_len=config.model_config.max_model_len,
+            num_kv_blocks=config.cache_config.num_gpu_blocks or 0,
+            kv_block_tokens=config.cache_config.block_size or 0,
+            versions={"vllm": vllm.__version__, "torch": torch.__version__},
+            device=current_platform.device_type,
+        )
+
+    def add(self, request: Request) -> None:
+        assert self._engine is not None
+        params = self._params_of(request)
+        token_ids = request.prompt_token_ids
+        if token_ids is None:
+            assert self._render is not None
+            token_ids = self._render(request.prompt)
+        try:
+            self._engine.add_request(str(request.row), tokens_input(token_ids), params)
+        except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+            raise RowRefused(_kind_of_refusal(error, len(token_ids), self._max_model_len), _reason(error)) from None
+
+    def step(self) -> list[RowResult]:
+        assert self._engine is not None
+        outputs = self._engine.step()
+        return [self._result(output) for output in outputs if isinstance(output, RequestOutput) and output.finished]
+
+    def has_work(self) -> bool:
+        return self._engine is not None and self._engine.has_unfinished_requests()
+
+    def stats(self) -> Stats:
+        assert self._engine is not None
+        states = self._engine.output_processor.request_states.values()
+        num_running_tokens = sum(s.detokenizer.num_output_tokens() for s in states if s.detokenizer is not None)
+        scheduler = self._engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
+        num_running, num_waiting = scheduler.get_request_counts()
+        return Stats(self._num_finished_tokens + num_running_tokens, self._num_preemptions, num_running, num_waiting)
+
+    @property
+    def _max_model_len(self) -> int:
+        assert self._engine is not None
+        return int(self._engine.vllm_config.model_config.max_model_len)
+
+    def _check_names(self) -> None:
+        engine_fields = {each.name for each in dataclasses.fields(EngineArgs)}
+        for name in self._spec.options:
+            if name not in engine_fields:
+                raise ConfigError(f"unknown key 'engine.{name}'{nearest(name, engine_fields)}")
+        sampling_fields = {f for f in SamplingParams.__struct_fields__ if not f.startswith("_")} - _OWN_SAMPLING
+        for name in (*self._spec.sampling, *self._spec.sampling_columns):
+            if name not in sampling_fields:
+                raise ConfigError(f"unknown key 'sampling.{name}'{nearest(name, sampling_fields)}")
+
+    def _default_sampling(self) -> dict[str, Any]:
+        """The model's generation config, as `LLM.get_default_sampling_params` takes it, under the run's sampling."""
+        assert self._config is not None
+        defaults = {"max_tokens": None, **self._config.model_config.get_diff_sampling_param()}
+        return {**defaults, **self._spec.sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+
+    def _params_of(self, request: Request) -> SamplingParams:
+        try:
+            params = self._params.validate_python({**self._sampling, **request.sampling})
+        except (ValueError, TypeError) as error:
+            raise RowRefused("bad_sampling", _reason(error)) from None
+        assert isinstance(params, SamplingParams)
+        return params
+
+    def _result(self, output: RequestOutput) -> RowResult:
+        row = int(output.request_id)
+        num_prompt_tokens = len(output.prompt_token_ids or ())
+        outputs = sorted(output.outputs, key=lambda each: each.index)
+        self._num_finished_tokens += sum(len(each.token_ids) for each in outputs)
+        if any(each.finish_reason in ("error", "abort") for each in outputs):
+            return RowResult(
+                row, num_prompt_tokens, error=RowError("engine_refused", "vLLM gave the row up while it ran")
+            )
+        completions = tuple(
+            Completion(
+                each.text,
+                each.finish_reason,
+                len(each.token_ids),
+                list(each.token_ids) if self._spec.token_ids else None,
+            )
+            for each in outputs
+        )
+        return RowResult(row, num_prompt_tokens, completions)
+
+
+class _Agreeing:
+    """Asks the ranks how large the KV cache is to be, at the point where vLLM has measured what is free.
+
+    vLLM makes the executor itself, from its class's dotted name (its configuration travels to worker processes, so
+    it can't hold a callable): the question goes through a class attribute.
+    """
+
+    agree_kv: ClassVar[AgreeKv]
+
+    def determine_available_memory(self) -> list[int]:
+        measured: list[int] = super().determine_available_memory()  # type: ignore[misc]
+        agreed = _Agreeing.agree_kv(min(measured))
+        return [agreed] * len(measured)
+
+
+class AgreeingUniExecutor(_Agreeing, UniProcExecutor):
+    """One device, its worker in this process."""
+
+
+class AgreeingMultiExecutor(_Agreeing, MultiprocExecutor):
+    """Several devices, a worker process each."""
+
+
+def _adapt_to_cpu(options: dict[str, Any], local_size: int) -> list[str]:
+    """Steps around what vLLM can't do on the CPU, unless the user asked for it; gives a note for each step."""
+    notes = []
+    if "enable_chunked_prefill" not in options:
+        options["enable_chunked_prefill"] = False
+        notes.append("no chunked prefill, which crashes seeded sampling there")
+    if "kv_cache_memory_bytes" not in options and "gpu_memory_utilization" not in options:
+        num_bytes = min(4 << 30, psutil.virtual_memory().available // (4 * local_size))
+        options["kv_cache_memory_bytes"] = num_bytes
+        notes.append(f"a KV cache of {num_bytes >> 20} MiB, since its default asks for more memory than is free")
+    return [f"vLLM on the CPU: {'; '.join(notes)}"] if notes else []
+
+
+def _kind_of_refusal(error: Exception, num_prompt_tokens: int, max_model_len: int) -> str:
+    """The error type of a row that `add_request` refused; vLLM itself tells only by its message."""
+    if num_prompt_tokens == 0:
+        return "empty_prompt"
+    if num_prompt_tokens >= max_model_len:
+        return "prompt_too_long"
+    if "out of vocabulary" in str(error).lower():
+        return "out_of_vocabulary"
+    return "bad_sampling"
+
+
+def _reason(error: Exception) -> str:
+    """An error of vLLM or pydantic in one line."""
+    if isinstance(error, pydantic.ValidationError):
+        parts = []
+        for each in error.errors(include_url=False, include_context=False):
+            place = [str(p) for p in each["loc"] if "[" not in str(p)]
+            if each["type"] != "is_instance_of":
+                parts.append(f"{'.'.join(place)}: {each['msg']}" if place else str(each["msg"]))
+        if parts:
+            return "; ".join(parts)
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,56 @@
+"""What can go wrong, as types: each says what was wrong, where, and what to do next.
+
+The exit status belongs to the type, so that `__main__` needs no table:
+0 done · 2 wrong usage or configuration · 75 stopped but resumable · 1 anything else.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
+
+
+class DpgenError(Exception):
+    """An error whose message is written for the user; it is shown without a traceback."""
+
+    exit_status = EXIT_FAILED
+
+
+class ConfigError(DpgenError):
+    """Wrong usage, configuration or input; found before a model is loaded."""
+
+    exit_status = EXIT_USAGE
+
+
+class Interrupted(DpgenError):
+    """The run was told to stop; the same command goes on where it stopped."""
+
+    exit_status = EXIT_RESUMABLE
+
+
+class PeerFailed(DpgenError):
+    """Another rank failed and has said why; this rank ends without adding to it."""
+
+    def __init__(self, message: str, exit_status: int = EXIT_FAILED) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+class EngineError(DpgenError):
+    """An engine could not be started, died, or broke its protocol."""
+
+
+class RowRefused(Exception):
+    """One row cannot be generated; it becomes a result with a typed error.
+
+    Args:
+        type: a stable snake_case word to filter by, e.g. ``prompt_too_long``.
+        message: what was wrong with this row, for a person.
+    """
+
+    def __init__(self, type: str, message: str) -> None:
+        super().__init__(message)
+        self.type = type
+        self.message = message

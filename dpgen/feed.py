@@ -1,0 +1,95 @@
+"""From claims to requests: claim rows, read them, render their prompts, in small steps that never block for long."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from dpgen.claims import Claim
+from dpgen.errors import RowRefused
+from dpgen.records import Request, RowResult, refused, seed_of_row
+from dpgen.rows import Shard
+
+
+class Claimant(Protocol):
+    """What gives claims."""
+
+    def take(self) -> Claim | None: ...
+
+
+RenderPrompt = Callable[[Mapping[str, Any]], tuple[list[int] | None, Any]]
+
+
+class Feed:
+    """The rows of this rank, one request after the other.
+
+    Args:
+        claims: which rows.
+        shard: gives the shard of a number, to read from.
+        render: a row's (prompt token ids, None), or (None, prompt) where the engine's tokenizer must do it.
+        run_seed: what the rows' own seeds come from; None for none.
+        sampling_columns: field of SamplingParams → column.
+    """
+
+    def __init__(
+        self,
+        claims: Claimant,
+        shard: Callable[[int], Shard],
+        render: RenderPrompt,
+        *,
+        run_seed: int | None,
+        sampling_columns: Mapping[str, str],
+    ) -> None:
+        self._claims, self._shard, self._render = claims, shard, render
+        self._run_seed, self._sampling_columns = run_seed, sampling_columns
+        self._read: deque[tuple[int, dict[str, Any]]] = deque()
+        self._ready: deque[Request | RowResult] = deque()
+        self._exhausted = False
+
+    @property
+    def num_ready(self) -> int:
+        """Requests that are rendered and not taken yet."""
+        return len(self._ready)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no row left to take and none will come."""
+        return self._exhausted and not self._read and not self._ready
+
+    def prepare(self) -> bool:
+        """Renders one more row ahead; False if there is none left to render."""
+        if not self._read and not self._claim():
+            return False
+        row, columns = self._read.popleft()
+        try:
+            self._ready.append(self._request(row, columns))
+        except RowRefused as why:
+            self._ready.append(refused(row, why))
+        return True
+
+    def take(self) -> Request | RowResult | None:
+        """The next request, or the result of a row that could not be rendered; None if there is no row left."""
+        if not self._ready and not self.prepare():
+            return None
+        return self._ready.popleft()
+
+    def _claim(self) -> bool:
+        if self._exhausted:
+            return False
+        claim = self._claims.take()
+        if claim is None:
+            self._exhausted = True
+            return False
+        self._read.extend(self._shard(claim.shard).read(claim.start, claim.stop))
+        return True
+
+    def _request(self, row: int, columns: Mapping[str, Any]) -> Request:
+        sampling: dict[str, Any] = {}
+        if self._run_seed is not None:
+            sampling["seed"] = seed_of_row(self._run_seed, row)
+        for name, column in self._sampling_columns.items():
+            if columns[column] is not None:  # a null leaves the run's own value
+                sampling[name] = columns[column]
+        token_ids, prompt = self._render(columns)
+        return Request(row, token_ids, prompt, sampling)
