@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Every check and test there is:  launch/test.sh [--fast] [pytest arguments]
+#
+# --fast leaves out the tests that need an engine, SLURM or network namespaces, and the slow ones. Stops at the first
+# step that fails, naming it.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+select=()
+if [[ ${1:-} == --fast ]]; then
+    select=(-m "not vllm and not slow and not slurm and not netns")
+    shift
+fi
+
+current=
+report_failure() { # STATUS
+    (($1 == 0)) || echo "test: FAILED at: $current (exit status $1)" >&2
+}
+trap 'report_failure $?' EXIT
+step() {
+    current=$1
+    echo "== $current"
+}
+
+step "install"
+bash launch/install.sh cpu --dev
+bin=${DPGEN_VENV:-.venv}/bin
+
+step "ruff check"
+"$bin/ruff" check .
+
+step "ruff format (mend with: ruff format .)"
+"$bin/ruff" format --check .
+
+step "mypy"
+"$bin/mypy"
+
+scripts=(launch/*.sh .ci/run)
+step "bash -n and shellcheck"
+for script in "${scripts[@]}"; do bash -n "$script"; done
+"$bin/shellcheck" "${scripts[@]}"
+
+step "pytest"
+trap - EXIT # pytest says itself what failed, and its closing line is to be the last
+exec "$bin/python" -m pytest "${select[@]}" "$@"
