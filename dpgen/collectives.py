@@ -130,17 +130,19 @@ class Group(ABC):
     def node_leader_first(self, topology: Topology) -> Iterator[None]:
         """Runs the block on the first rank of each node, and on its other ranks once that one is through.
 
-        What the leader prepares (a data cache) the others then find ready. A leader that fails ends the others'
-        wait with PeerFailed, once it has announced that.
+        What the leader prepares (a data cache) the others then find ready. They go on when it fails, too, and
+        meet the same error; `agree` around the whole says it once.
         """
         key = f"dpgen/node_ready/{self._next_phase()}/{topology.node}"
         if not topology.leads_node:
             while self.store.add(key, 0) == 0:
                 self.raise_if_peer_failed()
                 time.sleep(_POLL_S)
-        yield
-        if topology.leads_node:
-            self.store.add(key, 1)
+        try:
+            yield
+        finally:
+            if topology.leads_node:
+                self.store.add(key, 1)
 
     _phase = 0
 

@@ -8,14 +8,13 @@ The fields carry their own help, so that ``--help`` and the reference file can't
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dpgen.errors import ConfigError
+from dpgen.errors import ConfigError, nearest
 from dpgen.render import PromptSettings
 
 MISSING = "???"  # OmegaConf's own mark of a value that must be given
@@ -260,7 +259,7 @@ def _refuse_unknown_keys(source: str, layer: Any) -> None:
     sections = {name.partition(".")[0] for name in legal}
     given = []
     for section, body in dict(layer).items():
-        if section in legal or section not in sections:
+        if section in legal or (section not in sections and not isinstance(body, Mapping)):
             given.append(str(section))
         elif not isinstance(body, Mapping):
             raise ConfigError(f"{source}: {section} is a section of keys, not a value: {section}.KEY=VALUE")
@@ -269,18 +268,13 @@ def _refuse_unknown_keys(source: str, layer: Any) -> None:
     for name in given:
         if name in legal:
             continue
-        raise ConfigError(f"{source}: unknown key {name!r}{nearest(name, legal)}")
+        raise ConfigError(f"{source}: unknown key {name!r}{nearest(name, legal, 'keys')}")
 
 
-def nearest(name: str, legal: Sequence[str] | set[str]) -> str:
-    """``; did you mean 'x'?``, or the legal names where none is near."""
-    full = difflib.get_close_matches(name, sorted(legal), n=1, cutoff=0.6)
-    # prompt_column=x is meant for data.prompt_column: compare the last part alone, too.
-    last = [key for key in sorted(legal) if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    found = (last or full)[:1]
-    if found:
-        return f"; did you mean {found[0]!r}?"
-    return f"; the legal ones are {', '.join(sorted(legal))}"
+def unknown_key(section: str, name: str, legal: Iterable[str]) -> ConfigError:
+    """The error for a key of a passed-through section (`engine`, `sampling`) that vLLM doesn't know."""
+    full = f"{section}.{name}"
+    return ConfigError(f"unknown key {full!r}{nearest(full, {f'{section}.{each}' for each in legal}, 'keys')}")
 
 
 def _one_line(error: Exception) -> str:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from dpgen.config import OutputConfig, nearest
-from dpgen.errors import ConfigError, DpgenError
+from dpgen.config import OutputConfig
+from dpgen.errors import ConfigError, DpgenError, nearest
 from dpgen.folder import RunFolder, write_whole
 from dpgen.journal import Index, scan, sync_folder
 from dpgen.records import Completion, RowResult, decode
@@ -54,7 +54,7 @@ def check_columns(input_columns: list[str], kept: list[str] | None, token_ids: b
             )
     for name in kept or ():
         if name not in input_columns:
-            raise ConfigError(f"data.columns: there is no column {name!r}{nearest(name, input_columns)}")
+            raise ConfigError(f"data.columns: there is no column {name!r}{nearest(name, input_columns, 'columns')}")
 
 
 def write_dataset(

@@ -6,6 +6,9 @@ The exit status belongs to the type, so that `__main__` needs no table:
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -54,3 +57,22 @@ class RowRefused(Exception):
         super().__init__(message)
         self.type = type
         self.message = message
+
+
+_MOST_LISTED = 20
+
+
+def nearest(name: str, legal: Collection[str], what: str) -> str:
+    """The end of a sentence about a name that is not legal: the closest legal one, and all where they are few.
+
+    Args:
+        legal: the names that are legal; dotted ones are also found by their last part alone.
+        what: they are, for a person: "keys", "columns".
+    """
+    names = sorted(legal)
+    same_end = [each for each in names if each.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = same_end or difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    if len(names) <= _MOST_LISTED:
+        hint += f"{'' if close else ';'} {what}: {', '.join(legal)}"
+    return hint

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpgen.config import DataConfig, nearest, parse_range
-from dpgen.errors import ConfigError
+from dpgen.config import DataConfig, parse_range
+from dpgen.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import datasets
@@ -135,7 +135,7 @@ def open_rows(config: DataConfig) -> Rows:
     rows = Rows(dataset)
     for name in config.columns or ():
         if name not in rows.columns and not rows.is_empty:
-            raise ConfigError(f"data.columns: there is no column {name!r}{nearest(name, rows.columns)}")
+            raise ConfigError(f"data.columns: there is no column {name!r}{nearest(name, rows.columns, 'columns')}")
     return rows
 
 

@@ -15,9 +15,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from dpgen.config import nearest
+from dpgen.config import unknown_key
 from dpgen.engine.protocol import AgreeKv, EngineInfo, EngineSpec, Stats
-from dpgen.errors import ConfigError, RowRefused
+from dpgen.errors import RowRefused
 from dpgen.records import Completion, Request, RowResult
 
 _BLOCK_TOKENS = 16
@@ -79,10 +79,10 @@ class FakeBackend:
         fields = {each.name for each in dataclasses.fields(FakeOptions)}
         for name in self._spec.options:
             if name not in fields:
-                raise ConfigError(f"unknown key 'engine.{name}'{nearest(name, fields)}")
+                raise unknown_key("engine", name, fields)
         for name in (*self._spec.sampling, *self._spec.sampling_columns):
             if name not in _SAMPLING_FIELDS:
-                raise ConfigError(f"unknown key 'sampling.{name}'{nearest(name, _SAMPLING_FIELDS)}")
+                raise unknown_key("sampling", name, _SAMPLING_FIELDS)
         self._options = FakeOptions(**self._spec.options)
         return ()
 

@@ -25,7 +25,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from dpgen.config import nearest
+from dpgen.config import unknown_key
 from dpgen.engine.protocol import AgreeKv, EngineInfo, EngineSpec, Stats
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Completion, Request, RowError, RowResult
@@ -130,11 +130,11 @@ class VllmBackend:
         engine_fields = {each.name for each in dataclasses.fields(EngineArgs)}
         for name in self._spec.options:
             if name not in engine_fields:
-                raise ConfigError(f"unknown key 'engine.{name}'{nearest(name, engine_fields)}")
+                raise unknown_key("engine", name, engine_fields)
         sampling_fields = {f for f in SamplingParams.__struct_fields__ if not f.startswith("_")} - _OWN_SAMPLING
         for name in (*self._spec.sampling, *self._spec.sampling_columns):
             if name not in sampling_fields:
-                raise ConfigError(f"unknown key 'sampling.{name}'{nearest(name, sampling_fields)}")
+                raise unknown_key("sampling", name, sampling_fields)
 
     def _default_sampling(self) -> dict[str, Any]:
         """The model's generation config, as `LLM.get_default_sampling_params` takes it, under the run's sampling."""

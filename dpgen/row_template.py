@@ -1,0 +1,62 @@
+"""A row's text from a Jinja2 template over its columns: "Q: {{ question }}"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dpgen.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+def compile_row_template(template: str) -> jinja2.Template:
+    """The template, ready to render; what it may call is sandboxed.
+
+    Raises:
+        ConfigError: its syntax is wrong; says in which line.
+    """
+    import jinja2
+
+    try:
+        return _environment().from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"template, line {error.lineno}: {error.message}") from error
+
+
+def check_row_template(template: str, columns: Sequence[str]) -> None:
+    """Compare a template with the dataset's columns.
+
+    Raises:
+        ConfigError: its syntax is wrong, it names what is no column, or it names no column at all.
+    """
+    from jinja2 import meta
+
+    compile_row_template(template)
+    environment = _environment()
+    names = meta.find_undeclared_variables(environment.parse(template))
+    for name in sorted(names - set(columns) - set(environment.globals)):
+        raise ConfigError(f"template: {name!r} is no column of the dataset{nearest(name, columns, 'columns')}")
+    if not names & set(columns):
+        # A Python format string is what most of those who get here meant to write.
+        meant = [name for name in columns if f"{{{name}}}" in template]
+        hint = f"write {{{{ {[*meant, *columns, 'column'][0]} }}}}, with two braces"
+        raise ConfigError(f"template names no column; {hint}; columns: {', '.join(columns)}")
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    return ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_refuse_null
+    )
+
+
+def _refuse_null(value: Any) -> Any:
+    # Jinja writes a null as "None", which then sits in prompts unseen.
+    if value is None:
+        raise ValueError("it inserts a null; give the column a default: {{ column or '' }}")
+    return value
