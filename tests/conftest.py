@@ -1,0 +1,171 @@
+"""What the tests share: inputs, and processes that are started, awaited and ended by their own ids."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPO = Path(__file__).resolve().parent.parent
+TIMEOUT_S = 300
+
+
+class Job:
+    """One launcher process (torchrun, or python) and what it printed."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self.log = log
+        self._file = log.open("wb")
+        self.process = subprocess.Popen(
+            list(command),
+            cwd=REPO,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, timeout_s: float = TIMEOUT_S) -> int:
+        """The exit status; on a time-out the job is ended and its output shown."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.end()
+            pytest.fail(f"still running after {timeout_s} s; it printed:\n{self.output}")
+
+    def end(self) -> None:
+        """Ends the launcher and its children (each engine ends with its rank)."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._file.close()
+
+
+class Launcher:
+    """Starts jobs and ends whatever a test left running."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.python = sys.executable
+        self.jobs: list[Job] = []
+
+    def start(self, command: Sequence[str], **environment: str) -> Job:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
+        kept |= {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+        job = Job(command, kept, self.folder / f"job-{len(self.jobs)}.log")
+        self.jobs.append(job)
+        return job
+
+    def dpgen(self, *arguments: str, ranks: int = 1, torchrun: Sequence[str] = (), **environment: str) -> Job:
+        """`python -m dpgen ARGUMENTS` for one rank, `torchrun ... -m dpgen ARGUMENTS` for more."""
+        if ranks == 1 and not torchrun:
+            return self.start([sys.executable, "-m", "dpgen", *arguments], **environment)
+        options = ["--standalone", "--nproc-per-node", str(ranks), *torchrun]
+        return self.start(
+            [sys.executable, "-m", "torch.distributed.run", *options, "-m", "dpgen", *arguments], **environment
+        )
+
+    def srun_like(self, *arguments: str, each: Sequence[Sequence[str]], **environment: str) -> list[Job]:
+        """One process a rank, with arguments of its own, the variables that srun sets, and a free port."""
+        port, ranks = free_port(), len(each)
+        return [
+            self.start(
+                [sys.executable, "-m", "dpgen", *arguments, *each[rank]],
+                SLURM_PROCID=str(rank),
+                SLURM_LOCALID=str(rank),
+                SLURM_STEP_NUM_TASKS=str(ranks),
+                SLURM_STEP_NODELIST="localhost",
+                SLURM_STEP_TASKS_PER_NODE=str(ranks),
+                SLURM_JOB_ID="1",
+                SLURM_STEP_ID="0",
+                MASTER_PORT=str(port),
+                **environment,
+            )
+            for rank in range(ranks)
+        ]
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
+    started = Launcher(tmp_path)
+    yield started
+    for job in started.jobs:
+        job.end()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[..., str]:
+    """Writes a configuration for the fake engine over `rows`, changed by section; gives its path."""
+
+    def write(rows: Sequence[Mapping[str, Any]], name: str = "conf.yaml", **sections: Any) -> str:
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        conf: dict[str, Any] = {
+            "run": {"dir": str(tmp_path / "run"), "engine": "fake"},
+            "model": "none",
+            "data": {"path": str(data), "prompt_column": "prompt"},
+        }
+        for section, body in sections.items():
+            conf[section] = {**conf.get(section, {}), **body} if isinstance(body, dict) else body
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(conf))
+        return str(path)
+
+    return write
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    """So many rows with a prompt of their own each."""
+    return [{"prompt": f"row number {index}"} for index in range(count)]
+
+
+def result_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The final dataset's rows, as a user loads them."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    cache = run_dir.parent / "hf-cache"
+    return list(datasets.load_dataset(str(run_dir / "dataset"), split="train", cache_dir=str(cache)))
+
+
+def engines_of(job: Job) -> list[int]:
+    """Ids of engine processes that the job's ranks have started and that still run."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if b"dpgen.engine.server" in (entry / "cmdline").read_bytes() and _ancestor(
+                    entry.name, job.process.pid
+                ):
+                    found.append(int(entry.name))
+    return found
+
+
+def _ancestor(pid: str, ancestor: int) -> bool:
+    while int(pid) > 1:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        pid = stat.rpartition(")")[2].split()[1]
+        if int(pid) == ancestor:
+            return True
+    return False

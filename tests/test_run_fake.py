@@ -1,0 +1,287 @@
+"""Whole runs with real processes, real torchrun and real gloo, and an engine without a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Launcher, engines_of, numbered, result_of
+
+pytestmark = pytest.mark.multi
+
+WriteConfig = Callable[..., str]
+
+
+def rows_of(tmp_path: Path) -> list[dict[str, Any]]:
+    return result_of(tmp_path / "run")
+
+
+def test_two_ranks_give_what_one_gives_in_input_order(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(101))
+    assert launcher.dpgen("run", conf).wait() == 0
+    alone = rows_of(tmp_path)
+    assert launcher.dpgen("run", conf, f"run.dir={tmp_path / 'two' / 'run'}", ranks=2).wait() == 0
+    together = result_of(tmp_path / "two" / "run")
+    assert together == alone
+    assert [row["row_id"] for row in together] == list(range(101))
+    assert [row["prompt"] for row in together] == [row["prompt"] for row in numbered(101)]
+    assert all(row["generated_text"] and row["error"] is None for row in together)
+    found = json.loads((tmp_path / "two" / "run" / "run.json").read_text())
+    assert [each["num_rows"] > 0 for each in found["manifests"]] == [True, True], "both ranks worked"
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(10, 3), (1, 2), (0, 2)])
+def test_few_rows_are_an_ordinary_run(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, count: int, ranks: int
+) -> None:
+    job = launcher.dpgen("run", write_config(numbered(count)), ranks=ranks)
+    assert job.wait() == 0, job.output
+    assert json.loads((tmp_path / "run" / "_SUCCESS").read_text())["num_rows"] == count
+    if count:  # `datasets` itself refuses to load a split without rows
+        assert [row["row_id"] for row in rows_of(tmp_path)] == list(range(count))
+
+
+def test_ranks_from_slurms_environment(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    jobs = launcher.srun_like("run", write_config(numbered(20)), each=[[], [], []])
+    assert [job.wait() for job in jobs] == [0, 0, 0], jobs[0].output
+    assert len(rows_of(tmp_path)) == 20
+    assert "20 rows over 3 ranks" in jobs[0].output
+
+
+def test_the_smallest_kv_cache_is_everyones(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    sizes = [[f"engine.kv_cache_memory_bytes={number << 20}"] for number in (8, 2, 4)]
+    jobs = launcher.srun_like("run", write_config(numbered(5)), each=sizes)
+    assert [job.wait() for job in jobs] == [0, 0, 0], jobs[0].output
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["engine"]["num_kv_blocks"] == 2048
+    assert "KV cache: 2,048 blocks of 16 tokens on every rank (2 MiB; 8 MiB free here)" in jobs[0].output
+
+
+def test_a_rank_with_ten_times_the_work_is_waited_for(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(40), work={"steal": False}, sampling={"max_tokens": 10})
+    jobs = launcher.srun_like("run", conf, each=[["engine.step_s=0.01"], ["engine.step_s=0.1"]])
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].output
+    found = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [each["num_rows"] for each in found["manifests"]] == [20, 20]
+
+
+def test_a_rank_that_is_through_helps(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    conf = write_config(numbered(400), sampling={"max_tokens": 4}, engine={"max_num_seqs": 4})
+    jobs = launcher.srun_like("run", conf, each=[["engine.step_s=0.002"], ["engine.step_s=0.05"]])
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].output
+    fast, slow = (each["num_rows"] for each in json.loads((tmp_path / "run" / "run.json").read_text())["manifests"])
+    assert fast > 300 and fast + slow == 400
+
+
+def test_rows_come_home_where_the_run_folder_is_not_shared(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(3000), output={"gather_bytes": 1 << 16})
+    folders = [[f"run.dir={tmp_path / f'node{rank}' / 'run'}"] for rank in range(3)]
+    jobs = launcher.srun_like("run", conf, each=folders)
+    assert [job.wait() for job in jobs] == [0, 0, 0], jobs[0].output
+    found = result_of(tmp_path / "node0" / "run")
+    assert [row["row_id"] for row in found] == list(range(3000))
+    run = json.loads((tmp_path / "node0" / "run" / "run.json").read_text())
+    assert [each["sees_rank_0"] for each in run["manifests"]] == [True, False, False]
+    most = max(each["num_bytes"] for each in run["manifests"][1:])
+    assert run["gather_rounds"] == -(-most // ((1 << 16) // 3)), "rounds are bounded by output.gather_bytes"
+    assert not (tmp_path / "node1" / "run" / "_SUCCESS").exists()
+
+
+# ---- what a user does wrong
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.promt_column=x", "did you mean 'data.prompt_column'"),
+        ("engine.max_num_seq=3", "unknown key 'engine.max_num_seq'; did you mean 'engine.max_num_seqs'"),
+        ("sampling.max_token=3", "unknown key 'sampling.max_token'; did you mean 'sampling.max_tokens'"),
+        ("data.prompt_column=promt", "did you mean 'prompt'"),
+        ("sampling.from_columns={max_tokens: budget}", "'budget', which is no column"),
+        ("data.path=nowhere.jsonl", "no such file or folder: nowhere.jsonl"),
+    ],
+)
+def test_a_wrong_configuration_is_told_once_and_exits_with_2(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, override: str, words: str
+) -> None:
+    jobs = launcher.srun_like("run", write_config(numbered(3)), override, each=[[], []])
+    assert [job.wait() for job in jobs] == [2, 2]
+    output = "".join(job.output for job in jobs)
+    assert output.count(words) == 1, output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run" / "_SUCCESS").exists()
+
+
+def test_torchrun_shows_the_cause_once_and_last(launcher: Launcher, write_config: WriteConfig) -> None:
+    job = launcher.dpgen("run", write_config(numbered(3)), "engine.max_num_seq=3", ranks=2)
+    assert job.wait() == 1, "torchrun's own status for whatever its workers exit with"
+    assert job.output.count("did you mean 'engine.max_num_seqs'") == 1, job.output
+    assert "did you mean" in "".join(job.output.splitlines()[-3:])
+    assert job.output.count("exitcode  : 2") == 2
+
+
+def test_a_column_of_the_inputs_that_collides_is_refused(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "p", "error": "mine"}]
+    job = launcher.dpgen("run", write_config(rows))
+    assert job.wait() == 2
+    assert "data.columns=[prompt]" in job.output
+    assert launcher.dpgen("run", write_config(rows), "data.columns=[prompt]").wait() == 0
+    assert rows_of(tmp_path)[0]["error"] is None
+
+
+def test_a_finished_run_says_so_and_another_run_is_refused(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(5))
+    assert launcher.dpgen("run", conf).wait() == 0
+    marker = (tmp_path / "run" / "_SUCCESS").stat().st_mtime_ns
+    again = launcher.dpgen("run", conf, "work.claim_rows=3", "engine.max_num_seqs=2")
+    assert again.wait() == 0, "what does not change results may differ"
+    assert "finished result already" in again.output
+    other = launcher.dpgen("run", conf, "sampling.max_tokens=7")
+    assert other.wait() == 2
+    assert re.search(r"would give other results: sampling.max_tokens: null → 7", other.output), other.output
+    changed = write_config([*numbered(4), {"prompt": "new"}])
+    other = launcher.dpgen("run", changed)
+    assert other.wait() == 2
+    assert "input.content" in other.output
+    assert (tmp_path / "run" / "_SUCCESS").stat().st_mtime_ns == marker
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    job = launcher.dpgen("run", write_config(numbered(3)))
+    assert job.wait() == 2
+    assert "thesis.tex" in job.output
+
+
+# ---- bad rows
+
+
+def test_a_bad_row_costs_one_row(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "good", "budget": 3} for _ in range(12)]
+    rows[2]["prompt"] = "x" * 600
+    rows[5]["budget"] = -1
+    rows[7]["prompt"] = None
+    conf = write_config(rows, sampling={"from_columns": {"max_tokens": "budget"}})
+    assert launcher.dpgen("run", conf, ranks=2).wait() == 0
+    found = rows_of(tmp_path)
+    assert {row["row_id"]: row["error"]["type"] for row in found if row["error"]} == {
+        2: "prompt_too_long",
+        5: "bad_sampling",
+        7: "wrong_type",
+    }
+    assert all(row["num_generated_tokens"] == 3 for row in found if not row["error"])
+    assert all(row["generated_text"] is None for row in found if row["error"])
+
+
+def test_a_run_whose_rows_all_fail_stops_and_shows_why(launcher: Launcher, write_config: WriteConfig) -> None:
+    rows = [{"prompt": "x" * 600} for _ in range(300)]
+    job = launcher.dpgen("run", write_config(rows), "run.max_leading_errors=100", ranks=2)
+    assert job.wait() == 1
+    assert job.output.count("rows all failed") == 1, job.output
+    assert "prompt_too_long" in job.output
+
+
+# ---- failures
+
+
+def test_a_rank_that_fails_to_start_ends_all_with_its_cause(launcher: Launcher, write_config: WriteConfig) -> None:
+    started_s = time.monotonic()
+    jobs = launcher.srun_like(
+        "run", write_config(numbered(50)), each=[[], ["engine.load_error=no such device"], ["engine.load_s=2"]]
+    )
+    assert [job.wait(60) for job in jobs] == [1, 1, 1]
+    assert time.monotonic() - started_s < 60
+    assert "the engine failed: RuntimeError: no such device" in jobs[1].output
+    assert all("dpgen: error" not in jobs[rank].output for rank in (0, 2)), "the first cause is told once"
+
+
+def test_a_killed_rank_ends_the_others_and_leaves_no_engine(launcher: Launcher, write_config: WriteConfig) -> None:
+    conf = write_config(numbered(200), engine={"step_s": 0.05})
+    jobs = launcher.srun_like("run", conf, each=[[], [], []])
+    wait_for(lambda: "KV cache" in jobs[0].output)
+    os.kill(jobs[2].process.pid, signal.SIGKILL)
+    assert [job.wait(60) for job in jobs] == [1, 1, -signal.SIGKILL]
+    output = "".join(job.output for job in jobs)
+    assert output.count("lost contact with another rank") == 1, output
+    wait_for(lambda: not any(engines_of(job) for job in jobs))
+
+
+def test_an_engine_that_raises_ends_the_run_with_its_words(launcher: Launcher, write_config: WriteConfig) -> None:
+    job = launcher.dpgen("run", write_config(numbered(30)), "engine.raise_on=number 17", ranks=2)
+    assert job.wait(60) == 1
+    assert job.output.count("the engine failed: RuntimeError: told to fail") == 1, job.output
+
+
+# ---- the result's shape
+
+
+def test_samples_token_ids_and_chosen_columns(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "keep": 1, "drop": 2}, {"prompt": None, "keep": 3, "drop": 4}]
+    conf = write_config(
+        rows, data={"columns": ["keep"]}, sampling={"n": 2, "max_tokens": 3}, output={"token_ids": True}
+    )
+    assert launcher.dpgen("run", conf).wait() == 0
+    first, second = rows_of(tmp_path)
+    assert list(first) == [
+        "keep",
+        "row_id",
+        "generated_text",
+        "finish_reason",
+        "num_prompt_tokens",
+        "num_generated_tokens",
+        "error",
+        "generated_token_ids",
+    ]
+    assert len(first["generated_text"]) == 2 and first["generated_text"][0] != first["generated_text"][1]
+    assert first["num_generated_tokens"] == [3, 3]
+    assert first["generated_token_ids"] == [[0, 1, 2], [0, 1, 2]]
+    assert second["keep"] == 3 and second["generated_text"] is None
+
+
+def test_jsonl_in_several_files(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    conf = write_config(numbered(25), output={"format": "jsonl", "rows_per_file": 10})
+    assert launcher.dpgen("run", conf).wait() == 0
+    files = sorted(path.name for path in (tmp_path / "run" / "dataset").iterdir())
+    assert files == [f"train-{number:05d}-of-00003.jsonl" for number in range(3)]
+    assert [row["row_id"] for row in rows_of(tmp_path)] == list(range(25))
+
+
+def test_an_unfinished_run_goes_on_where_it_stopped(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(60))
+    slow = launcher.dpgen("run", conf, "engine.step_s=0.05", "engine.max_num_seqs=4", ranks=2)
+    wait_for(lambda: sum(path.stat().st_size for path in (tmp_path / "run").glob("journal/*")) > 1000)
+    slow.end()
+    assert not (tmp_path / "run" / "_SUCCESS").exists()
+    again = launcher.dpgen("run", conf, ranks=3)
+    assert again.wait() == 0, again.output
+    done = re.search(r"attempt 2: (\d+) of 60 rows are done", again.output)
+    assert done and 0 < int(done[1]) < 60
+    assert [row["row_id"] for row in rows_of(tmp_path)] == list(range(60))
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

@@ -1,0 +1,193 @@
+"""Whole runs on real vLLM (its CPU build): what ranks generate together is what one generates alone, row by row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Launcher, result_of
+from tiny_model import save_tiny_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.multi]
+
+ENGINE = {
+    "dtype": "float32",  # in which the CPU's results don't depend on the batch, and so can be compared
+    "max_model_len": 256,
+    "max_num_seqs": 32,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 64 << 20,
+}
+
+# Twelve kinds of bad row, and the error that each gets.
+BAD_ROWS: list[tuple[dict[str, Any], str]] = [
+    ({"messages": [{"role": "user", "content": "word " * 400}]}, "prompt_too_long"),
+    ({"messages": None}, "wrong_type"),
+    ({"messages": []}, "empty_prompt"),
+    ({"messages": [{"role": "wizard", "content": "abracadabra"}]}, "chat_template_failed"),
+    ({"messages": [{"role": "user", "content": "x"}], "temperature": -1.0}, "bad_sampling"),
+    ({"messages": [{"role": "user", "content": "x"}], "temperature": float("nan")}, "bad_sampling"),
+    ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}, "bad_sampling"),
+    ({"messages": [{"role": "user", "content": "x"}], "top_p": 1.5}, "bad_sampling"),
+    ({"messages": [{"role": "user", "content": "x"}], "top_k": -7}, "bad_sampling"),
+    ({"messages": [{"role": "user", "content": "x"}], "regex": "a(b"}, "bad_sampling"),
+    ({"messages": [{"role": "user", "content": "x"}], "allowed_token_ids": [99999]}, "bad_sampling"),
+    ({"messages": [{"role": None, "content": "x"}]}, "wrong_type"),
+]
+
+WORDS = "the quick brown fox jumps over the lazy dog hello world there user tool system".split()
+
+
+def mixed_rows(count: int) -> list[dict[str, Any]]:
+    """Greedy and seeded rows, one turn and several, short and long, with the bad ones in between."""
+    empty = {
+        "temperature": None,
+        "max_tokens": None,
+        "top_p": None,
+        "top_k": None,
+        "regex": None,
+        "allowed_token_ids": None,
+    }
+    rows = []
+    for index in range(count):
+        text = " ".join(WORDS[(index * 7 + step) % len(WORDS)] for step in range(1 + index % 23))
+        turns = [{"role": "user", "content": text}]
+        if index % 5 == 0:
+            turns = [{"role": "system", "content": "be brief"}, *turns]
+        if index % 7 == 0:
+            turns += [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "there"}]
+        rows.append(
+            {
+                **empty,
+                "messages": turns,
+                "temperature": 0.0 if index % 3 == 0 else 0.9,
+                "max_tokens": 1 + (index * 13) % 40,
+            }
+        )
+    for place, (bad, _) in enumerate(BAD_ROWS):
+        rows.insert(5 + place * 17, {**empty, **bad})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def write(write_config: Callable[..., str], model: Path) -> Callable[..., str]:
+    def write(rows: list[dict[str, Any]], **sections: Any) -> str:
+        base: dict[str, Any] = {
+            "run": {"engine": "vllm", "log_level": "error"},
+            "data": {"prompt_column": None, "messages_column": "messages"},
+            "model": str(model),
+            "engine": ENGINE,
+        }
+        return write_config(rows, **{**base, **sections})
+
+    return write
+
+
+FROM_COLUMNS = {name: name for name in ("temperature", "max_tokens", "top_p", "top_k", "allowed_token_ids")}
+
+
+@pytest.mark.slow
+def test_two_and_three_ranks_give_row_by_row_what_one_gives(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = mixed_rows(208)
+    for row in rows:
+        row["structured_outputs"] = None if row["regex"] is None else {"regex": row["regex"]}
+    conf = write(rows, sampling={"from_columns": {**FROM_COLUMNS, "structured_outputs": "structured_outputs"}})
+    results = {}
+    for ranks in (1, 2, 3):
+        run_dir = tmp_path / f"ranks-{ranks}" / "run"
+        job = launcher.dpgen("run", conf, f"run.dir={run_dir}", ranks=ranks)
+        assert job.wait() == 0, job.output
+        results[ranks] = result_of(run_dir)
+    for found in results.values():
+        assert [row["row_id"] for row in found] == list(range(len(rows)))
+    alone = list(map(repr, results[1]))  # as text: a NaN in the input is not equal to itself
+    assert list(map(repr, results[2])) == alone
+    assert list(map(repr, results[3])) == alone
+
+    errors = {row["row_id"]: row["error"] for row in results[1] if row["error"]}
+    assert [each["type"] for each in errors.values()] == [kind for _, kind in BAD_ROWS], errors
+    assert all(each["message"] for each in errors.values())
+    good = [row for row in results[1] if not row["error"]]
+    assert len(good) == 208
+    assert all(row["num_generated_tokens"] <= row["max_tokens"] for row in good)
+    assert len({row["generated_text"] for row in good}) > 150, "rows of their own, not one text over and over"
+
+
+def test_it_generates_what_llm_generate_does(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path, model: Path
+) -> None:
+    prompts = [" ".join(WORDS[: 1 + index]) for index in range(8)]
+    conf = write(
+        [{"prompt": prompt} for prompt in prompts],
+        data={"prompt_column": "prompt"},
+        sampling={"temperature": 0, "max_tokens": 12},
+        output={"token_ids": True},
+    )
+    job = launcher.dpgen("run", conf)
+    assert job.wait() == 0, job.output
+    found = result_of(tmp_path / "run")
+    peer = tmp_path / "peer.py"
+    peer.write_text(
+        "import json, sys\n"
+        "from vllm import LLM, SamplingParams\n"
+        "if __name__ == '__main__':\n"
+        "    engine = json.loads(sys.argv[2])\n"
+        "    llm = LLM(sys.argv[1], enable_chunked_prefill=False, **engine)\n"
+        "    outputs = llm.generate(json.loads(sys.argv[3]), SamplingParams(temperature=0, max_tokens=12))\n"
+        "    print('FOUND ' + json.dumps([[list(o.outputs[0].token_ids), o.outputs[0].text] for o in outputs]))\n"
+    )
+    alone = launcher.start(
+        [launcher.python, str(peer), str(model), json.dumps(ENGINE), json.dumps(prompts)],
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+    )
+    assert alone.wait() == 0, alone.output
+    told = next(line for line in alone.output.splitlines() if line.startswith("FOUND "))
+    expected = json.loads(told.removeprefix("FOUND "))
+    assert [[row["generated_token_ids"], row["generated_text"]] for row in found] == expected
+
+
+def test_two_ranks_and_one_row_under_slurms_environment(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
+) -> None:
+    conf = write([{"messages": [{"role": "user", "content": "hello"}]}], sampling={"max_tokens": 5, "ignore_eos": True})
+    # Ranks with unequal memory for their KV cache: the smaller is everyone's.
+    jobs = launcher.srun_like("run", conf, each=[[], ["engine.kv_cache_memory_bytes=33554432"]])
+    assert [job.wait() for job in jobs] == [0, 0], "".join(job.output for job in jobs)
+    [row] = result_of(tmp_path / "run")
+    assert row["num_generated_tokens"] == 5 and row["finish_reason"] == "length"
+    engine = json.loads((tmp_path / "run" / "run.json").read_text())["engine"]
+    per_block_bytes = 2 * 2 * 4 * 32 * 4 * engine["kv_block_tokens"]  # K and V, layers, heads, head_dim, float32
+    assert engine["num_kv_blocks"] == (32 << 20) // per_block_bytes
+    assert "on every rank (32 MiB; 64 MiB free here)" in jobs[0].output
+    assert "vLLM on the CPU: no chunked prefill" in jobs[0].output
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("engine.max_num_seq=3", "unknown key 'engine.max_num_seq'; did you mean 'engine.max_num_seqs'"),
+        ("engine.max_num_seqs=many", "max_num_seqs"),
+        ("engine.max_model_len=100000", "max_model_len"),
+        ("sampling.top_q=1", "unknown key 'sampling.top_q'; did you mean 'sampling.top_"),
+        ("sampling.temperature=hot", "sampling"),
+        ("model=./no-such-model", "no-such-model"),
+    ],
+)
+def test_what_vllm_would_refuse_is_refused_before_a_model_loads(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path, override: str, words: str
+) -> None:
+    job = launcher.dpgen("run", write([{"messages": [{"role": "user", "content": "hello"}]}]), override)
+    assert job.wait() == 2, job.output
+    last = job.output.strip().splitlines()[-1]
+    assert last.startswith("dpgen: error: ") and words in last, job.output
+    assert not (tmp_path / "run").exists(), "nothing was begun"
