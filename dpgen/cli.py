@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dpgen.config import MISSING, Config, keys, load
+from dpgen.config import MISSING, Config, legal_keys, load
 from dpgen.errors import EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, PeerFailed
 
 _USAGE = """\
@@ -116,7 +116,7 @@ def help_of_keys() -> str:
     """Every key with its default and meaning, section by section."""
     lines = []
     section = ""
-    for name, default, help in keys():
+    for name, default, help in legal_keys():
         head = name.partition(".")[0]
         if head != section:
             lines.append("")

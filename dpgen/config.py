@@ -235,7 +235,7 @@ def _read_override(text: str) -> Any:
         raise ConfigError(f"{text}: the value is not valid YAML: {_one_line(error)}") from None
 
 
-def keys() -> Iterator[tuple[str, Any, str]]:
+def legal_keys() -> Iterator[tuple[str, Any, str]]:
     """Every legal key, in order, as (dotted name, default, help)."""
     for section in dataclasses.fields(Config):
         if "help" in section.metadata:
@@ -247,7 +247,7 @@ def keys() -> Iterator[tuple[str, Any, str]]:
 
 def describe(key: str) -> str:
     """The help of one key."""
-    return next(help for name, _, help in keys() if name == key)
+    return next(help for name, _, help in legal_keys() if name == key)
 
 
 def _default(each: dataclasses.Field[Any]) -> Any:
@@ -255,7 +255,7 @@ def _default(each: dataclasses.Field[Any]) -> Any:
 
 
 def _refuse_unknown_keys(source: str, layer: Any) -> None:
-    legal = {name for name, _, _ in keys()}
+    legal = {name for name, _, _ in legal_keys()}
     sections = {name.partition(".")[0] for name in legal}
     given = []
     for section, body in dict(layer).items():

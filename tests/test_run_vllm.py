@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": None, "content": "x"}]}, "wrong_type"),
 ]
 
-WORDS = "the quick brown fox jumps over the lazy dog hello world there user tool system".split()
+WORDS = "the quick brown fox jumps over the lazy dog hello world there user tool system"
 
 
 def mixed_rows(count: int) -> list[dict[str, Any]]:
@@ -50,9 +51,9 @@ def mixed_rows(count: int) -> list[dict[str, Any]]:
         "regex": None,
         "allowed_token_ids": None,
     }
-    rows = []
+    rows, words = [], WORDS.split()
     for index in range(count):
-        text = " ".join(WORDS[(index * 7 + step) % len(WORDS)] for step in range(1 + index % 23))
+        text = " ".join(words[(index * 7 + step) % len(words)] for step in range(1 + index % 23))
         turns = [{"role": "user", "content": text}]
         if index % 5 == 0:
             turns = [{"role": "system", "content": "be brief"}, *turns]
@@ -125,7 +126,7 @@ def test_two_and_three_ranks_give_row_by_row_what_one_gives(
 def test_it_generates_what_llm_generate_does(
     launcher: Launcher, write: Callable[..., str], tmp_path: Path, model: Path
 ) -> None:
-    prompts = [" ".join(WORDS[: 1 + index]) for index in range(8)]
+    prompts = [" ".join(WORDS.split()[: 1 + index]) for index in range(8)]
     conf = write(
         [{"prompt": prompt} for prompt in prompts],
         data={"prompt_column": "prompt"},
@@ -191,3 +192,13 @@ def test_what_vllm_would_refuse_is_refused_before_a_model_loads(
     last = job.output.strip().splitlines()[-1]
     assert last.startswith("dpgen: error: ") and words in last, job.output
     assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_the_demo_adds_right(launcher: Launcher, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = launcher.dpgen("run", "conf/demo.yaml", f"run.dir={run_dir}", ranks=2)
+    assert job.wait() == 0, job.output
+    shown = launcher.start([launcher.python, "launch/show_demo.py", str(run_dir)])
+    assert shown.wait() == 0, shown.output
+    score = re.search(r"(\d+) of 512 answers are right", shown.output)
+    assert score and int(score[1]) >= 0.95 * 512, shown.output

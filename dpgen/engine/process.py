@@ -169,6 +169,9 @@ def engine_environment(
     kept["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its subprocess client hangs for good when the engine is killed
     kept["VLLM_LOGGING_LEVEL"] = log_level.upper()
     kept["PYTHONUNBUFFERED"] = "1"
+    if log_level in ("warning", "error"):  # the libraries' chatter that vLLM's level doesn't govern
+        kept.setdefault("PYTHONWARNINGS", "ignore")
+        kept.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if gpus is not None:
         kept["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     else:

@@ -15,6 +15,7 @@ import psutil
 import pydantic
 import torch
 import vllm
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs.engine import tokens_input
@@ -57,6 +58,7 @@ class VllmBackend:
         executor = AgreeingUniExecutor if num_devices == 1 else AgreeingMultiExecutor
         options.setdefault("distributed_executor_backend", f"{executor.__module__}.{executor.__qualname__}")
         options.setdefault("disable_log_stats", True)
+        options.setdefault("use_tqdm_on_load", envs.VLLM_LOGGING_LEVEL in ("INFO", "DEBUG"))
         try:
             args = EngineArgs(
                 model=self._spec.model,

@@ -1,0 +1,84 @@
+"""The shipped configurations: each loads, and the reference file is what the code says."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPO
+
+from dpgen import config
+
+SHIPPED = sorted((REPO / "conf").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    config.load([str(path)], [])
+
+
+def test_the_reference_file_has_every_key_with_its_default_and_meaning() -> None:
+    path = REPO / "conf" / "reference.yaml"
+    text = path.read_text()
+    given = yaml.safe_load(text)
+    in_comments = " ".join(line.strip("# ") for line in text.splitlines() if line.lstrip().startswith("#"))
+    seen = {name for name, body in given.items() if not isinstance(body, dict) or not body}
+    seen |= {f"{section}.{key}" for section, body in given.items() if isinstance(body, dict) for key in body}
+    assert seen == {name for name, _, _ in config.legal_keys()}
+    for name, default, help in config.legal_keys():
+        assert help in in_comments, f"{name}: its meaning in conf/reference.yaml is not the code's"
+        section, _, key = name.partition(".")
+        value = given[section][key] if key else given[section]
+        if name not in ("run.dir", "model", "data.path", "data.prompt_column"):
+            assert value == default, f"{name}: its default in conf/reference.yaml is not the code's"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_help_is_instant_and_imports_nothing_heavy(arguments: list[str]) -> None:
+    watch = (
+        "import sys; from dpgen.cli import main; status = main(sys.argv[1:]); "
+        "heavy = {'torch', 'vllm', 'datasets', 'transformers', 'omegaconf', 'numpy'} & set(sys.modules); "
+        "assert not heavy, heavy; sys.exit(status)"
+    )
+    times_s = []
+    for _ in range(5):
+        started_s = time.monotonic()
+        subprocess.run([sys.executable, "-c", watch, *arguments], check=True, capture_output=True)
+        times_s.append(time.monotonic() - started_s)
+    assert min(times_s) < 0.5
+
+
+def test_help_lists_every_key() -> None:
+    shown = subprocess.run([sys.executable, "-m", "dpgen", "run", "--help"], check=True, capture_output=True, text=True)
+    for name, _, help in config.legal_keys():
+        assert name in shown.stdout
+        assert help.split(";")[0][:40] in " ".join(shown.stdout.split())
+
+
+def test_every_section_is_documented() -> None:
+    for section in dataclasses.fields(config.Config):
+        if section.default_factory is not dict and dataclasses.is_dataclass(section.default_factory):
+            assert section.default_factory.__doc__
+
+
+HOMES = {
+    "vllm": {"dpgen/engine/vllm.py", "dpgen/engine/vllm_render.py"},
+    "datasets": {"dpgen/rows.py"},
+    "torch": {"dpgen/collectives.py", "dpgen/engine/vllm.py"},
+}
+
+
+@pytest.mark.parametrize("package", sorted(HOMES))
+def test_each_heavy_package_has_one_home(package: str) -> None:
+    importing = set()
+    for path in (REPO / "dpgen").rglob("*.py"):
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]) and words[1].split(".")[0] == package:
+                importing.add(str(path.relative_to(REPO)))
+    assert importing == HOMES[package]
