@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from dpgen.errors import ConfigError, nearest
 from dpgen.render import PromptSettings
+from dpgen.stop import parse_time_limit
 
 MISSING = "???"  # OmegaConf's own mark of a value that must be given
 
@@ -47,6 +48,16 @@ class RunConfig:
     log_level: Literal["debug", "info", "warning", "error"] = _key(
         "of vLLM's own log lines (dpgen's are always shown)", "warning"
     )
+    engine_timeout_s: float = _key(
+        "seconds that an engine with work may say nothing before it counts as hung and is started again", 600.0
+    )
+    max_engine_deaths: int = _key(
+        "give an engine up after so many deaths in a row without a finished row between them; other ranks take "
+        "its rows",
+        5,
+    )
+    time_limit: str | None = _key("stop after so long, resumable: seconds, or 'H:MM:SS' (in quotes, for YAML)")
+    stop_margin_s: float = _key("how long before SLURM's end time to stop", 60.0)
     progress_interval_s: float = _key("seconds between progress lines where there is no terminal", 30.0)
     max_leading_errors: int = _key(
         "stop the run if its first so many rows all fail, since then the fault is not in the rows; 0: never",
@@ -292,6 +303,11 @@ def _one_line(error: Exception) -> str:
 def _check(config: Config) -> None:
     run, data, work, output = config.run, config.data, config.work, config.output
     _at_least("run.progress_interval_s", run.progress_interval_s, 0.1)
+    _at_least("run.engine_timeout_s", run.engine_timeout_s, 1)
+    _at_least("run.max_engine_deaths", run.max_engine_deaths, 1)
+    _at_least("run.stop_margin_s", run.stop_margin_s, 0)
+    if run.time_limit is not None:
+        parse_time_limit(run.time_limit)
     _at_least("run.max_leading_errors", run.max_leading_errors, 0)
     if run.seed is not None and not 0 <= run.seed < 2**63:
         raise ConfigError(f"run.seed is {run.seed}; it must be from 0 to 2**63 - 1, or null")

@@ -44,6 +44,23 @@ class PeerFailed(DpgenError):
 class EngineError(DpgenError):
     """An engine could not be started, died, or broke its protocol."""
 
+    @property
+    def first_line(self) -> str:
+        """What happened, without the lines that the engine printed last."""
+        return str(self).splitlines()[0]
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        """Whether the engine said that it ran out of memory; one that the kernel killed says nothing."""
+        text = str(self).lower()
+        return "out of memory" in text or "outofmemory" in text or "no available memory for the cache" in text
+
+
+class NoEngineLeft(DpgenError):
+    """Every rank's engine was given up; what is finished stays, and the same command goes on from it."""
+
+    exit_status = EXIT_RESUMABLE
+
 
 class RowRefused(Exception):
     """One row cannot be generated; it becomes a result with a typed error.

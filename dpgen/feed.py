@@ -25,7 +25,7 @@ class Feed:
     """The rows of this rank, one request after the other.
 
     Args:
-        claims: which rows.
+        claims: which rows; None for no row at all.
         shard: gives the shard of a number, to read from.
         render: a row's (prompt token ids, None), or (None, prompt) where the engine's tokenizer must do it.
         run_seed: what the rows' own seeds come from; None for none.
@@ -34,7 +34,7 @@ class Feed:
 
     def __init__(
         self,
-        claims: Claimant,
+        claims: Claimant | None,
         shard: Callable[[int], Shard],
         render: RenderPrompt,
         *,
@@ -45,7 +45,7 @@ class Feed:
         self._run_seed, self._sampling_columns = run_seed, sampling_columns
         self._read: deque[tuple[int, dict[str, Any]]] = deque()
         self._ready: deque[Request | RowResult] = deque()
-        self._exhausted = False
+        self._exhausted = claims is None
 
     @property
     def num_ready(self) -> int:
@@ -75,7 +75,7 @@ class Feed:
         return self._ready.popleft()
 
     def _claim(self) -> bool:
-        if self._exhausted:
+        if self._exhausted or self._claims is None:
             return False
         claim = self._claims.take()
         if claim is None:

@@ -8,6 +8,7 @@ _SUCCESS      written last
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -69,6 +70,27 @@ class RunFolder:
     def is_finished(self) -> bool:
         return self.success.exists()
 
+    def lock(self) -> None:
+        """Takes the folder for this run, for as long as this process lives; rank 0 does it.
+
+        Raises:
+            ConfigError: another run that is alive has it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise ConfigError(f"run.dir={self.path} can't be used: {error.strerror}") from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise ConfigError(f"run.dir={self.path}: another run is at work there; wait for it, or end it") from None
+        except OSError:  # a file system without locks: then nobody can tell
+            os.close(fd)
+            return
+        self._lock_fd = fd
+
     def create(self) -> None:
         """Makes the folder, where it isn't there.
 
@@ -95,7 +117,7 @@ class RunFolder:
         if not self.path.is_dir():
             raise ConfigError(f"run.dir={self.path} is a file; name a folder")
         known = {"journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", ".dataset.tmp"}
-        found = {each.name for each in self.path.iterdir()}
+        found = {each.name for each in self.path.iterdir()} - {".lock"}
         if resume == "never" and found:
             raise ConfigError(
                 f"run.resume=never, and run.dir={self.path} is not empty; name another folder (nothing is deleted)"

@@ -7,13 +7,14 @@ happens between its messages, the journal syncs beside it, and the ranks' agreem
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
-from dpgen.collectives import Group, Pending
+from dpgen.collectives import Group, PeerLost, Pending
 from dpgen.engine.protocol import Event, Finished, Stats
-from dpgen.errors import DpgenError, PeerFailed
+from dpgen.errors import DpgenError, Interrupted, NoEngineLeft, PeerFailed
 from dpgen.feed import Feed
 from dpgen.records import Request, RowError, RowResult
 
@@ -24,6 +25,12 @@ _IDLE_WAIT_S = 0.01  # ... while this rank has nothing left and waits for the ot
 
 class Engine(Protocol):
     """What the loop needs of an engine."""
+
+    @property
+    def max_in_flight(self) -> int: ...
+
+    @property
+    def is_lost(self) -> bool: ...
 
     def submit(self, requests: list[Request]) -> None: ...
 
@@ -47,6 +54,8 @@ class Totals:
     num_errors: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_engines: int = 0
+    num_wanting_new_deal: int = 0
 
     def as_list(self) -> list[int]:
         return [getattr(self, each.name) for each in fields(self)]
@@ -62,11 +71,14 @@ class Generation:
     Args:
         feed: this rank's rows.
         engine: a loaded engine.
-        max_in_flight: rows that the engine holds at a time: what it runs, and a reserve.
         journal: takes every result.
         group: the ranks.
+        deal: a new feed, over what no rank has finished or holds, given the rows that this rank has finished or
+            holds, and whether it can generate; all ranks call it together, after an engine or a rank was lost.
+        stop_reason: why to stop now, or None to go on.
         max_leading_errors: stop if the first so many rows of the run are all errors; 0 never stops.
         show: takes the totals of all ranks, about once a second.
+        say: prints a line.
     """
 
     def __init__(
@@ -76,13 +88,17 @@ class Generation:
         journal: ResultLog,
         group: Group,
         *,
-        max_in_flight: int,
+        deal: Callable[[Iterable[int], bool], Feed],
+        stop_reason: Callable[[], str | None] = lambda: None,
         max_leading_errors: int = 0,
         show: Callable[[Totals], None] = lambda totals: None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._feed, self._engine, self._journal, self._group = feed, engine, journal, group
-        self._max_in_flight, self._max_leading_errors, self._show = max_in_flight, max_leading_errors, show
+        self._deal, self._stop_reason, self._show, self._say = deal, stop_reason, show, say
+        self._max_leading_errors = max_leading_errors
         self._in_flight: set[int] = set()
+        self._kept = array("q")  # rows; eight bytes each, where a set would take a hundred
         self._mine = Totals()
         self._num_kept_tokens = 0
         self._first_error: tuple[int, RowError] | None = None
@@ -91,12 +107,19 @@ class Generation:
         self._all: Totals | None = None
 
     def run(self) -> Totals:
-        """Generates until no rank has unfinished work; the totals of all ranks."""
+        """Generates until no rank has unfinished work; the totals of all ranks.
+
+        Raises:
+            Interrupted: told to stop; what is finished is in the journal.
+            NoEngineLeft: every rank's engine was given up.
+            PeerFailed: another rank has failed, or was lost and can't be done without.
+        """
         while self._all is None or self._all.num_unfinished_ranks > 0:
             self._admit()
             self._collect()
             self._agree()
             self._journal.tick()
+            self._stop_if_told()
         return self._all
 
     @property
@@ -106,7 +129,7 @@ class Generation:
     def _admit(self) -> None:
         """Fills the engine up to its limit."""
         requests = []
-        while len(self._in_flight) < self._max_in_flight:
+        while len(self._in_flight) < self._engine.max_in_flight:
             row = self._feed.take()
             if row is None:
                 break
@@ -121,7 +144,7 @@ class Generation:
     def _collect(self) -> None:
         """Takes what the engine has finished; renders ahead while there is nothing to take."""
         events = self._engine.poll(0)
-        if not events and self._feed.num_ready < self._max_in_flight and self._feed.prepare():
+        if not events and self._feed.num_ready < self._engine.max_in_flight and self._feed.prepare():
             return
         for event in events or self._engine.poll(_WAIT_S if self._has_work else _IDLE_WAIT_S):
             if isinstance(event, Finished):
@@ -133,6 +156,7 @@ class Generation:
 
     def _keep(self, result: RowResult) -> None:
         self._journal.append(result)
+        self._kept.append(result.row)
         self._mine.num_rows += 1
         self._mine.num_prompt_tokens += result.num_prompt_tokens or 0
         self._num_kept_tokens += result.num_generated_tokens
@@ -142,20 +166,63 @@ class Generation:
             self._first_error = self._first_error or (result.row, result.error)
 
     def _agree(self) -> None:
-        """The unfinished-work all-reduce: termination, progress and the errors' limit in one collective."""
+        """The unfinished-work all-reduce: termination, progress and what else concerns all ranks, in one."""
         now = time.monotonic()
-        if self._agreement is None:
-            # A rank that is through asks at once, again and again; so the last rank's word ends the run at once.
-            if self._has_work and now < self._next_agreement_s:
+        try:
+            if self._agreement is None:
+                # A rank that is through asks at once, again and again, so that the last rank's word ends the run.
+                if self._has_work and now < self._next_agreement_s:
+                    return
+                self._next_agreement_s = now + _AGREE_INTERVAL_S
+                self._agreement = self._group.reduce(self._my_totals().as_list(), "sum")
+            if not self._agreement.done():
                 return
-            self._next_agreement_s = now + _AGREE_INTERVAL_S
-            self._mine.num_unfinished_ranks = int(self._has_work)
-            self._agreement = self._group.reduce(self._mine.as_list(), "sum")
-        if self._agreement.done():
-            self._all = Totals.from_list(self._agreement.result())
-            self._agreement = None
-            self._show(self._all)
-            self._stop_if_all_fail(self._all)
+        except PeerLost as lost:
+            self._do_without(lost)
+            return
+        self._all = Totals.from_list(self._agreement.result())
+        self._agreement = None
+        self._show(self._all)
+        self._stop_if_all_fail(self._all)
+        if self._all.num_engines == 0 and self._all.num_unfinished_ranks:
+            raise NoEngineLeft("every engine was given up; mend what killed them, then run the same command again")
+        if self._all.num_wanting_new_deal:
+            self._deal_again()
+
+    def _my_totals(self) -> Totals:
+        self._mine.num_engines = int(not self._engine.is_lost)
+        self._mine.num_wanting_new_deal = int(self._engine.is_lost and self._has_work)
+        self._mine.num_unfinished_ranks = int(self._has_work)
+        return self._mine
+
+    def _deal_again(self) -> None:
+        """Deals what is left anew, with all other ranks: rows of a lost engine or rank go to whoever is free."""
+        if self._engine.is_lost:
+            self._in_flight.clear()
+        # What is claimed and not yet in the engine goes back into the deal.
+        self._feed = self._deal([*self._kept, *self._in_flight], not self._engine.is_lost)
+
+    def _do_without(self, lost: PeerLost) -> None:
+        """Goes on with the ranks that are left, if this launcher lets them live."""
+        while True:
+            self._say(f"{lost}; going on without it, if that can be")
+            try:
+                self._group.shrink()
+                self._agreement = None
+                self._deal_again()
+                return
+            except PeerLost as another:  # lost while the group was being made anew
+                lost = another
+
+    def _stop_if_told(self) -> None:
+        reason = self._stop_reason()
+        if reason is None:
+            return
+        for event in self._engine.poll(0):  # what is finished by now is kept
+            if isinstance(event, Finished):
+                for result in event.results:
+                    self._keep(result)
+        raise Interrupted(reason)
 
     def _stop_if_all_fail(self, totals: Totals) -> None:
         """Ends the run, on all ranks alike, if everything so far is an error."""

@@ -63,7 +63,7 @@ class Progress:
         """Takes the totals of all ranks."""
         now = self._clock()
         if self._bar is not None:
-            self._bar.update(self._num_before + totals.num_rows - self._bar.n)
+            self._bar.update(max(0, self._num_before + totals.num_rows - self._bar.n))  # less after a rank's loss
             self._bar.set_postfix_str(self._rates(totals, now), refresh=False)
         elif now >= self._next_line_s:
             self._next_line_s = now + self._interval_s

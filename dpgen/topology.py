@@ -54,11 +54,6 @@ class Topology:
         """Whether this rank speaks for the whole job."""
         return self.dp_rank == 0
 
-    @property
-    def leads_node(self) -> bool:
-        """Whether this rank does what is to be done once a node."""
-        return self.local_rank == 0
-
 
 def from_environment(environ: Mapping[str, str]) -> Topology:
     """Reads torchrun's variables, else srun's, else gives a world of one.

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 REPO = Path(__file__).resolve().parent.parent
-TIMEOUT_S = 300
+TIMEOUT_S = 240
 
 
 class Job:
@@ -151,15 +152,18 @@ def result_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def engines_of(job: Job) -> list[int]:
     """Ids of engine processes that the job's ranks have started and that still run."""
+    return descendants(job.process.pid, b"dpgen.engine.server")
+
+
+def descendants(ancestor: int, words: bytes) -> list[int]:
+    """Ids of the processes below `ancestor` whose command line (its words separated by NUL) holds `words`."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if b"dpgen.engine.server" in (entry / "cmdline").read_bytes() and _ancestor(
-                    entry.name, job.process.pid
-                ):
+                if words in (entry / "cmdline").read_bytes() and _ancestor(entry.name, ancestor):
                     found.append(int(entry.name))
-    return found
+    return sorted(found)
 
 
 def _ancestor(pid: str, ancestor: int) -> bool:
@@ -169,3 +173,11 @@ def _ancestor(pid: str, ancestor: int) -> bool:
         if int(pid) == ancestor:
             return True
     return False
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Returns once the condition holds; fails the test if it doesn't in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "waited in vain"
+        time.sleep(0.05)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Launcher, engines_of, numbered, result_of
+from conftest import Launcher, numbered, result_of
 
 pytestmark = pytest.mark.multi
 
@@ -214,23 +212,6 @@ def test_a_rank_that_fails_to_start_ends_all_with_its_cause(launcher: Launcher, 
     assert all("dpgen: error" not in jobs[rank].output for rank in (0, 2)), "the first cause is told once"
 
 
-def test_a_killed_rank_ends_the_others_and_leaves_no_engine(launcher: Launcher, write_config: WriteConfig) -> None:
-    conf = write_config(numbered(200), engine={"step_s": 0.05})
-    jobs = launcher.srun_like("run", conf, each=[[], [], []])
-    wait_for(lambda: "KV cache" in jobs[0].output)
-    os.kill(jobs[2].process.pid, signal.SIGKILL)
-    assert [job.wait(60) for job in jobs] == [1, 1, -signal.SIGKILL]
-    output = "".join(job.output for job in jobs)
-    assert output.count("lost contact with another rank") == 1, output
-    wait_for(lambda: not any(engines_of(job) for job in jobs))
-
-
-def test_an_engine_that_raises_ends_the_run_with_its_words(launcher: Launcher, write_config: WriteConfig) -> None:
-    job = launcher.dpgen("run", write_config(numbered(30)), "engine.raise_on=number 17", ranks=2)
-    assert job.wait(60) == 1
-    assert job.output.count("the engine failed: RuntimeError: told to fail") == 1, job.output
-
-
 # ---- the result's shape
 
 
@@ -263,25 +244,3 @@ def test_jsonl_in_several_files(launcher: Launcher, write_config: WriteConfig, t
     files = sorted(path.name for path in (tmp_path / "run" / "dataset").iterdir())
     assert files == [f"train-{number:05d}-of-00003.jsonl" for number in range(3)]
     assert [row["row_id"] for row in rows_of(tmp_path)] == list(range(25))
-
-
-def test_an_unfinished_run_goes_on_where_it_stopped(
-    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
-) -> None:
-    conf = write_config(numbered(60))
-    slow = launcher.dpgen("run", conf, "engine.step_s=0.05", "engine.max_num_seqs=4", ranks=2)
-    wait_for(lambda: sum(path.stat().st_size for path in (tmp_path / "run").glob("journal/*")) > 1000)
-    slow.end()
-    assert not (tmp_path / "run" / "_SUCCESS").exists()
-    again = launcher.dpgen("run", conf, ranks=3)
-    assert again.wait() == 0, again.output
-    done = re.search(r"attempt 2: (\d+) of 60 rows are done", again.output)
-    assert done and 0 < int(done[1]) < 60
-    assert [row["row_id"] for row in rows_of(tmp_path)] == list(range(60))
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)

@@ -56,7 +56,7 @@ def test_a_batch_script_without_srun_is_one_process() -> None:
 
 def test_nothing_is_a_world_of_one() -> None:
     found = from_environment({})
-    assert (found.dp_rank, found.dp_size, found.is_first, found.leads_node) == (0, 1, True, True)
+    assert (found.dp_rank, found.dp_size, found.is_first) == (0, 1, True)
 
 
 @pytest.mark.parametrize(

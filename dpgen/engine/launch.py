@@ -1,0 +1,85 @@
+"""From a configuration and a place in the job to an engine process: its spec, its devices, its prompts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+from dpgen.collectives import Group
+from dpgen.config import Config
+from dpgen.engine.process import EngineProcess, engine_environment
+from dpgen.engine.protocol import EngineSpec
+from dpgen.feed import RenderPrompt
+from dpgen.progress import speaker
+from dpgen.render import Renderer, TokenizerSettings, load_tokenizer, reason_for_engine
+from dpgen.topology import Topology, cores_of_rank, gpus_of_rank
+
+
+def engine_spec(config: Config, topology: Topology) -> EngineSpec:
+    """What this rank's engine is made from."""
+    return EngineSpec(
+        kind=config.run.engine,
+        model=config.model,
+        options=dict(config.engine),
+        sampling=config.sampling_fields,
+        sampling_columns=tuple(config.sampling_columns),
+        prompt_settings=config.prompt if _renders_in_engine(config) else None,
+        tensor_parallel_size=config.parallel.tensor_parallel_size,
+        pipeline_parallel_size=config.parallel.pipeline_parallel_size,
+        local_size=topology.local_size,
+        token_ids=config.output.token_ids,
+    )
+
+
+def engine_starter(config: Config, topology: Topology, group: Group) -> Callable[[EngineSpec], EngineProcess]:
+    """What starts an engine on this rank's own share of its node's devices. Collective.
+
+    Raises:
+        ConfigError: the node has too few GPUs for its ranks.
+    """
+    affinities = group.all_gather_object((topology.node, frozenset(os.sched_getaffinity(0))))
+    on_node = [cores for node, cores in affinities if node == topology.node]
+    visible = visible_gpus(os.environ) if config.run.engine == "vllm" else []
+    share = config.parallel.share_devices
+    gpus = group.agree(lambda: gpus_of_rank(topology, visible, config.gpus_per_rank, share=share) if visible else None)
+    cores = None if gpus else cores_of_rank(on_node, min(topology.local_rank, len(on_node) - 1))
+    environment = engine_environment(os.environ, gpus=gpus, num_cores=len(cores or ()), log_level=config.run.log_level)
+    say = speaker(topology.dp_rank, "engine")
+    return lambda spec: EngineProcess(spec, environment, cores, say)
+
+
+def prompt_renderer(config: Config, tell: Callable[[str], None]) -> RenderPrompt:
+    """How a row becomes a prompt: token ids, or what the engine is to tokenize.
+
+    Raises:
+        ConfigError: the tokenizer can't be loaded, or a chat has no chat template.
+    """
+    settings = config.prompt
+    if config.run.engine == "fake":
+        from dpgen.engine.fake import FakeTokenizer
+
+        tokenizer, text_of = FakeTokenizer(), Renderer(settings, None)
+        return lambda row: (tokenizer.encode(str(text_of.prompt(row))), None)
+    if _renders_in_engine(config):
+        tell(f"prompts are tokenized in the engine process: {reason_for_engine(_tokenizer(config))}")
+        raw = Renderer(settings, None)
+        return lambda row: (None, raw.prompt(row))
+    renderer = Renderer(settings, load_tokenizer(_tokenizer(config)))
+    return lambda row: (renderer.render(row), None)
+
+
+def _tokenizer(config: Config) -> TokenizerSettings:
+    return TokenizerSettings.from_engine(config.model, config.engine)
+
+
+def _renders_in_engine(config: Config) -> bool:
+    return config.run.engine == "vllm" and reason_for_engine(_tokenizer(config)) is not None
+
+
+def visible_gpus(environ: Mapping[str, str]) -> list[str]:
+    """The GPUs that this process may use, as CUDA names them, without loading CUDA here."""
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [each.strip() for each in named.split(",") if each.strip() not in ("", "-1")]
+    nodes = [name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()]
+    return [str(index) for index in range(len(nodes))]

@@ -1,0 +1,321 @@
+"""Two or more ranks: torch.distributed's gloo backend and its TCPStore. Home of `torch.distributed`.
+
+Every rank renews a lease in the store. A rank that is killed closes its connections, one that hangs or is cut off
+stops renewing: either way the others can go on without it (`GlooGroup.shrink`), as long as rank 0, which keeps the
+store, is among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from dpgen.collectives import Group, PeerLost, Pending
+from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
+from dpgen.topology import Topology
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_FOREVER = timedelta(days=20)  # gloo counts milliseconds in 32 bits, signed: 24.8 days is its longest
+_JOIN_TIMEOUT = timedelta(minutes=30)  # until every rank has been started: a batch system may start them one by one
+_FAILURE = "dpgen/failure"
+_LOOK_INTERVAL_S = 0.5
+_RENEW_INTERVAL_S = 2.0
+_LEASE_S = 60.0  # not renewed for so long: lost
+_BROKEN_LEASE_S = 15.0  # the same, once the group is known to be broken
+_POLL_S = 0.05
+
+
+class GlooGroup(Group):
+    """See `Group`."""
+
+    store: Any  # torch.distributed.Store, which has more than claims need
+
+    def __init__(self, topology: Topology) -> None:
+        """Joins; returns when all ranks have.
+
+        Raises:
+            DpgenError: not all ranks came within half an hour, or the store can't be reached.
+        """
+        _raise_file_limit(64 + 4 * topology.dp_size)
+        self.rank, self.size = topology.dp_rank, topology.dp_size
+        self._first_rank = topology.dp_rank  # its name for life; `rank` changes when the group shrinks
+        self._members = list(range(topology.dp_size))
+        self._epoch = 0
+        self._abandoned: list[Any] = []
+        self._next_look_s = 0.0
+        agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._hosts_store = topology.is_first and not agent_keeps_store
+        # torchrun ends and restarts all ranks when it sees one die; srun can leave the others alone.
+        self._may_shrink = topology.launcher == "slurm"
+        self._restart = topology.restart
+        try:
+            self._base = dist.TCPStore(  # type: ignore[attr-defined]
+                topology.master_addr,
+                topology.master_port,
+                None if agent_keeps_store else topology.dp_size,
+                is_master=self._hosts_store,
+                timeout=_JOIN_TIMEOUT,
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+            self._connect()
+        except (RuntimeError, ValueError) as error:
+            raise DpgenError(
+                f"rank {self.rank} could not join the group of {self.size} ranks at "
+                f"{topology.master_addr}:{topology.master_port}: {_brief(error)}"
+            ) from None
+        self._base.set_timeout(_FOREVER)
+        self.nodes = self.all_gather_object(topology.node)
+        self._leases = _Leases(self.store, self._first_rank)
+
+    def _connect(self) -> None:
+        # A restarted job may meet the store of its former self: each restart and each epoch has names of its own.
+        self.store = c10d.PrefixStore(f"dpgen/{self._restart}", self._base)
+        epoch = c10d.PrefixStore(f"epoch-{self._epoch}", self.store)
+        dist.init_process_group("gloo", store=epoch, rank=self.rank, world_size=self.size, timeout=_FOREVER)
+
+    def reduce(self, values: Sequence[int], op: Literal["sum", "min"]) -> Pending:
+        tensor = torch.tensor(list(values), dtype=torch.int64)
+        kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MIN
+        with self.telling_peer_failure():
+            return _GlooPending(self, dist.all_reduce(tensor, op=kind, async_op=True), tensor)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        with self.telling_peer_failure():
+            dist.all_gather_object(found, value)
+        return found
+
+    def gather_object(self, value: Any) -> list[Any] | None:
+        found: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        with self.telling_peer_failure():
+            dist.gather_object(value, found, dst=0)
+        return found
+
+    def union(self, mask: np.ndarray) -> np.ndarray:
+        tensor = torch.from_numpy(mask.astype("uint8"))
+        with self.telling_peer_failure():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.numpy().astype(bool)
+
+    def raise_if_peer_failed(self) -> None:
+        now = time.monotonic()
+        if now < self._next_look_s:
+            return
+        self._next_look_s = now + _LOOK_INTERVAL_S
+        with self.telling_peer_failure():
+            self._raise_if_announced()
+            if self.store.check([self._shrink_key(self._epoch + 1)]):
+                raise PeerLost("another rank was lost")
+            stale = self._leases.stale(self._members, _LEASE_S)
+        if stale:
+            raise PeerLost(f"rank {stale[0]} has not been heard of for {_LEASE_S:.0f} s")
+
+    def _raise_if_announced(self) -> None:
+        if self.store.check([_FAILURE]):
+            raise self._peer_failure()
+
+    def announce_failure(self, message: str, exit_status: int) -> bool:
+        try:
+            is_first: bool = self.store.add(f"{_FAILURE}/count", 1) == 1
+            if is_first:
+                note = {"rank": self._first_rank, "message": message, "exit_status": exit_status}
+                self.store.set(_FAILURE, json.dumps(note))
+        except RuntimeError:
+            return True  # the store is gone, so nobody else can have said it
+        self.acknowledge_failure()
+        return is_first
+
+    def acknowledge_failure(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone: there is nobody to tell
+            self.store.add(f"{_FAILURE}/heard", 1)
+
+    def close(self) -> None:
+        self._leases.stop()
+        if self._hosts_store:
+            self._outlast_peers()
+        if not self._abandoned and dist.is_initialized():
+            dist.destroy_process_group()
+
+    # ---- going on without a rank
+
+    def shrink(self) -> None:
+        if not self._may_shrink:
+            raise self._peer_failure(lost="a rank is gone")
+        with self.telling_peer_failure():
+            self._epoch += 1
+            self.store.set(self._shrink_key(self._epoch), "1")
+            self.store.set(f"{self._shrink_key(self._epoch)}/{self._first_rank}", "1")
+            members = self._choose_members() if self.rank == 0 else self._await_members()
+        if self._first_rank not in members:
+            raise PeerFailed("this rank was given up by the others, who had not heard of it", EXIT_RESUMABLE)
+        self.nodes = [self.nodes[self._members.index(member)] for member in members]
+        self._members = members
+        self.rank, self.size = members.index(self._first_rank), len(members)
+        self._abandon_world()
+        with self.telling_peer_failure():
+            self._connect()
+
+    def _shrink_key(self, epoch: int) -> str:
+        return f"dpgen/shrink/{epoch}"
+
+    def _choose_members(self) -> list[int]:
+        """On rank 0: waits for every rank that still renews its lease, and publishes who has come."""
+        key = self._shrink_key(self._epoch)
+        while True:
+            here = [member for member in self._members if self.store.check([f"{key}/{member}"])]
+            gone = self._leases.stale(self._members, _BROKEN_LEASE_S)
+            if set(here) | set(gone) >= set(self._members):
+                break
+            self._raise_if_announced()
+            time.sleep(_POLL_S)
+        self.store.set(f"{key}/members", json.dumps(here))
+        return here
+
+    def _await_members(self) -> list[int]:
+        key = f"{self._shrink_key(self._epoch)}/members"
+        while not self.store.check([key]):
+            self._raise_if_announced()
+            time.sleep(_POLL_S)
+        members: list[int] = json.loads(self.store.get(key))
+        return members
+
+    def _abandon_world(self) -> None:
+        """Forgets torch.distributed's world without destroying it: that waits for collectives that never end.
+
+        `init_process_group` may then be called again. There is no public way to do this (torch 2.13).
+        """
+        world = c10d._world
+        self._abandoned.append(world.default_pg)
+        for table in (
+            world.pg_map,
+            world.pg_names,
+            world.pg_group_ranks,
+            world.pg_backend_config,
+            world.pg_to_tag,
+            world.tags_to_pg,
+            world.pg_coalesce_state,
+        ):
+            table.clear()
+        c10d._update_default_pg(None)
+
+    @contextmanager
+    def telling_peer_failure(self) -> Iterator[None]:
+        """Turns gloo's and the store's low-level errors into the failure that a peer announced before it died."""
+        try:
+            yield
+        except DpgenError:
+            raise
+        except RuntimeError as error:  # torch.distributed's errors are all RuntimeErrors
+            raise self._peer_failure(lost=_brief(error)) from None
+
+    def _peer_failure(self, lost: str | None = None) -> PeerFailed:
+        """What the failing peer announced, or that one vanished without a word."""
+        deadline_s = time.monotonic() + (2.0 if lost else 0.0)
+        try:
+            while not self.store.check([_FAILURE]):
+                if time.monotonic() >= deadline_s:
+                    break
+                time.sleep(_POLL_S)  # the announcement and the closed connection may arrive in either order
+            else:
+                note = json.loads(self.store.get(_FAILURE))
+                return PeerFailed(f"rank {note['rank']} failed: {note['message']}", int(note["exit_status"]))
+        except RuntimeError as error:
+            return StoreLost(f"rank {self._first_rank} lost rank 0, which keeps the store ({_brief(error)})")
+        return PeerLost(f"rank {self._first_rank} lost contact with another rank, killed or cut off ({lost})")
+
+    def _outlast_peers(self, limit_s: float = 10.0) -> None:
+        """Keeps the store up until the others have read a failure from it, or a while at most."""
+        deadline_s = time.monotonic() + limit_s
+        try:
+            while self.store.check([_FAILURE]) and time.monotonic() < deadline_s:
+                if self.store.add(f"{_FAILURE}/heard", 0) >= self.size:
+                    return
+                time.sleep(_POLL_S)
+        except RuntimeError:
+            return
+
+
+class StoreLost(PeerFailed):
+    """The store's host is gone: what is finished stays in the journals, and the same command goes on from it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, EXIT_RESUMABLE)
+
+
+class _GlooPending:
+    def __init__(self, group: GlooGroup, work: Any, tensor: torch.Tensor) -> None:
+        self._group, self._work, self._tensor = group, work, tensor
+
+    def done(self) -> bool:
+        with self._group.telling_peer_failure():
+            if not self._work.is_completed():
+                self._group.raise_if_peer_failed()
+                return False
+            self._work.wait()  # raises what the collective ran into
+            return True
+
+    def result(self) -> list[int]:
+        return [int(each) for each in self._tensor.tolist()]
+
+
+class _Leases:
+    """A counter a rank in the store, counted up by a thread for as long as the rank's process runs."""
+
+    def __init__(self, store: Any, rank: int) -> None:
+        self._store, self._rank = store, rank
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._renew, args=(store.clone(),), daemon=True)
+        self._thread.start()
+
+    def stale(self, members: Sequence[int], limit_s: float) -> list[int]:
+        """The members whose counter has stood still for `limit_s` or longer, as far as this rank has watched."""
+        now = time.monotonic()
+        found = []
+        for member in members:
+            count = self._store.add(f"dpgen/lease/{member}", 0)
+            before, since_s = self._seen.get(member, (-1, now))
+            if count != before:
+                self._seen[member] = (count, now)
+            elif now - since_s >= limit_s:
+                found.append(member)
+        return found
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _renew(self, store: Any) -> None:
+        try:
+            while not self._stopped.wait(_RENEW_INTERVAL_S):
+                store.add(f"dpgen/lease/{self._rank}", 1)
+        except RuntimeError:
+            return  # the store is gone; the main thread meets that itself
+
+
+def _brief(error: Exception) -> str:
+    """A library's error without its place in the source, its advice and its jokes."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line.rpartition("] ")[2].partition(". This is typically")[0]
+
+
+def _raise_file_limit(extra: int) -> None:
+    """Raises the soft limit of open files towards the hard one: gloo holds about 20 + 2 x ranks a process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + extra if hard == resource.RLIM_INFINITY else min(hard, soft + extra)
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,104 @@
+"""Being told to stop: by a signal, by `run.time_limit`, or by SLURM's end time.
+
+While rows are generated the loop asks (`Stop.reason`) and ends in good order; elsewhere the signal raises at once.
+A second signal ends the process on the spot: what was synced stays, and the engine dies with its rank.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+
+from dpgen.errors import EXIT_RESUMABLE, ConfigError, Interrupted
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SAME_SIGNAL_S = 1.0  # a launcher and a terminal may both pass on one Ctrl-C
+_HINT = "the same command goes on from here"
+
+
+class Stop:
+    """Whether, and why, the run is to stop.
+
+    Args:
+        deadline_s: when to stop, in seconds since the epoch; None for never.
+        deadline_name: what set it, for the message.
+    """
+
+    def __init__(
+        self, deadline_s: float | None = None, deadline_name: str = "", clock: Callable[[], float] = time.time
+    ) -> None:
+        self._deadline_s, self._deadline_name, self._clock = deadline_s, deadline_name, clock
+        self._signal: signal.Signals | None = None
+        self._told_s = 0.0
+        self._may_raise = True
+
+    def install(self) -> None:
+        """Takes SIGTERM, SIGINT and SIGUSR1 for this process."""
+        for number in _SIGNALS:
+            signal.signal(number, self._hear)
+
+    @property
+    def reason(self) -> str | None:
+        """Why to stop now; None to go on."""
+        if self._signal is not None:
+            return f"told to stop by {self._signal.name}; {_HINT}"
+        if self._deadline_s is not None and self._clock() >= self._deadline_s:
+            return f"{self._deadline_name} is near; {_HINT}"
+        return None
+
+    @contextmanager
+    def asked_for(self) -> Iterator[None]:
+        """Within this block signals don't raise: whoever runs it asks for the reason, often."""
+        self._may_raise = False
+        try:
+            yield
+        finally:
+            self._may_raise = True
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signal is not None:
+            if now - self._told_s > _SAME_SIGNAL_S:
+                os._exit(EXIT_RESUMABLE)
+            return
+        self._signal, self._told_s = signal.Signals(number), now
+        if self._may_raise:
+            raise Interrupted(self.reason)
+
+
+def deadline(
+    time_limit: str | None, margin_s: float, environ: Mapping[str, str], started_s: float
+) -> tuple[float | None, str]:
+    """When to stop (seconds since the epoch), and what set that: the sooner of `run.time_limit` and SLURM's end.
+
+    Args:
+        time_limit: seconds, or H:MM:SS; None for no limit.
+        margin_s: how long before SLURM's end to stop.
+        started_s: when the run started.
+    """
+    found: list[tuple[float, str]] = []
+    if time_limit is not None:
+        found.append((started_s + parse_time_limit(time_limit), f"run.time_limit={time_limit}"))
+    end = environ.get("SLURM_JOB_END_TIME", "")
+    if end.isdigit():
+        found.append((int(end) - margin_s, "SLURM's time limit"))
+    return min(found) if found else (None, "")
+
+
+def parse_time_limit(text: str) -> float:
+    """``'90'`` or ``'0:01:30'`` → 90.0 seconds.
+
+    Raises:
+        ConfigError: neither of these.
+    """
+    parts = str(text).split(":")
+    if not 1 <= len(parts) <= 3 or not all(part.strip().isdigit() for part in parts):
+        raise ConfigError(f"run.time_limit is {text!r}; it must be seconds, or H:MM:SS in quotes")
+    seconds = 0.0
+    for part in parts:
+        seconds = 60 * seconds + int(part)
+    return seconds

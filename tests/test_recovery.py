@@ -1,0 +1,247 @@
+"""What dies, and when: engines, ranks, launchers; and being told to stop. No row is lost, doubled, or given up."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Launcher, engines_of, numbered, result_of, wait_for
+
+pytestmark = pytest.mark.multi
+
+WriteConfig = Callable[..., str]
+
+
+def journaled(run_dir: Path) -> int:
+    """Bytes of results that have reached the disk so far."""
+    return sum(path.stat().st_size for path in run_dir.glob("journal/*.journal"))
+
+
+def results(tmp_path: Path, count: int) -> list[dict[str, Any]]:
+    found = result_of(tmp_path / "run")
+    assert [row["row_id"] for row in found] == list(range(count))
+    return found
+
+
+def undisturbed(launcher: Launcher, conf: str, tmp_path: Path) -> list[dict[str, Any]]:
+    job = launcher.dpgen("run", conf, f"run.dir={tmp_path / 'undisturbed' / 'run'}", "engine.step_s=0")
+    assert job.wait() == 0, job.output
+    return result_of(tmp_path / "undisturbed" / "run")
+
+
+# ---- engines
+
+
+def test_a_killed_engine_is_replaced_and_nobody_else_notices(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(120), engine={"step_s": 0.02, "max_num_seqs": 4})
+    job = launcher.dpgen("run", conf, ranks=2)
+    wait_for(lambda: journaled(tmp_path / "run") > 1000)
+    os.kill(engines_of(job)[0], signal.SIGKILL)
+    assert job.wait() == 0, job.output
+    assert job.output.count("the engine process was ended by SIGKILL; starting it again") == 1, job.output
+    assert results(tmp_path, 120) == undisturbed(launcher, conf, tmp_path)
+
+
+def test_a_hung_engine_is_replaced(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    conf = write_config(numbered(60), run={"engine_timeout_s": 3}, engine={"step_s": 0.02, "max_num_seqs": 4})
+    job = launcher.dpgen("run", conf)
+    wait_for(lambda: journaled(tmp_path / "run") > 500)
+    os.kill(engines_of(job)[0], signal.SIGSTOP)
+    assert job.wait() == 0, job.output
+    assert re.search(r"the engine said nothing for \d s while it had work", job.output), job.output
+    results(tmp_path, 60)
+
+
+def test_a_row_that_kills_its_engine_is_recorded_and_the_run_goes_on(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(40), engine={"crash_on": "number 17", "max_num_seqs": 4}, work={"reserve_rows": 2})
+    job = launcher.dpgen("run", conf, ranks=2)
+    assert job.wait() == 0, job.output
+    errors = {row["row_id"]: row["error"] for row in results(tmp_path, 40) if row["error"]}
+    assert list(errors) == [17]
+    assert errors[17]["type"] == "poison_row" and "SIGKILL" in errors[17]["message"]
+
+
+@pytest.mark.parametrize("steal", ["true", "false"])
+def test_an_engine_that_does_not_come_back_leaves_its_rows_to_the_others(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, steal: str
+) -> None:
+    conf = write_config(numbered(60), run={"max_engine_deaths": 1})
+    jobs = launcher.srun_like(
+        "run", conf, f"work.steal={steal}", each=[["engine.step_s=0.01"], ["engine.crash_on=row"]]
+    )
+    assert [job.wait() for job in jobs] == [0, 0], "".join(job.output for job in jobs)
+    assert "given up after 1 deaths in a row" in jobs[1].output
+    assert all(row["error"] is None for row in results(tmp_path, 60))
+
+
+def test_only_when_no_engine_is_left_does_the_run_fail_and_it_can_go_on(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(30), run={"max_engine_deaths": 1})
+    jobs = launcher.srun_like("run", conf, "engine.crash_on=row", each=[[], []])
+    assert [job.wait(60) for job in jobs] == [75, 75]
+    assert sum(job.output.count("every engine was given up") for job in jobs) == 1
+    assert launcher.dpgen("run", conf).wait() == 0
+    assert all(row["error"] is None for row in results(tmp_path, 30))
+
+
+# ---- ranks
+
+
+def test_ranks_under_srun_go_on_without_one_that_was_killed(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(200), engine={"step_s": 0.02, "max_num_seqs": 4})
+    jobs = launcher.srun_like("run", conf, each=[[], [], []])
+    wait_for(lambda: journaled(tmp_path / "run") > 3000)
+    os.kill(jobs[1].process.pid, signal.SIGKILL)
+    assert [job.wait(120) for job in jobs] == [0, -signal.SIGKILL, 0], "".join(job.output for job in jobs)
+    assert "going on without it" in jobs[0].output
+    wait_for(lambda: not engines_of(jobs[1]))
+    assert results(tmp_path, 200) == undisturbed(launcher, conf, tmp_path)
+
+
+@pytest.mark.slow
+def test_ranks_under_srun_go_on_without_one_that_hangs(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(200), engine={"step_s": 0.02, "max_num_seqs": 4})
+    jobs = launcher.srun_like("run", conf, each=[[], [], []])
+    wait_for(lambda: journaled(tmp_path / "run") > 3000)
+    os.kill(jobs[2].process.pid, signal.SIGSTOP)
+    assert [job.wait(200) for job in jobs[:2]] == [0, 0], "".join(job.output for job in jobs)
+    assert "rank 2 has not been heard of for 60 s" in "".join(job.output for job in jobs)
+    os.kill(jobs[2].process.pid, signal.SIGCONT)
+    assert jobs[2].wait(60) != 0, "a zombie does not claim success"
+    results(tmp_path, 200)
+
+
+def test_losing_the_stores_host_leaves_a_run_that_can_go_on(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(200), engine={"step_s": 0.02, "max_num_seqs": 4})
+    jobs = launcher.srun_like("run", conf, each=[[], [], []])
+    wait_for(lambda: journaled(tmp_path / "run") > 3000)
+    os.kill(jobs[0].process.pid, signal.SIGKILL)
+    assert [job.wait(60) for job in jobs] == [-signal.SIGKILL, 75, 75]
+    again = launcher.dpgen("run", conf, "engine.step_s=0", ranks=2)
+    assert again.wait() == 0, again.output
+    assert re.search(r"attempt 2: [1-9]\d* of 200 rows are done", again.output)
+    results(tmp_path, 200)
+
+
+def test_torchrun_restarts_after_a_killed_rank_and_the_run_goes_on(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(120), engine={"step_s": 0.02, "max_num_seqs": 4})
+    job = launcher.dpgen("run", conf, ranks=2, torchrun=["--max-restarts", "2"])
+    wait_for(lambda: journaled(tmp_path / "run") > 1000)
+    os.kill(ranks_of(job.process.pid)[1], signal.SIGKILL)
+    assert job.wait() == 0, job.output
+    assert re.search(r"attempt 2: [1-9]\d* of 120 rows are done", job.output), job.output
+    results(tmp_path, 120)
+
+
+def ranks_of(launcher_pid: int) -> list[int]:
+    """Ids of the rank processes below a launcher."""
+    children = Path(f"/proc/{launcher_pid}/task/{launcher_pid}/children").read_text().split()
+    return sorted(int(pid) for pid in children if b"dpgen" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+# ---- resuming
+
+
+def test_an_unfinished_run_goes_on_where_it_stopped_at_any_world_size(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(150), engine={"step_s": 0.02, "max_num_seqs": 4})
+    done = 0
+    for ranks in (2, 1, 3):
+        job = launcher.dpgen("run", conf, ranks=ranks)
+        before = journaled(tmp_path / "run")
+        wait_for(lambda before=before: journaled(tmp_path / "run") > before + 1500)
+        job.end()
+        told = re.search(r"attempt \d: (\d+) of 150 rows are done", job.output)
+        assert told is None or int(told[1]) > done
+        done = int(told[1]) if told else done
+    job = launcher.dpgen("run", conf, "engine.step_s=0")
+    assert job.wait() == 0, job.output
+    assert results(tmp_path, 150) == undisturbed(launcher, conf, tmp_path)
+
+
+def test_resume_never_wants_an_empty_folder(launcher: Launcher, write_config: WriteConfig) -> None:
+    conf = write_config(numbered(5))
+    assert launcher.dpgen("run", conf, "run.resume=never").wait() == 0
+    again = launcher.dpgen("run", conf, "run.resume=never", "sampling.max_tokens=3")
+    assert again.wait() == 2
+    assert "is not empty" in again.output
+
+
+# ---- being told to stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_it_well_within_five_seconds(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, number: signal.Signals
+) -> None:
+    conf = write_config(numbered(300), engine={"step_s": 0.02, "max_num_seqs": 4})
+    jobs = launcher.srun_like("run", conf, each=[[], []])
+    wait_for(lambda: journaled(tmp_path / "run") > 1000)
+    told_s = time.monotonic()
+    for job in jobs:
+        job.process.send_signal(number)
+    assert [job.wait(10) for job in jobs] == [75, 75]
+    assert time.monotonic() - told_s < 5
+    output = "".join(job.output for job in jobs)
+    assert output.count(f"told to stop by {number.name}; the same command goes on from here") == 1, output
+    assert "Traceback" not in output
+    again = launcher.dpgen("run", conf, "engine.step_s=0")
+    assert again.wait() == 0
+    results(tmp_path, 300)
+
+
+def test_a_stop_during_start_up_is_as_quick(launcher: Launcher, write_config: WriteConfig) -> None:
+    job = launcher.dpgen("run", write_config(numbered(30)), "engine.load_s=60")
+    wait_for(lambda: "30 rows over 1 rank" in job.output)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(5) == 75
+    wait_for(lambda: not engines_of(job))
+
+
+def test_a_time_limit_stops_it(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    conf = write_config(numbered(300), engine={"step_s": 0.05, "max_num_seqs": 4})
+    job = launcher.dpgen("run", conf, "run.time_limit=4")
+    assert job.wait(60) == 75
+    assert "run.time_limit=4 is near" in job.output
+    assert journaled(tmp_path / "run") > 100
+
+
+def test_slurms_end_time_stops_it(launcher: Launcher, write_config: WriteConfig) -> None:
+    conf = write_config(numbered(300), run={"stop_margin_s": 60}, engine={"step_s": 0.05})
+    [job] = launcher.srun_like("run", conf, each=[[]], SLURM_JOB_END_TIME=str(int(time.time()) + 62))
+    assert job.wait(60) == 75
+    assert "SLURM's time limit is near" in job.output
+
+
+def test_a_second_live_run_on_the_folder_is_refused(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(300), engine={"step_s": 0.05})
+    first = launcher.dpgen("run", conf)
+    wait_for(lambda: journaled(tmp_path / "run") > 100)
+    second = launcher.dpgen("run", conf)
+    assert second.wait(60) == 2
+    assert "another run is at work" in second.output
+    first.end()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["attempt"] == 1
