@@ -42,7 +42,15 @@ class PeerFailed(DpgenError):
 
 
 class EngineError(DpgenError):
-    """An engine could not be started, died, or broke its protocol."""
+    """An engine could not be started, died, or broke its protocol.
+
+    Args:
+        was_killed: it was ended by a signal, without a word of its own: another start may fare better.
+    """
+
+    def __init__(self, message: str, *, was_killed: bool = False) -> None:
+        super().__init__(message)
+        self.was_killed = was_killed
 
     @property
     def first_line(self) -> str:

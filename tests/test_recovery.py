@@ -245,3 +245,14 @@ def test_a_second_live_run_on_the_folder_is_refused(
     assert "another run is at work" in second.output
     first.end()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["attempt"] == 1
+
+
+def test_an_engine_killed_while_it_starts_is_started_again(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    job = launcher.dpgen("run", write_config(numbered(30)), "engine.load_s=3", ranks=2)
+    wait_for(lambda: "30 rows over 2 ranks" in job.output and len(engines_of(job)) == 2)
+    os.kill(engines_of(job)[1], signal.SIGKILL)
+    assert job.wait() == 0, job.output
+    assert job.output.count("while it was starting; starting it again") == 1
+    results(tmp_path, 30)

@@ -140,7 +140,8 @@ class EngineProcess:
         status = self._process.returncode
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
         said = "".join(f"\n    {line}" for line in self._tail)
-        return EngineError(f"the engine process {how}" + (f"; its last lines:{said}" if said else ""))
+        message = f"the engine process {how}" + (f"; its last lines:{said}" if said else "")
+        return EngineError(message, was_killed=status < 0)
 
     def _read_lines(self, say: Callable[[str], None]) -> None:
         assert self._process.stdout is not None

@@ -87,10 +87,15 @@ class EngineSupervisor:
             ConfigError: an option is illegal.
             EngineError: the engine died.
         """
-        checked = self._await(Checked, while_waiting)
-        if checked.problem is not None:
-            raise ConfigError(checked.problem)
-        return checked.notes
+        while True:
+            try:
+                checked = self._await(Checked, while_waiting)
+            except EngineError as error:
+                self._restart_or_raise(error)
+                continue
+            if checked.problem is not None:
+                raise ConfigError(checked.problem)
+            return checked.notes
 
     def load(self, agree_kv: Callable[[int], int], while_waiting: Callable[[], None]) -> EngineInfo:
         """Loads the model; with less, if memory runs out.
@@ -111,15 +116,22 @@ class EngineSupervisor:
                 self._process.agree_kv(min(self._kv_bytes, measured))
                 self._info = self._await(Ready, while_waiting).info
             except EngineError as error:
-                self._deaths_in_a_row += 1
-                if not error.is_out_of_memory or not self._use_less(error) or self._is_hopeless:
-                    raise
-                self._process = self._start(self._spec)
+                self._restart_or_raise(error)
                 self.check(while_waiting)
         self._deaths_in_a_row = 0
         self._is_ready = True
         self._heard_s = self._clock()
         return self._info
+
+    def _restart_or_raise(self, error: EngineError) -> None:
+        """After a death before the engine was ready: worth another start, or a fault that will be there again?"""
+        self.num_deaths += 1
+        self._deaths_in_a_row += 1
+        smaller = error.is_out_of_memory and self._use_less(error)
+        if not (smaller or error.was_killed) or self._is_hopeless:
+            raise error
+        self._say(f"{error} while it was starting; starting it again")
+        self._process = self._start(self._spec)
 
     def _await(self, kind: type[E], while_waiting: Callable[[], None]) -> E:
         assert self._process is not None
