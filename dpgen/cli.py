@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dpgen.config import MISSING, Config, legal_keys, load
@@ -14,6 +15,7 @@ from dpgen.errors import EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, PeerFaile
 
 _USAGE = """\
 usage: dpgen run CONFIG.yaml [MORE.yaml ...] [key=value ...]
+       dpgen verify RUN_DIR [--json] [--no-input]    checks a run folder, finished or not
 
   torchrun --nproc-per-node N -m dpgen run ...    N ranks on this machine
   srun -n N python -m dpgen run ...               ranks from SLURM
@@ -37,6 +39,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"dpgen {version('dpgen')}")
         return EXIT_OK
     command, arguments = argv[0], argv[1:]
+    if command == "verify":
+        from dpgen.commands.verify import main as verify
+
+        return verify(arguments)
     if command != "run":
         print(f"dpgen: there is no command {command!r}; see dpgen --help", file=sys.stderr)
         return EXIT_USAGE
@@ -87,7 +93,9 @@ def _config(arguments: Sequence[str]) -> Config:
 
 def _end(group: Any, error: DpgenError, quiet: bool = False) -> int:
     """Tells the other ranks, and the user if none of them has; the exit status."""
-    if not quiet and group.announce_failure(str(error), error.exit_status):
+    if quiet:
+        group.acknowledge_failure()
+    elif group.announce_failure(str(error), error.exit_status):
         _report(f"dpgen: {'error' if error.exit_status != 75 else 'stopped'}: {error}")
     return error.exit_status
 
@@ -100,12 +108,10 @@ def _report(message: str) -> None:
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        import time
-
-        info = {
-            "message": message,
-            "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))},
-        }
+        # torchrun takes the earliest failure for the root cause, in whole seconds; ranks that only follow end
+        # within the same one.
+        failed_s = int(time.time()) - 1
+        info = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(failed_s)}}
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": info}, file)
     else:
@@ -130,6 +136,3 @@ def _wrapped(text: str) -> list[str]:
     import textwrap
 
     return textwrap.wrap(text, width=100, initial_indent="      ", subsequent_indent="      ")
-
-
-Command = Callable[[Sequence[str]], int]

@@ -54,7 +54,7 @@ class RunConfig:
     max_engine_deaths: int = _key(
         "give an engine up after so many deaths in a row without a finished row between them; other ranks take "
         "its rows",
-        5,
+        8,
     )
     time_limit: str | None = _key("stop after so long, resumable: seconds, or 'H:MM:SS' (in quotes, for YAML)")
     stop_margin_s: float = _key("how long before SLURM's end time to stop", 60.0)

@@ -6,23 +6,23 @@ numbers a row, and one batch of rows at a time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpgen.config import OutputConfig
 from dpgen.errors import ConfigError, DpgenError, nearest
 from dpgen.folder import RunFolder, write_whole
-from dpgen.journal import Index, scan, sync_folder
-from dpgen.records import Completion, RowResult, decode
+from dpgen.journal import DamagedRecord, Index, Reader, mend, scan, sync_folder
+from dpgen.records import Completion, RowResult
 from dpgen.rows import Rows
+from dpgen.tally import Tally
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,6 +76,11 @@ def write_dataset(
     _check_complete(index, len(rows))
     try:
         facts = _write_files(rows, index, folder, config, kept, has_samples)
+    except DamagedRecord as error:
+        raise DpgenError(
+            f"{error}; with it {len(mend(error.path))} rows are lost, and count as missing now: run the same command "
+            "again to generate them"
+        ) from None
     except OSError as error:
         raise DpgenError(
             f"{folder.dataset} can't be written: {error.strerror}; the rows are safe in {folder.journal}: make room, "
@@ -109,17 +114,16 @@ def _write_files(
     shutil.rmtree(temporary, ignore_errors=True)  # a crash while writing left it; it is made anew from the journal
     temporary.mkdir()
     num_files = max(1, -(-len(rows) // config.rows_per_file))
-    digest = hashlib.blake2b(digest_size=16)
-    facts = {"num_rows": len(rows), "num_errors": int(index.error.sum()), "num_generated_tokens": 0}
+    tally = Tally()
     with ExitStack() as stack:
         schema = rows.schema_with(_result_schema(has_samples, config.token_ids), kept)
         out = stack.enter_context(_Output(temporary, config, schema, has_samples, num_files))
-        inputs = [stack.enter_context(path.open("rb")) for path in index.files]
+        reader = stack.enter_context(Reader(index))
         for start, table in _with_input(rows, kept):
-            results = [_read(index, inputs, row) for row in range(start, start + table.num_rows)]
+            # The index has every row once, sorted: entry i is row i.
+            results = [reader.result(row) for row in range(start, start + table.num_rows)]
             for result in results:
-                digest.update(repr(result).encode("utf-8", "backslashreplace"))
-                facts["num_generated_tokens"] += result.num_generated_tokens
+                tally.add(result)
             out.write(table, results)
     for path in temporary.iterdir():
         with path.open("rb") as file:
@@ -129,7 +133,7 @@ def _write_files(
         shutil.rmtree(folder.dataset)
     temporary.replace(folder.dataset)
     sync_folder(folder.path)
-    return {**facts, "hash": digest.hexdigest()}
+    return tally.facts()
 
 
 def _with_input(rows: Rows, kept: list[str] | None) -> Iterator[tuple[int, pa.Table]]:
@@ -137,12 +141,6 @@ def _with_input(rows: Rows, kept: list[str] | None) -> Iterator[tuple[int, pa.Ta
     for table in rows.tables(_BATCH_ROWS, kept):
         yield start, table
         start += table.num_rows
-
-
-def _read(index: Index, files: Sequence[BinaryIO], row: int) -> RowResult:
-    file = files[index.file[row]]  # the index has every row once, sorted: entry i is row i
-    file.seek(int(index.offset[row]))
-    return decode(file.read(int(index.length[row])))
 
 
 class _Output:
@@ -165,7 +163,7 @@ class _Output:
 
     def write(self, table: pa.Table, results: list[RowResult]) -> None:
         """Appends rows: the input's kept columns, and their results."""
-        for name, values in _result_columns(results, self._has_samples, self._config.token_ids).items():
+        for name, values in result_columns(results, self._has_samples, self._config.token_ids).items():
             table = table.append_column(name, [values])
         table = table.cast(self._schema)
         while table.num_rows:
@@ -200,11 +198,11 @@ class _Output:
 def _result_schema(has_samples: bool, token_ids: bool) -> pa.Schema:
     import pyarrow as pa
 
-    columns = _result_columns([], has_samples, token_ids)
+    columns = result_columns([], has_samples, token_ids)
     return pa.schema([(name, values.type) for name, values in columns.items()])
 
 
-def _result_columns(results: list[RowResult], has_samples: bool, token_ids: bool) -> dict[str, pa.Array]:
+def result_columns(results: list[RowResult], has_samples: bool, token_ids: bool) -> dict[str, pa.Array]:
     """The result's columns as Arrow arrays; with samples, a list a row in those that are a sample's."""
     import pyarrow as pa
 

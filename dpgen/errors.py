@@ -7,6 +7,7 @@ The exit status belongs to the type, so that `__main__` needs no table:
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Collection
 
 EXIT_OK = 0
@@ -45,12 +46,17 @@ class EngineError(DpgenError):
     """An engine could not be started, died, or broke its protocol.
 
     Args:
-        was_killed: it was ended by a signal, without a word of its own: another start may fare better.
+        signal: what ended the process, where it ended without a word of its own.
     """
 
-    def __init__(self, message: str, *, was_killed: bool = False) -> None:
+    def __init__(self, message: str, *, signal: signal.Signals | None = None) -> None:
         super().__init__(message)
-        self.was_killed = was_killed
+        self.signal = signal
+
+    @property
+    def is_from_outside(self) -> bool:
+        """Whether somebody else ended the engine: an operator, a batch system, the kernel when memory ran out."""
+        return self.signal in (signal.SIGKILL, signal.SIGTERM)
 
     @property
     def first_line(self) -> str:

@@ -1,205 +1,218 @@
-"""The journal: every finished row, appended and synced within a second, in files that one attempt of one rank owns.
+"""The journal: every finished row, appended and synced within a second, in segments that one attempt of one rank owns.
 
-A segment is a magic line, then frames: length, CRC-32, row index, flags (14.. see `_HEAD`), payload. Nothing is ever
-appended to another attempt's segment. A crash can leave a torn frame at the end of a segment: reading stops there,
-and at any frame whose checksum is wrong.
+Nothing is ever appended to another attempt's segment. A thread beside the caller writes what has come together and
+syncs it as one group; what is appended meanwhile makes the next. A segment that has grown large is sealed and the
+next begun: see `journal_segment` for its writing, `journal_format` for its bytes, `journal_read` for reading it back.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import struct
+import threading
 import time
-import zlib
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
+from dpgen import journal_format as fmt
 from dpgen.errors import DpgenError
+from dpgen.files import Files, sync_folder
+from dpgen.journal_read import (
+    DamagedRecord,
+    Index,
+    Reader,
+    Segment,
+    last_attempt,
+    merge,
+    read_segment,
+    scan,
+    segments,
+)
+from dpgen.journal_segment import Group, SegmentFile, cant_be_written, mend
 from dpgen.records import RowResult, encode
 
-MAGIC = b"dpgen journal 1\n"
-_HEAD = struct.Struct("<IIqB")  # payload length, CRC-32 of (row, flags, payload), row index, flags
-_CHECKED = struct.Struct("<qB")
-_FLAG_ERROR = 1
-_SYNC_INTERVAL_S = 0.5
-_BUFFER_BYTES = 1 << 20
-_NAME = re.compile(r"attempt-(\d{4,})-rank-(\d{5,})\.journal")
+__all__ = [
+    "DamagedRecord",
+    "Index",
+    "Journal",
+    "Reader",
+    "Segment",
+    "last_attempt",
+    "mend",
+    "merge",
+    "read_segment",
+    "scan",
+    "segments",
+    "sync_folder",
+]
+
+SEGMENT_BYTES = 64 << 20
+SYNC_INTERVAL_S = 0.5
+_GROUP_BYTES = 8 << 20  # a group of this size is written at once
+_MOST_WAITING_BYTES = 64 << 20  # then the caller waits: a slow disk must not fill the memory
+_STALLED_S = 300.0
 
 
 class Journal:
-    """Appends this attempt's results; `tick` keeps them at most a second from the disk.
+    """Appends this attempt's results. A result is safe once it counts in `num_synced_rows`: within a second.
+
+    After a write or sync has failed nothing more is written, least of all the same again: the kernel may have dropped
+    the pages of a failed sync and would report the next one as done
+    (Rebello et al., "Can Applications Recover from fsync Failures?", USENIX ATC 2020).
+
+    Args:
+        segment_bytes: a segment is sealed once it is as large; it may exceed that by one group.
+        sync_interval_s: how long a result waits for others to share its sync.
+
+    Attributes:
+        paths: this attempt's segments so far; `path` is the last.
+        num_rows: results appended. num_synced_rows: of those, from the first on, the ones that are safe.
+        num_bytes: bytes written to the segments, their indices included.
 
     Raises:
         DpgenError: from any method, once something could not be written: the run must stop, and can be resumed.
     """
 
-    def __init__(self, folder: Path, attempt: int, rank: int) -> None:
-        self.path = folder / f"attempt-{attempt:04d}-rank-{rank:05d}.journal"
-        self.num_rows = 0
-        self.num_bytes = 0
-        self._buffer = bytearray(MAGIC)
-        self._syncer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal-sync")
-        self._syncing: Future[None] | None = None
-        self._unsynced_since_s: float | None = None
+    def __init__(
+        self,
+        folder: Path,
+        attempt: int,
+        rank: int,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        sync_interval_s: float = SYNC_INTERVAL_S,
+        files: Files | None = None,
+    ) -> None:
+        self.num_rows = self.num_synced_rows = self.num_bytes = 0
+        self.paths: list[Path] = []
+        self._folder, self._attempt, self._rank = folder, attempt, rank
+        self._files = files or Files()
+        self._segment_bytes, self._sync_interval_s = segment_bytes, sync_interval_s
+        self._changed = threading.Condition()  # guards all below
+        self._waiting = Group()
+        self._writing_since_s: float | None = None
+        self._hurry = self._closing = self._closed = False
+        self._broken: str | None = None
         try:
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            sync_folder(folder)
+            self._segment: SegmentFile | None = self._open_next()
         except OSError as error:
-            raise self._broken(error) from None
+            raise DpgenError(cant_be_written(self.path, error)) from None
+        # A daemon: a thread that hangs in a dead disk's sync must not keep the process from ending.
+        self._writer = threading.Thread(target=self._write_all, name="journal", daemon=True)
+        self._writer.start()
+
+    @property
+    def path(self) -> Path:
+        return self.paths[-1]
 
     def append(self, result: RowResult) -> None:
-        """Takes a result; it is safe from a crash once `tick` or `close` has synced it."""
+        """Takes a result; waits only where the disk is far behind."""
         payload = encode(result)
-        flags = _FLAG_ERROR if result.error is not None else 0
-        checksum = zlib.crc32(payload, zlib.crc32(_CHECKED.pack(result.row, flags)))
-        self._buffer += _HEAD.pack(len(payload), checksum, result.row, flags)
-        self._buffer += payload
-        self.num_rows += 1
-        if self._unsynced_since_s is None:
-            self._unsynced_since_s = time.monotonic()
-        if len(self._buffer) >= _BUFFER_BYTES:
-            self._write()
+        flags = fmt.FLAG_ERROR if result.error is not None else 0
+        with self._changed:
+            self._await(lambda: len(self._waiting.data) < _MOST_WAITING_BYTES)
+            assert not self._closing
+            is_first = not self._waiting.rows
+            self._waiting.add(result.row, flags, payload)
+            self.num_rows += 1
+            if is_first or len(self._waiting.data) >= _GROUP_BYTES:
+                self._changed.notify_all()
 
     def tick(self) -> None:
-        """Writes and syncs what is older than half a second; the sync itself runs beside the caller."""
-        if self._syncing is not None and self._syncing.done():
-            self._finish_sync()
-        if self._unsynced_since_s is None or self._syncing is not None:
-            return
-        if time.monotonic() - self._unsynced_since_s >= _SYNC_INTERVAL_S:
-            self._write()
-            self._unsynced_since_s = None
-            self._syncing = self._syncer.submit(os.fdatasync, self._fd)
+        """Raises what has gone wrong beside the caller; writing needs no tick."""
+        with self._changed:
+            self._raise_if_broken()
+
+    def sync(self) -> None:
+        """Waits until everything appended so far is safe."""
+        with self._changed:
+            wanted = self.num_rows
+            self._hurry = True
+            self._changed.notify_all()
+            self._await(lambda: self.num_synced_rows >= wanted)
 
     def close(self) -> None:
-        """Writes and syncs everything; safe to call twice."""
-        if self._fd < 0:
-            return
-        try:
-            if self._syncing is not None:
-                self._finish_sync()
-            self._write()
-            try:
-                os.fdatasync(self._fd)
-            except OSError as error:
-                raise self._broken(error) from None
-        finally:
-            os.close(self._fd)
-            self._fd = -1
-            self._syncer.shutdown()
-
-    def _finish_sync(self) -> None:
-        assert self._syncing is not None
-        try:
-            self._syncing.result()
-        except OSError as error:
-            raise self._broken(error) from None
-        self._syncing = None
-
-    def _write(self) -> None:
-        view = memoryview(bytes(self._buffer))
-        self._buffer.clear()
-        try:
-            while view:
-                written = os.write(self._fd, view)
-                self.num_bytes += written
-                view = view[written:]
-        except OSError as error:
-            raise self._broken(error) from None
-
-    def _broken(self, error: OSError) -> DpgenError:
-        return DpgenError(
-            f"the journal {self.path} can't be written: {error.strerror}; nothing that was synced is lost: "
-            "make room or mend the disk, then run the same command again"
-        )
-
-
-@dataclass(frozen=True)
-class Index:
-    """Where each finished row stands: arrays of one length, sorted by row, one entry a row.
-
-    Attributes:
-        files: the segments, in the order that `file` counts them.
-        row, offset, length: int64: row index, and where its payload starts and how long it is.
-        file: int32. error: bool: whether the row's result is an error.
-    """
-
-    files: tuple[Path, ...]
-    row: np.ndarray
-    file: np.ndarray
-    offset: np.ndarray
-    length: np.ndarray
-    error: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-
-def scan(folder: Path) -> Index:
-    """Reads all segments of a journal folder.
-
-    A row that stands in the journal twice (a second attempt at it) counts once: a completion before an error, then
-    the earlier attempt, the lower rank, the earlier place.
-    """
-    files = tuple(sorted(segments(folder), key=_attempt_and_rank))
-    parts: list[tuple[int, int, int, int, bool]] = []
-    for number, path in enumerate(files):
-        parts += [(row, number, offset, length, error) for row, offset, length, error in _frames(path)]
-    table = np.array(parts, dtype=np.int64).reshape(-1, 5)
-    # lexsort's last key is its first: by row, then completions first, then the order of reading.
-    table = table[np.lexsort((np.arange(len(table)), table[:, 4], table[:, 0]))]
-    keep = np.ones(len(table), dtype=bool)
-    keep[1:] = table[1:, 0] != table[:-1, 0]
-    row, file, offset, length, error = table[keep].T
-    return Index(files, row, file.astype(np.int32), offset, length, error.astype(bool))
-
-
-def segments(folder: Path) -> list[Path]:
-    """The segments in a journal folder; none if it isn't there."""
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-
-
-def last_attempt(folder: Path) -> int:
-    """The highest attempt that wrote here; 0 if none did."""
-    return max((_attempt_and_rank(path)[0] for path in segments(folder)), default=0)
-
-
-def _attempt_and_rank(path: Path) -> tuple[int, int]:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1]), int(match[2])
-
-
-def _frames(path: Path) -> Iterator[tuple[int, int, int, bool]]:
-    """(row, payload offset, payload length, is an error) of each sound frame, up to the first that isn't."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if file.read(len(MAGIC)) != MAGIC:
-            return
-        offset = len(MAGIC)
-        while len(head := file.read(_HEAD.size)) == _HEAD.size:
-            length, checksum, row, flags = _HEAD.unpack(head)
-            offset += _HEAD.size
-            if length > size - offset:
+        """Writes, syncs and seals everything; does nothing the second time."""
+        with self._changed:
+            if self._closing:
                 return
-            payload = file.read(length)
-            if len(payload) < length or zlib.crc32(payload, zlib.crc32(_CHECKED.pack(row, flags))) != checksum:
-                return
-            yield row, offset, length, bool(flags & _FLAG_ERROR)
-            offset += length
+            self._closing = True
+            self._changed.notify_all()
+            self._await(lambda: self._closed)
+        self._writer.join()
 
+    def _await(self, condition: Callable[[], bool]) -> None:
+        self._raise_if_broken()
+        while not condition():
+            self._changed.wait(1.0)
+            self._raise_if_broken()
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder (files made or renamed there) outlast a crash."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    def _raise_if_broken(self) -> None:
+        if self._broken is None and self._writing_since_s is not None:
+            stalled_s = time.monotonic() - self._writing_since_s
+            if stalled_s > _STALLED_S:
+                self._broken = cant_be_written(self.path, f"the disk has not answered for {stalled_s:.0f} s")
+        if self._broken is not None:
+            raise DpgenError(self._broken)
+
+    # ---- beside the caller
+
+    def _write_all(self) -> None:
+        """The writer's life: group after group, until all is written or one can't be."""
+        try:
+            while (group := self._next_group()) is not None:
+                self._write(group)
+            if self._broken is None:
+                self._seal()
+        except OSError as error:
+            self._break(error)
+        except BaseException as error:  # noqa: BLE001 - the thread's boundary: the caller raises it
+            self._break(f"{type(error).__name__}: {error}")
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _next_group(self) -> Group | None:
+        """Waits for a group that is due; None when there will be no more."""
+        with self._changed:
+            self._writing_since_s = None
+            while True:
+                now_s = time.monotonic()
+                group = self._waiting
+                due_s = group.since_s + self._sync_interval_s
+                is_due = self._closing or self._hurry or len(group.data) >= _GROUP_BYTES or now_s >= due_s
+                if self._broken is not None or (self._closing and not group.rows):
+                    return None
+                if group.rows and is_due:
+                    self._waiting, self._hurry, self._writing_since_s = Group(), False, now_s
+                    self._changed.notify_all()
+                    return group
+                self._changed.wait(due_s - now_s if group.rows else None)
+
+    def _write(self, group: Group) -> None:
+        if self._segment is None:
+            self._segment = self._open_next()
+        self._segment.write(group)
+        with self._changed:
+            self.num_synced_rows += len(group.rows)
+            self._changed.notify_all()
+        if self._segment.num_bytes >= self._segment_bytes:
+            self._seal()
+
+    def _open_next(self) -> SegmentFile:
+        self.paths.append(self._folder / fmt.segment_name(self._attempt, self._rank, len(self.paths)))
+        return SegmentFile(self.path, self._files, self._wrote)
+
+    def _wrote(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+
+    def _seal(self) -> None:
+        if self._segment is not None:
+            self._writing_since_s = time.monotonic()
+            self._segment.seal()
+            self._segment = None
+
+    def _break(self, cause: OSError | str) -> None:
+        with self._changed:
+            self._broken = self._broken or cant_be_written(self.path, cause)
+            self._changed.notify_all()
+        if self._segment is not None:
+            self._segment.abandon()

@@ -185,7 +185,7 @@ def _finish(
     if elsewhere and group.rank > 0:
         # Besides its own, a node's first rank sends what earlier attempts left there.
         earlier = journal.segments(folder.journal) if group.leads_node and not seen else []
-        sending = sorted({*earlier, own_journal.path})
+        sending = sorted({*earlier, *own_journal.paths})
     rounds = gather.bring_home(group, folder.journal, sending, config.output.gather_bytes)
     if rounds:
         tell(f"rows gathered to rank 0 in {rounds} rounds")

@@ -30,7 +30,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import Job, Launcher, descendants, result_of
 
-_WAIT_S = {"fake": 3.0, "vllm": 20.0}  # the longest time from a start, or a kill, to the next kill
+_WAIT_S = {"fake": 4.0, "vllm": 20.0}  # the longest time from a start, or a kill, to the next kill
 
 
 class Chaos:

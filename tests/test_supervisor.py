@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +71,7 @@ class Rig:
             self.processes.append(FakeProcess(spec, dies))
             return self.processes[-1]
 
-        defaults: dict[str, Any] = {"reserve_rows": 2, "timeout_s": 60.0, "max_deaths": 5}
+        defaults: dict[str, Any] = {"reserve_rows": 2, "timeout_s": 60.0, "max_deaths": 8}
         self.engine = EngineSupervisor(
             start, EngineSpec("fake", "m"), self.said.append, clock=lambda: self.now, **{**defaults, **settings}
         )
@@ -109,6 +110,19 @@ def test_a_poison_row_is_found_recorded_and_costs_no_other_row(poison: set[int])
         error = found[row].error
         assert error is not None and error.type == "poison_row" and "SIGSEGV" in error.message
     assert not rig.engine.is_lost
+
+
+def test_a_row_is_not_blamed_for_a_kill_from_outside() -> None:
+    deaths = iter([*[signal.SIGKILL] * 5, *[None] * 100])
+
+    def dies(rows: set[int]) -> str | None:
+        number = next(deaths)
+        if number is not None:
+            raise EngineError("the engine process was ended by SIGKILL", signal=number)
+        return None
+
+    found = Rig(dies).run(range(1))
+    assert found[0].error is None
 
 
 def test_rows_in_flight_at_one_death_are_not_suspected() -> None:

@@ -138,10 +138,11 @@ class EngineProcess:
     def _death(self) -> EngineError:
         self.kill()
         status = self._process.returncode
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        number = signal.Signals(-status) if status < 0 else None
+        how = f"was ended by {number.name}" if number else f"exited with status {status}"
         said = "".join(f"\n    {line}" for line in self._tail)
         message = f"the engine process {how}" + (f"; its last lines:{said}" if said else "")
-        return EngineError(message, was_killed=status < 0)
+        return EngineError(message, signal=number)
 
     def _read_lines(self, say: Callable[[str], None]) -> None:
         assert self._process.stdout is not None

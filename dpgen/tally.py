@@ -1,0 +1,31 @@
+"""What `_SUCCESS` says of a result: counts, and a hash over every row in input order."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from dpgen.records import RowResult
+
+
+class Tally:
+    """Counts and hashes results; they must come in input order."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._num_rows = self._num_errors = self._num_generated_tokens = 0
+
+    def add(self, result: RowResult) -> None:
+        self._digest.update(repr(result).encode("utf-8", "backslashreplace"))
+        self._num_rows += 1
+        self._num_errors += result.error is not None
+        self._num_generated_tokens += result.num_generated_tokens
+
+    def facts(self) -> dict[str, Any]:
+        """num_rows, num_errors, num_generated_tokens, hash."""
+        return {
+            "num_rows": self._num_rows,
+            "num_errors": self._num_errors,
+            "num_generated_tokens": self._num_generated_tokens,
+            "hash": self._digest.hexdigest(),
+        }
