@@ -42,6 +42,10 @@ class RunConfig:
         "force goes on whatever differs, never refuses any folder that is not empty",
         "auto",
     )
+    retry_errors: Any = _key(
+        "generate failed rows again: true, or the error types to retry, e.g. [poison_row]; also in a finished run",
+        False,
+    )
     engine: Literal["vllm", "fake"] = _key(
         "what generates: vllm, or fake, a stand-in without a model to try a configuration with", "vllm"
     )
@@ -306,6 +310,7 @@ def _check(config: Config) -> None:
     _at_least("run.engine_timeout_s", run.engine_timeout_s, 1)
     _at_least("run.max_engine_deaths", run.max_engine_deaths, 1)
     _at_least("run.stop_margin_s", run.stop_margin_s, 0)
+    _check_retry_errors(run.retry_errors)
     if run.time_limit is not None:
         parse_time_limit(run.time_limit)
     _at_least("run.max_leading_errors", run.max_leading_errors, 0)
@@ -328,6 +333,11 @@ def _check(config: Config) -> None:
         raise ConfigError("model is empty; give a folder or a Hub name")
     if not run.dir.strip():
         raise ConfigError("run.dir is empty; give the folder that the run lives in")
+
+
+def _check_retry_errors(value: Any) -> None:
+    if not isinstance(value, bool) and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+        raise ConfigError(f"run.retry_errors is {value!r}; it must be true, false, or a list of error types")
 
 
 def _check_path(path: Any) -> None:

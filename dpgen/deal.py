@@ -63,9 +63,23 @@ class Dealer:
         done = np.zeros(len(self._rows), dtype=bool)
         done[np.fromiter(held, dtype=np.int64)] = True
         if self._group.leads_node:
-            found = journal.scan(self._folder.journal).row
+            found = self._finished()
             done[found[found < len(self._rows)]] = True
         return np.flatnonzero(~self._group.union(done))
+
+    def _finished(self) -> np.ndarray:
+        """Rows that this node's journals hold, without the failed ones that are to be tried again."""
+        index, retry = journal.scan(self._folder.journal), self._config.run.retry_errors
+        if not retry:
+            return index.row
+        again = index.error.copy()
+        if isinstance(retry, list):
+            with journal.Reader(index) as reader:
+                for entry in np.flatnonzero(index.error):
+                    error = reader.result(int(entry)).error
+                    again[entry] = error is not None and error.type in retry
+        kept: np.ndarray = index.row[~again]
+        return kept
 
     def _shards(self, todo: np.ndarray, num_shards: int) -> Callable[[int], Shard]:
         """Opens shards as they are asked for: most ranks need few besides their own."""

@@ -52,6 +52,7 @@ _NEUTRAL_ENGINE_KEYS = frozenset(
         "crash_on",
         "hang_on",
         "raise_on",
+        "refuse_on",
     ]
 )
 

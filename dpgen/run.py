@@ -44,7 +44,8 @@ def run(config: Config, topology: Topology, group: Group) -> None:
         engine = _start_engine(config, topology, group, say)  # imports vLLM while we read the data
         stack.callback(engine.kill)
         rows, folder, identity = _open(config, group)
-        if folder.is_finished and not differences(folder.read().get("identity"), identity):
+        is_same = not differences(folder.read().get("identity"), identity)
+        if folder.is_finished and is_same and not config.run.retry_errors:
             tell(f"{folder.path} holds this run's finished result already; nothing to do")
             return
         for note in group.agree(lambda: engine.check(group.raise_if_peer_failed)):
@@ -136,6 +137,7 @@ def _begin_attempt(config: Config, group: Group, folder: RunFolder, identity: Ma
 
     def record() -> None:
         if group.rank == 0:
+            folder.success.unlink(missing_ok=True)  # failed rows of a finished run are tried again: it is unfinished
             folder.write_config(config)
             folder.update(identity=identity, attempt=attempt, dp_size=group.size)
 

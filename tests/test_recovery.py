@@ -188,6 +188,30 @@ def test_resume_never_wants_an_empty_folder(launcher: Launcher, write_config: Wr
     assert "is not empty" in again.output
 
 
+@pytest.mark.parametrize(("retry", "left"), [("true", []), ("[poison_row]", [2]), ("[bad_sampling]", [7])])
+def test_failed_rows_can_be_tried_again_all_or_by_type(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, retry: str, left: list[int]
+) -> None:
+    rows = [{"prompt": f"row number {index}", "budget": 3} for index in range(10)]
+    conf = write_config(rows, sampling={"from_columns": {"max_tokens": "budget"}})
+    job = launcher.dpgen("run", conf, "engine.raise_on=number 7", "engine.refuse_on=number 2")
+    assert job.wait() == 0, job.output
+    assert {row["row_id"]: row["error"]["type"] for row in results(tmp_path, 10) if row["error"]} == {
+        2: "bad_sampling",
+        7: "poison_row",
+    }
+    assert "finished result already" in launcher_output(launcher, conf)
+    again = launcher.dpgen("run", conf, f"run.retry_errors={retry}")
+    assert again.wait() == 0, again.output
+    assert [row["row_id"] for row in results(tmp_path, 10) if row["error"]] == left
+
+
+def launcher_output(launcher: Launcher, *arguments: str) -> str:
+    job = launcher.dpgen("run", *arguments)
+    assert job.wait() == 0, job.output
+    return job.output
+
+
 # ---- being told to stop
 
 

@@ -34,6 +34,7 @@ class FakeOptions:
         kv_cache_memory_bytes: memory it pretends to have free.
         load_error: fail to load, with this message.
         crash_on, hang_on, raise_on: a row on which it kills itself, stops for good, or raises.
+        refuse_on: a row that it refuses.
     """
 
     max_num_seqs: int = 16
@@ -45,6 +46,7 @@ class FakeOptions:
     crash_on: str | None = None
     hang_on: str | None = None
     raise_on: str | None = None
+    refuse_on: str | None = None
 
 
 _SAMPLING_FIELDS = {"n", "temperature", "top_p", "max_tokens", "seed", "stop", "ignore_eos"}
@@ -145,6 +147,8 @@ class FakeBackend:
 
     def _break_down(self, prompt: str) -> None:
         options = self._options
+        if options.refuse_on is not None and options.refuse_on in prompt:
+            raise RowRefused("bad_sampling", f"told to refuse {options.refuse_on!r}")
         if options.crash_on is not None and options.crash_on in prompt:
             os.kill(os.getpid(), signal.SIGKILL)
         if options.hang_on is not None and options.hang_on in prompt:
