@@ -54,13 +54,16 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     """Joins the ranks, then runs; an error on any rank ends all of them, and is said once."""
-    from dpgen.collectives import LoneGroup, join
+    from dpgen.collectives import LoneGroup
     from dpgen.topology import from_environment
 
     group: Any = LoneGroup()
     try:
         topology = from_environment(os.environ)
-        group = join(topology)
+        if topology.dp_size > 1:
+            from dpgen.gloo import GlooGroup  # brings torch, which a world of one needs not
+
+            group = GlooGroup(topology)
         config: Config = group.agree(lambda: _config(arguments))
 
         from dpgen.run import run

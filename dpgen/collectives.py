@@ -229,12 +229,3 @@ class PeerLost(PeerFailed):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, EXIT_RESUMABLE)
-
-
-def join(topology: Topology) -> Group:
-    """The group of all ranks; waits until they are there."""
-    if topology.dp_size == 1:
-        return LoneGroup(topology)
-    from dpgen.gloo import GlooGroup
-
-    return GlooGroup(topology)

@@ -1,30 +1,13 @@
-"""Live numbers: one global bar on a terminal, a line now and then where there is none; and how a rank speaks."""
+"""Live numbers: one global bar on a terminal, a line now and then where there is none."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 from dpgen.generate import Totals
-
-
-def speaker(rank: int, part: str = "", stream: TextIO | None = None) -> Callable[[str], None]:
-    """A function that prints a line saying which rank spoke.
-
-    Args:
-        part: of the rank: "engine", or nothing for the rank process itself.
-    """
-    name = f"[rank {rank}{' ' + part if part else ''}]"
-
-    def say(line: str) -> None:
-        out = stream or sys.stderr
-        # One write a line: lines of several processes on one terminal then don't run into each other.
-        out.write(f"{name} {line}\n")
-        out.flush()
-
-    return say
 
 
 class Progress:

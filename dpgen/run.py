@@ -20,7 +20,8 @@ from dpgen.errors import ConfigError
 from dpgen.folder import RunFolder, differences, identity_of
 from dpgen.generate import Generation, Totals
 from dpgen.journal import Journal
-from dpgen.progress import Progress, duration, speaker
+from dpgen.log import speaker
+from dpgen.progress import Progress, duration
 from dpgen.rows import Rows, open_rows
 from dpgen.stop import Stop, deadline
 from dpgen.topology import Topology

@@ -10,7 +10,7 @@ from dpgen.config import Config
 from dpgen.engine.process import EngineProcess, engine_environment
 from dpgen.engine.protocol import EngineSpec
 from dpgen.feed import RenderPrompt
-from dpgen.progress import speaker
+from dpgen.log import speaker
 from dpgen.render import Renderer, TokenizerSettings, load_tokenizer, reason_for_engine
 from dpgen.topology import Topology, cores_of_rank, gpus_of_rank
 
