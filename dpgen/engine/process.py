@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -75,7 +76,12 @@ class EngineProcess:
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._pump = threading.Thread(target=self._read_lines, args=(say,), daemon=True)
         self._pump.start()
-        self._send(spec)
+        # Sending has a thread of its own: if both sides filled the pipe at once, each would wait for the other to
+        # read. A failed send is noticed by the reader, as the end of the pipe.
+        self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send_all, daemon=True)
+        self._sender.start()
+        self._outbox.put(spec)
 
     @property
     def pid(self) -> int:
@@ -83,15 +89,15 @@ class EngineProcess:
 
     def load(self, kv_bytes: int | None = None) -> None:
         """Has the model loaded; `Ready` will come, after `KvMeasured` unless `kv_bytes` is given."""
-        self._send(Load(kv_bytes))
+        self._outbox.put(Load(kv_bytes))
 
     def agree_kv(self, num_bytes: int) -> None:
         """Answers `KvMeasured`."""
-        self._send(KvAgreed(num_bytes))
+        self._outbox.put(KvAgreed(num_bytes))
 
     def submit(self, requests: list[Request]) -> None:
         """Puts rows into the engine's queue."""
-        self._send(requests)
+        self._outbox.put(requests)
 
     def poll(self, timeout_s: float) -> list[Event]:
         """What the engine has said, waiting up to `timeout_s` for a first word.
@@ -114,11 +120,9 @@ class EngineProcess:
 
     def close(self) -> None:
         """Ends the engine, in good order if it listens, and its whole process tree in any case."""
-        try:
-            self._pipe.send(Stop())
+        self._outbox.put(Stop())
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it is deaf; `kill` sees to the rest
             self._process.wait(timeout=2)
-        except (OSError, subprocess.TimeoutExpired):
-            self._process.kill()  # it is deaf or dead; `kill` sees to the rest
         self.kill()
 
     def kill(self) -> None:
@@ -126,14 +130,15 @@ class EngineProcess:
         with contextlib.suppress(ProcessLookupError):  # the tree is gone already
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._outbox.put(None)
         self._pump.join(timeout=1)
+        self._sender.join(timeout=1)
         self._pipe.close()
 
-    def _send(self, message: object) -> None:
-        try:
-            self._pipe.send(message)
-        except OSError:
-            raise self._death() from None
+    def _send_all(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the engine is gone, or the pipe was closed here
+            while (message := self._outbox.get()) is not None:
+                self._pipe.send(message)
 
     def _death(self) -> EngineError:
         self.kill()
