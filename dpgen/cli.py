@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -12,6 +13,7 @@ from typing import Any
 
 from dpgen.config import MISSING, Config, legal_keys, load
 from dpgen.errors import EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, PeerFailed
+from dpgen.parent import end_with_parent
 
 _USAGE = """\
 usage: dpgen run CONFIG.yaml [MORE.yaml ...] [key=value ...]
@@ -58,6 +60,8 @@ def _run(arguments: Sequence[str]) -> int:
     from dpgen.topology import from_environment
 
     group: Any = LoneGroup()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGTERM)  # a killed torchrun leaves no ranks waiting for its store
     try:
         topology = from_environment(os.environ)
         if topology.dp_size > 1:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _FOREVER = timedelta(days=20)  # gloo counts milliseconds in 32 bits, signed: 24.8 days is its longest
 _JOIN_TIMEOUT = timedelta(minutes=30)  # until every rank has been started: a batch system may start them one by one
+_AGENT_TIMEOUT = timedelta(minutes=2)
 _FAILURE = "dpgen/failure"
 _LOOK_INTERVAL_S = 0.5
 _RENEW_INTERVAL_S = 2.0
@@ -68,10 +69,12 @@ class GlooGroup(Group):
                 topology.master_port,
                 None if agent_keeps_store else topology.dp_size,
                 is_master=self._hosts_store,
-                timeout=_JOIN_TIMEOUT,
+                # A launcher's store is up before its ranks are; rank 0's comes whenever rank 0 is started.
+                timeout=_AGENT_TIMEOUT if agent_keeps_store else _JOIN_TIMEOUT,
                 wait_for_workers=False,
                 multi_tenant=True,
             )
+            self._base.set_timeout(_JOIN_TIMEOUT)
             self._connect()
         except (RuntimeError, ValueError) as error:
             raise DpgenError(

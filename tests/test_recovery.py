@@ -280,3 +280,15 @@ def test_an_engine_killed_while_it_starts_is_started_again(
     assert job.wait() == 0, job.output
     assert job.output.count("while it was starting; starting it again") == 1
     results(tmp_path, 30)
+
+
+@pytest.mark.parametrize("moment", ["", "KV cache"])
+def test_a_killed_torchrun_leaves_no_process(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, moment: str
+) -> None:
+    conf = write_config(numbered(300), engine={"step_s": 0.05})
+    job = launcher.dpgen("run", conf, ranks=2)
+    wait_for(lambda: len(ranks_of(job.process.pid)) == 2 and moment in job.output)
+    left = [*ranks_of(job.process.pid), *engines_of(job)]
+    os.kill(job.process.pid, signal.SIGKILL)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), timeout_s=20)

@@ -62,7 +62,7 @@ class EngineProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "dpgen.engine.server", str(theirs.fileno())],
+                [sys.executable, "-m", "dpgen.engine.server", str(theirs.fileno()), str(os.getpid())],
                 env=dict(environment),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

@@ -1,12 +1,11 @@
 """The engine process: checks, loads, then admits and steps for as long as its rank keeps the pipe open.
 
-Started by `dpgen.engine.process` as ``python -m dpgen.engine.server FD``, where FD is its end of the pipe.
+Started by `dpgen.engine.process` as ``python -m dpgen.engine.server FD PARENT``: its end of the pipe, and
+the rank's process id.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 import sys
 import time
@@ -27,14 +26,14 @@ from dpgen.engine.protocol import (
     Stop,
 )
 from dpgen.errors import ConfigError, RowRefused
+from dpgen.parent import end_with_parent
 from dpgen.records import RowResult, refused
 
 _STATS_INTERVAL_S = 1.0
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def main() -> None:
-    _die_with_parent()
+    end_with_parent(signal.SIGKILL, int(sys.argv[2]))  # a killed rank leaves no engine holding a GPU
     pipe: Connection = Connection(int(sys.argv[1]))
     try:
         _serve(pipe)
@@ -104,13 +103,6 @@ def _backend(spec: EngineSpec) -> Backend:
     from dpgen.engine.vllm import VllmBackend
 
     return VllmBackend(spec)
-
-
-def _die_with_parent() -> None:
-    """Asks the kernel to end this process with its rank: a killed rank leaves no engine holding a GPU."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
-        sys.exit(1)  # the rank died before the request was in place
 
 
 def _send_last(pipe: Connection, message: Failed) -> None:

@@ -1,0 +1,21 @@
+"""Ending with one's parent: what keeps a killed launcher or rank from leaving processes behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def end_with_parent(number: signal.Signals, parent: int | None = None) -> None:
+    """Asks the kernel to send this process a signal when its parent (the thread that started it) ends.
+
+    Args:
+        parent: the parent's id, where it is known: one that has died already is then noticed, too.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
+    if parent is not None and os.getppid() != parent:
+        sys.exit(1)
