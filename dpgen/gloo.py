@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _FOREVER = timedelta(days=20)  # gloo counts milliseconds in 32 bits, signed: 24.8 days is its longest
 _JOIN_TIMEOUT = timedelta(minutes=30)  # until every rank has been started: a batch system may start them one by one
-_AGENT_TIMEOUT = timedelta(minutes=2)
+_AGENT_TIMEOUT = timedelta(seconds=30)
 _FAILURE = "dpgen/failure"
 _LOOK_INTERVAL_S = 0.5
 _RENEW_INTERVAL_S = 2.0

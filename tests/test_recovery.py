@@ -291,4 +291,4 @@ def test_a_killed_torchrun_leaves_no_process(
     wait_for(lambda: len(ranks_of(job.process.pid)) == 2 and moment in job.output)
     left = [*ranks_of(job.process.pid), *engines_of(job)]
     os.kill(job.process.pid, signal.SIGKILL)
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), timeout_s=20)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), timeout_s=60)
