@@ -355,6 +355,8 @@ def _check_passthrough(config: Config) -> None:
     for name, home in twice.items():
         if name in config.engine:
             raise ConfigError(f"engine.{name} is set by {home}; give it there")
+    if "distributed_executor_backend" in config.engine:
+        raise ConfigError("engine.distributed_executor_backend can't be set: dpgen's own agrees on the KV cache's size")
     if "data_parallel_size" in config.engine:
         raise ConfigError("engine.data_parallel_size can't be set: dpgen's ranks are the data-parallel ones")
     if "seed" in config.sampling:
@@ -390,14 +392,15 @@ def dump(config: Config) -> str:
     """The resolved configuration as YAML, with what looks like a secret blanked out."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(_without_secrets(dataclasses.asdict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(without_secrets(dataclasses.asdict(config))))
 
 
-def _without_secrets(value: Any, key: str = "") -> Any:
+def without_secrets(value: Any, key: str = "") -> Any:
+    """A copy of nested dicts and lists in which the values of secret-looking keys are blanked out."""
     if isinstance(value, Mapping):
-        return {str(k): _without_secrets(v, str(k)) for k, v in value.items()}
+        return {str(k): without_secrets(v, str(k)) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_secrets(each, key) for each in value]
+        return [without_secrets(each, key) for each in value]
     if _SECRET.search(key) and isinstance(value, str):
         return "<removed>"
     return value

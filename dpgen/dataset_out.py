@@ -117,6 +117,8 @@ def _write_files(
     tally = Tally()
     with ExitStack() as stack:
         schema = rows.schema_with(_result_schema(has_samples, config.token_ids), kept)
+        if len(rows):
+            rows.write_card(temporary, schema)
         out = stack.enter_context(_Output(temporary, config, schema, has_samples, num_files))
         reader = stack.enter_context(Reader(index))
         for start, table in _with_input(rows, kept):
@@ -138,7 +140,8 @@ def _write_files(
 
 def _with_input(rows: Rows, kept: list[str] | None) -> Iterator[tuple[int, pa.Table]]:
     start = 0
-    for table in rows.tables(_BATCH_ROWS, kept):
+    # A table without columns has no rows either: where none is kept, one is read for their number.
+    for table in rows.tables(_BATCH_ROWS, rows.columns[:1] if kept == [] else kept):
         yield start, table
         start += table.num_rows
 
@@ -163,9 +166,11 @@ class _Output:
 
     def write(self, table: pa.Table, results: list[RowResult]) -> None:
         """Appends rows: the input's kept columns, and their results."""
-        for name, values in result_columns(results, self._has_samples, self._config.token_ids).items():
-            table = table.append_column(name, [values])
-        table = table.cast(self._schema)
+        import pyarrow as pa
+
+        columns = {name: table[name] for name in table.column_names if name in self._schema.names}
+        columns |= result_columns(results, self._has_samples, self._config.token_ids)
+        table = pa.table(columns).cast(self._schema)
         while table.num_rows:
             if not self._room:
                 self._sink.close()

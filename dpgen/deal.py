@@ -70,6 +70,8 @@ class Dealer:
     def _finished(self) -> np.ndarray:
         """Rows that this node's journals hold, without the failed ones that are to be tried again."""
         index, retry = journal.scan(self._folder.journal), self._config.run.retry_errors
+        if len(index) and index.error.all():
+            return index.row[:0]  # nothing has ever come out: such a run starts over, whatever was wrong with it
         if not retry:
             return index.row
         again = index.error.copy()

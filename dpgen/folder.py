@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpgen.config import Config, dump
+from dpgen.config import Config, dump, without_secrets
 from dpgen.errors import ConfigError, DpgenError
-from dpgen.journal import sync_folder
+from dpgen.journal import scan, sync_folder
 
 # Engine options that change how fast rows come, not what they are: a resumed run may differ in them. Whatever
 # isn't named here counts as changing results.
@@ -124,6 +124,10 @@ class RunFolder:
                 f"run.resume=never, and run.dir={self.path} is not empty; name another folder (nothing is deleted)"
             )
         before = self.read()
+        if not before and len(scan(self.journal)) and resume != "force":
+            raise ConfigError(
+                f"run.dir={self.path} holds journals, but no run.json says what they are; name another folder"
+            )
         if not before:
             if found - known:
                 raise ConfigError(
@@ -132,7 +136,14 @@ class RunFolder:
                 )
             return
         differing = differences(before.get("identity", {}), identity)
-        if differing and resume != "force":
+        if not differing or not len(scan(self.journal)):
+            return  # the same run, or one that has not come to a single row
+        other_input = [each for each in differing if each.startswith("input.")]
+        if other_input:
+            raise ConfigError(
+                f"run.dir={self.path} holds results of another input: {'; '.join(other_input)}. Name another folder"
+            )
+        if resume != "force":
             raise ConfigError(
                 f"run.dir={self.path} holds a run that would give other results: {'; '.join(differing)}. "
                 "Name another folder, or go on regardless with run.resume=force"
@@ -194,7 +205,7 @@ def identity_of(config: Config, input_fingerprint: Mapping[str, Any]) -> dict[st
         "columns": config.data.columns,
         "output": {"format": config.output.format, "token_ids": config.output.token_ids},
     }
-    round_trip: dict[str, Any] = json.loads(json.dumps(identity, default=str))
+    round_trip: dict[str, Any] = json.loads(json.dumps(without_secrets(identity), default=str))
     return round_trip
 
 

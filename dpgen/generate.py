@@ -19,6 +19,9 @@ from dpgen.feed import Feed
 from dpgen.records import Request, RowError, RowResult
 
 _AGREE_INTERVAL_S = 1.0
+_MOST_REFUSED = 50  # rows that could not be rendered, in one pass of the loop
+_REFUSED_WITHIN_S = 0.5
+_FAILING_ROUNDS = 3  # agreements in which nothing but errors is to be seen, before the run counts as failing
 _WAIT_S = 0.1  # the longest sleep while the engine is at work
 _IDLE_WAIT_S = 0.01  # ... while this rank has nothing left and waits for the others
 
@@ -56,6 +59,7 @@ class Totals:
     num_generated_tokens: int = 0
     num_engines: int = 0
     num_wanting_new_deal: int = 0
+    num_ranks_generating: int = 0
 
     def as_list(self) -> list[int]:
         return [getattr(self, each.name) for each in fields(self)]
@@ -97,10 +101,11 @@ class Generation:
         self._feed, self._engine, self._journal, self._group = feed, engine, journal, group
         self._deal, self._stop_reason, self._show, self._say = deal, stop_reason, show, say
         self._max_leading_errors = max_leading_errors
-        self._in_flight: set[int] = set()
+        self._in_flight: dict[int, float] = {}  # row → when it was given to the engine, oldest first
         self._kept = array("q")  # rows; eight bytes each, where a set would take a hundred
         self._mine = Totals()
         self._num_kept_tokens = 0
+        self._num_failing_rounds = 0
         self._first_error: tuple[int, RowError] | None = None
         self._agreement: Pending | None = None
         self._next_agreement_s = 0.0
@@ -129,14 +134,16 @@ class Generation:
     def _admit(self) -> None:
         """Fills the engine up to its limit."""
         requests = []
-        while len(self._in_flight) < self._engine.max_in_flight:
+        num_refused = 0  # bounded, so that a file of bad rows does not keep the loop from its other duties
+        while len(self._in_flight) < self._engine.max_in_flight and num_refused < _MOST_REFUSED:
             row = self._feed.take()
             if row is None:
                 break
             if isinstance(row, RowResult):
                 self._keep(row)
+                num_refused += 1
                 continue
-            self._in_flight.add(row.row)
+            self._in_flight[row.row] = time.monotonic()
             requests.append(row)
         if requests:
             self._engine.submit(requests)
@@ -149,7 +156,7 @@ class Generation:
         for event in events or self._engine.poll(_WAIT_S if self._has_work else _IDLE_WAIT_S):
             if isinstance(event, Finished):
                 for result in event.results:
-                    self._in_flight.remove(result.row)
+                    del self._in_flight[result.row]
                     self._keep(result)
             elif isinstance(event, Stats):
                 self._mine.num_generated_tokens = max(event.num_generated_tokens, self._num_kept_tokens)
@@ -193,6 +200,10 @@ class Generation:
         self._mine.num_engines = int(not self._engine.is_lost)
         self._mine.num_wanting_new_deal = int(self._engine.is_lost and self._has_work)
         self._mine.num_unfinished_ranks = int(self._has_work)
+        # A row that the engine refuses comes back at once; one that stays is being generated, and may turn out well.
+        oldest_s = next(iter(self._in_flight.values()), None)
+        stays = oldest_s is not None and time.monotonic() - oldest_s > _REFUSED_WITHIN_S
+        self._mine.num_ranks_generating = int(stays)
         return self._mine
 
     def _deal_again(self) -> None:
@@ -227,6 +238,11 @@ class Generation:
     def _stop_if_all_fail(self, totals: Totals) -> None:
         """Ends the run, on all ranks alike, if everything so far is an error."""
         if not 0 < self._max_leading_errors <= totals.num_errors == totals.num_rows:
+            self._num_failing_rounds = 0
+            return
+        # Rows that were given to an engine a moment ago get the time to turn out well.
+        self._num_failing_rounds = 0 if totals.num_ranks_generating else self._num_failing_rounds + 1
+        if self._num_failing_rounds < _FAILING_ROUNDS and totals.num_unfinished_ranks:
             return
         told = f"the first {totals.num_rows} rows all failed"
         if self._first_error is None:

@@ -46,8 +46,9 @@ class Progress:
         """Takes the totals of all ranks."""
         now = self._clock()
         if self._bar is not None:
-            self._bar.update(max(0, self._num_before + totals.num_rows - self._bar.n))  # less after a rank's loss
             self._bar.set_postfix_str(self._rates(totals, now), refresh=False)
+            self._bar.update(max(0, self._num_before + totals.num_rows - self._bar.n))  # less after a rank's loss
+            self._bar.refresh()  # also where no row has come: the clock and the tokens go on
         elif now >= self._next_line_s:
             self._next_line_s = now + self._interval_s
             self._say(self.line(totals, now))

@@ -25,7 +25,7 @@ _BUILDERS = {
     ".ndjson": "json",
     ".json": "json",
     ".csv": "csv",
-    ".tsv": "csv",
+    ".tsv": "csv",  # with another separator
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".txt": "text",
@@ -82,6 +82,14 @@ class Rows:
         for start in range(0, len(view), num_rows):
             yield view[start : start + num_rows]
 
+    def write_card(self, folder: Path, schema: pa.Schema) -> None:
+        """Writes the dataset card that tells `datasets` the columns' types, which JSON lines don't."""
+        import datasets
+
+        info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema))
+        card = datasets.info.DatasetInfosDict({"default": info})
+        card.write_to_directory(str(folder))
+
     def schema_with(self, added: pa.Schema, columns: Sequence[str] | None = None) -> pa.Schema:
         """The Arrow schema of (some of) the input's columns and `added` ones, with the features `datasets` restores."""
         import datasets
@@ -124,10 +132,7 @@ def open_rows(config: DataConfig) -> Rows:
     except (ConfigError, KeyboardInterrupt):
         raise
     except Exception as error:  # noqa: BLE001 - `datasets` raises whatever its readers raise; all of it is about the input
-        if _found_no_rows(error):
-            dataset = datasets.Dataset.from_dict({})
-        else:
-            raise ConfigError(f"data.path={config.path}: {_reason(error)}") from None
+        raise ConfigError(f"data.path={config.path}: {_reason(error)}") from None
     if config.select is not None:
         dataset = dataset.select(range(*parse_range(config.select).indices(len(dataset))))
     if config.limit is not None:
@@ -146,19 +151,53 @@ def _load(config: DataConfig) -> datasets.Dataset:
     files = [found for path in paths for found in _files(path)]
     if files:
         builders = {_builder(file) for file in files}
+        if len({_ending(file) == ".tsv" for file in files}) > 1:
+            raise ConfigError("data.path names files separated by tabs and others; convert one kind")
         if len(builders) > 1:
             raise ConfigError(f"data.path names files of several kinds: {', '.join(sorted(builders))}")
-        builder = builders.pop()
-        extra = {"sep": "\t"} if files[0].split(".")[-1] == "tsv" else {}
-        return datasets.load_dataset(builder, data_files=files, split=config.split or "train", **extra)
+        return _load_files(builders.pop(), files, config.split or "train")
     if len(paths) > 1:
         raise ConfigError("data.path may list files, not folders or Hub names")
     path = str(Path(paths[0]).expanduser()) if _looks_local(paths[0]) else paths[0]
     saved = {"state.json", "dataset_dict.json"}
     if os.path.isdir(path) and saved & set(os.listdir(path)):
-        return _one_split(datasets.load_from_disk(path), config.split)
+        try:
+            return _one_split(datasets.load_from_disk(path), config.split)
+        except IndexError:  # what `datasets` raises where a saved dataset has no rows
+            return datasets.Dataset.from_dict({})
     found = datasets.load_dataset(path, config.name, split=config.split, revision=config.revision)
     return _one_split(found, config.split)
+
+
+def _load_files(builder: str, files: list[str], split: str) -> datasets.Dataset:
+    """The rows of files of one kind; empty files among them are no fault, and no rows at all are an empty input."""
+    import datasets
+
+    extra = {"sep": "\t"} if _ending(files[0]) == ".tsv" else {}
+
+    def load(some: list[str]) -> datasets.Dataset:
+        # Escaped, since `datasets` takes names for patterns.
+        data_files = [glob.escape(each) for each in some]
+        return datasets.load_dataset(builder, data_files=data_files, split=split, **extra)
+
+    def has_rows(file: str) -> bool:
+        try:
+            return len(load([file])) > 0
+        except Exception as error:
+            if _found_no_rows(error):
+                return False
+            raise
+
+    files = [each for each in files if os.path.getsize(each) > 0]
+    try:
+        return load(files) if files else datasets.Dataset.from_dict({})
+    except Exception as error:
+        if len(files) == 1 and not _found_no_rows(error):
+            raise
+        full = [each for each in files if has_rows(each)]
+        if full == files:
+            raise
+        return load(full) if full else datasets.Dataset.from_dict({})
 
 
 def _files(path: str) -> list[str]:

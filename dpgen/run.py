@@ -45,17 +45,16 @@ def run(config: Config, topology: Topology, group: Group) -> None:
         engine = _start_engine(config, topology, group, say)  # imports vLLM while we read the data
         stack.callback(engine.kill)
         rows, folder, identity = _open(config, group)
-        is_same = not differences(folder.read().get("identity"), identity)
-        if folder.is_finished and is_same and not config.run.retry_errors:
+        if group.all_gather_object(_is_finished(config, folder, identity))[0]:  # rank 0's folder is the one
             tell(f"{folder.path} holds this run's finished result already; nothing to do")
             return
         for note in group.agree(lambda: engine.check(group.raise_if_peer_failed)):
             tell(note)
+        render = group.agree(lambda: prompt_renderer(config, tell))
         attempt = _begin_attempt(config, group, folder, identity)
         own_journal = Journal(folder.journal, attempt, topology.dp_rank)
         stack.callback(own_journal.close)
 
-        render = group.agree(lambda: prompt_renderer(config, tell))
         dealer = Dealer(config, rows, folder, group, attempt)
         feed = dealer.deal(render)
         tell(_plan(len(rows), dealer.num_todo, group.size, attempt))
@@ -86,6 +85,12 @@ def run(config: Config, topology: Topology, group: Group) -> None:
         _finish(config, group, rows, folder, own_journal, tell)
 
 
+def _is_finished(config: Config, folder: RunFolder, identity: Mapping[str, Any]) -> bool:
+    """Whether this very run is finished, and nothing more is wanted of it."""
+    is_same = not differences(folder.read().get("identity"), identity)
+    return folder.is_finished and is_same and not config.run.retry_errors and config.run.resume != "never"
+
+
 def _start_engine(config: Config, topology: Topology, group: Group, say: Callable[[str], None]) -> EngineSupervisor:
     return EngineSupervisor(
         engine_starter(config, topology, group),
@@ -108,7 +113,11 @@ def _open(config: Config, group: Group) -> tuple[Rows, RunFolder, dict[str, Any]
     rows, fingerprint = group.agree(read)
     fingerprints = [each for each in group.all_gather_object(fingerprint) if each is not None]
 
+    sizes = group.all_gather_object(len(rows))
+
     def check() -> None:
+        if any(num_rows != len(rows) for num_rows in sizes):
+            raise ConfigError(f"data.path={config.data.path} gives other ranks another number of rows; is it growing?")
         if any(each != fingerprints[0] for each in fingerprints):
             raise ConfigError(f"data.path={config.data.path} holds other rows on one node than on another")
         if rows.is_empty:
@@ -142,7 +151,12 @@ def _begin_attempt(config: Config, group: Group, folder: RunFolder, identity: Ma
             folder.write_config(config)
             folder.update(identity=identity, attempt=attempt, dp_size=group.size)
 
+    def record_elsewhere() -> None:
+        if group.leads_node and not folder.read():  # a folder of this node's own: it, too, knows what it holds
+            folder.update(identity=identity)
+
     group.agree(record)
+    group.agree(record_elsewhere)
     return attempt
 
 

@@ -142,6 +142,7 @@ class EngineSupervisor:
             for event in self._process.poll(_START_WAIT_S):
                 if isinstance(event, kind):
                     return event
+                raise EngineError(f"the engine said {type(event).__name__} where {kind.__name__} was due")
 
     # ---- generating: nothing here waits for an engine
 
