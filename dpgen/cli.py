@@ -65,6 +65,7 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         topology = from_environment(os.environ)
         if topology.dp_size > 1:
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost peers are our news to tell, without frames
             from dpgen.gloo import GlooGroup  # brings torch, which a world of one needs not
 
             group = GlooGroup(topology)
@@ -88,8 +89,8 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _config(arguments: Sequence[str]) -> Config:
-    files = [each for each in arguments if "=" not in each]
-    overrides = [each for each in arguments if "=" in each]
+    files = [each for each in arguments if "=" not in each or os.path.isfile(each)]
+    overrides = [each for each in arguments if each not in files]
     for each in files:
         if each.startswith("-"):
             raise ConfigError(f"unknown option {each}; see dpgen run --help")

@@ -200,12 +200,15 @@ def load(files: Sequence[str], overrides: Sequence[str]) -> Config:
     # The frozen classes are checked when they are made; until all is merged they may still lack keys.
     merged: Any = OmegaConf.structured(Config)
     for source, layer in [*((f, _read_yaml(f)) for f in files), *((o, _read_override(o)) for o in overrides)]:
-        _refuse_unknown_keys(source, OmegaConf.to_container(layer))
+        _refuse_unknown_keys(source, layer)
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged = OmegaConf.merge(merged, OmegaConf.create(_with_literal_prompts(layer)))
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             raise ConfigError(f"{source}: {_one_line(error)}") from None
-    missing = sorted(OmegaConf.missing_keys(merged))
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{_one_line(error)} (for a literal ${{ write \\${{)") from None
     if missing:
         first = missing[0]
         raise ConfigError(
@@ -219,35 +222,65 @@ def load(files: Sequence[str], overrides: Sequence[str]) -> Config:
     return config
 
 
-def _read_yaml(path: str) -> Any:
+def _with_literal_prompts(layer: Any) -> Any:
+    """The layer with `${` escaped in prompt texts, where it is never OmegaConf's: ``Price: ${{ price }}``."""
+    data = layer.get("data")
+    if not isinstance(data, dict):
+        return layer
+    texts = ("template", "system_prompt", "chat_template")
+    literal = {name: data[name].replace("${", "\\${") for name in texts if isinstance(data.get(name), str)}
+    return {**layer, "data": {**data, **literal}}
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
     import yaml
-    from omegaconf import DictConfig, OmegaConf
+
+    from dpgen import yaml12
 
     try:
-        layer = OmegaConf.load(path)
+        with open(path, encoding="utf-8") as file:
+            layer = yaml12.load(file.read())
     except FileNotFoundError:
         raise ConfigError(f"no such configuration file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
-    if not isinstance(layer, DictConfig):
+    if layer is None:
+        return {}
+    if not isinstance(layer, dict):
         raise ConfigError(f"{path} must hold sections (run, data, model, ...), not a list or a value")
     return layer
 
 
-def _read_override(text: str) -> Any:
+def _read_override(text: str) -> dict[str, Any]:
     import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+
+    from dpgen import yaml12
 
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[\w.]+", key):
         raise ConfigError(f"{text!r} is neither a YAML file nor key=value")
     try:
-        return OmegaConf.from_dotlist([f"{key}={value}"])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        found = value if _is_text(key, value) else yaml12.load(value)
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{text}: the value is not valid YAML: {_one_line(error)}") from None
+    for part in reversed(key.split(".")):
+        found = {part: found}
+    assert isinstance(found, dict)
+    return found
+
+
+def _is_text(key: str, value: str) -> bool:
+    """Whether a value on the command line is taken as it stands, as a text key's is: a template is no YAML."""
+    if key == "data.path":
+        return not value.startswith("[")
+    section, _, name = key.partition(".")
+    fields = {each.name: each for each in dataclasses.fields(Config)}
+    if name and section in fields and dataclasses.is_dataclass(fields[section].default_factory):
+        fields = {each.name: each for each in dataclasses.fields(fields[section].default_factory)}  # type: ignore[arg-type]
+    each = fields.get(name or section)
+    return each is not None and (each.type == "str" or (each.type == "str | None" and value != "null"))
 
 
 def legal_keys() -> Iterator[tuple[str, Any, str]]:
@@ -390,9 +423,10 @@ _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML, with what looks like a secret blanked out."""
-    from omegaconf import OmegaConf
+    import yaml
 
-    return OmegaConf.to_yaml(OmegaConf.create(without_secrets(dataclasses.asdict(config))))
+    text: str = yaml.safe_dump(without_secrets(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def without_secrets(value: Any, key: str = "") -> Any:

@@ -12,6 +12,7 @@ from dpgen.collectives import Group
 from dpgen.config import Config
 from dpgen.feed import Feed, RenderPrompt
 from dpgen.folder import RunFolder
+from dpgen.row_template import template_columns
 from dpgen.rows import Rows, Shard
 
 
@@ -56,6 +57,7 @@ class Dealer:
             render,
             run_seed=config.run.seed,
             sampling_columns=config.sampling_columns,
+            fair_share=-(-len(todo) // max(1, len(taking))),
         )
 
     def _todo(self, held: Iterable[int]) -> np.ndarray:
@@ -86,7 +88,7 @@ class Dealer:
     def _shards(self, todo: np.ndarray, num_shards: int) -> Callable[[int], Shard]:
         """Opens shards as they are asked for: most ranks need few besides their own."""
         opened: dict[int, Shard] = {}
-        columns = _columns_read(self._config)
+        columns = _columns_read(self._config, self._rows.columns)
 
         def shard(index: int) -> Shard:
             if index not in opened:
@@ -96,10 +98,11 @@ class Dealer:
         return shard
 
 
-def _columns_read(config: Config) -> list[str] | None:
-    """The columns that generating reads; None for all, which a template may."""
+def _columns_read(config: Config, columns: list[str]) -> list[str]:
+    """The columns that generating reads: others may be large, or slow to decode."""
     if config.data.template is not None:
-        return None
+        named = template_columns(config.data.template) | set(config.sampling_columns.values())
+        return [name for name in columns if name in named]
     source = config.data.prompt_column or config.data.messages_column
     assert source is not None
     return sorted({source, *config.sampling_columns.values()})

@@ -30,6 +30,7 @@ class Feed:
         render: a row's (prompt token ids, None), or (None, prompt) where the engine's tokenizer must do it.
         run_seed: what the rows' own seeds come from; None for none.
         sampling_columns: field of SamplingParams → column.
+        fair_share: rows that this rank would do if all ranks did the same number.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class Feed:
         *,
         run_seed: int | None,
         sampling_columns: Mapping[str, str],
+        fair_share: int = 1 << 30,
     ) -> None:
         self._claims, self._shard, self._render = claims, shard, render
         self._run_seed, self._sampling_columns = run_seed, sampling_columns
         self._read: deque[tuple[int, dict[str, Any]]] = deque()
         self._ready: deque[Request | RowResult] = deque()
         self._exhausted = claims is None
+        self.fair_share = fair_share
 
     @property
     def num_ready(self) -> int:

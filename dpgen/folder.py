@@ -118,7 +118,7 @@ class RunFolder:
         if not self.path.is_dir():
             raise ConfigError(f"run.dir={self.path} is a file; name a folder")
         known = {"journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", ".dataset.tmp"}
-        found = {each.name for each in self.path.iterdir()} - {".lock"}
+        found = {each.name for each in self.path.iterdir() if not each.name.startswith(".")}
         if resume == "never" and found:
             raise ConfigError(
                 f"run.resume=never, and run.dir={self.path} is not empty; name another folder (nothing is deleted)"
@@ -180,7 +180,7 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         DpgenError: it can't be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # ranks of one node may write the same file
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

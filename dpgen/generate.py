@@ -19,6 +19,7 @@ from dpgen.feed import Feed
 from dpgen.records import Request, RowError, RowResult
 
 _AGREE_INTERVAL_S = 1.0
+_READ_AHEAD = 32  # rows rendered before the engine has room for them
 _MOST_REFUSED = 50  # rows that could not be rendered, in one pass of the loop
 _REFUSED_WITHIN_S = 0.5
 _FAILING_ROUNDS = 3  # agreements in which nothing but errors is to be seen, before the run counts as failing
@@ -135,7 +136,9 @@ class Generation:
         """Fills the engine up to its limit."""
         requests = []
         num_refused = 0  # bounded, so that a file of bad rows does not keep the loop from its other duties
-        while len(self._in_flight) < self._engine.max_in_flight and num_refused < _MOST_REFUSED:
+        # No more than a fair share: the first rank to be ready must not take what the others could start.
+        limit = min(self._engine.max_in_flight, self._feed.fair_share)
+        while len(self._in_flight) < limit and num_refused < _MOST_REFUSED:
             row = self._feed.take()
             if row is None:
                 break
@@ -151,7 +154,7 @@ class Generation:
     def _collect(self) -> None:
         """Takes what the engine has finished; renders ahead while there is nothing to take."""
         events = self._engine.poll(0)
-        if not events and self._feed.num_ready < self._engine.max_in_flight and self._feed.prepare():
+        if not events and self._feed.num_ready < _READ_AHEAD and not self._engine.is_lost and self._feed.prepare():
             return
         for event in events or self._engine.poll(_WAIT_S if self._has_work else _IDLE_WAIT_S):
             if isinstance(event, Finished):
@@ -184,11 +187,15 @@ class Generation:
                 self._agreement = self._group.reduce(self._my_totals().as_list(), "sum")
             if not self._agreement.done():
                 return
+            totals = Totals.from_list(self._agreement.result())
+            self._agreement = None
+            self._heed(totals)
         except PeerLost as lost:
             self._do_without(lost)
-            return
-        self._all = Totals.from_list(self._agreement.result())
-        self._agreement = None
+
+    def _heed(self, totals: Totals) -> None:
+        """Does what all ranks, who have the same numbers, do now."""
+        self._all = totals
         self._show(self._all)
         self._stop_if_all_fail(self._all)
         if self._all.num_engines == 0 and self._all.num_unfinished_ranks:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import resource
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _FOREVER = timedelta(days=20)  # gloo counts milliseconds in 32 bits, signed: 24.8 days is its longest
 _JOIN_TIMEOUT = timedelta(minutes=30)  # until every rank has been started: a batch system may start them one by one
+_REJOIN_TIMEOUT = timedelta(seconds=60)  # all who are to come have just shown up
 _AGENT_TIMEOUT = timedelta(seconds=30)
 _FAILURE = "dpgen/failure"
 _LOOK_INTERVAL_S = 0.5
@@ -38,6 +40,7 @@ _RENEW_INTERVAL_S = 2.0
 _LEASE_S = 60.0  # not renewed for so long: lost
 _BROKEN_LEASE_S = 15.0  # the same, once the group is known to be broken
 _POLL_S = 0.05
+_SHORT_POLL_S = 0.001
 
 
 class GlooGroup(Group):
@@ -82,14 +85,16 @@ class GlooGroup(Group):
                 f"{topology.master_addr}:{topology.master_port}: {_brief(error)}"
             ) from None
         self._base.set_timeout(_FOREVER)
-        self.nodes = self.all_gather_object(topology.node)
         self._leases = _Leases(self.store, self._first_rank)
+        self.nodes = self.all_gather_object(topology.node)
 
     def _connect(self) -> None:
         # A restarted job may meet the store of its former self: each restart and each epoch has names of its own.
         self.store = c10d.PrefixStore(f"dpgen/{self._restart}", self._base)
         epoch = c10d.PrefixStore(f"epoch-{self._epoch}", self.store)
-        dist.init_process_group("gloo", store=epoch, rank=self.rank, world_size=self.size, timeout=_FOREVER)
+        limit = _JOIN_TIMEOUT if self._epoch == 0 else _REJOIN_TIMEOUT
+        dist.init_process_group("gloo", store=epoch, rank=self.rank, world_size=self.size, timeout=limit)
+        c10d._set_pg_timeout(_FOREVER)  # the limit was for meeting; from now on slow ranks are waited for
 
     def reduce(self, values: Sequence[int], op: Literal["sum", "min"]) -> Pending:
         tensor = torch.tensor(list(values), dtype=torch.int64)
@@ -98,10 +103,16 @@ class GlooGroup(Group):
             return _GlooPending(self, dist.all_reduce(tensor, op=kind, async_op=True), tensor)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.size
-        with self.telling_peer_failure():
-            dist.all_gather_object(found, value)
-        return found
+        # Not dist.all_gather_object, which blocks: a rank that waits in it can't notice that the group is broken.
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._complete(lambda: dist.all_gather(sizes, torch.tensor([len(data)]), async_op=True))
+        longest = max(int(size) for size in sizes)
+        padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        mine = torch.nn.functional.pad(data, (0, longest - len(data)))
+        self._complete(lambda: dist.all_gather(padded, mine, async_op=True))
+        pairs = zip(padded, sizes, strict=True)
+        return [pickle.loads(each[: int(size)].numpy().tobytes()) for each, size in pairs]
 
     def gather_object(self, value: Any) -> list[Any] | None:
         found: list[Any] | None = [None] * self.size if self.rank == 0 else None
@@ -111,9 +122,17 @@ class GlooGroup(Group):
 
     def union(self, mask: np.ndarray) -> np.ndarray:
         tensor = torch.from_numpy(mask.astype("uint8"))
-        with self.telling_peer_failure():
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        self._complete(lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True))
         return tensor.numpy().astype(bool)
+
+    def _complete(self, start: Callable[[], Any]) -> None:
+        """Starts a collective and waits for it, with an eye on the other ranks."""
+        with self.telling_peer_failure():
+            work = start()
+            while not work.is_completed():
+                self.raise_if_peer_failed()
+                time.sleep(_SHORT_POLL_S)
+            work.wait()
 
     def raise_if_peer_failed(self) -> None:
         now = time.monotonic()
@@ -124,6 +143,8 @@ class GlooGroup(Group):
             self._raise_if_announced()
             if self.store.check([self._shrink_key(self._epoch + 1)]):
                 raise PeerLost("another rank was lost")
+            if self.rank > 0:
+                return  # rank 0 watches for all: it leads any shrinking, and the store has N leases to give, not N x N
             stale = self._leases.stale(self._members, _LEASE_S)
         if stale:
             raise PeerLost(f"rank {stale[0]} has not been heard of for {_LEASE_S:.0f} s")
@@ -151,8 +172,7 @@ class GlooGroup(Group):
         self._leases.stop()
         if self._hosts_store:
             self._outlast_peers()
-        if not self._abandoned and dist.is_initialized():
-            dist.destroy_process_group()
+        # The process group is left to the end of the process: destroying it waits for collectives under way.
 
     # ---- going on without a rank
 
@@ -170,8 +190,10 @@ class GlooGroup(Group):
         self._members = members
         self.rank, self.size = members.index(self._first_rank), len(members)
         self._abandon_world()
-        with self.telling_peer_failure():
+        try:
             self._connect()
+        except RuntimeError as error:
+            raise PeerLost(f"another rank was lost while the group was made anew ({_brief(error)})") from None
 
     def _shrink_key(self, epoch: int) -> str:
         return f"dpgen/shrink/{epoch}"

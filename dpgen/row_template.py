@@ -32,11 +32,9 @@ def check_row_template(template: str, columns: Sequence[str]) -> None:
     Raises:
         ConfigError: its syntax is wrong, it names what is no column, or it names no column at all.
     """
-    from jinja2 import meta
-
     compile_row_template(template)
     environment = _environment()
-    names = meta.find_undeclared_variables(environment.parse(template))
+    names = template_columns(template)
     for name in sorted(names - set(columns) - set(environment.globals)):
         raise ConfigError(f"template: {name!r} is no column of the dataset{nearest(name, columns, 'columns')}")
     if not names & set(columns):
@@ -44,6 +42,13 @@ def check_row_template(template: str, columns: Sequence[str]) -> None:
         meant = [name for name in columns if f"{{{name}}}" in template]
         hint = f"write {{{{ {[*meant, *columns, 'column'][0]} }}}}, with two braces"
         raise ConfigError(f"template names no column; {hint}; columns: {', '.join(columns)}")
+
+
+def template_columns(template: str) -> set[str]:
+    """The names that a template takes from its row."""
+    from jinja2 import meta
+
+    return set(meta.find_undeclared_variables(_environment().parse(template)))
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -95,7 +95,9 @@ class Rows:
         import datasets
 
         kept = self.columns if columns is None else columns
-        features = datasets.Features({name: self.dataset.features[name] for name in kept})
+        features = datasets.Features(
+            {name: self.dataset.features[name] for name in kept if name in self.dataset.features}
+        )
         features.update(datasets.Features.from_arrow_schema(added))
         return features.arrow_schema
 
@@ -133,6 +135,7 @@ def open_rows(config: DataConfig) -> Rows:
         raise
     except Exception as error:  # noqa: BLE001 - `datasets` raises whatever its readers raise; all of it is about the input
         raise ConfigError(f"data.path={config.path}: {_reason(error)}") from None
+    dataset = dataset.with_format(None)  # plain Python values, whatever format it was saved with
     if config.select is not None:
         dataset = dataset.select(range(*parse_range(config.select).indices(len(dataset))))
     if config.limit is not None:

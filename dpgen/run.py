@@ -135,14 +135,17 @@ def _open(config: Config, group: Group) -> tuple[Rows, RunFolder, dict[str, Any]
 def _begin_attempt(config: Config, group: Group, folder: RunFolder, identity: Mapping[str, Any]) -> int:
     """Checks and makes the folder; this attempt's number: one more than any that has written there."""
 
-    def create() -> int:
+    def check() -> None:
         folder.check(identity, config.run.resume)
         if group.rank == 0:
             folder.lock()
+
+    def create() -> int:
         with group.node_leader_first():
             folder.create()
         return journal.last_attempt(folder.journal)
 
+    group.agree(check)
     attempt: int = 1 + max(group.all_gather_object(group.agree(create)))
 
     def record() -> None:
@@ -152,7 +155,7 @@ def _begin_attempt(config: Config, group: Group, folder: RunFolder, identity: Ma
             folder.update(identity=identity, attempt=attempt, dp_size=group.size)
 
     def record_elsewhere() -> None:
-        if group.leads_node and not folder.read():  # a folder of this node's own: it, too, knows what it holds
+        if not folder.read():  # a folder that rank 0 doesn't see: it, too, knows what it holds
             folder.update(identity=identity)
 
     group.agree(record)
@@ -201,7 +204,9 @@ def _finish(
     sending = []
     if elsewhere and group.rank > 0:
         # Besides its own, a node's first rank sends what earlier attempts left there.
-        earlier = journal.segments(folder.journal) if group.leads_node and not seen else []
+        left = journal.segments(folder.journal) if group.leads_node and not seen else []
+        this_attempt = own_journal.path.name.partition("-rank-")[0] + "-"
+        earlier = [path for path in left if not path.name.startswith(this_attempt)]
         sending = sorted({*earlier, *own_journal.paths})
     rounds = gather.bring_home(group, folder.journal, sending, config.output.gather_bytes)
     if rounds:

@@ -51,7 +51,7 @@ WRONG = [
     ("run.engine=tgi", "'vllm', 'fake'"),
     ("run.dir=", "run.dir"),
     ("run.progress_interval_s=0", "at least 0.1"),
-    ("data.path={a: 1}", "data.path is"),
+    ("data.path=[1]", "data.path is"),
     ("data.path=[]", "data.path is"),
     ("data.limit=-1", "data.limit is -1; it must be at least 0"),
     ("data.limit=1.5", "Integer.*data.limit"),
@@ -118,6 +118,35 @@ def test_the_dumped_configuration_holds_no_secret_and_loads_again(
     again = tmp_path / "again.yaml"
     again.write_text(text)
     assert config.load([str(again)], ["engine.hf_token=hf_abc"]) == found
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.select=10:20", "10:20"),  # in YAML 1.1 that is 620
+        ("run.dir=010", "010"),
+        ("data.prompt_column=yes", "yes"),
+        ("model=1e3", "1e3"),
+        ("data.path=out/a b", "out/a b"),
+        ("data.path=[a,b]", ["a", "b"]),
+        ("data.limit=null", None),
+    ],
+)
+def test_a_text_on_the_command_line_is_taken_as_it_stands(
+    load: Callable[..., config.Config], override: str, value: object
+) -> None:
+    section, _, key = override.partition("=")[0].partition(".")
+    found = getattr(load(override), section)
+    assert (getattr(found, key) if key else found) == value
+
+
+def test_a_template_needs_no_quoting_and_may_hold_dollars(load: Callable[..., config.Config]) -> None:
+    template = "Price: ${{ price }} or ${y}: {{ question }}"
+    found = load("data.prompt_column=null", f"data.template={template}")
+    assert found.data.template == template
+    in_yaml = load(text=BASE.replace("prompt_column: prompt", f"template: '{template}'"))
+    assert in_yaml.data.template == template
+    assert yaml.safe_load(config.dump(in_yaml))["data"]["template"] == template
 
 
 def test_ranges() -> None:

@@ -113,6 +113,20 @@ def test_ranks_under_srun_go_on_without_one_that_was_killed(
 
 
 @pytest.mark.slow
+def test_ranks_under_srun_go_on_without_two_that_die_one_after_the_other(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(300), engine={"step_s": 0.02, "max_num_seqs": 4})
+    jobs = launcher.srun_like("run", conf, each=[[], [], [], []])
+    wait_for(lambda: journaled(tmp_path / "run") > 3000)
+    os.kill(jobs[3].process.pid, signal.SIGKILL)
+    wait_for(lambda: "going on without it" in jobs[2].output)
+    os.kill(jobs[2].process.pid, signal.SIGKILL)
+    assert [job.wait(200) for job in jobs[:2]] == [0, 0], "".join(job.output for job in jobs)
+    results(tmp_path, 300)
+
+
+@pytest.mark.slow
 def test_ranks_under_srun_go_on_without_one_that_hangs(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -264,9 +278,9 @@ def test_a_second_live_run_on_the_folder_is_refused(
     conf = write_config(numbered(300), engine={"step_s": 0.05})
     first = launcher.dpgen("run", conf)
     wait_for(lambda: journaled(tmp_path / "run") > 100)
-    second = launcher.dpgen("run", conf)
-    assert second.wait(60) == 2
-    assert "another run is at work" in second.output
+    second = launcher.srun_like("run", conf, each=[[], []])
+    assert [job.wait(60) for job in second] == [2, 2]
+    assert "".join(job.output for job in second).count("another run is at work") == 1
     first.end()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["attempt"] == 1
 

@@ -82,6 +82,26 @@ def test_an_empty_file_is_an_empty_input(tmp_path: Path, name: str, content: str
     assert len(opened(str(tmp_path / name))) == 0
 
 
+@pytest.mark.parametrize("empty", ["", "prompt,size\n"])
+def test_an_empty_file_among_full_ones_costs_nothing(tmp_path: Path, empty: str) -> None:
+    (tmp_path / "1.csv").write_text(empty)
+    (tmp_path / "2.csv").write_text("prompt,size\na,1\nb,2\n")
+    for path in (str(tmp_path / "*.csv"), [str(tmp_path / "2.csv"), str(tmp_path / "1.csv")]):
+        assert len(opened(path)) == 2
+
+
+def test_a_file_name_is_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / "we[i]rd name.jsonl").write_text('{"prompt": "x"}\n')
+    assert len(opened(str(tmp_path / "we[i]rd name.jsonl"))) == 1
+
+
+def test_a_saved_format_changes_nothing(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).with_format("numpy").save_to_disk(tmp_path / "saved")
+    rows = opened(str(tmp_path / "saved"))
+    [(_, row)] = rows.shard(np.arange(10), 10, 3).read(0, 1)
+    assert type(row["size"]) is int
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -238,9 +239,47 @@ def test_samples_token_ids_and_chosen_columns(launcher: Launcher, write_config: 
     assert second["keep"] == 3 and second["generated_text"] is None
 
 
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_the_result_loads_wherever_its_first_error_stands(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, form: str
+) -> None:
+    rows: list[dict[str, Any]] = [*numbered(24), {"prompt": None}]
+    conf = write_config(rows, data={"columns": []}, output={"format": form, "rows_per_file": 10})
+    assert launcher.dpgen("run", conf).wait() == 0
+    found = rows_of(tmp_path)
+    assert [row["row_id"] for row in found] == list(range(25)), "also where none of the input's columns is kept"
+    assert [row["row_id"] for row in found if row["error"]] == [24]
+    assert found[24]["error"]["type"] == "wrong_type" and found[0]["error"] is None
+
+
+def test_another_nodes_folder_of_another_run_is_refused(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(20))
+    folders = [[f"run.dir={tmp_path / f'node{rank}'}"] for rank in range(2)]
+    first = launcher.srun_like("run", conf, each=folders)
+    assert [job.wait() for job in first] == [0, 0]
+    again = launcher.srun_like("run", conf, each=folders)
+    assert [job.wait() for job in again] == [0, 0], "finished, though rank 1 has no _SUCCESS of its own"
+    shutil.rmtree(tmp_path / "node0")
+    other = launcher.srun_like("run", conf, "sampling.max_tokens=3", each=folders)
+    assert [job.wait() for job in other] == [2, 2], other[1].output
+    assert "sampling.max_tokens: null → 3" in other[0].output + other[1].output
+
+
+def test_rows_that_fail_early_do_not_hide_good_ones_that_are_being_generated(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    rows = [{"prompt": None if index % 2 else "good"} for index in range(400)]
+    conf = write_config(rows, engine={"max_num_seqs": 400, "step_s": 0.2})
+    job = launcher.dpgen("run", conf)
+    assert job.wait() == 0, job.output
+    assert sum(row["error"] is None for row in rows_of(tmp_path)) == 200
+
+
 def test_jsonl_in_several_files(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
     conf = write_config(numbered(25), output={"format": "jsonl", "rows_per_file": 10})
     assert launcher.dpgen("run", conf).wait() == 0
     files = sorted(path.name for path in (tmp_path / "run" / "dataset").iterdir())
-    assert files == [f"train-{number:05d}-of-00003.jsonl" for number in range(3)]
+    assert files == ["README.md"] + [f"train-{number:05d}-of-00003.jsonl" for number in range(3)]
     assert [row["row_id"] for row in rows_of(tmp_path)] == list(range(25))

@@ -136,6 +136,9 @@ class FakeBackend:
         num_running = min(len(self._rows), self._options.max_num_seqs)
         return Stats(self._num_tokens, 0, num_running, len(self._rows) - num_running)
 
+    def close(self) -> None:
+        return
+
     def _result(self, running: _Running) -> RowResult:
         token_ids = list(range(running.budget)) if self._spec.token_ids else None
         completions = tuple(

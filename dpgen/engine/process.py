@@ -18,7 +18,8 @@ from dpgen.engine.protocol import EngineInfo, EngineSpec, Event, Failed, KvAgree
 from dpgen.errors import EngineError
 from dpgen.records import Request
 
-_TAIL_LINES = 30
+_TAIL_LINES = 10
+_CLOSE_TIMEOUT_S = 10.0
 # The launcher's world belongs to the rank process. vLLM reads the same names and would join it.
 _LAUNCHER_PREFIXES = (
     "TORCHELASTIC_",
@@ -62,7 +63,7 @@ class EngineProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "dpgen.engine.server", str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-P", "-m", "dpgen.engine.server", str(theirs.fileno()), str(os.getpid())],
                 env=dict(environment),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -82,6 +83,7 @@ class EngineProcess:
         self._sender = threading.Thread(target=self._send_all, daemon=True)
         self._sender.start()
         self._outbox.put(spec)
+        self._failure: str | None = None
 
     @property
     def pid(self) -> int:
@@ -106,23 +108,30 @@ class EngineProcess:
             EngineError: it died, or said that it can't go on.
         """
         events: list[Event] = []
+        if self._failure is not None:
+            timeout_s = 0
         try:
             while self._pipe.poll(0 if events else timeout_s):
                 event = self._pipe.recv()
                 if isinstance(event, Failed):
-                    self.kill()
-                    raise EngineError(f"the engine failed: {event.message}")
+                    self._failure = event.message
+                    break
                 events.append(event)
         except (EOFError, OSError):
             if not events:  # what it said before it died is still good
                 raise self._death() from None
+        if not events and self._failure is not None:  # what it finished before it failed came first
+            self.kill()
+            raise EngineError(f"the engine failed: {self._failure}")
+        if not events and self._process.poll() is not None:  # a worker of its may still hold the pipe open
+            raise self._death()
         return events
 
     def close(self) -> None:
         """Ends the engine, in good order if it listens, and its whole process tree in any case."""
         self._outbox.put(Stop())
         with contextlib.suppress(subprocess.TimeoutExpired):  # it is deaf; `kill` sees to the rest
-            self._process.wait(timeout=2)
+            self._process.wait(timeout=_CLOSE_TIMEOUT_S)
         self.kill()
 
     def kill(self) -> None:
@@ -146,7 +155,9 @@ class EngineProcess:
         number = signal.Signals(-status) if status < 0 else None
         how = f"was ended by {number.name}" if number else f"exited with status {status}"
         said = "".join(f"\n    {line}" for line in self._tail)
-        message = f"the engine process {how}" + (f"; its last lines:{said}" if said else "")
+        message = f"the engine process {how}"
+        if said and number not in (signal.SIGKILL, signal.SIGTERM):  # of those its own lines know nothing
+            message += f"; its last lines:{said}"
         return EngineError(message, signal=number)
 
     def _read_lines(self, say: Callable[[str], None]) -> None:
@@ -155,7 +166,8 @@ class EngineProcess:
             line = raw.decode("utf-8", "replace").rstrip()
             if line:
                 self._tail.append(line)
-                say(line)
+                with contextlib.suppress(OSError):  # nobody reads ours any more; go on reading, or the engine blocks
+                    say(line)
 
 
 def engine_environment(
@@ -176,6 +188,8 @@ def engine_environment(
     kept["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its subprocess client hangs for good when the engine is killed
     kept["VLLM_LOGGING_LEVEL"] = log_level.upper()
     kept["PYTHONUNBUFFERED"] = "1"
+    # The engine imports what its rank does, not what lies in the working directory (hence -P above, too).
+    kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     if log_level in ("warning", "error"):  # the libraries' chatter that vLLM's level doesn't govern
         kept.setdefault("PYTHONWARNINGS", "ignore")
         kept.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -169,3 +169,6 @@ class Backend(Protocol):
 
     def stats(self) -> Stats:
         """The numbers so far."""
+
+    def close(self) -> None:
+        """Ends in good order: worker processes, shared memory."""

@@ -69,6 +69,7 @@ def _serve(pipe: Connection) -> None:
 
     pipe.send(Ready(backend.load(agree_kv)))
     _generate(pipe, backend)
+    backend.close()
 
 
 def _generate(pipe: Connection, backend: Backend) -> None:

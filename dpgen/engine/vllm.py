@@ -125,6 +125,10 @@ class VllmBackend:
         num_running, num_waiting = scheduler.get_request_counts()
         return Stats(self._num_finished_tokens + num_running_tokens, self._num_preemptions, num_running, num_waiting)
 
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
+
     @property
     def _max_model_len(self) -> int:
         assert self._engine is not None
