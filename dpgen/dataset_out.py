@@ -67,7 +67,8 @@ def write_dataset(
         has_samples: whether rows have several samples, so that what is a sample's becomes a list.
 
     Returns:
-        the counts that `_SUCCESS` holds: num_rows, num_errors, num_generated_tokens, and the result's hash.
+        what `_SUCCESS` holds (num_rows, num_errors, errors by type, num_generated_tokens, the result's hash), and
+        first_error, for a person.
 
     Raises:
         DpgenError: a row has no result, or the disk refuses.
@@ -86,8 +87,9 @@ def write_dataset(
             f"{folder.dataset} can't be written: {error.strerror}; the rows are safe in {folder.journal}: make room, "
             "then run the same command again"
         ) from None
+    first_error = facts.pop("first_error")
     write_whole(folder.success, json.dumps(facts, indent=2) + "\n")
-    return facts
+    return {**facts, "first_error": first_error}
 
 
 def _check_complete(index: Index, num_rows: int) -> None:
@@ -135,7 +137,7 @@ def _write_files(
         shutil.rmtree(folder.dataset)
     temporary.replace(folder.dataset)
     sync_folder(folder.path)
-    return tally.facts()
+    return {**tally.facts(), "first_error": tally.first_error}
 
 
 def _with_input(rows: Rows, kept: list[str] | None) -> Iterator[tuple[int, pa.Table]]:

@@ -218,6 +218,9 @@ def _finish(
         folder.update(manifests=[vars(each) for each in manifests], gather_rounds=rounds)
         has_samples = config.sampling.get("n", 1) != 1 or "n" in config.sampling_columns
         facts = write_dataset(rows, folder, config.output, config.data.columns, has_samples)
+        if facts["num_errors"]:
+            kinds = ", ".join(f"{number:,} {kind}" for kind, number in facts["errors"].items())
+            tell(f"rows with an error: {kinds}; the first is {facts['first_error']}")
         tell(f"done: {facts['num_rows']:,} rows, {facts['num_errors']:,} with an error, in {folder.dataset}")
 
     group.agree(write)

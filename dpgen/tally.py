@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from typing import Any
 
 from dpgen.records import RowResult
@@ -13,19 +14,24 @@ class Tally:
 
     def __init__(self) -> None:
         self._digest = hashlib.blake2b(digest_size=16)
-        self._num_rows = self._num_errors = self._num_generated_tokens = 0
+        self._num_rows = self._num_generated_tokens = 0
+        self._errors: Counter[str] = Counter()
+        self.first_error = ""
 
     def add(self, result: RowResult) -> None:
         self._digest.update(repr(result).encode("utf-8", "backslashreplace"))
         self._num_rows += 1
-        self._num_errors += result.error is not None
+        if result.error is not None:
+            self.first_error = self.first_error or f"row {result.row}: {result.error.type}: {result.error.message}"
+            self._errors[result.error.type] += 1
         self._num_generated_tokens += result.num_generated_tokens
 
     def facts(self) -> dict[str, Any]:
-        """num_rows, num_errors, num_generated_tokens, hash."""
+        """num_rows, num_errors, errors (type → number), num_generated_tokens, hash."""
         return {
             "num_rows": self._num_rows,
-            "num_errors": self._num_errors,
+            "num_errors": self._errors.total(),
+            "errors": dict(sorted(self._errors.items())),
             "num_generated_tokens": self._num_generated_tokens,
             "hash": self._digest.hexdigest(),
         }

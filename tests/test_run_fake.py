@@ -180,7 +180,9 @@ def test_a_bad_row_costs_one_row(launcher: Launcher, write_config: WriteConfig, 
     rows[5]["budget"] = -1
     rows[7]["prompt"] = None
     conf = write_config(rows, sampling={"from_columns": {"max_tokens": "budget"}})
-    assert launcher.dpgen("run", conf, ranks=2).wait() == 0
+    job = launcher.dpgen("run", conf, ranks=2)
+    assert job.wait() == 0
+    assert "1 bad_sampling, 1 prompt_too_long, 1 wrong_type; the first is row 2: prompt_too_long" in job.output
     found = rows_of(tmp_path)
     assert {row["row_id"]: row["error"]["type"] for row in found if row["error"]} == {
         2: "prompt_too_long",
