@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(arguments: Sequence[str]) -> int:
     """Joins the ranks, then runs; an error on any rank ends all of them, and is said once."""
     from dpgen.collectives import LoneGroup
-    from dpgen.topology import from_environment
+    from dpgen.topology import from_environment, place_on_node
 
     group: Any = LoneGroup()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -69,6 +69,7 @@ def _run(arguments: Sequence[str]) -> int:
             from dpgen.gloo import GlooGroup  # brings torch, which a world of one needs not
 
             group = GlooGroup(topology)
+            topology = place_on_node(topology, group.nodes)
         config: Config = group.agree(lambda: _config(arguments))
 
         from dpgen.run import run

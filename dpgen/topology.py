@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpgen.errors import ConfigError
 
@@ -26,7 +26,7 @@ class Topology:
         dp_rank, dp_size: this rank, and how many there are.
         local_rank, local_size: the same among the ranks of this node.
         node: the name of this machine, for people.
-        launcher: "torchrun", "slurm" or "none".
+        launcher: "torchrun", "slurm", "wrapper" (RANK and WORLD_SIZE, but nothing about the node), or "none".
         master_addr, master_port: where rank 0's store listens; "" and 0 in a world of one.
         restart: how often the launcher has restarted this job already.
     """
@@ -68,13 +68,15 @@ def from_environment(environ: Mapping[str, str]) -> Topology:
             for name in ("MASTER_ADDR", "MASTER_PORT"):
                 if not environ.get(name):
                     raise ConfigError(f"RANK and WORLD_SIZE are set, but {name} is not; launch with torchrun or srun")
+        # A wrapper around srun or mpirun often sets no more than these two; `place_on_node` then finds the rest.
+        is_whole = "LOCAL_RANK" in environ and "LOCAL_WORLD_SIZE" in environ
         return Topology(
             dp_rank=_number(environ, "RANK"),
             dp_size=size,
-            local_rank=_number(environ, "LOCAL_RANK", 0),
-            local_size=_number(environ, "LOCAL_WORLD_SIZE", 1),
+            local_rank=_number(environ, "LOCAL_RANK", 0) if is_whole else 0,
+            local_size=_number(environ, "LOCAL_WORLD_SIZE", 1) if is_whole else 1,
             node=node,
-            launcher="torchrun",
+            launcher="torchrun" if is_whole else "wrapper",
             master_addr=environ.get("MASTER_ADDR", ""),
             master_port=_number(environ, "MASTER_PORT", 0),
             restart=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
@@ -83,6 +85,14 @@ def from_environment(environ: Mapping[str, str]) -> Topology:
     if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
         return _from_slurm(environ, node)
     return Topology(node=node)
+
+
+def place_on_node(topology: Topology, nodes: Sequence[str]) -> Topology:
+    """The topology with its local rank and size found from the nodes of all ranks, where the launcher told neither."""
+    if topology.launcher != "wrapper":
+        return topology
+    local = [rank for rank, node in enumerate(nodes) if node == nodes[topology.dp_rank]]
+    return replace(topology, local_rank=local.index(topology.dp_rank), local_size=len(local))
 
 
 def _from_slurm(environ: Mapping[str, str], node: str) -> Topology:
@@ -149,7 +159,7 @@ def gpus_of_rank(topology: Topology, visible: Sequence[str], gpus_per_rank: int,
     if len(visible) >= needed:
         first = topology.local_rank * gpus_per_rank
         return list(visible[first : first + gpus_per_rank])
-    bound_by_launcher = topology.launcher == "slurm" and len(visible) == gpus_per_rank
+    bound_by_launcher = topology.launcher in ("slurm", "wrapper") and len(visible) == gpus_per_rank
     if bound_by_launcher:
         return list(visible)
     if share and len(visible) >= gpus_per_rank:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from dpgen.errors import ConfigError
-from dpgen.topology import Topology, cores_of_rank, expand_tasks_per_node, first_host, from_environment, gpus_of_rank
+from dpgen.topology import (
+    Topology,
+    cores_of_rank,
+    expand_tasks_per_node,
+    first_host,
+    from_environment,
+    gpus_of_rank,
+    place_on_node,
+)
 
 TORCHRUN = {
     "RANK": "5",
@@ -43,6 +51,14 @@ def test_srun() -> None:
     others = [from_environment({**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"})]
     assert others[0].master_port == found.master_port, "every task derives the same port"
     assert from_environment({**SRUN, "SLURM_STEP_ID": "1"}).master_port != found.master_port
+
+
+def test_a_wrapper_that_tells_no_local_rank_is_placed_by_the_nodes_of_all() -> None:
+    bare = {name: TORCHRUN[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    found = place_on_node(from_environment({**bare, "LOCAL_RANK": "1"}), ["a"] * 4 + ["b"] * 4)
+    assert (found.dp_rank, found.local_rank, found.local_size) == (5, 1, 4)
+    assert gpus_of_rank(found, ["0", "1", "2", "3"], 1) == ["1"]
+    assert gpus_of_rank(found, ["3"], 1) == ["3"], "one that the wrapper has bound already"
 
 
 def test_torchrun_inside_srun_is_torchruns() -> None:
