@@ -91,6 +91,7 @@ class Chaos:
                 self._one_life(run_dir, num_kills)
             self._check(run_dir)
             shutil.rmtree(run_dir.parent)
+            print(f"run {self.num_runs} is whole after {sum(self.kills.values())} kills", file=sys.stderr, flush=True)
 
     def _one_life(self, run_dir: Path, num_kills: int) -> None:
         """Starts the run on a random number of ranks and kills until it ends, by itself or by a kill."""
