@@ -10,6 +10,7 @@ from dpgen import journal
 from dpgen.claims import Claims
 from dpgen.collectives import Group
 from dpgen.config import Config
+from dpgen.errors import NoEngineLeft
 from dpgen.feed import Feed, RenderPrompt
 from dpgen.folder import RunFolder
 from dpgen.row_template import template_columns
@@ -35,12 +36,17 @@ class Dealer:
         Args:
             held: rows that this rank has finished in this attempt, or has in hand and will finish.
             takes_part: whether this rank can generate; one that can't gets an empty feed.
+
+        Raises:
+            NoEngineLeft: rows are left, and no rank can generate; on all ranks.
         """
         todo = self._todo(held)
         self.num_todo = len(todo)
         self._num_deals += 1
         config, group = self._config, self._group
         taking = [rank for rank, takes in enumerate(group.all_gather_object(takes_part)) if takes]
+        if len(todo) and not taking:
+            raise NoEngineLeft("every engine was given up; mend what killed them, then run the same command again")
         claims = None
         if takes_part:
             claims = Claims(

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from dpgen.collectives import Group, PeerLost, Pending
 from dpgen.engine.protocol import Event, Finished, Stats
-from dpgen.errors import DpgenError, Interrupted, NoEngineLeft, PeerFailed
+from dpgen.errors import DpgenError, Interrupted, PeerFailed
 from dpgen.feed import Feed
 from dpgen.records import Request, RowError, RowResult
 
@@ -58,7 +58,6 @@ class Totals:
     num_errors: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
-    num_engines: int = 0
     num_wanting_new_deal: int = 0
     num_ranks_generating: int = 0
 
@@ -198,13 +197,10 @@ class Generation:
         self._all = totals
         self._show(self._all)
         self._stop_if_all_fail(self._all)
-        if self._all.num_engines == 0 and self._all.num_unfinished_ranks:
-            raise NoEngineLeft("every engine was given up; mend what killed them, then run the same command again")
         if self._all.num_wanting_new_deal:
             self._deal_again()
 
     def _my_totals(self) -> Totals:
-        self._mine.num_engines = int(not self._engine.is_lost)
         self._mine.num_wanting_new_deal = int(self._engine.is_lost and self._has_work)
         self._mine.num_unfinished_ranks = int(self._has_work)
         # A row that the engine refuses comes back at once; one that stays is being generated, and may turn out well.
