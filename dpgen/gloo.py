@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _FOREVER = timedelta(days=20)  # gloo counts milliseconds in 32 bits, signed: 24.8 days is its longest
 _JOIN_TIMEOUT = timedelta(minutes=30)  # until every rank has been started: a batch system may start them one by one
-_REJOIN_TIMEOUT = timedelta(seconds=60)  # all who are to come have just shown up
+_REJOIN_TIMEOUT = timedelta(seconds=30)  # all who are to come have just shown up
 _AGENT_TIMEOUT = timedelta(seconds=30)
 _FAILURE = "dpgen/failure"
 _LOOK_INTERVAL_S = 0.5
@@ -77,14 +77,12 @@ class GlooGroup(Group):
                 wait_for_workers=False,
                 multi_tenant=True,
             )
-            self._base.set_timeout(_JOIN_TIMEOUT)
             self._connect()
         except (RuntimeError, ValueError) as error:
             raise DpgenError(
                 f"rank {self.rank} could not join the group of {self.size} ranks at "
                 f"{topology.master_addr}:{topology.master_port}: {_brief(error)}"
             ) from None
-        self._base.set_timeout(_FOREVER)
         self._leases = _Leases(self.store, self._first_rank)
         self.nodes = self.all_gather_object(topology.node)
 
@@ -93,8 +91,11 @@ class GlooGroup(Group):
         self.store = c10d.PrefixStore(f"dpgen/{self._restart}", self._base)
         epoch = c10d.PrefixStore(f"epoch-{self._epoch}", self.store)
         limit = _JOIN_TIMEOUT if self._epoch == 0 else _REJOIN_TIMEOUT
+        self._base.set_timeout(limit)  # ranks meet through the store, by its limit
         dist.init_process_group("gloo", store=epoch, rank=self.rank, world_size=self.size, timeout=limit)
-        c10d._set_pg_timeout(_FOREVER)  # the limit was for meeting; from now on slow ranks are waited for
+        # The limit was for meeting; from now on slow ranks are waited for.
+        c10d._set_pg_timeout(_FOREVER)
+        self._base.set_timeout(_FOREVER)
 
     def reduce(self, values: Sequence[int], op: Literal["sum", "min"]) -> Pending:
         tensor = torch.tensor(list(values), dtype=torch.int64)
