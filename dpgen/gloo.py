@@ -41,6 +41,8 @@ _LEASE_S = 60.0  # not renewed for so long: lost
 _BROKEN_LEASE_S = 15.0  # the same, once the group is known to be broken
 _POLL_S = 0.05
 _SHORT_POLL_S = 0.001
+# Worlds with collectives that never end. Destroying one would wait for them, so they stay until the process ends.
+_ABANDONED: list[Any] = []
 
 
 class GlooGroup(Group):
@@ -59,7 +61,6 @@ class GlooGroup(Group):
         self._first_rank = topology.dp_rank  # its name for life; `rank` changes when the group shrinks
         self._members = list(range(topology.dp_size))
         self._epoch = 0
-        self._abandoned: list[Any] = []
         self._next_look_s = 0.0
         agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._hosts_store = topology.is_first and not agent_keeps_store
@@ -226,7 +227,7 @@ class GlooGroup(Group):
         `init_process_group` may then be called again. There is no public way to do this (torch 2.13).
         """
         world = c10d._world
-        self._abandoned.append(world.default_pg)
+        _ABANDONED.append(world.default_pg)
         for table in (
             world.pg_map,
             world.pg_names,
