@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import resource
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ _FOREVER = timedelta(days=20)  # gloo counts milliseconds in 32 bits, signed: 24
 _JOIN_TIMEOUT = timedelta(minutes=30)  # until every rank has been started: a batch system may start them one by one
 _REJOIN_TIMEOUT = timedelta(seconds=30)  # all who are to come have just shown up
 _AGENT_TIMEOUT = timedelta(seconds=30)
+_AGENT_PATIENCE_S = 10.0
 _FAILURE = "dpgen/failure"
 _LOOK_INTERVAL_S = 0.5
 _RENEW_INTERVAL_S = 2.0
@@ -67,6 +69,8 @@ class GlooGroup(Group):
         # torchrun ends and restarts all ranks when it sees one die; srun can leave the others alone.
         self._may_shrink = topology.launcher == "slurm"
         self._restart = topology.restart
+        if agent_keeps_store:
+            _check_agent(topology)
         try:
             self._base = dist.TCPStore(  # type: ignore[attr-defined]
                 topology.master_addr,
@@ -338,6 +342,29 @@ def _brief(error: Exception) -> str:
     """A library's error without its place in the source, its advice and its jokes."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return line.rpartition("] ")[2].partition(". This is typically")[0]
+
+
+def _check_agent(topology: Topology) -> None:
+    """Meets torchrun's store, which is up before its ranks are, or finds that torchrun has died since.
+
+    TCPStore itself would go on trying for a minute, and then print a stack of its own.
+
+    Raises:
+        DpgenError: nothing answered for 10 s.
+    """
+    address = (topology.master_addr, topology.master_port)
+    deadline_s = time.monotonic() + _AGENT_PATIENCE_S
+    while True:
+        try:
+            socket.create_connection(address, timeout=_AGENT_PATIENCE_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline_s:
+                raise DpgenError(
+                    f"rank {topology.dp_rank}: torchrun's store at {topology.master_addr}:{topology.master_port} does "
+                    f"not answer ({error}); has torchrun died?"
+                ) from None
+            time.sleep(_POLL_S)
 
 
 def _raise_file_limit(extra: int) -> None:
