@@ -56,6 +56,7 @@ class Group(ABC):
     size: int
     nodes: list[str]  # the node of each rank
     store: Store
+    can_shrink = False  # whether the launcher lets ranks go on without one that was lost
 
     @property
     def leads_node(self) -> bool:
@@ -92,11 +93,19 @@ class Group(ABC):
 
     @abstractmethod
     def shrink(self) -> None:
-        """Goes on without the ranks that were lost; all that are left call it. `rank` and `size` may change.
+        """Goes on without the ranks that were lost, if it can; all that are left call it. `rank`, `size` may change.
 
         Raises:
             PeerFailed: that can't be done, or this rank is one that the others gave up.
         """
+
+    @abstractmethod
+    def beat(self) -> None:
+        """Says that this rank goes round its loop. Once it stops saying so, for minutes, it is lost; see `rest`."""
+
+    @abstractmethod
+    def rest(self) -> None:
+        """Says that no `beat` is to be expected: what comes may take any time."""
 
     @abstractmethod
     def close(self) -> None:
@@ -219,6 +228,12 @@ class LoneGroup(Group):
 
     def shrink(self) -> None:
         raise AssertionError("there is no other rank to lose")
+
+    def beat(self) -> None:
+        return
+
+    def rest(self) -> None:
+        return
 
     def close(self) -> None:
         return

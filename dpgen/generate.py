@@ -119,12 +119,19 @@ class Generation:
             NoEngineLeft: every rank's engine was given up.
             PeerFailed: another rank has failed, or was lost and can't be done without.
         """
-        while self._all is None or self._all.num_unfinished_ranks > 0:
-            self._admit()
-            self._collect()
-            self._agree()
-            self._journal.tick()
-            self._stop_if_told()
+        try:
+            while self._all is None or self._all.num_unfinished_ranks > 0:
+                self._group.beat()
+                self._admit()
+                self._collect()
+                self._agree()
+                self._journal.tick()
+                self._stop_if_told()
+        except (Interrupted, PeerFailed):
+            self._keep_finished()
+            raise
+        finally:
+            self._group.rest()
         return self._all
 
     @property
@@ -219,6 +226,8 @@ class Generation:
     def _do_without(self, lost: PeerLost) -> None:
         """Goes on with the ranks that are left, if this launcher lets them live."""
         while True:
+            if not self._group.can_shrink:
+                raise lost
             self._say(f"{lost}; going on without it, if that can be")
             try:
                 self._group.shrink()
@@ -230,13 +239,15 @@ class Generation:
 
     def _stop_if_told(self) -> None:
         reason = self._stop_reason()
-        if reason is None:
-            return
-        for event in self._engine.poll(0):  # what is finished by now is kept
+        if reason is not None:
+            raise Interrupted(reason)
+
+    def _keep_finished(self) -> None:
+        """Journals what the engine has finished by now: the run ends, and those rows need not be generated again."""
+        for event in self._engine.poll(0):
             if isinstance(event, Finished):
                 for result in event.results:
                     self._keep(result)
-        raise Interrupted(reason)
 
     def _stop_if_all_fail(self, totals: Totals) -> None:
         """Ends the run, on all ranks alike, if everything so far is an error."""

@@ -11,11 +11,9 @@ import contextlib
 import json
 import os
 import pickle
-import resource
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +24,10 @@ from torch.distributed import distributed_c10d as c10d
 
 from dpgen.collectives import Group, PeerLost, Pending
 from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
+from dpgen.leases import Leases
+from dpgen.network import await_agent, interface_towards, raise_file_limit
 from dpgen.topology import Topology
+from dpgen.watched_store import WatchedStore
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,10 +36,8 @@ _FOREVER = timedelta(days=20)  # gloo counts milliseconds in 32 bits, signed: 24
 _JOIN_TIMEOUT = timedelta(minutes=30)  # until every rank has been started: a batch system may start them one by one
 _REJOIN_TIMEOUT = timedelta(seconds=30)  # all who are to come have just shown up
 _AGENT_TIMEOUT = timedelta(seconds=30)
-_AGENT_PATIENCE_S = 10.0
 _FAILURE = "dpgen/failure"
 _LOOK_INTERVAL_S = 0.5
-_RENEW_INTERVAL_S = 2.0
 _LEASE_S = 60.0  # not renewed for so long: lost
 _BROKEN_LEASE_S = 15.0  # the same, once the group is known to be broken
 _POLL_S = 0.05
@@ -50,7 +49,7 @@ _ABANDONED: list[Any] = []
 class GlooGroup(Group):
     """See `Group`."""
 
-    store: Any  # torch.distributed.Store, which has more than claims need
+    store: WatchedStore
 
     def __init__(self, topology: Topology) -> None:
         """Joins; returns when all ranks have.
@@ -58,19 +57,23 @@ class GlooGroup(Group):
         Raises:
             DpgenError: not all ranks came within half an hour, or the store can't be reached.
         """
-        _raise_file_limit(64 + 4 * topology.dp_size)
+        raise_file_limit(64 + 4 * topology.dp_size)
         self.rank, self.size = topology.dp_rank, topology.dp_size
         self._first_rank = topology.dp_rank  # its name for life; `rank` changes when the group shrinks
         self._members = list(range(topology.dp_size))
         self._epoch = 0
         self._next_look_s = 0.0
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="gather")
         agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._hosts_store = topology.is_first and not agent_keeps_store
         # torchrun ends and restarts all ranks when it sees one die; srun can leave the others alone.
-        self._may_shrink = topology.launcher == "slurm"
+        self.can_shrink = topology.launcher == "slurm"
         self._restart = topology.restart
+        address = (topology.master_addr, topology.master_port)
         if agent_keeps_store:
-            _check_agent(topology)
+            await_agent(address)
+        if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_towards(address)):
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
         try:
             self._base = dist.TCPStore(  # type: ignore[attr-defined]
                 topology.master_addr,
@@ -82,25 +85,28 @@ class GlooGroup(Group):
                 wait_for_workers=False,
                 multi_tenant=True,
             )
+            self.store = WatchedStore(self._prefixed())
             self._connect()
         except (RuntimeError, ValueError) as error:
             raise DpgenError(
                 f"rank {self.rank} could not join the group of {self.size} ranks at "
                 f"{topology.master_addr}:{topology.master_port}: {_brief(error)}"
             ) from None
-        self._leases = _Leases(self.store, self._first_rank)
+        self._leases = Leases(self.store, self._prefixed().clone(), self._first_rank)
         self.nodes = self.all_gather_object(topology.node)
 
     def _connect(self) -> None:
-        # A restarted job may meet the store of its former self: each restart and each epoch has names of its own.
-        self.store = c10d.PrefixStore(f"dpgen/{self._restart}", self._base)
-        epoch = c10d.PrefixStore(f"epoch-{self._epoch}", self.store)
+        epoch = c10d.PrefixStore(f"epoch-{self._epoch}", self._prefixed())
         limit = _JOIN_TIMEOUT if self._epoch == 0 else _REJOIN_TIMEOUT
         self._base.set_timeout(limit)  # ranks meet through the store, by its limit
         dist.init_process_group("gloo", store=epoch, rank=self.rank, world_size=self.size, timeout=limit)
         # The limit was for meeting; from now on slow ranks are waited for.
         c10d._set_pg_timeout(_FOREVER)
         self._base.set_timeout(_FOREVER)
+
+    def _prefixed(self) -> Any:
+        # A restarted job may meet the store of its former self: each restart and each epoch has names of its own.
+        return c10d.PrefixStore(f"dpgen/{self._restart}", self._base)
 
     def reduce(self, values: Sequence[int], op: Literal["sum", "min"]) -> Pending:
         tensor = torch.tensor(list(values), dtype=torch.int64)
@@ -122,9 +128,15 @@ class GlooGroup(Group):
 
     def gather_object(self, value: Any) -> list[Any] | None:
         found: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        # Aside, since it blocks, whoever has been lost.
+        gathered = self._aside.submit(dist.gather_object, value, found, dst=0)
         with self.telling_peer_failure():
-            dist.gather_object(value, found, dst=0)
-        return found
+            while True:
+                try:
+                    gathered.result(_POLL_S)
+                    return found
+                except TimeoutError:
+                    self.raise_if_peer_failed()
 
     def union(self, mask: np.ndarray) -> np.ndarray:
         tensor = torch.from_numpy(mask.astype("uint8"))
@@ -174,6 +186,12 @@ class GlooGroup(Group):
         with contextlib.suppress(RuntimeError):  # the store is gone: there is nobody to tell
             self.store.add(f"{_FAILURE}/heard", 1)
 
+    def beat(self) -> None:
+        self._leases.beat()
+
+    def rest(self) -> None:
+        self._leases.rest()
+
     def close(self) -> None:
         self._leases.stop()
         if self._hosts_store:
@@ -183,8 +201,6 @@ class GlooGroup(Group):
     # ---- going on without a rank
 
     def shrink(self) -> None:
-        if not self._may_shrink:
-            raise self._peer_failure(lost="a rank is gone")
         with self.telling_peer_failure():
             self._epoch += 1
             self.store.set(self._shrink_key(self._epoch), "1")
@@ -304,72 +320,7 @@ class _GlooPending:
         return [int(each) for each in self._tensor.tolist()]
 
 
-class _Leases:
-    """A counter a rank in the store, counted up by a thread for as long as the rank's process runs."""
-
-    def __init__(self, store: Any, rank: int) -> None:
-        self._store, self._rank = store, rank
-        self._seen: dict[int, tuple[int, float]] = {}
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._renew, args=(store.clone(),), daemon=True)
-        self._thread.start()
-
-    def stale(self, members: Sequence[int], limit_s: float) -> list[int]:
-        """The members whose counter has stood still for `limit_s` or longer, as far as this rank has watched."""
-        now = time.monotonic()
-        found = []
-        for member in members:
-            count = self._store.add(f"dpgen/lease/{member}", 0)
-            before, since_s = self._seen.get(member, (-1, now))
-            if count != before:
-                self._seen[member] = (count, now)
-            elif now - since_s >= limit_s:
-                found.append(member)
-        return found
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def _renew(self, store: Any) -> None:
-        try:
-            while not self._stopped.wait(_RENEW_INTERVAL_S):
-                store.add(f"dpgen/lease/{self._rank}", 1)
-        except RuntimeError:
-            return  # the store is gone; the main thread meets that itself
-
-
 def _brief(error: Exception) -> str:
     """A library's error without its place in the source, its advice and its jokes."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return line.rpartition("] ")[2].partition(". This is typically")[0]
-
-
-def _check_agent(topology: Topology) -> None:
-    """Meets torchrun's store, which is up before its ranks are, or finds that torchrun has died since.
-
-    TCPStore itself would go on trying for a minute, and then print a stack of its own.
-
-    Raises:
-        DpgenError: nothing answered for 10 s.
-    """
-    address = (topology.master_addr, topology.master_port)
-    deadline_s = time.monotonic() + _AGENT_PATIENCE_S
-    while True:
-        try:
-            socket.create_connection(address, timeout=_AGENT_PATIENCE_S).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline_s:
-                raise DpgenError(
-                    f"rank {topology.dp_rank}: torchrun's store at {topology.master_addr}:{topology.master_port} does "
-                    f"not answer ({error}); has torchrun died?"
-                ) from None
-            time.sleep(_POLL_S)
-
-
-def _raise_file_limit(extra: int) -> None:
-    """Raises the soft limit of open files towards the hard one: gloo holds about 20 + 2 x ranks a process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = soft + extra if hard == resource.RLIM_INFINITY else min(hard, soft + extra)
-    if soft != resource.RLIM_INFINITY and wanted > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,48 @@
+"""c10d's store with an end to its patience: a host that lost its power closes no connection, and answers nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+_SILENT_S = 60.0
+
+
+class WatchedStore:
+    """The calls that dpgen makes of a torch.distributed Store, each given up after `limit_s`.
+
+    TCPStore's own limit covers waiting for a key, not waiting for an answer: on a dead host it waits for TCP to give
+    up, a quarter of an hour with Linux's defaults. So a thread asks, and the caller waits for it; once a question was
+    given up, every other is refused at once.
+
+    Raises:
+        RuntimeError: from any call, as the store itself does: no answer, or the store's own error.
+    """
+
+    def __init__(self, store: Any, limit_s: float = _SILENT_S) -> None:
+        self._store, self._limit_s = store, limit_s
+        self._asker = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._is_lost = False
+
+    def add(self, key: str, amount: int) -> int:
+        return int(self._ask(lambda: self._store.add(key, amount)))
+
+    def check(self, keys: list[str]) -> bool:
+        return bool(self._ask(lambda: self._store.check(keys)))
+
+    def set(self, key: str, value: str) -> None:
+        self._ask(lambda: self._store.set(key, value))
+
+    def get(self, key: str) -> bytes:
+        """The value of a key that is known to be there."""
+        value: bytes = self._ask(lambda: self._store.get(key))
+        return value
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        if not self._is_lost:
+            try:
+                return self._asker.submit(call).result(self._limit_s)
+            except TimeoutError:
+                self._is_lost = True
+        raise RuntimeError(f"the store has not answered for {self._limit_s:.0f} s")
