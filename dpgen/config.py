@@ -55,6 +55,9 @@ class RunConfig:
     engine_timeout_s: float = _key(
         "seconds that an engine with work may say nothing before it counts as hung and is started again", 600.0
     )
+    engine_start_timeout_s: float = _key(
+        "the same while it starts: seconds for importing vLLM, and again for loading the model", 3600.0
+    )
     max_engine_deaths: int = _key(
         "give an engine up after so many deaths in a row without a finished row between them; other ranks take "
         "its rows",
@@ -341,6 +344,7 @@ def _check(config: Config) -> None:
     run, data, work, output = config.run, config.data, config.work, config.output
     _at_least("run.progress_interval_s", run.progress_interval_s, 0.1)
     _at_least("run.engine_timeout_s", run.engine_timeout_s, 1)
+    _at_least("run.engine_start_timeout_s", run.engine_start_timeout_s, 1)
     _at_least("run.max_engine_deaths", run.max_engine_deaths, 1)
     _at_least("run.stop_margin_s", run.stop_margin_s, 0)
     _check_retry_errors(run.retry_errors)

@@ -98,6 +98,7 @@ def _start_engine(config: Config, topology: Topology, group: Group, say: Callabl
         say,
         reserve_rows=config.work.reserve_rows,
         timeout_s=config.run.engine_timeout_s,
+        start_timeout_s=config.run.engine_start_timeout_s,
         max_deaths=config.run.max_engine_deaths,
     )
 

@@ -71,7 +71,7 @@ class Rig:
             self.processes.append(FakeProcess(spec, dies))
             return self.processes[-1]
 
-        defaults: dict[str, Any] = {"reserve_rows": 2, "timeout_s": 60.0, "max_deaths": 8}
+        defaults: dict[str, Any] = {"reserve_rows": 2, "timeout_s": 60.0, "start_timeout_s": 600.0, "max_deaths": 8}
         self.engine = EngineSupervisor(
             start, EngineSpec("fake", "m"), self.said.append, clock=lambda: self.now, **{**defaults, **settings}
         )
@@ -150,6 +150,34 @@ def test_a_silent_engine_with_work_counts_as_hung() -> None:
         assert rig.engine.poll(0) == []
     assert len(rig.processes) == 2 and "said nothing for 61 s while it had work" in rig.said[0]
     assert sorted(rig.run(range(1, 3))) == [0, 1, 2]
+
+
+def test_an_engine_that_never_loads_is_not_waited_for_for_ever() -> None:
+    rig = Rig(lambda rows: None, start_timeout_s=600)
+    hung = FakeProcess(EngineSpec("fake", "m"), lambda rows: None)
+    hung.load = lambda kv_bytes=None: None  # type: ignore[method-assign]
+    supervisor = EngineSupervisor(
+        lambda spec: hung,
+        EngineSpec("fake", "m"),
+        rig.said.append,
+        reserve_rows=2,
+        timeout_s=60,
+        start_timeout_s=600,
+        max_deaths=8,
+        clock=lambda: rig.now,
+    )
+
+    def wait() -> None:
+        rig.now += 1
+
+    supervisor.check(wait)
+    rig.now += 5000  # the input is read
+    began_s = rig.now
+    with pytest.raises(
+        EngineError, match=r"said nothing for 601 s while it was starting \(run.engine_start_timeout_s\)"
+    ):
+        supervisor.load(lambda measured: measured, wait)
+    assert rig.now - began_s == 601
 
 
 def test_an_idle_engine_may_be_silent() -> None:

@@ -49,6 +49,7 @@ class EngineSupervisor:
         say: prints a line.
         reserve_rows: rows kept waiting in the engine beyond what it runs.
         timeout_s: how long an engine with work may be silent before it counts as hung.
+        start_timeout_s: the same, from a process's start until it has loaded the model.
         max_deaths: deaths in a row, without a finished row between them, after which the engine is given up.
     """
 
@@ -60,11 +61,13 @@ class EngineSupervisor:
         *,
         reserve_rows: int,
         timeout_s: float,
+        start_timeout_s: float,
         max_deaths: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._start, self._spec, self._say, self._clock = start, spec, say, clock
-        self._reserve_rows, self._timeout_s, self._max_deaths = reserve_rows, timeout_s, max_deaths
+        self._reserve_rows, self._max_deaths = reserve_rows, max_deaths
+        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
         self._process: Process | None = start(spec)
         self._info: EngineInfo | None = None
         self._kv_bytes: int | None = None
@@ -111,10 +114,12 @@ class EngineSupervisor:
         while self._info is None:
             try:
                 assert self._process is not None
+                self._heard_s = self._clock()
                 self._process.load()
                 measured = self._await(KvMeasured, while_waiting).num_bytes
                 if self._kv_bytes is None:  # agreed once: the other ranks do not ask again
                     self._kv_bytes = agree_kv(measured)
+                    self._heard_s = self._clock()  # it was the other ranks that were waited for
                 self._process.agree_kv(min(self._kv_bytes, measured))
                 self._info = self._await(Ready, while_waiting).info
             except EngineError as error:
@@ -133,6 +138,7 @@ class EngineSupervisor:
         if not (smaller or error.signal) or self._is_hopeless:
             raise error
         self._say(f"{error} while it was starting; starting it again")
+        self._heard_s = self._clock()
         self._process = self._start(self._spec)
 
     def _await(self, kind: type[E], while_waiting: Callable[[], None]) -> E:
@@ -141,8 +147,10 @@ class EngineSupervisor:
             while_waiting()
             for event in self._process.poll(_START_WAIT_S):
                 if isinstance(event, kind):
+                    self._heard_s = self._clock()
                     return event
                 raise EngineError(f"the engine said {type(event).__name__} where {kind.__name__} was due")
+            self._refuse_silence()
 
     # ---- generating: nothing here waits for an engine
 
@@ -237,9 +245,12 @@ class EngineSupervisor:
 
     def _refuse_silence(self) -> None:
         silent_s = self._clock() - self._heard_s
-        if silent_s > self._timeout_s and (self._inside or not self._is_ready):
-            what = "while it had work" if self._is_ready else "while it was starting"
-            raise EngineError(f"the engine said nothing for {silent_s:.0f} s {what} (run.engine_timeout_s)")
+        if self._is_ready:
+            limit_s, what = self._timeout_s, "while it had work (run.engine_timeout_s)"
+        else:
+            limit_s, what = self._start_timeout_s, "while it was starting (run.engine_start_timeout_s)"
+        if silent_s > limit_s and (self._inside or not self._is_ready):
+            raise EngineError(f"the engine said nothing for {silent_s:.0f} s {what}")
 
     def _bury(self, error: EngineError) -> list[Event]:
         """After a death: blames, starts a successor, and gives the result of a row that is now known as poison."""
