@@ -267,11 +267,12 @@ def _reason(error: Exception) -> str:
 
 
 def _canonical_bytes(table: pa.Table) -> bytes:
-    """A table's content as bytes that don't depend on how it was cut into chunks."""
+    """A table's content as bytes that don't depend on how it was cut into chunks, nor on the rows around it."""
     import pyarrow as pa
 
     sink = pa.BufferOutputStream()
-    bare = table.combine_chunks().replace_schema_metadata(None)
+    # Taken, not sliced: a slice's bitmaps end with bits of the rows that follow, beyond `data.limit`, say.
+    bare = table.take(np.arange(table.num_rows)).combine_chunks().replace_schema_metadata(None)
     with pa.ipc.new_stream(sink, bare.schema) as writer:
         writer.write_table(bare)
     return bytes(sink.getvalue())

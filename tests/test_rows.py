@@ -144,3 +144,12 @@ def test_the_fingerprint_is_the_contents_not_the_files(tmp_path: Path, jsonl: Pa
     assert opened(str(jsonl), limit=9).fingerprint() != same
     jsonl.write_text(jsonl.read_text().replace("p3", "P3"))
     assert opened(str(jsonl)).fingerprint()["content"] != same["content"]
+
+
+def test_rows_beyond_the_limit_do_not_change_the_fingerprint(tmp_path: Path) -> None:
+    first = [{"prompt": f"row {index}", "hint": index % 3 == 0 or None} for index in range(10)]
+    for name, follows in (("a", None), ("b", True)):
+        rows = [*first, *[{"prompt": "another", "hint": follows}] * 5]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, other = (opened(str(tmp_path / f"{name}.jsonl"), limit=10).fingerprint() for name in "ab")
+    assert one == other
