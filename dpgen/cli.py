@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from dpgen.config import MISSING, Config, legal_keys, load
+from dpgen.config import MISSING, Config, legal_keys
+from dpgen.config_load import load
 from dpgen.errors import EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, PeerFailed
 from dpgen.parent import end_with_parent
 

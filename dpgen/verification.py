@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dpgen.config import load
+from dpgen.config_load import load
 from dpgen.dataset_out import result_columns
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.folder import RunFolder, differences

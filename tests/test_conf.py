@@ -12,14 +12,14 @@ import pytest
 import yaml
 from conftest import REPO
 
-from dpgen import config
+from dpgen import config, config_load
 
 SHIPPED = sorted((REPO / "conf").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path: Path) -> None:
-    config.load([str(path)], [])
+    config_load.load([str(path)], [])
 
 
 def test_the_reference_file_has_every_key_with_its_default_and_meaning() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpgen import config
+from dpgen import config, config_load
 from dpgen.errors import ConfigError
 
 BASE = """
@@ -23,7 +23,7 @@ def load(tmp_path: Path) -> Callable[..., config.Config]:
     def load(*overrides: str, text: str = BASE) -> config.Config:
         path = tmp_path / "a.yaml"
         path.write_text(text)
-        return config.load([str(path)], list(overrides))
+        return config_load.load([str(path)], list(overrides))
 
     return load
 
@@ -32,7 +32,7 @@ def test_later_yaml_wins_over_earlier_and_the_command_line_over_both(tmp_path: P
     first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
     first.write_text(BASE + "engine: {max_num_seqs: 1, max_model_len: 10}\nsampling: {temperature: 0.1}\n")
     second.write_text("engine: {max_num_seqs: 2}\nsampling: {temperature: 0.2}\n")
-    found = config.load([str(first), str(second)], ["sampling.temperature=0.3"])
+    found = config_load.load([str(first), str(second)], ["sampling.temperature=0.3"])
     assert found.engine == {"max_num_seqs": 2, "max_model_len": 10}
     assert found.sampling == {"temperature": 0.3}
     assert found.run.seed == 0, "a default stands where nothing was given"
@@ -103,7 +103,7 @@ def test_a_wrong_file_is_refused(load: Callable[..., config.Config], text: str, 
 
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"no such configuration file: nowhere\.yaml"):
-        config.load(["nowhere.yaml"], [])
+        config_load.load(["nowhere.yaml"], [])
 
 
 def test_the_dumped_configuration_holds_no_secret_and_loads_again(
@@ -117,7 +117,7 @@ def test_the_dumped_configuration_holds_no_secret_and_loads_again(
     assert yaml.safe_load(text)["sampling"] == {"max_tokens": 7, "stop_token_ids": [1]}
     again = tmp_path / "again.yaml"
     again.write_text(text)
-    assert config.load([str(again)], ["engine.hf_token=hf_abc"]) == found
+    assert config_load.load([str(again)], ["engine.hf_token=hf_abc"]) == found
 
 
 @pytest.mark.parametrize(
