@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import pty
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,29 +27,36 @@ TIMEOUT_S = 240
 
 
 class Job:
-    """One launcher process (torchrun, or python) and what it printed."""
+    """One launcher process (torchrun, or python) and what it printed, to a file or to a terminal."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, terminal: bool) -> None:
         self.log = log
-        self._file = log.open("wb")
+        self._file = log.open("wb", buffering=0)
+        self._watcher: threading.Thread | None = None
+        screen = self._open_terminal() if terminal else None
         self.process = subprocess.Popen(
             list(command),
             cwd=REPO,
             env=dict(environment),
             stdin=subprocess.DEVNULL,
-            stdout=self._file,
+            stdout=self._file if screen is None else screen,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        if screen is not None:
+            os.close(screen)
 
     @property
     def output(self) -> str:
-        return self.log.read_text(errors="replace")
+        return self.log.read_bytes().decode(errors="replace")  # a terminal's carriage returns included
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> int:
         """The exit status; on a time-out the job is ended and its output shown."""
         try:
-            return self.process.wait(timeout_s)
+            status = self.process.wait(timeout_s)
+            if self._watcher is not None:
+                self._watcher.join()
+            return status
         except subprocess.TimeoutExpired:
             self.end()
             pytest.fail(f"still running after {timeout_s} s; it printed:\n{self.output}")
@@ -54,7 +66,24 @@ class Job:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        if self._watcher is not None:
+            self._watcher.join()
         self._file.close()
+
+    def _open_terminal(self) -> int:
+        """A terminal of 24 lines by 160 columns for the process; what it shows goes to the log."""
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
+
+        def watch() -> None:
+            with contextlib.suppress(OSError):  # how a terminal says that the last process has left it
+                while shown := os.read(ours, 1 << 16):
+                    self._file.write(shown)
+            os.close(ours)
+
+        self._watcher = threading.Thread(target=watch, daemon=True)
+        self._watcher.start()
+        return theirs
 
 
 class Launcher:
@@ -65,21 +94,27 @@ class Launcher:
         self.python = sys.executable
         self.jobs: list[Job] = []
 
-    def start(self, command: Sequence[str], **environment: str) -> Job:
+    def start(self, command: Sequence[str], terminal: bool = False, **environment: str) -> Job:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
         kept |= {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-        job = Job(command, kept, self.folder / f"job-{len(self.jobs)}.log")
+        job = Job(command, kept, self.folder / f"job-{len(self.jobs)}.log", terminal)
         self.jobs.append(job)
         return job
 
-    def dpgen(self, *arguments: str, ranks: int = 1, torchrun: Sequence[str] = (), **environment: str) -> Job:
+    def dpgen(
+        self,
+        *arguments: str,
+        ranks: int = 1,
+        torchrun: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "dpgen"),
+        terminal: bool = False,
+        **environment: str,
+    ) -> Job:
         """`python -m dpgen ARGUMENTS` for one rank, `torchrun ... -m dpgen ARGUMENTS` for more."""
-        if ranks == 1 and not torchrun:
-            return self.start([sys.executable, "-m", "dpgen", *arguments], **environment)
-        options = ["--standalone", "--nproc-per-node", str(ranks), *torchrun]
-        return self.start(
-            [sys.executable, "-m", "torch.distributed.run", *options, "-m", "dpgen", *arguments], **environment
-        )
+        command = [sys.executable]
+        if ranks > 1 or torchrun:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *torchrun]
+        return self.start([*command, *program, *arguments], terminal, **environment)
 
     def srun_like(self, *arguments: str, each: Sequence[Sequence[str]], **environment: str) -> list[Job]:
         """One process a rank, with arguments of its own, the variables that srun sets, and a free port."""
