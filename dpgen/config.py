@@ -38,7 +38,7 @@ class RunConfig:
     )
     resume: Literal["auto", "never", "force"] = _key(
         "a folder that holds an unfinished run: auto goes on with it if nothing that changes results differs, "
-        "force goes on whatever differs, never refuses any folder that is not empty",
+        "force goes on whatever differs but the input, never refuses any folder that is not empty",
         "auto",
     )
     retry_errors: Any = _key(

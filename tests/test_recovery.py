@@ -194,12 +194,48 @@ def test_an_unfinished_run_goes_on_where_it_stopped_at_any_world_size(
     assert results(tmp_path, 150) == undisturbed(launcher, conf, tmp_path)
 
 
-def test_resume_never_wants_an_empty_folder(launcher: Launcher, write_config: WriteConfig) -> None:
+def test_resume_never_wants_an_empty_folder(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
     conf = write_config(numbered(5))
-    assert launcher.dpgen("run", conf, "run.resume=never").wait() == 0
-    again = launcher.dpgen("run", conf, "run.resume=never", "sampling.max_tokens=3")
-    assert again.wait() == 2
-    assert "is not empty" in again.output
+    (tmp_path / "run").mkdir()
+    first = launcher.dpgen("run", conf, "run.resume=never")
+    assert first.wait() == 0, first.output
+    marker = (tmp_path / "run" / "_SUCCESS").stat().st_mtime_ns
+    for other in ([], ["sampling.max_tokens=3"]):
+        again = launcher.dpgen("run", conf, "run.resume=never", *other)
+        assert again.wait() == 2, "also where the same run is finished there"
+        assert "is not empty" in again.output
+    assert (tmp_path / "run" / "_SUCCESS").stat().st_mtime_ns == marker
+
+
+def test_resume_force_goes_on_with_other_settings_and_keeps_what_is_done(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(60), engine={"step_s": 0.02, "max_num_seqs": 4}, sampling={"max_tokens": 5})
+    job = launcher.dpgen("run", conf)
+    wait_for(lambda: journaled(tmp_path / "run") > 500)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 75, job.output
+    refused = launcher.dpgen("run", conf, "sampling.max_tokens=3")
+    assert refused.wait() == 2
+    assert "sampling.max_tokens: 5 → 3" in refused.output and "run.resume=force" in refused.output
+    forced = launcher.dpgen("run", conf, "sampling.max_tokens=3", "run.resume=force")
+    assert forced.wait() == 0, forced.output
+    told = re.search(r"attempt 2: (\d+) of 60 rows are done, (\d+) to go", forced.output)
+    assert told, forced.output
+    lengths = [row["num_generated_tokens"] for row in results(tmp_path, 60)]
+    assert sorted(set(lengths)) == [3, 5]
+    assert [lengths.count(5), lengths.count(3)] == [int(told[1]), int(told[2])], "done rows stay as they were"
+    assert "finished result already" in launcher_output(launcher, conf, "sampling.max_tokens=3"), (
+        "it is a run of the new settings now"
+    )
+
+
+def test_resume_force_does_not_mix_two_inputs(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    assert launcher.dpgen("run", write_config(numbered(5))).wait() == 0
+    job = launcher.dpgen("run", write_config(numbered(6)), "run.resume=force")
+    assert job.wait() == 2, job.output
+    assert "results of another input" in job.output
+    assert len(results(tmp_path, 5)) == 5
 
 
 @pytest.mark.parametrize(("retry", "left"), [("true", []), ("[poison_row]", [2]), ("[bad_sampling]", [7])])

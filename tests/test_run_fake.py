@@ -98,6 +98,58 @@ def test_rows_come_home_where_the_run_folder_is_not_shared(
     assert not (tmp_path / "node1" / "run" / "_SUCCESS").exists()
 
 
+def test_gathering_though_the_folder_is_shared_changes_nothing(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(300), output={"gather_bytes": 1 << 16})
+    found, rounds, journals = {}, {}, {}
+    for gather in ("auto", "always"):
+        run_dir = tmp_path / gather / "run"
+        job = launcher.dpgen("run", conf, f"run.dir={run_dir}", f"output.gather={gather}", ranks=2)
+        assert job.wait() == 0, job.output
+        found[gather] = result_of(run_dir)
+        rounds[gather] = json.loads((run_dir / "run.json").read_text())["gather_rounds"]
+        journals[gather] = sorted(path.name for path in (run_dir / "journal").iterdir())
+    assert rounds["auto"] == 0 and rounds["always"] > 0
+    assert found["always"] == found["auto"]
+    assert [row["row_id"] for row in found["always"]] == list(range(300))
+    assert journals["always"] == journals["auto"], "nothing of what was sent is left beside what was there"
+
+
+# A rank that says what it finds in the cache of `datasets` when its turn has come, and takes a second to prepare it.
+SLOW_TO_PREPARE = """
+import os, sys, time
+from pathlib import Path
+import datasets
+
+load = datasets.load_dataset
+
+def slow_load(*args, **kwargs):
+    is_ready = any(Path(os.environ["HF_DATASETS_CACHE"]).rglob("*.arrow"))
+    if not is_ready:
+        time.sleep(1)
+    sys.stderr.write(f"rank {os.environ['RANK']}: {'finds it ready' if is_ready else 'prepares it'}\\n")
+    return load(*args, **kwargs)
+
+datasets.load_dataset = slow_load
+from dpgen.__main__ import main
+main()
+"""
+
+
+def test_one_process_of_a_node_prepares_the_data_while_the_others_wait(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    program = tmp_path / "slow_to_prepare.py"
+    program.write_text(SLOW_TO_PREPARE)
+    job = launcher.dpgen(
+        "run", write_config(numbered(30)), ranks=3, program=[str(program)], HF_DATASETS_CACHE=str(tmp_path / "cache")
+    )
+    assert job.wait() == 0, job.output
+    told = sorted(re.findall(r"rank \d: (?:prepares it|finds it ready)", job.output))
+    assert told == ["rank 0: prepares it", "rank 1: finds it ready", "rank 2: finds it ready"], job.output
+
+
 # ---- what a user does wrong
 
 
