@@ -145,7 +145,8 @@ class Config:
     )
     sampling: dict[str, Any] = _key(
         "any field of vLLM's SamplingParams, passed through, over the model's generation config; max_tokens is the "
-        "rest of the context unless given; sampling.from_columns takes fields from columns: {max_tokens: budget}",
+        "rest of the context unless one of them gives it; sampling.from_columns takes fields from columns: "
+        "{max_tokens: budget}",
         factory=dict,
     )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

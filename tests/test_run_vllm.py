@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Launcher, result_of
+from conftest import REPO, Launcher, result_of
 from tiny_model import save_tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.multi]
@@ -160,17 +161,42 @@ def test_it_generates_what_llm_generate_does(
 def test_two_ranks_and_one_row_under_slurms_environment(
     launcher: Launcher, write: Callable[..., str], tmp_path: Path
 ) -> None:
-    conf = write([{"messages": [{"role": "user", "content": "hello"}]}], sampling={"max_tokens": 5, "ignore_eos": True})
+    conf = write([{"messages": [{"role": "user", "content": "hello"}]}], sampling={"ignore_eos": True})
     # Ranks with unequal memory for their KV cache: the smaller is everyone's.
     jobs = launcher.srun_like("run", conf, each=[[], ["engine.kv_cache_memory_bytes=33554432"]])
     assert [job.wait() for job in jobs] == [0, 0], "".join(job.output for job in jobs)
     [row] = result_of(tmp_path / "run")
-    assert row["num_generated_tokens"] == 5 and row["finish_reason"] == "length"
+    assert row["finish_reason"] == "length"
+    assert row["num_prompt_tokens"] + row["num_generated_tokens"] == ENGINE["max_model_len"], (
+        "max_tokens is the rest of the context unless given"
+    )
     engine = json.loads((tmp_path / "run" / "run.json").read_text())["engine"]
     per_block_bytes = 2 * 2 * 4 * 32 * 4 * engine["kv_block_tokens"]  # K and V, layers, heads, head_dim, float32
     assert engine["num_kv_blocks"] == (32 << 20) // per_block_bytes
     assert "on every rank (32 MiB; 64 MiB free here)" in jobs[0].output
     assert "vLLM on the CPU: no chunked prefill" in jobs[0].output
+
+
+def test_sampling_starts_from_the_models_generation_config(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
+) -> None:
+    model = shutil.copytree(REPO / "conf" / "demo" / "model", tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "top_k": 1, "max_new_tokens": 7}))
+    conf = write(
+        [{"prompt": "1 + 1", "budget": None}, {"prompt": "1 + 1", "budget": 3}, {"prompt": "1 + 1", "budget": 20}],
+        data={"prompt_column": "prompt"},
+        model=str(model),
+        engine={**ENGINE, "max_model_len": 128},
+        sampling={"temperature": 2.0, "n": 4, "ignore_eos": True, "from_columns": {"max_tokens": "budget"}},
+        output={"token_ids": True},
+    )
+    job = launcher.dpgen("run", conf)
+    assert job.wait() == 0, job.output
+    rows = result_of(tmp_path / "run")
+    assert [row["num_generated_tokens"] for row in rows] == [[7] * 4, [3] * 4, [20] * 4], "a row's own value goes first"
+    for row in rows:
+        first, *others = row["generated_token_ids"]
+        assert others == [first] * 3, "with top_k=1 however hot samples are the same"
 
 
 @pytest.mark.parametrize(
