@@ -170,20 +170,17 @@ class Config:
     def prompt(self) -> PromptSettings:
         """How a row becomes a prompt."""
         data = self.data
-        try:
-            return PromptSettings(
-                prompt_column=data.prompt_column,
-                messages_column=data.messages_column,
-                template=data.template,
-                as_chat=data.as_chat,
-                system_prompt=data.system_prompt,
-                chat_template=data.chat_template,
-                chat_template_kwargs=data.chat_template_kwargs,
-                add_generation_prompt=data.add_generation_prompt,
-                continue_final_message=data.continue_final_message,
-            )
-        except ConfigError as error:
-            raise ConfigError(f"data: {error}") from None
+        return PromptSettings(
+            prompt_column=data.prompt_column,
+            messages_column=data.messages_column,
+            template=data.template,
+            as_chat=data.as_chat,
+            system_prompt=data.system_prompt,
+            chat_template=data.chat_template,
+            chat_template_kwargs=data.chat_template_kwargs,
+            add_generation_prompt=data.add_generation_prompt,
+            continue_final_message=data.continue_final_message,
+        )
 
     @property
     def gpus_per_rank(self) -> int:

@@ -210,13 +210,19 @@ def identity_of(config: Config, input_fingerprint: Mapping[str, Any]) -> dict[st
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """Where two identities differ, as ``key: before → now``."""
+    """Where two identities differ, as ``key: before → now``; keys are the configuration's, `input.*` the data's."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         found = []
         for key in sorted(set(before) | set(now)):
             found += differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
         return found
-    return [] if before == now else [f"{path}: {_short(before)} → {_short(now)}"]
+    return [] if before == now else [f"{_key_of(path)}: {_short(before)} → {_short(now)}"]
+
+
+def _key_of(path: str) -> str:
+    """The configuration key that a place in an identity stands for: what the user can change."""
+    named = {"seed": "run.seed", "columns": "data.columns", "engine.kind": "run.engine"}
+    return named.get(path, f"data.{path.removeprefix('prompt.')}" if path.startswith("prompt.") else path)
 
 
 def _short(value: Any) -> str:

@@ -18,7 +18,7 @@ only, decoder-only models; tokenizers that only vLLM knows (`known_to_transforme
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ _RESERVED_KWARGS = {
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """How a row becomes a prompt. Exactly one of the first three is set.
+    """How a row becomes a prompt: the `data.*` keys of those names. Exactly one of the first three is set.
 
     Attributes:
         prompt_column: a text column that is the prompt.
@@ -79,17 +79,17 @@ class PromptSettings:
         sources = {name: getattr(self, name) for name in ("prompt_column", "messages_column", "template")}
         given = [name for name, value in sources.items() if value is not None]
         if len(given) != 1:
-            found = " and ".join(given) + " are set" if given else "none is set"
-            raise ConfigError(f"a prompt comes from exactly one of {', '.join(sources)}; {found}")
+            found = f"{_keys(given, ' and ')} are set" if given else "none is set"
+            raise ConfigError(f"a prompt comes from exactly one of {_keys(sources, ', ')}; {found}")
         if self.as_chat and self.messages_column is not None:
-            raise ConfigError("as_chat makes a text one message; messages_column holds messages already")
+            raise ConfigError("data.as_chat makes a text one message; data.messages_column holds messages already")
         for name in ("system_prompt", "chat_template", "chat_template_kwargs", "continue_final_message"):
             if getattr(self, name) and not self.is_chat:
-                raise ConfigError(f"{name} needs a chat: set messages_column, or as_chat=true")
+                raise ConfigError(f"data.{name} needs a chat: set data.messages_column, or data.as_chat=true")
         if self.continue_final_message and self.add_generation_prompt:
-            raise ConfigError("continue_final_message=true needs add_generation_prompt=false")
+            raise ConfigError("data.continue_final_message=true needs data.add_generation_prompt=false")
         if reserved := sorted(_RESERVED_KWARGS & set(self.chat_template_kwargs)):
-            raise ConfigError(f"chat_template_kwargs may not hold {reserved[0]}; it is not for the template")
+            raise ConfigError(f"data.chat_template_kwargs may not hold {reserved[0]}; it is not for the template")
 
     @property
     def is_chat(self) -> bool:
@@ -108,7 +108,7 @@ class PromptSettings:
         which = "prompt_column" if self.prompt_column is not None else "messages_column"
         name = getattr(self, which)
         if name not in columns:
-            raise ConfigError(f"{which} {name!r} is no column of the dataset{nearest(name, columns, 'columns')}")
+            raise ConfigError(f"data.{which}: {name!r} is no column of the dataset{nearest(name, columns, 'columns')}")
 
     def load_chat_template(self) -> str | None:
         """The text of `chat_template`, read from its file if it names one (`load_chat_template` of vLLM).
@@ -123,7 +123,7 @@ class PromptSettings:
         except (OSError, ValueError) as error:
             if any(sign in self.chat_template for sign in "{}\n"):
                 return self.chat_template
-            raise ConfigError(f"cannot read the chat_template {self.chat_template}: {error}") from None
+            raise ConfigError(f"data.chat_template={self.chat_template} can't be read: {error}") from None
 
 
 class Renderer:
@@ -221,6 +221,10 @@ class Renderer:
         return list(ids)
 
 
+def _keys(names: Iterable[str], separator: str) -> str:
+    return separator.join(f"data.{name}" for name in names)
+
+
 def _resolve_chat_template(tokenizer: Any, given: str | None, tools: Any) -> str:
     """The template in force: the given one, or the tokenizer's (`resolve_chat_template` of vLLM)."""
     import jinja2
@@ -228,12 +232,12 @@ def _resolve_chat_template(tokenizer: Any, given: str | None, tools: Any) -> str
     try:
         template = str(tokenizer.get_chat_template(given, tools=tools))
     except (ValueError, AttributeError) as error:
-        reason = f"the tokenizer has no chat template; set chat_template ({_reason(error)})"
+        reason = f"the tokenizer has no chat template; set data.chat_template ({_reason(error)})"
         raise ConfigError(reason) from error
     try:
         template_variables(template)
     except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"chat_template, line {error.lineno}: {error.message}") from error
+        raise ConfigError(f"data.chat_template, line {error.lineno}: {error.message}") from error
     return template
 
 

@@ -23,7 +23,7 @@ def compile_row_template(template: str) -> jinja2.Template:
     try:
         return _environment().from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"template, line {error.lineno}: {error.message}") from error
+        raise ConfigError(f"data.template, line {error.lineno}: {error.message}") from error
 
 
 def check_row_template(template: str, columns: Sequence[str]) -> None:
@@ -36,12 +36,12 @@ def check_row_template(template: str, columns: Sequence[str]) -> None:
     environment = _environment()
     names = template_columns(template)
     for name in sorted(names - set(columns) - set(environment.globals)):
-        raise ConfigError(f"template: {name!r} is no column of the dataset{nearest(name, columns, 'columns')}")
+        raise ConfigError(f"data.template: {name!r} is no column of the dataset{nearest(name, columns, 'columns')}")
     if not names & set(columns):
         # A Python format string is what most of those who get here meant to write.
         meant = [name for name in columns if f"{{{name}}}" in template]
         hint = f"write {{{{ {[*meant, *columns, 'column'][0]} }}}}, with two braces"
-        raise ConfigError(f"template names no column; {hint}; columns: {', '.join(columns)}")
+        raise ConfigError(f"data.template names no column; {hint}; columns: {', '.join(columns)}")
 
 
 def template_columns(template: str) -> set[str]:

@@ -153,6 +153,7 @@ def _load(config: DataConfig) -> datasets.Dataset:
     paths = [config.path] if isinstance(config.path, str) else list(config.path)
     files = [found for path in paths for found in _files(path)]
     if files:
+        _refuse_hub_keys(config, "name", "revision")
         builders = {_builder(file) for file in files}
         if len({_ending(file) == ".tsv" for file in files}) > 1:
             raise ConfigError("data.path names files separated by tabs and others; convert one kind")
@@ -163,13 +164,25 @@ def _load(config: DataConfig) -> datasets.Dataset:
         raise ConfigError("data.path may list files, not folders or Hub names")
     path = str(Path(paths[0]).expanduser()) if _looks_local(paths[0]) else paths[0]
     saved = {"state.json", "dataset_dict.json"}
+    if os.path.isdir(path):
+        _refuse_hub_keys(config, "revision")
     if os.path.isdir(path) and saved & set(os.listdir(path)):
+        _refuse_hub_keys(config, "name")
         try:
             return _one_split(datasets.load_from_disk(path), config.split)
         except IndexError:  # what `datasets` raises where a saved dataset has no rows
             return datasets.Dataset.from_dict({})
     found = datasets.load_dataset(path, config.name, split=config.split, revision=config.revision)
     return _one_split(found, config.split)
+
+
+def _refuse_hub_keys(config: DataConfig, *names: str) -> None:
+    """Refuses keys that this input has no use for, rather than read something else than what they ask for."""
+    for name in names:
+        if (value := getattr(config, name)) is not None:
+            raise ConfigError(
+                f"data.{name}={value} is for a dataset of the Hub; data.path={config.path} is read from disk"
+            )
 
 
 def _load_files(builder: str, files: list[str], split: str) -> datasets.Dataset:

@@ -16,7 +16,7 @@ from dpgen.dataset_out import check_columns, write_dataset
 from dpgen.deal import Dealer
 from dpgen.engine.launch import engine_spec, engine_starter, prompt_renderer
 from dpgen.engine.supervisor import EngineSupervisor
-from dpgen.errors import ConfigError
+from dpgen.errors import ConfigError, nearest
 from dpgen.folder import RunFolder, differences, identity_of
 from dpgen.generate import Generation, Totals
 from dpgen.journal import Journal
@@ -126,7 +126,10 @@ def _open(config: Config, group: Group) -> tuple[Rows, RunFolder, dict[str, Any]
         config.prompt.check_columns(rows.columns)
         for name, column in config.sampling_columns.items():
             if column not in rows.columns:
-                raise ConfigError(f"sampling.from_columns: {name} is to come from {column!r}, which is no column")
+                raise ConfigError(
+                    f"sampling.from_columns: {name} is to come from {column!r}, which is no column of the dataset"
+                    f"{nearest(column, rows.columns, 'columns')}"
+                )
         check_columns(rows.columns, config.data.columns, config.output.token_ids)
 
     group.agree(check)

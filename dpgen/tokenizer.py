@@ -124,7 +124,7 @@ def load_tokenizer(settings: TokenizerSettings) -> Any:
     Raises:
         ConfigError: it is not there, or cannot be loaded.
     """
-    if _looks_like_path(settings.name) and not Path(settings.name).exists():
+    if looks_like_path(settings.name) and not Path(settings.name).exists():
         raise ConfigError(f"no tokenizer at {settings.name}: there is no such folder")
     from transformers import AutoTokenizer
 
@@ -182,12 +182,16 @@ def _small_files(name: str, revision: str | None) -> Path | None:
     if Path(name).exists():
         return Path(name)
     import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
 
+    # The client lets errors of its HTTP library through, and has changed that library more than once. Their common
+    # base is among the classes that its own error comes from.
+    of_hub = (each for each in HfHubHTTPError.__mro__ if issubclass(each, Exception) and each is not Exception)
+    unreachable: tuple[type[Exception], ...] = (OSError, ValueError, *of_hub)
     patterns = ["config.json", *(f"*{pattern}" for pattern in _TELLTALE_FILES)]
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    # The hub's client lets its HTTP library's errors through, and that library has changed more than once.
-    except Exception:  # noqa: BLE001 - load_tokenizer meets the same trouble next, and reports it
+    except unreachable:  # offline, or no such repository: load_tokenizer meets the same next, and reports it
         pass
     try:
         cached = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
@@ -196,8 +200,9 @@ def _small_files(name: str, revision: str | None) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+def looks_like_path(name: str) -> bool:
+    """Whether a model's name can't be one on the Hub (NAME or USER/NAME), nor a URL."""
+    return name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name)
 
 
 def _first_line(error: Exception) -> str:

@@ -170,7 +170,7 @@ def gpus_of_rank(topology: Topology, visible: Sequence[str], gpus_per_rank: int,
     advice = (
         f"start {fit} (torchrun --nproc-per-node {fit}), or set parallel.share_devices=true"
         if fit
-        else f"one rank needs {gpus_per_rank} (tensor_parallel_size x pipeline_parallel_size)"
+        else f"one rank needs {gpus_per_rank} (parallel.tensor_parallel_size x parallel.pipeline_parallel_size)"
     )
     raise ConfigError(
         f"{topology.local_size} ranks on {topology.node} need {needed} GPUs and {len(visible)} are visible: {advice}"

@@ -64,13 +64,16 @@ def tokenizers(folders: dict[str, Path]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "exactly one of prompt_column, messages_column, template; none is set"),
-        ({"prompt_column": "a", "template": "{{ a }}"}, "prompt_column and template are set"),
-        ({"messages_column": "a", "as_chat": True}, "holds messages already"),
-        ({"prompt_column": "a", "system_prompt": "s"}, "system_prompt needs a chat"),
-        ({"template": "{{ a }}", "chat_template": "s"}, "chat_template needs a chat"),
-        ({"prompt_column": "a", "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs needs a chat"),
-        ({"messages_column": "a", "continue_final_message": True}, "needs add_generation_prompt=false"),
+        ({}, "exactly one of data.prompt_column, data.messages_column, data.template; none is set"),
+        ({"prompt_column": "a", "template": "{{ a }}"}, "data.prompt_column and data.template are set"),
+        ({"messages_column": "a", "as_chat": True}, "data.messages_column holds messages already"),
+        (
+            {"prompt_column": "a", "system_prompt": "s"},
+            "data.system_prompt needs a chat: set data.messages_column, or data.as_chat=true",
+        ),
+        ({"template": "{{ a }}", "chat_template": "s"}, "data.chat_template needs a chat"),
+        ({"prompt_column": "a", "chat_template_kwargs": {"x": 1}}, "data.chat_template_kwargs needs a chat"),
+        ({"messages_column": "a", "continue_final_message": True}, "needs data.add_generation_prompt=false"),
         ({"messages_column": "a", "chat_template_kwargs": {"tokenize": True}}, "may not hold tokenize"),
     ],
 )
@@ -84,17 +87,17 @@ def test_settings_that_contradict_each_other(settings: dict[str, Any], words: st
     [
         (
             {"prompt_column": "qestion"},
-            r"'qestion' is no column.*did you mean 'question'\? columns: question, con",
+            r"data.prompt_column: 'qestion' is no column.*did you mean 'question'\? columns: question, con",
         ),
         (
             {"messages_column": "zzz"},
-            "'zzz' is no column of the dataset; columns: question, context, messages",
+            "data.messages_column: 'zzz' is no column of the dataset; columns: question, context, messages",
         ),
-        ({"template": "{{ question }} {{ contxt }}"}, "'contxt' is no column.*did you mean 'context'"),
-        ({"template": "Q: {question}"}, r"names no column; write {{ question }}, with two braces"),
+        ({"template": "{{ question }} {{ contxt }}"}, "data.template: 'contxt' is no column.*did you mean 'context'"),
+        ({"template": "Q: {question}"}, r"data.template names no column; write {{ question }}, with two braces"),
         ({"template": "no column"}, r"names no column; write {{ question }}"),
-        ({"template": "a\n{{ question"}, "template, line 2: "),
-        ({"template": "{{ question | nonsense }}"}, "template, line 1: No filter named 'nonsense'"),
+        ({"template": "a\n{{ question"}, "data.template, line 2: "),
+        ({"template": "{{ question | nonsense }}"}, "data.template, line 1: No filter named 'nonsense'"),
     ],
 )
 def test_columns_that_are_not_there(settings: dict[str, Any], words: str) -> None:
@@ -125,18 +128,18 @@ def test_a_chat_template_is_a_file_or_itself(tmp_path: Path, tokenizers: dict[st
     assert itself.load_chat_template() == from_file.load_chat_template()
     row = {"m": HELLO}
     assert Renderer(itself, tokenizers["bos"]).render(row) == Renderer(from_file, tokenizers["bos"]).render(row)
-    with pytest.raises(ConfigError, match="cannot read the chat_template"):
+    with pytest.raises(ConfigError, match=r"data\.chat_template=.*none.jinja can't be read"):
         PromptSettings(messages_column="m", chat_template=str(tmp_path / "none.jinja")).load_chat_template()
 
 
 def test_a_broken_or_missing_chat_template_is_found_at_once(tokenizers: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="chat_template, line 2"):
+    with pytest.raises(ConfigError, match=r"data\.chat_template, line 2"):
         Renderer(PromptSettings(messages_column="m", chat_template="\n{% if %}"), tokenizers["bos"])
-    with pytest.raises(ConfigError, match="chat_template, line 1: No filter named 'nonsense'"):
+    with pytest.raises(ConfigError, match=r"data\.chat_template, line 1: No filter named 'nonsense'"):
         Renderer(PromptSettings(messages_column="m", chat_template="{{ messages | nonsense }}"), tokenizers["bos"])
     without = copy.deepcopy(tokenizers["bos"])
     without.chat_template = None
-    with pytest.raises(ConfigError, match="no chat template; set chat_template"):
+    with pytest.raises(ConfigError, match=r"no chat template; set data\.chat_template"):
         Renderer(PromptSettings(messages_column="m"), without)
     Renderer(PromptSettings(prompt_column="m"), without)
 

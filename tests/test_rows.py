@@ -153,3 +153,11 @@ def test_rows_beyond_the_limit_do_not_change_the_fingerprint(tmp_path: Path) -> 
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one, other = (opened(str(tmp_path / f"{name}.jsonl"), limit=10).fingerprint() for name in "ab")
     assert one == other
+
+
+@pytest.mark.parametrize("key", ["name", "revision"])
+def test_what_is_meant_for_the_hub_is_refused_beside_files(tmp_path: Path, jsonl: Path, key: str) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    for path in (str(jsonl), [str(jsonl)], str(tmp_path / "*.jsonl"), str(tmp_path / "saved")):
+        with pytest.raises(ConfigError, match=rf"data\.{key}=v1 is for a dataset of the Hub"):
+            opened(path, **{key: "v1"})

@@ -159,8 +159,11 @@ def test_one_process_of_a_node_prepares_the_data_while_the_others_wait(
         ("data.promt_column=x", "did you mean 'data.prompt_column'"),
         ("engine.max_num_seq=3", "unknown key 'engine.max_num_seq'; did you mean 'engine.max_num_seqs'"),
         ("sampling.max_token=3", "unknown key 'sampling.max_token'; did you mean 'sampling.max_tokens'"),
-        ("data.prompt_column=promt", "did you mean 'prompt'"),
-        ("sampling.from_columns={max_tokens: budget}", "'budget', which is no column"),
+        ("data.prompt_column=promt", "data.prompt_column: 'promt' is no column of the dataset; did you mean 'prompt'"),
+        (
+            "sampling.from_columns={max_tokens: promp}",
+            "max_tokens is to come from 'promp', which is no column of the dataset; did you mean 'prompt'",
+        ),
         ("data.path=nowhere.jsonl", "no such file or folder: nowhere.jsonl"),
     ],
 )

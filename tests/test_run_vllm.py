@@ -207,7 +207,7 @@ def test_sampling_starts_from_the_models_generation_config(
         ("engine.max_model_len=100000", "max_model_len"),
         ("sampling.top_q=1", "unknown key 'sampling.top_q'; did you mean 'sampling.top_"),
         ("sampling.temperature=hot", "sampling"),
-        ("model=./no-such-model", "no-such-model"),
+        ("model=./no-such-model", "model=./no-such-model: there is no such folder"),
     ],
 )
 def test_what_vllm_would_refuse_is_refused_before_a_model_loads(

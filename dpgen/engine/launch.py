@@ -9,9 +9,11 @@ from dpgen.collectives import Group
 from dpgen.config import Config
 from dpgen.engine.process import EngineProcess, engine_environment
 from dpgen.engine.protocol import EngineSpec
+from dpgen.errors import ConfigError
 from dpgen.feed import RenderPrompt
 from dpgen.log import speaker
 from dpgen.render import Renderer, TokenizerSettings, load_tokenizer, reason_for_engine
+from dpgen.tokenizer import looks_like_path
 from dpgen.topology import Topology, cores_of_rank, gpus_of_rank
 
 
@@ -19,7 +21,7 @@ def engine_spec(config: Config, topology: Topology) -> EngineSpec:
     """What this rank's engine is made from."""
     return EngineSpec(
         kind=config.run.engine,
-        model=config.model,
+        model=_model(config),
         options=dict(config.engine),
         sampling=config.sampling_fields,
         sampling_columns=tuple(config.sampling_columns),
@@ -35,8 +37,9 @@ def engine_starter(config: Config, topology: Topology, group: Group) -> Callable
     """What starts an engine on this rank's own share of its node's devices. Collective.
 
     Raises:
-        ConfigError: the node has too few GPUs for its ranks.
+        ConfigError: the model's folder isn't there, or the node has too few GPUs for its ranks.
     """
+    group.agree(lambda: _check_model(config))
     affinities = group.all_gather_object((topology.node, frozenset(os.sched_getaffinity(0))))
     on_node = [cores for node, cores in affinities if node == topology.node]
     visible = visible_gpus(os.environ) if config.run.engine == "vllm" else []
@@ -68,8 +71,18 @@ def prompt_renderer(config: Config, tell: Callable[[str], None]) -> RenderPrompt
     return lambda row: (renderer.render(row), None)
 
 
+def _model(config: Config) -> str:
+    return os.path.expanduser(config.model)
+
+
+def _check_model(config: Config) -> None:
+    """Refuses a folder that isn't there: vLLM would take its name for one on the Hub, and complain about that."""
+    if config.run.engine == "vllm" and looks_like_path(config.model) and not os.path.exists(_model(config)):
+        raise ConfigError(f"model={config.model}: there is no such folder")
+
+
 def _tokenizer(config: Config) -> TokenizerSettings:
-    return TokenizerSettings.from_engine(config.model, config.engine)
+    return TokenizerSettings.from_engine(_model(config), config.engine)
 
 
 def _renders_in_engine(config: Config) -> bool:

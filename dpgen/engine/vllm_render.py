@@ -76,7 +76,7 @@ class EngineRenderer:
         except Exception as error:
             # By name: the class has moved between modules. Any other trouble the rows will meet, and report.
             if type(error).__name__ == "ChatTemplateResolutionError":
-                raise ConfigError("the tokenizer has no chat template; set chat_template") from error
+                raise ConfigError("the tokenizer has no chat template; set data.chat_template") from error
 
 
 def _chat_params(renderer: Any, settings: PromptSettings) -> Any:
