@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from dpgen.errors import RowRefused
+from dpgen.words import kind_of
 
 Message = dict[str, Any]
 ContentFormat = Literal["string", "openai"]
@@ -49,7 +50,7 @@ def clean_messages(value: Any) -> list[Message]:
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         hint = "; store them as a list of {role, content}" if isinstance(value, str | Mapping) else ""
-        raise _wrong(f"messages are {_kind(value)}, not a list{hint}")
+        raise _wrong(f"messages are {kind_of(value)}, not a list{hint}")
     if not value:
         raise RowRefused("empty_prompt", "the list of messages is empty")
     try:
@@ -99,7 +100,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _check_message(where: str, message: Any) -> None:
     if not isinstance(message, dict):
-        raise _wrong(f"{where} is {_kind(message)}, not a {{role, content}}")
+        raise _wrong(f"{where} is {kind_of(message)}, not a {{role, content}}")
     if not isinstance(message.get("role"), str):
         raise _wrong(f"{where} has no 'role' that is a string; its keys: {_keys(message)}")
     content = message.get("content", "")
@@ -107,7 +108,7 @@ def _check_message(where: str, message: Any) -> None:
         for index, part in enumerate(content):
             _check_part(f"{where}, part {index}", part)
     elif not isinstance(content, str):
-        raise _wrong(f"{where}: content is {_kind(content)}, neither a string nor a list of parts")
+        raise _wrong(f"{where}: content is {kind_of(content)}, neither a string nor a list of parts")
     if message["role"] == "assistant":
         _check_tool_calls(where, message.get("tool_calls", []))
 
@@ -116,7 +117,7 @@ def _check_part(where: str, part: Any) -> None:
     if isinstance(part, str):
         return
     if not isinstance(part, dict):
-        raise _wrong(f"{where} is {_kind(part)}, neither a string nor a part with a type")
+        raise _wrong(f"{where} is {kind_of(part)}, neither a string nor a part with a type")
     part_type = part.get("type")
     if part_type == "tool_reference" and isinstance(part.get("name"), str):
         return
@@ -126,12 +127,12 @@ def _check_part(where: str, part: Any) -> None:
         raise RowRefused("unsupported_content", f"{where} ({found}) is not text; only text parts can be sent")
     text = part.get(_TEXT_KEYS[part_type])
     if not isinstance(text, str) and not (text is None and part_type in _MAY_LACK_TEXT):
-        raise _wrong(f"{where}: {_TEXT_KEYS[part_type]!r} is {_kind(text)}, not a string")
+        raise _wrong(f"{where}: {_TEXT_KEYS[part_type]!r} is {kind_of(text)}, not a string")
 
 
 def _check_tool_calls(where: str, calls: Any) -> None:
     if not isinstance(calls, list):
-        raise _wrong(f"{where}: tool_calls is {_kind(calls)}, not a list")
+        raise _wrong(f"{where}: tool_calls is {kind_of(calls)}, not a list")
     for call in calls:
         if not isinstance(call, dict) or call.get("type", "function") != "function":
             raise _wrong(f"{where}: tool_calls holds something else than calls of type 'function'")
@@ -224,10 +225,6 @@ def _joined_text(content: Any) -> str:
 
 def _keys(value: Mapping[Any, Any]) -> str:
     return ", ".join(map(str, value)) or "none"
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _wrong(message: str) -> RowRefused:

@@ -23,6 +23,7 @@ from dpgen.journal import DamagedRecord, Index, Reader, mend, scan, sync_folder
 from dpgen.records import Completion, RowResult
 from dpgen.rows import Rows
 from dpgen.tally import Tally
+from dpgen.words import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,8 +80,8 @@ def write_dataset(
         facts = _write_files(rows, index, folder, config, kept, has_samples)
     except DamagedRecord as error:
         raise DpgenError(
-            f"{error}; with it {len(mend(error.path))} rows are lost, and count as missing now: run the same command "
-            "again to generate them"
+            f"{error}; with it {counted(len(mend(error.path)), 'row')} got lost, missing from now on: run the same "
+            "command again to generate what is missing"
         ) from None
     except OSError as error:
         raise DpgenError(
@@ -97,9 +98,9 @@ def _check_complete(index: Index, num_rows: int) -> None:
     unknown = index.row[(index.row < 0) | (index.row >= num_rows)]
     if len(missing) or len(unknown):
         raise DpgenError(
-            f"the journal lacks {len(missing)} of {num_rows} rows"
+            f"the journal lacks {len(missing):,} of {counted(num_rows, 'row')}"
             + (f" (the first is row {missing[0]})" if len(missing) else "")
-            + (f" and holds {len(unknown)} rows that the input has not" if len(unknown) else "")
+            + (f" and holds {counted(len(unknown), 'row')} that the input has not" if len(unknown) else "")
             + "; run the same command again to generate what is missing"
         )
 

@@ -258,7 +258,7 @@ class Generation:
         self._num_failing_rounds = 0 if totals.num_ranks_generating else self._num_failing_rounds + 1
         if self._num_failing_rounds < _FAILING_ROUNDS and totals.num_unfinished_ranks:
             return
-        told = f"the first {totals.num_rows} rows all failed"
+        told = "the first row failed" if totals.num_rows == 1 else f"the first {totals.num_rows:,} rows all failed"
         if self._first_error is None:
             raise PeerFailed(told)  # a rank that has seen an error shows it
         row, error = self._first_error

@@ -18,6 +18,7 @@ from dpgen import journal_format as fmt
 from dpgen.errors import DpgenError
 from dpgen.journal_format import Frames
 from dpgen.records import RowResult, decode
+from dpgen.words import counted
 
 _MOST_OPEN_FILES = 64
 
@@ -180,7 +181,7 @@ def _sealed(path: Path, data: bytes, indexed: Frames) -> Segment:
     damage = "its first bytes are damaged"
     if len(bad):
         first = bad[0]
-        damage = f"{len(bad)} damaged records, the first at byte {starts[first]} (row {indexed.row[first]})"
+        damage = f"{counted(len(bad), 'damaged record')}, the first at byte {starts[first]} (row {indexed.row[first]})"
     return Segment(path, indexed.only(sound), is_sealed=True, damage=damage)
 
 

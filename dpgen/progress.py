@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dpgen.generate import Totals
+from dpgen.words import counted, duration
 
 
 class Progress:
@@ -75,16 +76,4 @@ class Progress:
         rate = (totals.num_generated_tokens - tokens) / (now - since_s) if now > since_s else 0.0
         if now - since_s >= min(5.0, self._interval_s):
             self._last = (now, totals.num_generated_tokens)
-        return f"{rate:,.0f} tokens/s, {totals.num_errors} errors"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: ``42 s``, ``3 min 20 s``, ``5 h 07 min``, ``2 d 03 h``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+        return f"{rate:,.0f} tokens/s, {counted(totals.num_errors, 'error')}"

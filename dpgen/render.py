@@ -28,6 +28,7 @@ from dpgen.content_format import detect_content_format, template_variables
 from dpgen.errors import ConfigError, RowRefused, nearest
 from dpgen.row_template import check_row_template, compile_row_template
 from dpgen.tokenizer import TokenizerSettings, known_to_transformers, load_tokenizer, reason_for_engine
+from dpgen.words import kind_of
 
 __all__ = [
     "PromptSettings",
@@ -190,8 +191,7 @@ class Renderer:
         assert column is not None
         text = row.get(column)
         if not isinstance(text, str):
-            kind = "null" if text is None else f"a {type(text).__name__}"
-            raise RowRefused("wrong_type", f"{column} is {kind}, not a string")
+            raise RowRefused("wrong_type", f"{column} is {kind_of(text)}, not a string")
         return text
 
     def _chat_text(self, messages: list[Message]) -> str:

@@ -21,10 +21,11 @@ from dpgen.folder import RunFolder, differences, identity_of
 from dpgen.generate import Generation, Totals
 from dpgen.journal import Journal
 from dpgen.log import speaker
-from dpgen.progress import Progress, duration
+from dpgen.progress import Progress
 from dpgen.rows import Rows, open_rows
 from dpgen.stop import Stop, deadline
 from dpgen.topology import Topology
+from dpgen.words import counted, duration
 
 
 def run(config: Config, topology: Topology, group: Group) -> None:
@@ -185,7 +186,7 @@ def _load(
     tell(
         f"KV cache: {info.num_kv_blocks:,} blocks of {info.kv_block_tokens} tokens"
         f"{' on every rank' if config.parallel.sync_kv_cache else ''} ({agreed / 2**20:,.0f} MiB; "
-        f"{measured / 2**20:,.0f} MiB free here); {info.max_num_seqs} sequences at a time; "
+        f"{measured / 2**20:,.0f} MiB free here); {counted(info.max_num_seqs, 'sequence')} at a time; "
         f"loaded in {duration(time.monotonic() - started_s)}"
     )
     if group.rank == 0:
@@ -214,7 +215,7 @@ def _finish(
         sending = sorted({*earlier, *own_journal.paths})
     rounds = gather.bring_home(group, folder.journal, sending, config.output.gather_bytes)
     if rounds:
-        tell(f"rows gathered to rank 0 in {rounds} rounds")
+        tell(f"rows gathered to rank 0 in {counted(rounds, 'round')}")
 
     def write() -> None:
         if manifests is None:  # not rank 0
@@ -225,7 +226,7 @@ def _finish(
         if facts["num_errors"]:
             kinds = ", ".join(f"{number:,} {kind}" for kind, number in facts["errors"].items())
             tell(f"rows with an error: {kinds}; the first is {facts['first_error']}")
-        tell(f"done: {facts['num_rows']:,} rows, {facts['num_errors']:,} with an error, in {folder.dataset}")
+        tell(f"done: {counted(facts['num_rows'], 'row')}, {facts['num_errors']:,} with an error, in {folder.dataset}")
 
     group.agree(write)
 
@@ -242,9 +243,9 @@ class Manifest:
 
 
 def _plan(num_rows: int, num_todo: int, num_ranks: int, attempt: int) -> str:
-    ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
+    ranks = counted(num_ranks, "rank")
     if attempt == 1:
-        return f"{num_rows:,} rows over {ranks}"
+        return f"{counted(num_rows, 'row')} over {ranks}"
     done = num_rows - num_todo
     return f"attempt {attempt}: {done:,} of {num_rows:,} rows are done, {num_todo:,} to go over {ranks}"
 
@@ -252,7 +253,8 @@ def _plan(num_rows: int, num_todo: int, num_ranks: int, attempt: int) -> str:
 def _summary(totals: Totals, elapsed_s: float) -> str:
     rate = totals.num_generated_tokens / elapsed_s if elapsed_s > 0 else 0.0
     return (
-        f"generated {totals.num_rows:,} rows, {totals.num_generated_tokens:,} tokens in {duration(elapsed_s)} "
+        f"generated {counted(totals.num_rows, 'row')}, {counted(totals.num_generated_tokens, 'token')} "
+        f"in {duration(elapsed_s)} "
         f"({rate:,.0f} tokens/s)"
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dpgen.errors import ConfigError
+from dpgen.words import counted
 
 # Ports that srun ranks derive from the job's id, where no MASTER_PORT is given: above the well-known ones and
 # below the range that kernels hand out to outgoing connections (32768 on Linux).
@@ -173,7 +174,8 @@ def gpus_of_rank(topology: Topology, visible: Sequence[str], gpus_per_rank: int,
         else f"one rank needs {gpus_per_rank} (parallel.tensor_parallel_size x parallel.pipeline_parallel_size)"
     )
     raise ConfigError(
-        f"{topology.local_size} ranks on {topology.node} need {needed} GPUs and {len(visible)} are visible: {advice}"
+        f"{counted(topology.local_size, 'rank')} on {topology.node}: {counted(needed, 'GPU')} needed, "
+        f"{len(visible)} visible; {advice}"
     )
 
 

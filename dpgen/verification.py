@@ -22,6 +22,7 @@ from dpgen.journal import Index, Reader, Segment, merge, read_segment, segments
 from dpgen.records import RowResult
 from dpgen.rows import Rows, open_rows
 from dpgen.tally import Tally
+from dpgen.words import counted
 
 _BATCH_ROWS = 2_000
 
@@ -204,7 +205,7 @@ class _DatasetCheck:
         files = sorted(self._folder.glob(f"train-*.{self._format}")) if self._folder.is_dir() else []
         expected = int(files[0].stem.rpartition("-")[2]) if files and files[0].stem[-5:].isdigit() else None
         if len(files) != expected:
-            problems.append(f"dataset/ holds {len(files)} files, of {expected or 'an unknown number'}")
+            problems.append(f"dataset/ holds {counted(len(files), 'file')}, of {expected or 'an unknown number'}")
         self._report.num_dataset_rows = 0
         for path in files:
             try:

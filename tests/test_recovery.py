@@ -81,7 +81,7 @@ def test_an_engine_that_does_not_come_back_leaves_its_rows_to_the_others(
         "run", conf, f"work.steal={steal}", each=[["engine.step_s=0.01"], ["engine.crash_on=row"]]
     )
     assert [job.wait() for job in jobs] == [0, 0], "".join(job.output for job in jobs)
-    assert "given up after 1 deaths in a row" in jobs[1].output
+    assert "given up after 1 death in a row" in jobs[1].output
     assert all(row["error"] is None for row in results(tmp_path, 60))
 
 

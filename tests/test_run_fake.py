@@ -45,6 +45,8 @@ def test_few_rows_are_an_ordinary_run(
     job = launcher.dpgen("run", write_config(numbered(count)), ranks=ranks)
     assert job.wait() == 0, job.output
     assert json.loads((tmp_path / "run" / "_SUCCESS").read_text())["num_rows"] == count
+    noun = "row" if count == 1 else "rows"
+    assert f"{count} {noun} over {ranks} ranks" in job.output and f"done: {count} {noun}, 0 with" in job.output
     if count:  # `datasets` itself refuses to load a split without rows
         assert [row["row_id"] for row in rows_of(tmp_path)] == list(range(count))
 

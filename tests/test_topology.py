@@ -118,7 +118,7 @@ def test_gpus_that_slurm_bound_to_a_task_are_its_own() -> None:
 
 
 def test_too_few_gpus_names_the_right_number_of_ranks() -> None:
-    with pytest.raises(ConfigError, match=r"4 ranks on n need 8 GPUs and 4 are visible: start 2"):
+    with pytest.raises(ConfigError, match=r"4 ranks on n: 8 GPUs needed, 4 visible; start 2"):
         gpus_of_rank(local(0, 4), ["0", "1", "2", "3"], 2)
     with pytest.raises(ConfigError, match="one rank needs 4"):
         gpus_of_rank(local(0, 1), ["0"], 4)

@@ -307,7 +307,7 @@ def test_damage_is_named_with_its_place(run: Path) -> None:
     row = int(second.row[1])
     assert report.missing == str(row)
     assert report.damaged_segments == {
-        path.name: f"1 damaged records, the first at byte {int(second.offset[1]) - 17} (row {row})"
+        path.name: f"1 damaged record, the first at byte {int(second.offset[1]) - 17} (row {row})"
     }
 
 

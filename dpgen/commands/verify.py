@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, DpgenError
 from dpgen.verification import Report, shortened, verify
+from dpgen.words import counted
 
 USAGE = """\
 usage: dpgen verify RUN_DIR [--json] [--no-input]
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
 def _lines(report: Report) -> Iterator[str]:
     total = "unknown" if report.num_rows is None else f"{report.num_rows:,}"
     yield f"{report.run_dir}: {report.num_done:,} of {total} rows done, {report.num_failed:,} of them with an error"
-    yield f"  journal   {report.num_segments:,} segments, {len(report.damaged_segments)} damaged"
+    yield f"  journal   {counted(report.num_segments, 'segment')}, {len(report.damaged_segments)} damaged"
     for name, num_bytes in report.torn_segments.items():
         yield f"            {name}: its last {num_bytes:,} bytes were torn off by a crash (harmless)"
     if report.missing:
@@ -65,7 +66,7 @@ def _lines(report: Report) -> Iterator[str]:
     for kind, rows in report.failed.items():
         yield f"  failed    {kind}: {shortened(rows)}"
     if report.num_dataset_rows is not None:
-        yield f"  dataset   {report.num_dataset_rows:,} rows"
+        yield f"  dataset   {counted(report.num_dataset_rows, 'row')}"
     yield f"  input     {report.input}"
     yield from (f"  note      {note}" for note in report.notes)
     yield from (f"  problem   {problem}" for problem in report.problems)

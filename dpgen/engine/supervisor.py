@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 from dpgen.engine.protocol import Checked, EngineInfo, EngineSpec, Event, Finished, KvMeasured, Ready, Stats
 from dpgen.errors import ConfigError, EngineError
 from dpgen.records import Request, RowError, RowResult
+from dpgen.words import counted
 
 E = TypeVar("E", Checked, KvMeasured, Ready)
 
@@ -212,7 +213,7 @@ class EngineSupervisor:
         elif isinstance(event, Ready):
             self._info = event.info
             self._is_ready = True
-            self._say(f"the engine is back, with {self._num_held} rows to go on with")
+            self._say(f"the engine is back, with {counted(self._num_held, 'row')} to go on with")
 
     def _hand_over(self) -> None:
         """Gives the engine what waits for it; rows under suspicion go in alone, before all others."""
@@ -261,7 +262,7 @@ class EngineSupervisor:
         self._tokens_before, self._tokens_now = self._tokens_before + self._tokens_now, 0
         poison = self._blame(error)
         if self._is_hopeless:
-            self._say(f"{error}; given up after {self._deaths_in_a_row} deaths in a row")
+            self._say(f"{error}; given up after {counted(self._deaths_in_a_row, 'death')} in a row")
             self._process = None
             return poison
         self._say(f"{error}; starting it again")

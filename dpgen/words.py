@@ -1,0 +1,30 @@
+"""How numbers and values are called in lines for people: no "1 rows", no "a int"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 row``, ``12,000 rows``; for nouns whose plural has an s."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def kind_of(value: Any) -> str:
+    """``null``, ``a str``, ``an int``: what a value is, where something else was due."""
+    if value is None:
+        return "null"
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 20 s``, ``5 h 07 min``, ``2 d 03 h``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
