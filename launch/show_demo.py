@@ -46,7 +46,7 @@ def main() -> int:
     """Print the page; 1 if there is nothing to show."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run_dir", nargs="?", type=Path, default=DEMO_RUN)
-    run_dir: Path = parser.parse_args().run_dir
+    run_dir: Path = parser.parse_args().run_dir.expanduser().resolve()
     dataset_dir = run_dir / "dataset"
     if not dataset_dir.is_dir():
         print(f"{dataset_dir} is not there: the run is not finished; launch/demo.sh runs it", file=sys.stderr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +21,8 @@ SHIPPED = sorted((REPO / "conf").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path: Path) -> None:
-    config_load.load([str(path)], [])
+    found = config_load.load([str(path)], [])
+    assert found.run.dir and found.model and found.data.path, "a run could start from it"
 
 
 def test_the_reference_file_has_every_key_with_its_default_and_meaning() -> None:
@@ -58,6 +61,24 @@ def test_help_lists_every_key() -> None:
     for name, _, help in config.legal_keys():
         assert name in shown.stdout
         assert help.split(";")[0][:40] in " ".join(shown.stdout.split())
+
+
+@pytest.mark.parametrize(("arguments", "shown"), [([], "runs/demo"), (["data.limit=3", "run.dir=a b"], "a b")])
+def test_the_demo_shows_the_folder_that_it_wrote(tmp_path: Path, arguments: list[str], shown: str) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "bin").mkdir()
+    shutil.copy(REPO / "launch" / "demo.sh", tmp_path / "launch")
+    (tmp_path / "launch" / "install.sh").write_text("")
+    for name in ("torchrun", "python"):
+        stub = tmp_path / "bin" / name
+        stub.write_text(f'#!/bin/bash\nprintf "%s|" {name} "$@"\n')
+        stub.chmod(0o755)
+    command = ["bash", str(tmp_path / "launch" / "demo.sh"), *arguments]
+    done = subprocess.run(
+        command, env={**os.environ, "DPGEN_VENV": str(tmp_path)}, check=True, capture_output=True, text=True
+    )
+    assert "|".join(["conf/demo.yaml", *arguments, ""]) in done.stdout
+    assert done.stdout.endswith(f"python|launch/show_demo.py|{shown}|")
 
 
 def test_every_section_is_documented() -> None:
