@@ -7,6 +7,7 @@ numbers a row, and one batch of rows at a time.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -200,7 +201,27 @@ class _Output:
             self._sink.write_table(part)
         else:
             for row in part.to_pylist():
-                self._sink.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                self._sink.write(_json_line(row))
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:  # a NaN or an infinity, which is rare: others are spared the walk
+        text = json.dumps(as_json(row), ensure_ascii=False, default=str)
+    return text + "\n"
+
+
+def as_json(value: Any) -> Any:
+    """A value with null for every NaN and infinity, which JSON has no words for.
+
+    As `to_json` of `datasets` and pandas do it. Python's own "NaN" is no JSON: jq, JavaScript and Arrow refuse it.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, list) else value
 
 
 def _result_schema(has_samples: bool, token_ids: bool) -> pa.Schema:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dpgen.config_load import load
-from dpgen.dataset_out import result_columns
+from dpgen.dataset_out import as_json, result_columns
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.folder import RunFolder, differences
 from dpgen.journal import Index, Reader, Segment, merge, read_segment, segments
@@ -254,7 +254,10 @@ class _DatasetCheck:
         kept = rows.columns if self._kept is None else self._kept
         table = rows.dataset.select_columns(list(kept)).with_format("arrow")[ids.tolist()]
         for name in kept:
-            self._compare(f"{name} differs from the input's", ids, places, table[name].to_pylist(), batch[name])
+            wanted = table[name].to_pylist()
+            if self._format == "jsonl":
+                wanted = as_json(wanted)
+            self._compare(f"{name} differs from the input's", ids, places, wanted, batch[name])
 
     def _compare(self, what: str, ids: np.ndarray, places: list[int], wanted: list[Any], actual: list[Any]) -> None:
         """Notes the rows in which two columns differ: `wanted`, and `actual` at `places`."""

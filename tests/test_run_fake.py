@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import Launcher, numbered, result_of
 
@@ -342,3 +344,25 @@ def test_jsonl_in_several_files(launcher: Launcher, write_config: WriteConfig, t
     files = sorted(path.name for path in (tmp_path / "run" / "dataset").iterdir())
     assert files == ["README.md"] + [f"train-{number:05d}-of-00003.jsonl" for number in range(3)]
     assert [row["row_id"] for row in rows_of(tmp_path)] == list(range(25))
+
+
+def test_jsonl_has_null_where_the_input_has_nan(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    nan, infinity = float("nan"), float("inf")
+    rows = [
+        {"prompt": "a", "score": 0.5, "more": {"scores": [1.0, 2.0]}},
+        {"prompt": "b", "score": nan, "more": {"scores": [-infinity, nan, 3.0]}},
+    ]
+    data = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), data)
+    conf = write_config([], data={"path": str(data)}, output={"format": "jsonl"})
+    assert launcher.dpgen("run", conf).wait() == 0
+    [file] = (tmp_path / "run" / "dataset").glob("*.jsonl")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    found = [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
+    assert [(row["score"], row["more"]["scores"]) for row in found] == [(0.5, [1.0, 2.0]), (None, [None, None, 3.0])]
+    assert [row["score"] for row in rows_of(tmp_path)] == [0.5, None], "and `datasets` loads it"
+    verified = launcher.dpgen("verify", str(tmp_path / "run"))
+    assert verified.wait() == 0, verified.output
