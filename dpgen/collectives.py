@@ -111,15 +111,13 @@ class Group(ABC):
     def close(self) -> None:
         """Leaves the group; safe to call twice."""
 
-    def wait(self, pending: Pending, while_waiting: Callable[[], None] | None = None) -> list[int]:
+    def wait(self, pending: Pending) -> list[int]:
         """Waits for a collective, however long the slowest rank takes.
 
         Raises:
             PeerFailed: a rank failed meanwhile.
         """
         while not pending.done():
-            if while_waiting is not None:
-                while_waiting()
             time.sleep(_POLL_S)
         return pending.result()
 

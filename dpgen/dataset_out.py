@@ -30,23 +30,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _BATCH_ROWS = 2_000
-RESULT_COLUMNS = (
-    "row_id",
-    "generated_text",
-    "finish_reason",
-    "num_prompt_tokens",
-    "num_generated_tokens",
-    "error",
-)
 
 
 def check_columns(input_columns: list[str], kept: list[str] | None, token_ids: bool) -> None:
-    """Refuses input columns that would collide with the result's.
+    """Refuses columns to keep that the input has not, or that would collide with the result's.
 
     Raises:
         ConfigError: names the column.
     """
-    added = [*RESULT_COLUMNS, *(["generated_token_ids"] if token_ids else [])]
+    added = result_columns([], has_samples=False, token_ids=token_ids)
     for name in input_columns if kept is None else kept:
         if name in added:
             others = [each for each in input_columns if each not in added]

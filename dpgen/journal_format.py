@@ -33,7 +33,7 @@ _FLAG_INDEX = 0x80
 _CRC_BYTES = 4
 _MARK = b"\x89dpgenix"  # not ASCII, so no payload ends like it
 _INDEX_ROW_BYTES = 8 + 4 + 1
-_MOST_CANDIDATES = 100_000
+_MOST_CANDIDATES = 100_000  # places tried as a frame's start in a damaged segment; random bytes hold few
 _NAME = re.compile(r"attempt-(\d{4,})-rank-(\d{5,})-part-(\d{4,})\.journal")
 
 
@@ -183,6 +183,3 @@ def has_frame_after(data: bytes, offset: int) -> bool:
         if end <= len(data) and zlib.crc32(memoryview(data)[begin + _CRC_BYTES : end]) == checksum:
             return True
     return False
-
-
-_MOST_CANDIDATES = 100_000

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpgen.config import DataConfig, parse_range
-from dpgen.errors import ConfigError, nearest
+from dpgen.errors import ConfigError
 
 if TYPE_CHECKING:
     import datasets
@@ -123,7 +123,7 @@ def open_rows(config: DataConfig) -> Rows:
     """Loads what `data.*` names, building the `datasets` cache where it isn't there.
 
     Raises:
-        ConfigError: nothing is there, it can't be read, the split or a column doesn't exist.
+        ConfigError: nothing is there, it can't be read, the split doesn't exist.
     """
     import datasets
 
@@ -140,11 +140,7 @@ def open_rows(config: DataConfig) -> Rows:
         dataset = dataset.select(range(*parse_range(config.select).indices(len(dataset))))
     if config.limit is not None:
         dataset = dataset.select(range(min(config.limit, len(dataset))))
-    rows = Rows(dataset)
-    for name in config.columns or ():
-        if name not in rows.columns and not rows.is_empty:
-            raise ConfigError(f"data.columns: there is no column {name!r}{nearest(name, rows.columns, 'columns')}")
-    return rows
+    return Rows(dataset)
 
 
 def _load(config: DataConfig) -> datasets.Dataset:

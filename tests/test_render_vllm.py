@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import tiny_tokenizers
 from test_render import CONTENT_FORMATS
+from tiny_model import save_tiny_model
 
 from dpgen.chat import KNOWN_PART_KEYS
 from dpgen.errors import RowRefused
@@ -151,28 +152,6 @@ def ours(case: Case, value: Any, tokenizer: Any) -> list[int] | str:
         return refused.type
 
 
-def save_model(name: str, folder: Path) -> Path:
-    """A random Llama of one layer, with the tokenizer of that name."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tiny_tokenizers.save_tokenizer(name, folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 def ask_vllm(folder: Path, tmp_path: Path, **engine: Any) -> dict[str, Any]:
     """What vLLM, in a process of its own, makes of all cases; see `main`."""
     answer = tmp_path / "answer.json"
@@ -191,7 +170,7 @@ def ask_vllm(folder: Path, tmp_path: Path, **engine: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", tiny_tokenizers.NAMES)
 def test_token_for_token(name: str, tmp_path: Path) -> None:
-    folder = save_model(name, tmp_path / "model")
+    folder = save_tiny_model(tmp_path / "model", name)
     settings = TokenizerSettings.from_engine(str(folder), {})
     assert known_to_transformers(settings)
     tokenizer = load_tokenizer(settings)
@@ -215,7 +194,7 @@ def test_token_for_token(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "tokenizer"), [("deepseek_v32", "plain"), ("mistral", "mistral")])
 def test_a_tokenizer_mode_of_vllms_own(mode: str, tokenizer: str, tmp_path: Path) -> None:
-    folder = save_model(tokenizer, tmp_path / "model")
+    folder = save_tiny_model(tmp_path / "model", tokenizer)
     engine = {"tokenizer_mode": mode}
     assert not known_to_transformers(TokenizerSettings.from_engine(str(folder), engine))
     theirs = ask_vllm(folder, tmp_path, **engine)

@@ -168,6 +168,7 @@ def test_one_process_of_a_node_prepares_the_data_while_the_others_wait(
             "sampling.from_columns={max_tokens: promp}",
             "max_tokens is to come from 'promp', which is no column of the dataset; did you mean 'prompt'",
         ),
+        ("data.columns=[promt]", "data.columns: there is no column 'promt'; did you mean 'prompt'"),
         ("data.path=nowhere.jsonl", "no such file or folder: nowhere.jsonl"),
     ],
 )

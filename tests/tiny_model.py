@@ -10,11 +10,10 @@ from tiny_tokenizers import save_tokenizer
 def save_tiny_model(folder: Path, tokenizer: str = "bos", max_model_len: int = 256) -> Path:
     """Writes the model and returns its folder; the same weights every time."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, folder)
-    loaded = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
@@ -24,8 +23,8 @@ def save_tiny_model(folder: Path, tokenizer: str = "bos", max_model_len: int = 2
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=max_model_len,
-        bos_token_id=loaded.bos_token_id,
-        eos_token_id=loaded.eos_token_id,
+        bos_token_id=1,  # as in each of the tokenizers
+        eos_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -134,7 +134,7 @@ class FakeBackend:
 
     def stats(self) -> Stats:
         num_running = min(len(self._rows), self._options.max_num_seqs)
-        return Stats(self._num_tokens, 0, num_running, len(self._rows) - num_running)
+        return Stats(self._num_tokens, num_running, len(self._rows) - num_running)
 
     def close(self) -> None:
         return

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 
-from dpgen.engine.protocol import EngineInfo, EngineSpec, Event, Failed, KvAgreed, Load, Stop
+from dpgen.engine.protocol import EngineSpec, Event, Failed, KvAgreed, Load, Stop
 from dpgen.errors import EngineError
 from dpgen.records import Request
 
@@ -199,6 +199,3 @@ def engine_environment(
         kept["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the affinity is set from outside, and vLLM's would override it
         kept["OMP_NUM_THREADS"] = str(num_cores)
     return kept
-
-
-__all__ = ["EngineInfo", "EngineProcess", "engine_environment"]

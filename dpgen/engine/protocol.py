@@ -115,12 +115,10 @@ class Stats:
 
     Attributes:
         num_generated_tokens: of all rows, those still running included.
-        num_preemptions: running rows that were thrown back for want of KV cache.
         num_running, num_waiting: rows now.
     """
 
     num_generated_tokens: int = 0
-    num_preemptions: int = 0
     num_running: int = 0
     num_waiting: int = 0
 

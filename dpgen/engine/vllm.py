@@ -47,7 +47,6 @@ class VllmBackend:
         self._sampling: dict[str, Any] = {}
         self._render: Callable[[Any], list[int]] | None = None
         self._num_finished_tokens = 0
-        self._num_preemptions = 0
 
     def check(self) -> tuple[str, ...]:
         self._check_names()
@@ -123,7 +122,7 @@ class VllmBackend:
         num_running_tokens = sum(s.detokenizer.num_output_tokens() for s in states if s.detokenizer is not None)
         scheduler = self._engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
         num_running, num_waiting = scheduler.get_request_counts()
-        return Stats(self._num_finished_tokens + num_running_tokens, self._num_preemptions, num_running, num_waiting)
+        return Stats(self._num_finished_tokens + num_running_tokens, num_running, num_waiting)
 
     def close(self) -> None:
         if self._engine is not None:
