@@ -107,16 +107,18 @@ def test_columns_that_are_not_there(settings: dict[str, Any], words: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("source", "prompt"),
     [
-        {"prompt_column": "question"},
-        {"messages_column": "messages"},
-        {"template": "{{ question }}{% for i in range(2) %}{{ i }}{{ loop.index }}{% endfor %}"},
-        {"template": "{% set x = question %}{{ x }}"},
+        ({"prompt_column": "question"}, "Why?"),
+        ({"messages_column": "messages"}, HELLO),
+        ({"template": "{{ question }}{% for i in range(2) %}{{ i }}{{ loop.index }}{% endfor %}"}, "Why?0112"),
+        ({"template": "{% set x = question %}{{ x }}"}, "Why?"),
     ],
 )
-def test_columns_that_are_there(settings: dict[str, Any]) -> None:
-    PromptSettings(**settings).check_columns(COLUMNS)
+def test_columns_that_are_there(source: dict[str, Any], prompt: Any) -> None:
+    settings = PromptSettings(**source)
+    settings.check_columns(COLUMNS)
+    assert Renderer(settings, None).prompt({"question": "Why?", "context": "", "messages": HELLO}) == prompt
 
 
 def test_a_chat_template_is_a_file_or_itself(tmp_path: Path, tokenizers: dict[str, Any]) -> None:

@@ -162,6 +162,7 @@ def test_one_process_of_a_node_prepares_the_data_while_the_others_wait(
     [
         ("data.promt_column=x", "did you mean 'data.prompt_column'"),
         ("engine.max_num_seq=3", "unknown key 'engine.max_num_seq'; did you mean 'engine.max_num_seqs'"),
+        ("engine.max_num_seqs=0", "engine.max_num_seqs=0: it must be a whole number from 1"),
         ("sampling.max_token=3", "unknown key 'sampling.max_token'; did you mean 'sampling.max_tokens'"),
         ("data.prompt_column=promt", "data.prompt_column: 'promt' is no column of the dataset; did you mean 'prompt'"),
         (

@@ -175,6 +175,7 @@ def test_two_ranks_and_one_row_under_slurms_environment(
     assert engine["num_kv_blocks"] == (32 << 20) // per_block_bytes
     assert "on every rank (32 MiB; 64 MiB free here)" in jobs[0].output
     assert "vLLM on the CPU: no chunked prefill" in jobs[0].output
+    assert all("Triton" not in job.output for job in jobs), "nothing is wrong, and vLLM is not to say so once a rank"
 
 
 def test_sampling_starts_from_the_models_generation_config(

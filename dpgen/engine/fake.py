@@ -17,7 +17,7 @@ from typing import Any
 
 from dpgen.config import unknown_key
 from dpgen.engine.protocol import AgreeKv, EngineInfo, EngineSpec, Stats
-from dpgen.errors import RowRefused
+from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Completion, Request, RowResult
 
 _BLOCK_TOKENS = 16
@@ -86,6 +86,10 @@ class FakeBackend:
             if name not in _SAMPLING_FIELDS:
                 raise unknown_key("sampling", name, _SAMPLING_FIELDS)
         self._options = FakeOptions(**self._spec.options)
+        for name in ("max_num_seqs", "max_model_len"):
+            value = getattr(self._options, name)
+            if not isinstance(value, int) or value < 1:  # with none at a time the run would never end
+                raise ConfigError(f"engine.{name}={value!r}: it must be a whole number from 1")
         return ()
 
     def load(self, agree_kv: AgreeKv) -> EngineInfo:

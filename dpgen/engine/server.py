@@ -6,6 +6,7 @@ the rank's process id.
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import time
@@ -101,6 +102,9 @@ def _backend(spec: EngineSpec) -> Backend:
         from dpgen.engine.fake import FakeBackend
 
         return FakeBackend(spec)
+    # The CPU build says so at every start, whatever its log level is: that its Triton is made for GPUs is no news.
+    at_import = logging.getLogger("vllm.triton_utils.importing")
+    at_import.addFilter(lambda record: "doesn't include CPU backend" not in record.getMessage())
     from dpgen.engine.vllm import VllmBackend
 
     return VllmBackend(spec)
