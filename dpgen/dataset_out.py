@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,8 +18,9 @@ import numpy as np
 
 from dpgen.config import OutputConfig
 from dpgen.errors import ConfigError, DpgenError, nearest
-from dpgen.folder import RunFolder, write_whole
-from dpgen.journal import DamagedRecord, Index, Reader, mend, scan, sync_folder
+from dpgen.files import publish_folder, write_whole
+from dpgen.folder import RunFolder
+from dpgen.journal import DamagedRecord, Index, Reader, RowsLost, mend, scan
 from dpgen.records import Completion, RowResult
 from dpgen.rows import Rows
 from dpgen.tally import Tally
@@ -72,10 +72,7 @@ def write_dataset(
     try:
         facts = _write_files(rows, index, folder, config, kept, has_samples)
     except DamagedRecord as error:
-        raise DpgenError(
-            f"{error}; with it {counted(len(mend(error.path)), 'row')} got lost, missing from now on: run the same "
-            "command again to generate what is missing"
-        ) from None
+        raise RowsLost(error.path, mend(error.path)) from None
     except OSError as error:
         raise DpgenError(
             f"{folder.dataset} can't be written: {error.strerror}; the rows are safe in {folder.journal}: make room, "
@@ -123,14 +120,7 @@ def _write_files(
             for result in results:
                 tally.add(result)
             out.write(table, results)
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(temporary)
-    if folder.dataset.exists():  # from a run that died before _SUCCESS
-        shutil.rmtree(folder.dataset)
-    temporary.replace(folder.dataset)
-    sync_folder(folder.path)
+    publish_folder(temporary, folder.dataset)
     return {**tally.facts(), "first_error": tally.first_error}
 
 

@@ -6,7 +6,10 @@ They stand apart so that a test can fail each in turn, cut it short, or end the 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+
+from dpgen.errors import DpgenError
 
 
 class Files:
@@ -27,6 +30,18 @@ class Files:
     def close(self, fd: int) -> None:
         os.close(fd)
 
+    def sync_path(self, path: Path) -> None:
+        """Waits until the content of a file that others wrote is on the disk."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def remove_folder(self, folder: Path) -> None:
+        """Removes a folder with all that is in it."""
+        shutil.rmtree(folder)
+
     def link(self, path: Path, other: Path) -> None:
         """Gives a file a second name."""
         os.link(path, other)
@@ -44,6 +59,41 @@ class Files:
             os.close(fd)
 
 
-def sync_folder(folder: Path) -> None:
-    """`Files.sync_folder`, for those who need no other."""
-    Files().sync_folder(folder)
+def write_whole(path: Path, text: str, files: Files | None = None) -> None:
+    """Writes a small file so that a crash leaves the old one or the new one, never a part.
+
+    Raises:
+        DpgenError: it can't be written.
+    """
+    files = files or Files()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # ranks of one node may write the same file
+    try:
+        temporary.unlink(missing_ok=True)  # of a process of this number, which died
+        fd = files.create(temporary)
+        try:
+            rest = memoryview(text.encode("utf-8"))
+            while rest:
+                rest = rest[files.write(fd, rest) :]
+            files.sync(fd)
+        finally:
+            files.close(fd)
+        files.replace(temporary, path)
+        files.sync_folder(path.parent)
+    except OSError as error:
+        raise DpgenError(f"{path} can't be written: {error.strerror}") from None
+
+
+def publish_folder(temporary: Path, final: Path, files: Files | None = None) -> None:
+    """Gives a folder its final name once all in it is on the disk; what had that name before goes.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    files = files or Files()
+    for path in sorted(temporary.iterdir()):
+        files.sync_path(path)
+    files.sync_folder(temporary)
+    if final.exists():
+        files.remove_folder(final)
+    files.replace(temporary, final)
+    files.sync_folder(final.parent)

@@ -17,7 +17,8 @@ from typing import Any
 
 from dpgen.config import Config, dump, without_secrets
 from dpgen.errors import ConfigError, DpgenError
-from dpgen.journal import scan, sync_folder
+from dpgen.files import write_whole
+from dpgen.journal import scan
 
 # Engine options that change how fast rows come, not what they are: a resumed run may differ in them. Whatever
 # isn't named here counts as changing results.
@@ -172,24 +173,6 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         """Writes the resolved configuration, without secrets."""
         write_whole(self.path / "config.yaml", dump(config))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file so that a crash leaves the old one or the new one, never a part.
-
-    Raises:
-        DpgenError: it can't be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # ranks of one node may write the same file
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise DpgenError(f"{path} can't be written: {error.strerror}") from None
 
 
 def identity_of(config: Config, input_fingerprint: Mapping[str, Any]) -> dict[str, Any]:

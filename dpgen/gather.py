@@ -5,14 +5,16 @@ What arrives is the journal itself, file by file: whatever reads a journal then 
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from dpgen.collectives import Group
-from dpgen.journal import sync_folder
+from dpgen.errors import DpgenError
+from dpgen.files import Files
+from dpgen.journal import RowsLost, mend
+from dpgen.journal_segment import cant_be_written
 
 
 def bring_home(group: Group, journal: Path, sending: list[Path], gather_bytes: int) -> int:
@@ -64,12 +66,26 @@ def sees_rank_0(group: Group, folder: Path) -> bool:
 def _receive_all(journal: Path, received: list[tuple[str, int, bytes] | None] | None) -> None:
     for each in received or ():
         if each is not None:
-            _receive(journal, *each)
+            name, offset, data = each
+            part = journal / f".{name}.part"
+            try:
+                with part.open("wb" if offset == 0 else "r+b") as file:
+                    file.seek(offset)
+                    file.write(data)
+            except OSError as error:
+                raise DpgenError(cant_be_written(part, error)) from None
 
 
 def _chunks(paths: list[Path], size: int) -> Iterator[tuple[str, int, bytes]]:
-    """(segment name, offset, bytes) of all paths, at most `size` bytes at a time."""
+    """(segment name, offset, bytes) of all paths, at most `size` bytes at a time.
+
+    Raises:
+        RowsLost: a segment is damaged. It is mended here, where its rows count as missing from now on; rank 0 could
+            mend its copy only, and this node would send the damaged one again and again.
+    """
     for path in paths:
+        if lost := mend(path):
+            raise RowsLost(path, lost)
         with path.open("rb") as file:
             offset = 0
             while data := file.read(size):
@@ -77,20 +93,17 @@ def _chunks(paths: list[Path], size: int) -> Iterator[tuple[str, int, bytes]]:
                 offset += len(data)
 
 
-def _receive(journal: Path, name: str, offset: int, data: bytes) -> None:
-    with (journal / f".{name}.part").open("wb" if offset == 0 else "r+b") as file:
-        file.seek(offset)
-        file.write(data)
-
-
 def _adopt_received(journal: Path) -> None:
     """Gives what was received its real name, unless that is there already and is as long."""
-    for part in journal.glob(".*.part"):
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        final = journal / part.name[1 : -len(".part")]
-        if final.exists() and final.stat().st_size >= part.stat().st_size:
-            part.unlink()
-        else:
-            part.replace(final)
-    sync_folder(journal)
+    files = Files()
+    try:
+        for part in journal.glob(".*.part"):
+            files.sync_path(part)
+            final = journal / part.name[1 : -len(".part")]
+            if final.exists() and final.stat().st_size >= part.stat().st_size:
+                part.unlink()
+            else:
+                files.replace(part, final)
+        files.sync_folder(journal)
+    except OSError as error:
+        raise DpgenError(cant_be_written(journal, error)) from None

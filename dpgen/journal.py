@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dpgen import journal_format as fmt
 from dpgen.errors import DpgenError
-from dpgen.files import Files, sync_folder
+from dpgen.files import Files
 from dpgen.journal_read import (
     DamagedRecord,
     Index,
@@ -26,7 +26,7 @@ from dpgen.journal_read import (
     scan,
     segments,
 )
-from dpgen.journal_segment import Group, SegmentFile, cant_be_written, mend
+from dpgen.journal_segment import Group, RowsLost, SegmentFile, cant_be_written, mend
 from dpgen.records import RowResult, encode
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Index",
     "Journal",
     "Reader",
+    "RowsLost",
     "Segment",
     "last_attempt",
     "mend",
@@ -41,7 +42,6 @@ __all__ = [
     "read_segment",
     "scan",
     "segments",
-    "sync_folder",
 ]
 
 SEGMENT_BYTES = 64 << 20

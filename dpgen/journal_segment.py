@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpgen import journal_format as fmt
-from dpgen.errors import DpgenError
+from dpgen.errors import EXIT_RESUMABLE, DpgenError
 from dpgen.files import Files
 from dpgen.journal_read import read_segment
 
@@ -83,6 +83,19 @@ class SegmentFile:
             self.num_bytes += written
             self._wrote(written)
             view = view[written:]
+
+
+class RowsLost(DpgenError):
+    """A segment was damaged; it is mended, and some of its rows are to be generated again."""
+
+    exit_status = EXIT_RESUMABLE
+
+    def __init__(self, path: Path, rows: list[int]) -> None:
+        super().__init__(
+            f"the journal {path} was damaged after it was written: the disk gave back something else. Rows lost with "
+            f"that: {len(rows)}{f' (the first is row {rows[0]})' if rows else ''}. They count as missing now: run the "
+            "same command again to generate them"
+        )
 
 
 def mend(path: Path, files: Files | None = None) -> list[int]:

@@ -68,6 +68,16 @@ class FailingDisk(Files):
         super().close(fd)
         return self._end()
 
+    def sync_path(self, path: Path) -> None:
+        self._begin("sync_path")
+        super().sync_path(path)
+        self._end()
+
+    def remove_folder(self, folder: Path) -> None:
+        self._begin("remove_folder")
+        super().remove_folder(folder)
+        self._end()
+
     def link(self, path: Path, other: Path) -> None:
         self._begin("link")
         super().link(path, other)
