@@ -11,17 +11,9 @@ from typing import Any
 
 import pytest
 from conftest import REPO, Launcher, result_of
-from tiny_model import save_tiny_model
+from tiny_model import ENGINE, save_tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.multi]
-
-ENGINE = {
-    "dtype": "float32",  # in which the CPU's results don't depend on the batch, and so can be compared
-    "max_model_len": 256,
-    "max_num_seqs": 32,
-    "enforce_eager": True,
-    "kv_cache_memory_bytes": 64 << 20,
-}
 
 # Twelve kinds of bad row, and the error that each gets.
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
@@ -198,27 +190,6 @@ def test_sampling_starts_from_the_models_generation_config(
     for row in rows:
         first, *others = row["generated_token_ids"]
         assert others == [first] * 3, "with top_k=1 however hot samples are the same"
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("engine.max_num_seq=3", "unknown key 'engine.max_num_seq'; did you mean 'engine.max_num_seqs'"),
-        ("engine.max_num_seqs=many", "max_num_seqs"),
-        ("engine.max_model_len=100000", "max_model_len"),
-        ("sampling.top_q=1", "unknown key 'sampling.top_q'; did you mean 'sampling.top_"),
-        ("sampling.temperature=hot", "sampling"),
-        ("model=./no-such-model", "model=./no-such-model: there is no such folder"),
-    ],
-)
-def test_what_vllm_would_refuse_is_refused_before_a_model_loads(
-    launcher: Launcher, write: Callable[..., str], tmp_path: Path, override: str, words: str
-) -> None:
-    job = launcher.dpgen("run", write([{"messages": [{"role": "user", "content": "hello"}]}]), override)
-    assert job.wait() == 2, job.output
-    last = job.output.strip().splitlines()[-1]
-    assert last.startswith("dpgen: error: ") and words in last, job.output
-    assert not (tmp_path / "run").exists(), "nothing was begun"
 
 
 def test_the_demo_adds_right(launcher: Launcher, tmp_path: Path) -> None:

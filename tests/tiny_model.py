@@ -6,6 +6,14 @@ from pathlib import Path
 
 from tiny_tokenizers import save_tokenizer
 
+ENGINE = {
+    "dtype": "float32",  # in which the CPU's results don't depend on the batch, and so can be compared
+    "max_model_len": 256,
+    "max_num_seqs": 32,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 64 << 20,
+}
+
 
 def save_tiny_model(folder: Path, tokenizer: str = "bos", max_model_len: int = 256) -> Path:
     """Writes the model and returns its folder; the same weights every time."""
