@@ -25,6 +25,7 @@ from torch.distributed import distributed_c10d as c10d
 from dpgen.collectives import Group, PeerLost, Pending
 from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
 from dpgen.leases import Leases
+from dpgen.meeting import meet
 from dpgen.network import await_agent, interface_towards, raise_file_limit
 from dpgen.topology import Topology
 from dpgen.watched_store import WatchedStore
@@ -68,7 +69,6 @@ class GlooGroup(Group):
         self._hosts_store = topology.is_first and not agent_keeps_store
         # torchrun ends and restarts all ranks when it sees one die; srun can leave the others alone.
         self.can_shrink = topology.launcher == "slurm"
-        self._restart = topology.restart
         address = (topology.master_addr, topology.master_port)
         if agent_keeps_store:
             await_agent(address)
@@ -85,6 +85,12 @@ class GlooGroup(Group):
                 wait_for_workers=False,
                 multi_tenant=True,
             )
+            self._base.set_timeout(_JOIN_TIMEOUT)
+            # A restarted job may meet the store of its former self: each gathering has names of its own.
+            gathering = topology.restart
+            if agent_keeps_store:
+                gathering = meet(self._base, self.rank, self.size, _JOIN_TIMEOUT.total_seconds())
+            self._names = f"dpgen/{gathering}"
             self.store = WatchedStore(self._prefixed())
             self._connect()
         except (RuntimeError, ValueError) as error:
@@ -105,8 +111,7 @@ class GlooGroup(Group):
         self._base.set_timeout(_FOREVER)
 
     def _prefixed(self) -> Any:
-        # A restarted job may meet the store of its former self: each restart and each epoch has names of its own.
-        return c10d.PrefixStore(f"dpgen/{self._restart}", self._base)
+        return c10d.PrefixStore(self._names, self._base)
 
     def reduce(self, values: Sequence[int], op: Literal["sum", "min"]) -> Pending:
         tensor = torch.tensor(list(values), dtype=torch.int64)

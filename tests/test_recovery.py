@@ -6,13 +6,14 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Launcher, engines_of, numbered, result_of, wait_for
+from conftest import Launcher, engines_of, free_port, numbered, result_of, wait_for
 
 pytestmark = pytest.mark.multi
 
@@ -164,6 +165,27 @@ def test_torchrun_restarts_after_a_killed_rank_and_the_run_goes_on(
     os.kill(ranks_of(job.process.pid)[1], signal.SIGKILL)
     assert job.wait() == 0, job.output
     assert re.search(r"attempt 2: [1-9]\d* of 120 rows are done", job.output), job.output
+    results(tmp_path, 120)
+
+
+@pytest.mark.slow
+def test_ranks_meet_again_where_only_one_of_two_torchruns_counts_the_restart(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(120), engine={"step_s": 0.02, "max_num_seqs": 4})
+    # One agent a "node". The second's worker is stopped, so its agent sees others waiting, not a worker that failed.
+    rendezvous = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    options = [*rendezvous, "--nproc-per-node", "1", "--max-restarts", "2", "--shutdown-timeout", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "dpgen", "run", conf]
+    jobs = [launcher.start(command), launcher.start(command)]
+    wait_for(lambda: journaled(tmp_path / "run") > 1000)
+    [stopped] = ranks_of(jobs[1].process.pid)
+    os.kill(stopped, signal.SIGSTOP)
+    os.kill(ranks_of(jobs[0].process.pid)[0], signal.SIGKILL)
+    wait_for(lambda: "closing signal SIGTERM" in jobs[1].output)
+    os.kill(stopped, signal.SIGCONT)
+    assert [job.wait(120) for job in jobs] == [0, 0], "".join(job.output for job in jobs)
+    assert re.search(r"attempt 2: [1-9]\d* of 120 rows are done", "".join(job.output for job in jobs))
     results(tmp_path, 120)
 
 
