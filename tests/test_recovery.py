@@ -307,6 +307,17 @@ def test_a_signal_stops_it_well_within_five_seconds(
     results(tmp_path, 300)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_an_engine_leaves_signals_that_go_to_a_whole_job_to_its_rank(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, number: signal.Signals
+) -> None:
+    job = launcher.dpgen("run", write_config(numbered(60), engine={"step_s": 0.02, "max_num_seqs": 4}))
+    wait_for(lambda: journaled(tmp_path / "run") > 500)
+    os.kill(engines_of(job)[0], number)
+    assert job.wait() == 0, job.output
+    assert "starting it again" not in job.output
+
+
 def test_a_stop_during_start_up_is_as_quick(launcher: Launcher, write_config: WriteConfig) -> None:
     job = launcher.dpgen("run", write_config(numbered(30)), "engine.load_s=60")
     wait_for(lambda: "30 rows over 1 rank" in job.output)

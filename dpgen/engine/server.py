@@ -35,6 +35,9 @@ _STATS_INTERVAL_S = 1.0
 
 def main() -> None:
     end_with_parent(signal.SIGKILL, int(sys.argv[2]))  # a killed rank leaves no engine holding a GPU
+    # A batch system signals every process of a job, whatever its session; when the engine ends is its rank's to say.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     pipe: Connection = Connection(int(sys.argv[1]))
     try:
         _serve(pipe)
