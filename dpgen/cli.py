@@ -13,6 +13,7 @@ from typing import Any
 
 from dpgen.config import MISSING, Config, legal_keys
 from dpgen.config_load import load
+from dpgen.ending import Ending
 from dpgen.errors import EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, PeerFailed
 from dpgen.parent import end_with_parent
 
@@ -57,10 +58,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     """Joins the ranks, then runs; an error on any rank ends all of them, and is said once."""
-    from dpgen.collectives import LoneGroup
+    from dpgen.collectives import LoneGroup, PeerLost, StoreLost
     from dpgen.topology import from_environment, place_on_node
 
     group: Any = LoneGroup()
+    ending = Ending(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(signal.SIGTERM)  # a killed torchrun leaves no ranks waiting for its store
     try:
@@ -71,21 +73,25 @@ def _run(arguments: Sequence[str]) -> int:
 
             group = GlooGroup(topology)
             topology = place_on_node(topology, group.nodes)
+        group.agree(lambda: ending.begin(topology.is_first))
         config: Config = group.agree(lambda: _config(arguments))
 
         from dpgen.run import run
 
-        run(config, topology, group)
+        run(config, topology, group, ending)
+        ending.tell(EXIT_OK)
         return EXIT_OK
     except KeyboardInterrupt:
         return 130
-    except PeerFailed as error:
-        return _end(group, error, quiet=type(error) is PeerFailed)
+    except (PeerLost, StoreLost) as error:
+        ending.tell_if_untold(error.exit_status)  # if it was rank 0 that was lost, nobody else will
+        return _end(group, ending, error)
     except DpgenError as error:
-        return _end(group, error)
+        return _end(group, ending, error, quiet=type(error) is PeerFailed)
     except Exception as error:  # noqa: BLE001 - the process boundary: a fault of dpgen's, or of a library's
         traceback.print_exc()
-        return _end(group, DpgenError(f"{type(error).__name__}: {error} (a fault in dpgen or a library; see above)"))
+        message = f"{type(error).__name__}: {error} (a fault in dpgen or a library; see above)"
+        return _end(group, ending, DpgenError(message))
     finally:
         group.close()
 
@@ -101,12 +107,14 @@ def _config(arguments: Sequence[str]) -> Config:
     return load(files, overrides)
 
 
-def _end(group: Any, error: DpgenError, quiet: bool = False) -> int:
+def _end(group: Any, ending: Ending, error: DpgenError, quiet: bool = False) -> int:
     """Tells the other ranks, and the user if none of them has; the exit status."""
     if quiet:
         group.acknowledge_failure()
     elif group.announce_failure(str(error), error.exit_status):
         _report(f"dpgen: {'error' if error.exit_status != 75 else 'stopped'}: {error}")
+    # A rank that torchrun stops because of another one's failure ends resumable, which the run is not.
+    ending.tell(group.first_failure_status() or error.exit_status)
     return error.exit_status
 
 

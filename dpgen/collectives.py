@@ -88,6 +88,10 @@ class Group(ABC):
         """Tells the other ranks that this one failed; True if it was the first to, and so is the one to say why."""
 
     @abstractmethod
+    def first_failure_status(self) -> int | None:
+        """The exit status of the failure that was announced first; None where none was, or nobody can tell any more."""
+
+    @abstractmethod
     def acknowledge_failure(self) -> None:
         """Says that this rank knows of the failure and needs the group no more."""
 
@@ -221,6 +225,9 @@ class LoneGroup(Group):
     def announce_failure(self, message: str, exit_status: int) -> bool:
         return True
 
+    def first_failure_status(self) -> int | None:
+        return None
+
     def acknowledge_failure(self) -> None:
         return
 
@@ -239,6 +246,13 @@ class LoneGroup(Group):
 
 class PeerLost(PeerFailed):
     """A peer vanished without a word (killed, or its node cut off); nobody else will tell the user."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, EXIT_RESUMABLE)
+
+
+class StoreLost(PeerFailed):
+    """The store's host is gone: what is finished stays in the journals, and the same command goes on from it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, EXIT_RESUMABLE)

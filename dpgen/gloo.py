@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from dpgen.collectives import Group, PeerLost, Pending
+from dpgen.collectives import Group, PeerLost, Pending, StoreLost
 from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
 from dpgen.leases import Leases
 from dpgen.meeting import meet
@@ -187,6 +187,14 @@ class GlooGroup(Group):
         self.acknowledge_failure()
         return is_first
 
+    def first_failure_status(self) -> int | None:
+        try:
+            if self.store.check([_FAILURE]):
+                return int(json.loads(self.store.get(_FAILURE))["exit_status"])
+        except RuntimeError:
+            return None  # the store is gone, and with it what was announced
+        return None
+
     def acknowledge_failure(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store is gone: there is nobody to tell
             self.store.add(f"{_FAILURE}/heard", 1)
@@ -300,13 +308,6 @@ class GlooGroup(Group):
                 time.sleep(_POLL_S)
         except RuntimeError:
             return
-
-
-class StoreLost(PeerFailed):
-    """The store's host is gone: what is finished stays in the journals, and the same command goes on from it."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, EXIT_RESUMABLE)
 
 
 class _GlooPending:

@@ -14,9 +14,10 @@ from dpgen.collectives import Group
 from dpgen.config import Config
 from dpgen.dataset_out import check_columns, write_dataset
 from dpgen.deal import Dealer
+from dpgen.ending import Ending
 from dpgen.engine.launch import engine_spec, engine_starter, prompt_renderer
 from dpgen.engine.supervisor import EngineSupervisor
-from dpgen.errors import ConfigError, nearest
+from dpgen.errors import EXIT_RESUMABLE, ConfigError, nearest
 from dpgen.folder import RunFolder, differences, identity_of
 from dpgen.generate import Generation, Totals
 from dpgen.journal import Journal
@@ -28,10 +29,10 @@ from dpgen.topology import Topology
 from dpgen.words import counted, duration
 
 
-def run(config: Config, topology: Topology, group: Group) -> None:
+def run(config: Config, topology: Topology, group: Group, ending: Ending) -> None:
     """Generates every row of `config.data` that has no result yet, and writes the final dataset.
 
-    Collective: every rank of `group` calls it with the same configuration.
+    Collective: every rank of `group` calls it with the same configuration. Keeps `ending.num_done` current.
 
     Raises:
         ConfigError: something in the configuration or the input is wrong; no model was loaded.
@@ -40,7 +41,8 @@ def run(config: Config, topology: Topology, group: Group) -> None:
     """
     say = speaker(topology.dp_rank)
     tell = say if topology.is_first else _silence  # what one rank says for all
-    stop = Stop(*deadline(config.run.time_limit, config.run.stop_margin_s, os.environ, time.time()))
+    deadline_s, deadline_name = deadline(config.run.time_limit, config.run.stop_margin_s, os.environ, time.time())
+    stop = Stop(deadline_s, deadline_name, before_exit=lambda: ending.tell_if_untold(EXIT_RESUMABLE))
     stop.install()
     with ExitStack() as stack:
         engine = _start_engine(config, topology, group, say)  # imports vLLM while we read the data
@@ -59,10 +61,16 @@ def run(config: Config, topology: Topology, group: Group) -> None:
         dealer = Dealer(config, rows, folder, group, attempt)
         feed = dealer.deal(render)
         tell(_plan(len(rows), dealer.num_todo, group.size, attempt))
+        num_before = ending.num_done = len(rows) - dealer.num_todo
         totals = Totals()
         if dealer.num_todo:
             _load(engine, config, group, folder, tell)
-            progress = Progress(len(rows), len(rows) - dealer.num_todo, tell, config.run.progress_interval_s)
+            progress = Progress(len(rows), num_before, tell, config.run.progress_interval_s)
+
+            def show(totals: Totals) -> None:
+                ending.num_done = num_before + totals.num_rows
+                progress.show(totals)
+
             if topology.is_first:
                 progress.open_bar()
             stack.callback(progress.close)
@@ -76,7 +84,7 @@ def run(config: Config, topology: Topology, group: Group) -> None:
                     deal=lambda held, takes_part: dealer.deal(render, held, takes_part),
                     stop_reason=lambda: stop.reason,
                     max_leading_errors=config.run.max_leading_errors,
-                    show=progress.show,
+                    show=show,
                     say=say,
                 ).run()
             progress.close()

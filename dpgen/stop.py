@@ -26,12 +26,18 @@ class Stop:
     Args:
         deadline_s: when to stop, in seconds since the epoch; None for never.
         deadline_name: what set it, for the message.
+        before_exit: called when a second signal ends the process on the spot.
     """
 
     def __init__(
-        self, deadline_s: float | None = None, deadline_name: str = "", clock: Callable[[], float] = time.time
+        self,
+        deadline_s: float | None = None,
+        deadline_name: str = "",
+        clock: Callable[[], float] = time.time,
+        before_exit: Callable[[], None] = lambda: None,
     ) -> None:
         self._deadline_s, self._deadline_name, self._clock = deadline_s, deadline_name, clock
+        self._before_exit = before_exit
         self._signal: signal.Signals | None = None
         self._told_s = 0.0
         self._may_raise = True
@@ -63,6 +69,7 @@ class Stop:
         now = time.monotonic()
         if self._signal is not None:
             if now - self._told_s > _SAME_SIGNAL_S:
+                self._before_exit()
                 os._exit(EXIT_RESUMABLE)
             return
         self._signal, self._told_s = signal.Signals(number), now

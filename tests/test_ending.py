@@ -1,0 +1,105 @@
+"""The file that says how a run has ended, where a launcher's exit status can't."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Launcher, numbered, wait_for
+
+from dpgen.ending import STATUS_FILE, Ending
+from dpgen.errors import DpgenError
+
+WriteConfig = Callable[..., str]
+SLOW = {"step_s": 0.05, "max_num_seqs": 4}
+
+
+def told(tmp_path: Path) -> list[str]:
+    """The words of the file; none if it isn't there."""
+    path = tmp_path / "status"
+    return path.read_text().split() if path.exists() else []
+
+
+def status_file(tmp_path: Path) -> dict[str, str]:
+    return {STATUS_FILE: str(tmp_path / "status")}
+
+
+def test_rank_0_has_the_last_word(tmp_path: Path) -> None:
+    first, other = (Ending(status_file(tmp_path)) for _ in range(2))
+    first.begin(is_first=True)
+    other.begin(is_first=False)
+    other.tell(0)
+    assert told(tmp_path) == []
+    first.num_done = 7
+    other.tell_if_untold(75)
+    assert told(tmp_path) == ["75", "?"]
+    first.tell(0)
+    other.tell_if_untold(75)
+    assert told(tmp_path) == ["0", "7"]
+    Ending(status_file(tmp_path)).begin(is_first=True)
+    assert told(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(DpgenError, match=r"DPGEN_STATUS_FILE=.*nowhere/status can't be written: No such file"):
+        Ending({STATUS_FILE: str(tmp_path / "nowhere" / "status")}).begin(is_first=True)
+
+
+def test_nobody_asked(tmp_path: Path) -> None:
+    ending = Ending({})
+    ending.begin(is_first=True)
+    ending.tell(0)
+    ending.tell_if_untold(0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_complete_and_wrongly_configured_runs(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    conf = write_config(numbered(10))
+    assert launcher.dpgen("run", conf, **status_file(tmp_path)).wait() == 0
+    assert told(tmp_path) == ["0", "10"]
+    assert launcher.dpgen("run", conf, "engine.nonsense=1", **status_file(tmp_path)).wait() == 2
+    assert told(tmp_path)[0] == "2"
+
+
+@pytest.mark.multi
+def test_a_stopped_run_says_how_far_it_came(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    conf = write_config(numbered(300), engine=SLOW)
+    job = launcher.dpgen("run", conf, "run.time_limit=5", ranks=2, **status_file(tmp_path))
+    assert job.wait() == 1, "which is torchrun's"
+    status, num_done = told(tmp_path)
+    assert status == "75" and 0 < int(num_done) < 300
+
+
+@pytest.mark.multi
+def test_ranks_that_torchrun_stops_for_anothers_failure_do_not_make_it_resumable(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(30), engine={"load_error": "no such model"})
+    assert launcher.dpgen("run", conf, ranks=2, **status_file(tmp_path)).wait() == 1
+    assert told(tmp_path)[0] == "1"
+
+
+@pytest.mark.multi
+def test_a_run_that_lost_rank_0_is_resumable(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    conf = write_config(numbered(200), engine=SLOW)
+    jobs = launcher.srun_like("run", conf, each=[[], [], []], **status_file(tmp_path))
+    wait_for(lambda: "KV cache" in jobs[0].output)
+    os.kill(jobs[0].process.pid, signal.SIGKILL)
+    assert [job.wait(60) for job in jobs] == [-signal.SIGKILL, 75, 75]
+    assert told(tmp_path)[0] == "75"
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_a_run_that_went_on_without_a_rank_is_complete(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(100), engine=SLOW)
+    jobs = launcher.srun_like("run", conf, each=[[], [], []], **status_file(tmp_path))
+    wait_for(lambda: "KV cache" in jobs[0].output)
+    os.kill(jobs[2].process.pid, signal.SIGKILL)
+    assert [job.wait(120) for job in jobs] == [0, 0, -signal.SIGKILL]
+    assert told(tmp_path)[0] == "0"
