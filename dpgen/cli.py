@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpgen.config import MISSING, Config, legal_keys
-from dpgen.config_load import load
+from dpgen.config_load import from_arguments
 from dpgen.ending import Ending
 from dpgen.errors import EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, PeerFailed
 from dpgen.parent import end_with_parent
@@ -20,6 +20,7 @@ from dpgen.parent import end_with_parent
 _USAGE = """\
 usage: dpgen run CONFIG.yaml [MORE.yaml ...] [key=value ...]
        dpgen verify RUN_DIR [--json] [--no-input]    checks a run folder, finished or not
+       dpgen slurm CONFIG.yaml [key=value ...] ...   prints the sbatch script for a configuration, or submits it
 
   torchrun --nproc-per-node N -m dpgen run ...    N ranks on this machine
   srun -n N python -m dpgen run ...               ranks from SLURM
@@ -47,6 +48,10 @@ def main(argv: Sequence[str]) -> int:
         from dpgen.commands.verify import main as verify
 
         return verify(arguments)
+    if command == "slurm":
+        from dpgen.commands.slurm import main as slurm
+
+        return slurm(arguments)
     if command != "run":
         print(f"dpgen: there is no command {command!r}; see dpgen --help", file=sys.stderr)
         return EXIT_USAGE
@@ -97,14 +102,12 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _config(arguments: Sequence[str]) -> Config:
-    files = [each for each in arguments if "=" not in each or os.path.isfile(each)]
-    overrides = [each for each in arguments if each not in files]
-    for each in files:
+    for each in arguments:
         if each.startswith("-"):
             raise ConfigError(f"unknown option {each}; see dpgen run --help")
-    if not files and not overrides:
+    if not arguments:
         raise ConfigError("no configuration; usage: dpgen run CONFIG.yaml [key=value ...]")
-    return load(files, overrides)
+    return from_arguments(arguments)
 
 
 def _end(group: Any, ending: Ending, error: DpgenError, quiet: bool = False) -> int:

@@ -7,12 +7,23 @@ One order of precedence, lowest first: the defaults in `dpgen.config`, each YAML
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpgen.config import Config, describe, legal_keys
 from dpgen.errors import ConfigError, nearest
+
+
+def from_arguments(arguments: Sequence[str]) -> Config:
+    """The configuration of a command line: YAML files and ``key=value``, in any order.
+
+    Raises:
+        ConfigError: see `load`.
+    """
+    files = [each for each in arguments if "=" not in each or os.path.isfile(each)]
+    return load(files, [each for each in arguments if each not in files])
 
 
 def load(files: Sequence[str], overrides: Sequence[str]) -> Config:

@@ -36,7 +36,7 @@ step "ruff format (mend with: ruff format .)"
 step "mypy"
 "$bin/mypy"
 
-scripts=(launch/*.sh .ci/run)
+scripts=(launch/*.sh launch/*.sbatch .ci/run)
 step "bash -n and shellcheck"
 for script in "${scripts[@]}"; do bash -n "$script"; done
 "$bin/shellcheck" "${scripts[@]}"

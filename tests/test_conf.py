@@ -41,7 +41,7 @@ def test_the_reference_file_has_every_key_with_its_default_and_meaning() -> None
             assert value == default, f"{name}: its default in conf/reference.yaml is not the code's"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["slurm", "--help"]])
 def test_help_is_instant_and_imports_nothing_heavy(arguments: list[str]) -> None:
     watch = (
         "import sys; from dpgen.cli import main; status = main(sys.argv[1:]); "

@@ -1,0 +1,224 @@
+"""The shipped sbatch scripts on a real SLURM of two nodes: runs that complete, and all that can come between.
+
+Where SLURM can't be started the tests are skipped; with DPGEN_REQUIRE_SLURM or CI set they fail instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPO, Launcher, numbered, result_of
+from slurm_cluster import Cluster, SlurmJob, missing
+
+pytestmark = [pytest.mark.slurm, pytest.mark.multi, pytest.mark.slow]
+
+WriteConfig = Callable[..., str]
+SCRIPTS = ["slurm.sbatch", "slurm_torchrun.sbatch"]
+SLOW = {"step_s": 0.4, "max_num_seqs": 1}  # minutes in all: no test waits for the end of such a run
+STEADY = {"step_s": 0.1, "max_num_seqs": 2}  # less than a minute
+FAST = {"step_s": 0.0, "max_num_seqs": 2}
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    lacking = missing()
+    if lacking:
+        required = os.environ.get("DPGEN_REQUIRE_SLURM") or os.environ.get("CI")
+        (pytest.fail if required else pytest.skip)(f"no SLURM: {lacking}")
+    started = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        started.start()
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture
+def write(write_config: WriteConfig, tmp_path: Path) -> Callable[[str, dict[str, Any]], str]:
+    """Writes the configuration of one of several runs over the same 60 rows, NAME.yaml in NAME/run."""
+
+    def config(name: str, engine: dict[str, Any]) -> str:
+        return write_config(numbered(60), f"{name}.yaml", run={"dir": str(tmp_path / name / "run")}, engine=engine)
+
+    return config
+
+
+def results(tmp_path: Path, name: str) -> list[dict[str, Any]]:
+    """A finished run's rows: each once, in order, without an error."""
+    rows = result_of(tmp_path / name / "run")
+    assert [row["row_id"] for row in rows] == list(range(60))
+    assert all(row["error"] is None for row in rows)
+    return rows
+
+
+def undisturbed(launcher: Launcher, conf: str, tmp_path: Path) -> list[dict[str, Any]]:
+    """The rows of a run with the same configuration that nothing happens to."""
+    job = launcher.dpgen("run", conf, f"run.dir={tmp_path / 'undisturbed' / 'run'}", "engine.step_s=0")
+    assert job.wait() == 0, job.output
+    return results(tmp_path, "undisturbed")
+
+
+def is_generating(tmp_path: Path, name: str) -> bool:
+    """Whether rows have come."""
+    return sum(path.stat().st_size for path in (tmp_path / name / "run").glob("journal/*.journal")) > 400
+
+
+# ---- complete runs
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_complete_run_on_two_nodes_with_a_real_engine(cluster: Cluster, tmp_path: Path, script: str) -> None:
+    paths = [f"model={REPO / 'conf/demo/model'}", f"data.path={REPO / 'conf/demo/questions.jsonl'}"]
+    run_dir = tmp_path / "demo" / "run"
+    job = SlurmJob.submit(
+        cluster, tmp_path, script, str(REPO / "conf/demo.yaml"), *paths, "data.limit=64", f"run.dir={run_dir}"
+    )
+    assert job.wait() == "COMPLETED", job.output
+    questions = (REPO / "conf/demo/questions.jsonl").read_text().splitlines()[:64]
+    rows = result_of(run_dir)
+    assert [row["question"] for row in rows] == [json.loads(line)["question"] for line in questions]
+    right = [str(row["answer"]).split()[-1] in (row["generated_text"] or "") for row in rows]
+    assert sum(right) >= 60, "the demo's model can add"
+    assert "2 ranks" in job.output and "dpgen: the run is complete" in job.output
+    assert job.num_restarts == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--torchrun"]])
+def test_dpgen_slurm_submits_a_script_that_runs_as_it_is(
+    cluster: Cluster,
+    write: Callable[..., str],
+    launcher: Launcher,
+    tmp_path: Path,
+    options: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    conf = write("run", FAST)
+    arguments = ["slurm", Path(conf).name, "work.claim_rows=8", "--nodes", "2", "--ntasks-per-node", "2", *options]
+    printed = cluster.run(launcher.python, "-m", "dpgen", *arguments, "--submit", folder=tmp_path)
+    assert printed.startswith("Submitted batch job ")
+    job = SlurmJob(cluster, tmp_path, printed.split()[-1])
+    assert job.wait() == "COMPLETED", job.output
+    assert "60 rows over 4 ranks" in job.output
+    results(tmp_path, "run")
+    assert len(list(job.attempt(0).glob("*.log"))) == (2 if options else 4)
+
+
+# ---- runs that are cut, and go on
+
+
+def test_runs_that_a_time_limit_cuts_are_requeued_until_they_are_complete(
+    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
+) -> None:
+    """Three jobs at once, since SLURM counts in minutes: both scripts, and one that no --signal warns."""
+    warnings = {"slurm.sbatch": "USR1@20", "slurm_torchrun.sbatch": "TERM@20", "unwarned": "CONT@20"}
+    jobs = {}
+    for name, warning in warnings.items():
+        script = "slurm.sbatch" if name == "unwarned" else name
+        options = ["--time=1", f"--signal={warning}"]
+        jobs[name] = SlurmJob.submit(cluster, tmp_path, script, write(name, SLOW), options=options)
+    for name, job in jobs.items():
+        job.wait_for((job.attempt(0) / "status").exists, timeout_s=180)
+        write(name, FAST)
+    expected = undisturbed(launcher, write("expected", FAST), tmp_path)
+    for name, job in jobs.items():
+        assert job.wait() == "COMPLETED", job.output
+        assert job.num_restarts >= 1
+        assert (job.attempt(0) / "status").read_text().split()[0] == "75"
+        assert f"Requeueing job {job.id}" in job.output
+        assert results(tmp_path, name) == expected
+
+
+def test_a_preempted_run_goes_on_by_itself(
+    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
+) -> None:
+    options = ["--partition=low", "--exclusive"]
+    job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", write("run", SLOW), options=options)
+    job.wait_for(lambda: is_generating(tmp_path, "run"))
+    text = "#!/bin/sh\nexit 0\n"
+    cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", text=text)
+    job.wait_for((job.attempt(0) / "status").exists)
+    conf = write("run", FAST)
+    assert job.wait() == "COMPLETED", job.output
+    assert job.num_restarts == 1
+    assert results(tmp_path, "run") == undisturbed(launcher, conf, tmp_path)
+
+
+def test_a_lost_node_is_done_without_under_srun_and_waited_for_under_torchrun(
+    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
+) -> None:
+    jobs = {script: SlurmJob.submit(cluster, tmp_path, script, write(script, STEADY)) for script in SCRIPTS}
+    srun, torchrun = jobs.values()
+    for script, job in jobs.items():
+        job.wait_for(lambda script=script: is_generating(tmp_path, script))
+    cluster.run("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
+    torchrun.wait_for(lambda: torchrun.num_restarts == 1)  # SLURM's own requeueing
+    srun.wait_for(lambda: "going on without it" in srun.output)
+    cluster.run("scontrol", "update", "NodeName=n1", "State=RESUME", check=False)  # it may have come back by itself
+    conf = write(SCRIPTS[1], FAST)
+    assert torchrun.wait() == "COMPLETED", torchrun.output
+    assert srun.wait() == "COMPLETED", srun.output
+    assert srun.num_restarts == 0
+    expected = undisturbed(launcher, conf, tmp_path)
+    assert [results(tmp_path, script) for script in SCRIPTS] == [expected, expected]
+
+
+def test_a_run_whose_task_is_killed_completes_without_it(
+    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
+) -> None:
+    conf = write("run", STEADY)
+    job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", conf)
+    job.wait_for(lambda: is_generating(tmp_path, "run"))
+    os.kill(job.rank_pid(1), signal.SIGKILL)
+    assert job.wait() == "COMPLETED", job.output
+    assert "task 1: Killed" in job.output and "going on without it" in job.output
+    assert job.num_restarts == 0
+    assert results(tmp_path, "run") == undisturbed(launcher, conf, tmp_path)
+
+
+# ---- runs that must not go on by themselves
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_cancelled_run_stays_cancelled_and_keeps_what_it_has(
+    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path, script: str
+) -> None:
+    job = SlurmJob.submit(cluster, tmp_path, script, write("run", SLOW))
+    job.wait_for(lambda: is_generating(tmp_path, "run"))
+    cluster.run("scancel", job.id)
+    assert job.wait() == "CANCELLED", job.output
+    assert "Not requeued: SLURM is ending the job" in job.output
+    again = launcher.dpgen("run", write("run", FAST))
+    assert again.wait() == 0, again.output
+    assert "attempt 2: " in again.output and "attempt 2: 0 of" not in again.output
+    results(tmp_path, "run")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_fails_is_not_requeued(
+    cluster: Cluster, write: Callable[..., str], tmp_path: Path, script: str
+) -> None:
+    jobs = [
+        SlurmJob.submit(cluster, tmp_path, script, write("usage", FAST), "engine.nonsense=1", DPGEN_MAX_RESTARTS="0"),
+        SlurmJob.submit(cluster, tmp_path, script, write("load", FAST), "engine.load_error=no", DPGEN_MAX_RESTARTS="0"),
+    ]
+    assert [job.wait() for job in jobs] == ["FAILED", "FAILED"]
+    assert [job.describe()["ExitCode"] for job in jobs] == ["2:0", "1:0"]
+    assert [job.num_restarts for job in jobs] == [0, 0]
+    assert all("the run failed, so it is not requeued" in job.output for job in jobs)
+
+
+def test_a_run_that_does_not_get_on_is_given_up(cluster: Cluster, write: Callable[..., str], tmp_path: Path) -> None:
+    conf = write("run", SLOW)
+    job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", conf, "run.time_limit=0", DPGEN_MAX_FRUITLESS="2")
+    assert job.wait() == "FAILED"
+    assert job.describe()["ExitCode"] == "75:0"
+    assert job.num_restarts == 1
+    assert "2 attempts in a row have ended without a new row" in job.output
