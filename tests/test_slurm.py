@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.multi, pytest.mark.slow]
 WriteConfig = Callable[..., str]
 SCRIPTS = ["slurm.sbatch", "slurm_torchrun.sbatch"]
 SLOW = {"step_s": 0.4, "max_num_seqs": 1}  # minutes in all: no test waits for the end of such a run
-STEADY = {"step_s": 0.1, "max_num_seqs": 2}  # less than a minute
+STEADY = {"step_s": 0.06, "max_num_seqs": 2}  # half a minute
 FAST = {"step_s": 0.0, "max_num_seqs": 2}
 
 
@@ -186,32 +186,32 @@ def test_a_run_whose_task_is_killed_completes_without_it(
 # ---- runs that must not go on by themselves
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_cancelled_run_stays_cancelled_and_keeps_what_it_has(
-    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path, script: str
+def test_cancelled_runs_stay_cancelled_and_keep_what_they_have(
+    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
 ) -> None:
-    job = SlurmJob.submit(cluster, tmp_path, script, write("run", SLOW))
-    job.wait_for(lambda: is_generating(tmp_path, "run"))
-    cluster.run("scancel", job.id)
-    assert job.wait() == "CANCELLED", job.output
-    assert "Not requeued: SLURM is ending the job" in job.output
-    again = launcher.dpgen("run", write("run", FAST))
-    assert again.wait() == 0, again.output
-    assert "attempt 2: " in again.output and "attempt 2: 0 of" not in again.output
-    results(tmp_path, "run")
+    jobs = {script: SlurmJob.submit(cluster, tmp_path, script, write(script, SLOW)) for script in SCRIPTS}
+    for script, job in jobs.items():
+        job.wait_for(lambda script=script: is_generating(tmp_path, script))
+        cluster.run("scancel", job.id)
+    for script, job in jobs.items():
+        assert job.wait() == "CANCELLED", job.output
+        assert "Not requeued: SLURM is ending the job" in job.output
+        again = launcher.dpgen("run", write(script, FAST))
+        assert again.wait() == 0, again.output
+        assert "attempt 2: " in again.output and "attempt 2: 0 of" not in again.output
+        results(tmp_path, script)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_that_fails_is_not_requeued(
-    cluster: Cluster, write: Callable[..., str], tmp_path: Path, script: str
-) -> None:
-    jobs = [
-        SlurmJob.submit(cluster, tmp_path, script, write("usage", FAST), "engine.nonsense=1", DPGEN_MAX_RESTARTS="0"),
-        SlurmJob.submit(cluster, tmp_path, script, write("load", FAST), "engine.load_error=no", DPGEN_MAX_RESTARTS="0"),
-    ]
-    assert [job.wait() for job in jobs] == ["FAILED", "FAILED"]
-    assert [job.describe()["ExitCode"] for job in jobs] == ["2:0", "1:0"]
-    assert [job.num_restarts for job in jobs] == [0, 0]
+def test_runs_that_fail_are_not_requeued(cluster: Cluster, write: Callable[..., str], tmp_path: Path) -> None:
+    jobs = {}
+    for script in SCRIPTS:
+        for fault, expected in (("engine.nonsense=1", "2:0"), ("engine.load_error=no", "1:0")):
+            conf = write(f"{script}-{expected[0]}", FAST)
+            job = SlurmJob.submit(cluster, tmp_path, script, conf, fault, DPGEN_MAX_RESTARTS="0")
+            jobs[job] = expected
+    assert [job.wait() for job in jobs] == ["FAILED"] * 4
+    assert [job.describe()["ExitCode"] for job in jobs] == list(jobs.values())
+    assert [job.num_restarts for job in jobs] == [0] * 4
     assert all("the run failed, so it is not requeued" in job.output for job in jobs)
 
 
