@@ -106,6 +106,19 @@ class ParallelConfig:
 
     tensor_parallel_size: int = _key("GPUs that one model copy is split over, within a rank", 1)
     pipeline_parallel_size: int = _key("pipeline stages of one model copy, within a rank", 1)
+    launcher: Literal["internal", "external"] = _key(
+        "who starts the processes of one model copy: internal, one process a rank, and vLLM starts workers below it; "
+        "external, one process a GPU, and neighbours make an engine together (vLLM's external_launcher)",
+        "internal",
+    )
+    enable_expert_parallel: bool = _key(
+        "split a mixture of experts over GPUs: over those of a rank; with launcher=external over all ranks, whose "
+        "engines then step together",
+        False,
+    )
+    lock_step: bool = _key(
+        "with launcher=external: all engines step together though no experts are split; it only costs", False
+    )
     sync_kv_cache: bool = _key("give every rank the smallest rank's number of KV cache blocks", True)
     share_devices: bool = _key("let the ranks of a node share its GPUs where there are too few", False)
 
@@ -184,6 +197,9 @@ class Config:
 
     @property
     def gpus_per_rank(self) -> int:
+        """GPUs that one launched process drives."""
+        if self.parallel.launcher == "external":
+            return 1
         return self.parallel.tensor_parallel_size * self.parallel.pipeline_parallel_size
 
 
@@ -231,6 +247,8 @@ def _check(config: Config) -> None:
     _at_least("output.gather_bytes", output.gather_bytes, 1 << 16)
     _at_least("parallel.tensor_parallel_size", config.parallel.tensor_parallel_size, 1)
     _at_least("parallel.pipeline_parallel_size", config.parallel.pipeline_parallel_size, 1)
+    if config.parallel.lock_step and config.parallel.launcher != "external":
+        raise ConfigError("parallel.lock_step=true needs parallel.launcher=external: other engines never step together")
     if data.limit is not None:
         _at_least("data.limit", data.limit, 0)
     if data.select is not None:
@@ -260,6 +278,7 @@ def _check_passthrough(config: Config) -> None:
     if columns is not None and not (isinstance(columns, Mapping) and all(isinstance(v, str) for v in columns.values())):
         raise ConfigError(f"sampling.from_columns is {columns!r}; it maps a sampling field to a column's name")
     twice = {"model": "model", "seed": "run.seed"}
+    twice["enable_expert_parallel"] = "parallel.enable_expert_parallel"
     twice |= {f"{kind}_parallel_size": f"parallel.{kind}_parallel_size" for kind in ("tensor", "pipeline")}
     for name, home in twice.items():
         if name in config.engine:

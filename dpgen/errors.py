@@ -42,6 +42,18 @@ class PeerFailed(DpgenError):
         self.exit_status = exit_status
 
 
+class EnginesLost(DpgenError):
+    """Engines that step together have lost one of them: none can go on, until all are started anew."""
+
+    exit_status = EXIT_RESUMABLE
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(
+            f"{cause}; engines that step together (parallel.launcher=external) can't go on without one: run the same "
+            "command again (torchrun --max-restarts does so by itself)"
+        )
+
+
 class EngineError(DpgenError):
     """An engine could not be started, died, or broke its protocol.
 

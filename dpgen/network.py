@@ -43,17 +43,22 @@ def interface_towards(address: Address) -> str | None:
     """
     import psutil
 
-    try:
-        family, kind, _, _, target = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(target)  # sends nothing
-            own = probe.getsockname()[0]
-    except OSError:
-        return None  # joining will say what is wrong
+    own = address_towards(address)
     for name, found in psutil.net_if_addrs().items():
         if name != "lo" and any(each.address.partition("%")[0] == own for each in found):
             return str(name)
     return None
+
+
+def address_towards(address: Address) -> str:
+    """This host's own address on the way to `address`; the loopback's where that leads nowhere."""
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"  # a world of one; in another, joining says what is wrong
 
 
 def raise_file_limit(extra: int) -> None:

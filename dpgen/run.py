@@ -21,6 +21,7 @@ from dpgen.errors import EXIT_RESUMABLE, ConfigError, nearest
 from dpgen.folder import RunFolder, differences, identity_of
 from dpgen.generate import Generation, Totals
 from dpgen.journal import Journal
+from dpgen.layout import Layout, layout_of, world_of
 from dpgen.log import speaker
 from dpgen.progress import Progress
 from dpgen.rows import Rows, open_rows
@@ -45,12 +46,15 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending) -> Non
     stop = Stop(deadline_s, deadline_name, before_exit=lambda: ending.tell_if_untold(EXIT_RESUMABLE))
     stop.install()
     with ExitStack() as stack:
-        engine = _start_engine(config, topology, group, say)  # imports vLLM while we read the data
+        layout = group.agree(lambda: layout_of(topology, config.parallel))
+        engine = _start_engine(config, topology, layout, group, say)  # imports vLLM while we read the data
         stack.callback(engine.kill)
         rows, folder, identity = _open(config, group)
         if group.all_gather_object(_is_finished(config, folder, identity))[0]:  # rank 0's folder is the one
             tell(f"{folder.path} holds this run's finished result already; nothing to do")
             return
+        if layout.lock_step and not config.parallel.enable_expert_parallel:
+            tell("parallel.lock_step=true: engines wait for each other at every step, which only costs here")
         for note in group.agree(lambda: engine.check(group.raise_if_peer_failed)):
             tell(note)
         render = group.agree(lambda: prompt_renderer(config, tell))
@@ -59,8 +63,8 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending) -> Non
         stack.callback(own_journal.close)
 
         dealer = Dealer(config, rows, folder, group, attempt)
-        feed = dealer.deal(render)
-        tell(_plan(len(rows), dealer.num_todo, group.size, attempt))
+        feed = dealer.deal(render, takes_part=layout.leads)
+        tell(_plan(len(rows), dealer.num_todo, layout.num_engines, attempt))
         num_before = ending.num_done = len(rows) - dealer.num_todo
         totals = Totals()
         if dealer.num_todo:
@@ -81,7 +85,7 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending) -> Non
                     engine,
                     own_journal,
                     group,
-                    deal=lambda held, takes_part: dealer.deal(render, held, takes_part),
+                    deal=lambda held, takes_part: dealer.deal(render, held, takes_part and layout.leads),
                     stop_reason=lambda: stop.reason,
                     max_leading_errors=config.run.max_leading_errors,
                     show=show,
@@ -100,11 +104,15 @@ def _is_finished(config: Config, folder: RunFolder, identity: Mapping[str, Any])
     return folder.is_finished and is_same and not config.run.retry_errors and config.run.resume != "never"
 
 
-def _start_engine(config: Config, topology: Topology, group: Group, say: Callable[[str], None]) -> EngineSupervisor:
+def _start_engine(
+    config: Config, topology: Topology, layout: Layout, group: Group, say: Callable[[str], None]
+) -> EngineSupervisor:
+    world = world_of(topology, layout, group)
     return EngineSupervisor(
-        engine_starter(config, topology, group),
-        engine_spec(config, topology),
+        engine_starter(config, topology, group, world),
+        engine_spec(config, topology, world),
         say,
+        stands_alone=world is None,
         reserve_rows=config.work.reserve_rows,
         timeout_s=config.run.engine_timeout_s,
         start_timeout_s=config.run.engine_start_timeout_s,

@@ -90,7 +90,7 @@ def test_every_section_is_documented() -> None:
 HOMES = {
     "vllm": {"dpgen/engine/vllm.py", "dpgen/engine/vllm_render.py"},
     "datasets": {"dpgen/rows.py"},
-    "torch": {"dpgen/gloo.py", "dpgen/engine/vllm.py"},
+    "torch": {"dpgen/gloo.py", "dpgen/engine/crew.py", "dpgen/engine/vllm.py"},
 }
 
 

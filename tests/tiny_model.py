@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tiny_tokenizers import save_tokenizer
 
@@ -17,22 +18,45 @@ ENGINE = {
 
 def save_tiny_model(folder: Path, tokenizer: str = "bos", max_model_len: int = 256) -> Path:
     """Writes the model and returns its folder; the same weights every time."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _save(folder, tokenizer, LlamaForCausalLM, LlamaConfig, max_position_embeddings=max_model_len)
+
+
+def save_tiny_moe(folder: Path) -> Path:
+    """The same with four experts in each layer, of which a token goes to two."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return _save(
+        folder,
+        "bos",
+        MixtralForCausalLM,
+        MixtralConfig,
+        max_position_embeddings=256,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=None,
+    )
+
+
+def _save(folder: Path, tokenizer: str, model_class: Any, config_class: Any, **extra: Any) -> Path:
+    import torch
+    from transformers import AutoTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, folder)
+    loaded = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = config_class(
         vocab_size=512,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=max_model_len,
-        bos_token_id=1,  # as in each of the tokenizers
-        eos_token_id=2,
+        bos_token_id=loaded.bos_token_id,
+        eos_token_id=loaded.eos_token_id,
+        **extra,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model_class(config).save_pretrained(folder)
     return folder

@@ -11,13 +11,14 @@ from dpgen.engine.process import EngineProcess, engine_environment
 from dpgen.engine.protocol import EngineSpec
 from dpgen.errors import ConfigError
 from dpgen.feed import RenderPrompt
+from dpgen.layout import World
 from dpgen.log import speaker
 from dpgen.render import Renderer, TokenizerSettings, load_tokenizer, reason_for_engine
 from dpgen.tokenizer import looks_like_path
 from dpgen.topology import Topology, cores_of_rank, gpus_of_rank
 
 
-def engine_spec(config: Config, topology: Topology) -> EngineSpec:
+def engine_spec(config: Config, topology: Topology, world: World | None) -> EngineSpec:
     """What this rank's engine is made from."""
     return EngineSpec(
         kind=config.run.engine,
@@ -29,11 +30,15 @@ def engine_spec(config: Config, topology: Topology) -> EngineSpec:
         tensor_parallel_size=config.parallel.tensor_parallel_size,
         pipeline_parallel_size=config.parallel.pipeline_parallel_size,
         local_size=topology.local_size,
+        enable_expert_parallel=config.parallel.enable_expert_parallel,
+        world=world,
         token_ids=config.output.token_ids,
     )
 
 
-def engine_starter(config: Config, topology: Topology, group: Group) -> Callable[[EngineSpec], EngineProcess]:
+def engine_starter(
+    config: Config, topology: Topology, group: Group, world: World | None
+) -> Callable[[EngineSpec], EngineProcess]:
     """What starts an engine on this rank's own share of its node's devices. Collective.
 
     Raises:
@@ -45,8 +50,14 @@ def engine_starter(config: Config, topology: Topology, group: Group) -> Callable
     visible = visible_gpus(os.environ) if config.run.engine == "vllm" else []
     share = config.parallel.share_devices
     gpus = group.agree(lambda: gpus_of_rank(topology, visible, config.gpus_per_rank, share=share) if visible else None)
+    if gpus and world is not None:
+        gpus = visible  # its neighbours' too: vLLM takes the one of its LOCAL_RANK, and reaches the others directly
     cores = None if gpus else cores_of_rank(on_node, min(topology.local_rank, len(on_node) - 1))
     environment = engine_environment(os.environ, gpus=gpus, num_cores=len(cores or ()), log_level=config.run.log_level)
+    if world is not None:
+        environment |= world.as_environment()
+        if len(visible) == 1:  # the launcher has bound each process to a GPU of its own
+            environment["LOCAL_RANK"] = "0"
     say = speaker(topology.dp_rank, "engine")
     return lambda spec: EngineProcess(spec, environment, cores, say)
 

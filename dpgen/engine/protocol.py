@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dpgen.layout import World
 from dpgen.records import Request, RowResult
 
 
@@ -26,6 +27,8 @@ class EngineSpec:
         prompt_settings: the render settings, for tokenizers that only vLLM knows; else None.
         tensor_parallel_size, pipeline_parallel_size: devices of this one engine.
         local_size: engines on this node, which share its memory where they run on the CPU.
+        enable_expert_parallel: whether a mixture of experts is split over the devices.
+        world: the processes that this one makes an engine with; None where it is alone.
         token_ids: whether results carry the generated token ids.
     """
 
@@ -38,6 +41,8 @@ class EngineSpec:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     local_size: int = 1
+    enable_expert_parallel: bool = False
+    world: World | None = None
     token_ids: bool = False
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 from dpgen.engine.protocol import (
     Backend,
@@ -28,9 +29,13 @@ from dpgen.engine.protocol import (
 )
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.parent import end_with_parent
-from dpgen.records import RowResult, refused
+from dpgen.records import Request, RowResult, refused
+
+if TYPE_CHECKING:
+    from dpgen.engine.crew import Crew
 
 _STATS_INTERVAL_S = 1.0
+_IDLE_S = 0.005  # between rounds of processes that go round together and have nothing to do
 
 
 def main() -> None:
@@ -71,33 +76,87 @@ def _serve(pipe: Connection) -> None:
         assert isinstance(answer, KvAgreed)
         return answer.num_bytes
 
-    pipe.send(Ready(backend.load(agree_kv)))
-    _generate(pipe, backend)
+    info = backend.load(agree_kv)
+    if spec.world is None:
+        pipe.send(Ready(info))
+        _generate(pipe, backend)
+    else:
+        from dpgen.engine.crew import Crew
+
+        crew = Crew(spec.world)
+        pipe.send(Ready(info))
+        _generate_together(pipe, backend, crew)
     backend.close()
 
 
 def _generate(pipe: Connection, backend: Backend) -> None:
     """Admits whatever has arrived, steps, sends what is finished; sleeps only when there is no work."""
-    next_stats_s = 0.0
+    report = _Report(pipe, backend)
     while True:
         finished: list[RowResult] = []
         while pipe.poll(0 if backend.has_work() or finished else None):
             message = pipe.recv()
             if isinstance(message, Stop):
                 return
-            for request in message:
-                try:
-                    backend.add(request)
-                except RowRefused as why:
-                    finished.append(refused(request.row, why))
+            finished += _add(backend, message)
         if backend.has_work():
             finished += backend.step()
+        report.send(finished)
+
+
+def _generate_together(pipe: Connection, backend: Backend, crew: Crew) -> None:
+    """The same in lock-step with other processes: all admit the same before the same step; the leader reports.
+
+    Goes round until all were told to stop, since none can step, or stop, alone. `has_work` agrees with the other
+    groups and so is asked once a round, whatever comes of it.
+    """
+    report = _Report(pipe, backend)
+    told_to_stop = False
+    while True:
+        requests: list[Request] = []
+        while pipe.poll(0):
+            message = pipe.recv()
+            if isinstance(message, Stop):
+                told_to_stop = True
+            else:
+                requests += message
+        requests, is_over = crew.share(requests, told_to_stop)
+        if is_over:
+            return
+        finished = _add(backend, requests)
+        if backend.has_work():
+            finished += backend.step()
+        elif not requests:
+            time.sleep(_IDLE_S)
+        if crew.leads:
+            report.send(finished)
+
+
+def _add(backend: Backend, requests: list[Request]) -> list[RowResult]:
+    """Admits rows; the results of those that are refused."""
+    results = []
+    for request in requests:
+        try:
+            backend.add(request)
+        except RowRefused as why:
+            results.append(refused(request.row, why))
+    return results
+
+
+class _Report:
+    """What goes up: finished rows at once, numbers now and then."""
+
+    def __init__(self, pipe: Connection, backend: Backend) -> None:
+        self._pipe, self._backend = pipe, backend
+        self._next_stats_s = 0.0
+
+    def send(self, finished: list[RowResult]) -> None:
         if finished:
-            pipe.send(Finished(finished))
-        if time.monotonic() >= next_stats_s:
-            next_stats_s = time.monotonic() + _STATS_INTERVAL_S
-            stats: Stats = backend.stats()
-            pipe.send(stats)
+            self._pipe.send(Finished(finished))
+        if time.monotonic() >= self._next_stats_s:
+            self._next_stats_s = time.monotonic() + _STATS_INTERVAL_S
+            stats: Stats = self._backend.stats()
+            self._pipe.send(stats)
 
 
 def _backend(spec: EngineSpec) -> Backend:

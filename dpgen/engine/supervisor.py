@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
 from dpgen.engine.protocol import Checked, EngineInfo, EngineSpec, Event, Finished, KvMeasured, Ready, Stats
-from dpgen.errors import ConfigError, EngineError
+from dpgen.errors import ConfigError, EngineError, EnginesLost
 from dpgen.records import Request, RowError, RowResult
 from dpgen.words import counted
 
@@ -52,6 +52,8 @@ class EngineSupervisor:
         timeout_s: how long an engine with work may be silent before it counts as hung.
         start_timeout_s: the same, from a process's start until it has loaded the model.
         max_deaths: deaths in a row, without a finished row between them, after which the engine is given up.
+        stands_alone: whether a new process can take a dead one's place; one that steps together with others can't be
+            replaced alone, and its death ends the run, resumable.
     """
 
     def __init__(
@@ -64,11 +66,13 @@ class EngineSupervisor:
         timeout_s: float,
         start_timeout_s: float,
         max_deaths: int,
+        stands_alone: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._start, self._spec, self._say, self._clock = start, spec, say, clock
         self._reserve_rows, self._max_deaths = reserve_rows, max_deaths
         self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._stands_alone = stands_alone
         self._process: Process | None = start(spec)
         self._info: EngineInfo | None = None
         self._kv_bytes: int | None = None
@@ -133,6 +137,8 @@ class EngineSupervisor:
 
     def _restart_or_raise(self, error: EngineError) -> None:
         """After a death before the engine was ready: worth another start, or a fault that will be there again?"""
+        if not self._stands_alone:
+            raise error
         self.num_deaths += 1
         self._deaths_in_a_row += 1
         smaller = error.is_out_of_memory and self._use_less(error)
@@ -257,6 +263,8 @@ class EngineSupervisor:
         """After a death: blames, starts a successor, and gives the result of a row that is now known as poison."""
         assert self._process is not None
         self._process.kill()
+        if not self._stands_alone:
+            raise EnginesLost(error.first_line)
         self.num_deaths += 1
         self._deaths_in_a_row += 1
         self._tokens_before, self._tokens_now = self._tokens_before + self._tokens_now, 0

@@ -7,6 +7,7 @@ executor classes. `LLM.generate` is not used: it raises on the first bad prompt,
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -24,8 +25,9 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.executor import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
-from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
 
 from dpgen.config import unknown_key
 from dpgen.engine.protocol import AgreeKv, EngineInfo, EngineSpec, Stats
@@ -53,9 +55,14 @@ class VllmBackend:
         options, notes = dict(self._spec.options), []
         if current_platform.is_cpu():
             notes = _adapt_to_cpu(options, self._spec.local_size)
-        num_devices = self._spec.tensor_parallel_size * self._spec.pipeline_parallel_size
-        executor = AgreeingUniExecutor if num_devices == 1 else AgreeingMultiExecutor
-        options.setdefault("distributed_executor_backend", f"{executor.__module__}.{executor.__qualname__}")
+        world = self._spec.world
+        if world is not None:
+            options["distributed_executor_backend"] = "external_launcher"
+            options["data_parallel_size"] = world.num_groups
+        else:
+            num_devices = self._spec.tensor_parallel_size * self._spec.pipeline_parallel_size
+            executor = AgreeingUniExecutor if num_devices == 1 else AgreeingMultiExecutor
+            options.setdefault("distributed_executor_backend", f"{executor.__module__}.{executor.__qualname__}")
         options.setdefault("disable_log_stats", True)
         options.setdefault("use_tqdm_on_load", envs.VLLM_LOGGING_LEVEL in ("INFO", "DEBUG"))
         try:
@@ -63,6 +70,7 @@ class VllmBackend:
                 model=self._spec.model,
                 tensor_parallel_size=self._spec.tensor_parallel_size,
                 pipeline_parallel_size=self._spec.pipeline_parallel_size,
+                enable_expert_parallel=self._spec.enable_expert_parallel,
                 **options,
             )
             self._config = args.create_engine_config(UsageContext.LLM_CLASS)
@@ -78,8 +86,12 @@ class VllmBackend:
     def load(self, agree_kv: AgreeKv) -> EngineInfo:
         assert self._config is not None
         _Agreeing.agree_kv = agree_kv
-        self._engine = LLMEngine.from_vllm_config(
-            self._config, usage_context=UsageContext.LLM_CLASS, disable_log_stats=True
+        # By its constructor, which takes the class of the executor: vLLM knows its own external one by name only.
+        self._engine = LLMEngine(
+            vllm_config=self._config,
+            executor_class=Executor.get_class(self._config) if self._spec.world is None else AgreeingExternalExecutor,
+            log_stats=False,
+            usage_context=UsageContext.LLM_CLASS,
         )
         if self._spec.prompt_settings is not None:
             from dpgen.engine.vllm_render import EngineRenderer
@@ -196,6 +208,16 @@ class _Agreeing:
 
 class AgreeingUniExecutor(_Agreeing, UniProcExecutor):
     """One device, its worker in this process."""
+
+
+class AgreeingExternalExecutor(_Agreeing, ExecutorWithExternalLauncher):
+    """One device of several that torchrun's processes drive, a worker in each."""
+
+    def _distributed_args(self) -> tuple[str, int, int]:
+        # Not "env://" as vLLM has it: on the CPU it names shared memory after the end of this, and two groups of one
+        # node would share it.
+        _, rank, local_rank = super()._distributed_args()
+        return f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", rank, local_rank
 
 
 class AgreeingMultiExecutor(_Agreeing, MultiprocExecutor):
