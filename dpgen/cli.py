@@ -16,6 +16,7 @@ from dpgen.config_load import from_arguments
 from dpgen.ending import Ending
 from dpgen.errors import EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, PeerFailed
 from dpgen.parent import end_with_parent
+from dpgen.phases import Phases
 
 _USAGE = """\
 usage: dpgen run CONFIG.yaml [MORE.yaml ...] [key=value ...]
@@ -67,6 +68,7 @@ def _run(arguments: Sequence[str]) -> int:
     from dpgen.topology import from_environment, place_on_node
 
     group: Any = LoneGroup()
+    phases = Phases()
     ending = Ending(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(signal.SIGTERM)  # a killed torchrun leaves no ranks waiting for its store
@@ -78,12 +80,13 @@ def _run(arguments: Sequence[str]) -> int:
 
             group = GlooGroup(topology)
             topology = place_on_node(topology, group.nodes)
+            phases.end("ranks meet")
         group.agree(lambda: ending.begin(topology.is_first))
         config: Config = group.agree(lambda: _config(arguments))
 
         from dpgen.run import run
 
-        run(config, topology, group, ending)
+        run(config, topology, group, ending, phases)
         ending.tell(EXIT_OK)
         return EXIT_OK
     except KeyboardInterrupt:

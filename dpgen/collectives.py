@@ -115,13 +115,17 @@ class Group(ABC):
     def close(self) -> None:
         """Leaves the group; safe to call twice."""
 
-    def wait(self, pending: Pending) -> list[int]:
+    def wait(self, pending: Pending, while_waiting: Callable[[], None] = lambda: None) -> list[int]:
         """Waits for a collective, however long the slowest rank takes.
+
+        Args:
+            while_waiting: called again and again.
 
         Raises:
             PeerFailed: a rank failed meanwhile.
         """
         while not pending.done():
+            while_waiting()
             time.sleep(_POLL_S)
         return pending.result()
 

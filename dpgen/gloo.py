@@ -25,6 +25,7 @@ from torch.distributed import distributed_c10d as c10d
 from dpgen.collectives import Group, PeerLost, Pending, StoreLost
 from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
 from dpgen.leases import Leases
+from dpgen.log import speaker
 from dpgen.meeting import meet
 from dpgen.network import await_agent, interface_towards, raise_file_limit
 from dpgen.topology import Topology
@@ -87,10 +88,8 @@ class GlooGroup(Group):
             )
             self._base.set_timeout(_JOIN_TIMEOUT)
             # A restarted job may meet the store of its former self: each gathering has names of its own.
-            gathering = topology.restart
-            if agent_keeps_store:
-                gathering = meet(self._base, self.rank, self.size, _JOIN_TIMEOUT.total_seconds())
-            self._names = f"dpgen/{gathering}"
+            say = speaker(self.rank)
+            self._names = f"dpgen/{meet(self._base, self.rank, self.size, _JOIN_TIMEOUT.total_seconds(), say)}"
             self.store = WatchedStore(self._prefixed())
             self._connect()
         except (RuntimeError, ValueError) as error:

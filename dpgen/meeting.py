@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from dpgen.errors import DpgenError
+from dpgen.phases import Waiting
 
 _POLL_S = 0.02
 
 
-def meet(store: Any, rank: int, size: int, timeout_s: float) -> int:
+def meet(store: Any, rank: int, size: int, timeout_s: float, say: Callable[[str], None] = lambda line: None) -> int:
     """Waits until all ranks have come; the gathering's number, the same on all.
 
     Args:
         store: a torch.distributed.Store, that earlier gatherings may have used, too.
+        say: takes a line now and then, from rank 0, on who is still awaited.
 
     Raises:
         DpgenError: not all came in time.
@@ -38,6 +41,12 @@ def meet(store: Any, rank: int, size: int, timeout_s: float) -> int:
     deadline_s = time.monotonic() + timeout_s
     greeted: dict[int, str] = {}
     awaited = set(range(1, size))
+
+    def missing() -> str:
+        shown = ", ".join(str(other) for other in sorted(awaited)[:10])
+        return f"{shown}{', ...' if len(awaited) > 10 else ''}"
+
+    waiting = Waiting(say, lambda: f"waiting for {len(awaited)} of {size} ranks to come: {missing()}")
     while awaited:
         for other in sorted(awaited):
             if not store.check([f"dpgen/came/{other}"]):
@@ -49,7 +58,7 @@ def meet(store: Any, rank: int, size: int, timeout_s: float) -> int:
             elif store.check([f"dpgen/answer/{number}/{token}"]):
                 awaited.remove(other)
         if awaited and time.monotonic() > deadline_s:
-            missing = ", ".join(str(other) for other in sorted(awaited)[:10])
-            raise DpgenError(f"{len(awaited)} of {size} ranks have not come within {timeout_s:.0f} s: {missing}")
+            raise DpgenError(f"{len(awaited)} of {size} ranks have not come within {timeout_s:.0f} s: {missing()}")
+        waiting()
         time.sleep(_POLL_S if awaited else 0)
     return number

@@ -23,17 +23,21 @@ from dpgen.generate import Generation, Totals
 from dpgen.journal import Journal
 from dpgen.layout import Layout, layout_of, world_of
 from dpgen.log import speaker
+from dpgen.phases import Phases, Waiting
 from dpgen.progress import Progress
 from dpgen.rows import Rows, open_rows
 from dpgen.stop import Stop, deadline
 from dpgen.topology import Topology
 from dpgen.words import counted, duration
 
+_LOADED = "dpgen/loaded"  # in the store: how many ranks have loaded their models
 
-def run(config: Config, topology: Topology, group: Group, ending: Ending) -> None:
+
+def run(config: Config, topology: Topology, group: Group, ending: Ending, phases: Phases) -> None:
     """Generates every row of `config.data` that has no result yet, and writes the final dataset.
 
-    Collective: every rank of `group` calls it with the same configuration. Keeps `ending.num_done` current.
+    Collective: every rank of `group` calls it with the same configuration. Keeps `ending.num_done` current, and tells
+    what `phases` of its start-up took how long.
 
     Raises:
         ConfigError: something in the configuration or the input is wrong; no model was loaded.
@@ -50,6 +54,7 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending) -> Non
         engine = _start_engine(config, topology, layout, group, say)  # imports vLLM while we read the data
         stack.callback(engine.kill)
         rows, folder, identity = _open(config, group)
+        phases.end("input")
         if group.all_gather_object(_is_finished(config, folder, identity))[0]:  # rank 0's folder is the one
             tell(f"{folder.path} holds this run's finished result already; nothing to do")
             return
@@ -57,6 +62,7 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending) -> Non
             tell("parallel.lock_step=true: engines wait for each other at every step, which only costs here")
         for note in group.agree(lambda: engine.check(group.raise_if_peer_failed)):
             tell(note)
+        phases.end("engine's options")
         render = group.agree(lambda: prompt_renderer(config, tell))
         attempt = _begin_attempt(config, group, folder, identity)
         own_journal = Journal(folder.journal, attempt, topology.dp_rank)
@@ -68,7 +74,9 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending) -> Non
         num_before = ending.num_done = len(rows) - dealer.num_todo
         totals = Totals()
         if dealer.num_todo:
-            _load(engine, config, group, folder, tell)
+            phases.end("tokenizer and rows to do")
+            _load(engine, config, group, folder, phases, tell)
+            tell(str(phases))
             progress = Progress(len(rows), num_before, tell, config.run.progress_interval_s)
 
             def show(totals: Totals) -> None:
@@ -185,25 +193,39 @@ def _begin_attempt(config: Config, group: Group, folder: RunFolder, identity: Ma
 
 
 def _load(
-    engine: EngineSupervisor, config: Config, group: Group, folder: RunFolder, tell: Callable[[str], None]
+    engine: EngineSupervisor,
+    config: Config,
+    group: Group,
+    folder: RunFolder,
+    phases: Phases,
+    tell: Callable[[str], None],
 ) -> None:
     """Loads the model; on the way the ranks agree on the KV cache's size: the min-KV-cache all-reduce."""
-    started_s = time.monotonic()
     measured, agreed = 0, 0
+    waiting = Waiting(
+        tell,
+        lambda: (
+            f"this rank's model is loaded, {group.store.add(_LOADED, 0)} of {group.size} are; the KV cache's size is "
+            "agreed with the last (parallel.sync_kv_cache=false does without)"
+        ),
+    )
 
     def agree_kv(measured_bytes: int) -> int:
         nonlocal measured, agreed
         measured = agreed = measured_bytes
+        phases.end("model")
         if config.parallel.sync_kv_cache:
-            [agreed] = group.wait(group.reduce([measured_bytes], "min"))
+            group.store.add(_LOADED, 1)
+            [agreed] = group.wait(group.reduce([measured_bytes], "min"), waiting)
+            phases.end("other ranks' models")
         return agreed
 
     info = engine.load(agree_kv, group.raise_if_peer_failed)
+    phases.end("KV cache")
     tell(
         f"KV cache: {info.num_kv_blocks:,} blocks of {info.kv_block_tokens} tokens"
         f"{' on every rank' if config.parallel.sync_kv_cache else ''} ({agreed / 2**20:,.0f} MiB; "
-        f"{measured / 2**20:,.0f} MiB free here); {counted(info.max_num_seqs, 'sequence')} at a time; "
-        f"loaded in {duration(time.monotonic() - started_s)}"
+        f"{measured / 2**20:,.0f} MiB free here); {counted(info.max_num_seqs, 'sequence')} at a time"
     )
     if group.rank == 0:
         folder.update(engine={**vars(info), "kv_cache_bytes": agreed})
