@@ -2,7 +2,7 @@
 # Every check and test there is:  launch/test.sh [--fast] [pytest arguments]
 #
 # --fast leaves out the tests that need an engine, SLURM or network namespaces, and the slow ones. Stops at the first
-# step that fails, naming it.
+# step that fails, naming it. `-n 0` among the pytest arguments runs one test at a time, in this process.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -43,4 +43,5 @@ for script in "${scripts[@]}"; do bash -n "$script"; done
 
 step "pytest"
 trap - EXIT # pytest says itself what failed, and its closing line is to be the last
-exec "$bin/python" -m pytest "${select[@]}" "$@"
+# Two at a time: most tests start processes and wait for them, and two cores carry that.
+exec "$bin/python" -m pytest -n 2 --dist loadgroup "${select[@]}" "$@"

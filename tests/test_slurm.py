@@ -16,7 +16,12 @@ import pytest
 from conftest import REPO, Launcher, numbered, result_of
 from slurm_cluster import Cluster, SlurmJob, missing
 
-pytestmark = [pytest.mark.slurm, pytest.mark.multi, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.multi,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("slurm"),  # there is one cluster
+]
 
 WriteConfig = Callable[..., str]
 SCRIPTS = ["slurm.sbatch", "slurm_torchrun.sbatch"]
