@@ -59,6 +59,11 @@ class Group(ABC):
     can_shrink = False  # whether the launcher lets ranks go on without one that was lost
 
     @property
+    def counters(self) -> Store:
+        """The store, for whoever is not to know how it fails: its errors are PeerFailed, as the group's are."""
+        return self.store
+
+    @property
     def leads_node(self) -> bool:
         """Whether this rank does what is to be done once a node."""
         return self.nodes.index(self.nodes[self.rank]) == self.rank
@@ -161,14 +166,14 @@ class Group(ABC):
         """
         key = f"dpgen/node_ready/{self._next_phase()}/{self.nodes[self.rank]}"
         if not self.leads_node:
-            while self.store.add(key, 0) == 0:
+            while self.counters.add(key, 0) == 0:
                 self.raise_if_peer_failed()
                 time.sleep(_POLL_S)
         try:
             yield
         finally:
             if self.leads_node:
-                self.store.add(key, 1)
+                self.counters.add(key, 1)
 
     _phase = 0
 

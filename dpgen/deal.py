@@ -50,7 +50,7 @@ class Dealer:
         claims = None
         if takes_part:
             claims = Claims(
-                group.store,
+                group.counters,
                 f"dpgen/cursor/{self._attempt}/{self._num_deals}",
                 [len(range(shard, len(todo), len(taking))) for shard in range(len(taking))],
                 taking.index(group.rank),

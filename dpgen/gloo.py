@@ -100,6 +100,10 @@ class GlooGroup(Group):
         self._leases = Leases(self.store, self._prefixed().clone(), self._first_rank)
         self.nodes = self.all_gather_object(topology.node)
 
+    @property
+    def counters(self) -> _Counters:
+        return _Counters(self)
+
     def _connect(self) -> None:
         epoch = c10d.PrefixStore(f"epoch-{self._epoch}", self._prefixed())
         limit = _JOIN_TIMEOUT if self._epoch == 0 else _REJOIN_TIMEOUT
@@ -307,6 +311,17 @@ class GlooGroup(Group):
                 time.sleep(_POLL_S)
         except RuntimeError:
             return
+
+
+class _Counters:
+    """See `Group.counters`."""
+
+    def __init__(self, group: GlooGroup) -> None:
+        self._group = group
+
+    def add(self, key: str, amount: int) -> int:
+        with self._group.telling_peer_failure():
+            return self._group.store.add(key, amount)
 
 
 class _GlooPending:

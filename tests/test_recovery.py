@@ -168,6 +168,17 @@ def test_torchrun_restarts_after_a_killed_rank_and_the_run_goes_on(
     results(tmp_path, 120)
 
 
+def test_ranks_that_lose_the_stores_host_while_they_claim_rows_end_resumable(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(3000), engine={"step_s": 0.001}, work={"claim_rows": 1, "reserve_rows": 0})
+    jobs = launcher.srun_like("run", conf, each=[[], [], []])
+    wait_for(lambda: journaled(tmp_path / "run") > 3000)
+    os.kill(jobs[0].process.pid, signal.SIGKILL)
+    assert [job.wait(60) for job in jobs] == [-signal.SIGKILL, 75, 75], "".join(job.output for job in jobs)
+    assert "Traceback" not in "".join(job.output for job in jobs)
+
+
 @pytest.mark.slow
 def test_ranks_meet_again_where_only_one_of_two_torchruns_counts_the_restart(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
