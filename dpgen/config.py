@@ -119,6 +119,11 @@ class ParallelConfig:
     lock_step: bool = _key(
         "with launcher=external: all engines step together though no experts are split; it only costs", False
     )
+    load_first: Literal["auto", "always", "never"] = _key(
+        "whether the first rank of each node loads its model before the others do, so that one downloads it and fills "
+        "vLLM's compile cache: auto where the weights or that cache are not there yet",
+        "auto",
+    )
     sync_kv_cache: bool = _key("give every rank the smallest rank's number of KV cache blocks", True)
     share_devices: bool = _key("let the ranks of a node share its GPUs where there are too few", False)
 

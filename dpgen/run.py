@@ -15,7 +15,7 @@ from dpgen.config import Config
 from dpgen.dataset_out import check_columns, write_dataset
 from dpgen.deal import Dealer
 from dpgen.ending import Ending
-from dpgen.engine.launch import engine_spec, engine_starter, prompt_renderer
+from dpgen.engine.launch import engine_spec, engine_starter, is_cold, prompt_renderer
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE, ConfigError, nearest
 from dpgen.folder import RunFolder, differences, identity_of
@@ -30,7 +30,8 @@ from dpgen.stop import Stop, deadline
 from dpgen.topology import Topology
 from dpgen.words import counted, duration
 
-_LOADED = "dpgen/loaded"  # in the store: how many ranks have loaded their models
+_LOADED = "dpgen/loaded"  # in the store: how many ranks have loaded their models; below it, of each node
+_LOOK_S = 0.1
 
 
 def run(config: Config, topology: Topology, group: Group, ending: Ending, phases: Phases) -> None:
@@ -75,7 +76,7 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
         totals = Totals()
         if dealer.num_todo:
             phases.end("tokenizer and rows to do")
-            _load(engine, config, group, folder, phases, tell)
+            _load(engine, config, layout, group, folder, phases, tell)
             tell(str(phases))
             progress = Progress(len(rows), num_before, tell, config.run.progress_interval_s)
 
@@ -195,6 +196,7 @@ def _begin_attempt(config: Config, group: Group, folder: RunFolder, identity: Ma
 def _load(
     engine: EngineSupervisor,
     config: Config,
+    layout: Layout,
     group: Group,
     folder: RunFolder,
     phases: Phases,
@@ -214,12 +216,18 @@ def _load(
         nonlocal measured, agreed
         measured = agreed = measured_bytes
         phases.end("model")
+        group.store.add(f"{_LOADED}/{group.nodes[group.rank]}", 1)
         if config.parallel.sync_kv_cache:
             group.store.add(_LOADED, 1)
             [agreed] = group.wait(group.reduce([measured_bytes], "min"), waiting)
             phases.end("other ranks' models")
         return agreed
 
+    if _loads_later(config, layout, group):
+        while group.store.add(f"{_LOADED}/{group.nodes[group.rank]}", 0) == 0:
+            group.raise_if_peer_failed()
+            time.sleep(_LOOK_S)
+        phases.end("the node's first model")
     info = engine.load(agree_kv, group.raise_if_peer_failed)
     phases.end("KV cache")
     tell(
@@ -229,6 +237,15 @@ def _load(
     )
     if group.rank == 0:
         folder.update(engine={**vars(info), "kv_cache_bytes": agreed})
+
+
+def _loads_later(config: Config, layout: Layout, group: Group) -> bool:
+    """Whether this rank waits until its node's first one has loaded its model. Collective."""
+    is_cold_here = group.all_gather_object(is_cold(config, os.environ))
+    if layout.is_shared or group.leads_node or config.parallel.load_first == "never":
+        return False  # processes that make an engine together load together
+    first = group.nodes.index(group.nodes[group.rank])
+    return config.parallel.load_first == "always" or is_cold_here[first]
 
 
 def _finish(

@@ -6,10 +6,13 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Launcher, numbered, result_of, wait_for
 
+from dpgen.config import Config, DataConfig, RunConfig
+from dpgen.engine.launch import is_cold
 from dpgen.phases import Phases, Waiting
 
 
@@ -49,6 +52,32 @@ def test_a_rank_that_loads_for_long_is_waited_for_aloud(
     phases = re.search(r"ready after .*model (\S+) s, other ranks' models (\S+) s", jobs[0].output)
     assert phases and float(phases[2]) > 8 > float(phases[1]), jobs[0].output
     assert "loaded" not in jobs[1].output, "rank 0 says it for all"
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+@pytest.mark.parametrize(("load_first", "least_s"), [("always", 6.0), ("auto", 3.0)])
+def test_one_rank_of_a_node_fills_the_caches_while_the_others_wait(
+    launcher: Launcher, write_config: Callable[..., str], load_first: str, least_s: float
+) -> None:
+    conf = write_config(numbered(20), engine={"load_s": 3.0}, parallel={"load_first": load_first})
+    job = launcher.dpgen("run", conf, ranks=3)
+    assert job.wait() == 0, job.output
+    phases = re.search(r"ready after .*model (\S+) s, other ranks' models (\S+) s", job.output)
+    assert phases and least_s <= float(phases[1]) + float(phases[2]) < least_s + 2.5, job.output
+
+
+def test_a_model_or_a_compile_cache_that_is_not_there_is_cold(tmp_path: Path) -> None:
+    environ = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm")}
+
+    def config(model: str, **engine: Any) -> Config:
+        return Config(RunConfig(dir="x"), DataConfig(path="x", prompt_column="x"), model, engine)
+
+    assert is_cold(config(str(tmp_path)), environ)
+    assert not is_cold(config(str(tmp_path), enforce_eager=True), environ)
+    assert is_cold(config("nobody/nothing", enforce_eager=True), environ)
+    (tmp_path / "vllm" / "torch_compile_cache" / "a1b2").mkdir(parents=True)
+    assert not is_cold(config(str(tmp_path)), environ)
 
 
 @pytest.mark.multi

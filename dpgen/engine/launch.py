@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from dpgen.collectives import Group
 from dpgen.config import Config
@@ -98,6 +99,33 @@ def _tokenizer(config: Config) -> TokenizerSettings:
 
 def _renders_in_engine(config: Config) -> bool:
     return config.run.engine == "vllm" and reason_for_engine(_tokenizer(config)) is not None
+
+
+def is_cold(config: Config, environ: Mapping[str, str]) -> bool:
+    """Whether loading the model would fill a cache that the ranks of a node share: of weights, or of compiled code."""
+    if config.run.engine != "vllm":
+        return False
+    return not _has_weights(config.model) or (
+        not config.engine.get("enforce_eager") and not _has_entries(_compile_cache(environ))
+    )
+
+
+def _has_weights(model: str) -> bool:
+    if os.path.isdir(os.path.expanduser(model)):
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return any(isinstance(try_to_load_from_cache(model, name), str) for name in names)
+
+
+def _compile_cache(environ: Mapping[str, str]) -> Path:
+    root = environ.get("VLLM_CACHE_ROOT") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vllm"
+    return Path(root) / "torch_compile_cache"
+
+
+def _has_entries(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def visible_gpus(environ: Mapping[str, str]) -> list[str]:
