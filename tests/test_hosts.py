@@ -99,13 +99,17 @@ def test_hosts_without_a_shared_folder_bring_their_rows_to_rank_0(
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_with_the_hosts_that_are_left(
+def test_torchrun_goes_on_with_the_hosts_that_are_left_though_they_share_no_folder(
     hosts: Hosts, launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
     conf = write_config(numbered(600), engine=SLOW)
     options = ["--nnodes", "1:3", "--nproc-per-node", "1", "--max-restarts", "3"]
-    jobs = [torchrun(hosts, launcher, conf, host, *options, run_dir=tmp_path / "run") for host in range(hosts.number)]
-    wait_for(lambda: journaled(tmp_path / "run") > 3000, 120)
+    run_dirs = [tmp_path / f"on{host}" for host in range(hosts.number)]
+    jobs = [torchrun(hosts, launcher, conf, host, *options, run_dir=run_dirs[host]) for host in range(hosts.number)]
+    wait_for(lambda: all(journaled(run_dir) > 1000 for run_dir in run_dirs), 120)
     hosts.pull_cable(2)
     assert jobs[0].wait(300) == 0, jobs[0].output
-    assert [row["row_id"] for row in result_of(tmp_path / "run")] == list(range(600))
+    [home] = [run_dir for run_dir in run_dirs if (run_dir / "_SUCCESS").exists()]
+    assert [row["row_id"] for row in result_of(home)] == list(range(600))
+    facts = json.loads((home / "run.json").read_text())
+    assert facts["attempt"] > 1 and facts["dp_size"] == 2, "what host 2 had done is done again by the others"

@@ -140,6 +140,36 @@ def test_every_layout_generates_what_one_process_does(
 @pytest.mark.vllm
 @pytest.mark.multi
 @pytest.mark.slow
+def test_experts_split_over_ranks_get_as_far_as_vllms_communicator_for_the_cpu(
+    launcher: Launcher, write_config: Callable[..., str], tmp_path: Path
+) -> None:
+    conf = write_config(
+        uneven(4),
+        run={"engine": "vllm", "log_level": "error"},
+        model=str(save_tiny_moe(tmp_path / "model")),
+        engine=ENGINE,
+    )
+    job = launcher.dpgen("run", conf, EXTERNAL, "parallel.enable_expert_parallel=true", ranks=2)
+    assert job.wait() == 1, job.output
+    assert "self.device_communicator.all_gatherv" in job.output and "NotImplementedError" in job.output
+    assert "only costs" not in job.output
+    assert "the engine failed: NotImplementedError" in job.output.splitlines()[-2], "the last word is the cause"
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_takes_pipeline_stages_below_a_rank(launcher: Launcher, tmp_path: Path, model: Path) -> None:
+    program = (
+        "import sys; from dpgen.engine.protocol import EngineSpec; from dpgen.engine.vllm import VllmBackend; "
+        "print(VllmBackend(EngineSpec('vllm', sys.argv[1], pipeline_parallel_size=2)).check())"
+    )
+    job = launcher.start([launcher.python, "-c", program, str(model)])
+    assert job.wait() == 0 and "vLLM on the CPU" in job.output, job.output
+
+
+@pytest.mark.vllm
+@pytest.mark.multi
+@pytest.mark.slow
 def test_a_mixture_of_experts_in_engines_of_their_own(
     launcher: Launcher, write_config: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -25,7 +25,6 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
-from vllm.v1.executor import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
 
@@ -55,14 +54,8 @@ class VllmBackend:
         options, notes = dict(self._spec.options), []
         if current_platform.is_cpu():
             notes = _adapt_to_cpu(options, self._spec.local_size)
-        world = self._spec.world
-        if world is not None:
-            options["distributed_executor_backend"] = "external_launcher"
-            options["data_parallel_size"] = world.num_groups
-        else:
-            num_devices = self._spec.tensor_parallel_size * self._spec.pipeline_parallel_size
-            executor = AgreeingUniExecutor if num_devices == 1 else AgreeingMultiExecutor
-            options.setdefault("distributed_executor_backend", f"{executor.__module__}.{executor.__qualname__}")
+        if self._spec.world is not None:
+            options["data_parallel_size"] = self._spec.world.num_groups
         options.setdefault("disable_log_stats", True)
         options.setdefault("use_tqdm_on_load", envs.VLLM_LOGGING_LEVEL in ("INFO", "DEBUG"))
         try:
@@ -71,6 +64,7 @@ class VllmBackend:
                 tensor_parallel_size=self._spec.tensor_parallel_size,
                 pipeline_parallel_size=self._spec.pipeline_parallel_size,
                 enable_expert_parallel=self._spec.enable_expert_parallel,
+                distributed_executor_backend=self._executor.backend,
                 **options,
             )
             self._config = args.create_engine_config(UsageContext.LLM_CLASS)
@@ -86,10 +80,11 @@ class VllmBackend:
     def load(self, agree_kv: AgreeKv) -> EngineInfo:
         assert self._config is not None
         _Agreeing.agree_kv = agree_kv
-        # By its constructor, which takes the class of the executor: vLLM knows its own external one by name only.
+        # By its constructor, which takes the executor's class: in its configuration vLLM wants one of its own names,
+        # for pipelines and external launchers at least.
         self._engine = LLMEngine(
             vllm_config=self._config,
-            executor_class=Executor.get_class(self._config) if self._spec.world is None else AgreeingExternalExecutor,
+            executor_class=self._executor,
             log_stats=False,
             usage_context=UsageContext.LLM_CLASS,
         )
@@ -139,6 +134,13 @@ class VllmBackend:
     def close(self) -> None:
         if self._engine is not None:
             self._engine.engine_core.shutdown()
+
+    @property
+    def _executor(self) -> Any:  # a class; to mypy vLLM's are of any type
+        if self._spec.world is not None:
+            return AgreeingExternalExecutor
+        num_devices = self._spec.tensor_parallel_size * self._spec.pipeline_parallel_size
+        return AgreeingUniExecutor if num_devices == 1 else AgreeingMultiExecutor
 
     @property
     def _max_model_len(self) -> int:
@@ -194,11 +196,14 @@ class VllmBackend:
 class _Agreeing:
     """Asks the ranks how large the KV cache is to be, at the point where vLLM has measured what is free.
 
-    vLLM makes the executor itself, from its class's dotted name (its configuration travels to worker processes, so
-    it can't hold a callable): the question goes through a class attribute.
+    vLLM makes the executor itself, from its class: the question goes through a class attribute.
+
+    Attributes:
+        backend: vLLM's name for the executor that it adds to.
     """
 
     agree_kv: ClassVar[AgreeKv]
+    backend: ClassVar[str]
 
     def determine_available_memory(self) -> list[int]:
         measured: list[int] = super().determine_available_memory()  # type: ignore[misc]
@@ -209,9 +214,13 @@ class _Agreeing:
 class AgreeingUniExecutor(_Agreeing, UniProcExecutor):
     """One device, its worker in this process."""
 
+    backend = "uni"
+
 
 class AgreeingExternalExecutor(_Agreeing, ExecutorWithExternalLauncher):
     """One device of several that torchrun's processes drive, a worker in each."""
+
+    backend = "external_launcher"
 
     def _distributed_args(self) -> tuple[str, int, int]:
         # Not "env://" as vLLM has it: on the CPU it names shared memory after the end of this, and two groups of one
@@ -222,6 +231,8 @@ class AgreeingExternalExecutor(_Agreeing, ExecutorWithExternalLauncher):
 
 class AgreeingMultiExecutor(_Agreeing, MultiprocExecutor):
     """Several devices, a worker process each."""
+
+    backend = "mp"
 
 
 def _check_types(options: dict[str, Any]) -> None:
