@@ -167,6 +167,12 @@ class Config:
         "{max_tokens: budget}",
         factory=dict,
     )
+    sampling_by_rank: list[dict[str, Any]] = _key(
+        "a list of further sampling sections, each over sampling and under sampling.from_columns, e.g. "
+        "[{temperature: 0.2}, {temperature: 0.9}]; row i takes entry i modulo their number, whoever generates it: with "
+        "as many ranks as entries, the entry of the rank in whose shard the row is on a first attempt",
+        factory=list,
+    )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     work: WorkConfig = field(default_factory=WorkConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -228,7 +234,7 @@ def _default(each: dataclasses.Field[Any]) -> Any:
 
 
 def unknown_key(section: str, name: str, legal: Iterable[str]) -> ConfigError:
-    """The error for a key of a passed-through section (`engine`, `sampling`) that vLLM doesn't know."""
+    """The error for a key of a passed-through section (`engine`, `sampling`, ...) that vLLM doesn't know."""
     full = f"{section}.{name}"
     return ConfigError(f"unknown key {full!r}{nearest(full, {f'{section}.{each}' for each in legal}, 'keys')}")
 
@@ -296,6 +302,15 @@ def _check_passthrough(config: Config) -> None:
         raise ConfigError(
             "sampling.seed would give every row the same samples; set run.seed, or sampling.from_columns={seed: COLUMN}"
         )
+    elsewhere = {
+        "seed": "a row's own comes from run.seed, or sampling.from_columns={seed: COLUMN}",
+        "from_columns": "sampling.from_columns holds for every row, over its entry",
+        "n": "with it the result's columns would have two types; set sampling.n, for every row",
+    }
+    for index, entry in enumerate(config.sampling_by_rank):
+        for name, reason in elsewhere.items():
+            if name in entry:
+                raise ConfigError(f"sampling_by_rank[{index}].{name} can't be set: {reason}")
 
 
 def _at_least(name: str, value: float, least: float) -> None:

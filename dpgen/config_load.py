@@ -126,6 +126,8 @@ def _refuse_unknown_keys(source: str, layer: Any) -> None:
     legal = {name for name, _, _ in legal_keys()}
     sections = {name.partition(".")[0] for name in legal}
     given = []
+    if isinstance(layer.get("sampling_by_rank"), Mapping):  # OmegaConf's own word on it names no key
+        raise ConfigError(f"{source}: sampling_by_rank is a list of sections: [{{temperature: 0.2}}, ...]")
     for section, body in dict(layer).items():
         if section in legal or (section not in sections and not isinstance(body, Mapping)):
             given.append(str(section))

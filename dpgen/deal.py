@@ -63,6 +63,7 @@ class Dealer:
             render,
             run_seed=config.run.seed,
             sampling_columns=config.sampling_columns,
+            sampling_by_rank=config.sampling_by_rank,
             fair_share=-(-len(todo) // max(1, len(taking))),
         )
 

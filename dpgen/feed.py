@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from dpgen.claims import Claim
@@ -30,6 +30,8 @@ class Feed:
         render: a row's (prompt token ids, None), or (None, prompt) where the engine's tokenizer must do it.
         run_seed: what the rows' own seeds come from; None for none.
         sampling_columns: field of SamplingParams → column.
+        sampling_by_rank: fields of SamplingParams, of which row i takes entry i modulo their number. Shards are
+            strided, so as many ranks start with an entry each; a row that moves to another rank keeps its own.
         fair_share: rows that this rank would do if all ranks did the same number.
     """
 
@@ -41,10 +43,12 @@ class Feed:
         *,
         run_seed: int | None,
         sampling_columns: Mapping[str, str],
+        sampling_by_rank: Sequence[Mapping[str, Any]] = (),
         fair_share: int = 1 << 30,
     ) -> None:
         self._claims, self._shard, self._render = claims, shard, render
         self._run_seed, self._sampling_columns = run_seed, sampling_columns
+        self._sampling_by_rank = sampling_by_rank
         self._read: deque[tuple[int, dict[str, Any]]] = deque()
         self._ready: deque[Request | RowResult] = deque()
         self._exhausted = claims is None
@@ -88,11 +92,12 @@ class Feed:
         return True
 
     def _request(self, row: int, columns: Mapping[str, Any]) -> Request:
-        sampling: dict[str, Any] = {}
+        entries = self._sampling_by_rank
+        sampling: dict[str, Any] = dict(entries[row % len(entries)]) if entries else {}
         if self._run_seed is not None:
             sampling["seed"] = seed_of_row(self._run_seed, row)
         for name, column in self._sampling_columns.items():
-            if columns[column] is not None:  # a null leaves the run's own value
+            if columns[column] is not None:  # a null leaves the value of the run or the entry
                 sampling[name] = columns[column]
         token_ids, prompt = self._render(columns)
         return Request(row, token_ids, prompt, sampling)

@@ -178,7 +178,7 @@ class RunFolder:
 def identity_of(config: Config, input_fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides what the results are, for comparing runs; as JSON gives it back."""
     engine = {key: value for key, value in config.engine.items() if key not in _NEUTRAL_ENGINE_KEYS}
-    identity = {
+    identity: dict[str, Any] = {
         "input": dict(input_fingerprint),
         "prompt": dataclasses.asdict(config.prompt),
         "model": config.model,
@@ -188,6 +188,8 @@ def identity_of(config: Config, input_fingerprint: Mapping[str, Any]) -> dict[st
         "columns": config.data.columns,
         "output": {"format": config.output.format, "token_ids": config.output.token_ids},
     }
+    if config.sampling_by_rank:  # run folders of before it are the same without it
+        identity["sampling_by_rank"] = config.sampling_by_rank
     round_trip: dict[str, Any] = json.loads(json.dumps(without_secrets(identity), default=str))
     return round_trip
 

@@ -18,7 +18,8 @@ class Request:
         row: the row's index in the input; a row's identity, everywhere.
         prompt_token_ids: the prompt; None where only the engine's own tokenizer can make it from `prompt`.
         prompt: the text, or the chat messages, where `prompt_token_ids` is None.
-        sampling: fields of SamplingParams that are this row's own (its seed, and those taken from columns).
+        sampling: fields of SamplingParams that are this row's own (of its entry of sampling_by_rank, its seed, and
+            those taken from columns).
     """
 
     row: int

@@ -101,5 +101,8 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ("a context longer than the model's", ["engine.max_model_len=100000"], "max_model_len"),
     ("a sampling key that is misspelt", ["sampling.top_q=1"], "did you mean 'sampling.top_"),
     ("a sampling number that is a word", ["sampling.temperature=hot"], "sampling"),
+    ("a rank's sampling key misspelt", ["sampling_by_rank=[{}, {top_q: 1}]"], "did you mean 'sampling_by_rank[1].top_"),
+    ("a rank's sampling number that is a word", ["sampling_by_rank=[{temperature: hot}]"], "sampling_by_rank[0]"),
+    ("a rank's number of samples", ["sampling_by_rank=[{n: 2}]"], "sampling_by_rank[0].n can't be set"),
     ("a model that is not there", ["model=./no-such-model"], "model=./no-such-model: there is no such folder"),
 ]

@@ -68,6 +68,14 @@ WRONG = [
     ("engine.data_parallel_size=2", "dpgen's ranks"),
     ("sampling.seed=1", "set run.seed"),
     ("sampling.from_columns=[a]", "maps a sampling field to a column"),
+    ("sampling_byrank=[{n: 2}]", "did you mean 'sampling_by_rank'"),
+    ("sampling_by_rank=3", "sampling_by_rank=3"),
+    ("sampling_by_rank={temperature: 1}", "sampling_by_rank is a list of sections"),
+    ("sampling_by_rank.0.temperature=1", "sampling_by_rank is a list of sections"),
+    ("sampling_by_rank=[1]", r"sampling_by_rank=\[1\]"),
+    ("sampling_by_rank=[{}, {seed: 1}]", r"sampling_by_rank\[1\].seed can't be set: .*run.seed"),
+    ("sampling_by_rank=[{n: 2}]", r"sampling_by_rank\[0\].n can't be set: .*sampling.n"),
+    ("sampling_by_rank=[{from_columns: {n: n}}]", r"\[0\].from_columns can't be set: sampling.from_columns"),
     ("work.claim_rows=0", "work.claim_rows is 0"),
     ("output.format=csv", "'parquet', 'jsonl'"),
     ("output.gather_bytes=10", "output.gather_bytes"),
@@ -147,6 +155,13 @@ def test_a_template_needs_no_quoting_and_may_hold_dollars(load: Callable[..., co
     in_yaml = load(text=BASE.replace("prompt_column: prompt", f"template: '{template}'"))
     assert in_yaml.data.template == template
     assert yaml.safe_load(config.dump(in_yaml))["data"]["template"] == template
+
+
+def test_a_later_list_of_sampling_by_rank_takes_the_place_of_an_earlier_one(
+    load: Callable[..., config.Config],
+) -> None:
+    found = load("sampling_by_rank=[{top_p: 0.5}]", text=BASE + "sampling_by_rank: [{temperature: 0.2}, {}]\n")
+    assert found.sampling_by_rank == [{"top_p": 0.5}]
 
 
 def test_ranges() -> None:

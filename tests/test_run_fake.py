@@ -120,6 +120,43 @@ def test_gathering_though_the_folder_is_shared_changes_nothing(
     assert journals["always"] == journals["auto"], "nothing of what was sent is left beside what was there"
 
 
+def test_a_rows_sampling_is_its_shards_whoever_generates_it(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    rows = [{**row, "budget": 9 if index in (4, 7) else None} for index, row in enumerate(numbered(200))]
+    conf = write_config(
+        rows,
+        sampling={"max_tokens": 2, "from_columns": {"max_tokens": "budget"}},
+        sampling_by_rank=[{"max_tokens": 3}, {"max_tokens": 5}, {"temperature": 0.5}],
+        engine={"max_num_seqs": 4},
+        work={"claim_rows": 4, "reserve_rows": 0},
+    )
+    found, num_rows = {}, {}
+    for ranks, steps_s in {1: ["0"], 2: ["0.002", "0.05"], 3: ["0.002", "0.05", "0.002"]}.items():
+        run_dir = tmp_path / str(ranks) / "run"
+        each = [[f"engine.step_s={step_s}"] for step_s in steps_s]
+        jobs = launcher.srun_like("run", conf, f"run.dir={run_dir}", each=each)
+        assert [job.wait() for job in jobs] == [0] * ranks, jobs[0].output
+        found[ranks] = result_of(run_dir)
+        num_rows[ranks] = [each["num_rows"] for each in json.loads((run_dir / "run.json").read_text())["manifests"]]
+    assert num_rows[2][1] < 100 and num_rows[3][1] < 67, "the slow rank's shard is done by others, too"
+    assert found[2] == found[1] and found[3] == found[1]
+    expected = [row["budget"] or (3, 5, 2)[index % 3] for index, row in enumerate(rows)]
+    assert [row["num_generated_tokens"] for row in found[1]] == expected
+
+
+def test_sampling_by_rank_is_part_of_what_a_run_is(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(4))
+    assert launcher.dpgen("run", conf, "sampling_by_rank=[{max_tokens: 2}, {max_tokens: 3}]").wait() == 0
+    for entries, shown in (("[{max_tokens: 2}]", '[{"max_tokens": 2}]'), ("[]", "null")):
+        other = launcher.dpgen("run", conf, f"sampling_by_rank={entries}")
+        assert other.wait() == 2
+        assert f'sampling_by_rank: [{{"max_tokens": 2}}, {{"max_tokens": 3}}] → {shown}' in other.output, other.output
+    assert [row["num_generated_tokens"] for row in rows_of(tmp_path)] == [2, 3, 2, 3]
+
+
 # A rank that says what it finds in the cache of `datasets` when its turn has come, and takes a second to prepare it.
 SLOW_TO_PREPARE = """
 import os, sys, time
@@ -164,6 +201,10 @@ def test_one_process_of_a_node_prepares_the_data_while_the_others_wait(
         ("engine.max_num_seq=3", "unknown key 'engine.max_num_seq'; did you mean 'engine.max_num_seqs'"),
         ("engine.max_num_seqs=0", "engine.max_num_seqs=0: it must be a whole number from 1"),
         ("sampling.max_token=3", "unknown key 'sampling.max_token'; did you mean 'sampling.max_tokens'"),
+        (
+            "sampling_by_rank=[{}, {max_token: 3}]",
+            "unknown key 'sampling_by_rank[1].max_token'; did you mean 'sampling_by_rank[1].max_tokens'",
+        ),
         ("data.prompt_column=promt", "data.prompt_column: 'promt' is no column of the dataset; did you mean 'prompt'"),
         (
             "sampling.from_columns={max_tokens: promp}",

@@ -82,9 +82,9 @@ class FakeBackend:
         for name in self._spec.options:
             if name not in fields:
                 raise unknown_key("engine", name, fields)
-        for name in (*self._spec.sampling, *self._spec.sampling_columns):
+        for section, name in self._spec.sampling_names():
             if name not in _SAMPLING_FIELDS:
-                raise unknown_key("sampling", name, _SAMPLING_FIELDS)
+                raise unknown_key(section, name, _SAMPLING_FIELDS)
         self._options = FakeOptions(**self._spec.options)
         for name in ("max_num_seqs", "max_model_len"):
             value = getattr(self._options, name)

@@ -27,6 +27,7 @@ def engine_spec(config: Config, topology: Topology, world: World | None) -> Engi
         options=dict(config.engine),
         sampling=config.sampling_fields,
         sampling_columns=tuple(config.sampling_columns),
+        sampling_by_rank=tuple(config.sampling_by_rank),
         prompt_settings=config.prompt if _renders_in_engine(config) else None,
         tensor_parallel_size=config.parallel.tensor_parallel_size,
         pipeline_parallel_size=config.parallel.pipeline_parallel_size,

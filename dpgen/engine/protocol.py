@@ -7,6 +7,7 @@ per token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ class EngineSpec:
         options: fields of vLLM's EngineArgs.
         sampling: fields of SamplingParams, the same for every row.
         sampling_columns: fields of SamplingParams that rows give themselves.
+        sampling_by_rank: for checking; a request brings the fields of its row's entry along.
         prompt_settings: the render settings, for tokenizers that only vLLM knows; else None.
         tensor_parallel_size, pipeline_parallel_size: devices of this one engine.
         local_size: engines on this node, which share its memory where they run on the CPU.
@@ -37,6 +39,7 @@ class EngineSpec:
     options: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     sampling_columns: tuple[str, ...] = ()
+    sampling_by_rank: tuple[dict[str, Any], ...] = ()
     prompt_settings: Any = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -44,6 +47,12 @@ class EngineSpec:
     enable_expert_parallel: bool = False
     world: World | None = None
     token_ids: bool = False
+
+    def sampling_names(self) -> Iterator[tuple[str, str]]:
+        """Every field of SamplingParams that the configuration names, as (section, field)."""
+        yield from (("sampling", name) for name in (*self.sampling, *self.sampling_columns))
+        for index, entry in enumerate(self.sampling_by_rank):
+            yield from ((f"sampling_by_rank[{index}]", name) for name in entry)
 
 
 @dataclass(frozen=True)

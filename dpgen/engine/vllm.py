@@ -71,10 +71,12 @@ class VllmBackend:
         except Exception as error:  # noqa: BLE001 - its errors have no common base
             raise ConfigError(f"vLLM refuses the model or an engine.* key: {_reason(error)}") from None
         self._sampling = self._default_sampling()
-        try:
-            self._params.validate_python(self._sampling)
-        except Exception as error:  # noqa: BLE001 - its errors have no common base
-            raise ConfigError(f"vLLM refuses a sampling.* key: {_reason(error)}") from None
+        entries = {f"sampling_by_rank[{index}]": entry for index, entry in enumerate(self._spec.sampling_by_rank)}
+        for section, entry in {"sampling": {}, **entries}.items():
+            try:
+                self._params.validate_python({**self._sampling, **entry})
+            except Exception as error:  # noqa: BLE001 - its errors have no common base
+                raise ConfigError(f"vLLM refuses a {section}.* key: {_reason(error)}") from None
         return tuple(notes)
 
     def load(self, agree_kv: AgreeKv) -> EngineInfo:
@@ -154,9 +156,9 @@ class VllmBackend:
                 raise unknown_key("engine", name, engine_fields)
         _check_types(self._spec.options)
         sampling_fields = {f for f in SamplingParams.__struct_fields__ if not f.startswith("_")} - _OWN_SAMPLING
-        for name in (*self._spec.sampling, *self._spec.sampling_columns):
+        for section, name in self._spec.sampling_names():
             if name not in sampling_fields:
-                raise unknown_key("sampling", name, sampling_fields)
+                raise unknown_key(section, name, sampling_fields)
 
     def _default_sampling(self) -> dict[str, Any]:
         """The model's generation config, as `LLM.get_default_sampling_params` takes it, under the run's sampling."""
