@@ -14,7 +14,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from dpgen.beacon import Beacon, find_store
 from dpgen.collectives import Group, PeerLost, Pending, StoreLost
 from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
 from dpgen.leases import Leases
@@ -70,15 +71,18 @@ class GlooGroup(Group):
         self._hosts_store = topology.is_first and not agent_keeps_store
         # torchrun ends and restarts all ranks when it sees one die; srun can leave the others alone.
         self.can_shrink = topology.launcher == "slurm"
-        address = (topology.master_addr, topology.master_port)
+        port = topology.master_port  # 0 for rank 0 to let the kernel choose
+        if topology.beacon_ports and not topology.is_first:
+            limit_s = _JOIN_TIMEOUT.total_seconds()
+            port = find_store(topology.master_addr, topology.beacon_ports, topology.job, limit_s)
+        address = (topology.master_addr, port)
         if agent_keeps_store:
             await_agent(address)
         if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_towards(address)):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
         try:
             self._base = dist.TCPStore(  # type: ignore[attr-defined]
-                topology.master_addr,
-                topology.master_port,
+                *address,
                 None if agent_keeps_store else topology.dp_size,
                 is_master=self._hosts_store,
                 # A launcher's store is up before its ranks are; rank 0's comes whenever rank 0 is started.
@@ -86,16 +90,20 @@ class GlooGroup(Group):
                 wait_for_workers=False,
                 multi_tenant=True,
             )
+            port = self._base.port
             self._base.set_timeout(_JOIN_TIMEOUT)
-            # A restarted job may meet the store of its former self: each gathering has names of its own.
-            say = speaker(self.rank)
-            self._names = f"dpgen/{meet(self._base, self.rank, self.size, _JOIN_TIMEOUT.total_seconds(), say)}"
+            with ExitStack() as until_met:
+                if topology.beacon_ports and topology.is_first:
+                    until_met.enter_context(Beacon(topology.beacon_ports, topology.job, port))
+                # A restarted job may meet the store of its former self: each gathering has names of its own.
+                say = speaker(self.rank)
+                self._names = f"dpgen/{meet(self._base, self.rank, self.size, _JOIN_TIMEOUT.total_seconds(), say)}"
             self.store = WatchedStore(self._prefixed())
             self._connect()
         except (RuntimeError, ValueError) as error:
             raise DpgenError(
                 f"rank {self.rank} could not join the group of {self.size} ranks at "
-                f"{topology.master_addr}:{topology.master_port}: {_brief(error)}"
+                f"{topology.master_addr}:{port}: {_brief(error)}"
             ) from None
         self._leases = Leases(self.store, self._prefixed().clone(), self._first_rank)
         self.nodes = self.all_gather_object(topology.node)

@@ -17,6 +17,7 @@ from dpgen.words import counted
 # Ports that srun ranks derive from the job's id, where no MASTER_PORT is given: above the well-known ones and
 # below the range that kernels hand out to outgoing connections (32768 on Linux).
 _PORT_BASE, _PORT_SPAN = 15_000, 15_000
+_NUM_PORTS, _PORT_STRIDE = 8, 1871  # a prime that does not divide the span: the ports differ, and lie far apart
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Topology:
         node: the name of this machine, for people.
         launcher: "torchrun", "slurm", "wrapper" (RANK and WORLD_SIZE, but nothing about the node), or "none".
         master_addr, master_port: where rank 0's store listens; "" and 0 in a world of one.
+        beacon_ports: where nobody has given a port: those on one of which rank 0 tells the store's (`dpgen.beacon`);
+            `master_port` is 0 then.
         restart: how often the launcher has restarted this job already.
+        job: the name of this job and start of it, for a rank to know its own rank 0 by; "" where it needs none.
     """
 
     dp_rank: int = 0
@@ -40,7 +44,9 @@ class Topology:
     launcher: str = "none"
     master_addr: str = ""
     master_port: int = 0
+    beacon_ports: tuple[int, ...] = ()
     restart: int = 0
+    job: str = ""
 
     def __post_init__(self) -> None:
         for name, rank, size in (
@@ -100,7 +106,8 @@ def _from_slurm(environ: Mapping[str, str], node: str) -> Topology:
     job, step = _number(environ, "SLURM_JOB_ID", 0), _number(environ, "SLURM_STEP_ID", 0)
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
     per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")
-    derived = _PORT_BASE + (job * 31 + step) % _PORT_SPAN
+    restart = _number(environ, "SLURM_RESTART_COUNT", 0)
+    port = _number(environ, "MASTER_PORT", 0)
     return Topology(
         dp_rank=_number(environ, "SLURM_PROCID"),
         dp_size=_number(environ, "SLURM_STEP_NUM_TASKS"),
@@ -109,9 +116,17 @@ def _from_slurm(environ: Mapping[str, str], node: str) -> Topology:
         node=environ.get("SLURMD_NODENAME", node),
         launcher="slurm",
         master_addr=environ.get("MASTER_ADDR") or first_host(nodes) or "127.0.0.1",
-        master_port=_number(environ, "MASTER_PORT", derived),
-        restart=_number(environ, "SLURM_RESTART_COUNT", 0),
+        master_port=port,
+        beacon_ports=() if port else ports_of_job(job, step),
+        restart=restart,
+        job=f"SLURM job {job}, step {step}, restart {restart}",
     )
+
+
+def ports_of_job(job: int, step: int) -> tuple[int, ...]:
+    """Ports that every rank of a SLURM job step finds by itself, in the order in which rank 0 tries them."""
+    first = job * 31 + step
+    return tuple(_PORT_BASE + (first + index * _PORT_STRIDE) % _PORT_SPAN for index in range(_NUM_PORTS))
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -117,20 +117,27 @@ class Launcher:
         return self.start([*command, *program, *arguments], terminal, **environment)
 
     def srun_like(self, *arguments: str, each: Sequence[Sequence[str]], **environment: str) -> list[Job]:
-        """One process a rank, with arguments of its own, the variables that srun sets, and a free port."""
-        port, ranks = free_port(), len(each)
+        """One process a rank, with arguments of its own, the variables that srun sets, and a free port.
+
+        Args:
+            environment: over those; MASTER_PORT="" for none.
+        """
+        ranks = len(each)
+        shared = {
+            "SLURM_STEP_NUM_TASKS": str(ranks),
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_STEP_TASKS_PER_NODE": str(ranks),
+            "SLURM_JOB_ID": "1",
+            "SLURM_STEP_ID": "0",
+            "MASTER_PORT": str(free_port()),
+            **environment,
+        }
         return [
             self.start(
                 [sys.executable, "-m", "dpgen", *arguments, *each[rank]],
                 SLURM_PROCID=str(rank),
                 SLURM_LOCALID=str(rank),
-                SLURM_STEP_NUM_TASKS=str(ranks),
-                SLURM_STEP_NODELIST="localhost",
-                SLURM_STEP_TASKS_PER_NODE=str(ranks),
-                SLURM_JOB_ID="1",
-                SLURM_STEP_ID="0",
-                MASTER_PORT=str(port),
-                **environment,
+                **shared,
             )
             for rank in range(ranks)
         ]

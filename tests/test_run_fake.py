@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Launcher, numbered, result_of
+
+from dpgen.beacon import find_store
+from dpgen.topology import ports_of_job
 
 pytestmark = pytest.mark.multi
 
@@ -58,6 +65,40 @@ def test_ranks_from_slurms_environment(launcher: Launcher, write_config: WriteCo
     assert [job.wait() for job in jobs] == [0, 0, 0], jobs[0].output
     assert len(rows_of(tmp_path)) == 20
     assert "20 rows over 3 ranks" in jobs[0].output
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_meet_though_the_first_port_of_their_job_is_a_strangers(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, late: int
+) -> None:
+    with silent_stranger() as (job_id, second_port):
+        conf = write_config(numbered(20))
+        jobs = launcher.srun_like("run", conf, each=[[], []], SLURM_JOB_ID=job_id, MASTER_PORT="")
+        jobs[late].process.send_signal(signal.SIGSTOP)  # before it has come to joining
+        if late == 0:
+            time.sleep(5)  # the other has asked in vain
+        else:  # rank 0 waits for the other now, and answers
+            assert find_store("localhost", [second_port], f"SLURM job {job_id}, step 0, restart 0", 60) > 0
+        jobs[late].process.send_signal(signal.SIGCONT)
+        assert [job.wait(90) for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
+    assert len(rows_of(tmp_path)) == 20
+    assert "20 rows over 2 ranks" in jobs[0].output
+    assert "[W" not in jobs[1].output and "Exception" not in jobs[1].output
+
+
+@contextmanager
+def silent_stranger() -> Iterator[tuple[str, int]]:
+    """Listens on the first port of a job, and says nothing; the job's id and its second port."""
+    for job in range(os.getpid(), os.getpid() + 100):
+        first, second = ports_of_job(job, 0)[:2]
+        try:
+            stranger = socket.create_server(("127.0.0.1", first))
+        except OSError:
+            continue
+        with stranger:
+            yield str(job), second
+            return
+    pytest.fail("no job found whose first port is free")
 
 
 def test_the_smallest_kv_cache_is_everyones(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dpgen.topology import (
     from_environment,
     gpus_of_rank,
     place_on_node,
+    ports_of_job,
 )
 
 TORCHRUN = {
@@ -48,9 +49,26 @@ def test_srun() -> None:
     found = from_environment(SRUN)
     assert (found.dp_rank, found.dp_size, found.local_rank, found.local_size) == (3, 4, 1, 2)
     assert (found.master_addr, found.node, found.launcher) == ("gpu07", "gpu08", "slurm")
-    others = [from_environment({**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"})]
-    assert others[0].master_port == found.master_port, "every task derives the same port"
-    assert from_environment({**SRUN, "SLURM_STEP_ID": "1"}).master_port != found.master_port
+    first = from_environment({**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"})
+    assert (first.beacon_ports, first.job) == (found.beacon_ports, found.job), "every task derives the same"
+    assert found.beacon_ports == ports_of_job(77, 0) and found.master_port == 0
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"):
+        assert from_environment({**SRUN, name: "5"}).job != found.job
+
+
+def test_a_port_that_is_given_is_the_only_one() -> None:
+    found = from_environment({**SRUN, "MASTER_PORT": "29500"})
+    assert (found.master_port, found.beacon_ports) == (29500, ())
+    assert from_environment(TORCHRUN).beacon_ports == ()
+
+
+@pytest.mark.parametrize("job", [0, 1, 77, 2**32 - 2])
+def test_a_jobs_ports_are_its_own_and_no_connections(job: int) -> None:
+    ports = ports_of_job(job, 0)
+    assert ports == ports_of_job(job, 0) and len(set(ports)) == 8
+    assert all(15_000 <= port < 30_000 for port in ports), "kernels hand out 32768 and up"
+    for neighbour in (ports_of_job(job, 1), ports_of_job(job + 1, 0)):
+        assert not set(neighbour) & set(ports)
 
 
 def test_a_wrapper_that_tells_no_local_rank_is_placed_by_the_nodes_of_all() -> None:
