@@ -56,15 +56,15 @@ def test_a_rank_that_loads_for_long_is_waited_for_aloud(
 
 @pytest.mark.multi
 @pytest.mark.slow
-@pytest.mark.parametrize(("load_first", "least_s"), [("always", 6.0), ("auto", 3.0)])
+@pytest.mark.parametrize(("load_first", "one_by_one"), [("always", True), ("auto", False)])
 def test_one_rank_of_a_node_fills_the_caches_while_the_others_wait(
-    launcher: Launcher, write_config: Callable[..., str], load_first: str, least_s: float
+    launcher: Launcher, write_config: Callable[..., str], load_first: str, one_by_one: bool
 ) -> None:
     conf = write_config(numbered(20), engine={"load_s": 3.0}, parallel={"load_first": load_first})
     job = launcher.dpgen("run", conf, ranks=3)
     assert job.wait() == 0, job.output
     phases = re.search(r"ready after .*model (\S+) s, other ranks' models (\S+) s", job.output)
-    assert phases and least_s <= float(phases[1]) + float(phases[2]) < least_s + 2.5, job.output
+    assert phases and (float(phases[1]) + float(phases[2]) >= 6.0) == one_by_one, job.output
 
 
 def test_a_model_or_a_compile_cache_that_is_not_there_is_cold(tmp_path: Path) -> None:
