@@ -22,6 +22,7 @@ _USAGE = """\
 usage: dpgen run CONFIG.yaml [MORE.yaml ...] [key=value ...]
        dpgen verify RUN_DIR [--json] [--no-input]    checks a run folder, finished or not
        dpgen slurm CONFIG.yaml [key=value ...] ...   prints the sbatch script for a configuration, or submits it
+       dpgen simulate [CONFIG.yaml ...] ...          how long a run would take, and on how many ranks
 
   torchrun --nproc-per-node N -m dpgen run ...    N ranks on this machine
   srun -n N python -m dpgen run ...               ranks from SLURM
@@ -53,6 +54,10 @@ def main(argv: Sequence[str]) -> int:
         from dpgen.commands.slurm import main as slurm
 
         return slurm(arguments)
+    if command == "simulate":
+        from dpgen.commands.simulate import main as simulate
+
+        return simulate(arguments)
     if command != "run":
         print(f"dpgen: there is no command {command!r}; see dpgen --help", file=sys.stderr)
         return EXIT_USAGE
@@ -115,9 +120,7 @@ def _config(arguments: Sequence[str]) -> Config:
 
 def _end(group: Any, ending: Ending, error: DpgenError, quiet: bool = False) -> int:
     """Tells the other ranks, and the user if none of them has; the exit status."""
-    if quiet:
-        group.acknowledge_failure()
-    elif group.announce_failure(str(error), error.exit_status):
+    if not quiet and group.announce_failure(str(error), error.exit_status):
         _report(f"dpgen: {'error' if error.exit_status != 75 else 'stopped'}: {error}")
     # A rank that torchrun stops because of another one's failure ends resumable, which the run is not.
     ending.tell(group.first_failure_status() or error.exit_status)

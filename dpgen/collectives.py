@@ -48,6 +48,9 @@ class Store(Protocol):
     def add(self, key: str, amount: int) -> int:
         """Adds atomically, from 0, and gives the sum."""
 
+    def get_many(self, keys: Sequence[str]) -> list[int]:
+        """The counters of these names, all of which exist, in one question."""
+
 
 class Group(ABC):
     """All ranks of the job, seen from one of them."""
@@ -95,10 +98,6 @@ class Group(ABC):
     @abstractmethod
     def first_failure_status(self) -> int | None:
         """The exit status of the failure that was announced first; None where none was, or nobody can tell any more."""
-
-    @abstractmethod
-    def acknowledge_failure(self) -> None:
-        """Says that this rank knows of the failure and needs the group no more."""
 
     @abstractmethod
     def shrink(self) -> None:
@@ -206,6 +205,9 @@ class LocalStore:
         self._counts[key] = self._counts.get(key, 0) + amount
         return self._counts[key]
 
+    def get_many(self, keys: Sequence[str]) -> list[int]:
+        return [self._counts[key] for key in keys]
+
 
 class LoneGroup(Group):
     """A world of one; imports no torch."""
@@ -236,9 +238,6 @@ class LoneGroup(Group):
 
     def first_failure_status(self) -> int | None:
         return None
-
-    def acknowledge_failure(self) -> None:
-        return
 
     def shrink(self) -> None:
         raise AssertionError("there is no other rank to lose")

@@ -40,6 +40,7 @@ _JOIN_TIMEOUT = timedelta(minutes=30)  # until every rank has been started: a ba
 _REJOIN_TIMEOUT = timedelta(seconds=30)  # all who are to come have just shown up
 _AGENT_TIMEOUT = timedelta(seconds=30)
 _FAILURE = "dpgen/failure"
+_LEFT = "dpgen/left"  # in the store: how many ranks need it no more
 _LOOK_INTERVAL_S = 0.5
 _LEASE_S = 60.0  # not renewed for so long: lost
 _BROKEN_LEASE_S = 15.0  # the same, once the group is known to be broken
@@ -66,6 +67,7 @@ class GlooGroup(Group):
         self._members = list(range(topology.dp_size))
         self._epoch = 0
         self._next_look_s = 0.0
+        self._is_closed = False
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="gather")
         agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._hosts_store = topology.is_first and not agent_keeps_store
@@ -195,7 +197,6 @@ class GlooGroup(Group):
                 self.store.set(_FAILURE, json.dumps(note))
         except RuntimeError:
             return True  # the store is gone, so nobody else can have said it
-        self.acknowledge_failure()
         return is_first
 
     def first_failure_status(self) -> int | None:
@@ -206,10 +207,6 @@ class GlooGroup(Group):
             return None  # the store is gone, and with it what was announced
         return None
 
-    def acknowledge_failure(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone: there is nobody to tell
-            self.store.add(f"{_FAILURE}/heard", 1)
-
     def beat(self) -> None:
         self._leases.beat()
 
@@ -217,9 +214,15 @@ class GlooGroup(Group):
         self._leases.rest()
 
     def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._leases.stop()
         if self._hosts_store:
             self._outlast_peers()
+        else:
+            with contextlib.suppress(RuntimeError):  # the store is gone: nobody waits for this rank to leave
+                self.store.add(_LEFT, 1)
         # The process group is left to the end of the process: destroying it waits for collectives under way.
 
     # ---- going on without a rank
@@ -310,15 +313,11 @@ class GlooGroup(Group):
         return PeerLost(f"rank {self._first_rank} lost contact with another rank, killed or cut off ({lost})")
 
     def _outlast_peers(self, limit_s: float = 10.0) -> None:
-        """Keeps the store up until the others have read a failure from it, or a while at most."""
+        """Keeps the store up until the others have left, or a while at most: they may still be reading from it."""
         deadline_s = time.monotonic() + limit_s
-        try:
-            while self.store.check([_FAILURE]) and time.monotonic() < deadline_s:
-                if self.store.add(f"{_FAILURE}/heard", 0) >= self.size:
-                    return
+        with contextlib.suppress(RuntimeError):
+            while self.store.add(_LEFT, 0) < self.size - 1 and time.monotonic() < deadline_s:
                 time.sleep(_POLL_S)
-        except RuntimeError:
-            return
 
 
 class _Counters:
@@ -330,6 +329,10 @@ class _Counters:
     def add(self, key: str, amount: int) -> int:
         with self._group.telling_peer_failure():
             return self._group.store.add(key, amount)
+
+    def get_many(self, keys: Sequence[str]) -> list[int]:
+        with self._group.telling_peer_failure():
+            return self._group.store.get_many(keys)
 
 
 class _GlooPending:
