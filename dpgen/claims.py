@@ -1,16 +1,19 @@
 """Who generates which row: a cursor for every shard, moved by atomic adds, and help for the fullest shard.
 
-Pure logic over a store with one operation, `add`: the same code runs over the c10d store, over a dictionary in a
-world of one, and in virtual time. A cursor only ever grows, so each position of each shard is claimed once, and
-"every shard is used up" stays true once it is.
+Pure logic over a store with two operations, `add` and `get_many`: the same code runs over the c10d store, over a
+dictionary in a world of one, and in virtual time. A cursor only ever grows, so each position of each shard is claimed
+once, and "every shard is used up" stays true once it is.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpgen.collectives import Store
+
+_LOOKED_AT = 64  # shards whose cursors are read at a time, to find a full one
 
 
 @dataclass(frozen=True)
@@ -25,54 +28,80 @@ class Claim:
 class Claims:
     """This rank's claims.
 
+    A claim is a share of what is left over all ranks (guided self-scheduling, Polychronopoulos & Kuck, 1987), so that
+    claims shrink towards the end and no rank sits on rows that another could start.
+
     Args:
-        store: holds the cursors, under `prefix`; the prefix is new for each attempt at the run.
-        shard_sizes: the rows in every rank's shard.
-        rank: whose claims these are; its own shard is claimed first.
+        store: holds the cursors.
+        cursors: their keys, shard by shard; new ones for each deal. All exist before any rank takes its first claim.
+        shard_sizes: the positions in every shard.
+        rank: whose claims these are: the number of its own shard, which is claimed first.
         steal: whether to help other shards when the own one is used up.
-        max_rows: the most rows a claim takes.
+        max_size: the most positions a claim takes.
+
+    Attributes:
+        num_left: positions that nobody has claimed, over all shards: as the ranks last agreed, who write it here.
     """
 
     def __init__(
-        self, store: Store, prefix: str, shard_sizes: Sequence[int], rank: int, *, steal: bool, max_rows: int
+        self,
+        store: Store,
+        cursors: Sequence[str],
+        shard_sizes: Sequence[int],
+        rank: int,
+        *,
+        steal: bool,
+        max_size: int,
     ) -> None:
-        self._store, self._prefix = store, prefix
-        self._sizes = list(shard_sizes)
-        self._rank, self._steal, self._max_rows = rank, steal, max_rows
-        self._seen = [0] * len(self._sizes)  # each cursor, as far as this rank knows
-        self._exhausted = False
+        self._store, self._cursors, self._rank = store, cursors, rank
+        self._sizes = shard_sizes
+        self._steal, self._max_size = steal, max_size
+        self._left_here = shard_sizes[rank]
+        self._others = [shard for shard, size in enumerate(shard_sizes) if size and shard != rank] if steal else []
+        random.Random(rank).shuffle(self._others)  # so that ranks look at different shards first
+        self.num_left = sum(shard_sizes)
 
-    def take(self) -> Claim | None:
-        """The next rows for this rank; None once there are none to be had, ever."""
-        claim = self._take_from(self._rank)
-        while claim is None and self._steal and not self._exhausted:
-            fullest = self._fullest()
-            if fullest is None:
-                break
-            claim = self._take_from(fullest)  # None if others emptied it meanwhile: then look again
-        self._exhausted = claim is None
-        return claim
+    @property
+    def num_left_here(self) -> int:
+        """Positions of the own shard that nobody has claimed, as far as this rank knows."""
+        return self._left_here
 
-    def _take_from(self, shard: int) -> Claim | None:
-        size, seen = self._sizes[shard], self._seen[shard]
-        if seen >= size:
-            return None
-        # Guided self-scheduling (Polychronopoulos & Kuck, 1987): a share of what is left, so that claims shrink
-        # towards the end and no rank sits on rows that another could start.
-        wanted = max(1, min(self._max_rows, (size - seen) // (2 * len(self._sizes))))
-        end = self._store.add(self._key(shard), wanted)
-        self._seen[shard] = min(end, size)
-        start = end - wanted
-        return Claim(shard, start, min(end, size)) if start < size else None
+    @property
+    def fair_size(self) -> int:
+        """Half of this rank's share of what is left: more than that in one hand could keep another rank idle."""
+        shared = self.num_left // (2 * len(self._sizes))
+        return min(shared, self._left_here // 2) if self._left_here else shared
 
-    def _fullest(self) -> int | None:
-        """The shard with the most unclaimed rows; None if all are used up."""
-        for shard, size in enumerate(self._sizes):
-            if self._seen[shard] < size:
-                self._seen[shard] = min(self._store.add(self._key(shard), 0), size)
-        left = [size - seen for size, seen in zip(self._sizes, self._seen, strict=True)]
-        fullest = max(range(len(left)), key=left.__getitem__)
-        return fullest if left[fullest] > 0 else None
+    def take(self, most: int) -> Claim | None:
+        """The next positions for this rank, at most so many; None once there are none to be had, ever."""
+        if self._left_here:
+            claim, self._left_here = self._take_from(self._rank, min(most, self.fair_size))
+            if claim is not None:
+                return claim
+        while self._others:
+            looked_at = self._others[-_LOOKED_AT:]
+            del self._others[-_LOOKED_AT:]
+            left = dict(zip(looked_at, self._look(looked_at), strict=True))
+            full = [shard for shard in looked_at if left[shard]]
+            # What is left everywhere, if the shards that were not looked at are like these.
+            estimate = sum(left.values()) * (len(looked_at) + len(self._others)) // len(looked_at)
+            self._others += full  # those that are used up are never looked at again
+            if not full:
+                continue
+            fullest = max(full, key=left.__getitem__)
+            claim, _ = self._take_from(fullest, min(most, min(self.num_left, estimate) // (2 * len(self._sizes))))
+            if claim is not None:  # otherwise others emptied it meanwhile: then look again
+                return claim
+        return None
 
-    def _key(self, shard: int) -> str:
-        return f"{self._prefix}/{shard}"
+    def _take_from(self, shard: int, wanted: int) -> tuple[Claim | None, int]:
+        """A claim of about so many positions, and how many are then left in the shard."""
+        size, wanted = self._sizes[shard], max(1, min(self._max_size, wanted))
+        end = self._store.add(self._cursors[shard], wanted)
+        start, stop = end - wanted, min(end, size)
+        return (Claim(shard, start, stop) if start < size else None), size - stop
+
+    def _look(self, shards: Sequence[int]) -> list[int]:
+        """How many positions are left in each of these shards."""
+        found = self._store.get_many([self._cursors[shard] for shard in shards])
+        return [max(0, self._sizes[shard] - seen) for shard, seen in zip(shards, found, strict=True)]

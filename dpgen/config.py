@@ -132,9 +132,24 @@ class ParallelConfig:
 class WorkConfig:
     """How rows are dealt to ranks and engines."""
 
+    order: Literal["auto", "dataset", "longest_first", "prefix"] = _key(
+        "which rows first: dataset, as they come; longest_first, by work.hint_column, or else the rows' own "
+        "max_tokens, or else their prompts' lengths; prefix, those whose prompts begin alike together, for vLLM's "
+        "prefix cache; auto chooses from a look at the data, and says what and why",
+        "auto",
+    )
+    hint_column: str | None = _key("a column of numbers that tell how long rows get: tokens to expect, or the like")
     steal: bool = _key("a rank that has run out helps the fullest other shard", True)
-    claim_rows: int = _key("the most rows a rank takes from a shard at a time; claims shrink towards the end", 64)
-    reserve_rows: int = _key("rows kept waiting in the engine beyond max_num_seqs, so that it never runs short", 32)
+    claim_rows: int = _key(
+        "the most rows a rank takes from a shard at a time, and no more than a quarter of max_num_seqs; claims shrink "
+        "towards the end",
+        64,
+    )
+    reserve_rows: int = _key(
+        "the most sequences kept waiting in the engine beyond max_num_seqs, so that it never runs short, and no more "
+        "than a quarter of those; they, too, get fewer towards the end",
+        32,
+    )
 
 
 @dataclass(frozen=True)

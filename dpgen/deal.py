@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 
@@ -13,12 +14,16 @@ from dpgen.config import Config
 from dpgen.errors import NoEngineLeft
 from dpgen.feed import Feed, RenderPrompt
 from dpgen.folder import RunFolder
-from dpgen.row_template import template_columns
+from dpgen.order import Order, Split, order_rows
+from dpgen.render import prompt_text
 from dpgen.rows import Rows, Shard
 
 
 class Dealer:
     """Makes every rank's `Feed`. All ranks deal together, each time.
+
+    Attributes:
+        num_todo, order: of the last deal.
 
     Args:
         group: the ranks; its size may have shrunk between two deals.
@@ -29,6 +34,7 @@ class Dealer:
         self._config, self._rows, self._folder, self._group = config, rows, folder, group
         self._attempt, self._num_deals = attempt, 0
         self.num_todo = 0
+        self.order = Order(np.zeros(0, dtype=np.int64))
 
     def deal(self, render: RenderPrompt, held: Iterable[int] = (), takes_part: bool = True) -> Feed:
         """A feed over what no rank has finished or holds.
@@ -44,28 +50,39 @@ class Dealer:
         self.num_todo = len(todo)
         self._num_deals += 1
         config, group = self._config, self._group
+        cursors = f"dpgen/cursor/{self._attempt}/{self._num_deals}"
+        group.counters.add(f"{cursors}/{group.rank}", 0)  # it is there once all have come together, below
         taking = [rank for rank, takes in enumerate(group.all_gather_object(takes_part)) if takes]
         if len(todo) and not taking:
             raise NoEngineLeft("every engine was given up; mend what killed them, then run the same command again")
+        self.order = group.agree(lambda: order_rows(config, self._rows, todo, prompt_text(config.prompt)))
+        split = self.order.split(max(1, len(taking)), config.work.claim_rows)
         claims = None
         if takes_part:
             claims = Claims(
                 group.counters,
-                f"dpgen/cursor/{self._attempt}/{self._num_deals}",
-                [len(range(shard, len(todo), len(taking))) for shard in range(len(taking))],
+                [f"{cursors}/{rank}" for rank in taking],
+                split.sizes,
                 taking.index(group.rank),
                 steal=config.work.steal,
-                max_rows=config.work.claim_rows,
+                max_size=config.work.claim_rows if split.groups is None else 1,
             )
         return Feed(
             claims,
-            self._shards(todo, len(taking)),
+            cache(lambda shard: self._open(split, shard)),  # most ranks need few besides their own
             render,
             run_seed=config.run.seed,
             sampling_columns=config.sampling_columns,
             sampling_by_rank=config.sampling_by_rank,
             fair_share=-(-len(todo) // max(1, len(taking))),
         )
+
+    def _open(self, split: Split, shard: int) -> Shard:
+        # The columns that generating reads: others may be large, or slow to decode.
+        columns = {*self._config.prompt.columns(self._rows.columns), *self._config.sampling_columns.values()}
+        if split.groups is None:
+            return self._rows.shard(self.order.rows, len(split.sizes), shard, sorted(columns))
+        return self._rows.shard_in_pieces(*split.groups[shard], sorted(columns))
 
     def _todo(self, held: Iterable[int]) -> np.ndarray:
         """Indices of the rows to generate, in order of work: what no node's journal holds, and no rank has in hand."""
@@ -91,25 +108,3 @@ class Dealer:
                     again[entry] = error is not None and error.type in retry
         kept: np.ndarray = index.row[~again]
         return kept
-
-    def _shards(self, todo: np.ndarray, num_shards: int) -> Callable[[int], Shard]:
-        """Opens shards as they are asked for: most ranks need few besides their own."""
-        opened: dict[int, Shard] = {}
-        columns = _columns_read(self._config, self._rows.columns)
-
-        def shard(index: int) -> Shard:
-            if index not in opened:
-                opened[index] = self._rows.shard(todo, num_shards, index, columns)
-            return opened[index]
-
-        return shard
-
-
-def _columns_read(config: Config, columns: list[str]) -> list[str]:
-    """The columns that generating reads: others may be large, or slow to decode."""
-    if config.data.template is not None:
-        named = template_columns(config.data.template) | set(config.sampling_columns.values())
-        return [name for name in columns if name in named]
-    source = config.data.prompt_column or config.data.messages_column
-    assert source is not None
-    return sorted({source, *config.sampling_columns.values()})

@@ -15,8 +15,18 @@ from dpgen.rows import Shard
 class Claimant(Protocol):
     """What gives claims."""
 
-    def take(self) -> Claim | None: ...
+    num_left: int
 
+    @property
+    def num_left_here(self) -> int: ...
+
+    @property
+    def fair_size(self) -> int: ...
+
+    def take(self, most: int) -> Claim | None: ...
+
+
+_READ_AHEAD = 32  # the most rows rendered before the engine has room for them
 
 RenderPrompt = Callable[[Mapping[str, Any]], tuple[list[int] | None, Any]]
 
@@ -33,6 +43,9 @@ class Feed:
         sampling_by_rank: fields of SamplingParams, of which row i takes entry i modulo their number. Shards are
             strided, so as many ranks start with an entry each; a row that moves to another rank keeps its own.
         fair_share: rows that this rank would do if all ranks did the same number.
+
+    Attributes:
+        max_num_seqs: sequences that the engine runs at a time: a rank needs to hold no more than a part of that back.
     """
 
     def __init__(
@@ -53,11 +66,37 @@ class Feed:
         self._ready: deque[Request | RowResult] = deque()
         self._exhausted = claims is None
         self.fair_share = fair_share
+        self.max_num_seqs = 1
 
     @property
-    def num_ready(self) -> int:
-        """Requests that are rendered and not taken yet."""
-        return len(self._ready)
+    def wants_more(self) -> bool:
+        """Whether `prepare` should be called when there is time: fewer rows are ready than may be held back."""
+        return len(self._ready) < min(_READ_AHEAD, 1 + self.fair_size)
+
+    @property
+    def num_claimed(self) -> int:
+        """Rows that are claimed and not taken yet."""
+        return len(self._read) + len(self._ready)
+
+    @property
+    def num_unclaimed_here(self) -> int:
+        """What nobody has claimed of this rank's own shard, as far as it knows; for the ranks to sum."""
+        return 0 if self._claims is None else self._claims.num_left_here
+
+    def heed(self, num_unclaimed: int) -> None:
+        """Takes what nobody has claimed of all shards: the sum that the ranks have agreed on."""
+        if self._claims is not None:
+            self._claims.num_left = num_unclaimed
+
+    @property
+    def fair_size(self) -> int:
+        """How many rows this rank may hold back, given what is left and how fast they go; see `Claims.fair_size`."""
+        return 0 if self._claims is None else min(self._claims.fair_size, self._enough)
+
+    @property
+    def _enough(self) -> int:
+        """Rows that keep an engine busy until there are more: a quarter of those that it runs."""
+        return max(1, self.max_num_seqs // 4)
 
     @property
     def is_empty(self) -> bool:
@@ -84,7 +123,7 @@ class Feed:
     def _claim(self) -> bool:
         if self._exhausted or self._claims is None:
             return False
-        claim = self._claims.take()
+        claim = self._claims.take(self._enough)
         if claim is None:
             self._exhausted = True
             return False

@@ -6,21 +6,23 @@ happens between its messages, the journal syncs beside it, and the ranks' agreem
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+from dpgen.admission import Admission
 from dpgen.collectives import Group, PeerLost, Pending
 from dpgen.engine.protocol import Event, Finished, Stats
 from dpgen.errors import DpgenError, Interrupted, PeerFailed
 from dpgen.feed import Feed
+from dpgen.pace import Pace
 from dpgen.records import Request, RowError, RowResult
+from dpgen.report import Manifest
 
 _AGREE_INTERVAL_S = 1.0
-_READ_AHEAD = 32  # rows rendered before the engine has room for them
-_MOST_REFUSED = 50  # rows that could not be rendered, in one pass of the loop
 _REFUSED_WITHIN_S = 0.5
 _FAILING_ROUNDS = 3  # agreements in which nothing but errors is to be seen, before the run counts as failing
 _WAIT_S = 0.1  # the longest sleep while the engine is at work
@@ -31,7 +33,7 @@ class Engine(Protocol):
     """What the loop needs of an engine."""
 
     @property
-    def max_in_flight(self) -> int: ...
+    def max_num_seqs(self) -> int: ...
 
     @property
     def is_lost(self) -> bool: ...
@@ -58,15 +60,22 @@ class Totals:
     num_errors: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompts' tokens, those that the engines had in their prefix caches
+    num_preemptions: int = 0
+    num_unclaimed: int = 0
     num_wanting_new_deal: int = 0
     num_ranks_generating: int = 0
+    rates: tuple[int, ...] = ()  # generated tokens/s, by rank; see `Pace.rate`
 
-    def as_list(self) -> list[int]:
-        return [getattr(self, each.name) for each in fields(self)]
+    def as_list(self, rank: int, num_ranks: int, rate: int) -> list[int]:
+        """Numbers to sum over all ranks: with a place for each rank's rate, of which a rank fills its own."""
+        counts = [getattr(self, each.name) for each in fields(self) if each.name != "rates"]
+        return [*counts, *(rate if other == rank else 0 for other in range(num_ranks))]
 
     @staticmethod
     def from_list(values: Sequence[int]) -> Totals:
-        return Totals(*values)
+        num_counts = len(fields(Totals)) - 1
+        return Totals(*values[:num_counts], tuple(values[num_counts:]))  # type: ignore[call-arg, arg-type]
 
 
 class Generation:
@@ -80,8 +89,9 @@ class Generation:
         deal: a new feed, over what no rank has finished or holds, given the rows that this rank has finished or
             holds, and whether it can generate; all ranks call it together, after an engine or a rank was lost.
         stop_reason: why to stop now, or None to go on.
+        reserve_rows: sequences kept waiting in the engine beyond those that it runs.
+        num_samples: a row's sequences, where the row itself doesn't say.
         max_leading_errors: stop if the first so many rows of the run are all errors; 0 never stops.
-        show: takes the totals of all ranks, about once a second.
         say: prints a line.
     """
 
@@ -94,14 +104,17 @@ class Generation:
         *,
         deal: Callable[[Iterable[int], bool], Feed],
         stop_reason: Callable[[], str | None] = lambda: None,
+        reserve_rows: int = 32,
+        num_samples: int = 1,
         max_leading_errors: int = 0,
-        show: Callable[[Totals], None] = lambda totals: None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._feed, self._engine, self._journal, self._group = feed, engine, journal, group
-        self._deal, self._stop_reason, self._show, self._say = deal, stop_reason, show, say
+        self._deal, self._stop_reason, self._say = deal, stop_reason, say
+        self._show: Callable[[Totals], None] = lambda totals: None
         self._max_leading_errors = max_leading_errors
-        self._in_flight: dict[int, float] = {}  # row → when it was given to the engine, oldest first
+        self._in_flight = Admission(reserve_rows, num_samples)
+        self._pace = Pace()
         self._kept = array("q")  # rows; eight bytes each, where a set would take a hundred
         self._mine = Totals()
         self._num_kept_tokens = 0
@@ -110,15 +123,33 @@ class Generation:
         self._agreement: Pending | None = None
         self._next_agreement_s = 0.0
         self._all: Totals | None = None
+        self._first_admitted_s: float | None = None
+        self._last_finished_s = 0.0
 
-    def run(self) -> Totals:
+    def contribution(self, to: Manifest) -> Manifest:
+        """This rank's numbers, filled in."""
+        busy_s = 0.0 if self._first_admitted_s is None else self._last_finished_s - self._first_admitted_s
+        return dataclasses.replace(
+            to,
+            num_prompt_tokens=self._mine.num_prompt_tokens,
+            num_generated_tokens=self._num_kept_tokens,
+            num_cached_tokens=self._mine.num_cached_tokens,
+            num_preemptions=self._mine.num_preemptions,
+            busy_s=round(max(0.0, busy_s), 3),
+        )
+
+    def run(self, show: Callable[[Totals], None] = lambda totals: None) -> Totals:
         """Generates until no rank has unfinished work; the totals of all ranks.
+
+        Args:
+            show: takes the totals of all ranks, about once a second.
 
         Raises:
             Interrupted: told to stop; what is finished is in the journal.
             NoEngineLeft: every rank's engine was given up.
             PeerFailed: another rank has failed, or was lost and can't be done without.
         """
+        self._show = show
         try:
             while self._all is None or self._all.num_unfinished_ranks > 0:
                 self._group.beat()
@@ -136,39 +167,45 @@ class Generation:
 
     @property
     def _has_work(self) -> bool:
-        return bool(self._in_flight) or not self._feed.is_empty
+        return len(self._in_flight) > 0 or not self._feed.is_empty
 
     def _admit(self) -> None:
         """Fills the engine up to its limit."""
-        requests = []
-        num_refused = 0  # bounded, so that a file of bad rows does not keep the loop from its other duties
-        # No more than a fair share: the first rank to be ready must not take what the others could start.
-        limit = min(self._engine.max_in_flight, self._feed.fair_share)
-        while len(self._in_flight) < limit and num_refused < _MOST_REFUSED:
-            row = self._feed.take()
-            if row is None:
-                break
-            if isinstance(row, RowResult):
-                self._keep(row)
-                num_refused += 1
-                continue
-            self._in_flight[row.row] = time.monotonic()
-            requests.append(row)
+        now = time.monotonic()
+        requests, refused = self._in_flight.fill(self._feed, self._engine.max_num_seqs, now)
+        for result in refused:
+            self._keep(result)
         if requests:
+            self._first_admitted_s = self._first_admitted_s or now
             self._engine.submit(requests)
 
     def _collect(self) -> None:
         """Takes what the engine has finished; renders ahead while there is nothing to take."""
         events = self._engine.poll(0)
-        if not events and self._feed.num_ready < _READ_AHEAD and not self._engine.is_lost and self._feed.prepare():
+        if not events and self._feed.wants_more and not self._engine.is_lost and self._feed.prepare():
             return
         for event in events or self._engine.poll(_WAIT_S if self._has_work else _IDLE_WAIT_S):
             if isinstance(event, Finished):
                 for result in event.results:
-                    del self._in_flight[result.row]
+                    self._in_flight.finish(result.row)
                     self._keep(result)
+                self._last_finished_s = time.monotonic()
             elif isinstance(event, Stats):
-                self._mine.num_generated_tokens = max(event.num_generated_tokens, self._num_kept_tokens)
+                self._heed_engine(event)
+
+    def _heed_engine(self, stats: Stats) -> None:
+        """Takes the engine's own numbers; holds fewer rows where its KV cache is short of room."""
+        now = time.monotonic()
+        self._mine.num_generated_tokens = max(stats.num_generated_tokens, self._num_kept_tokens)
+        self._mine.num_cached_tokens = stats.num_cached_tokens
+        num_before, self._mine.num_preemptions = self._mine.num_preemptions, stats.num_preemptions
+        self._pace.note(now, self._mine.num_generated_tokens)
+        came_down = self._in_flight.heed(stats.num_running, stats.num_preemptions, self._engine.max_num_seqs, now)
+        if came_down:
+            self._say(
+                f"the KV cache is short: {stats.num_preemptions - num_before:,} sequences were set back within a "
+                f"second; going on with at most {self._in_flight.fitting:,} at a time"
+            )
 
     def _keep(self, result: RowResult) -> None:
         self._journal.append(result)
@@ -190,7 +227,10 @@ class Generation:
                 if self._has_work and now < self._next_agreement_s:
                     return
                 self._next_agreement_s = now + _AGREE_INTERVAL_S
-                self._agreement = self._group.reduce(self._my_totals().as_list(), "sum")
+                if not self._has_work:
+                    self._pace.rest()
+                mine = self._my_totals().as_list(self._group.rank, self._group.size, self._pace.rate())
+                self._agreement = self._group.reduce(mine, "sum")
             if not self._agreement.done():
                 return
             totals = Totals.from_list(self._agreement.result())
@@ -202,6 +242,7 @@ class Generation:
     def _heed(self, totals: Totals) -> None:
         """Does what all ranks, who have the same numbers, do now."""
         self._all = totals
+        self._feed.heed(totals.num_unclaimed)
         self._show(self._all)
         self._stop_if_all_fail(self._all)
         if self._all.num_wanting_new_deal:
@@ -210,8 +251,9 @@ class Generation:
     def _my_totals(self) -> Totals:
         self._mine.num_wanting_new_deal = int(self._engine.is_lost and self._has_work)
         self._mine.num_unfinished_ranks = int(self._has_work)
+        self._mine.num_unclaimed = self._feed.num_unclaimed_here
         # A row that the engine refuses comes back at once; one that stays is being generated, and may turn out well.
-        oldest_s = next(iter(self._in_flight.values()), None)
+        oldest_s = self._in_flight.oldest_s
         stays = oldest_s is not None and time.monotonic() - oldest_s > _REFUSED_WITHIN_S
         self._mine.num_ranks_generating = int(stays)
         return self._mine

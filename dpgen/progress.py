@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dpgen.generate import Totals
+from dpgen.pace import slowest
 from dpgen.words import counted, duration
 
 
@@ -76,4 +77,7 @@ class Progress:
         rate = (totals.num_generated_tokens - tokens) / (now - since_s) if now > since_s else 0.0
         if now - since_s >= min(5.0, self._interval_s):
             self._last = (now, totals.num_generated_tokens)
-        return f"{rate:,.0f} tokens/s, {counted(totals.num_errors, 'error')}"
+        shown = f"{rate:,.0f} tokens/s, {counted(totals.num_errors, 'error')}"
+        # Towards the end engines run out of rows, and their rates say nothing of them.
+        slow = slowest(totals.rates) if totals.num_unclaimed else None
+        return shown if slow is None else f"{shown}, rank {slow[0]} is slow ({100 * slow[1]:.0f} % of the others)"

@@ -18,7 +18,7 @@ only, decoder-only models; tokenizers that only vLLM knows (`known_to_transforme
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 from dpgen.chat import Message, clean_messages, to_conversation, without_developer_role
 from dpgen.content_format import detect_content_format, template_variables
 from dpgen.errors import ConfigError, RowRefused, nearest
-from dpgen.row_template import check_row_template, compile_row_template
+from dpgen.row_template import check_row_template, compile_row_template, template_columns
 from dpgen.tokenizer import TokenizerSettings, known_to_transformers, load_tokenizer, reason_for_engine
 from dpgen.words import kind_of
 
@@ -110,6 +110,13 @@ class PromptSettings:
         name = getattr(self, which)
         if name not in columns:
             raise ConfigError(f"data.{which}: {name!r} is no column of the dataset{nearest(name, columns, 'columns')}")
+
+    def columns(self, columns: Sequence[str]) -> list[str]:
+        """Those of the dataset's columns that a prompt is made of."""
+        if self.template is not None:
+            named = template_columns(self.template)
+            return [name for name in columns if name in named]
+        return [name for name in (self.prompt_column, self.messages_column) if name is not None]
 
     def load_chat_template(self) -> str | None:
         """The text of `chat_template`, read from its file if it names one (`load_chat_template` of vLLM).
@@ -219,6 +226,20 @@ class Renderer:
         if not ids:
             raise RowRefused("empty_prompt", "the prompt has no tokens")
         return list(ids)
+
+
+def prompt_text(settings: PromptSettings) -> Callable[[Mapping[str, Any]], str]:
+    """What gives a row's prompt as one text, to compare and measure it by, before any template of the model's.
+
+    What it gives raises as `Renderer.prompt` does.
+    """
+    prompt_of = Renderer(settings, None).prompt
+
+    def text(row: Mapping[str, Any]) -> str:
+        prompt = prompt_of(row)
+        return prompt if isinstance(prompt, str) else "\n".join(f"{each['role']}\n{each['content']}" for each in prompt)
+
+    return text
 
 
 def _keys(names: Iterable[str], separator: str) -> str:

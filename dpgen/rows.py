@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _BUILDERS = {
     ".txt": "text",
 }
 _COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz", ".lz4"}
+_READ_ROWS = 1_000  # rows read at a time
 _HASH_ROWS = 10_000  # rows hashed at a time; part of the fingerprint's definition
 
 
@@ -68,6 +70,23 @@ class Rows:
         dataset = dataset.shard(num_shards=num_shards, index=index, contiguous=False)
         return Shard(dataset, order[index::num_shards])
 
+    def shard_in_pieces(self, row_ids: np.ndarray, starts: np.ndarray, columns: Sequence[str]) -> Shard:
+        """A shard of rows that are claimed in pieces of several; see `Shard`."""
+        return Shard(self.dataset.select_columns(list(columns)).select(row_ids), row_ids, starts)
+
+    def read(self, row_ids: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Some columns of some rows, one after the other."""
+        some = self.dataset.select_columns(list(columns)).select(row_ids)
+        for batch in some.iter(_READ_ROWS):
+            for values in zip(*(batch[name] for name in columns), strict=True):
+                yield dict(zip(columns, values, strict=True))
+
+    def numbers(self, column: str, row_ids: np.ndarray) -> np.ndarray:
+        """One column of some rows as float64; NaN where it is null or no number."""
+        some = self.dataset.select_columns([column]).select(row_ids)
+        found = [np.array([_number(value) for value in batch[column]]) for batch in some.iter(_READ_ROWS)]
+        return np.concatenate([np.zeros(0), *found])
+
     def fingerprint(self) -> dict[str, Any]:
         """What the input is, for comparing runs: number of rows, columns, and a hash of all contents (blake2b)."""
         digest = hashlib.blake2b(digest_size=16)
@@ -104,16 +123,24 @@ class Rows:
 
 @dataclass(frozen=True)
 class Shard:
-    """Some rows in work order, with their indices in the input."""
+    """Some rows in work order, with their indices in the input.
+
+    Attributes:
+        starts: where the pieces begin that rows are claimed in, and at last the number of rows; None where each row
+            is claimed by itself.
+    """
 
     dataset: datasets.Dataset
     row_ids: np.ndarray
+    starts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
     def read(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """The rows at positions start..stop of this shard, as (row index, column → value)."""
+        if self.starts is not None:
+            start, stop = int(self.starts[start]), int(self.starts[stop])
         batch = self.dataset[start:stop]
         for offset, row_id in enumerate(self.row_ids[start:stop]):
             yield int(row_id), {name: values[offset] for name, values in batch.items()}
@@ -273,6 +300,13 @@ def _reason(error: Exception) -> str:
     root: BaseException = error.__cause__ or error
     lines = str(root).strip().splitlines()
     return lines[0] if lines else type(root).__name__
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _canonical_bytes(table: pa.Table) -> bytes:

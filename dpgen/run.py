@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from dpgen import gather, journal
@@ -14,8 +14,9 @@ from dpgen.collectives import Group
 from dpgen.config import Config
 from dpgen.dataset_out import check_columns, write_dataset
 from dpgen.deal import Dealer
+from dpgen.detokenize import Detokenizer
 from dpgen.ending import Ending
-from dpgen.engine.launch import engine_spec, engine_starter, is_cold, prompt_renderer
+from dpgen.engine.launch import engine_spec, engine_starter, is_cold, open_tokenizer
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE, ConfigError, nearest
 from dpgen.folder import RunFolder, differences, identity_of
@@ -25,6 +26,7 @@ from dpgen.layout import Layout, layout_of, world_of
 from dpgen.log import speaker
 from dpgen.phases import Phases, Waiting
 from dpgen.progress import Progress
+from dpgen.report import Manifest, findings
 from dpgen.rows import Rows, open_rows
 from dpgen.stop import Stop, deadline
 from dpgen.topology import Topology
@@ -64,7 +66,7 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
         for note in group.agree(lambda: engine.check(group.raise_if_peer_failed)):
             tell(note)
         phases.end("engine's options")
-        render = group.agree(lambda: prompt_renderer(config, tell))
+        render, detokenizer = group.agree(lambda: open_tokenizer(config, tell))
         attempt = _begin_attempt(config, group, folder, identity)
         own_journal = Journal(folder.journal, attempt, topology.dp_rank)
         stack.callback(own_journal.close)
@@ -72,39 +74,33 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
         dealer = Dealer(config, rows, folder, group, attempt)
         feed = dealer.deal(render, takes_part=layout.leads)
         tell(_plan(len(rows), dealer.num_todo, layout.num_engines, attempt))
-        num_before = ending.num_done = len(rows) - dealer.num_todo
-        totals = Totals()
+        if dealer.order.reason:
+            tell(f"order of work: {dealer.order.kind}; {dealer.order.reason}")
+        ending.num_done = len(rows) - dealer.num_todo
+        own = Manifest(group.rank, group.nodes[group.rank])
         if dealer.num_todo:
             phases.end("tokenizer and rows to do")
-            _load(engine, config, layout, group, folder, phases, tell)
+            _load(engine, detokenizer, config, layout, group, folder, phases, tell)
             tell(str(phases))
-            progress = Progress(len(rows), num_before, tell, config.run.progress_interval_s)
-
-            def show(totals: Totals) -> None:
-                ending.num_done = num_before + totals.num_rows
-                progress.show(totals)
-
-            if topology.is_first:
-                progress.open_bar()
-            stack.callback(progress.close)
-            started_s = time.monotonic()
+            generation = Generation(
+                feed,
+                engine,
+                own_journal,
+                group,
+                deal=lambda held, takes_part: dealer.deal(render, held, takes_part and layout.leads),
+                stop_reason=lambda: stop.reason,
+                reserve_rows=config.work.reserve_rows,
+                num_samples=config.sampling.get("n") or 1,
+                max_leading_errors=config.run.max_leading_errors,
+                say=say,
+            )
+            progress = Progress(len(rows), len(rows) - dealer.num_todo, tell, config.run.progress_interval_s)
             with stop.asked_for():
-                totals = Generation(
-                    feed,
-                    engine,
-                    own_journal,
-                    group,
-                    deal=lambda held, takes_part: dealer.deal(render, held, takes_part and layout.leads),
-                    stop_reason=lambda: stop.reason,
-                    max_leading_errors=config.run.max_leading_errors,
-                    show=show,
-                    say=say,
-                ).run()
-            progress.close()
-            tell(_summary(totals, time.monotonic() - started_s))
+                _generate(generation, progress, ending, tell if topology.is_first else None)
+            own = generation.contribution(own)
         own_journal.close()
         engine.close()  # the model's memory is free while the result is written
-        _finish(config, group, rows, folder, own_journal, tell)
+        _finish(config, group, rows, folder, own_journal, own, tell)
 
 
 def _is_finished(config: Config, folder: RunFolder, identity: Mapping[str, Any]) -> bool:
@@ -122,7 +118,6 @@ def _start_engine(
         engine_spec(config, topology, world),
         say,
         stands_alone=world is None,
-        reserve_rows=config.work.reserve_rows,
         timeout_s=config.run.engine_timeout_s,
         start_timeout_s=config.run.engine_start_timeout_s,
         max_deaths=config.run.max_engine_deaths,
@@ -156,6 +151,11 @@ def _open(config: Config, group: Group) -> tuple[Rows, RunFolder, dict[str, Any]
                     f"sampling.from_columns: {name} is to come from {column!r}, which is no column of the dataset"
                     f"{nearest(column, rows.columns, 'columns')}"
                 )
+        hint = config.work.hint_column
+        if hint is not None and hint not in rows.columns:
+            raise ConfigError(
+                f"work.hint_column: {hint!r} is no column of the dataset{nearest(hint, rows.columns, 'columns')}"
+            )
         check_columns(rows.columns, config.data.columns, config.output.token_ids)
 
     group.agree(check)
@@ -195,6 +195,7 @@ def _begin_attempt(config: Config, group: Group, folder: RunFolder, identity: Ma
 
 def _load(
     engine: EngineSupervisor,
+    detokenizer: Detokenizer | None,
     config: Config,
     layout: Layout,
     group: Group,
@@ -228,7 +229,7 @@ def _load(
             group.raise_if_peer_failed()
             time.sleep(_LOOK_S)
         phases.end("the node's first model")
-    info = engine.load(agree_kv, group.raise_if_peer_failed)
+    info = engine.load(agree_kv, group.raise_if_peer_failed, detokenizer)
     phases.end("KV cache")
     tell(
         f"KV cache: {info.num_kv_blocks:,} blocks of {info.kv_block_tokens} tokens"
@@ -237,6 +238,24 @@ def _load(
     )
     if group.rank == 0:
         folder.update(engine={**vars(info), "kv_cache_bytes": agreed})
+
+
+def _generate(generation: Generation, progress: Progress, ending: Ending, tell: Callable[[str], None] | None) -> None:
+    """Generates until all ranks are through; the first rank shows how far they are, and `tell`s what came of it."""
+    num_before, started_s = ending.num_done or 0, time.monotonic()
+
+    def show(totals: Totals) -> None:
+        ending.num_done = num_before + totals.num_rows
+        progress.show(totals)
+
+    if tell is not None:
+        progress.open_bar()
+    try:
+        totals = generation.run(show)
+    finally:
+        progress.close()
+    if tell is not None:
+        tell(_summary(totals, time.monotonic() - started_s))
 
 
 def _loads_later(config: Config, layout: Layout, group: Group) -> bool:
@@ -254,12 +273,15 @@ def _finish(
     rows: Rows,
     folder: RunFolder,
     own_journal: Journal,
+    own: Manifest,
     tell: Callable[[str], None],
 ) -> None:
     """Gathers manifests, and rows where they are elsewhere; rank 0 writes the result."""
     seen = gather.sees_rank_0(group, folder.path)
-    manifest = Manifest(group.rank, group.nodes[group.rank], seen, own_journal.num_rows, own_journal.num_bytes)
-    manifests = group.gather_object(manifest)
+    own = replace(
+        own, rank=group.rank, sees_rank_0=seen, num_rows=own_journal.num_rows, num_bytes=own_journal.num_bytes
+    )
+    manifests = group.gather_object(own)
     elsewhere = not seen if config.output.gather == "auto" else config.output.gather == "always"
     sending = []
     if elsewhere and group.rank > 0:
@@ -276,6 +298,8 @@ def _finish(
         if manifests is None:  # not rank 0
             return
         folder.update(manifests=[vars(each) for each in manifests], gather_rounds=rounds)
+        for finding in findings(manifests):
+            tell(finding)
         has_samples = config.sampling.get("n", 1) != 1 or "n" in config.sampling_columns
         facts = write_dataset(rows, folder, config.output, config.data.columns, has_samples)
         if facts["num_errors"]:
@@ -284,17 +308,6 @@ def _finish(
         tell(f"done: {counted(facts['num_rows'], 'row')}, {facts['num_errors']:,} with an error, in {folder.dataset}")
 
     group.agree(write)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a rank tells rank 0 at the end."""
-
-    rank: int
-    node: str
-    sees_rank_0: bool
-    num_rows: int
-    num_bytes: int
 
 
 def _plan(num_rows: int, num_todo: int, num_ranks: int, attempt: int) -> str:

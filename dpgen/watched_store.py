@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,6 +27,10 @@ class WatchedStore:
 
     def add(self, key: str, amount: int) -> int:
         return int(self._ask(lambda: self._store.add(key, amount)))
+
+    def get_many(self, keys: Sequence[str]) -> list[int]:
+        """The counters of these names, which are known to be there."""
+        return [int(value) for value in self._ask(lambda: self._store.multi_get(list(keys)))]
 
     def check(self, keys: list[str]) -> bool:
         return bool(self._ask(lambda: self._store.check(keys)))

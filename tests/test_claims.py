@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
@@ -11,21 +12,26 @@ from dpgen.claims import Claims
 from dpgen.collectives import LocalStore
 
 
-def claims_of(sizes: list[int], *, steal: bool = True, max_rows: int = 8) -> list[Claims]:
+def claims_of(sizes: list[int], *, steal: bool = True, max_size: int = 8) -> list[Claims]:
     store = LocalStore()
-    return [Claims(store, "run", sizes, rank, steal=steal, max_rows=max_rows) for rank in range(len(sizes))]
+    cursors = [f"cursor/{rank}" for rank in range(len(sizes))]
+    for cursor in cursors:
+        store.add(cursor, 0)
+    return [Claims(store, cursors, sizes, rank, steal=steal, max_size=max_size) for rank in range(len(sizes))]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_position_is_claimed_once_at_any_interleaving(seed: int) -> None:
     choose = random.Random(seed)
-    sizes = [choose.choice([0, 1, 3, 50, 200]) for _ in range(choose.randint(1, 6))]
+    sizes = [choose.choice([0, 1, 3, 50, 200]) for _ in range(choose.choice([1, 2, 5, 6, 150]))]
     ranks = claims_of(sizes)
     busy = list(ranks)
     seen: Counter[tuple[int, int]] = Counter()
     while busy:
         one = choose.choice(busy)
-        claim = one.take()
+        if choose.random() < 0.1:  # what the ranks agree on is of a second ago at best, and never too little
+            one.num_left = sum(each.num_left_here for each in ranks)
+        claim = one.take(64)
         if claim is None:
             busy.remove(one)
         else:
@@ -35,21 +41,21 @@ def test_every_position_is_claimed_once_at_any_interleaving(seed: int) -> None:
 
 def test_without_stealing_a_rank_takes_its_own_shard_alone() -> None:
     ranks = claims_of([5, 20], steal=False)
-    while (claim := ranks[0].take()) is not None:
+    while (claim := ranks[0].take(64)) is not None:
         assert claim.shard == 0
-    assert ranks[1].take() is not None
+    assert ranks[1].take(64) is not None
 
 
 def test_the_fullest_shard_is_helped_first() -> None:
     ranks = claims_of([0, 10, 90])
-    claim = ranks[0].take()
+    claim = ranks[0].take(64)
     assert claim is not None and claim.shard == 2
 
 
 def test_claims_shrink_towards_the_end() -> None:
-    ranks = claims_of([1000], max_rows=64)
+    ranks = claims_of([1000], max_size=64)
     sizes = []
-    while (claim := ranks[0].take()) is not None:
+    while (claim := ranks[0].take(64)) is not None:
         sizes.append(claim.stop - claim.start)
     assert sizes[0] == 64 and sizes[-1] == 1
     assert sizes == sorted(sizes, reverse=True)
@@ -57,6 +63,54 @@ def test_claims_shrink_towards_the_end() -> None:
 
 def test_no_claim_once_there_are_none() -> None:
     ranks = claims_of([1, 0])
-    assert ranks[1].take() is not None
-    assert ranks[0].take() is None
-    assert ranks[1].take() is None
+    assert ranks[1].take(64) is not None
+    assert ranks[0].take(64) is None
+    assert ranks[1].take(64) is None
+
+
+def test_what_little_is_left_is_taken_one_by_one() -> None:
+    ranks = claims_of([100, 100, 100, 100], max_size=64)
+    assert ranks[0].fair_size == 50
+    ranks[0].num_left = 20  # the others are nearly through
+    claim = ranks[0].take(64)
+    assert claim is not None and claim.stop - claim.start == 2
+    ranks[0].num_left = 5
+    claim = ranks[0].take(64)
+    assert claim is not None and claim.stop - claim.start == 1
+    assert ranks[0].fair_size == 0
+
+
+class CountingStore(LocalStore):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+
+    def add(self, key: str, amount: int) -> int:
+        self.num_calls += 1
+        return super().add(key, amount)
+
+    def get_many(self, keys: Sequence[str]) -> list[int]:
+        self.num_calls += 1
+        return super().get_many(keys)
+
+
+def test_a_thousand_ranks_ask_the_store_little() -> None:
+    num_ranks, num_rows = 1024, 64
+    store, cursors = CountingStore(), [str(rank) for rank in range(num_ranks)]
+    for cursor in cursors:
+        store.add(cursor, 0)
+    sizes = [num_rows] * num_ranks
+    ranks = [Claims(store, cursors, sizes, rank, steal=True, max_size=64) for rank in range(num_ranks)]
+    store.num_calls = 0
+    busy = list(range(num_ranks))
+    random.Random(0).shuffle(busy)
+    num_positions = 0
+    while busy:
+        for rank in list(busy):
+            claim = ranks[rank].take(64)
+            if claim is None:
+                busy.remove(rank)
+            else:
+                num_positions += claim.stop - claim.start
+    assert num_positions == num_ranks * num_rows
+    assert store.num_calls / num_ranks < 100, "a look at every shard by every rank would be 1,024"

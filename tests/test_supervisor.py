@@ -26,7 +26,7 @@ class FakeProcess:
         self.kv_bytes: int | None = None
         self.killed = False
 
-    def load(self, kv_bytes: int | None = None) -> None:
+    def load(self, kv_bytes: int | None = None, leaves_text: bool = False) -> None:
         if kv_bytes is None:
             self._events.append(KvMeasured(1000))
         else:
@@ -71,7 +71,7 @@ class Rig:
             self.processes.append(FakeProcess(spec, dies))
             return self.processes[-1]
 
-        defaults: dict[str, Any] = {"reserve_rows": 2, "timeout_s": 60.0, "start_timeout_s": 600.0, "max_deaths": 8}
+        defaults: dict[str, Any] = {"timeout_s": 60.0, "start_timeout_s": 600.0, "max_deaths": 8}
         self.engine = EngineSupervisor(
             start, EngineSpec("fake", "m"), self.said.append, clock=lambda: self.now, **{**defaults, **settings}
         )
@@ -136,7 +136,7 @@ def test_an_engine_that_never_comes_back_is_given_up() -> None:
     rig = Rig(lambda rows: "dead on arrival" if len(rows) else None, max_deaths=2)
     found = rig.run(range(3))
     assert rig.engine.is_lost and not found
-    assert rig.engine.max_in_flight == 0
+    assert rig.engine.max_num_seqs == 0
     assert "given up after 2 deaths in a row" in rig.said[-1]
 
 
@@ -155,12 +155,11 @@ def test_a_silent_engine_with_work_counts_as_hung() -> None:
 def test_an_engine_that_never_loads_is_not_waited_for_for_ever() -> None:
     rig = Rig(lambda rows: None, start_timeout_s=600)
     hung = FakeProcess(EngineSpec("fake", "m"), lambda rows: None)
-    hung.load = lambda kv_bytes=None: None  # type: ignore[method-assign]
+    hung.load = lambda kv_bytes=None, leaves_text=False: None  # type: ignore[method-assign]
     supervisor = EngineSupervisor(
         lambda spec: hung,
         EngineSpec("fake", "m"),
         rig.said.append,
-        reserve_rows=2,
         timeout_s=60,
         start_timeout_s=600,
         max_deaths=8,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpgen.config import unknown_key
-from dpgen.engine.protocol import AgreeKv, EngineInfo, EngineSpec, Stats
+from dpgen.engine.protocol import AgreeKv, EngineInfo, EngineSpec, Stats, Undecoded
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Completion, Request, RowResult
 
@@ -92,7 +92,7 @@ class FakeBackend:
                 raise ConfigError(f"engine.{name}={value!r}: it must be a whole number from 1")
         return ()
 
-    def load(self, agree_kv: AgreeKv) -> EngineInfo:
+    def load(self, agree_kv: AgreeKv, leaves_text: bool) -> EngineInfo:
         time.sleep(self._options.load_s)
         if self._options.load_error is not None:
             raise RuntimeError(self._options.load_error)
@@ -122,9 +122,9 @@ class FakeBackend:
         budget = min(budget, self._options.max_model_len - num_prompt_tokens)
         self._rows[request.row] = _Running(request, digest.hexdigest(), budget, int(sampling.get("n") or 1))
 
-    def step(self) -> list[RowResult]:
+    def step(self) -> list[RowResult | Undecoded]:
         time.sleep(self._options.step_s)
-        results = []
+        results: list[RowResult | Undecoded] = []
         for row, running in list(self._rows.items())[: self._options.max_num_seqs]:
             running.num_tokens += 1
             self._num_tokens += running.num_samples

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpgen.collectives import Group
 from dpgen.config import Config
+from dpgen.detokenize import Detokenizer, fast_tokenizer
 from dpgen.engine.process import EngineProcess, engine_environment
 from dpgen.engine.protocol import EngineSpec
 from dpgen.errors import ConfigError
@@ -64,8 +65,8 @@ def engine_starter(
     return lambda spec: EngineProcess(spec, environment, cores, say)
 
 
-def prompt_renderer(config: Config, tell: Callable[[str], None]) -> RenderPrompt:
-    """How a row becomes a prompt: token ids, or what the engine is to tokenize.
+def open_tokenizer(config: Config, tell: Callable[[str], None]) -> tuple[RenderPrompt, Detokenizer | None]:
+    """How a row becomes a prompt (token ids, or what the engine is to tokenize), and what makes its text.
 
     Raises:
         ConfigError: the tokenizer can't be loaded, or a chat has no chat template.
@@ -74,14 +75,15 @@ def prompt_renderer(config: Config, tell: Callable[[str], None]) -> RenderPrompt
     if config.run.engine == "fake":
         from dpgen.engine.fake import FakeTokenizer
 
-        tokenizer, text_of = FakeTokenizer(), Renderer(settings, None)
-        return lambda row: (tokenizer.encode(str(text_of.prompt(row))), None)
+        fake, text_of = FakeTokenizer(), Renderer(settings, None)
+        return (lambda row: (fake.encode(str(text_of.prompt(row))), None)), None
     if _renders_in_engine(config):
         tell(f"prompts are tokenized in the engine process: {reason_for_engine(_tokenizer(config))}")
         raw = Renderer(settings, None)
-        return lambda row: (None, raw.prompt(row))
-    renderer = Renderer(settings, load_tokenizer(_tokenizer(config)))
-    return lambda row: (renderer.render(row), None)
+        return (lambda row: (None, raw.prompt(row))), None
+    tokenizer = load_tokenizer(_tokenizer(config))
+    renderer, fast = Renderer(settings, tokenizer), fast_tokenizer(tokenizer)
+    return (lambda row: (renderer.render(row), None)), None if fast is None else Detokenizer(fast)
 
 
 def _model(config: Config) -> str:

@@ -89,9 +89,9 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def load(self, kv_bytes: int | None = None) -> None:
-        """Has the model loaded; `Ready` will come, after `KvMeasured` unless `kv_bytes` is given."""
-        self._outbox.put(Load(kv_bytes))
+    def load(self, kv_bytes: int | None = None, leaves_text: bool = False) -> None:
+        """Has the model loaded (see `Load`); `Ready` will come, after `KvMeasured` unless `kv_bytes` is given."""
+        self._outbox.put(Load(kv_bytes, leaves_text))
 
     def agree_kv(self, num_bytes: int) -> None:
         """Answers `KvMeasured`."""

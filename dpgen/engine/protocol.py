@@ -57,9 +57,15 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Load:
-    """Down: load the model now. `kv_bytes` imposes a KV cache size (bytes a device) that was agreed before."""
+    """Down: load the model now.
+
+    Attributes:
+        kv_bytes: imposes a KV cache size (bytes a device) that was agreed before.
+        leaves_text: whether the rank makes the text of finished rows, where the engine need not.
+    """
 
     kv_bytes: int | None = None
+    leaves_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,11 +122,27 @@ class Ready:
     info: EngineInfo
 
 
+@dataclass(frozen=True, slots=True)
+class Undecoded:
+    """A row that is through but for its text, which its rank makes.
+
+    Attributes:
+        result: its completions' texts are "".
+        token_ids: of each completion, those that its text is made of.
+        skip_special_tokens: whether special tokens are left out of the text.
+    """
+
+    result: RowResult
+    token_ids: tuple[list[int], ...]
+    skip_special_tokens: bool
+
+
 @dataclass(frozen=True)
 class Finished:
     """Up: rows that are through, with completions or an error."""
 
     results: list[RowResult]
+    undecoded: list[Undecoded] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -129,12 +151,26 @@ class Stats:
 
     Attributes:
         num_generated_tokens: of all rows, those still running included.
-        num_running, num_waiting: rows now.
+        num_running, num_waiting: sequences now.
+        num_preemptions: sequences that were set back for want of KV blocks.
+        num_cached_tokens: of finished rows' prompts, those that were in the prefix cache.
     """
 
     num_generated_tokens: int = 0
     num_running: int = 0
     num_waiting: int = 0
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0
+
+    def after(self, earlier: Stats) -> Stats:
+        """These numbers, with the counts of an earlier engine's life added."""
+        return Stats(
+            earlier.num_generated_tokens + self.num_generated_tokens,
+            self.num_running,
+            self.num_waiting,
+            earlier.num_preemptions + self.num_preemptions,
+            earlier.num_cached_tokens + self.num_cached_tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -163,8 +199,8 @@ class Backend(Protocol):
             ConfigError: an illegal option, with its nearest legal neighbour.
         """
 
-    def load(self, agree_kv: AgreeKv) -> EngineInfo:
-        """Loads the model and makes the engine ready."""
+    def load(self, agree_kv: AgreeKv, leaves_text: bool) -> EngineInfo:
+        """Loads the model and makes the engine ready; see `Load`."""
 
     def add(self, request: Request) -> None:
         """Takes a row in.
@@ -173,7 +209,7 @@ class Backend(Protocol):
             RowRefused: this row can't be generated.
         """
 
-    def step(self) -> list[RowResult]:
+    def step(self) -> list[RowResult | Undecoded]:
         """Runs the model once; gives the rows that this finished."""
 
     def has_work(self) -> bool:

@@ -26,6 +26,7 @@ from dpgen.engine.protocol import (
     Ready,
     Stats,
     Stop,
+    Undecoded,
 )
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.parent import end_with_parent
@@ -76,7 +77,7 @@ def _serve(pipe: Connection) -> None:
         assert isinstance(answer, KvAgreed)
         return answer.num_bytes
 
-    info = backend.load(agree_kv)
+    info = backend.load(agree_kv, order.leaves_text)
     if spec.world is None:
         pipe.send(Ready(info))
         _generate(pipe, backend)
@@ -93,7 +94,7 @@ def _generate(pipe: Connection, backend: Backend) -> None:
     """Admits whatever has arrived, steps, sends what is finished; sleeps only when there is no work."""
     report = _Report(pipe, backend)
     while True:
-        finished: list[RowResult] = []
+        finished: list[RowResult | Undecoded] = []
         while pipe.poll(0 if backend.has_work() or finished else None):
             message = pipe.recv()
             if isinstance(message, Stop):
@@ -132,9 +133,9 @@ def _generate_together(pipe: Connection, backend: Backend, crew: Crew) -> None:
             report.send(finished)
 
 
-def _add(backend: Backend, requests: list[Request]) -> list[RowResult]:
+def _add(backend: Backend, requests: list[Request]) -> list[RowResult | Undecoded]:
     """Admits rows; the results of those that are refused."""
-    results = []
+    results: list[RowResult | Undecoded] = []
     for request in requests:
         try:
             backend.add(request)
@@ -150,9 +151,10 @@ class _Report:
         self._pipe, self._backend = pipe, backend
         self._next_stats_s = 0.0
 
-    def send(self, finished: list[RowResult]) -> None:
+    def send(self, finished: list[RowResult | Undecoded]) -> None:
         if finished:
-            self._pipe.send(Finished(finished))
+            results = [each for each in finished if isinstance(each, RowResult)]
+            self._pipe.send(Finished(results, [each for each in finished if isinstance(each, Undecoded)]))
         if time.monotonic() >= self._next_stats_s:
             self._next_stats_s = time.monotonic() + _STATS_INTERVAL_S
             stats: Stats = self._backend.stats()

@@ -29,7 +29,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
 
 from dpgen.config import unknown_key
-from dpgen.engine.protocol import AgreeKv, EngineInfo, EngineSpec, Stats
+from dpgen.engine.protocol import AgreeKv, EngineInfo, EngineSpec, Stats, Undecoded
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Completion, Request, RowError, RowResult
 
@@ -47,7 +47,11 @@ class VllmBackend:
         self._engine: LLMEngine | None = None
         self._sampling: dict[str, Any] = {}
         self._render: Callable[[Any], list[int]] | None = None
-        self._num_finished_tokens = 0
+        self._leaves_text = False
+        self._undecoded: dict[int, SamplingParams] = {}  # rows whose text the rank makes
+        self._num_finished_tokens = self._num_cached_tokens = 0
+        self._preemptions: dict[str, int] = {}  # running sequences that were set back, and how often
+        self._num_preemptions = 0
 
     def check(self) -> tuple[str, ...]:
         self._check_names()
@@ -79,8 +83,9 @@ class VllmBackend:
                 raise ConfigError(f"vLLM refuses a {section}.* key: {_reason(error)}") from None
         return tuple(notes)
 
-    def load(self, agree_kv: AgreeKv) -> EngineInfo:
+    def load(self, agree_kv: AgreeKv, leaves_text: bool) -> EngineInfo:
         assert self._config is not None
+        self._leaves_text = leaves_text
         _Agreeing.agree_kv = agree_kv
         # By its constructor, which takes the executor's class: in its configuration vLLM wants one of its own names,
         # for pipelines and external launchers at least.
@@ -111,13 +116,19 @@ class VllmBackend:
         if token_ids is None:
             assert self._render is not None
             token_ids = self._render(request.prompt)
+        # Without stop strings nobody needs the text before the end. vLLM alone knows how to space special tokens.
+        is_spaced = params.skip_special_tokens or params.spaces_between_special_tokens
+        if self._leaves_text and params.detokenize and not params.stop and is_spaced:
+            params.detokenize = False
+            self._undecoded[request.row] = params
         try:
             self._engine.add_request(str(request.row), tokens_input(token_ids), params)
         except Exception as error:  # noqa: BLE001 - foreign code over a row's own values: one bad row costs one row
+            self._undecoded.pop(request.row, None)
             self._engine.abort_request([str(request.row)])  # it may have got halfway in
             raise RowRefused(_kind_of_refusal(error, len(token_ids), self._max_model_len), _reason(error)) from None
 
-    def step(self) -> list[RowResult]:
+    def step(self) -> list[RowResult | Undecoded]:
         assert self._engine is not None
         outputs = self._engine.step()
         return [self._result(output) for output in outputs if isinstance(output, RequestOutput) and output.finished]
@@ -131,7 +142,19 @@ class VllmBackend:
         num_running_tokens = sum(s.detokenizer.num_output_tokens() for s in states if s.detokenizer is not None)
         scheduler = self._engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
         num_running, num_waiting = scheduler.get_request_counts()
-        return Stats(self._num_finished_tokens + num_running_tokens, num_running, num_waiting)
+        # vLLM counts them for its own log only; what a sequence still met after our last look at it goes uncounted.
+        before, self._preemptions = self._preemptions, {}
+        for name, request in scheduler.requests.items():
+            if request.num_preemptions:
+                self._preemptions[name] = request.num_preemptions
+                self._num_preemptions += request.num_preemptions - before.get(name, 0)
+        return Stats(
+            self._num_finished_tokens + num_running_tokens,
+            num_running,
+            num_waiting,
+            self._num_preemptions,
+            self._num_cached_tokens,
+        )
 
     def close(self) -> None:
         if self._engine is not None:
@@ -174,11 +197,13 @@ class VllmBackend:
         assert isinstance(params, SamplingParams)
         return params
 
-    def _result(self, output: RequestOutput) -> RowResult:
+    def _result(self, output: RequestOutput) -> RowResult | Undecoded:
         row = int(output.request_id)
         num_prompt_tokens = len(output.prompt_token_ids or ())
+        self._num_cached_tokens += output.num_cached_tokens or 0
         outputs = sorted(output.outputs, key=lambda each: each.index)
         self._num_finished_tokens += sum(len(each.token_ids) for each in outputs)
+        undecoded = self._undecoded.pop(row, None)
         if any(each.finish_reason in ("error", "abort") for each in outputs):
             return RowResult(
                 row, num_prompt_tokens, error=RowError("engine_refused", "vLLM gave the row up while it ran")
@@ -192,7 +217,13 @@ class VllmBackend:
             )
             for each in outputs
         )
-        return RowResult(row, num_prompt_tokens, completions)
+        result = RowResult(row, num_prompt_tokens, completions)
+        if undecoded is None:
+            return result
+        # What ends a row (its last token, since it has no stop strings) is no part of its text.
+        shows_stop = undecoded.include_stop_str_in_output
+        ids = [list(o.token_ids[:-1] if o.finish_reason == "stop" and not shows_stop else o.token_ids) for o in outputs]
+        return Undecoded(result, tuple(ids), undecoded.skip_special_tokens)
 
 
 class _Agreeing:

@@ -1,0 +1,50 @@
+"""How fast each rank goes, and which one is slow: told by the ranks themselves along with their totals."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+
+_WINDOW_S = 10.0
+_SLOW_SHARE = 0.7  # of the other ranks' median; below it a rank is called slow
+IDLE = -1
+
+
+class Pace:
+    """One rank's generated tokens per second, over the last ten seconds or so."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def note(self, now_s: float, num_generated_tokens: int) -> None:
+        """Takes the rank's tokens so far, about once a second."""
+        self._seen.append((now_s, num_generated_tokens))
+        while len(self._seen) > 2 and now_s - self._seen[1][0] >= _WINDOW_S:
+            self._seen.popleft()
+
+    def rest(self) -> None:
+        """Forgets all: the rank has no work, and its rate means nothing."""
+        self._seen.clear()
+
+    def rate(self) -> int:
+        """Whole tokens/s; `IDLE` where there is nothing to say, since the rank has not worked for long enough."""
+        if not self._seen or self._seen[-1][0] - self._seen[0][0] < _WINDOW_S:
+            return IDLE
+        (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
+        return round((last - first) / (last_s - first_s))
+
+
+def slowest(rates: Sequence[int]) -> tuple[int, float] | None:
+    """The rank that is well under the others' median, and its share of that; None where none is.
+
+    Args:
+        rates: by rank; `IDLE` for those that are not to be judged.
+    """
+    working = [rank for rank, rate in enumerate(rates) if rate != IDLE]
+    if len(working) < 2:
+        return None
+    rank = min(working, key=rates.__getitem__)
+    others = median(rates[other] for other in working if other != rank)
+    share = rates[rank] / others if others else 1.0
+    return (rank, share) if share < _SLOW_SHARE else None
