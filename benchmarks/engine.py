@@ -186,7 +186,7 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
     )
     print(supervisor.check(lambda: None), flush=True)
     render, detokenizer = open_tokenizer(config, print)
-    supervisor.load(lambda measured: measured, lambda: None, detokenizer)
+    supervisor.load(lambda measured: measured, lambda: None, detokenizer is not None)
     pipe.send("loaded")
     attempt = 0
     while (order := pipe.recv()) is not None:
@@ -205,6 +205,7 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
             journal,
             group,
             deal=lambda held, takes_part, dealer=dealer: dealer.deal(render, held, takes_part),
+            detokenizer=detokenizer,
             reserve_rows=config.work.reserve_rows,
         ).run()
         journal.close()

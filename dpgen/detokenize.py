@@ -11,7 +11,11 @@ the tokenizers library that has seen the prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from dpgen.engine.protocol import Undecoded
+from dpgen.records import RowResult
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,6 +32,15 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+
+    def finish(self, undecoded: Undecoded) -> RowResult:
+        """The row, with its text."""
+        texts = [
+            self.text(undecoded.prompt_token_ids, token_ids, undecoded.skip_special_tokens)
+            for token_ids in undecoded.token_ids
+        ]
+        completions = zip(undecoded.result.completions, texts, strict=True)
+        return replace(undecoded.result, completions=tuple(replace(each, text=text) for each, text in completions))
 
     def text(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text that vLLM would have made of a completion.

@@ -26,8 +26,6 @@ class Claimant(Protocol):
     def take(self, most: int) -> Claim | None: ...
 
 
-_READ_AHEAD = 32  # the most rows rendered before the engine has room for them
-
 RenderPrompt = Callable[[Mapping[str, Any]], tuple[list[int] | None, Any]]
 
 
@@ -71,12 +69,14 @@ class Feed:
     @property
     def wants_more(self) -> bool:
         """Whether `prepare` should be called when there is time: fewer rows are ready than may be held back."""
-        return len(self._ready) < min(_READ_AHEAD, 1 + self.fair_size)
+        # As many as the engine runs: rows of one length are all finished at once.
+        fair_size = 0 if self._claims is None else self._claims.fair_size
+        return len(self._ready) < min(self.max_num_seqs, 1 + fair_size)
 
     @property
-    def num_claimed(self) -> int:
-        """Rows that are claimed and not taken yet."""
-        return len(self._read) + len(self._ready)
+    def num_unrendered(self) -> int:
+        """Rows that are claimed and not rendered yet: so many can be prepared without another claim."""
+        return len(self._read)
 
     @property
     def num_unclaimed_here(self) -> int:

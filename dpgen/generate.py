@@ -15,6 +15,7 @@ from typing import Protocol
 
 from dpgen.admission import Admission
 from dpgen.collectives import Group, PeerLost, Pending
+from dpgen.detokenize import Detokenizer
 from dpgen.engine.protocol import Event, Finished, Stats
 from dpgen.errors import DpgenError, Interrupted, PeerFailed
 from dpgen.feed import Feed
@@ -89,6 +90,7 @@ class Generation:
         deal: a new feed, over what no rank has finished or holds, given the rows that this rank has finished or
             holds, and whether it can generate; all ranks call it together, after an engine or a rank was lost.
         stop_reason: why to stop now, or None to go on.
+        detokenizer: makes the text of rows that the engine finishes without it.
         reserve_rows: sequences kept waiting in the engine beyond those that it runs.
         num_samples: a row's sequences, where the row itself doesn't say.
         max_leading_errors: stop if the first so many rows of the run are all errors; 0 never stops.
@@ -104,6 +106,7 @@ class Generation:
         *,
         deal: Callable[[Iterable[int], bool], Feed],
         stop_reason: Callable[[], str | None] = lambda: None,
+        detokenizer: Detokenizer | None = None,
         reserve_rows: int = 32,
         num_samples: int = 1,
         max_leading_errors: int = 0,
@@ -115,6 +118,7 @@ class Generation:
         self._max_leading_errors = max_leading_errors
         self._in_flight = Admission(reserve_rows, num_samples)
         self._pace = Pace()
+        self._detokenizer = detokenizer
         self._kept = array("q")  # rows; eight bytes each, where a set would take a hundred
         self._mine = Totals()
         self._num_kept_tokens = 0
@@ -184,14 +188,25 @@ class Generation:
         events = self._engine.poll(0)
         if not events and self._feed.wants_more and not self._engine.is_lost and self._feed.prepare():
             return
+        finished = []
         for event in events or self._engine.poll(_WAIT_S if self._has_work else _IDLE_WAIT_S):
             if isinstance(event, Finished):
-                for result in event.results:
-                    self._in_flight.finish(result.row)
-                    self._keep(result)
+                for row in event.rows:
+                    self._in_flight.finish(row)
+                finished.append(event)
                 self._last_finished_s = time.monotonic()
             elif isinstance(event, Stats):
                 self._heed_engine(event)
+        self._admit()  # the engine first: what it has finished can wait for its text and the journal
+        for event in finished:
+            self._keep_all(event)
+
+    def _keep_all(self, finished: Finished) -> None:
+        for result in finished.results:
+            self._keep(result)
+        for undecoded in finished.undecoded:
+            assert self._detokenizer is not None
+            self._keep(self._detokenizer.finish(undecoded))
 
     def _heed_engine(self, stats: Stats) -> None:
         """Takes the engine's own numbers; holds fewer rows where its KV cache is short of room."""
@@ -288,8 +303,7 @@ class Generation:
         """Journals what the engine has finished by now: the run ends, and those rows need not be generated again."""
         for event in self._engine.poll(0):
             if isinstance(event, Finished):
-                for result in event.results:
-                    self._keep(result)
+                self._keep_all(event)
 
     def _stop_if_all_fail(self, totals: Totals) -> None:
         """Ends the run, on all ranks alike, if everything so far is an error."""

@@ -14,7 +14,6 @@ from dpgen.collectives import Group
 from dpgen.config import Config
 from dpgen.dataset_out import check_columns, write_dataset
 from dpgen.deal import Dealer
-from dpgen.detokenize import Detokenizer
 from dpgen.ending import Ending
 from dpgen.engine.launch import engine_spec, engine_starter, is_cold, open_tokenizer
 from dpgen.engine.supervisor import EngineSupervisor
@@ -80,7 +79,7 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
         own = Manifest(group.rank, group.nodes[group.rank])
         if dealer.num_todo:
             phases.end("tokenizer and rows to do")
-            _load(engine, detokenizer, config, layout, group, folder, phases, tell)
+            _load(engine, detokenizer is not None, config, layout, group, folder, phases, tell)
             tell(str(phases))
             generation = Generation(
                 feed,
@@ -89,6 +88,7 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
                 group,
                 deal=lambda held, takes_part: dealer.deal(render, held, takes_part and layout.leads),
                 stop_reason=lambda: stop.reason,
+                detokenizer=detokenizer,
                 reserve_rows=config.work.reserve_rows,
                 num_samples=config.sampling.get("n") or 1,
                 max_leading_errors=config.run.max_leading_errors,
@@ -195,7 +195,7 @@ def _begin_attempt(config: Config, group: Group, folder: RunFolder, identity: Ma
 
 def _load(
     engine: EngineSupervisor,
-    detokenizer: Detokenizer | None,
+    leaves_text: bool,
     config: Config,
     layout: Layout,
     group: Group,
@@ -229,7 +229,7 @@ def _load(
             group.raise_if_peer_failed()
             time.sleep(_LOOK_S)
         phases.end("the node's first model")
-    info = engine.load(agree_kv, group.raise_if_peer_failed, detokenizer)
+    info = engine.load(agree_kv, group.raise_if_peer_failed, leaves_text)
     phases.end("KV cache")
     tell(
         f"KV cache: {info.num_kv_blocks:,} blocks of {info.kv_block_tokens} tokens"

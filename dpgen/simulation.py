@@ -210,15 +210,14 @@ class _Rank:
 
     def advance(self) -> bool:
         """Goes on until it has to claim rows; False once it is through. It may claim at once."""
-        num_finished = 0
         while True:
             self._fill()
             self._start_waiting()
             if not self._running:
                 return False
             num_finished = self._go_to_next_finish()
-            # Filling the engine and reading ahead may then take so many: claims belong in the order of all clocks.
-            if self.feed.num_claimed <= num_finished + self.feed.fair_size:
+            # So many may now be prepared in their place: claims belong in the order of all ranks' clocks.
+            if not self.feed.is_empty and self.feed.num_unrendered <= num_finished:
                 return True
 
     def _fill(self) -> None:

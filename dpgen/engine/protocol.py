@@ -7,7 +7,7 @@ per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -130,11 +130,13 @@ class Undecoded:
         result: its completions' texts are "".
         token_ids: of each completion, those that its text is made of.
         skip_special_tokens: whether special tokens are left out of the text.
+        prompt_token_ids: the row's prompt; the rank has it, so that it need not come back.
     """
 
     result: RowResult
     token_ids: tuple[list[int], ...]
     skip_special_tokens: bool
+    prompt_token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,12 @@ class Finished:
 
     results: list[RowResult]
     undecoded: list[Undecoded] = field(default_factory=list)
+
+    @property
+    def rows(self) -> Iterator[int]:
+        """The rows, whether decoded or not."""
+        yield from (result.row for result in self.results)
+        yield from (each.result.row for each in self.undecoded)
 
 
 @dataclass(frozen=True)

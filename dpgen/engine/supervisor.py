@@ -13,7 +13,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
-from dpgen.detokenize import Detokenizer
 from dpgen.engine.protocol import Checked, EngineInfo, EngineSpec, Event, Finished, KvMeasured, Ready, Stats, Undecoded
 from dpgen.errors import ConfigError, EngineError, EnginesLost
 from dpgen.records import Request, RowError, RowResult
@@ -75,7 +74,7 @@ class EngineSupervisor:
         self._process: Process | None = start(spec)
         self._info: EngineInfo | None = None
         self._kv_bytes: int | None = None
-        self._detokenizer: Detokenizer | None = None
+        self._leaves_text = False
         self._is_ready = False
         self._heard_s = clock()
         self._inside: dict[int, Request] = {}  # rows that the engine has
@@ -111,23 +110,23 @@ class EngineSupervisor:
         self,
         agree_kv: Callable[[int], int],
         while_waiting: Callable[[], None],
-        detokenizer: Detokenizer | None = None,
+        leaves_text: bool = False,
     ) -> EngineInfo:
         """Loads the model; with less, if memory runs out.
 
         Args:
             agree_kv: measured bytes of free KV memory → the bytes to use.
-            detokenizer: makes the text of finished rows here; None leaves that to the engine.
+            leaves_text: whether whoever polls makes the text of finished rows, where the engine need not.
 
         Raises:
             EngineError: it can't be loaded.
         """
-        self._detokenizer = detokenizer
+        self._leaves_text = leaves_text
         while self._info is None:
             try:
                 assert self._process is not None
                 self._heard_s = self._clock()
-                self._process.load(leaves_text=detokenizer is not None)
+                self._process.load(leaves_text=leaves_text)
                 measured = self._await(KvMeasured, while_waiting).num_bytes
                 if self._kv_bytes is None:  # agreed once: the other ranks do not ask again
                     self._kv_bytes = agree_kv(measured)
@@ -208,25 +207,17 @@ class EngineSupervisor:
         if self._process is not None:
             self._process.kill()
 
-    def _decoded(self, undecoded: Undecoded) -> RowResult:
-        """The row, with its text."""
-        result = undecoded.result
-        prompt = self._inside[result.row].prompt_token_ids
-        assert self._detokenizer is not None and prompt is not None
-        texts = [self._detokenizer.text(prompt, ids, undecoded.skip_special_tokens) for ids in undecoded.token_ids]
-        completions = zip(result.completions, texts, strict=True)
-        return dataclasses.replace(
-            result, completions=tuple(dataclasses.replace(each, text=text) for each, text in completions)
-        )
+    def _with_prompt(self, undecoded: Undecoded) -> Undecoded:
+        request = self._inside.pop(undecoded.result.row)
+        return dataclasses.replace(undecoded, prompt_token_ids=request.prompt_token_ids or ())
 
     def _hear(self, event: Event) -> Iterable[Event]:
         self._heard_s = self._clock()
         if isinstance(event, Finished):
             self._deaths_in_a_row = 0
-            results = [*event.results, *map(self._decoded, event.undecoded)]
-            for result in results:
+            for result in event.results:
                 self._inside.pop(result.row)
-            yield Finished(results)
+            yield Finished(event.results, [self._with_prompt(each) for each in event.undecoded])
         elif isinstance(event, Stats):
             self._stats = event
             yield event.after(self._stats_before)
@@ -234,7 +225,7 @@ class EngineSupervisor:
             assert self._process is not None
             if event.problem is not None:
                 raise EngineError(f"the engine refused its options: {event.problem}")
-            self._process.load(self._kv_bytes, leaves_text=self._detokenizer is not None)
+            self._process.load(self._kv_bytes, leaves_text=self._leaves_text)
         elif isinstance(event, Ready):
             self._info = event.info
             self._is_ready = True

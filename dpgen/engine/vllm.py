@@ -116,6 +116,7 @@ class VllmBackend:
         if token_ids is None:
             assert self._render is not None
             token_ids = self._render(request.prompt)
+        params.skip_clone = True  # they are this row's alone; copying them takes longer than all else here
         # Without stop strings nobody needs the text before the end. vLLM alone knows how to space special tokens.
         is_spaced = params.skip_special_tokens or params.spaces_between_special_tokens
         if self._leaves_text and params.detokenize and not params.stop and is_spaced:
