@@ -15,6 +15,7 @@ from dpgen.config import MISSING, Config, legal_keys
 from dpgen.config_load import from_arguments
 from dpgen.ending import Ending
 from dpgen.errors import EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, PeerFailed
+from dpgen.imports import quick_imports
 from dpgen.parent import end_with_parent
 from dpgen.phases import Phases
 
@@ -81,7 +82,8 @@ def _run(arguments: Sequence[str]) -> int:
         topology = from_environment(os.environ)
         if topology.dp_size > 1:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost peers are our news to tell, without frames
-            from dpgen.gloo import GlooGroup  # brings torch, which a world of one needs not
+            with quick_imports():
+                from dpgen.gloo import GlooGroup  # brings torch, which a world of one needs not
 
             group = GlooGroup(topology)
             topology = place_on_node(topology, group.nodes)
@@ -89,7 +91,8 @@ def _run(arguments: Sequence[str]) -> int:
         group.agree(lambda: ending.begin(topology.is_first))
         config: Config = group.agree(lambda: _config(arguments))
 
-        from dpgen.run import run
+        with quick_imports():
+            from dpgen.run import run
 
         run(config, topology, group, ending, phases)
         ending.tell(EXIT_OK)

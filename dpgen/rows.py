@@ -16,6 +16,7 @@ import numpy as np
 
 from dpgen.config import DataConfig, parse_range
 from dpgen.errors import ConfigError
+from dpgen.imports import quick_imports
 
 if TYPE_CHECKING:
     import datasets
@@ -152,7 +153,8 @@ def open_rows(config: DataConfig) -> Rows:
     Raises:
         ConfigError: nothing is there, it can't be read, the split doesn't exist.
     """
-    import datasets
+    with quick_imports():
+        import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
