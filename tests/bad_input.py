@@ -96,6 +96,12 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ("a template that is none", ["data.prompt_column=null", "data.template={{ prompt"], "data.template, line 1"),
     ("a sampling column that is not there", ["sampling.from_columns={max_tokens: promt}"], "did you mean 'prompt'"),
     ("a kept column that is not there", ["data.columns=[promt]"], "data.columns: there is no column 'promt'"),
+    ("a rank's number of samples", ["sampling_by_rank=[{n: 2}]"], "sampling_by_rank[0].n can't be set"),
+    ("a model that is not there", ["model=./no-such-model"], "model=./no-such-model: there is no such folder"),
+]
+
+# The same, where only the engine can tell: found by its process, with vLLM, before a model loads.
+BAD_ENGINE_CONFIGS: list[tuple[str, list[str], str]] = [
     ("an engine's key that is misspelt", ["engine.max_num_seq=3"], "did you mean 'engine.max_num_seqs'"),
     ("an engine's number that is a word", ["engine.max_num_seqs=many"], "max_num_seqs"),
     ("a context longer than the model's", ["engine.max_model_len=100000"], "max_model_len"),
@@ -103,6 +109,4 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ("a sampling number that is a word", ["sampling.temperature=hot"], "sampling"),
     ("a rank's sampling key misspelt", ["sampling_by_rank=[{}, {top_q: 1}]"], "did you mean 'sampling_by_rank[1].top_"),
     ("a rank's sampling number that is a word", ["sampling_by_rank=[{temperature: hot}]"], "sampling_by_rank[0]"),
-    ("a rank's number of samples", ["sampling_by_rank=[{n: 2}]"], "sampling_by_rank[0].n can't be set"),
-    ("a model that is not there", ["model=./no-such-model"], "model=./no-such-model: there is no such folder"),
 ]

@@ -26,6 +26,18 @@ REPO = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 240
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker ends with them while the other is through.
+
+    First of all SLURM's tests, which run one after the other and mostly wait: whatever runs beside them has the cores.
+    """
+
+    def place(item: pytest.Item) -> tuple[bool, ...]:
+        return tuple(item.get_closest_marker(name) is None for name in ("slurm", "slow", "vllm", "multi"))
+
+    items.sort(key=place)
+
+
 class Job:
     """One launcher process (torchrun, or python) and what it printed, to a file or to a terminal."""
 
@@ -162,20 +174,25 @@ def write_config(tmp_path: Path) -> Callable[..., str]:
     """Writes a configuration for the fake engine over `rows`, changed by section; gives its path."""
 
     def write(rows: Sequence[Mapping[str, Any]], name: str = "conf.yaml", **sections: Any) -> str:
-        data = tmp_path / "rows.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        conf: dict[str, Any] = {
-            "run": {"dir": str(tmp_path / "run"), "engine": "fake"},
-            "model": "none",
-            "data": {"path": str(data), "prompt_column": "prompt"},
-        }
-        for section, body in sections.items():
-            conf[section] = {**conf.get(section, {}), **body} if isinstance(body, dict) else body
-        path = tmp_path / name
-        path.write_text(yaml.safe_dump(conf))
-        return str(path)
+        return write_into(tmp_path, rows, name, **sections)
 
     return write
+
+
+def write_into(folder: Path, rows: Sequence[Mapping[str, Any]], name: str = "conf.yaml", **sections: Any) -> str:
+    """The same in any folder."""
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    conf: dict[str, Any] = {
+        "run": {"dir": str(folder / "run"), "engine": "fake"},
+        "model": "none",
+        "data": {"path": str(data), "prompt_column": "prompt"},
+    }
+    for section, body in sections.items():
+        conf[section] = {**conf.get(section, {}), **body} if isinstance(body, dict) else body
+    path = folder / name
+    path.write_text(yaml.safe_dump(conf))
+    return str(path)
 
 
 def numbered(count: int) -> list[dict[str, Any]]:

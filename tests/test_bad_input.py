@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_input import BAD_CONFIGS, BAD_ROWS, HELLO, TEMPLATE
+from bad_input import BAD_CONFIGS, BAD_ENGINE_CONFIGS, BAD_ROWS, HELLO, TEMPLATE
 from conftest import Launcher, result_of
 from tiny_model import ENGINE, save_tiny_model
 
@@ -72,16 +73,77 @@ def test_a_bad_row_gets_its_error_and_its_neighbours_their_text(
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    ("words", "message"), [each[1:] for each in BAD_CONFIGS], ids=[each[0] for each in BAD_CONFIGS]
-)
+# A user's command, one after the other in one process, since starting it takes longer than refusing what it is given.
+EACH_IN_TURN = """
+import contextlib, io, json, sys
+from dpgen.cli import main
+
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        status = main(["run", *words])
+    print("TOLD " + json.dumps([status, told.getvalue()]), flush=True)
+"""
+
+# What the engine process does for each of them before it loads a model, in one process with vLLM.
+EACH_CHECKED = """
+import json, sys
+from dpgen.config_load import from_arguments
+from dpgen.engine.launch import engine_spec
+from dpgen.engine.vllm import VllmBackend
+from dpgen.errors import ConfigError
+from dpgen.topology import Topology
+
+for words in json.loads(sys.argv[1]):
+    spec = engine_spec(from_arguments(words), Topology(), None)
+    try:
+        VllmBackend(spec).check()
+        problem = None
+    except ConfigError as error:
+        problem = str(error)
+    print("TOLD " + json.dumps(problem), flush=True)
+"""
+
+
+def told_in_turn(launcher: Launcher, program: str, commands: list[list[str]]) -> list[Any]:
+    """What a program told of each of the commands."""
+    job = launcher.start([launcher.python, "-c", program, json.dumps(commands)])
+    assert job.wait() == 0, job.output
+    found = [json.loads(line[5:]) for line in job.output.splitlines() if line.startswith("TOLD ")]
+    assert len(found) == len(commands), job.output
+    return found
+
+
+def assert_one_line(told: str, message: str) -> None:
+    line = told.strip()
+    assert line.startswith("dpgen: error: ") and message in line and "\n" not in line, told
+
+
 def test_a_bad_configuration_is_refused_in_one_line_before_a_model_loads(
-    launcher: Launcher, write: Callable[..., str], tmp_path: Path, words: list[str], message: str
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
     conf = write([{"prompt": "hello"}])
-    job = launcher.dpgen("run", conf, *[word.replace("@", f"{tmp_path}/") for word in words])
+    commands = [[conf, *(word.replace("@", f"{tmp_path}/") for word in words)] for _, words, _ in BAD_CONFIGS]
+    for (what, _, message), (status, told) in zip(
+        BAD_CONFIGS, told_in_turn(launcher, EACH_IN_TURN, commands), strict=True
+    ):
+        assert status == 2, f"{what}: {told}"
+        assert_one_line(told, message)
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_what_the_engine_refuses_is_refused_before_a_model_loads(launcher: Launcher, write: Callable[..., str]) -> None:
+    conf = write([{"prompt": "hello"}])
+    problems = told_in_turn(launcher, EACH_CHECKED, [[conf, *words] for _, words, _ in BAD_ENGINE_CONFIGS])
+    for (what, _, message), problem in zip(BAD_ENGINE_CONFIGS, problems, strict=True):
+        assert problem is not None and message in problem and "\n" not in problem, f"{what}: {problem}"
+
+
+def test_what_the_engine_refuses_reaches_the_user_in_one_line(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
+) -> None:
+    _, words, message = BAD_ENGINE_CONFIGS[-1]
+    job = launcher.dpgen("run", write([{"prompt": "hello"}]), *words)
     assert job.wait() == 2, job.output
-    line = job.output.strip()
-    assert line.startswith("dpgen: error: ") and message in line and "\n" not in line, job.output
+    assert_one_line(job.output, message)
     assert not (tmp_path / "run").exists(), "nothing was begun"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Launcher, engines_of, numbered, result_of, wait_for
+from conftest import Launcher, engines_of, numbered, result_of, wait_for, write_into
 from tiny_model import ENGINE, save_tiny_model, save_tiny_moe
 
 from dpgen.config import ParallelConfig
@@ -68,14 +68,14 @@ def test_only_the_first_process_of_a_group_journals(
 def test_an_engine_of_several_that_dies_ends_the_run_resumable(
     launcher: Launcher, write_config: Callable[..., str], tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(200), engine={"step_s": 0.02, "max_num_seqs": 4})
+    conf = write_config(numbered(100), engine={"step_s": 0.02, "max_num_seqs": 4})
     job = launcher.dpgen("run", conf, EXTERNAL, TP_2, ranks=2, torchrun=["--max-restarts", "1"])
     journal = tmp_path / "run" / "journal"
     wait_for(lambda: sum(path.stat().st_size for path in journal.glob("*.journal")) > 1000)
     os.kill(engines_of(job)[1], signal.SIGKILL)
     assert job.wait() == 0, job.output
     assert "attempt 2: " in job.output, "torchrun has started all of them anew"
-    assert [row["row_id"] for row in result_of(tmp_path / "run")] == list(range(200))
+    assert [row["row_id"] for row in result_of(tmp_path / "run")] == list(range(100))
 
 
 # ---- real vLLM
@@ -86,54 +86,60 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    """What a rank generated alone, once it has."""
-    return {}
-
-
 def uneven(count: int) -> list[dict[str, Any]]:
     return [{"prompt": " ".join(WORDS[: 1 + row % 9]), "budget": 1 + row * 13 % 40} for row in range(count)]
 
 
-@pytest.mark.vllm
-@pytest.mark.multi
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ranks", "count", "options"),
-    [
-        pytest.param(2, 41, [TP_2], id="two ranks, TP 2 below each"),
-        pytest.param(2, 41, [EXTERNAL, TP_2], id="TP 2 of two processes"),
-        pytest.param(2, 41, [EXTERNAL, LOCK_STEP], id="DP 2 in lock-step"),
-        pytest.param(2, 1, [EXTERNAL, LOCK_STEP], id="DP 2 in lock-step, one without a row"),
-        pytest.param(4, 41, [EXTERNAL, TP_2], id="DP 2 x TP 2 of four processes"),
-        pytest.param(4, 1, [EXTERNAL, TP_2, LOCK_STEP], id="DP 2 x TP 2 in lock-step, one without a row"),
-    ],
-)
-def test_every_layout_generates_what_one_process_does(
-    launcher: Launcher,
-    write_config: Callable[..., str],
-    tmp_path: Path,
-    model: Path,
-    alone: dict[str, Any],
-    ranks: int,
-    count: int,
-    options: list[str],
-) -> None:
-    conf = write_config(
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[dict[str, Any]]:
+    """What one process generates from 41 uneven rows."""
+    folder = tmp_path_factory.mktemp("alone")
+    launcher = Launcher(folder)
+    job = launcher.dpgen("run", write_uneven(folder, model))
+    try:
+        assert job.wait() == 0, job.output
+    finally:
+        job.end()
+    return result_of(folder / "run")
+
+
+def write_uneven(folder: Path, model: Path) -> str:
+    return write_into(
+        folder,
         uneven(41),
         run={"engine": "vllm", "log_level": "error"},
         model=str(model),
         engine=ENGINE,
         sampling={"temperature": 0, "ignore_eos": True, "from_columns": {"max_tokens": "budget"}},
     )
-    if not alone:
-        job = launcher.dpgen("run", conf, f"run.dir={tmp_path / 'alone'}")
-        assert job.wait() == 0, job.output
-        alone["rows"] = result_of(tmp_path / "alone")
-    job = launcher.dpgen("run", conf, f"data.limit={count}", *options, ranks=ranks)
+
+
+@pytest.mark.vllm
+@pytest.mark.multi
+@pytest.mark.slow
+@pytest.mark.xdist_group("layouts")  # they share what one process generates alone
+@pytest.mark.parametrize(
+    ("ranks", "count", "options"),
+    [
+        pytest.param(2, 41, [TP_2], id="two ranks, TP 2 below each"),
+        pytest.param(2, 41, [EXTERNAL, TP_2], id="TP 2 of two processes"),
+        pytest.param(2, 41, [EXTERNAL, LOCK_STEP], id="DP 2 in lock-step"),
+        pytest.param(4, 41, [EXTERNAL, TP_2], id="DP 2 x TP 2 of four processes"),
+        pytest.param(4, 1, [EXTERNAL, TP_2, LOCK_STEP], id="DP 2 x TP 2 in lock-step, one without a row"),
+    ],
+)
+def test_every_layout_generates_what_one_process_does(
+    launcher: Launcher,
+    tmp_path: Path,
+    model: Path,
+    alone: list[dict[str, Any]],
+    ranks: int,
+    count: int,
+    options: list[str],
+) -> None:
+    job = launcher.dpgen("run", write_uneven(tmp_path, model), f"data.limit={count}", *options, ranks=ranks)
     assert job.wait() == 0, job.output
-    assert result_of(tmp_path / "run") == alone["rows"][:count]
+    assert result_of(tmp_path / "run") == alone[:count]
     assert ("only costs" in job.output) == (LOCK_STEP in options)
 
 

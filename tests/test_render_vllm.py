@@ -1,7 +1,7 @@
 """Our token ids against those that vLLM's LLM.generate and LLM.chat use (RequestOutput.prompt_token_ids).
 
-Each engine runs in a process of its own: this file, as a script, is that process. It renders every prompt with
-`EngineRenderer`, too.
+vLLM runs in a process of its own, one for all tokenizers, since it takes longer to import than to load: this file, as
+a script, is that process. It renders every prompt with `EngineRenderer`, too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from dpgen.errors import RowRefused
 from dpgen.render import PromptSettings, Renderer
 from dpgen.tokenizer import TokenizerSettings, known_to_transformers, load_tokenizer
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("render")]  # one process answers for all
+
+MODES = [("deepseek_v32", "plain"), ("mistral", "mistral")]
 
 
 @dataclass
@@ -152,29 +154,46 @@ def ours(case: Case, value: Any, tokenizer: Any) -> list[int] | str:
         return refused.type
 
 
-def ask_vllm(folder: Path, tmp_path: Path, **engine: Any) -> dict[str, Any]:
-    """What vLLM, in a process of its own, makes of all cases; see `main`."""
-    answer = tmp_path / "answer.json"
+@dataclass(frozen=True)
+class Asked:
+    """A model's folder, and what vLLM made of all cases with it; see `main`."""
+
+    folder: Path
+    theirs: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Asked]:
+    """By the tokenizer's name, or by the tokenizer mode."""
+    folder = tmp_path_factory.mktemp("asked")
+    wanted = [(name, name, {}) for name in tiny_tokenizers.NAMES]
+    wanted += [(mode, tokenizer, {"tokenizer_mode": mode}) for mode, tokenizer in MODES]
+    questions = [
+        {
+            "folder": str(save_tiny_model(folder / key, tokenizer)),
+            "answer": str(folder / f"{key}.json"),
+            "engine": engine,
+        }
+        for key, tokenizer, engine in wanted
+    ]
     environment = os.environ | {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
     }
-    command = [sys.executable, __file__, str(folder), str(answer), json.dumps(engine)]
+    command = [sys.executable, __file__, json.dumps(questions)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    answered: dict[str, Any] = json.loads(answer.read_text())
-    return answered
+    return {key: Asked(folder / key, json.loads((folder / f"{key}.json").read_text())) for key, _, _ in wanted}
 
 
 @pytest.mark.parametrize("name", tiny_tokenizers.NAMES)
-def test_token_for_token(name: str, tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "model", name)
-    settings = TokenizerSettings.from_engine(str(folder), {})
+def test_token_for_token(name: str, asked: dict[str, Asked]) -> None:
+    settings = TokenizerSettings.from_engine(str(asked[name].folder), {})
     assert known_to_transformers(settings)
     tokenizer = load_tokenizer(settings)
-    theirs = ask_vllm(folder, tmp_path)
+    theirs = asked[name].theirs
     taken = 0
     for case in cases():
         generated, rendered = theirs["generate"][case.name], theirs["renderer"][case.name]
@@ -192,12 +211,10 @@ def test_token_for_token(name: str, tmp_path: Path) -> None:
     assert set(theirs["known part keys"]) == KNOWN_PART_KEYS
 
 
-@pytest.mark.parametrize(("mode", "tokenizer"), [("deepseek_v32", "plain"), ("mistral", "mistral")])
-def test_a_tokenizer_mode_of_vllms_own(mode: str, tokenizer: str, tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "model", tokenizer)
-    engine = {"tokenizer_mode": mode}
-    assert not known_to_transformers(TokenizerSettings.from_engine(str(folder), engine))
-    theirs = ask_vllm(folder, tmp_path, **engine)
+@pytest.mark.parametrize("mode", [mode for mode, _ in MODES])
+def test_a_tokenizer_mode_of_vllms_own(mode: str, asked: dict[str, Asked]) -> None:
+    assert not known_to_transformers(TokenizerSettings.from_engine(str(asked[mode].folder), {"tokenizer_mode": mode}))
+    theirs = asked[mode].theirs
     taken = 0
     for case in cases():
         generated, rendered = theirs["generate"][case.name], theirs["renderer"][case.name]
@@ -209,10 +226,16 @@ def test_a_tokenizer_mode_of_vllms_own(mode: str, tokenizer: str, tmp_path: Path
     assert taken > 25
 
 
-# ---- the engine's process
+# ---- the process with vLLM
 
 
-def main(folder: str, answer: str, engine: str) -> None:
+def main(questions: str) -> None:
+    """For each question: one engine, all cases, and what became of them in the file that is to hold the answer."""
+    for question in json.loads(questions):
+        Path(question["answer"]).write_text(json.dumps(answer(question["folder"], question["engine"])))
+
+
+def answer(folder: str, engine: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
     from vllm.renderers.chat_utils import _KNOWN_CONTENT_PART_FIELDS
     from vllm.renderers.hf import _detect_content_format
@@ -226,7 +249,7 @@ def main(folder: str, answer: str, engine: str) -> None:
         distributed_executor_backend="uni",
         kv_cache_memory_bytes=32 << 20,
         enforce_eager=True,
-        **json.loads(engine),
+        **engine,
     )
     theirs: dict[str, Any] = {"generate": {}, "renderer": {}, "errors": {}}
     for case in cases():
@@ -238,7 +261,8 @@ def main(folder: str, answer: str, engine: str) -> None:
         theirs["renderer"][case.name] = render_in_engine(llm, case)
     theirs["formats"] = {each: _detect_content_format(each, default="string") for each in CONTENT_FORMATS}
     theirs["known part keys"] = sorted(_KNOWN_CONTENT_PART_FIELDS)
-    Path(answer).write_text(json.dumps(theirs))
+    llm.llm_engine.engine_core.shutdown()
+    return theirs
 
 
 def generate(llm: Any, case: Case) -> list[int]:
