@@ -14,10 +14,11 @@ from typing import Any
 from dpgen.config import MISSING, Config, legal_keys
 from dpgen.config_load import from_arguments
 from dpgen.ending import Ending
-from dpgen.errors import EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, PeerFailed
+from dpgen.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, ConfigError, DpgenError, PeerFailed
 from dpgen.imports import quick_imports
 from dpgen.parent import end_with_parent
 from dpgen.phases import Phases
+from dpgen.stop import end_at_once
 
 _USAGE = """\
 usage: dpgen run CONFIG.yaml [MORE.yaml ...] [key=value ...]
@@ -76,7 +77,13 @@ def _run(arguments: Sequence[str]) -> int:
     group: Any = LoneGroup()
     phases = Phases()
     ending = Ending(os.environ)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    end_at_once(
+        lambda: ending.tell_if_untold(group.first_failure_status() or EXIT_RESUMABLE),
+        # torchrun says itself that it ends its ranks, and which failure was the first.
+        lambda why: None if by_torchrun else print(f"dpgen: stopped: {why}", file=sys.stderr, flush=True),
+    )
+    if by_torchrun:
         end_with_parent(signal.SIGTERM)  # a killed torchrun leaves no ranks waiting for its store
     try:
         topology = from_environment(os.environ)

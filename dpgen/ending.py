@@ -26,7 +26,7 @@ class Ending:
     def __init__(self, environ: Mapping[str, str]) -> None:
         path = environ.get(STATUS_FILE)
         self._path = Path(path) if path else None
-        self._is_first = False
+        self._is_first = self._has_begun = False
         self.num_done: int | None = None
 
     def begin(self, is_first: bool) -> None:
@@ -35,7 +35,7 @@ class Ending:
         Raises:
             DpgenError: the file can't be written; better now than after a day.
         """
-        self._is_first = is_first
+        self._is_first, self._has_begun = is_first, True
         if self._path is None or not is_first:
             return
         try:
@@ -45,7 +45,9 @@ class Ending:
             raise DpgenError(f"{STATUS_FILE}={self._path} can't be written: {error.strerror}") from None
 
     def tell(self, exit_status: int) -> None:
-        """On rank 0: how the run has ended. Other ranks leave that to it."""
+        """On rank 0: how the run has ended. Other ranks leave that to it, once it has begun."""
+        if not self._has_begun:  # and a rank that fails before that ends all of them
+            self.tell_if_untold(exit_status)
         if self._path is None or not self._is_first:
             return
         temporary = self._path.with_name(f"{self._path.name}.tmp")

@@ -1,13 +1,15 @@
 """Being told to stop: by a signal, by `run.time_limit`, or by SLURM's end time.
 
 While rows are generated the loop asks (`Stop.reason`) and ends in good order; elsewhere the signal raises at once.
-A second signal ends the process on the spot: what was synced stays, and the engine dies with its rank.
+A second signal ends the process on the spot: what was synced stays, and the engine dies with its rank. So does the
+first one where nothing has begun yet (`end_at_once`).
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -75,6 +77,38 @@ class Stop:
         self._signal, self._told_s = signal.Signals(number), now
         if self._may_raise:
             raise Interrupted(self.reason)
+
+
+def end_at_once(before_exit: Callable[[], None], say: Callable[[str], None]) -> None:
+    """Until a `Stop` is installed, SIGTERM and SIGUSR1 end this process on the spot, resumable.
+
+    For the time in which a rank imports torch and joins the others, maybe for minutes, in calls that no handler of
+    Python's interrupts: so a thread listens, too. Without this a job that is stopped then leaves no word, which is
+    what a failed run does.
+
+    Args:
+        before_exit: called first.
+        say: takes the reason.
+    """
+    hears, tells = os.pipe()
+    os.set_blocking(tells, False)
+    ending = threading.Lock()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if ending.acquire(blocking=False):
+            before_exit()
+            say(f"told to stop by {signal.Signals(number).name} before the run had begun; {_HINT}")
+            os._exit(EXIT_RESUMABLE)
+
+    def listen() -> None:
+        while heard := os.read(hears, 1):
+            if signal.getsignal(heard[0]) is end:  # else a Stop has taken over, or it is another signal
+                end(heard[0], None)
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    signal.set_wakeup_fd(tells)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, end)
 
 
 def deadline(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,37 @@ def test_complete_and_wrongly_configured_runs(launcher: Launcher, write_config: 
     assert told(tmp_path) == ["0", "10"]
     assert launcher.dpgen("run", conf, "engine.nonsense=1", **status_file(tmp_path)).wait() == 2
     assert told(tmp_path)[0] == "2"
+
+
+def test_a_rank_that_fails_before_the_ranks_have_met_says_so(tmp_path: Path) -> None:
+    failing, stopped = (Ending(status_file(tmp_path)) for _ in range(2))
+    failing.tell(1)
+    stopped.tell_if_untold(75)  # by a launcher that ends the others
+    assert told(tmp_path) == ["1", "?"]
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_rank_that_is_stopped_while_it_joins_is_resumable(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, number: signal.Signals
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        environment = {
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_STEP_TASKS_PER_NODE": "2",
+        }
+        environment |= {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1])}
+        command = [launcher.python, "-m", "dpgen", "run", write_config(numbered(3))]
+        job = launcher.start(command, **environment, **status_file(tmp_path))
+        connection, _ = silent.accept()
+        with connection:  # it waits for an answer now, in a call that no Python handler interrupts
+            job.process.send_signal(number)
+            assert job.wait(30) == 75, job.output
+    assert told(tmp_path) == ["75", "?"]
+    assert f"dpgen: stopped: told to stop by {number.name} before the run had begun" in job.output
 
 
 @pytest.mark.multi
