@@ -42,8 +42,10 @@ _AGENT_TIMEOUT = timedelta(seconds=30)
 _FAILURE = "dpgen/failure"
 _LEFT = "dpgen/left"  # in the store: how many ranks need it no more
 _LOOK_INTERVAL_S = 0.5
-_LEASE_S = 60.0  # not renewed for so long: lost
-_BROKEN_LEASE_S = 15.0  # the same, once the group is known to be broken
+# Not renewed for so long, or a store that has not answered for so long: lost. DPGEN_LEASE_S is for tests, which would
+# otherwise wait a minute each: on a busy machine or network a short one takes slow ranks for lost.
+_LEASE_S = float(os.environ.get("DPGEN_LEASE_S") or 60.0)
+_BROKEN_LEASE_S = _LEASE_S / 4  # the same, once the group is known to be broken
 _POLL_S = 0.05
 _SHORT_POLL_S = 0.001
 # Worlds with collectives that never end. Destroying one would wait for them, so they stay until the process ends.
@@ -100,7 +102,7 @@ class GlooGroup(Group):
                 # A restarted job may meet the store of its former self: each gathering has names of its own.
                 say = speaker(self.rank)
                 self._names = f"dpgen/{meet(self._base, self.rank, self.size, _JOIN_TIMEOUT.total_seconds(), say)}"
-            self.store = WatchedStore(self._prefixed())
+            self.store = WatchedStore(self._prefixed(), _LEASE_S)
             self._connect()
         except (RuntimeError, ValueError) as error:
             raise DpgenError(

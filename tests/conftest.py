@@ -24,6 +24,8 @@ import yaml
 
 REPO = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 240
+# For tests in which the others wait for a lost rank's lease: the real one, of a minute, is waited for in test_recovery.
+SHORT_LEASE = {"DPGEN_LEASE_S": "24"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -193,6 +195,27 @@ def write_into(folder: Path, rows: Sequence[Mapping[str, Any]], name: str = "con
     path = folder / name
     path.write_text(yaml.safe_dump(conf))
     return str(path)
+
+
+# A user's command, one after the other in one process, since starting it takes longer than refusing what it is given.
+EACH_IN_TURN = """
+import contextlib, io, json, sys
+from dpgen.cli import main
+
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        status = main(["run", *words])
+    print("TOLD " + json.dumps([status, told.getvalue()]), flush=True)
+"""
+
+
+def told_in_turn(launcher: Launcher, program: str, commands: list[list[str]]) -> list[Any]:
+    """What a program told of each of the commands."""
+    job = launcher.start([launcher.python, "-c", program, json.dumps(commands)])
+    assert job.wait() == 0, job.output
+    found = [json.loads(line[5:]) for line in job.output.splitlines() if line.startswith("TOLD ")]
+    assert len(found) == len(commands), job.output
+    return found
 
 
 def numbered(count: int) -> list[dict[str, Any]]:

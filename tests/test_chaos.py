@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
 @pytest.mark.parametrize(
     ("engine", "kills", "rows"),
-    [("fake", 40, 600), pytest.param("vllm", 3, 300, marks=pytest.mark.vllm)],
+    [("fake", 40, 600), pytest.param("vllm", 3, 200, marks=pytest.mark.vllm)],
 )
 def test_random_kills_lose_double_and_change_nothing(
     launcher: Launcher, tmp_path: Path, engine: str, kills: int, rows: int

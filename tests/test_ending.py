@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Launcher, numbered, wait_for
+from conftest import SHORT_LEASE, Launcher, numbered, wait_for
 
 from dpgen.ending import STATUS_FILE, Ending
 from dpgen.errors import DpgenError
@@ -130,7 +130,7 @@ def test_a_run_that_went_on_without_a_rank_is_complete(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
     conf = write_config(numbered(100), engine=SLOW)
-    jobs = launcher.srun_like("run", conf, each=[[], [], []], **status_file(tmp_path))
+    jobs = launcher.srun_like("run", conf, each=[[], [], []], **SHORT_LEASE, **status_file(tmp_path))
     wait_for(lambda: "KV cache" in jobs[0].output)
     os.kill(jobs[2].process.pid, signal.SIGKILL)
     assert [job.wait(120) for job in jobs] == [0, 0, -signal.SIGKILL]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Launcher, engines_of, free_port, numbered, result_of, wait_for
+from conftest import SHORT_LEASE, Launcher, engines_of, free_port, numbered, result_of, wait_for
 
 pytestmark = pytest.mark.multi
 
@@ -40,6 +40,7 @@ def undisturbed(launcher: Launcher, conf: str, tmp_path: Path) -> list[dict[str,
 # ---- engines
 
 
+@pytest.mark.slow
 def test_a_killed_engine_is_replaced_and_nobody_else_notices(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -52,6 +53,7 @@ def test_a_killed_engine_is_replaced_and_nobody_else_notices(
     assert results(tmp_path, 120) == undisturbed(launcher, conf, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_hung_engine_is_replaced(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
     conf = write_config(numbered(60), run={"engine_timeout_s": 3}, engine={"step_s": 0.02, "max_num_seqs": 4})
     job = launcher.dpgen("run", conf)
@@ -62,6 +64,7 @@ def test_a_hung_engine_is_replaced(launcher: Launcher, write_config: WriteConfig
     results(tmp_path, 60)
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_its_engine_is_recorded_and_the_run_goes_on(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -73,7 +76,7 @@ def test_a_row_that_kills_its_engine_is_recorded_and_the_run_goes_on(
     assert errors[17]["type"] == "poison_row" and "SIGKILL" in errors[17]["message"]
 
 
-@pytest.mark.parametrize("steal", ["true", "false"])
+@pytest.mark.parametrize("steal", [pytest.param("true", marks=pytest.mark.slow), "false"])
 def test_an_engine_that_does_not_come_back_leaves_its_rows_to_the_others(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, steal: str
 ) -> None:
@@ -100,11 +103,12 @@ def test_only_when_no_engine_is_left_does_the_run_fail_and_it_can_go_on(
 # ---- ranks
 
 
+@pytest.mark.slow
 def test_ranks_under_srun_go_on_without_one_that_was_killed(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
     conf = write_config(numbered(200), engine={"step_s": 0.02, "max_num_seqs": 4})
-    jobs = launcher.srun_like("run", conf, each=[[], [], []])
+    jobs = launcher.srun_like("run", conf, each=[[], [], []], **SHORT_LEASE)
     wait_for(lambda: journaled(tmp_path / "run") > 3000)
     os.kill(jobs[1].process.pid, signal.SIGKILL)
     assert [job.wait(120) for job in jobs] == [0, -signal.SIGKILL, 0], "".join(job.output for job in jobs)
@@ -118,7 +122,7 @@ def test_ranks_under_srun_go_on_without_two_that_die_one_after_the_other(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
     conf = write_config(numbered(300), engine={"step_s": 0.02, "max_num_seqs": 4})
-    jobs = launcher.srun_like("run", conf, each=[[], [], [], []])
+    jobs = launcher.srun_like("run", conf, each=[[], [], [], []], **SHORT_LEASE)
     wait_for(lambda: journaled(tmp_path / "run") > 3000)
     os.kill(jobs[3].process.pid, signal.SIGKILL)
     wait_for(lambda: "going on without it" in jobs[2].output)
@@ -142,6 +146,7 @@ def test_ranks_under_srun_go_on_without_one_that_hangs(
     results(tmp_path, 200)
 
 
+@pytest.mark.slow
 def test_losing_the_stores_host_leaves_a_run_that_can_go_on(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -209,6 +214,7 @@ def ranks_of(launcher_pid: int) -> list[int]:
 # ---- resuming
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_goes_on_where_it_stopped_at_any_world_size(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -376,7 +382,7 @@ def test_an_engine_killed_while_it_starts_is_started_again(
     results(tmp_path, 30)
 
 
-@pytest.mark.parametrize("moment", ["", "KV cache"])
+@pytest.mark.parametrize("moment", [pytest.param("", marks=pytest.mark.slow), "KV cache"])
 def test_a_killed_torchrun_leaves_no_process(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, moment: str
 ) -> None:
