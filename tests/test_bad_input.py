@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bad_input import BAD_CONFIGS, BAD_ENGINE_CONFIGS, BAD_ROWS, HELLO, TEMPLATE
-from conftest import Launcher, result_of
+from conftest import EACH_IN_TURN, Launcher, result_of, told_in_turn
 from tiny_model import ENGINE, save_tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.multi]
@@ -73,17 +72,6 @@ def test_a_bad_row_gets_its_error_and_its_neighbours_their_text(
     assert not wrong
 
 
-# A user's command, one after the other in one process, since starting it takes longer than refusing what it is given.
-EACH_IN_TURN = """
-import contextlib, io, json, sys
-from dpgen.cli import main
-
-for words in json.loads(sys.argv[1]):
-    with contextlib.redirect_stderr(io.StringIO()) as told:
-        status = main(["run", *words])
-    print("TOLD " + json.dumps([status, told.getvalue()]), flush=True)
-"""
-
 # What the engine process does for each of them before it loads a model, in one process with vLLM.
 EACH_CHECKED = """
 import json, sys
@@ -102,15 +90,6 @@ for words in json.loads(sys.argv[1]):
         problem = str(error)
     print("TOLD " + json.dumps(problem), flush=True)
 """
-
-
-def told_in_turn(launcher: Launcher, program: str, commands: list[list[str]]) -> list[Any]:
-    """What a program told of each of the commands."""
-    job = launcher.start([launcher.python, "-c", program, json.dumps(commands)])
-    assert job.wait() == 0, job.output
-    found = [json.loads(line[5:]) for line in job.output.splitlines() if line.startswith("TOLD ")]
-    assert len(found) == len(commands), job.output
-    return found
 
 
 def assert_one_line(told: str, message: str) -> None:

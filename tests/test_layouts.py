@@ -52,7 +52,7 @@ def test_experts_that_are_split_over_ranks_step_together() -> None:
 
 @pytest.mark.multi
 @pytest.mark.parametrize("options", [[TP_2], [TP_2, LOCK_STEP]], ids=["independent", "lock-step"])
-@pytest.mark.parametrize("count", [1, 101])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 101])
 def test_only_the_first_process_of_a_group_journals(
     launcher: Launcher, write_config: Callable[..., str], tmp_path: Path, options: list[str], count: int
 ) -> None:
@@ -64,6 +64,7 @@ def test_only_the_first_process_of_a_group_journals(
     assert f"{count} row{'' if count == 1 else 's'} over 2 ranks" in job.output
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_an_engine_of_several_that_dies_ends_the_run_resumable(
     launcher: Launcher, write_config: Callable[..., str], tmp_path: Path

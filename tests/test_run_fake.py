@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Launcher, numbered, result_of
+from conftest import EACH_IN_TURN, Launcher, numbered, result_of, told_in_turn
 
 from dpgen.beacon import find_store
 from dpgen.topology import ports_of_job
@@ -69,7 +69,7 @@ def test_ranks_from_slurms_environment(launcher: Launcher, write_config: WriteCo
     assert "20 rows over 3 ranks" in jobs[0].output
 
 
-@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("late", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_ranks_meet_though_the_first_port_of_their_job_is_a_strangers(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, late: int
 ) -> None:
@@ -111,6 +111,7 @@ def test_the_smallest_kv_cache_is_everyones(launcher: Launcher, write_config: Wr
     assert "KV cache: 2,048 blocks of 16 tokens on every rank (2 MiB; 8 MiB free here)" in jobs[0].output
 
 
+@pytest.mark.slow
 def test_a_rank_with_ten_times_the_work_is_waited_for(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -145,6 +146,7 @@ def test_rows_come_home_where_the_run_folder_is_not_shared(
     assert not (tmp_path / "node1" / "run" / "_SUCCESS").exists()
 
 
+@pytest.mark.slow
 def test_gathering_though_the_folder_is_shared_changes_nothing(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -163,6 +165,7 @@ def test_gathering_though_the_folder_is_shared_changes_nothing(
     assert journals["always"] == journals["auto"], "nothing of what was sent is left beside what was there"
 
 
+@pytest.mark.slow
 def test_a_rows_sampling_is_its_shards_whoever_generates_it(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -237,26 +240,29 @@ def test_one_process_of_a_node_prepares_the_data_while_the_others_wait(
 # ---- what a user does wrong
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("data.promt_column=x", "did you mean 'data.prompt_column'"),
-        ("engine.max_num_seq=3", "unknown key 'engine.max_num_seq'; did you mean 'engine.max_num_seqs'"),
-        ("engine.max_num_seqs=0", "engine.max_num_seqs=0: it must be a whole number from 1"),
-        ("sampling.max_token=3", "unknown key 'sampling.max_token'; did you mean 'sampling.max_tokens'"),
-        (
-            "sampling_by_rank=[{}, {max_token: 3}]",
-            "unknown key 'sampling_by_rank[1].max_token'; did you mean 'sampling_by_rank[1].max_tokens'",
-        ),
-        ("data.prompt_column=promt", "data.prompt_column: 'promt' is no column of the dataset; did you mean 'prompt'"),
-        (
-            "sampling.from_columns={max_tokens: promp}",
-            "max_tokens is to come from 'promp', which is no column of the dataset; did you mean 'prompt'",
-        ),
-        ("data.columns=[promt]", "data.columns: there is no column 'promt'; did you mean 'prompt'"),
-        ("data.path=nowhere.jsonl", "no such file or folder: nowhere.jsonl"),
-    ],
-)
+# (words of the command line, the error's), by what finds the error: the configuration, the input, the engine.
+WRONG = [
+    ("data.promt_column=x", "did you mean 'data.prompt_column'"),
+    ("data.prompt_column=promt", "data.prompt_column: 'promt' is no column of the dataset; did you mean 'prompt'"),
+    ("engine.max_num_seq=3", "unknown key 'engine.max_num_seq'; did you mean 'engine.max_num_seqs'"),
+]
+WRONG_TOO = [
+    ("engine.max_num_seqs=0", "engine.max_num_seqs=0: it must be a whole number from 1"),
+    ("sampling.max_token=3", "unknown key 'sampling.max_token'; did you mean 'sampling.max_tokens'"),
+    (
+        "sampling_by_rank=[{}, {max_token: 3}]",
+        "unknown key 'sampling_by_rank[1].max_token'; did you mean 'sampling_by_rank[1].max_tokens'",
+    ),
+    (
+        "sampling.from_columns={max_tokens: promp}",
+        "max_tokens is to come from 'promp', which is no column of the dataset; did you mean 'prompt'",
+    ),
+    ("data.columns=[promt]", "data.columns: there is no column 'promt'; did you mean 'prompt'"),
+    ("data.path=nowhere.jsonl", "no such file or folder: nowhere.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), WRONG)
 def test_a_wrong_configuration_is_told_once_and_exits_with_2(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, override: str, words: str
 ) -> None:
@@ -265,6 +271,16 @@ def test_a_wrong_configuration_is_told_once_and_exits_with_2(
     output = "".join(job.output for job in jobs)
     assert output.count(words) == 1, output
     assert "Traceback" not in output
+    assert not (tmp_path / "run" / "_SUCCESS").exists()
+
+
+def test_other_wrong_configurations_are_told_in_the_same_way(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(numbered(3))
+    told = told_in_turn(launcher, EACH_IN_TURN, [[conf, override] for override, _ in WRONG_TOO])
+    for (_, words), (status, output) in zip(WRONG_TOO, told, strict=True):
+        assert status == 2 and output.count(words) == 1 and "Traceback" not in output, output
     assert not (tmp_path / "run" / "_SUCCESS").exists()
 
 
