@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dpgen.pace import IDLE, slowest
 from dpgen.words import duration
 
+_WORTH_A_LINE = 0.01  # of all prompt tokens
 _LONG_ENOUGH_S = 10.0  # below that a rank's rate says little of it
 
 
@@ -57,8 +58,8 @@ def findings(manifests: Sequence[Manifest]) -> Iterator[str]:
             f"{100 * share:.0f} % of the others' median"
         )
     num_cached = sum(each.num_cached_tokens for each in manifests)
-    if num_cached:
-        share = num_cached / max(1, sum(each.num_prompt_tokens for each in manifests))
+    share = num_cached / max(1, sum(each.num_prompt_tokens for each in manifests))
+    if share >= _WORTH_A_LINE:
         yield f"prefix cache: {100 * share:.0f} % of the prompts' tokens were there already"
     num_preemptions = sum(each.num_preemptions for each in manifests)
     if num_preemptions:

@@ -138,7 +138,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_says_how_long_and_what_would_help() -> None:
     done = command("--lengths", REASONING, "--max-num-seqs", "16", "--ranks", "2,8", "--rows", "2048")
     assert done.returncode == 0, done.stderr
-    assert "2,048 rows" in done.stdout and "8 ms a step, 40 us a sequence" in done.stdout
+    assert "2,048 rows" in done.stdout and "6 ms a step, 11 us a sequence" in done.stdout
     assert "GPU-hours" in done.stdout and "on 8 ranks other choices would take:" in done.stdout
     facts = json.loads(command(*done.args[4:], "--json").stdout)
     assert facts["ranks"]["2"]["efficiency"] > facts["ranks"]["8"]["efficiency"]

@@ -88,13 +88,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt-tokens", type=int, help="tokens of every prompt (default: the dataset's characters / 4, or 0)")
     add("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
     add("--json", action="store_true", help="one JSON object instead of lines for people")
-    engine = parser.add_argument_group("the engine (default: roughly a model of 8 billion parameters on one H100)")
+    engine = parser.add_argument_group(
+        "the engine (default: as measured with --calibrate, a Llama of 8 billion parameters in bf16 on one H100)"
+    )
     add = engine.add_argument
     add("--calibrate", action="store_true", help="measure A, C, K and P with the configuration's engine, here")
-    add("--step-ms", type=float, default=8.0, help="A, milliseconds (default: %(default)s)")
-    add("--seq-us", type=float, default=40.0, help="C, microseconds (default: %(default)s)")
-    add("--kv-ns", type=float, default=0.0, help="K, nanoseconds (default: %(default)s)")
-    add("--prefill-us", type=float, default=20.0, help="P, microseconds (default: %(default)s)")
+    add("--step-ms", type=float, default=6.0, help="A, milliseconds (default: %(default)s)")
+    add("--seq-us", type=float, default=11.0, help="C, microseconds (default: %(default)s)")
+    add("--kv-ns", type=float, default=52.0, help="K, nanoseconds (default: %(default)s)")
+    add("--prefill-us", type=float, default=23.0, help="P, microseconds (default: %(default)s)")
     add("--max-num-seqs", type=int, default=256, help="sequences at a time (default: %(default)s)")
     add("--kv-tokens", type=int, help="tokens that the KV cache holds (default: no limit)")
     return parser
