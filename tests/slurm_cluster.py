@@ -15,9 +15,11 @@ from pathlib import Path
 
 from conftest import REPO, free_port, wait_for
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "taskset")
 
 # Short times, so that the tests are short: `cred_expire` is also what a requeued job waits for before it starts again.
+# Long ones for what this machine does itself: on a busy one a slurmd that answers late is no lost node, whose jobs
+# SLURM would requeue.
 _CONFIGURATION = """\
 ClusterName=dpgen-test
 SlurmctldHost={host}(127.0.0.1)
@@ -39,6 +41,8 @@ PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=10
+MessageTimeout=60
+BatchStartTimeout=120
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -94,8 +98,11 @@ class Cluster:
         self._spawn("munged", "--foreground", "--force", *(f"--{k}={self.folder / v}" for k, v in files.items()))
         wait_for((self.folder / "munge.sock").exists)
         self._spawn("slurmctld", "-D")
-        for node in ("n0", "n1"):
-            self._spawn("slurmd", "-D", "-N", node)
+        cores = sorted(os.sched_getaffinity(0))
+        for index, node in enumerate(("n0", "n1")):
+            # A node has cores of its own: engines that both compute on all of them are ten times as slow.
+            own = ",".join(map(str, cores[index::2] or cores))
+            self._spawn("taskset", "--cpu-list", own, "slurmd", "-D", "-N", node)
         states = ("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T")
         wait_for(lambda: self.run(*states, check=False).split() == ["idle", "idle"])
 
@@ -159,6 +166,10 @@ class SlurmJob:
         """What `scontrol show job` says."""
         shown = self.cluster.run("scontrol", "--oneliner", "show", "job", self.id)
         return dict(re.findall(r"(\w+)=(\S*)", shown))
+
+    def limit(self, seconds: int) -> None:
+        """Has its time end so soon from now. SLURM looks every half a minute, so the signal of --signal comes first."""
+        self.cluster.run("scontrol", "update", f"JobId={self.id}", f"EndTime=now+{seconds}seconds")
 
     @property
     def state(self) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, Launcher, numbered, result_of
+from conftest import REPO, SHORT_LEASE, Launcher, numbered, result_of, write_into
 from slurm_cluster import Cluster, SlurmJob, missing
+from tiny_model import ENGINE, save_tiny_model
 
 pytestmark = [
     pytest.mark.slurm,
@@ -54,10 +55,49 @@ def write(write_config: WriteConfig, tmp_path: Path) -> Callable[[str, dict[str,
     return config
 
 
-def results(tmp_path: Path, name: str) -> list[dict[str, Any]]:
+class Real:
+    """Runs on real vLLM over the same rows, NAME/conf.yaml in NAME/run, as slow or as fast as `max_num_seqs` has it."""
+
+    NUM_ROWS = 400
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._model = save_tiny_model(folder / "model")
+        self._expected: list[dict[str, Any]] = []
+
+    def write(self, folder: Path, max_num_seqs: int) -> str:
+        folder.mkdir(exist_ok=True)
+        return write_into(
+            folder,
+            numbered(self.NUM_ROWS),
+            run={"engine": "vllm", "log_level": "error"},
+            model=str(self._model),
+            engine={**ENGINE, "max_num_seqs": max_num_seqs},
+            sampling={"temperature": 0, "ignore_eos": True, "max_tokens": 200},
+        )
+
+    def expected(self) -> list[dict[str, Any]]:
+        """The rows of a run that nothing happens to."""
+        if not self._expected:
+            launcher = Launcher(self.folder)
+            job = launcher.dpgen("run", self.write(self.folder / "undisturbed", 32))
+            try:
+                assert job.wait(400) == 0, job.output
+            finally:
+                job.end()
+            self._expected = results(self.folder, "undisturbed", self.NUM_ROWS)
+        return self._expected
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
+    return Real(tmp_path_factory.mktemp("real"))
+
+
+def results(tmp_path: Path, name: str, count: int = 60) -> list[dict[str, Any]]:
     """A finished run's rows: each once, in order, without an error."""
     rows = result_of(tmp_path / name / "run")
-    assert [row["row_id"] for row in rows] == list(range(60))
+    assert [row["row_id"] for row in rows] == list(range(count))
     assert all(row["error"] is None for row in rows)
     return rows
 
@@ -78,8 +118,9 @@ def is_generating(tmp_path: Path, name: str) -> bool:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_complete_run_on_two_nodes_with_a_real_engine(cluster: Cluster, tmp_path: Path, script: str) -> None:
+def test_a_complete_run_on_two_nodes_with_a_real_engine(cluster: Cluster, tmp_path: Path) -> None:
+    """Under torchrun; that srun's tasks complete one is shown by those below, which are cut or lose a task."""
+    script = "slurm_torchrun.sbatch"
     paths = [f"model={REPO / 'conf/demo/model'}", f"data.path={REPO / 'conf/demo/questions.jsonl'}"]
     run_dir = tmp_path / "demo" / "run"
     job = SlurmJob.submit(
@@ -119,26 +160,43 @@ def test_dpgen_slurm_submits_a_script_that_runs_as_it_is(
 # ---- runs that are cut, and go on
 
 
+@pytest.mark.vllm
 def test_runs_that_a_time_limit_cuts_are_requeued_until_they_are_complete(
-    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
+    cluster: Cluster, write: Callable[..., str], real: Real, launcher: Launcher, tmp_path: Path
 ) -> None:
-    """Three jobs at once, since SLURM counts in minutes: both scripts, and one that no --signal warns."""
-    warnings = {"slurm.sbatch": "USR1@20", "slurm_torchrun.sbatch": "TERM@20", "unwarned": "CONT@20"}
+    """Four jobs at once, since SLURM counts in minutes: both scripts, one that no --signal warns, and real vLLM.
+
+    Their time is cut short once they generate, so that a busy machine, where that takes long, changes nothing.
+    """
+    warnings = {"slurm.sbatch": "USR1@20", "slurm_torchrun.sbatch": "TERM@20", "real": "USR1@20"}
+    warnings["unwarned"] = "CONT@20"  # the last: it goes on until its time is over
     jobs = {}
     for name, warning in warnings.items():
-        script = "slurm.sbatch" if name == "unwarned" else name
-        options = ["--time=1", f"--signal={warning}"]
-        jobs[name] = SlurmJob.submit(cluster, tmp_path, script, write(name, SLOW), options=options)
+        script = name if name.endswith(".sbatch") else "slurm.sbatch"
+        conf = real.write(tmp_path / name, 1) if name == "real" else write(name, SLOW)
+        options = ["--time=20", f"--signal={warning}"]
+        jobs[name] = SlurmJob.submit(cluster, tmp_path, script, conf, options=options)
+    for name, job in jobs.items():
+        job.wait_for(lambda name=name: is_generating(tmp_path, name))
+    for job in jobs.values():
+        job.limit(35)
     for name, job in jobs.items():
         job.wait_for((job.attempt(0) / "status").exists, timeout_s=180)
-        write(name, FAST)
-    expected = undisturbed(launcher, write("expected", FAST), tmp_path)
+        if name == "real":
+            real.write(tmp_path / name, 32)
+        else:
+            write(name, FAST)
+    jobs["real"].wait_for(lambda: jobs["real"].num_restarts == 1)
+    cluster.run("scontrol", "update", f"JobId={jobs['real'].id}", "TimeLimit=20")  # to load its model again, and finish
+    expected = dict.fromkeys(warnings, undisturbed(launcher, write("expected", FAST), tmp_path))
+    expected["real"] = real.expected()
     for name, job in jobs.items():
         assert job.wait() == "COMPLETED", job.output
-        assert job.num_restarts >= 1
-        assert (job.attempt(0) / "status").read_text().split()[0] == "75"
+        assert job.num_restarts == 1, job.output
+        status, num_done = (job.attempt(0) / "status").read_text().split()
+        assert status == "75" and 0 < int(num_done) < len(expected[name])
         assert f"Requeueing job {job.id}" in job.output
-        assert results(tmp_path, name) == expected
+        assert results(tmp_path, name, len(expected[name])) == expected[name]
 
 
 def test_a_preempted_run_goes_on_by_itself(
@@ -152,14 +210,16 @@ def test_a_preempted_run_goes_on_by_itself(
     job.wait_for((job.attempt(0) / "status").exists)
     conf = write("run", FAST)
     assert job.wait() == "COMPLETED", job.output
-    assert job.num_restarts == 1
+    assert job.num_restarts == 1, job.output
     assert results(tmp_path, "run") == undisturbed(launcher, conf, tmp_path)
 
 
 def test_a_lost_node_is_done_without_under_srun_and_waited_for_under_torchrun(
     cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
 ) -> None:
-    jobs = {script: SlurmJob.submit(cluster, tmp_path, script, write(script, STEADY)) for script in SCRIPTS}
+    jobs = {
+        script: SlurmJob.submit(cluster, tmp_path, script, write(script, STEADY), **SHORT_LEASE) for script in SCRIPTS
+    }
     srun, torchrun = jobs.values()
     for script, job in jobs.items():
         job.wait_for(lambda script=script: is_generating(tmp_path, script))
@@ -175,17 +235,16 @@ def test_a_lost_node_is_done_without_under_srun_and_waited_for_under_torchrun(
     assert [results(tmp_path, script) for script in SCRIPTS] == [expected, expected]
 
 
-def test_a_run_whose_task_is_killed_completes_without_it(
-    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
-) -> None:
-    conf = write("run", STEADY)
-    job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", conf)
-    job.wait_for(lambda: is_generating(tmp_path, "run"))
+@pytest.mark.vllm
+def test_a_run_whose_task_is_killed_completes_without_it(cluster: Cluster, real: Real, tmp_path: Path) -> None:
+    job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", real.write(tmp_path / "run-of-two", 8), **SHORT_LEASE)
+    job.wait_for(lambda: is_generating(tmp_path, "run-of-two"))
     os.kill(job.rank_pid(1), signal.SIGKILL)
     assert job.wait() == "COMPLETED", job.output
     assert "task 1: Killed" in job.output and "going on without it" in job.output
+    assert "2 ranks" in job.output and "dpgen: the run is complete" in job.output
     assert job.num_restarts == 0
-    assert results(tmp_path, "run") == undisturbed(launcher, conf, tmp_path)
+    assert results(tmp_path, "run-of-two", real.NUM_ROWS) == real.expected()
 
 
 # ---- runs that must not go on by themselves
