@@ -1,6 +1,6 @@
 """Few long documents, many questions about each, in random order: what `work.order=prefix` is worth.
 
-    python benchmarks/prefix.py [--documents 96] [--questions 12] [--rounds 5]
+    python benchmarks/prefix.py [--documents 64] [--questions 24] [--rounds 5]
 
 Whole runs of one rank on one core, prefill-bound (two tokens are generated of prompts of some hundred), with a KV cache
 that holds a part of the documents. Alternately with `work.order=prefix` and with `dataset`. Compared are the seconds
@@ -29,8 +29,8 @@ _BLOCK_TOKENS = 32  # the smallest that attention on the CPU takes
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=96)
-    parser.add_argument("--questions", type=int, default=12)
+    parser.add_argument("--documents", type=int, default=64)
+    parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", help="where to write; the system's temporary folder by default")
     options = parser.parse_args()
@@ -53,8 +53,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     choose.shuffle(rows)
     data = write_rows(folder / "rows.jsonl", rows)
     ideal = ideal_share(model, rows, documents)
-    # Room for about a quarter of the documents, beside what the running rows need.
-    engine = {**TINY_ENGINE, "max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20, "block_size": _BLOCK_TOKENS}
+    # Room for ten documents or so, beside what the running rows need.
+    engine = {**TINY_ENGINE, "max_num_seqs": 16, "kv_cache_memory_bytes": 20 << 20, "block_size": _BLOCK_TOKENS}
     shares: dict[str, list[float]] = {"prefix": [], "dataset": []}
 
     def run(order: str) -> float:
