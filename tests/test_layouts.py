@@ -50,9 +50,10 @@ def test_experts_that_are_split_over_ranks_step_together() -> None:
 # ---- real processes, made-up text
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 @pytest.mark.parametrize("options", [[TP_2], [TP_2, LOCK_STEP]], ids=["independent", "lock-step"])
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 101])
+@pytest.mark.parametrize("count", [1, 101])
 def test_only_the_first_process_of_a_group_journals(
     launcher: Launcher, write_config: Callable[..., str], tmp_path: Path, options: list[str], count: int
 ) -> None:

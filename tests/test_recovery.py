@@ -161,6 +161,7 @@ def test_losing_the_stores_host_leaves_a_run_that_can_go_on(
     results(tmp_path, 200)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank_and_the_run_goes_on(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -304,7 +305,10 @@ def launcher_output(launcher: Launcher, *arguments: str) -> str:
 # ---- being told to stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGUSR1))],
+)
 def test_a_signal_stops_it_well_within_five_seconds(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -324,7 +328,7 @@ def test_a_signal_stops_it_well_within_five_seconds(
     results(tmp_path, 300)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_an_engine_leaves_signals_that_go_to_a_whole_job_to_its_rank(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -371,6 +375,7 @@ def test_a_second_live_run_on_the_folder_is_refused(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["attempt"] == 1
 
 
+@pytest.mark.slow
 def test_an_engine_killed_while_it_starts_is_started_again(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

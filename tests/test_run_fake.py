@@ -69,7 +69,8 @@ def test_ranks_from_slurms_environment(launcher: Launcher, write_config: WriteCo
     assert "20 rows over 3 ranks" in jobs[0].output
 
 
-@pytest.mark.parametrize("late", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
 def test_ranks_meet_though_the_first_port_of_their_job_is_a_strangers(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, late: int
 ) -> None:
@@ -224,6 +225,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_one_process_of_a_node_prepares_the_data_while_the_others_wait(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -415,6 +417,7 @@ def test_the_result_loads_wherever_its_first_error_stands(
     assert found[24]["error"]["type"] == "wrong_type" and found[0]["error"] is None
 
 
+@pytest.mark.slow
 def test_another_nodes_folder_of_another_run_is_refused(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

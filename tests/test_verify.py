@@ -319,6 +319,7 @@ def test_without_success_it_is_unfinished(run: Path) -> None:
     assert verify(run).verdict == "unfinished"
 
 
+@pytest.mark.slow
 def test_an_unfinished_run(launcher: Launcher, write_config: Callable[..., str], tmp_path: Path) -> None:
     conf = write_config(numbered(200), engine={"step_s": 0.02, "max_num_seqs": 4})
     job = launcher.dpgen("run", conf, ranks=2)
