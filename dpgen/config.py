@@ -141,13 +141,13 @@ class WorkConfig:
     hint_column: str | None = _key("a column of numbers that tell how long rows get: tokens to expect, or the like")
     steal: bool = _key("a rank that has run out helps the fullest other shard", True)
     claim_rows: int = _key(
-        "the most rows a rank takes from a shard at a time, and no more than a quarter of max_num_seqs; claims shrink "
+        "the most rows a rank takes from a shard at a time, and no more than max_num_seqs; claims shrink "
         "towards the end",
         64,
     )
     reserve_rows: int = _key(
-        "the most sequences kept waiting in the engine beyond max_num_seqs, so that it never runs short, and no more "
-        "than a quarter of those; they, too, get fewer towards the end",
+        "the most sequences kept waiting in the engine beyond max_num_seqs, so that it never runs short; they, too, "
+        "get fewer towards the end",
         32,
     )
 

@@ -43,7 +43,7 @@ class Feed:
         fair_share: rows that this rank would do if all ranks did the same number.
 
     Attributes:
-        max_num_seqs: sequences that the engine runs at a time: a rank needs to hold no more than a part of that back.
+        max_num_seqs: sequences that the engine runs at a time: a rank needs to hold no more than that back.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class Feed:
 
     @property
     def _enough(self) -> int:
-        """Rows that keep an engine busy until there are more: a quarter of those that it runs."""
-        return max(1, self.max_num_seqs // 4)
+        """Rows that keep an engine busy until there are more: as many as it runs, if they are all through at once."""
+        return max(1, self.max_num_seqs)
 
     @property
     def is_empty(self) -> bool:

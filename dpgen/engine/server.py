@@ -29,6 +29,7 @@ from dpgen.engine.protocol import (
     Undecoded,
 )
 from dpgen.errors import ConfigError, RowRefused
+from dpgen.imports import quick_imports
 from dpgen.parent import end_with_parent
 from dpgen.records import Request, RowResult, refused
 
@@ -169,7 +170,8 @@ def _backend(spec: EngineSpec) -> Backend:
     # The CPU build says so at every start, whatever its log level is: that its Triton is made for GPUs is no news.
     at_import = logging.getLogger("vllm.triton_utils.importing")
     at_import.addFilter(lambda record: "doesn't include CPU backend" not in record.getMessage())
-    from dpgen.engine.vllm import VllmBackend
+    with quick_imports():
+        from dpgen.engine.vllm import VllmBackend
 
     return VllmBackend(spec)
 
