@@ -74,7 +74,7 @@ class Order:
         # Taken in pieces that get no smaller towards the end, so small ones: another rank may need to help.
         piece_rows = min(most_rows, len(self.rows) // (_PIECES * num_shards))
         rows = np.split(self.rows, parts[1:])
-        shards = [[rows[part] for part in sorted(mine)] for mine in dealt]
+        shards = [_leaders_ahead([rows[part] for part in sorted(mine)]) for mine in dealt]
         groups = [_in_pieces(shard, piece_rows) for shard in shards]
         return Split([len(starts) - 1 for _, starts in groups], groups)
 
@@ -90,6 +90,17 @@ class Split:
 
     sizes: list[int]
     groups: list[tuple[np.ndarray, np.ndarray]] | None = None
+
+
+def _leaders_ahead(parts: list[np.ndarray]) -> list[np.ndarray]:
+    """The same rows, each part's first one in the part before.
+
+    Rows that are computed in one step do not find each other's beginning in the prefix cache: so the first row of a
+    part is through when the others of it come.
+    """
+    leaders = [part[:1] for part in [*parts[1:], parts[0][:0]]] if parts else []
+    moved = [np.concatenate([leader, part[1:]]) for leader, part in zip(leaders, parts, strict=True)]
+    return [part for part in [*(first[:1] for first in parts[:1]), *moved] if len(part)]
 
 
 def _in_pieces(parts: list[np.ndarray], most_rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -105,6 +105,19 @@ def test_groups_are_dealt_whole_and_shards_weigh_the_same() -> None:
     assert min(weights) > 0.8 * max(weights)
 
 
+def test_a_groups_first_row_is_through_before_the_others_come() -> None:
+    rows = questions(6)
+    split = ordered(config_of("prefix"), rows).split(1, most_rows=64)
+    assert split.groups is not None
+    [(row_ids, _)] = split.groups
+    places: dict[int, list[int]] = {}
+    for place, row in enumerate(row_ids):
+        places.setdefault(rows[row]["document"], []).append(place)
+    first, *others = sorted(places.values())
+    assert first == [0, *range(2, 7)]
+    assert all(each[1] - each[0] >= 6 and each[-1] - each[1] == 4 for each in others)
+
+
 def test_a_group_of_half_a_shard_is_cut() -> None:
     rows = [{"prompt": DOCUMENTS[row == 0] + str(row)} for row in range(100)]
     rows += [{"prompt": f"{n}"} for n in range(900)]
