@@ -47,8 +47,8 @@ def findings(manifests: Sequence[Manifest]) -> Iterator[str]:
     """What is worth a line for people after a run; by rank."""
     working = [each for each in manifests if each.busy_s > 0]
     if len(working) > 1:
-        times = [duration(pick(each.busy_s for each in working)) for pick in (min, max)]
-        yield f"ranks were busy for {times[0]} to {times[1]}: balance {balance(working):.2f} (mean over longest)"
+        times = dict.fromkeys(duration(pick(each.busy_s for each in working)) for pick in (min, max))
+        yield f"ranks were busy for {' to '.join(times)}: balance {balance(working):.2f} (mean over longest)"
     rates = [round(m.num_generated_tokens / m.busy_s) if m.busy_s >= _LONG_ENOUGH_S else IDLE for m in manifests]
     slow = slowest(rates)
     if slow is not None:

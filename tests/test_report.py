@@ -26,6 +26,12 @@ def test_a_slow_rank_is_named_with_its_node() -> None:
     ]
 
 
+def test_equal_times_are_told_once() -> None:
+    assert list(findings([manifest(0, 5.0), manifest(1, 5.0)])) == [
+        "ranks were busy for 5 s: balance 1.00 (mean over longest)"
+    ]
+
+
 def test_caches_are_mentioned_where_they_mattered() -> None:
     [cached, short] = findings([manifest(0, 5.0, num_prompt_tokens=1000, num_cached_tokens=830, num_preemptions=7)])
     assert cached == "prefix cache: 83 % of the prompts' tokens were there already"
