@@ -197,9 +197,11 @@ class Generation:
                 self._last_finished_s = time.monotonic()
             elif isinstance(event, Stats):
                 self._heed_engine(event)
-        self._admit()  # the engine first: what it has finished can wait for its text and the journal
-        for event in finished:
-            self._keep_all(event)
+        try:
+            self._admit()  # the engine first: what it has finished can wait for its text and the journal
+        finally:  # also where the store is lost as rows are claimed
+            for event in finished:
+                self._keep_all(event)
 
     def _keep_all(self, finished: Finished) -> None:
         for result in finished.results:
