@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 
 from dpgen.errors import DpgenError
+from dpgen.ports import listed, listen
 
 _ANSWER_TIMEOUT_S = 2.0  # for a connection, and again for the answer; whoever is late is asked again
 _ROUND_INTERVAL_S = 0.5
@@ -38,7 +39,7 @@ class Beacon:
     """
 
     def __init__(self, ports: Sequence[int], job: str, store_port: int) -> None:
-        self._listener = _listen(ports)
+        self._listener = listen(ports)
         self._answer = _answer(job, store_port)
         self._closed = threading.Event()
         threading.Thread(target=self._serve, name="beacon", daemon=True).start()
@@ -85,19 +86,10 @@ def find_store(host: str, ports: Sequence[int], job: str, limit_s: float) -> int
                 return store_port
         if time.monotonic() > deadline_s:
             raise DpgenError(
-                f"rank 0 of {job} did not answer on {host}, ports {_listed(ports)}, within {limit_s / 60:.0f} minutes; "
+                f"rank 0 of {job} did not answer on {host}, ports {listed(ports)}, within {limit_s / 60:.0f} minutes; "
                 "was it started, and can it be reached from here?"
             )
         time.sleep(_ROUND_INTERVAL_S)
-
-
-def _listen(ports: Sequence[int]) -> socket.socket:
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    for port in ports:
-        with contextlib.suppress(OSError):
-            return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=both)
-    raise DpgenError(f"rank 0 can listen on none of the ports {_listed(ports)}; set MASTER_PORT to a free one")
 
 
 def _ask(host: str, port: int, job: str) -> int | None:
@@ -111,7 +103,3 @@ def _ask(host: str, port: int, job: str) -> int | None:
 
 def _answer(job: str, store_port: int) -> bytes:
     return f"dpgen {job} store {store_port}\n".encode()
-
-
-def _listed(ports: Sequence[int]) -> str:
-    return ", ".join(map(str, ports))

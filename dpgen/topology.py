@@ -12,12 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dpgen.errors import ConfigError
+from dpgen.ports import ports_of_job
 from dpgen.words import counted
-
-# Ports that srun ranks derive from the job's id, where no MASTER_PORT is given: above the well-known ones and
-# below the range that kernels hand out to outgoing connections (32768 on Linux).
-_PORT_BASE, _PORT_SPAN = 15_000, 15_000
-_NUM_PORTS, _PORT_STRIDE = 8, 1871  # a prime that does not divide the span: the ports differ, and lie far apart
 
 
 @dataclass(frozen=True)
@@ -121,12 +117,6 @@ def _from_slurm(environ: Mapping[str, str], node: str) -> Topology:
         restart=restart,
         job=f"SLURM job {job}, step {step}, restart {restart}",
     )
-
-
-def ports_of_job(job: int, step: int) -> tuple[int, ...]:
-    """Ports that every rank of a SLURM job step finds by itself, in the order in which rank 0 tries them."""
-    first = job * 31 + step
-    return tuple(_PORT_BASE + (first + index * _PORT_STRIDE) % _PORT_SPAN for index in range(_NUM_PORTS))
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -20,7 +20,7 @@ import pytest
 from conftest import EACH_IN_TURN, Launcher, numbered, result_of, told_in_turn
 
 from dpgen.beacon import find_store
-from dpgen.topology import ports_of_job
+from dpgen.ports import ports_of_job
 
 pytestmark = pytest.mark.multi
 

@@ -17,6 +17,8 @@ from conftest import REPO, SHORT_LEASE, Launcher, numbered, result_of, write_int
 from slurm_cluster import Cluster, SlurmJob, missing
 from tiny_model import ENGINE, save_tiny_model
 
+from dpgen.ports import listen, ports_of_job
+
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.multi,
@@ -119,14 +121,15 @@ def is_generating(tmp_path: Path, name: str) -> bool:
 
 @pytest.mark.vllm
 def test_a_complete_run_on_two_nodes_with_a_real_engine(cluster: Cluster, tmp_path: Path) -> None:
-    """Under torchrun; that srun's tasks complete one is shown by those below, which are cut or lose a task."""
+    """Under torchrun, whose first port is a stranger's; srun's tasks are in those below, cut or less one of them."""
     script = "slurm_torchrun.sbatch"
     paths = [f"model={REPO / 'conf/demo/model'}", f"data.path={REPO / 'conf/demo/questions.jsonl'}"]
     run_dir = tmp_path / "demo" / "run"
-    job = SlurmJob.submit(
-        cluster, tmp_path, script, str(REPO / "conf/demo.yaml"), *paths, "data.limit=64", f"run.dir={run_dir}"
-    )
-    assert job.wait() == "COMPLETED", job.output
+    arguments = [str(REPO / "conf/demo.yaml"), *paths, "data.limit=64", f"run.dir={run_dir}"]
+    job = SlurmJob.submit(cluster, tmp_path, script, *arguments, options=["--hold"])
+    with listen(ports_of_job(int(job.id), 0)):  # and says nothing
+        cluster.run("scontrol", "release", job.id)
+        assert job.wait() == "COMPLETED", job.output
     questions = (REPO / "conf/demo/questions.jsonl").read_text().splitlines()[:64]
     rows = result_of(run_dir)
     assert [row["question"] for row in rows] == [json.loads(line)["question"] for line in questions]

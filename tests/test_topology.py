@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dpgen.errors import ConfigError
+from dpgen.ports import ports_of_job
 from dpgen.topology import (
     Topology,
     cores_of_rank,
@@ -13,7 +14,6 @@ from dpgen.topology import (
     from_environment,
     gpus_of_rank,
     place_on_node,
-    ports_of_job,
 )
 
 TORCHRUN = {
