@@ -185,8 +185,8 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
         max_deaths=1,
     )
     print(supervisor.check(lambda: None), flush=True)
-    render, detokenizer = open_tokenizer(config, print)
-    supervisor.load(lambda measured: measured, lambda: None, detokenizer is not None)
+    texts = open_tokenizer(config, print)
+    supervisor.load(lambda measured: measured, lambda: None, texts.in_engine)
     pipe.send("loaded")
     attempt = 0
     while (order := pipe.recv()) is not None:
@@ -197,15 +197,15 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
         rows = open_rows(config.data)
         started_s = time.monotonic()
         dealer = Dealer(config, rows, run_folder, group, attempt)
-        feed = dealer.deal(render)
+        feed = dealer.deal(texts.render)
         journal = Journal(run_folder.journal, attempt, 0)
         totals = Generation(
             feed,
             supervisor,
             journal,
             group,
-            deal=lambda held, takes_part, dealer=dealer: dealer.deal(render, held, takes_part),
-            detokenizer=detokenizer,
+            deal=lambda held, takes_part, dealer=dealer: dealer.deal(texts.render, held, takes_part),
+            detokenizer=texts.detokenizer,
             reserve_rows=config.work.reserve_rows,
         ).run()
         journal.close()

@@ -16,6 +16,7 @@ from dpgen.dataset_out import check_columns, write_dataset
 from dpgen.deal import Dealer
 from dpgen.ending import Ending
 from dpgen.engine.launch import engine_spec, engine_starter, is_cold, open_tokenizer
+from dpgen.engine.protocol import TextWork
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE, ConfigError, nearest
 from dpgen.folder import RunFolder, differences, identity_of
@@ -53,7 +54,7 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
     stop.install()
     with ExitStack() as stack:
         layout = group.agree(lambda: layout_of(topology, config.parallel))
-        engine = _start_engine(config, topology, layout, group, say)  # imports vLLM while we read the data
+        engine = _start_engine(config, topology, layout, group, say)  # imports vLLM meanwhile
         stack.callback(engine.kill)
         rows, folder, identity = _open(config, group)
         phases.end("input")
@@ -62,33 +63,34 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
             return
         if layout.lock_step and not config.parallel.enable_expert_parallel:
             tell("parallel.lock_step=true: engines wait for each other at every step, which only costs here")
+        texts = group.agree(lambda: open_tokenizer(config, tell))
+        phases.end("tokenizer")
         for note in group.agree(lambda: engine.check(group.raise_if_peer_failed)):
             tell(note)
         phases.end("engine's options")
-        render, detokenizer = group.agree(lambda: open_tokenizer(config, tell))
         attempt = _begin_attempt(config, group, folder, identity)
         own_journal = Journal(folder.journal, attempt, topology.dp_rank)
         stack.callback(own_journal.close)
 
         dealer = Dealer(config, rows, folder, group, attempt)
-        feed = dealer.deal(render, takes_part=layout.leads)
+        feed = dealer.deal(texts.render, takes_part=layout.leads)
         tell(_plan(len(rows), dealer.num_todo, layout.num_engines, attempt))
         if dealer.order.reason:
             tell(f"order of work: {dealer.order.kind}; {dealer.order.reason}")
         ending.num_done = len(rows) - dealer.num_todo
         own = Manifest(group.rank, group.nodes[group.rank])
         if dealer.num_todo:
-            phases.end("tokenizer and rows to do")
-            _load(engine, detokenizer is not None, config, layout, group, folder, phases, tell)
+            phases.end("rows to do")
+            _load(engine, texts.in_engine, config, layout, group, folder, phases, tell)
             tell(str(phases))
             generation = Generation(
                 feed,
                 engine,
                 own_journal,
                 group,
-                deal=lambda held, takes_part: dealer.deal(render, held, takes_part and layout.leads),
+                deal=lambda held, takes_part: dealer.deal(texts.render, held, takes_part and layout.leads),
                 stop_reason=lambda: stop.reason,
-                detokenizer=detokenizer,
+                detokenizer=texts.detokenizer,
                 reserve_rows=config.work.reserve_rows,
                 num_samples=config.sampling.get("n") or 1,
                 max_leading_errors=config.run.max_leading_errors,
@@ -195,7 +197,7 @@ def _begin_attempt(config: Config, group: Group, folder: RunFolder, identity: Ma
 
 def _load(
     engine: EngineSupervisor,
-    leaves_text: bool,
+    text: TextWork,
     config: Config,
     layout: Layout,
     group: Group,
@@ -229,7 +231,7 @@ def _load(
             group.raise_if_peer_failed()
             time.sleep(_LOOK_S)
         phases.end("the node's first model")
-    info = engine.load(agree_kv, group.raise_if_peer_failed, leaves_text)
+    info = engine.load(agree_kv, group.raise_if_peer_failed, text)
     phases.end("KV cache")
     tell(
         f"KV cache: {info.num_kv_blocks:,} blocks of {info.kv_block_tokens} tokens"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dpgen.errors import ConfigError
+from dpgen.imports import quick_imports
 
 # Files that make vLLM tokenize, or find a chat template, by rules that transformers' tokenizer does not know.
 _TELLTALE_FILES = {
@@ -115,6 +116,12 @@ def reason_for_engine(settings: TokenizerSettings) -> str | None:
     return None
 
 
+def import_library() -> None:
+    """Imports what `load_tokenizer` needs, which takes seconds: for a time when something else is waited for."""
+    with quick_imports():
+        from transformers import AutoTokenizer  # noqa: F401
+
+
 def load_tokenizer(settings: TokenizerSettings) -> Any:
     """The transformers tokenizer, as vLLM loads it.
 
@@ -126,6 +133,7 @@ def load_tokenizer(settings: TokenizerSettings) -> Any:
     """
     if looks_like_path(settings.name) and not Path(settings.name).exists():
         raise ConfigError(f"no tokenizer at {settings.name}: there is no such folder")
+    import_library()
     from transformers import AutoTokenizer
 
     try:

@@ -43,5 +43,5 @@ for script in "${scripts[@]}"; do bash -n "$script"; done
 
 step "pytest"
 trap - EXIT # pytest says itself what failed, and its closing line is to be the last
-# Two at a time: most tests start processes and wait for them, and two cores carry that, but not three engines at once.
-exec "$bin/python" -m pytest -n 2 --dist loadgroup "${select[@]}" "$@"
+# Three at a time, since most tests start processes and wait for them; of those with real engines two (conftest.py).
+exec "$bin/python" -m pytest -n 3 --dist loadgroup "${select[@]}" "$@"

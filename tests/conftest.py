@@ -12,12 +12,13 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -38,6 +39,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return tuple(item.get_closest_marker(name) is None for name in ("slurm", "slow", "vllm", "multi"))
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Of several tests at a time, no more than two have real engines: three of those thrash two cores.
+
+    Outside of all else, so that the wait for a place is no part of a test's time limit.
+    """
+    if item.get_closest_marker("vllm") is None:
+        return (yield)
+    with a_place() as place:
+        Launcher.place = place
+        try:
+            return (yield)
+        finally:
+            Launcher.place = None
+
+
+@contextlib.contextmanager
+def a_place() -> Iterator[int]:
+    """One of two, 0 or 1, that this test has for itself among all that run at the same time."""
+    name = f"dpgen-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', 'alone')}"
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context((Path(tempfile.gettempdir()) / f"{name}-{place}").open("w")) for place in (0, 1)]
+        while True:
+            for place, file in enumerate(files):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+                    yield place
+                    return
+            time.sleep(0.2)
 
 
 class Job:
@@ -101,7 +133,14 @@ class Job:
 
 
 class Launcher:
-    """Starts jobs and ends whatever a test left running."""
+    """Starts jobs and ends whatever a test left running.
+
+    Attributes:
+        place: a real engine's among those of other tests: it is the number of the core that a job of one process gets.
+            Two engines that both compute on all cores are several times as slow: their threads wait for each other.
+    """
+
+    place: ClassVar[int | None] = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -112,6 +151,9 @@ class Launcher:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
         kept |= {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
         job = Job(command, kept, self.folder / f"job-{len(self.jobs)}.log", terminal)
+        if self.place is not None and command[0] == self.python and "torch.distributed.run" not in command:
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(job.process.pid, {cores[self.place % len(cores)]})
         self.jobs.append(job)
         return job
 

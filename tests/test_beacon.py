@@ -88,7 +88,5 @@ def test_many_ask_at_once_and_some_hang_up() -> None:
 
 def test_where_every_port_is_taken_rank_0_says_what_to_do() -> None:
     with stranger(None) as first, stranger(None) as second:
-        with pytest.raises(
-            DpgenError, match=rf"the ports {first}, {second} is free .* set MASTER_PORT"
-        ):
+        with pytest.raises(DpgenError, match=rf"the ports {first}, {second} is free .* set MASTER_PORT"):
             Beacon([first, second], JOB, 5)

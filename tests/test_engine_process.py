@@ -14,7 +14,7 @@ import pytest
 from conftest import wait_for
 
 from dpgen.engine.process import EngineProcess, engine_environment
-from dpgen.engine.protocol import Checked, EngineSpec, Finished, KvMeasured, Ready
+from dpgen.engine.protocol import Checked, EngineSpec, Finished, KvMeasured, Ready, TextWork
 from dpgen.errors import EngineError
 from dpgen.records import Request
 
@@ -32,7 +32,7 @@ def engine() -> Iterator[EngineProcess]:
         for event in process.poll(1.0):
             heard.append(type(event))
             if isinstance(event, Checked):
-                process.load()
+                process.load(TextWork())
             elif isinstance(event, KvMeasured):
                 process.agree_kv(event.num_bytes)
     yield process

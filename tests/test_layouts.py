@@ -124,11 +124,14 @@ def write_uneven(folder: Path, model: Path) -> str:
     ("ranks", "count", "options"),
     [
         pytest.param(2, 41, [TP_2], id="two ranks, TP 2 below each"),
+        pytest.param(2, 1, [TP_2], id="two ranks, TP 2 below each, one row"),
         pytest.param(2, 41, [EXTERNAL, TP_2], id="TP 2 of two processes"),
+        pytest.param(2, 1, [EXTERNAL, TP_2], id="TP 2 of two processes, one row"),
         pytest.param(2, 41, [EXTERNAL, LOCK_STEP], id="DP 2 in lock-step"),
-        pytest.param(2, 1, [EXTERNAL, LOCK_STEP], id="DP 2 in lock-step, one without a row"),
+        pytest.param(2, 1, [EXTERNAL, LOCK_STEP], id="DP 2 in lock-step, one row"),
         pytest.param(4, 41, [EXTERNAL, TP_2], id="DP 2 x TP 2 of four processes"),
-        pytest.param(4, 1, [EXTERNAL, TP_2, LOCK_STEP], id="DP 2 x TP 2 in lock-step, one without a row"),
+        pytest.param(4, 1, [EXTERNAL, TP_2], id="DP 2 x TP 2 of four processes, one row"),
+        pytest.param(4, 1, [EXTERNAL, TP_2, LOCK_STEP], id="DP 2 x TP 2 in lock-step, one row"),
     ],
 )
 def test_every_layout_generates_what_one_process_does(

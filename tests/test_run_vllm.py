@@ -170,6 +170,28 @@ def test_two_ranks_and_one_row_under_slurms_environment(
     assert all("Triton" not in job.output for job in jobs), "nothing is wrong, and vLLM is not to say so once a rank"
 
 
+def test_where_the_kv_cache_is_short_fewer_rows_are_admitted(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
+) -> None:
+    conf = write(
+        [{"prompt": f"hello {index}"} for index in range(160)],
+        data={"prompt_column": "prompt"},
+        # 16 blocks of 128 tokens: 16 sequences fit while they are short, and half of them when they are long.
+        engine={**ENGINE, "max_num_seqs": 16, "kv_cache_memory_bytes": 4 << 20},
+        sampling={"ignore_eos": True, "max_tokens": 200},
+    )
+    job = launcher.dpgen("run", conf)
+    assert job.wait() == 0, job.output
+    rows = result_of(tmp_path / "run")
+    assert [row["row_id"] for row in rows] == list(range(160))
+    assert {(row["finish_reason"], row["num_generated_tokens"]) for row in rows} == {("length", 200)}
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["engine"]["num_kv_blocks"] == 16
+    assert re.search(r"KV cache is short.* \d+ sequences", job.output), job.output
+    # Without fewer rows at a time nearly every one would be set back once, and most more than once.
+    assert 0 < facts["manifests"][0]["num_preemptions"] < 80, facts["manifests"]
+
+
 def test_sampling_starts_from_the_models_generation_config(
     launcher: Launcher, write: Callable[..., str], tmp_path: Path
 ) -> None:

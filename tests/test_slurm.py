@@ -217,12 +217,14 @@ def test_a_preempted_run_goes_on_by_itself(
     assert results(tmp_path, "run") == undisturbed(launcher, conf, tmp_path)
 
 
+@pytest.mark.vllm
 def test_a_lost_node_is_done_without_under_srun_and_waited_for_under_torchrun(
-    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
+    cluster: Cluster, write: Callable[..., str], real: Real, launcher: Launcher, tmp_path: Path
 ) -> None:
-    jobs = {
-        script: SlurmJob.submit(cluster, tmp_path, script, write(script, STEADY), **SHORT_LEASE) for script in SCRIPTS
-    }
+    """Real vLLM under srun."""
+    confs = {"slurm.sbatch": real.write(tmp_path / "slurm.sbatch", 16)}
+    confs["slurm_torchrun.sbatch"] = write("slurm_torchrun.sbatch", STEADY)
+    jobs = {script: SlurmJob.submit(cluster, tmp_path, script, conf, **SHORT_LEASE) for script, conf in confs.items()}
     srun, torchrun = jobs.values()
     for script, job in jobs.items():
         job.wait_for(lambda script=script: is_generating(tmp_path, script))
@@ -230,17 +232,17 @@ def test_a_lost_node_is_done_without_under_srun_and_waited_for_under_torchrun(
     torchrun.wait_for(lambda: torchrun.num_restarts == 1)  # SLURM's own requeueing
     srun.wait_for(lambda: "going on without it" in srun.output)
     cluster.run("scontrol", "update", "NodeName=n1", "State=RESUME", check=False)  # it may have come back by itself
-    conf = write(SCRIPTS[1], FAST)
+    conf = write("slurm_torchrun.sbatch", FAST)
     assert torchrun.wait() == "COMPLETED", torchrun.output
     assert srun.wait() == "COMPLETED", srun.output
     assert srun.num_restarts == 0
-    expected = undisturbed(launcher, conf, tmp_path)
-    assert [results(tmp_path, script) for script in SCRIPTS] == [expected, expected]
+    assert results(tmp_path, "slurm_torchrun.sbatch") == undisturbed(launcher, conf, tmp_path)
+    assert results(tmp_path, "slurm.sbatch", real.NUM_ROWS) == real.expected()
 
 
 @pytest.mark.vllm
 def test_a_run_whose_task_is_killed_completes_without_it(cluster: Cluster, real: Real, tmp_path: Path) -> None:
-    job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", real.write(tmp_path / "run-of-two", 8), **SHORT_LEASE)
+    job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", real.write(tmp_path / "run-of-two", 16), **SHORT_LEASE)
     job.wait_for(lambda: is_generating(tmp_path, "run-of-two"))
     os.kill(job.rank_pid(1), signal.SIGKILL)
     assert job.wait() == "COMPLETED", job.output
@@ -253,20 +255,28 @@ def test_a_run_whose_task_is_killed_completes_without_it(cluster: Cluster, real:
 # ---- runs that must not go on by themselves
 
 
+@pytest.mark.vllm
 def test_cancelled_runs_stay_cancelled_and_keep_what_they_have(
-    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
+    cluster: Cluster, write: Callable[..., str], real: Real, launcher: Launcher, tmp_path: Path
 ) -> None:
-    jobs = {script: SlurmJob.submit(cluster, tmp_path, script, write(script, SLOW)) for script in SCRIPTS}
+    """Real vLLM under torchrun."""
+    confs = {"slurm.sbatch": write("slurm.sbatch", SLOW)}
+    confs["slurm_torchrun.sbatch"] = real.write(tmp_path / "slurm_torchrun.sbatch", 1)
+    jobs = {script: SlurmJob.submit(cluster, tmp_path, script, conf) for script, conf in confs.items()}
     for script, job in jobs.items():
         job.wait_for(lambda script=script: is_generating(tmp_path, script))
         cluster.run("scancel", job.id)
-    for script, job in jobs.items():
+    for job in jobs.values():
         assert job.wait() == "CANCELLED", job.output
         assert "Not requeued: SLURM is ending the job" in job.output
-        again = launcher.dpgen("run", write(script, FAST))
-        assert again.wait() == 0, again.output
-        assert "attempt 2: " in again.output and "attempt 2: 0 of" not in again.output
-        results(tmp_path, script)
+    again = {"slurm.sbatch": write("slurm.sbatch", FAST)}
+    again["slurm_torchrun.sbatch"] = real.write(tmp_path / "slurm_torchrun.sbatch", 32)
+    for conf in again.values():
+        resumed = launcher.dpgen("run", conf)
+        assert resumed.wait() == 0, resumed.output
+        assert "attempt 2: " in resumed.output and "attempt 2: 0 of" not in resumed.output
+    results(tmp_path, "slurm.sbatch")
+    assert results(tmp_path, "slurm_torchrun.sbatch", real.NUM_ROWS) == real.expected()
 
 
 def test_runs_that_fail_are_not_requeued(cluster: Cluster, write: Callable[..., str], tmp_path: Path) -> None:

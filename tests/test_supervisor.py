@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpgen.engine.protocol import Checked, EngineInfo, EngineSpec, Event, Finished, KvMeasured, Ready
+from dpgen.engine.protocol import Checked, EngineInfo, EngineSpec, Event, Finished, KvMeasured, Ready, TextWork
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EngineError
 from dpgen.records import Completion, Request, RowResult
@@ -26,7 +26,7 @@ class FakeProcess:
         self.kv_bytes: int | None = None
         self.killed = False
 
-    def load(self, kv_bytes: int | None = None, leaves_text: bool = False) -> None:
+    def load(self, text: TextWork, kv_bytes: int | None = None) -> None:
         if kv_bytes is None:
             self._events.append(KvMeasured(1000))
         else:
@@ -155,7 +155,7 @@ def test_a_silent_engine_with_work_counts_as_hung() -> None:
 def test_an_engine_that_never_loads_is_not_waited_for_for_ever() -> None:
     rig = Rig(lambda rows: None, start_timeout_s=600)
     hung = FakeProcess(EngineSpec("fake", "m"), lambda rows: None)
-    hung.load = lambda kv_bytes=None, leaves_text=False: None  # type: ignore[method-assign]
+    hung.load = lambda text, kv_bytes=None: None  # type: ignore[method-assign]
     supervisor = EngineSupervisor(
         lambda spec: hung,
         EngineSpec("fake", "m"),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpgen.config import unknown_key
-from dpgen.engine.protocol import AgreeKv, EngineInfo, EngineSpec, Stats, Undecoded
+from dpgen.engine.protocol import AgreeKv, EngineInfo, EngineSpec, Stats, TextWork, Undecoded
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Completion, Request, RowResult
 
@@ -92,7 +92,7 @@ class FakeBackend:
                 raise ConfigError(f"engine.{name}={value!r}: it must be a whole number from 1")
         return ()
 
-    def load(self, agree_kv: AgreeKv, leaves_text: bool) -> EngineInfo:
+    def load(self, agree_kv: AgreeKv, text: TextWork) -> EngineInfo:
         time.sleep(self._options.load_s)
         if self._options.load_error is not None:
             raise RuntimeError(self._options.load_error)

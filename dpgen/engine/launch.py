@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpgen.collectives import Group
 from dpgen.config import Config
 from dpgen.detokenize import Detokenizer, fast_tokenizer
 from dpgen.engine.process import EngineProcess, engine_environment
-from dpgen.engine.protocol import EngineSpec
+from dpgen.engine.protocol import EngineSpec, TextWork
 from dpgen.errors import ConfigError
 from dpgen.feed import RenderPrompt
 from dpgen.layout import World
@@ -29,7 +30,6 @@ def engine_spec(config: Config, topology: Topology, world: World | None) -> Engi
         sampling=config.sampling_fields,
         sampling_columns=tuple(config.sampling_columns),
         sampling_by_rank=tuple(config.sampling_by_rank),
-        prompt_settings=config.prompt if _renders_in_engine(config) else None,
         tensor_parallel_size=config.parallel.tensor_parallel_size,
         pipeline_parallel_size=config.parallel.pipeline_parallel_size,
         local_size=topology.local_size,
@@ -65,8 +65,23 @@ def engine_starter(
     return lambda spec: EngineProcess(spec, environment, cores, say)
 
 
-def open_tokenizer(config: Config, tell: Callable[[str], None]) -> tuple[RenderPrompt, Detokenizer | None]:
-    """How a row becomes a prompt (token ids, or what the engine is to tokenize), and what makes its text.
+@dataclass(frozen=True)
+class Texts:
+    """The work on text, as it is shared out between the rank and its engine.
+
+    Attributes:
+        render: makes a row's prompt: token ids, or what the engine is to tokenize.
+        detokenizer: makes the text of finished rows; None where the engine does it all.
+        in_engine: what is left to the engine.
+    """
+
+    render: RenderPrompt
+    detokenizer: Detokenizer | None = None
+    in_engine: TextWork = field(default_factory=TextWork)
+
+
+def open_tokenizer(config: Config, tell: Callable[[str], None]) -> Texts:
+    """Loads what makes prompts into tokens, and tokens into text.
 
     Raises:
         ConfigError: the tokenizer can't be loaded, or a chat has no chat template.
@@ -76,14 +91,20 @@ def open_tokenizer(config: Config, tell: Callable[[str], None]) -> tuple[RenderP
         from dpgen.engine.fake import FakeTokenizer
 
         fake, text_of = FakeTokenizer(), Renderer(settings, None)
-        return (lambda row: (fake.encode(str(text_of.prompt(row))), None)), None
-    if _renders_in_engine(config):
-        tell(f"prompts are tokenized in the engine process: {reason_for_engine(_tokenizer(config))}")
+        return Texts(lambda row: (fake.encode(str(text_of.prompt(row))), None))
+    which = TokenizerSettings.from_engine(_model(config), config.engine)
+    reason = reason_for_engine(which)
+    if reason is not None:
+        tell(f"prompts are tokenized in the engine process: {reason}")
         raw = Renderer(settings, None)
-        return (lambda row: (None, raw.prompt(row))), None
-    tokenizer = load_tokenizer(_tokenizer(config))
+        return Texts(lambda row: (None, raw.prompt(row)), in_engine=TextWork(settings))
+    tokenizer = load_tokenizer(which)
     renderer, fast = Renderer(settings, tokenizer), fast_tokenizer(tokenizer)
-    return (lambda row: (renderer.render(row), None)), None if fast is None else Detokenizer(fast)
+    return Texts(
+        lambda row: (renderer.render(row), None),
+        None if fast is None else Detokenizer(fast),
+        TextWork(leaves_text=fast is not None),
+    )
 
 
 def _model(config: Config) -> str:
@@ -94,14 +115,6 @@ def _check_model(config: Config) -> None:
     """Refuses a folder that isn't there: vLLM would take its name for one on the Hub, and complain about that."""
     if config.run.engine == "vllm" and looks_like_path(config.model) and not os.path.exists(_model(config)):
         raise ConfigError(f"model={config.model}: there is no such folder")
-
-
-def _tokenizer(config: Config) -> TokenizerSettings:
-    return TokenizerSettings.from_engine(_model(config), config.engine)
-
-
-def _renders_in_engine(config: Config) -> bool:
-    return config.run.engine == "vllm" and reason_for_engine(_tokenizer(config)) is not None
 
 
 def is_cold(config: Config, environ: Mapping[str, str]) -> bool:

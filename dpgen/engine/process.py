@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 
-from dpgen.engine.protocol import EngineSpec, Event, Failed, KvAgreed, Load, Stop
+from dpgen.engine.protocol import EngineSpec, Event, Failed, KvAgreed, Load, Stop, TextWork
 from dpgen.errors import EngineError
 from dpgen.records import Request
 
@@ -89,9 +89,9 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def load(self, kv_bytes: int | None = None, leaves_text: bool = False) -> None:
+    def load(self, text: TextWork, kv_bytes: int | None = None) -> None:
         """Has the model loaded (see `Load`); `Ready` will come, after `KvMeasured` unless `kv_bytes` is given."""
-        self._outbox.put(Load(kv_bytes, leaves_text))
+        self._outbox.put(Load(text, kv_bytes))
 
     def agree_kv(self, num_bytes: int) -> None:
         """Answers `KvMeasured`."""

@@ -26,7 +26,6 @@ class EngineSpec:
         sampling: fields of SamplingParams, the same for every row.
         sampling_columns: fields of SamplingParams that rows give themselves.
         sampling_by_rank: for checking; a request brings the fields of its row's entry along.
-        prompt_settings: the render settings, for tokenizers that only vLLM knows; else None.
         tensor_parallel_size, pipeline_parallel_size: devices of this one engine.
         local_size: engines on this node, which share its memory where they run on the CPU.
         enable_expert_parallel: whether a mixture of experts is split over the devices.
@@ -40,7 +39,6 @@ class EngineSpec:
     sampling: dict[str, Any] = field(default_factory=dict)
     sampling_columns: tuple[str, ...] = ()
     sampling_by_rank: tuple[dict[str, Any], ...] = ()
-    prompt_settings: Any = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     local_size: int = 1
@@ -56,16 +54,29 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
+class TextWork:
+    """What the engine process does of the work on text; the rank process does the rest, while the engine steps.
+
+    Attributes:
+        prompt_settings: how to render prompts, for tokenizers that only vLLM knows; None where the rank renders.
+        leaves_text: whether the rank makes the text of finished rows, where the engine need not.
+    """
+
+    prompt_settings: Any = None
+    leaves_text: bool = False
+
+
+@dataclass(frozen=True)
 class Load:
     """Down: load the model now.
 
     Attributes:
+        text: which work on text comes with it.
         kv_bytes: imposes a KV cache size (bytes a device) that was agreed before.
-        leaves_text: whether the rank makes the text of finished rows, where the engine need not.
     """
 
+    text: TextWork = field(default_factory=TextWork)
     kv_bytes: int | None = None
-    leaves_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,7 +218,7 @@ class Backend(Protocol):
             ConfigError: an illegal option, with its nearest legal neighbour.
         """
 
-    def load(self, agree_kv: AgreeKv, leaves_text: bool) -> EngineInfo:
+    def load(self, agree_kv: AgreeKv, text: TextWork) -> EngineInfo:
         """Loads the model and makes the engine ready; see `Load`."""
 
     def add(self, request: Request) -> None:

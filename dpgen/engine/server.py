@@ -78,7 +78,7 @@ def _serve(pipe: Connection) -> None:
         assert isinstance(answer, KvAgreed)
         return answer.num_bytes
 
-    info = backend.load(agree_kv, order.leaves_text)
+    info = backend.load(agree_kv, order.text)
     if spec.world is None:
         pipe.send(Ready(info))
         _generate(pipe, backend)

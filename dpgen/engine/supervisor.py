@@ -13,7 +13,18 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
-from dpgen.engine.protocol import Checked, EngineInfo, EngineSpec, Event, Finished, KvMeasured, Ready, Stats, Undecoded
+from dpgen.engine.protocol import (
+    Checked,
+    EngineInfo,
+    EngineSpec,
+    Event,
+    Finished,
+    KvMeasured,
+    Ready,
+    Stats,
+    TextWork,
+    Undecoded,
+)
 from dpgen.errors import ConfigError, EngineError, EnginesLost
 from dpgen.records import Request, RowError, RowResult
 from dpgen.words import counted
@@ -28,7 +39,7 @@ _START_WAIT_S = 0.2  # between looks at the other ranks while an engine starts
 class Process(Protocol):
     """What the supervisor needs of an engine process; see `dpgen.engine.process.EngineProcess`."""
 
-    def load(self, kv_bytes: int | None = None, leaves_text: bool = False) -> None: ...
+    def load(self, text: TextWork, kv_bytes: int | None = None) -> None: ...
 
     def agree_kv(self, num_bytes: int) -> None: ...
 
@@ -74,7 +85,7 @@ class EngineSupervisor:
         self._process: Process | None = start(spec)
         self._info: EngineInfo | None = None
         self._kv_bytes: int | None = None
-        self._leaves_text = False
+        self._text = TextWork()
         self._is_ready = False
         self._heard_s = clock()
         self._inside: dict[int, Request] = {}  # rows that the engine has
@@ -110,23 +121,23 @@ class EngineSupervisor:
         self,
         agree_kv: Callable[[int], int],
         while_waiting: Callable[[], None],
-        leaves_text: bool = False,
+        text: TextWork = TextWork(),  # noqa: B008 - frozen
     ) -> EngineInfo:
         """Loads the model; with less, if memory runs out.
 
         Args:
             agree_kv: measured bytes of free KV memory → the bytes to use.
-            leaves_text: whether whoever polls makes the text of finished rows, where the engine need not.
+            text: which work on text comes with it.
 
         Raises:
             EngineError: it can't be loaded.
         """
-        self._leaves_text = leaves_text
+        self._text = text
         while self._info is None:
             try:
                 assert self._process is not None
                 self._heard_s = self._clock()
-                self._process.load(leaves_text=leaves_text)
+                self._process.load(text)
                 measured = self._await(KvMeasured, while_waiting).num_bytes
                 if self._kv_bytes is None:  # agreed once: the other ranks do not ask again
                     self._kv_bytes = agree_kv(measured)
@@ -225,7 +236,7 @@ class EngineSupervisor:
             assert self._process is not None
             if event.problem is not None:
                 raise EngineError(f"the engine refused its options: {event.problem}")
-            self._process.load(self._kv_bytes, leaves_text=self._leaves_text)
+            self._process.load(self._text, self._kv_bytes)
         elif isinstance(event, Ready):
             self._info = event.info
             self._is_ready = True

@@ -29,7 +29,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
 
 from dpgen.config import unknown_key
-from dpgen.engine.protocol import AgreeKv, EngineInfo, EngineSpec, Stats, Undecoded
+from dpgen.engine.protocol import AgreeKv, EngineInfo, EngineSpec, Stats, TextWork, Undecoded
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Completion, Request, RowError, RowResult
 
@@ -83,9 +83,9 @@ class VllmBackend:
                 raise ConfigError(f"vLLM refuses a {section}.* key: {_reason(error)}") from None
         return tuple(notes)
 
-    def load(self, agree_kv: AgreeKv, leaves_text: bool) -> EngineInfo:
+    def load(self, agree_kv: AgreeKv, text: TextWork) -> EngineInfo:
         assert self._config is not None
-        self._leaves_text = leaves_text
+        self._leaves_text = text.leaves_text
         _Agreeing.agree_kv = agree_kv
         # By its constructor, which takes the executor's class: in its configuration vLLM wants one of its own names,
         # for pipelines and external launchers at least.
@@ -95,10 +95,10 @@ class VllmBackend:
             log_stats=False,
             usage_context=UsageContext.LLM_CLASS,
         )
-        if self._spec.prompt_settings is not None:
+        if text.prompt_settings is not None:
             from dpgen.engine.vllm_render import EngineRenderer
 
-            self._render = EngineRenderer(self._engine, self._spec.prompt_settings).render
+            self._render = EngineRenderer(self._engine, text.prompt_settings).render
         config = self._engine.vllm_config
         return EngineInfo(
             max_num_seqs=config.scheduler_config.max_num_seqs,
