@@ -29,6 +29,7 @@ TIMEOUT_S = 240
 SHORT_LEASE = {"DPGEN_LEASE_S": "24"}
 
 
+@pytest.hookimpl(trylast=True)  # after pytest-xdist's, which marks groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker ends with them while the other is through.
 
@@ -39,6 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return tuple(item.get_closest_marker(name) is None for name in ("slurm", "slow", "vllm", "multi"))
 
     items.sort(key=place)
+    for item in items:
+        grouped = item.get_closest_marker("xdist_group") is not None
+        if grouped and item.config.getoption("loadgroup", False) and "@" not in item.nodeid:
+            raise pytest.UsageError("pytest-xdist does not heed xdist_group any more; which pytest is this?")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
