@@ -88,6 +88,10 @@ class Group(ABC):
         """Element-wise "any rank has it" over boolean arrays of one shape."""
 
     @abstractmethod
+    def total(self, counts: np.ndarray) -> np.ndarray:
+        """Element-wise sums over int64 arrays of one shape."""
+
+    @abstractmethod
     def raise_if_peer_failed(self) -> None:
         """Raises PeerFailed if another rank has announced that it failed."""
 
@@ -229,6 +233,9 @@ class LoneGroup(Group):
 
     def union(self, mask: np.ndarray) -> np.ndarray:
         return mask
+
+    def total(self, counts: np.ndarray) -> np.ndarray:
+        return counts
 
     def raise_if_peer_failed(self) -> None:
         return

@@ -134,8 +134,9 @@ class WorkConfig:
 
     order: Literal["auto", "dataset", "longest_first", "prefix"] = _key(
         "which rows first: dataset, as they come; longest_first, by work.hint_column, or else the rows' own "
-        "max_tokens, or else their prompts' lengths; prefix, those whose prompts begin alike together, for vLLM's "
-        "prefix cache; auto chooses from a look at the data, and says what and why",
+        "max_tokens, or else what rows with the same prompt turn out to take, or else their prompts' lengths; prefix, "
+        "those whose prompts begin alike together, for vLLM's prefix cache; auto chooses from a look at the data, and "
+        "says what and why",
         "auto",
     )
     hint_column: str | None = _key("a column of numbers that tell how long rows get: tokens to expect, or the like")

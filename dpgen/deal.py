@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 
 import numpy as np
@@ -14,9 +13,10 @@ from dpgen.config import Config
 from dpgen.errors import NoEngineLeft
 from dpgen.feed import Feed, RenderPrompt
 from dpgen.folder import RunFolder
-from dpgen.order import Order, Split, order_rows
+from dpgen.order import Order, Split, order_learnt, order_rows
 from dpgen.render import prompt_text
 from dpgen.rows import Rows, Shard
+from dpgen.siblings import Hand
 
 
 class Dealer:
@@ -33,20 +33,22 @@ class Dealer:
     def __init__(self, config: Config, rows: Rows, folder: RunFolder, group: Group, attempt: int) -> None:
         self._config, self._rows, self._folder, self._group = config, rows, folder, group
         self._attempt, self._num_deals = attempt, 0
+        self._journaled, self._num_ranks_then = np.zeros(len(rows), dtype=bool), 0
         self.num_todo = 0
         self.order = Order(np.zeros(0, dtype=np.int64))
 
-    def deal(self, render: RenderPrompt, held: Iterable[int] = (), takes_part: bool = True) -> Feed:
+    def deal(self, render: RenderPrompt, hand: Hand | None = None, takes_part: bool = True) -> Feed:
         """A feed over what no rank has finished or holds.
 
         Args:
-            held: rows that this rank has finished in this attempt, or has in hand and will finish.
+            hand: what this rank has finished in this attempt, and does now; None where it has just begun.
             takes_part: whether this rank can generate; one that can't gets an empty feed.
 
         Raises:
             NoEngineLeft: rows are left, and no rank can generate; on all ranks.
         """
-        todo = self._todo(held)
+        hand = hand or Hand()
+        todo = self._todo(hand)
         self.num_todo = len(todo)
         self._num_deals += 1
         config, group = self._config, self._group
@@ -55,7 +57,11 @@ class Dealer:
         taking = [rank for rank, takes in enumerate(group.all_gather_object(takes_part)) if takes]
         if len(todo) and not taking:
             raise NoEngineLeft("every engine was given up; mend what killed them, then run the same command again")
-        self.order = group.agree(lambda: order_rows(config, self._rows, todo, prompt_text(config.prompt)))
+        siblings = self.order.siblings
+        if siblings is None:
+            self.order = group.agree(lambda: order_rows(config, self._rows, todo, prompt_text(config.prompt)))
+        else:
+            self.order = order_learnt(todo, siblings, group.total(siblings.count(hand)))
         split = self.order.split(max(1, len(taking)), config.work.claim_rows)
         claims = None
         if takes_part:
@@ -75,6 +81,8 @@ class Dealer:
             sampling_columns=config.sampling_columns,
             sampling_by_rank=config.sampling_by_rank,
             fair_share=-(-len(todo) // max(1, len(taking))),
+            num_leaders=self.order.num_leaders,
+            lessons=self.order.lessons(),
         )
 
     def _open(self, split: Split, shard: int) -> Shard:
@@ -84,14 +92,19 @@ class Dealer:
             return self._rows.shard(self.order.rows, len(split.sizes), shard, sorted(columns))
         return self._rows.shard_in_pieces(*split.groups[shard], sorted(columns))
 
-    def _todo(self, held: Iterable[int]) -> np.ndarray:
+    def _todo(self, hand: Hand) -> np.ndarray:
         """Indices of the rows to generate, in order of work: what no node's journal holds, and no rank has in hand."""
-        done = np.zeros(len(self._rows), dtype=bool)
-        done[np.fromiter(held, dtype=np.int64)] = True
-        if self._group.leads_node:
-            found = self._finished()
-            done[found[found < len(self._rows)]] = True
-        return np.flatnonzero(~self._group.union(done))
+        if self._num_ranks_then != self._group.size:  # at first, and when a rank is lost: its journal is all it left
+            self._num_ranks_then = self._group.size
+            found = self._finished() if self._group.leads_node else np.zeros(0, dtype=np.int64)
+            self._journaled = self._group.union(self._mask(found[found < len(self._rows)]))
+        in_hand = self._group.union(self._mask(hand.finished, hand.running))
+        return np.flatnonzero(~(self._journaled | in_hand))
+
+    def _mask(self, *rows: np.ndarray) -> np.ndarray:
+        mask = np.zeros(len(self._rows), dtype=bool)
+        mask[np.concatenate(rows)] = True
+        return mask
 
     def _finished(self) -> np.ndarray:
         """Rows that this node's journals hold, without the failed ones that are to be tried again."""

@@ -10,12 +10,14 @@ from dpgen.claims import Claim
 from dpgen.errors import RowRefused
 from dpgen.records import Request, RowResult, refused, seed_of_row
 from dpgen.rows import Shard
+from dpgen.siblings import Lessons
 
 
 class Claimant(Protocol):
     """What gives claims."""
 
     num_left: int
+    num_in_all: int
 
     @property
     def num_left_here(self) -> int: ...
@@ -41,6 +43,8 @@ class Feed:
         sampling_by_rank: fields of SamplingParams, of which row i takes entry i modulo their number. Shards are
             strided, so as many ranks start with an entry each; a row that moves to another rank keeps its own.
         fair_share: rows that this rank would do if all ranks did the same number.
+        num_leaders: how many rows, of all ranks', go first to tell how long the others get.
+        lessons: what they tell; None for nothing.
 
     Attributes:
         max_num_seqs: sequences that the engine runs at a time: a rank needs to hold no more than that back.
@@ -56,6 +60,8 @@ class Feed:
         sampling_columns: Mapping[str, str],
         sampling_by_rank: Sequence[Mapping[str, Any]] = (),
         fair_share: int = 1 << 30,
+        num_leaders: int = 0,
+        lessons: Lessons | None = None,
     ) -> None:
         self._claims, self._shard, self._render = claims, shard, render
         self._run_seed, self._sampling_columns = run_seed, sampling_columns
@@ -64,6 +70,7 @@ class Feed:
         self._ready: deque[Request | RowResult] = deque()
         self._exhausted = claims is None
         self.fair_share = fair_share
+        self._num_leaders, self._lessons = num_leaders, lessons
         self.max_num_seqs = 1
 
     @property
@@ -88,10 +95,35 @@ class Feed:
         if self._claims is not None:
             self._claims.num_left = num_unclaimed
 
+    def finish(self, row: int) -> None:
+        """Notes that a row is through, and what it tells of others."""
+        if self._lessons is not None:
+            self._lessons.finish(row)
+
+    @property
+    def num_learnt(self) -> int:
+        """Of how many groups this rank has learnt since the deal; for the ranks to sum."""
+        return 0 if self._lessons is None else self._lessons.num_learnt
+
+    def has_learnt(self, num_learnt: int) -> bool:
+        """Whether it is time to deal what is left anew: all leaders have begun, and half of what is open was learnt.
+
+        Args:
+            num_learnt: the ranks' sum.
+        """
+        if self._lessons is None or self._claims is None or not self._lessons.num_open:
+            return False
+        num_begun = self._claims.num_in_all - self._claims.num_left
+        return num_begun >= self._num_leaders and 2 * num_learnt >= self._lessons.num_open
+
     @property
     def fair_size(self) -> int:
         """How many rows this rank may hold back, given what is left and how fast they go; see `Claims.fair_size`."""
-        return 0 if self._claims is None else min(self._claims.fair_size, self._enough)
+        if self._claims is None:
+            return 0
+        # While there is much to learn few: what is held back keeps its place when the others are dealt anew.
+        learns = self._lessons is not None and self._lessons.num_open > 0
+        return min(self._claims.fair_size, 1 + self._enough // 8 if learns else self._enough)
 
     @property
     def _enough(self) -> int:

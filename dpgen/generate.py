@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
+
+import numpy as np
 
 from dpgen.admission import Admission
 from dpgen.collectives import Group, PeerLost, Pending
@@ -22,6 +24,7 @@ from dpgen.feed import Feed
 from dpgen.pace import Pace
 from dpgen.records import Request, RowError, RowResult
 from dpgen.report import Manifest
+from dpgen.siblings import Hand
 
 _AGREE_INTERVAL_S = 1.0
 _REFUSED_WITHIN_S = 0.5
@@ -65,6 +68,7 @@ class Totals:
     num_preemptions: int = 0
     num_unclaimed: int = 0
     num_wanting_new_deal: int = 0
+    num_learnt: int = 0  # groups of siblings; see `Feed.has_learnt`
     num_ranks_generating: int = 0
     rates: tuple[int, ...] = ()  # generated tokens/s, by rank; see `Pace.rate`
 
@@ -87,8 +91,8 @@ class Generation:
         engine: a loaded engine.
         journal: takes every result.
         group: the ranks.
-        deal: a new feed, over what no rank has finished or holds, given the rows that this rank has finished or
-            holds, and whether it can generate; all ranks call it together, after an engine or a rank was lost.
+        deal: a new feed, over what no rank has finished or holds, given what this rank has, and whether it can
+            generate; all ranks call it together: after an engine or a rank was lost, or lengths were learnt.
         stop_reason: why to stop now, or None to go on.
         detokenizer: makes the text of rows that the engine finishes without it.
         reserve_rows: sequences kept waiting in the engine beyond those that it runs.
@@ -104,7 +108,7 @@ class Generation:
         journal: ResultLog,
         group: Group,
         *,
-        deal: Callable[[Iterable[int], bool], Feed],
+        deal: Callable[[Hand, bool], Feed],
         stop_reason: Callable[[], str | None] = lambda: None,
         detokenizer: Detokenizer | None = None,
         reserve_rows: int = 32,
@@ -119,7 +123,8 @@ class Generation:
         self._in_flight = Admission(reserve_rows, num_samples)
         self._pace = Pace()
         self._detokenizer = detokenizer
-        self._kept = array("q")  # rows; eight bytes each, where a set would take a hundred
+        # Rows, and the tokens of each: twelve bytes a row, where a dictionary would take a hundred.
+        self._kept, self._kept_tokens = array("q"), array("i")
         self._mine = Totals()
         self._num_kept_tokens = 0
         self._num_failing_rounds = 0
@@ -226,7 +231,9 @@ class Generation:
 
     def _keep(self, result: RowResult) -> None:
         self._journal.append(result)
+        self._feed.finish(result.row)
         self._kept.append(result.row)
+        self._kept_tokens.append(result.num_generated_tokens)
         self._mine.num_rows += 1
         self._mine.num_prompt_tokens += result.num_prompt_tokens or 0
         self._num_kept_tokens += result.num_generated_tokens
@@ -262,11 +269,13 @@ class Generation:
         self._feed.heed(totals.num_unclaimed)
         self._show(self._all)
         self._stop_if_all_fail(self._all)
-        if self._all.num_wanting_new_deal:
+        if self._all.num_wanting_new_deal or self._feed.has_learnt(totals.num_learnt):
             self._deal_again()
 
     def _my_totals(self) -> Totals:
-        self._mine.num_wanting_new_deal = int(self._engine.is_lost and self._has_work)
+        is_stranded = self._engine.is_lost and self._has_work
+        self._mine.num_wanting_new_deal = int(is_stranded)
+        self._mine.num_learnt = self._feed.num_learnt
         self._mine.num_unfinished_ranks = int(self._has_work)
         self._mine.num_unclaimed = self._feed.num_unclaimed_here
         # A row that the engine refuses comes back at once; one that stays is being generated, and may turn out well.
@@ -276,11 +285,16 @@ class Generation:
         return self._mine
 
     def _deal_again(self) -> None:
-        """Deals what is left anew, with all other ranks: rows of a lost engine or rank go to whoever is free."""
+        """Deals what is left anew, with all other ranks: a lost one's rows go to others, and long ones come first."""
         if self._engine.is_lost:
             self._in_flight.clear()
         # What is claimed and not yet in the engine goes back into the deal.
-        self._feed = self._deal([*self._kept, *self._in_flight], not self._engine.is_lost)
+        hand = Hand(
+            np.array(self._kept, dtype=np.int64),
+            np.array(self._kept_tokens, dtype=np.int64),
+            np.fromiter(self._in_flight, dtype=np.int64),
+        )
+        self._feed = self._deal(hand, not self._engine.is_lost)
 
     def _do_without(self, lost: PeerLost) -> None:
         """Goes on with the ranks that are left, if this launcher lets them live."""

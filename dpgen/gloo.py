@@ -163,6 +163,11 @@ class GlooGroup(Group):
         self._complete(lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True))
         return tensor.numpy().astype(bool)
 
+    def total(self, counts: np.ndarray) -> np.ndarray:
+        tensor = torch.from_numpy(counts.copy())
+        self._complete(lambda: dist.all_reduce(tensor, op=dist.ReduceOp.SUM, async_op=True))
+        return tensor.numpy()
+
     def _complete(self, start: Callable[[], Any]) -> None:
         """Starts a collective and waits for it, with an eye on the other ranks."""
         with self.telling_peer_failure():

@@ -19,6 +19,7 @@ import numpy as np
 from dpgen.config import Config
 from dpgen.prefixes import Prefixes, find_prefixes
 from dpgen.rows import Rows
+from dpgen.siblings import Hand, Lessons, Siblings, find_siblings
 from dpgen.words import counted
 
 _SAMPLE_ROWS = 20_000  # the quick look
@@ -28,6 +29,7 @@ _LONG_PROMPT_CHARS = 1_000  # shorter ones cost little, whatever their order
 _SHARED_SHARE = 0.25  # of all prompt text that is shared, from which on sharing is worth an order of its own
 _CHARS_PER_TOKEN = 4
 _PIECES = 32  # claims that a shard of groups is made of, at least
+_SIBLING_SHARE = 0.5  # of all rows that have the same prompt as another, from which on the first of them go first
 _USUAL_TOKENS = 256  # what a row is taken to generate, to weigh it against its prompt
 
 TextOf = Callable[[Mapping[str, Any]], str]
@@ -43,6 +45,10 @@ class Order:
         reason: why this order, as the end of a sentence.
         groups: of "prefix": where each group of rows that belong together begins in `rows`.
         weights: of "prefix": each row's work, in arbitrary units.
+        siblings: which rows have the same prompt, where their lengths are to be learnt from each other.
+        num_leaders: rows at the front whose lengths tell those of others: when they are through it is time to deal
+            what is left anew, by `order_learnt`.
+        lessons: makes what a rank is to learn before that.
     """
 
     rows: np.ndarray
@@ -50,6 +56,12 @@ class Order:
     reason: str = ""
     groups: np.ndarray | None = None
     weights: np.ndarray | None = None
+    siblings: Siblings | None = None
+    num_leaders: int = 0
+    lessons: Callable[[], Lessons | None] = lambda: None
+
+    def __str__(self) -> str:
+        return f"order of work: {self.kind}" + (f"; {self.reason}" if self.reason else "")
 
     def split(self, num_shards: int, most_rows: int) -> Split:
         """Deals the rows to shards.
@@ -141,6 +153,10 @@ def _chosen(config: Config, rows: Rows, todo: np.ndarray, hint: str | None, text
     sample = _sample(todo)
     columns = config.prompt.columns(rows.columns)
     seen = find_prefixes(rows, sample, columns, text_of)
+    if hint is None and seen.lengths.mean() < _LONG_PROMPT_CHARS:
+        _, num_with_siblings = find_siblings(len(rows), sample, seen.whole)
+        if num_with_siblings >= _SIBLING_SHARE * len(sample):
+            return _longest_first(config, rows, todo, None, text_of)
     if config.engine.get("enable_prefix_caching", True) and seen.shared_share >= _SHARED_SHARE:
         prefixes = seen if len(sample) == len(todo) else find_prefixes(rows, todo, columns, text_of)
         return _prefix_order(rows, todo, prefixes, hint)
@@ -156,7 +172,11 @@ def _chosen(config: Config, rows: Rows, todo: np.ndarray, hint: str | None, text
 
 def _longest_first(config: Config, rows: Rows, todo: np.ndarray, hint: str | None, text_of: TextOf) -> Order:
     if hint is None:
-        lengths = find_prefixes(rows, todo, config.prompt.columns(rows.columns), text_of).lengths.astype(np.float64)
+        prompts = find_prefixes(rows, todo, config.prompt.columns(rows.columns), text_of)
+        siblings, num_with_siblings = find_siblings(len(rows), todo, prompts.whole)
+        if num_with_siblings >= _SIBLING_SHARE * len(todo):
+            return order_learnt(todo, siblings, siblings.count(Hand()))
+        lengths = prompts.lengths.astype(np.float64)
         what = "the prompts' lengths"
     else:
         lengths = rows.numbers(hint, todo)
@@ -167,6 +187,32 @@ def _longest_first(config: Config, rows: Rows, todo: np.ndarray, hint: str | Non
     low, middle, high = _quantiles(known) if len(known) else (0, 0, 0)
     reason = f"by {what}: {low:,.0f} to {high:,.0f}, half of them below {middle:,.0f}"
     return Order(todo[np.argsort(-lengths, kind="stable")], "longest_first", reason)
+
+
+def order_learnt(todo: np.ndarray, siblings: Siblings, counts: np.ndarray) -> Order:
+    """Longest first, by what the ranks have learnt of rows with the same prompts; see `Siblings.order`."""
+    ordered, num_leaders = siblings.order(todo, counts)
+    expected = siblings.expected(todo, counts)
+    known = expected[np.isfinite(expected)]
+    if len(known):
+        low, middle, high = _quantiles(known)
+        reason = (
+            f"by what rows with the same prompt have taken: {low:,.0f} to {high:,.0f} tokens, half of them below "
+            f"{middle:,.0f}; {counted(int(np.isposinf(expected).sum()), 'row')} of prompts that are still running first"
+        )
+    else:
+        reason = (
+            f"{counted(siblings.num_groups, 'prompt')} have several rows each: one of each goes first, and tells how "
+            "long the others get"
+        )
+    return Order(
+        ordered,
+        "longest_first",
+        reason,
+        siblings=siblings,
+        num_leaders=num_leaders,
+        lessons=lambda: siblings.lessons(todo, counts),
+    )
 
 
 def _prefix_order(rows: Rows, todo: np.ndarray, prefixes: Prefixes, hint: str | None) -> Order:

@@ -29,14 +29,15 @@ class Prefixes:
         lengths: characters of each prompt, int64; 0 where a row has none.
         hashes: for each level (a number of characters), a hash of each prompt's beginning of that length, uint32 of
             shape (levels, rows). Prompts shorter than a level share nothing at it.
+        whole: a hash of each whole prompt, int64; 0 where a row has none.
 
     Attributes:
         own_chars: characters of each prompt that are to be computed if the groups stay together: those beyond what
             it shares, and its part of the shared ones; float64.
     """
 
-    def __init__(self, lengths: np.ndarray, hashes: np.ndarray) -> None:
-        self.lengths, self._hashes = lengths, hashes
+    def __init__(self, lengths: np.ndarray, hashes: np.ndarray, whole: np.ndarray) -> None:
+        self.lengths, self._hashes, self.whole = lengths, hashes, whole
         num_rows = len(lengths)
         self._group = np.full(num_rows, -1, dtype=np.int64)
         saved = np.zeros(num_rows)
@@ -92,6 +93,7 @@ def find_prefixes(
     """
     lengths = np.zeros(len(places), dtype=np.int64)
     hashes = np.zeros((len(_LEVELS), len(places)), dtype=np.uint32)
+    whole = np.zeros(len(places), dtype=np.int64)
     for place, row in enumerate(rows.read(places, columns)):
         try:
             text = text_of(row)
@@ -102,7 +104,12 @@ def find_prefixes(
         for level, stop in enumerate(_LEVELS):
             if len(text) < stop:
                 break
-            value = zlib.crc32(text[start:stop].encode("utf-8", "surrogatepass"), value)
+            value = _hash(text[start:stop], value)
             hashes[level, place] = value
             start = stop
-    return Prefixes(lengths, hashes)
+        whole[place] = _hash(text[start:], value) + (len(text) << 32)
+    return Prefixes(lengths, hashes, whole)
+
+
+def _hash(text: str, value: int) -> int:
+    return zlib.crc32(text.encode("utf-8", "surrogatepass"), value)

@@ -19,6 +19,7 @@ from dpgen.engine.launch import engine_spec, engine_starter, is_cold, open_token
 from dpgen.engine.protocol import TextWork
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE, ConfigError, nearest
+from dpgen.feed import Feed
 from dpgen.folder import RunFolder, differences, identity_of
 from dpgen.generate import Generation, Totals
 from dpgen.journal import Journal
@@ -28,6 +29,7 @@ from dpgen.phases import Phases, Waiting
 from dpgen.progress import Progress
 from dpgen.report import Manifest, findings
 from dpgen.rows import Rows, open_rows
+from dpgen.siblings import Hand
 from dpgen.stop import Stop, deadline
 from dpgen.topology import Topology
 from dpgen.words import counted, duration
@@ -73,10 +75,16 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
         stack.callback(own_journal.close)
 
         dealer = Dealer(config, rows, folder, group, attempt)
+
+        def deal_again(hand: Hand, takes_part: bool) -> Feed:
+            dealt = dealer.deal(texts.render, hand, takes_part and layout.leads)
+            tell(f"dealt anew: {counted(dealer.num_todo, 'row')} to begin; {dealer.order}")
+            return dealt
+
         feed = dealer.deal(texts.render, takes_part=layout.leads)
         tell(_plan(len(rows), dealer.num_todo, layout.num_engines, attempt))
-        if dealer.order.reason:
-            tell(f"order of work: {dealer.order.kind}; {dealer.order.reason}")
+        if dealer.num_todo:
+            tell(str(dealer.order))
         ending.num_done = len(rows) - dealer.num_todo
         own = Manifest(group.rank, group.nodes[group.rank])
         if dealer.num_todo:
@@ -88,7 +96,7 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
                 engine,
                 own_journal,
                 group,
-                deal=lambda held, takes_part: dealer.deal(texts.render, held, takes_part and layout.leads),
+                deal=deal_again,
                 stop_reason=lambda: stop.reason,
                 detokenizer=texts.detokenizer,
                 reserve_rows=config.work.reserve_rows,

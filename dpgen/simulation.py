@@ -25,7 +25,8 @@ from dpgen.claims import Claims
 from dpgen.collectives import LocalStore
 from dpgen.config import WorkConfig
 from dpgen.feed import Feed
-from dpgen.order import Order, Split
+from dpgen.order import Order, Split, order_learnt
+from dpgen.siblings import Hand
 
 _AGREE_INTERVAL_S = 1.0  # as in `dpgen.generate`
 _STATS_INTERVAL_S = 1.0  # as in `dpgen.engine.server`
@@ -109,21 +110,12 @@ def simulate(
         work: how rows are dealt; its `order` is not looked at.
         slowness: how many times as long as the model says some ranks take.
     """
-    split = order.split(num_ranks, work.claim_rows)
-    store = LocalStore()
-    cursors = [f"cursor/{rank}" for rank in range(num_ranks)]
-    for cursor in cursors:
-        store.add(cursor, 0)
-    shards = cache(lambda shard: _Shard(order, split, shard))
     ranks = []
-    for rank in range(num_ranks):
-        max_size = work.claim_rows if split.groups is None else 1
-        claims = _CountedClaims(store, cursors, split.sizes, rank, steal=work.steal, max_size=max_size)
-        fair_share = -(-len(order.rows) // num_ranks)
-        feed = Feed(claims, shards, _rendered, run_seed=None, sampling_columns={}, fair_share=fair_share)  # type: ignore[arg-type]
+    for rank, claims_and_feed in enumerate(_deal(order, num_ranks, work)):
         factor = (slowness or {}).get(rank, 1.0)
-        ranks.append(_Rank(model, feed, claims, Admission(work.reserve_rows), lengths, prompt_lengths, factor))
-    wall_s = _run(ranks, work)
+        admission = Admission(work.reserve_rows)
+        ranks.append(_Rank(model, *claims_and_feed, admission, lengths, prompt_lengths, factor))
+    wall_s = _run(ranks, work, order)
     bound_s = max(model.bound_s(lengths[order.rows], prompt_lengths[order.rows], num_ranks))
     return Outcome(
         wall_s,
@@ -134,7 +126,31 @@ def simulate(
     )
 
 
-def _run(ranks: Sequence[_Rank], work: WorkConfig) -> float:
+def _deal(order: Order, num_ranks: int, work: WorkConfig) -> Iterator[tuple[_CountedClaims, Feed]]:
+    """Every rank's claims and feed, as `dpgen.deal` makes them."""
+    split = order.split(num_ranks, work.claim_rows)
+    store = LocalStore()
+    cursors = [f"cursor/{rank}" for rank in range(num_ranks)]
+    for cursor in cursors:
+        store.add(cursor, 0)
+    shards = cache(lambda shard: _Shard(order, split, shard))
+    for rank in range(num_ranks):
+        max_size = work.claim_rows if split.groups is None else 1
+        claims = _CountedClaims(store, cursors, split.sizes, rank, steal=work.steal, max_size=max_size)
+        feed = Feed(
+            claims,
+            shards,  # type: ignore[arg-type]
+            _rendered,
+            run_seed=None,
+            sampling_columns={},
+            fair_share=-(-len(order.rows) // num_ranks),
+            num_leaders=order.num_leaders,
+            lessons=order.lessons(),
+        )
+        yield claims, feed
+
+
+def _run(ranks: Sequence[_Rank], work: WorkConfig, order: Order) -> float:
     """Lets the rank whose clock is furthest behind go on, until all are through; seconds."""
     due = [(0.0, rank) for rank in range(len(ranks))]
     next_agreement_s = 0.0
@@ -145,11 +161,26 @@ def _run(ranks: Sequence[_Rank], work: WorkConfig) -> float:
             num_left = sum(each.feed.num_unclaimed_here for each in ranks)
             for each in ranks:
                 each.feed.heed(num_left)
+            if ranks[rank].feed.has_learnt(sum(each.feed.num_learnt for each in ranks)):
+                _deal_again(ranks, work, order)
             # All ranks together are looked at, which takes as long as thousands of rows: seldom, far from the end.
             next_agreement_s = now_s + (_AGREE_INTERVAL_S if num_left < far else 10 * _AGREE_INTERVAL_S)
         if ranks[rank].advance():
             heapq.heappush(due, (ranks[rank].now_s, rank))
     return max(each.now_s for each in ranks)
+
+
+def _deal_again(ranks: Sequence[_Rank], work: WorkConfig, order: Order) -> None:
+    """Deals what no rank has finished or runs, by the lengths that were learnt; as `dpgen.deal` does."""
+    assert order.siblings is not None
+    hands = [each.hand() for each in ranks]
+    begun = np.concatenate([rows for hand in hands for rows in (hand.finished, hand.running)])
+    todo = np.setdiff1d(order.rows, begun, assume_unique=True)
+    counts = np.sum([order.siblings.count(hand) for hand in hands], axis=0)
+    learnt = order_learnt(np.sort(todo), order.siblings, counts)
+    for rank, (claims, feed) in zip(ranks, _deal(learnt, len(ranks), work), strict=True):
+        claims.num_claims = rank.claims.num_claims
+        rank.claims, rank.feed = claims, feed
 
 
 class _CountedClaims(Claims):
@@ -186,8 +217,8 @@ class _Rank:
     def __init__(
         self,
         model: EngineModel,
-        feed: Feed,
         claims: _CountedClaims,
+        feed: Feed,
         admission: Admission,
         lengths: np.ndarray,
         prompt_lengths: np.ndarray,
@@ -207,6 +238,12 @@ class _Rank:
         self._num_kv_tokens = 0  # those of the running sequences, at this step
         self._num_to_prefill = 0
         self._next_stats_s = _STATS_INTERVAL_S
+        self._finished: list[int] = []
+
+    def hand(self) -> Hand:
+        """What it has done so far, and does now."""
+        finished = np.array(self._finished, dtype=np.int64)
+        return Hand(finished, self._lengths[finished], np.fromiter(self._admission, dtype=np.int64))
 
     def advance(self) -> bool:
         """Goes on until it has to claim rows; False once it is through. It may claim at once."""
@@ -257,6 +294,8 @@ class _Rank:
             _, row, first, num_before = heapq.heappop(self._running)
             self._num_kv_tokens -= num_before + self._step - first
             self._admission.finish(row)
+            self._finished.append(row)
+            self.feed.finish(row)
             num_finished += 1
         if limit is not None:
             self._make_room(limit)

@@ -77,6 +77,18 @@ def test_prompts_lengths_are_the_last_hint() -> None:
     assert ordered(config_of(), short).kind == "dataset", "short prompts cost little in any order"
 
 
+def test_of_rows_with_the_same_prompt_one_goes_first_and_tells_of_the_others() -> None:
+    rows = [{"prompt": f"solve {n % 10}", "document": 0} for n in range(80)]
+    order = ordered(config_of(), rows)
+    assert (order.kind, order.num_leaders) == ("longest_first", 10)
+    assert order.rows[:10].tolist() == list(range(10))
+    assert order.reason.startswith("10 prompts have several rows each: one of each goes first")
+    # Where prompts are long the prefix cache saves more than an order by length; and a hint says more than siblings.
+    assert ordered(config_of(), [{"prompt": f"{DOCUMENTS[n % 10]}!"} for n in range(80)]).kind == "prefix"
+    hinted = [{"prompt": f"solve {n % 10}", "budget": n * n} for n in range(80)]
+    assert ordered(config_of(sampling=FROM_COLUMN), hinted).siblings is None
+
+
 @pytest.mark.parametrize("shuffled", [True, False])
 def test_rows_that_begin_alike_go_together(shuffled: bool) -> None:
     rows = questions(6, shuffled)

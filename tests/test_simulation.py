@@ -147,6 +147,17 @@ def test_the_command_says_how_long_and_what_would_help() -> None:
     assert shown in done.stdout
 
 
+def test_the_command_learns_of_rows_with_the_same_prompt() -> None:
+    done = command(
+        "--lengths", REASONING, "--max-num-seqs", "16", "--ranks", "4", "--rows", "2048", "--group-rows", "16"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "128 prompts have several rows each: one of each goes first" in done.stdout
+    choices = [line for line in done.stdout.splitlines() if line.startswith("  ")]
+    [in_order] = [line for line in choices if line.endswith("work.order=dataset")]
+    assert int(in_order.split()[0]) > 0, "without learning it takes longer"
+
+
 def test_the_command_takes_rows_and_engine_from_a_configuration(tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}" * 40, "budget": 5 + n % 90} for n in range(500)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -174,6 +185,7 @@ def test_the_command_takes_rows_and_engine_from_a_configuration(tmp_path: Path) 
         (["--calibrate"], "need a configuration"),
         (["--lengths", "constant:5", "--ranks", "0"], "give numbers from 1"),
         (["--lengths", "constant:5", "--step-ms", "-1"], "--step-ms must be at least 0"),
+        (["--lengths", "constant:5", "--group-rows", "0"], "it must be at least 1"),
         (["--lengths", "some:5"], "none of constant:TOKENS"),
         (["run.dir=x", "model=m", "data.path=conf/demo/questions.jsonl", "data.prompt_column=question"], "how long"),
         (

@@ -14,7 +14,8 @@ import numpy as np
 
 from dpgen.config import Config, WorkConfig
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, nearest
-from dpgen.order import Order
+from dpgen.order import Order, order_learnt
+from dpgen.siblings import Hand, Siblings
 from dpgen.simulation import EngineModel, Outcome, simulate
 from dpgen.words import counted, duration
 from dpgen.workloads import KINDS, draw_lengths
@@ -85,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIGMA",
         help="longest rows first, by hints that are off by this lognormally",
     )
+    add(
+        "--group-rows",
+        type=int,
+        default=1,
+        metavar="N",
+        help="so many rows have one prompt: their lengths differ by --group-noise, and are learnt from each other",
+    )
+    add("--group-noise", type=float, default=0.2, metavar="SIGMA", help="lognormally (default: %(default)s)")
     add("--prompt-tokens", type=int, help="tokens of every prompt (default: the dataset's characters / 4, or 0)")
     add("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
     add("--json", action="store_true", help="one JSON object instead of lines for people")
@@ -111,8 +120,8 @@ def _scene(options: argparse.Namespace) -> Scene:
         if options.lengths is None:
             raise ConfigError("how long are the rows? Give --lengths KIND, or a configuration and --length-column")
         num_rows = options.rows or 16 * max(_ranks(options)) * model.max_num_seqs
-        lengths = draw_lengths(options.lengths, num_rows, options.seed)
-        prompts, order = np.zeros(num_rows, dtype=np.int64), Order(np.arange(num_rows))
+        lengths, order = _drawn(options, num_rows, random)
+        prompts = np.zeros(num_rows, dtype=np.int64)
     else:
         lengths, prompts, order = _of_dataset(options, config)
     if options.prompt_tokens is not None:
@@ -122,6 +131,19 @@ def _scene(options: argparse.Namespace) -> Scene:
         reason = f"by hints that are off by a factor of {np.exp(options.hint_noise):.1f}, mostly"
         order = Order(np.argsort(-hints, kind="stable"), "longest_first", reason)
     return Scene(lengths, prompts, order, work, model, config.gpus_per_rank if config else 1)
+
+
+def _drawn(options: argparse.Namespace, num_rows: int, random: np.random.Generator) -> tuple[np.ndarray, Order]:
+    """Lengths of rows that are in no dataset, and the order of work that a run would take."""
+    group_rows, every = options.group_rows, np.arange(num_rows)
+    if group_rows < 1:
+        raise ConfigError(f"--group-rows {group_rows}: it must be at least 1")
+    if group_rows == 1:
+        return draw_lengths(options.lengths, num_rows, options.seed), Order(every)
+    lengths = draw_lengths(options.lengths, -(-num_rows // group_rows), options.seed)[every // group_rows]
+    lengths = np.maximum(1, lengths * random.lognormal(0.0, options.group_noise, num_rows)).astype(np.int64)
+    siblings = Siblings(every // group_rows)
+    return lengths, order_learnt(every, siblings, siblings.count(Hand()))
 
 
 def _config(options: argparse.Namespace) -> Config | None:
@@ -286,7 +308,7 @@ def _lines(scene: Scene, outcomes: dict[int, Outcome], choices: dict[str, Outcom
         f"a token in the KV cache, {1e6 * model.prefill_s:.3g} us a prompt token; {model.max_num_seqs:,} sequences, "
         f"{kv} tokens"
     )
-    yield f"order of work: {scene.order.kind}" + (f"; {scene.order.reason}" if scene.order.reason else "")
+    yield str(scene.order)
     yield ""
     yield f"{'ranks':>7} {'time':>14} {'GPU-hours':>11} {'efficiency':>11} {'balance':>8}"
     for number, found in outcomes.items():
