@@ -1,10 +1,11 @@
 """The whole job, from command to result, next to what else there is: vLLM's run_batch, and torchrun with static shards.
 
-    python benchmarks/jobs.py [--rows 1500] [--rounds 5]
+    python benchmarks/jobs.py [--rows 1500] [--rounds 5] [--ray-python PYTHON]
 
 The same rows with heavy-tailed lengths, the same model and engine options, the same two cores; each way starts from
 nothing, loads, generates and writes its result. Ways: dpgen on two ranks; static_shards.py on two ranks; run_batch, one
-engine on both cores (which takes chats, not plain prompts).
+engine on both cores (which takes chats, not plain prompts); with --ray-python, a Python that has vLLM and ray[data],
+Ray Data LLM with two replicas, a thread each (ray_llm.py).
 
 A table for people, and one JSON line last.
 """
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", default="dpgen,static,run_batch")
+    parser.add_argument("--ray-python", help="measures Ray Data LLM, too, in this Python's environment")
     parser.add_argument("--dir", help="where to write; the system's temporary folder by default")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=options.dir))
@@ -38,8 +40,10 @@ def main() -> None:
             "dpgen": lambda: _dpgen(folder, model, data),
             "static": lambda: _static(folder, model, data),
             "run_batch": lambda: _run_batch(folder, model, rows),
+            "ray": lambda: _ray(folder, model, data, options.ray_python),
         }
-        seconds = interleaved({name: ways[name] for name in options.ways.split(",")}, options.rounds)
+        names = options.ways.split(",") + (["ray"] if options.ray_python else [])
+        seconds = interleaved({name: ways[name] for name in names}, options.rounds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     found: dict[str, Any] = {"seconds": seconds}
@@ -69,6 +73,12 @@ def _static(folder: Path, model: Path, data: Path) -> float:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = [str(REPO / "benchmarks" / "static_shards.py"), str(data), str(out), str(model), json.dumps(TINY_ENGINE)]
     return timed([*launcher, *program], folder / "static.log")
+
+
+def _ray(folder: Path, model: Path, data: Path, python: str) -> float:
+    program = [str(REPO / "benchmarks" / "ray_llm.py"), str(data), str(_fresh(folder, "ray")), str(model)]
+    own = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+    return timed([python, *program, json.dumps(TINY_ENGINE), "2"], folder / "ray.log", **own)
 
 
 def _run_batch(folder: Path, model: Path, rows: list[dict[str, Any]]) -> float:
