@@ -196,15 +196,15 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
         config = config_of(order[1])
         rows = open_rows(config.data)
         started_s = time.monotonic()
-        dealer = Dealer(config, rows, run_folder, group, attempt)
-        feed = dealer.deal(texts.render)
+        dealer = Dealer(config, rows, run_folder, group, attempt, texts.render)
+        feed = dealer.deal()
         journal = Journal(run_folder.journal, attempt, 0)
         totals = Generation(
             feed,
             supervisor,
             journal,
             group,
-            deal=lambda held, takes_part, dealer=dealer: dealer.deal(texts.render, held, takes_part),
+            deal=dealer.deal,
             detokenizer=texts.detokenizer,
             reserve_rows=config.work.reserve_rows,
         ).run()

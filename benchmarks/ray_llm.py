@@ -29,10 +29,12 @@ def main() -> None:
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
+        log_engine_metrics=False,
         placement_group_config={"bundles": [{"CPU": 1}]},
     )
     process = build_processor(config, preprocess=request, postprocess=lambda row: {"text": row["generated_text"]})
-    process(ray.data.read_json(rows)).write_json(out)
+    # In blocks: one alone would all go to one replica.
+    process(ray.data.read_json(rows).repartition(8 * int(replicas))).write_json(out)
     count = sum(len(each.read_text().splitlines()) for each in Path(out).glob("*.json*"))
     wanted = len(Path(rows).read_text().splitlines())
     if count != wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -17,6 +18,7 @@ from dpgen.order import Order, Split, order_learnt, order_rows
 from dpgen.render import prompt_text
 from dpgen.rows import Rows, Shard
 from dpgen.siblings import Hand
+from dpgen.words import counted
 
 
 class Dealer:
@@ -28,26 +30,41 @@ class Dealer:
     Args:
         group: the ranks; its size may have shrunk between two deals.
         attempt: names the cursors, so that no two attempts share one.
+        render: a row's prompt; see `Feed`.
+        claims_rows: whether this process claims rows; those that follow another's engine don't.
+        tell: prints what one rank says for all.
     """
 
-    def __init__(self, config: Config, rows: Rows, folder: RunFolder, group: Group, attempt: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        rows: Rows,
+        folder: RunFolder,
+        group: Group,
+        attempt: int,
+        render: RenderPrompt,
+        *,
+        claims_rows: bool = True,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self._config, self._rows, self._folder, self._group = config, rows, folder, group
+        self._render, self._claims_rows, self._tell = render, claims_rows, tell
         self._attempt, self._num_deals = attempt, 0
         self._journaled, self._num_ranks_then = np.zeros(len(rows), dtype=bool), 0
         self.num_todo = 0
         self.order = Order(np.zeros(0, dtype=np.int64))
 
-    def deal(self, render: RenderPrompt, hand: Hand | None = None, takes_part: bool = True) -> Feed:
+    def deal(self, hand: Hand | None = None, can_generate: bool = True) -> Feed:
         """A feed over what no rank has finished or holds.
 
         Args:
             hand: what this rank has finished in this attempt, and does now; None where it has just begun.
-            takes_part: whether this rank can generate; one that can't gets an empty feed.
+            can_generate: whether this rank has an engine; one that hasn't gets an empty feed.
 
         Raises:
             NoEngineLeft: rows are left, and no rank can generate; on all ranks.
         """
-        hand = hand or Hand()
+        hand, takes_part = hand or Hand(), can_generate and self._claims_rows
         todo = self._todo(hand)
         self.num_todo = len(todo)
         self._num_deals += 1
@@ -62,6 +79,8 @@ class Dealer:
             self.order = group.agree(lambda: order_rows(config, self._rows, todo, prompt_text(config.prompt)))
         else:
             self.order = order_learnt(todo, siblings, group.total(siblings.count(hand)))
+        if self._num_deals > 1:
+            self._tell(f"dealt anew: {counted(len(todo), 'row')} to begin; {self.order}")
         split = self.order.split(max(1, len(taking)), config.work.claim_rows)
         claims = None
         if takes_part:
@@ -76,7 +95,7 @@ class Dealer:
         return Feed(
             claims,
             cache(lambda shard: self._open(split, shard)),  # most ranks need few besides their own
-            render,
+            self._render,
             run_seed=config.run.seed,
             sampling_columns=config.sampling_columns,
             sampling_by_rank=config.sampling_by_rank,

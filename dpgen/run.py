@@ -19,7 +19,6 @@ from dpgen.engine.launch import engine_spec, engine_starter, is_cold, open_token
 from dpgen.engine.protocol import TextWork
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE, ConfigError, nearest
-from dpgen.feed import Feed
 from dpgen.folder import RunFolder, differences, identity_of
 from dpgen.generate import Generation, Totals
 from dpgen.journal import Journal
@@ -29,7 +28,6 @@ from dpgen.phases import Phases, Waiting
 from dpgen.progress import Progress
 from dpgen.report import Manifest, findings
 from dpgen.rows import Rows, open_rows
-from dpgen.siblings import Hand
 from dpgen.stop import Stop, deadline
 from dpgen.topology import Topology
 from dpgen.words import counted, duration
@@ -74,20 +72,13 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
         own_journal = Journal(folder.journal, attempt, topology.dp_rank)
         stack.callback(own_journal.close)
 
-        dealer = Dealer(config, rows, folder, group, attempt)
-
-        def deal_again(hand: Hand, takes_part: bool) -> Feed:
-            dealt = dealer.deal(texts.render, hand, takes_part and layout.leads)
-            tell(f"dealt anew: {counted(dealer.num_todo, 'row')} to begin; {dealer.order}")
-            return dealt
-
-        feed = dealer.deal(texts.render, takes_part=layout.leads)
+        dealer = Dealer(config, rows, folder, group, attempt, texts.render, claims_rows=layout.leads, tell=tell)
+        feed = dealer.deal()
         tell(_plan(len(rows), dealer.num_todo, layout.num_engines, attempt))
-        if dealer.num_todo:
-            tell(str(dealer.order))
         ending.num_done = len(rows) - dealer.num_todo
         own = Manifest(group.rank, group.nodes[group.rank])
         if dealer.num_todo:
+            tell(str(dealer.order))
             phases.end("rows to do")
             _load(engine, texts.in_engine, config, layout, group, folder, phases, tell)
             tell(str(phases))
@@ -96,7 +87,7 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
                 engine,
                 own_journal,
                 group,
-                deal=deal_again,
+                deal=dealer.deal,
                 stop_reason=lambda: stop.reason,
                 detokenizer=texts.detokenizer,
                 reserve_rows=config.work.reserve_rows,

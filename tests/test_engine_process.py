@@ -14,7 +14,7 @@ import pytest
 from conftest import wait_for
 
 from dpgen.engine.process import EngineProcess, engine_environment
-from dpgen.engine.protocol import Checked, EngineSpec, Finished, KvMeasured, Ready, TextWork
+from dpgen.engine.protocol import Checked, EngineSpec, Finished, KvMeasured, Ready, Stats, TextWork
 from dpgen.errors import EngineError
 from dpgen.records import Request
 
@@ -53,6 +53,22 @@ def test_both_sides_may_send_more_than_the_pipe_holds_at_once(engine: EngineProc
             if isinstance(event, Finished):
                 rows |= {result.row for result in event.results}
     assert rows == set(range(5 * batch))
+
+
+def test_the_numbers_come_before_the_last_row(engine: EngineProcess) -> None:
+    """After it nobody may listen any more."""
+    num_tokens = 0
+    for num_rows in (3, 1, 2):
+        engine.submit([Request(row, [7], None, {"max_tokens": 5 + row}) for row in range(num_rows)])
+        num_tokens += sum(5 + row for row in range(num_rows))
+        told, rows = 0, 0
+        while rows < num_rows:
+            for event in engine.poll(1.0):
+                if isinstance(event, Stats):
+                    told = event.num_generated_tokens
+                elif isinstance(event, Finished):
+                    rows += len(event.results)
+        assert told == num_tokens
 
 
 def unread_bytes(engine: EngineProcess) -> int:

@@ -100,6 +100,7 @@ def _generate(pipe: Connection, backend: Backend) -> None:
             message = pipe.recv()
             if isinstance(message, Stop):
                 return
+            report.num_inside += len(message)
             finished += _add(backend, message)
         if backend.has_work():
             finished += backend.step()
@@ -125,6 +126,7 @@ def _generate_together(pipe: Connection, backend: Backend, crew: Crew) -> None:
         requests, is_over = crew.share(requests, told_to_stop)
         if is_over:
             return
+        report.num_inside += len(requests)
         finished = _add(backend, requests)
         if backend.has_work():
             finished += backend.step()
@@ -146,20 +148,27 @@ def _add(backend: Backend, requests: list[Request]) -> list[RowResult | Undecode
 
 
 class _Report:
-    """What goes up: finished rows at once, numbers now and then."""
+    """What goes up: finished rows at once, numbers now and then, and before the last row.
+
+    Attributes:
+        num_inside: rows that have come and not been sent back.
+    """
 
     def __init__(self, pipe: Connection, backend: Backend) -> None:
         self._pipe, self._backend = pipe, backend
         self._next_stats_s = 0.0
+        self.num_inside = 0
 
     def send(self, finished: list[RowResult | Undecoded]) -> None:
-        if finished:
-            results = [each for each in finished if isinstance(each, RowResult)]
-            self._pipe.send(Finished(results, [each for each in finished if isinstance(each, Undecoded)]))
-        if time.monotonic() >= self._next_stats_s:
+        self.num_inside -= len(finished)
+        is_last = bool(finished) and self.num_inside == 0  # after it the rank may be through, and read no more
+        if is_last or time.monotonic() >= self._next_stats_s:
             self._next_stats_s = time.monotonic() + _STATS_INTERVAL_S
             stats: Stats = self._backend.stats()
             self._pipe.send(stats)
+        if finished:
+            results = [each for each in finished if isinstance(each, RowResult)]
+            self._pipe.send(Finished(results, [each for each in finished if isinstance(each, Undecoded)]))
 
 
 def _backend(spec: EngineSpec) -> Backend:
