@@ -40,7 +40,6 @@ class Claims:
         max_size: the most positions a claim takes.
 
     Attributes:
-        num_in_all: positions of all shards.
         num_left: positions that nobody has claimed, over all shards: as the ranks last agreed, who write it here.
     """
 
@@ -60,7 +59,7 @@ class Claims:
         self._left_here = shard_sizes[rank]
         self._others = [shard for shard, size in enumerate(shard_sizes) if size and shard != rank] if steal else []
         random.Random(rank).shuffle(self._others)  # so that ranks look at different shards first
-        self.num_in_all = self.num_left = sum(shard_sizes)
+        self.num_left = sum(shard_sizes)
 
     @property
     def num_left_here(self) -> int:

@@ -87,6 +87,11 @@ class Group(ABC):
     def union(self, mask: np.ndarray) -> np.ndarray:
         """Element-wise "any rank has it" over boolean arrays of one shape."""
 
+    @property
+    def epoch(self) -> int:
+        """How often the ranks have gone on without some that were lost; the same on all of them."""
+        return 0
+
     @abstractmethod
     def total(self, counts: np.ndarray) -> np.ndarray:
         """Element-wise sums over int64 arrays of one shape."""

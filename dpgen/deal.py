@@ -49,8 +49,8 @@ class Dealer:
     ) -> None:
         self._config, self._rows, self._folder, self._group = config, rows, folder, group
         self._render, self._claims_rows, self._tell = render, claims_rows, tell
-        self._attempt, self._num_deals = attempt, 0
-        self._journaled, self._num_ranks_then = np.zeros(len(rows), dtype=bool), 0
+        self._attempt, self._epoch, self._num_deals = attempt, -1, 0
+        self._journaled = np.zeros(len(rows), dtype=bool)
         self.num_todo = 0
         self.order = Order(np.zeros(0, dtype=np.int64))
 
@@ -64,22 +64,29 @@ class Dealer:
         Raises:
             NoEngineLeft: rows are left, and no rank can generate; on all ranks.
         """
-        hand, takes_part = hand or Hand(), can_generate and self._claims_rows
-        todo = self._todo(hand)
-        self.num_todo = len(todo)
-        self._num_deals += 1
         config, group = self._config, self._group
-        cursors = f"dpgen/cursor/{self._attempt}/{self._num_deals}"
+        hand, takes_part = hand or Hand(), can_generate and self._claims_rows
+        is_first = self._epoch < 0
+        if self._epoch != group.epoch:  # at first, and when a rank was lost: its journal is all that it has left
+            found = self._finished() if group.leads_node else np.zeros(0, dtype=np.int64)
+            self._journaled = group.union(self._mask(found[found < len(self._rows)]))
+            self._epoch, self._num_deals = group.epoch, 0
+        self._num_deals += 1
+        cursors = f"dpgen/cursor/{self._attempt}/{self._epoch}/{self._num_deals}"
         group.counters.add(f"{cursors}/{group.rank}", 0)  # it is there once all have come together, below
-        taking = [rank for rank, takes in enumerate(group.all_gather_object(takes_part)) if takes]
+        # A deal that a loss has cut short may have come further on one rank than on another: they compare notes.
+        ranks = group.all_gather_object((takes_part, self.order.siblings is not None, len(hand.running)))
+        taking = [rank for rank, (takes, _, _) in enumerate(ranks) if takes]
+        todo = np.flatnonzero(~(self._journaled | group.union(self._mask(hand.finished, hand.running))))
+        self.num_todo = len(todo)
         if len(todo) and not taking:
             raise NoEngineLeft("every engine was given up; mend what killed them, then run the same command again")
         siblings = self.order.siblings
-        if siblings is None:
+        if siblings is None or not all(knows_siblings for _, knows_siblings, _ in ranks):
             self.order = group.agree(lambda: order_rows(config, self._rows, todo, prompt_text(config.prompt)))
         else:
             self.order = order_learnt(todo, siblings, group.total(siblings.count(hand)))
-        if self._num_deals > 1:
+        if not is_first:
             self._tell(f"dealt anew: {counted(len(todo), 'row')} to begin; {self.order}")
         split = self.order.split(max(1, len(taking)), config.work.claim_rows)
         claims = None
@@ -99,7 +106,8 @@ class Dealer:
             run_seed=config.run.seed,
             sampling_columns=config.sampling_columns,
             sampling_by_rank=config.sampling_by_rank,
-            fair_share=-(-len(todo) // max(1, len(taking))),
+            # With what is in hand already, which counts against it.
+            fair_share=-(-(len(todo) + sum(num_running for _, _, num_running in ranks)) // max(1, len(taking))),
             num_leaders=self.order.num_leaders,
             lessons=self.order.lessons(),
         )
@@ -110,15 +118,6 @@ class Dealer:
         if split.groups is None:
             return self._rows.shard(self.order.rows, len(split.sizes), shard, sorted(columns))
         return self._rows.shard_in_pieces(*split.groups[shard], sorted(columns))
-
-    def _todo(self, hand: Hand) -> np.ndarray:
-        """Indices of the rows to generate, in order of work: what no node's journal holds, and no rank has in hand."""
-        if self._num_ranks_then != self._group.size:  # at first, and when a rank is lost: its journal is all it left
-            self._num_ranks_then = self._group.size
-            found = self._finished() if self._group.leads_node else np.zeros(0, dtype=np.int64)
-            self._journaled = self._group.union(self._mask(found[found < len(self._rows)]))
-        in_hand = self._group.union(self._mask(hand.finished, hand.running))
-        return np.flatnonzero(~(self._journaled | in_hand))
 
     def _mask(self, *rows: np.ndarray) -> np.ndarray:
         mask = np.zeros(len(self._rows), dtype=bool)

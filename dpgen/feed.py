@@ -17,7 +17,6 @@ class Claimant(Protocol):
     """What gives claims."""
 
     num_left: int
-    num_in_all: int
 
     @property
     def num_left_here(self) -> int: ...
@@ -40,8 +39,8 @@ class Feed:
         render: a row's (prompt token ids, None), or (None, prompt) where the engine's tokenizer must do it.
         run_seed: what the rows' own seeds come from; None for none.
         sampling_columns: field of SamplingParams → column.
-        sampling_by_rank: fields of SamplingParams, of which row i takes entry i modulo their number. Shards are
-            strided, so as many ranks start with an entry each; a row that moves to another rank keeps its own.
+        sampling_by_rank: fields of SamplingParams, of which row i takes entry i modulo their number. In dataset order
+            shards are strided, so as many ranks start with an entry each; a row that moves to another keeps its own.
         fair_share: rows that this rank would do if all ranks did the same number.
         num_leaders: how many rows, of all ranks', go first to tell how long the others get.
         lessons: what they tell; None for nothing.
@@ -71,6 +70,7 @@ class Feed:
         self._exhausted = claims is None
         self.fair_share = fair_share
         self._num_leaders, self._lessons = num_leaders, lessons
+        self._num_unclaimed = 0 if lessons is None else lessons.num_rows
         self.max_num_seqs = 1
 
     @property
@@ -92,6 +92,7 @@ class Feed:
 
     def heed(self, num_unclaimed: int) -> None:
         """Takes what nobody has claimed of all shards: the sum that the ranks have agreed on."""
+        self._num_unclaimed = num_unclaimed
         if self._claims is not None:
             self._claims.num_left = num_unclaimed
 
@@ -106,14 +107,19 @@ class Feed:
         return 0 if self._lessons is None else self._lessons.num_learnt
 
     def has_learnt(self, num_learnt: int) -> bool:
-        """Whether it is time to deal what is left anew: all leaders have begun, and half of what is open was learnt.
+        """Whether it is time to deal what is left anew.
+
+        That is when as many rows have begun as there are leaders, and half of what is open was learnt. A group that
+        several ranks learn of counts several times: the deal then comes a little sooner.
+
+        All ranks come to the same answer, those without an engine included: they deal together.
 
         Args:
             num_learnt: the ranks' sum.
         """
-        if self._lessons is None or self._claims is None or not self._lessons.num_open:
+        if self._lessons is None or not self._lessons.num_open or not self._num_unclaimed:
             return False
-        num_begun = self._claims.num_in_all - self._claims.num_left
+        num_begun = self._lessons.num_rows - self._num_unclaimed
         return num_begun >= self._num_leaders and 2 * num_learnt >= self._lessons.num_open
 
     @property

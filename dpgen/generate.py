@@ -231,7 +231,8 @@ class Generation:
 
     def _keep(self, result: RowResult) -> None:
         self._journal.append(result)
-        self._feed.finish(result.row)
+        if result.error is None:
+            self._feed.finish(result.row)
         self._kept.append(result.row)
         self._kept_tokens.append(result.num_generated_tokens)
         self._mine.num_rows += 1

@@ -163,6 +163,10 @@ class GlooGroup(Group):
         self._complete(lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True))
         return tensor.numpy().astype(bool)
 
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
     def total(self, counts: np.ndarray) -> np.ndarray:
         tensor = torch.from_numpy(counts.copy())
         self._complete(lambda: dist.all_reduce(tensor, op=dist.ReduceOp.SUM, async_op=True))

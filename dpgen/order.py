@@ -46,8 +46,8 @@ class Order:
         groups: of "prefix": where each group of rows that belong together begins in `rows`.
         weights: of "prefix": each row's work, in arbitrary units.
         siblings: which rows have the same prompt, where their lengths are to be learnt from each other.
-        num_leaders: rows at the front whose lengths tell those of others: when they are through it is time to deal
-            what is left anew, by `order_learnt`.
+        num_leaders: rows at the front whose lengths tell those of others: when half of them are through it is time
+            to deal what is left anew, by `order_learnt`.
         lessons: makes what a rank is to learn before that.
     """
 
@@ -153,11 +153,16 @@ def _chosen(config: Config, rows: Rows, todo: np.ndarray, hint: str | None, text
     sample = _sample(todo)
     columns = config.prompt.columns(rows.columns)
     seen = find_prefixes(rows, sample, columns, text_of)
-    if hint is None and seen.lengths.mean() < _LONG_PROMPT_CHARS:
+    caches = config.engine.get("enable_prefix_caching", True)
+    if hint is None and (seen.lengths.mean() < _LONG_PROMPT_CHARS or not caches):
         _, num_with_siblings = find_siblings(len(rows), sample, seen.whole)
-        if num_with_siblings >= _SIBLING_SHARE * len(sample):
-            return _longest_first(config, rows, todo, None, text_of)
-    if config.engine.get("enable_prefix_caching", True) and seen.shared_share >= _SHARED_SHARE:
+        # Of a part of the rows only neighbours, which are half of it, show their siblings.
+        share = _SIBLING_SHARE if len(sample) == len(todo) else _SIBLING_SHARE / 2
+        if num_with_siblings >= share * len(sample):
+            by_siblings = _longest_first(config, rows, todo, None, text_of)
+            if by_siblings.siblings is not None:
+                return by_siblings
+    if caches and seen.shared_share >= _SHARED_SHARE:
         prefixes = seen if len(sample) == len(todo) else find_prefixes(rows, todo, columns, text_of)
         return _prefix_order(rows, todo, prefixes, hint)
     if hint is not None:
@@ -200,6 +205,8 @@ def order_learnt(todo: np.ndarray, siblings: Siblings, counts: np.ndarray) -> Or
             f"by what rows with the same prompt have taken: {low:,.0f} to {high:,.0f} tokens, half of them below "
             f"{middle:,.0f}; {counted(int(np.isposinf(expected).sum()), 'row')} of prompts that are still running first"
         )
+    elif num_leaders == 0:
+        reason = "what is left has siblings that still run, or none"
     else:
         reason = (
             f"{counted(siblings.num_groups, 'prompt')} have several rows each: one of each goes first, and tells how "

@@ -68,7 +68,7 @@ class Siblings:
         """What is to be learnt of the groups that rows are left of."""
         has_rows = np.zeros(self.num_groups + 1, dtype=bool)
         has_rows[self._group[todo]] = True  # the last entry is that of rows without siblings
-        return Lessons(self._group, has_rows[:-1] & (counts[0] == 0))
+        return Lessons(len(todo), self._group, has_rows[:-1] & (counts[0] == 0))
 
     def order(self, todo: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
         """Rows in order of work, and how many leaders there are at its front.
@@ -94,6 +94,7 @@ class Lessons:
     """What one rank still learns of, since a deal: groups of which no row was through then.
 
     Args:
+        num_rows: dealt to all ranks.
         group: of each row of the dataset.
         is_open: of each group, whether it is to be learnt.
 
@@ -102,8 +103,8 @@ class Lessons:
         num_learnt: those that this rank has since learnt of; for the ranks to sum.
     """
 
-    def __init__(self, group: np.ndarray, is_open: np.ndarray) -> None:
-        self._group, self._is_open = group, is_open
+    def __init__(self, num_rows: int, group: np.ndarray, is_open: np.ndarray) -> None:
+        self.num_rows, self._group, self._is_open = num_rows, group, is_open
         self.num_open = int(is_open.sum()) if is_open.sum() > _KNOWN_SHARE * len(is_open) else 0
         self.num_learnt = 0
 

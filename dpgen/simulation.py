@@ -119,14 +119,16 @@ def simulate(
     bound_s = max(model.bound_s(lengths[order.rows], prompt_lengths[order.rows], num_ranks))
     return Outcome(
         wall_s,
-        np.array([each.now_s for each in ranks]),
+        np.array([each.busy_s for each in ranks]),
         bound_s,
         sum(each.claims.num_claims for each in ranks),
         sum(each.num_preemptions for each in ranks),
     )
 
 
-def _deal(order: Order, num_ranks: int, work: WorkConfig) -> Iterator[tuple[_CountedClaims, Feed]]:
+def _deal(
+    order: Order, num_ranks: int, work: WorkConfig, num_running: int = 0
+) -> Iterator[tuple[_CountedClaims, Feed]]:
     """Every rank's claims and feed, as `dpgen.deal` makes them."""
     split = order.split(num_ranks, work.claim_rows)
     store = LocalStore()
@@ -143,7 +145,7 @@ def _deal(order: Order, num_ranks: int, work: WorkConfig) -> Iterator[tuple[_Cou
             _rendered,
             run_seed=None,
             sampling_columns={},
-            fair_share=-(-len(order.rows) // num_ranks),
+            fair_share=-(-(len(order.rows) + num_running) // num_ranks),
             num_leaders=order.num_leaders,
             lessons=order.lessons(),
         )
@@ -163,11 +165,14 @@ def _run(ranks: Sequence[_Rank], work: WorkConfig, order: Order) -> float:
                 each.feed.heed(num_left)
             if ranks[rank].feed.has_learnt(sum(each.feed.num_learnt for each in ranks)):
                 _deal_again(ranks, work, order)
+                for through in set(range(len(ranks))) - {rank, *(other for _, other in due)}:
+                    ranks[through].now_s = max(now_s, ranks[through].now_s)
+                    heapq.heappush(due, (ranks[through].now_s, through))
             # All ranks together are looked at, which takes as long as thousands of rows: seldom, far from the end.
             next_agreement_s = now_s + (_AGREE_INTERVAL_S if num_left < far else 10 * _AGREE_INTERVAL_S)
         if ranks[rank].advance():
             heapq.heappush(due, (ranks[rank].now_s, rank))
-    return max(each.now_s for each in ranks)
+    return max(each.busy_s for each in ranks)
 
 
 def _deal_again(ranks: Sequence[_Rank], work: WorkConfig, order: Order) -> None:
@@ -178,7 +183,8 @@ def _deal_again(ranks: Sequence[_Rank], work: WorkConfig, order: Order) -> None:
     todo = np.setdiff1d(order.rows, begun, assume_unique=True)
     counts = np.sum([order.siblings.count(hand) for hand in hands], axis=0)
     learnt = order_learnt(np.sort(todo), order.siblings, counts)
-    for rank, (claims, feed) in zip(ranks, _deal(learnt, len(ranks), work), strict=True):
+    num_running = sum(len(hand.running) for hand in hands)
+    for rank, (claims, feed) in zip(ranks, _deal(learnt, len(ranks), work, num_running), strict=True):
         claims.num_claims = rank.claims.num_claims
         rank.claims, rank.feed = claims, feed
 
@@ -230,7 +236,7 @@ class _Rank:
         self._step_s, self._seq_s, self._kv_s, self._prefill_s = (
             factor * each for each in (model.step_s, model.seq_s, model.kv_s, model.prefill_s)
         )
-        self.now_s = 0.0
+        self.now_s = self.busy_s = 0.0
         self.num_preemptions = 0
         self._step = 0
         self._waiting: deque[tuple[int, int, int]] = deque()  # (row, tokens to compute first, tokens to generate)
@@ -295,6 +301,7 @@ class _Rank:
             self._num_kv_tokens -= num_before + self._step - first
             self._admission.finish(row)
             self._finished.append(row)
+            self.busy_s = self.now_s
             self.feed.finish(row)
             num_finished += 1
         if limit is not None:

@@ -116,12 +116,6 @@ def reason_for_engine(settings: TokenizerSettings) -> str | None:
     return None
 
 
-def import_library() -> None:
-    """Imports what `load_tokenizer` needs, which takes seconds: for a time when something else is waited for."""
-    with quick_imports():
-        from transformers import AutoTokenizer  # noqa: F401
-
-
 def load_tokenizer(settings: TokenizerSettings) -> Any:
     """The transformers tokenizer, as vLLM loads it.
 
@@ -133,8 +127,8 @@ def load_tokenizer(settings: TokenizerSettings) -> Any:
     """
     if looks_like_path(settings.name) and not Path(settings.name).exists():
         raise ConfigError(f"no tokenizer at {settings.name}: there is no such folder")
-    import_library()
-    from transformers import AutoTokenizer
+    with quick_imports():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import pytest
 import yaml
@@ -65,16 +65,21 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 @contextlib.contextmanager
 def a_place() -> Iterator[int]:
     """One of two, 0 or 1, that this test has for itself among all that run at the same time."""
-    name = f"dpgen-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', 'alone')}"
+    name = f"dpgen-tests-{os.getuid()}-{os.environ.get('PYTEST_XDIST_TESTRUNUID', 'alone')}"
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context((Path(tempfile.gettempdir()) / f"{name}-{place}").open("w")) for place in (0, 1)]
-        while True:
-            for place, file in enumerate(files):
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
-                    yield place
-                    return
+        while (taken := next(filter(_locks, files), None)) is None:
             time.sleep(0.2)
+        yield files.index(taken)
+
+
+def _locks(file: IO[str]) -> bool:
+    """Tries to lock the file; it stays so until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Job:

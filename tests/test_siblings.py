@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,18 +76,36 @@ def test_learning_is_nearly_as_good_as_knowing() -> None:
     assert found["unknown"] + 0.5 * (found["known"] - found["unknown"]) < found["learnt"], found
 
 
-@pytest.mark.multi
-def test_a_run_deals_anew_when_it_has_learnt(
-    launcher: Launcher, write_config: Callable[..., str], tmp_path: Path
-) -> None:
-    rows = [{"prompt": f"prompt {number}", "sample": sample} for number in range(24) for sample in range(12)]
-    conf = write_config(
-        rows,
-        run={"seed": None},  # so that the made-up engine gives rows with the same prompt the same length
+ROWS = [{"prompt": f"prompt {number}", "sample": sample} for number in range(24) for sample in range(12)]
+
+
+def write(write_config: Callable[..., str], **run: Any) -> str:
+    return write_config(
+        ROWS,
+        # No seeds, so that the made-up engine gives rows with the same prompt the same length.
+        run={"seed": None, **run},
         engine={"step_s": 0.01, "max_num_seqs": 4},
         work={"reserve_rows": 2},
     )
-    job = launcher.dpgen("run", conf, ranks=2)
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param([], id="two ranks"),
+        pytest.param(
+            ["parallel.launcher=external", "parallel.tensor_parallel_size=2"],
+            marks=pytest.mark.slow,
+            id="one rank of two processes",
+        ),
+    ],
+)
+def test_a_run_deals_anew_when_it_has_learnt(
+    launcher: Launcher, write_config: Callable[..., str], tmp_path: Path, options: list[str]
+) -> None:
+    rows = ROWS
+    job = launcher.dpgen("run", write(write_config), *options, ranks=2)
     assert job.wait() == 0, job.output
     found = result_of(tmp_path / "run")
     assert [(row["prompt"], row["sample"]) for row in found] == [(row["prompt"], row["sample"]) for row in rows]
@@ -95,7 +114,22 @@ def test_a_run_deals_anew_when_it_has_learnt(
     index = journal.scan(tmp_path / "run" / "journal")
     assert sorted(index.row) == list(range(len(rows))), "none lost, and none doubled"
     lengths = np.array([row["num_generated_tokens"] for row in found])
-    for file in range(len(index.files)):
+    for file in set(index.file.tolist()):  # those that hold rows
         here = index.file == file
         mine = lengths[index.row[here][np.argsort(index.offset[here])]]  # as they were finished
         assert mine[-len(mine) // 4 :].mean() < 0.7 * mine[len(mine) // 2 : -len(mine) // 4].mean(), mine
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_a_rank_without_an_engine_deals_with_the_others(
+    launcher: Launcher, write_config: Callable[..., str], tmp_path: Path
+) -> None:
+    conf = write(write_config, max_engine_deaths=1)
+    jobs = launcher.srun_like("run", conf, each=[[], ["engine.crash_on=prompt"]])
+    assert [job.wait() for job in jobs] == [0, 0], "".join(job.output for job in jobs)
+    assert "given up after 1 death in a row" in jobs[1].output
+    assert re.search(r"dealt anew: \d+ rows to begin; .*have taken", jobs[0].output), jobs[0].output
+    found = result_of(tmp_path / "run")
+    assert [row["row_id"] for row in found] == list(range(len(ROWS)))
+    assert all(row["error"] is None for row in found)

@@ -186,6 +186,8 @@ def test_the_command_takes_rows_and_engine_from_a_configuration(tmp_path: Path) 
         (["--lengths", "constant:5", "--ranks", "0"], "give numbers from 1"),
         (["--lengths", "constant:5", "--step-ms", "-1"], "--step-ms must be at least 0"),
         (["--lengths", "constant:5", "--group-rows", "0"], "it must be at least 1"),
+        (["--lengths", "constant:5", "--group-rows", "4", "--group-noise", "-1"], "--group-noise must be at least 0"),
+        (["conf/demo.yaml", "--lengths", "constant:5", "--group-rows", "4"], "for rows that are drawn"),
         (["--lengths", "some:5"], "none of constant:TOKENS"),
         (["run.dir=x", "model=m", "data.path=conf/demo/questions.jsonl", "data.prompt_column=question"], "how long"),
         (

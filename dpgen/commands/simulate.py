@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _scene(options: argparse.Namespace) -> Scene:
     config = _config(options)
+    for name, value in {"--hint-noise": options.hint_noise, "--group-noise": options.group_noise}.items():
+        if value is not None and value < 0:
+            raise ConfigError(f"{name} must be at least 0")
     work = config.work if config else WorkConfig()
     model = _calibrated(config) if options.calibrate else _given_model(options)
     random = np.random.default_rng(options.seed + 1)
@@ -124,6 +127,8 @@ def _scene(options: argparse.Namespace) -> Scene:
         prompts = np.zeros(num_rows, dtype=np.int64)
     else:
         lengths, prompts, order = _of_dataset(options, config)
+    if config is not None and options.rows is None and options.group_rows > 1:
+        raise ConfigError("--group-rows is for rows that are drawn: give --lengths and --rows")
     if options.prompt_tokens is not None:
         prompts = np.full(len(lengths), options.prompt_tokens)
     if options.hint_noise is not None:
