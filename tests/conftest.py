@@ -17,6 +17,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -29,20 +30,32 @@ TIMEOUT_S = 240
 SHORT_LEASE = {"DPGEN_LEASE_S": "24"}
 
 
+def has(item: pytest.Item, mark: str) -> bool:
+    return item.get_closest_marker(mark) is not None
+
+
 @pytest.hookimpl(trylast=True)  # after pytest-xdist's, which marks groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no worker ends with them while the other is through.
+    """The longest first, so that no worker ends with them while the others are through.
 
     First of all SLURM's tests, which run one after the other and mostly wait: whatever runs beside them has the cores.
+    Of the others one with a real engine and one without alternate, since only so many engines run at a time.
     """
 
-    def place(item: pytest.Item) -> tuple[bool, ...]:
-        return tuple(item.get_closest_marker(name) is None for name in ("slurm", "slow", "vllm", "multi"))
+    def alternating(some: list[pytest.Item]) -> list[pytest.Item]:
+        real = [item for item in some if has(item, "vllm")]
+        real.sort(key=lambda item: not has(item, "xdist_group"))  # a group is one worker's, and long
+        light = sorted((item for item in some if not has(item, "vllm")), key=lambda item: not has(item, "multi"))
+        return [item for pair in zip_longest(real, light) for item in pair if item is not None]
 
-    items.sort(key=place)
+    slurm = sorted((item for item in items if has(item, "slurm")), key=lambda item: not has(item, "vllm"))
+    others = [item for item in items if not has(item, "slurm")]
+    slow, quick = [], []
+    for item in others:
+        (slow if has(item, "slow") else quick).append(item)
+    items[:] = [*slurm, *alternating(slow), *alternating(quick)]
     for item in items:
-        grouped = item.get_closest_marker("xdist_group") is not None
-        if grouped and item.config.getoption("loadgroup", False) and "@" not in item.nodeid:
+        if has(item, "xdist_group") and item.config.getoption("loadgroup", False) and "@" not in item.nodeid:
             raise pytest.UsageError("pytest-xdist does not heed xdist_group any more; which pytest is this?")
 
 
@@ -52,7 +65,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
     Outside of all else, so that the wait for a place is no part of a test's time limit.
     """
-    if item.get_closest_marker("vllm") is None:
+    if not has(item, "vllm"):
         return (yield)
     with a_place() as place:
         Launcher.place = place

@@ -120,9 +120,9 @@ def is_generating(tmp_path: Path, name: str) -> bool:
 
 
 @pytest.mark.vllm
-def test_a_complete_run_on_two_nodes_with_a_real_engine(cluster: Cluster, tmp_path: Path) -> None:
-    """Under torchrun, whose first port is a stranger's; srun's tasks are in those below, cut or less one of them."""
-    script = "slurm_torchrun.sbatch"
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_complete_run_on_two_nodes_with_a_real_engine(cluster: Cluster, tmp_path: Path, script: str) -> None:
+    """The first port on which the ranks, or their torchruns, would meet is a stranger's."""
     paths = [f"model={REPO / 'conf/demo/model'}", f"data.path={REPO / 'conf/demo/questions.jsonl'}"]
     run_dir = tmp_path / "demo" / "run"
     arguments = [str(REPO / "conf/demo.yaml"), *paths, "data.limit=64", f"run.dir={run_dir}"]
