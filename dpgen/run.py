@@ -99,9 +99,10 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
             with stop.asked_for():
                 _generate(generation, progress, ending, tell if topology.is_first else None)
             own = generation.contribution(own)
+        engine.stop()  # it frees the model's memory while the result is written
         own_journal.close()
-        engine.close()  # the model's memory is free while the result is written
         _finish(config, group, rows, folder, own_journal, own, tell)
+        engine.close()
 
 
 def _is_finished(config: Config, folder: RunFolder, identity: Mapping[str, Any]) -> bool:

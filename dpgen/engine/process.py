@@ -127,9 +127,13 @@ class EngineProcess:
             raise self._death()
         return events
 
+    def stop(self) -> None:
+        """Has the engine end, in good order, once it hears of it; `close` waits for that."""
+        self._outbox.put(Stop())
+
     def close(self) -> None:
         """Ends the engine, in good order if it listens, and its whole process tree in any case."""
-        self._outbox.put(Stop())
+        self.stop()
         with contextlib.suppress(subprocess.TimeoutExpired):  # it is deaf; `kill` sees to the rest
             self._process.wait(timeout=_CLOSE_TIMEOUT_S)
         self.kill()

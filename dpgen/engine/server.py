@@ -7,6 +7,7 @@ the rank's process id.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -48,6 +49,8 @@ def main() -> None:
     pipe: Connection = Connection(int(sys.argv[1]))
     try:
         _serve(pipe)
+        sys.stdout.flush()
+        os._exit(0)  # all is closed; to take down what vLLM has imported takes Python longer than a second
     except (EOFError, ConnectionError):
         return  # the rank is gone, and with it whoever wanted these rows
     except Exception as error:  # noqa: BLE001 - the process boundary: everything becomes a message to the rank

@@ -47,6 +47,8 @@ class Process(Protocol):
 
     def poll(self, timeout_s: float) -> list[Event]: ...
 
+    def stop(self) -> None: ...
+
     def close(self) -> None: ...
 
     def kill(self) -> None: ...
@@ -207,6 +209,11 @@ class EngineSupervisor:
             events += self._bury(error)
         self._hand_over()
         return events
+
+    def stop(self) -> None:
+        """Has the engine end while its rank goes on, if there is one; `close` waits for it."""
+        if self._process is not None:
+            self._process.stop()
 
     def close(self) -> None:
         """Ends the engine, if there is one."""
