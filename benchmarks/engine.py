@@ -4,9 +4,11 @@
     python benchmarks/engine.py --model DIR --engine '{"dtype": "bfloat16"}' --device gpu --rows 4000      # on a GPU
 
 Ways: `LLM.generate()` in one call; the same in chunks of 256 and of 64 rows (what scripts do that save now and then);
-dpgen's own loop (dealing, rendering, admission, engine process, detokenizing, journal). dpgen and LLM keep their loaded
-engines in processes of their own, on one core unless it is a GPU, and sleep while the other is timed. Every round times
-all ways, one after the other. Not timed: starting up. Lengths are forced: `ignore_eos`, and every row's `max_tokens`.
+dpgen's own loop (dealing, rendering, admission, engine process, detokenizing, journal), without seeds, as `generate()`
+has none, or (dpgen-seeded) with a seed of its own for every row, as dpgen has it unless told otherwise. dpgen and LLM
+keep their loaded engines in processes of their own, on one core unless it is a GPU, and sleep while the other is timed.
+Every round times all ways, one after the other. Not timed: starting up. Lengths are forced: `ignore_eos`, and every
+row's `max_tokens`.
 
 A table for people, and one JSON line last.
 """
@@ -65,13 +67,14 @@ def measure(options: argparse.Namespace, model: Path, engine: dict[str, Any], fo
     found: dict[str, Any] = {}
     # Ways of LLM share a process. Two engines at once must fit the machine.
     peers = {"dpgen": Peer(run_dpgen, options, model, engine, folder)}
-    if len(names) > 1:
+    if not all(name.startswith("dpgen") for name in names):
         peers["generate"] = Peer(run_llm, options, model, engine, folder)
+
+    def peer_of(name: str) -> Peer:
+        return peers["dpgen" if name.startswith("dpgen") else "generate"]
+
     for kind, path in inputs.items():
-        ways = {
-            name: (lambda name=name, path=path: peers["dpgen" if name == "dpgen" else "generate"].time(name, path))
-            for name in names
-        }
+        ways = {name: (lambda name=name, path=path: peer_of(name).time(name, path)) for name in names}
         for way in ways.values():
             way()  # the first pass compiles, and fills caches
             break
@@ -165,17 +168,16 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
     from dpgen.rows import open_rows
     from dpgen.topology import from_environment
 
-    def config_of(path: str) -> Any:
+    def config_of(path: str, seed: str) -> Any:
         settings = [f"run.dir={folder}/run", f"model={model}", f"data.path={path}", "data.prompt_column=prompt"]
         settings += [
             "sampling.ignore_eos=true",
             "sampling.temperature=1.0",
             "sampling.from_columns={max_tokens: budget}",
         ]
-        # vLLM's own way of seeding, none a row, as the others have it.
-        return load([], [*settings, "run.seed=null", f"engine={json.dumps(engine)}"])
+        return load([], [*settings, f"run.seed={seed}", f"engine={json.dumps(engine)}"])
 
-    config, topology, group = config_of("rows.jsonl"), from_environment({}), LoneGroup()
+    config, topology, group = config_of("rows.jsonl", "null"), from_environment({}), LoneGroup()
     supervisor = EngineSupervisor(
         engine_starter(config, topology, group, None),
         engine_spec(config, topology, None),
@@ -193,7 +195,7 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
         attempt += 1
         run_folder = RunFolder(f"{folder}/run-{attempt}")
         run_folder.create()
-        config = config_of(order[1])
+        config = config_of(order[1], "0" if order[0] == "dpgen-seeded" else "null")
         rows = open_rows(config.data)
         started_s = time.monotonic()
         dealer = Dealer(config, rows, run_folder, group, attempt, texts.render)

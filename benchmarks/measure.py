@@ -75,7 +75,8 @@ def torchrun(num_ranks: int, arguments: Sequence[str], log: Path, **environment:
 
 def timed(command: Sequence[str], log: Path, **environment: str) -> float:
     """Seconds that a command takes. Ends this program, with what the command printed, where it fails."""
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO), **environment}
+    path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **environment}
     log.parent.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
     with log.open("wb") as out:

@@ -18,7 +18,9 @@ from pathlib import Path
 def main() -> None:
     rows_path, out, model, engine, *more = sys.argv[1:]
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if not os.path.exists("/dev/nvidia0"):
+    if os.path.exists("/dev/nvidia0"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]
+    else:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[rank::size] or cores)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
