@@ -57,7 +57,7 @@ class Admission:
         Args:
             max_num_seqs: sequences that the engine runs at a time; 0 where it can't run any.
         """
-        feed.max_num_seqs = max_num_seqs
+        feed.max_num_seqs, feed.num_held = max_num_seqs, len(self._held)
         requests: list[Request] = []
         refused: list[RowResult] = []
         while len(refused) < _MOST_REFUSED and self._has_room(max_num_seqs, feed):

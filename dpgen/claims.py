@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from dpgen.collectives import Store
 
 _LOOKED_AT = 64  # shards whose cursors are read at a time, to find a full one
+_AHEAD_SHARE = 0.8  # of what is left of shards on average: with less in its own, a rank is ahead of the others
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,13 @@ class Claims:
         rank: whose claims these are: the number of its own shard, which is claimed first.
         steal: whether to help other shards when the own one is used up.
         max_size: the most positions a claim takes.
+        helps_early: whether to help a shard that is behind although there is something left in the own one. So all
+            ranks are about as far in the order of work, and what comes last, be it short rows, comes last everywhere.
 
     Attributes:
-        num_left: positions that nobody has claimed, over all shards: as the ranks last agreed, who write it here.
+        num_left: positions that nobody has claimed, over all shards: as the ranks last agreed, who write it here, or as
+            this rank has seen since.
+        slowness: how many times as long as the other ranks this one takes; they agree on that, too.
     """
 
     def __init__(
@@ -52,44 +57,74 @@ class Claims:
         *,
         steal: bool,
         max_size: int,
+        helps_early: bool = True,
     ) -> None:
         self._store, self._cursors, self._rank = store, cursors, rank
         self._sizes = shard_sizes
-        self._steal, self._max_size = steal, max_size
+        self._steal, self._max_size, self._helps_early = steal, max_size, helps_early
         self._left_here = shard_sizes[rank]
         self._others = [shard for shard, size in enumerate(shard_sizes) if size and shard != rank] if steal else []
         random.Random(rank).shuffle(self._others)  # so that ranks look at different shards first
         self.num_left = sum(shard_sizes)
+        self.slowness = 1.0
 
-    @property
-    def num_left_here(self) -> int:
-        """Positions of the own shard that nobody has claimed, as far as this rank knows."""
+    def look_here(self) -> int:
+        """Positions of the own shard that nobody has claimed, helpers included: they come while this rank is slow."""
+        if self._left_here and self._steal:
+            [self._left_here] = self._look([self._rank])
         return self._left_here
 
     @property
     def fair_size(self) -> int:
         """Half of this rank's share of what is left: more than that in one hand could keep another rank idle."""
-        shared = self.num_left // (2 * len(self._sizes))
+        shared = int(self.num_left / (2 * len(self._sizes) * max(1.0, self.slowness)))
         return min(shared, self._left_here // 2) if self._left_here else shared
+
+    def are_for_others(self, num_in_hand: int) -> bool:
+        """Whether a slow rank should leave what is left to the others.
+
+        A row that it claims now is through after `slowness` times as long as one takes elsewhere. In that time the
+        others do what they have in hand, and (slowness - 1) times as much of what is left.
+
+        Args:
+            num_in_hand: rows that this rank has claimed and not finished; the others are taken to have as many.
+        """
+        num_others = len(self._sizes) - 1
+        return self._steal and 0 < self.num_left < (self.slowness - 1) * num_in_hand * num_others
 
     def take(self, most: int) -> Claim | None:
         """The next positions for this rank, at most so many; None once there are none to be had, ever."""
-        if self._left_here:
-            claim, self._left_here = self._take_from(self._rank, min(most, self.fair_size))
-            if claim is not None:
-                return claim
+        return (self._help(most) if self._is_ahead else None) or self._take_own(most) or self._help(most)
+
+    @property
+    def _is_ahead(self) -> bool:
+        """Whether this rank's shard is used up so far that others, probably, need help."""
+        mean = self.num_left / len(self._sizes)
+        return self._helps_early and self._steal and self._left_here < _AHEAD_SHARE * mean
+
+    def _take_own(self, most: int) -> Claim | None:
+        if not self._left_here:
+            return None
+        claim, self._left_here = self._take_from(self._rank, min(most, self.fair_size))
+        return claim
+
+    def _help(self, most: int) -> Claim | None:
+        """A claim in the fullest shard; None where the own one is as full."""
         while self._others:
             looked_at = self._others[-_LOOKED_AT:]
             del self._others[-_LOOKED_AT:]
             left = dict(zip(looked_at, self._look(looked_at), strict=True))
             full = [shard for shard in looked_at if left[shard]]
             # What is left everywhere, if the shards that were not looked at are like these.
-            estimate = sum(left.values()) * (len(looked_at) + len(self._others)) // len(looked_at)
+            estimate = sum(left.values()) * (len(looked_at) + len(self._others)) // len(looked_at) + self._left_here
+            self.num_left = min(self.num_left, estimate)  # the ranks agree only now and then
             self._others += full  # those that are used up are never looked at again
             if not full:
                 continue
             fullest = max(full, key=left.__getitem__)
-            claim, _ = self._take_from(fullest, min(most, min(self.num_left, estimate) // (2 * len(self._sizes))))
+            if left[fullest] <= self._left_here:
+                return None
+            claim, _ = self._take_from(fullest, min(most, self.fair_size))
             if claim is not None:  # otherwise others emptied it meanwhile: then look again
                 return claim
         return None

@@ -140,7 +140,7 @@ class WorkConfig:
         "auto",
     )
     hint_column: str | None = _key("a column of numbers that tell how long rows get: tokens to expect, or the like")
-    steal: bool = _key("a rank that has run out helps the fullest other shard", True)
+    steal: bool = _key("a rank that has run out, or is well ahead, helps the fullest other shard", True)
     claim_rows: int = _key(
         "the most rows a rank takes from a shard at a time, and no more than max_num_seqs; claims shrink "
         "towards the end",

@@ -98,6 +98,7 @@ class Dealer:
                 taking.index(group.rank),
                 steal=config.work.steal,
                 max_size=config.work.claim_rows if split.groups is None else 1,
+                helps_early=split.groups is None,
             )
         return Feed(
             claims,

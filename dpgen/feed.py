@@ -17,12 +17,14 @@ class Claimant(Protocol):
     """What gives claims."""
 
     num_left: int
+    slowness: float
 
-    @property
-    def num_left_here(self) -> int: ...
+    def look_here(self) -> int: ...
 
     @property
     def fair_size(self) -> int: ...
+
+    def are_for_others(self, num_in_hand: int) -> bool: ...
 
     def take(self, most: int) -> Claim | None: ...
 
@@ -47,6 +49,7 @@ class Feed:
 
     Attributes:
         max_num_seqs: sequences that the engine runs at a time: a rank needs to hold no more than that back.
+        num_held: rows that the engine has.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class Feed:
         self.fair_share = fair_share
         self._num_leaders, self._lessons = num_leaders, lessons
         self._num_unclaimed = 0 if lessons is None else lessons.num_rows
-        self.max_num_seqs = 1
+        self.max_num_seqs, self.num_held = 1, 0
 
     @property
     def wants_more(self) -> bool:
@@ -85,16 +88,20 @@ class Feed:
         """Rows that are claimed and not rendered yet: so many can be prepared without another claim."""
         return len(self._read)
 
-    @property
-    def num_unclaimed_here(self) -> int:
-        """What nobody has claimed of this rank's own shard, as far as it knows; for the ranks to sum."""
-        return 0 if self._claims is None else self._claims.num_left_here
+    def look_here(self) -> int:
+        """What nobody has claimed of this rank's own shard; for the ranks to sum."""
+        return 0 if self._claims is None else self._claims.look_here()
 
-    def heed(self, num_unclaimed: int) -> None:
-        """Takes what nobody has claimed of all shards: the sum that the ranks have agreed on."""
+    def heed(self, num_unclaimed: int, slowness: float) -> None:
+        """Takes what the ranks have agreed on.
+
+        Args:
+            num_unclaimed: what nobody has claimed, over all shards.
+            slowness: how many times as long as the other ranks this one takes.
+        """
         self._num_unclaimed = num_unclaimed
         if self._claims is not None:
-            self._claims.num_left = num_unclaimed
+            self._claims.num_left, self._claims.slowness = num_unclaimed, slowness
 
     def finish(self, row: int) -> None:
         """Notes that a row is through, and what it tells of others."""
@@ -142,7 +149,7 @@ class Feed:
         return self._exhausted and not self._read and not self._ready
 
     def prepare(self) -> bool:
-        """Renders one more row ahead; False if there is none left to render."""
+        """Renders one more row ahead; False if there is none to render now."""
         if not self._read and not self._claim():
             return False
         row, columns = self._read.popleft()
@@ -153,13 +160,16 @@ class Feed:
         return True
 
     def take(self) -> Request | RowResult | None:
-        """The next request, or the result of a row that could not be rendered; None if there is no row left."""
+        """The next request, or the result of a row that could not be rendered; None if there is none now."""
         if not self._ready and not self.prepare():
             return None
         return self._ready.popleft()
 
     def _claim(self) -> bool:
         if self._exhausted or self._claims is None:
+            return False
+        num_in_hand = self.num_held + len(self._read) + len(self._ready)
+        if self._claims.are_for_others(max(self._enough, num_in_hand)):
             return False
         claim = self._claims.take(self._enough)
         if claim is None:

@@ -21,7 +21,7 @@ from dpgen.detokenize import Detokenizer
 from dpgen.engine.protocol import Event, Finished, Stats
 from dpgen.errors import DpgenError, Interrupted, PeerFailed
 from dpgen.feed import Feed
-from dpgen.pace import Pace
+from dpgen.pace import Pace, slowness
 from dpgen.records import Request, RowError, RowResult
 from dpgen.report import Manifest
 from dpgen.siblings import Hand
@@ -254,7 +254,7 @@ class Generation:
                 self._next_agreement_s = now + _AGREE_INTERVAL_S
                 if not self._has_work:
                     self._pace.rest()
-                mine = self._my_totals().as_list(self._group.rank, self._group.size, self._pace.rate())
+                mine = self._my_totals().as_list(self._group.rank, self._group.size, self._pace.rate(now))
                 self._agreement = self._group.reduce(mine, "sum")
             if not self._agreement.done():
                 return
@@ -267,7 +267,7 @@ class Generation:
     def _heed(self, totals: Totals) -> None:
         """Does what all ranks, who have the same numbers, do now."""
         self._all = totals
-        self._feed.heed(totals.num_unclaimed)
+        self._feed.heed(totals.num_unclaimed, slowness(totals.rates)[self._group.rank])
         self._show(self._all)
         self._stop_if_all_fail(self._all)
         if self._all.num_wanting_new_deal or self._feed.has_learnt(totals.num_learnt):
@@ -278,7 +278,7 @@ class Generation:
         self._mine.num_wanting_new_deal = int(is_stranded)
         self._mine.num_learnt = self._feed.num_learnt
         self._mine.num_unfinished_ranks = int(self._has_work)
-        self._mine.num_unclaimed = self._feed.num_unclaimed_here
+        self._mine.num_unclaimed = self._feed.look_here()
         # A row that the engine refuses comes back at once; one that stays is being generated, and may turn out well.
         oldest_s = self._in_flight.oldest_s
         stays = oldest_s is not None and time.monotonic() - oldest_s > _REFUSED_WITHIN_S

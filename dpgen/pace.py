@@ -1,4 +1,4 @@
-"""How fast each rank goes, and which one is slow: told by the ranks themselves along with their totals."""
+"""How fast each rank goes, and which ones are slow: told by the ranks themselves along with their totals."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Pace:
         """Forgets all: the rank has no work, and its rate means nothing."""
         self._seen.clear()
 
-    def rate(self) -> int:
-        """Whole tokens/s; `IDLE` where there is nothing to say, since the rank has not worked for long enough."""
-        if not self._seen or self._seen[-1][0] - self._seen[0][0] < _WINDOW_S:
+    def rate(self, now_s: float) -> int:
+        """Whole tokens/s; `IDLE` where there is nothing to say: it has not worked for long enough, or not lately."""
+        if not self._seen or self._seen[-1][0] - self._seen[0][0] < _WINDOW_S or now_s - self._seen[-1][0] > _WINDOW_S:
             return IDLE
         (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
         return round((last - first) / (last_s - first_s))
@@ -48,3 +48,16 @@ def slowest(rates: Sequence[int]) -> tuple[int, float] | None:
     others = median(rates[other] for other in working if other != rank)
     share = rates[rank] / others if others else 1.0
     return (rank, share) if share < _SLOW_SHARE else None
+
+
+def slowness(rates: Sequence[int]) -> list[float]:
+    """How many times as long as the others, on average, each rank takes; 1 for those that are not to be judged.
+
+    Args:
+        rates: by rank, as for `slowest`.
+    """
+    working = [rate for rate in rates if rate != IDLE]
+    if len(working) < 2:
+        return [1.0] * len(rates)
+    total, num_others = sum(working), len(working) - 1
+    return [1.0 if rate == IDLE else (total - rate) / num_others / max(1, rate) for rate in rates]

@@ -26,6 +26,7 @@ from dpgen.collectives import LocalStore
 from dpgen.config import WorkConfig
 from dpgen.feed import Feed
 from dpgen.order import Order, Split, order_learnt
+from dpgen.pace import Pace, slowness
 from dpgen.siblings import Hand
 
 _AGREE_INTERVAL_S = 1.0  # as in `dpgen.generate`
@@ -138,7 +139,15 @@ def _deal(
     shards = cache(lambda shard: _Shard(order, split, shard))
     for rank in range(num_ranks):
         max_size = work.claim_rows if split.groups is None else 1
-        claims = _CountedClaims(store, cursors, split.sizes, rank, steal=work.steal, max_size=max_size)
+        claims = _CountedClaims(
+            store,
+            cursors,
+            split.sizes,
+            rank,
+            steal=work.steal,
+            max_size=max_size,
+            helps_early=split.groups is None,
+        )
         feed = Feed(
             claims,
             shards,  # type: ignore[arg-type]
@@ -160,9 +169,9 @@ def _run(ranks: Sequence[_Rank], work: WorkConfig, order: Order) -> float:
     while due:
         now_s, rank = heapq.heappop(due)
         if now_s >= next_agreement_s:
-            num_left = sum(each.feed.num_unclaimed_here for each in ranks)
-            for each in ranks:
-                each.feed.heed(num_left)
+            num_left = sum(each.feed.look_here() for each in ranks)
+            for each, slow in zip(ranks, slowness([each.rate() for each in ranks]), strict=True):
+                each.feed.heed(num_left, slow)
             if ranks[rank].feed.has_learnt(sum(each.feed.num_learnt for each in ranks)):
                 _deal_again(ranks, work, order)
                 for through in set(range(len(ranks))) - {rank, *(other for _, other in due)}:
@@ -245,11 +254,17 @@ class _Rank:
         self._num_to_prefill = 0
         self._next_stats_s = _STATS_INTERVAL_S
         self._finished: list[int] = []
+        self._pace, self._num_tokens = Pace(), 0
 
     def hand(self) -> Hand:
         """What it has done so far, and does now."""
         finished = np.array(self._finished, dtype=np.int64)
         return Hand(finished, self._lengths[finished], np.fromiter(self._admission, dtype=np.int64))
+
+    def rate(self) -> int:
+        """Its tokens/s lately, as it tells the others; to be asked about once a second."""
+        self._pace.note(self.now_s, self._num_tokens)
+        return self._pace.rate(self.now_s)
 
     def advance(self) -> bool:
         """Goes on until it has to claim rows; False once it is through. It may claim at once."""
@@ -257,6 +272,7 @@ class _Rank:
             self._fill()
             self._start_waiting()
             if not self._running:
+                self._pace.rest()
                 return False
             num_finished = self._go_to_next_finish()
             # So many may now be prepared in their place: claims belong in the order of all ranks' clocks.
@@ -295,6 +311,7 @@ class _Rank:
         self.now_s += self._prefill_s * self._num_to_prefill
         self._num_to_prefill = 0
         self._num_kv_tokens += num_steps * num_running
+        self._num_tokens += num_steps * num_running
         num_finished = 0
         while self._running and self._running[0][0] <= self._step:
             _, row, first, num_before = heapq.heappop(self._running)

@@ -30,7 +30,7 @@ def test_every_position_is_claimed_once_at_any_interleaving(seed: int) -> None:
     while busy:
         one = choose.choice(busy)
         if choose.random() < 0.1:  # what the ranks agree on is of a second ago at best, and never too little
-            one.num_left = sum(each.num_left_here for each in ranks)
+            one.num_left = sum(each.look_here() for each in ranks)
         claim = one.take(64)
         if claim is None:
             busy.remove(one)
@@ -50,6 +50,43 @@ def test_the_fullest_shard_is_helped_first() -> None:
     ranks = claims_of([0, 10, 90])
     claim = ranks[0].take(64)
     assert claim is not None and claim.shard == 2
+
+
+def test_a_slow_rank_sees_what_helpers_have_taken_from_its_shard() -> None:
+    slow, quick = claims_of([100, 0], max_size=64)
+    assert slow.take(64) is not None and slow.look_here() == 75
+    while quick.take(64) is not None:
+        pass
+    assert slow.fair_size == 25, "as far as it knows"
+    assert slow.look_here() == 0
+
+
+def test_a_slow_rank_leaves_the_end_to_the_others() -> None:
+    slow, *_ = claims_of([1000, 1000, 1000])
+    slow.num_left = 100
+    assert not slow.are_for_others(64)
+    slow.slowness = 1.5  # while one of its 64 rows is done, the others do 2 x 64 that they run, and 64 more
+    assert not slow.are_for_others(64)
+    slow.num_left = 63
+    assert slow.are_for_others(64)
+    slow.num_left = 0  # there is nothing to leave: it has to see that it is through
+    assert not slow.are_for_others(64)
+    alone, *_ = claims_of([1000])
+    alone.slowness = 2.0
+    assert not alone.are_for_others(64)
+    plain, *_ = claims_of([100, 100], steal=False)
+    plain.slowness = 9.0
+    assert not plain.are_for_others(64), "nobody else would take them"
+
+
+def test_a_helper_heeds_what_it_sees_before_the_ranks_agree_again() -> None:
+    quick, slow = claims_of([0, 100], max_size=64)
+    while slow.look_here() > 20:
+        slow.take(1)
+    assert quick.num_left == 100, "of some time ago"
+    claim = quick.take(64)
+    assert claim is not None and claim.stop - claim.start == 5, "a quarter of the 20 that it found"
+    assert quick.fair_size == 5
 
 
 def test_claims_shrink_towards_the_end() -> None:

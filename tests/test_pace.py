@@ -1,20 +1,21 @@
-"""Which rank is slow."""
+"""Which ranks are slow."""
 
 from __future__ import annotations
 
 import pytest
 
-from dpgen.pace import IDLE, Pace, slowest
+from dpgen.pace import IDLE, Pace, slowest, slowness
 
 
 def test_the_rate_is_that_of_the_last_ten_seconds() -> None:
     pace = Pace()
-    assert pace.rate() == IDLE
+    assert pace.rate(0) == IDLE
     for second in range(30):
         pace.note(float(second), 100 * min(second, 20))
-        assert pace.rate() == (IDLE if second < 10 else 100 if second <= 20 else 100 * (30 - second) // 10)
+        assert pace.rate(second) == (IDLE if second < 10 else 100 if second <= 20 else 100 * (30 - second) // 10)
+    assert pace.rate(45) == IDLE, "nothing was heard of its engine for long: that is another matter than being slow"
     pace.rest()
-    assert pace.rate() == IDLE
+    assert pace.rate(29) == IDLE
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,9 @@ def test_the_rate_is_that_of_the_last_ten_seconds() -> None:
 )
 def test_a_rank_well_under_the_others_median_is_slow(rates: list[int], expected: tuple[int, float] | None) -> None:
     assert slowest(rates) == expected
+
+
+def test_slowness_is_what_the_others_reach_on_average_over_the_own_rate() -> None:
+    assert slowness([100, 50, 200, IDLE]) == [1.25, 3.0, 0.375, 1.0]
+    assert slowness([IDLE, 50]) == [1.0, 1.0] and slowness([]) == []
+    assert slowness([0, 300]) == [300.0, 0.0]
