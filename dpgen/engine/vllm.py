@@ -158,7 +158,11 @@ class VllmBackend:
         )
 
     def close(self) -> None:
-        if self._engine is not None:
+        assert self._config is not None
+        # With one device, and caches nowhere else, all of it is in this process and ends with it; vLLM's own way there
+        # looks through all of the heap for a second.
+        caches_elsewhere = self._config.kv_transfer_config or self._config.ec_transfer_config
+        if self._engine is not None and (self._executor is not AgreeingUniExecutor or caches_elsewhere):
             self._engine.engine_core.shutdown()
 
     @property
