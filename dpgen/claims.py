@@ -15,6 +15,7 @@ from dpgen.collectives import Store
 
 _LOOKED_AT = 64  # shards whose cursors are read at a time, to find a full one
 _AHEAD_SHARE = 0.8  # of what is left of shards on average: with less in its own, a rank is ahead of the others
+_SLOW = 1.1  # times as long as the others; less than that may be chance
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Claims:
         store: holds the cursors.
         cursors: their keys, shard by shard; new ones for each deal. All exist before any rank takes its first claim.
         shard_sizes: the positions in every shard.
-        rank: whose claims these are: the number of its own shard, which is claimed first.
+        rank: whose claims these are: the number of its own shard.
         steal: whether to help other shards when the own one is used up.
         max_size: the most positions a claim takes.
-        helps_early: whether to help a shard that is behind although there is something left in the own one. So all
-            ranks are about as far in the order of work, and what comes last, be it short rows, comes last everywhere.
+        evens_out: whether, besides, a shard that is behind is helped although something is left in the own one, so that
+            all ranks are about as far in the order of work, and what comes last, be it short rows, comes last
+            everywhere; and whether slow ranks leave the end to others. Not where a position is a group of rows that
+            one rank had better do, or where engines step together.
 
     Attributes:
         num_left: positions that nobody has claimed, over all shards: as the ranks last agreed, who write it here, or as
@@ -57,11 +60,11 @@ class Claims:
         *,
         steal: bool,
         max_size: int,
-        helps_early: bool = True,
+        evens_out: bool = True,
     ) -> None:
         self._store, self._cursors, self._rank = store, cursors, rank
         self._sizes = shard_sizes
-        self._steal, self._max_size, self._helps_early = steal, max_size, helps_early
+        self._steal, self._max_size, self._evens_out = steal, max_size, steal and evens_out
         self._left_here = shard_sizes[rank]
         self._others = [shard for shard, size in enumerate(shard_sizes) if size and shard != rank] if steal else []
         random.Random(rank).shuffle(self._others)  # so that ranks look at different shards first
@@ -77,7 +80,10 @@ class Claims:
     @property
     def fair_size(self) -> int:
         """Half of this rank's share of what is left: more than that in one hand could keep another rank idle."""
-        shared = int(self.num_left / (2 * len(self._sizes) * max(1.0, self.slowness)))
+        return self._fair_size_of(self.num_left)
+
+    def _fair_size_of(self, num_left: int) -> int:
+        shared = int(num_left / (2 * len(self._sizes) * max(1.0, self.slowness)))
         return min(shared, self._left_here // 2) if self._left_here else shared
 
     def are_for_others(self, num_in_hand: int) -> bool:
@@ -87,10 +93,13 @@ class Claims:
         others do what they have in hand, and (slowness - 1) times as much of what is left.
 
         Args:
-            num_in_hand: rows that this rank has claimed and not finished; the others are taken to have as many.
+            num_in_hand: rows that this rank has claimed and not finished, or has when its engine is full; the others
+                are taken to have as many.
         """
+        if not self._evens_out or self.slowness < _SLOW:
+            return False
         num_others = len(self._sizes) - 1
-        return self._steal and 0 < self.num_left < (self.slowness - 1) * num_in_hand * num_others
+        return 0 < self.num_left < (self.slowness - 1) * num_in_hand * num_others
 
     def take(self, most: int) -> Claim | None:
         """The next positions for this rank, at most so many; None once there are none to be had, ever."""
@@ -99,8 +108,7 @@ class Claims:
     @property
     def _is_ahead(self) -> bool:
         """Whether this rank's shard is used up so far that others, probably, need help."""
-        mean = self.num_left / len(self._sizes)
-        return self._helps_early and self._steal and self._left_here < _AHEAD_SHARE * mean
+        return self._evens_out and self._left_here < _AHEAD_SHARE * self.num_left / len(self._sizes)
 
     def _take_own(self, most: int) -> Claim | None:
         if not self._left_here:
@@ -109,7 +117,7 @@ class Claims:
         return claim
 
     def _help(self, most: int) -> Claim | None:
-        """A claim in the fullest shard; None where the own one is as full."""
+        """A claim in the fullest shard; None where nothing is left in the others, or no more than in the own one."""
         while self._others:
             looked_at = self._others[-_LOOKED_AT:]
             del self._others[-_LOOKED_AT:]
@@ -117,14 +125,15 @@ class Claims:
             full = [shard for shard in looked_at if left[shard]]
             # What is left everywhere, if the shards that were not looked at are like these.
             estimate = sum(left.values()) * (len(looked_at) + len(self._others)) // len(looked_at) + self._left_here
-            self.num_left = min(self.num_left, estimate)  # the ranks agree only now and then
+            if not self._others:  # then this is no estimate, and newer than what the ranks have agreed on
+                self.num_left = min(self.num_left, estimate)
             self._others += full  # those that are used up are never looked at again
             if not full:
                 continue
             fullest = max(full, key=left.__getitem__)
             if left[fullest] <= self._left_here:
                 return None
-            claim, _ = self._take_from(fullest, min(most, self.fair_size))
+            claim, _ = self._take_from(fullest, min(most, self._fair_size_of(min(self.num_left, estimate))))
             if claim is not None:  # otherwise others emptied it meanwhile: then look again
                 return claim
         return None

@@ -32,6 +32,7 @@ class Dealer:
         attempt: names the cursors, so that no two attempts share one.
         render: a row's prompt; see `Feed`.
         claims_rows: whether this process claims rows; those that follow another's engine don't.
+        in_lock_step: whether the engines step together, none faster than another.
         tell: prints what one rank says for all.
     """
 
@@ -45,10 +46,12 @@ class Dealer:
         render: RenderPrompt,
         *,
         claims_rows: bool = True,
+        in_lock_step: bool = False,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._config, self._rows, self._folder, self._group = config, rows, folder, group
-        self._render, self._claims_rows, self._tell = render, claims_rows, tell
+        self._render, self._tell = render, tell
+        self._claims_rows, self._in_lock_step = claims_rows, in_lock_step
         self._attempt, self._epoch, self._num_deals = attempt, -1, 0
         self._journaled = np.zeros(len(rows), dtype=bool)
         self.num_todo = 0
@@ -98,11 +101,11 @@ class Dealer:
                 taking.index(group.rank),
                 steal=config.work.steal,
                 max_size=config.work.claim_rows if split.groups is None else 1,
-                helps_early=split.groups is None,
+                evens_out=split.groups is None and not self._in_lock_step,
             )
         return Feed(
             claims,
-            cache(lambda shard: self._open(split, shard)),  # most ranks need few besides their own
+            cache(lambda shard: self._open(split, shard)),  # few of them, where all ranks go equally fast
             self._render,
             run_seed=config.run.seed,
             sampling_columns=config.sampling_columns,

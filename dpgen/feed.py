@@ -49,7 +49,7 @@ class Feed:
 
     Attributes:
         max_num_seqs: sequences that the engine runs at a time: a rank needs to hold no more than that back.
-        num_held: rows that the engine has.
+        num_held, num_held_when_full: rows that the engine has, and had when it could take no more.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Feed:
         self.fair_share = fair_share
         self._num_leaders, self._lessons = num_leaders, lessons
         self._num_unclaimed = 0 if lessons is None else lessons.num_rows
-        self.max_num_seqs, self.num_held = 1, 0
+        self.max_num_seqs, self.num_held, self.num_held_when_full = 1, 0, 0
 
     @property
     def wants_more(self) -> bool:
@@ -102,6 +102,11 @@ class Feed:
         self._num_unclaimed = num_unclaimed
         if self._claims is not None:
             self._claims.num_left, self._claims.slowness = num_unclaimed, slowness
+
+    def go_by_itself(self) -> None:
+        """Leaves nothing to others any more: nothing is heard of them."""
+        if self._claims is not None:
+            self._claims.slowness = 1.0
 
     def finish(self, row: int) -> None:
         """Notes that a row is through, and what it tells of others."""
@@ -169,7 +174,7 @@ class Feed:
         if self._exhausted or self._claims is None:
             return False
         num_in_hand = self.num_held + len(self._read) + len(self._ready)
-        if self._claims.are_for_others(max(self._enough, num_in_hand)):
+        if self._claims.are_for_others(max(self.num_held_when_full, num_in_hand)):
             return False
         claim = self._claims.take(self._enough)
         if claim is None:

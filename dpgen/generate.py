@@ -27,6 +27,7 @@ from dpgen.report import Manifest
 from dpgen.siblings import Hand
 
 _AGREE_INTERVAL_S = 1.0
+_NEWS_S = 5.0  # so much later than expected, an agreement is not waited for with what could be done
 _REFUSED_WITHIN_S = 0.5
 _FAILING_ROUNDS = 3  # agreements in which nothing but errors is to be seen, before the run counts as failing
 _WAIT_S = 0.1  # the longest sleep while the engine is at work
@@ -221,7 +222,8 @@ class Generation:
         self._mine.num_generated_tokens = max(stats.num_generated_tokens, self._num_kept_tokens)
         self._mine.num_cached_tokens = stats.num_cached_tokens
         num_before, self._mine.num_preemptions = self._mine.num_preemptions, stats.num_preemptions
-        self._pace.note(now, self._mine.num_generated_tokens)
+        if self._in_flight:
+            self._pace.note(now, self._mine.num_generated_tokens)
         came_down = self._in_flight.heed(stats.num_running, stats.num_preemptions, self._engine.max_num_seqs, now)
         if came_down:
             self._say(
@@ -257,6 +259,8 @@ class Generation:
                 mine = self._my_totals().as_list(self._group.rank, self._group.size, self._pace.rate(now))
                 self._agreement = self._group.reduce(mine, "sum")
             if not self._agreement.done():
+                if now > self._next_agreement_s + _NEWS_S:
+                    self._feed.go_by_itself()
                 return
             totals = Totals.from_list(self._agreement.result())
             self._agreement = None

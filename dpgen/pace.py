@@ -18,7 +18,9 @@ class Pace:
         self._seen: deque[tuple[float, int]] = deque()
 
     def note(self, now_s: float, num_generated_tokens: int) -> None:
-        """Takes the rank's tokens so far, about once a second."""
+        """Takes the rank's tokens so far, about once a second while it generates."""
+        if self._seen and now_s - self._seen[-1][0] > _WINDOW_S:
+            self._seen.clear()  # its engine was started anew, or had nothing to do: that was no pace
         self._seen.append((now_s, num_generated_tokens))
         while len(self._seen) > 2 and now_s - self._seen[1][0] >= _WINDOW_S:
             self._seen.popleft()

@@ -72,7 +72,17 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
         own_journal = Journal(folder.journal, attempt, topology.dp_rank)
         stack.callback(own_journal.close)
 
-        dealer = Dealer(config, rows, folder, group, attempt, texts.render, claims_rows=layout.leads, tell=tell)
+        dealer = Dealer(
+            config,
+            rows,
+            folder,
+            group,
+            attempt,
+            texts.render,
+            claims_rows=layout.leads,
+            in_lock_step=layout.lock_step,
+            tell=tell,
+        )
         feed = dealer.deal()
         tell(_plan(len(rows), dealer.num_todo, layout.num_engines, attempt))
         ending.num_done = len(rows) - dealer.num_todo
@@ -102,7 +112,8 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
         engine.stop()  # it frees the model's memory while the result is written
         own_journal.close()
         _finish(config, group, rows, folder, own_journal, own, tell)
-        engine.close()
+        with stop.asked_for():  # but nobody asks any more: the run is complete
+            engine.close()
 
 
 def _is_finished(config: Config, folder: RunFolder, identity: Mapping[str, Any]) -> bool:

@@ -146,7 +146,7 @@ def _deal(
             rank,
             steal=work.steal,
             max_size=max_size,
-            helps_early=split.groups is None,
+            evens_out=split.groups is None,
         )
         feed = Feed(
             claims,
@@ -254,7 +254,7 @@ class _Rank:
         self._num_to_prefill = 0
         self._next_stats_s = _STATS_INTERVAL_S
         self._finished: list[int] = []
-        self._pace, self._num_tokens = Pace(), 0
+        self._pace, self._num_tokens, self._next_note_s = Pace(), 0, 0.0
 
     def hand(self) -> Hand:
         """What it has done so far, and does now."""
@@ -262,8 +262,9 @@ class _Rank:
         return Hand(finished, self._lengths[finished], np.fromiter(self._admission, dtype=np.int64))
 
     def rate(self) -> int:
-        """Its tokens/s lately, as it tells the others; to be asked about once a second."""
-        self._pace.note(self.now_s, self._num_tokens)
+        """Its tokens/s lately, as it tells the others."""
+        if self.feed.is_empty and not self._running:
+            self._pace.rest()
         return self._pace.rate(self.now_s)
 
     def advance(self) -> bool:
@@ -271,9 +272,11 @@ class _Rank:
         while True:
             self._fill()
             self._start_waiting()
-            if not self._running:
-                self._pace.rest()
+            if not self._running and self.feed.is_empty:
                 return False
+            if not self._running:  # it leaves what is left to others: until they have claimed it, or it is slow no more
+                self.now_s += _AGREE_INTERVAL_S
+                return True
             num_finished = self._go_to_next_finish()
             # So many may now be prepared in their place: claims belong in the order of all ranks' clocks.
             if not self.feed.is_empty and self.feed.num_unrendered <= num_finished:
@@ -312,6 +315,9 @@ class _Rank:
         self._num_to_prefill = 0
         self._num_kv_tokens += num_steps * num_running
         self._num_tokens += num_steps * num_running
+        if self.now_s >= self._next_note_s:
+            self._next_note_s = self.now_s + _STATS_INTERVAL_S
+            self._pace.note(self.now_s, self._num_tokens)
         num_finished = 0
         while self._running and self._running[0][0] <= self._step:
             _, row, first, num_before = heapq.heappop(self._running)

@@ -71,6 +71,8 @@ def test_a_slow_rank_leaves_the_end_to_the_others() -> None:
     assert slow.are_for_others(64)
     slow.num_left = 0  # there is nothing to leave: it has to see that it is through
     assert not slow.are_for_others(64)
+    slow.num_left, slow.slowness = 10, 1.05
+    assert not slow.are_for_others(64), "that may be chance"
     alone, *_ = claims_of([1000])
     alone.slowness = 2.0
     assert not alone.are_for_others(64)
@@ -151,3 +153,29 @@ def test_a_thousand_ranks_ask_the_store_little() -> None:
                 num_positions += claim.stop - claim.start
     assert num_positions == num_ranks * num_rows
     assert store.num_calls / num_ranks < 100, "a look at every shard by every rank would be 1,024"
+
+
+def test_a_shard_that_is_behind_is_helped_before_the_own_one_is_used_up() -> None:
+    quick, slow = claims_of([100, 100])
+    shards = []
+    while quick.num_left > 100:
+        claim = quick.take(8)
+        assert claim is not None
+        shards.append(claim.shard)
+        quick.num_left -= claim.stop - claim.start
+    assert 1 in shards and quick.look_here() > 20
+    assert abs(quick.look_here() - slow.look_here()) < 40
+
+
+def test_groups_are_helped_only_when_the_own_ones_are_used_up() -> None:
+    store, cursors = LocalStore(), ["0", "1"]
+    for cursor in cursors:
+        store.add(cursor, 0)
+    claims = Claims(store, cursors, [20, 20], 0, steal=True, max_size=1, evens_out=False)
+    claims.slowness = 5.0
+    assert not claims.are_for_others(1000)
+    taken = []
+    while (claim := claims.take(64)) is not None:
+        taken.append(claim.shard)
+        claims.num_left -= 1
+    assert taken == [0] * 20 + [1] * 20

@@ -39,3 +39,12 @@ def test_slowness_is_what_the_others_reach_on_average_over_the_own_rate() -> Non
     assert slowness([100, 50, 200, IDLE]) == [1.25, 3.0, 0.375, 1.0]
     assert slowness([IDLE, 50]) == [1.0, 1.0] and slowness([]) == []
     assert slowness([0, 300]) == [300.0, 0.0]
+
+
+def test_a_gap_is_no_slow_pace() -> None:
+    pace = Pace()
+    for second in range(12):
+        pace.note(float(second), 100 * second)
+    for second in range(60, 72):  # its engine was started anew
+        pace.note(float(second), 1200 + 100 * (second - 60))
+        assert pace.rate(second) == (IDLE if second < 70 else 100)

@@ -54,6 +54,9 @@ class FakeProcess:
             return [Finished([RowResult(row, 1, (Completion("x", "stop", 1),)) for row in rows])]
         return []
 
+    def stop(self) -> None:
+        pass
+
     def close(self) -> None:
         self.killed = True
 
