@@ -81,6 +81,7 @@ def measure(options: argparse.Namespace, model: Path, engine: dict[str, Any], fo
         seconds = interleaved(ways, options.rounds)
         num_tokens = sum(json.loads(line)["budget"] for line in path.read_text().splitlines())
         found[kind] = {"tokens": num_tokens, "seconds": {k: [round(s, 3) for s in v] for k, v in seconds.items()}}
+        found[kind]["rank_processor_s"] = round(peers["dpgen"].processor_s, 3)
         for name, each in seconds.items():
             shown = ""
             if name != "dpgen":
@@ -106,10 +107,12 @@ class Peer:
         self._process.start()
         theirs.close()
         self._pipe.recv()  # loaded
+        self.processor_s = 0.0  # of the process itself, in the last pass: dpgen's rank without its engine
 
     def time(self, way: str, path: Path) -> float:
         self._pipe.send((way, str(path)))
-        seconds: float = self._pipe.recv()
+        seconds: float
+        seconds, self.processor_s = self._pipe.recv()
         return seconds
 
     def close(self) -> None:
@@ -142,7 +145,7 @@ def run_llm(pipe: Connection, core: int | None, model: str, engine: dict[str, An
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
         chunk = int(way.partition("-")[2]) if "-" in way else len(rows)
         llm.reset_prefix_cache()
-        started_s = time.monotonic()
+        started_s, processor_s = time.monotonic(), time.process_time()
         texts = []
         for start in range(0, len(rows), chunk):
             some = rows[start : start + chunk]
@@ -151,7 +154,7 @@ def run_llm(pipe: Connection, core: int | None, model: str, engine: dict[str, An
             texts += [output.outputs[0].text for output in outputs]
         seconds = time.monotonic() - started_s
         assert len(texts) == len(rows)
-        pipe.send(seconds)
+        pipe.send((seconds, time.process_time() - processor_s))
 
 
 def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, Any], folder: str) -> None:
@@ -197,7 +200,7 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
         run_folder.create()
         config = config_of(order[1], "0" if order[0] == "dpgen-seeded" else "null")
         rows = open_rows(config.data)
-        started_s = time.monotonic()
+        started_s, processor_s = time.monotonic(), time.process_time()
         dealer = Dealer(config, rows, run_folder, group, attempt, texts.render)
         feed = dealer.deal()
         journal = Journal(run_folder.journal, attempt, 0)
@@ -213,7 +216,7 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
         journal.close()
         seconds = time.monotonic() - started_s
         assert totals.num_rows == len(rows) and totals.num_errors == 0, totals
-        pipe.send(seconds)
+        pipe.send((seconds, time.process_time() - processor_s))
     supervisor.close()
 
 

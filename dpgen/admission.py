@@ -71,6 +71,7 @@ class Admission:
             self._held[row.row] = (now_s, num_seqs if isinstance(num_seqs, int) else 1)
             self._num_seqs += self._held[row.row][1]
             requests.append(row)
+            feed.num_held = len(self._held)
         if max_num_seqs and not self._has_room(max_num_seqs, feed):
             feed.num_held_when_full = len(self._held)
         return requests, refused

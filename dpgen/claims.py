@@ -15,6 +15,7 @@ from dpgen.collectives import Store
 
 _LOOKED_AT = 64  # shards whose cursors are read at a time, to find a full one
 _AHEAD_SHARE = 0.8  # of what is left of shards on average: with less in its own, a rank is ahead of the others
+_AHEAD_POSITIONS = 8  # and by so many more: at the very end every rank would be ahead or behind by chance
 _SLOW = 1.1  # times as long as the others; less than that may be chance
 
 
@@ -68,7 +69,7 @@ class Claims:
         self._left_here = shard_sizes[rank]
         self._others = [shard for shard, size in enumerate(shard_sizes) if size and shard != rank] if steal else []
         random.Random(rank).shuffle(self._others)  # so that ranks look at different shards first
-        self.num_left = sum(shard_sizes)
+        self.num_left = self._last_estimate = sum(shard_sizes)
         self.slowness = 1.0
 
     def look_here(self) -> int:
@@ -83,7 +84,8 @@ class Claims:
         return self._fair_size_of(self.num_left)
 
     def _fair_size_of(self, num_left: int) -> int:
-        shared = int(num_left / (2 * len(self._sizes) * max(1.0, self.slowness)))
+        slowness = max(1.0, self.slowness) if self._evens_out else 1.0
+        shared = int(num_left / (2 * len(self._sizes) * slowness))
         return min(shared, self._left_here // 2) if self._left_here else shared
 
     def are_for_others(self, num_in_hand: int) -> bool:
@@ -108,7 +110,8 @@ class Claims:
     @property
     def _is_ahead(self) -> bool:
         """Whether this rank's shard is used up so far that others, probably, need help."""
-        return self._evens_out and self._left_here < _AHEAD_SHARE * self.num_left / len(self._sizes)
+        mean = min(self.num_left, self._last_estimate) / len(self._sizes)
+        return self._evens_out and self._left_here + _AHEAD_POSITIONS < _AHEAD_SHARE * mean
 
     def _take_own(self, most: int) -> Claim | None:
         if not self._left_here:
@@ -125,6 +128,7 @@ class Claims:
             full = [shard for shard in looked_at if left[shard]]
             # What is left everywhere, if the shards that were not looked at are like these.
             estimate = sum(left.values()) * (len(looked_at) + len(self._others)) // len(looked_at) + self._left_here
+            self._last_estimate = estimate
             if not self._others:  # then this is no estimate, and newer than what the ranks have agreed on
                 self.num_left = min(self.num_left, estimate)
             self._others += full  # those that are used up are never looked at again

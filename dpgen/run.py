@@ -112,8 +112,8 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
         engine.stop()  # it frees the model's memory while the result is written
         own_journal.close()
         _finish(config, group, rows, folder, own_journal, own, tell)
-        with stop.asked_for():  # but nobody asks any more: the run is complete
-            engine.close()
+        stop.ignore()
+        engine.close()
 
 
 def _is_finished(config: Config, folder: RunFolder, identity: Mapping[str, Any]) -> bool:

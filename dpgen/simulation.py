@@ -268,7 +268,7 @@ class _Rank:
         return self._pace.rate(self.now_s)
 
     def advance(self) -> bool:
-        """Goes on until it has to claim rows; False once it is through. It may claim at once."""
+        """Goes on until it has to claim rows, or a second while it claims none; False once it is through."""
         while True:
             self._fill()
             self._start_waiting()
@@ -309,15 +309,13 @@ class _Rank:
         if limit is not None and num_running > 1:
             num_steps = min(num_steps, max(1, (limit - self._num_kv_tokens) // num_running))
         self._step += num_steps
+        started_s, num_tokens = self.now_s, num_steps * num_running
         read = num_steps * self._num_kv_tokens + num_running * num_steps * (num_steps + 1) // 2
         self.now_s += num_steps * (self._step_s + self._seq_s * num_running) + read * self._kv_s
         self.now_s += self._prefill_s * self._num_to_prefill
         self._num_to_prefill = 0
-        self._num_kv_tokens += num_steps * num_running
-        self._num_tokens += num_steps * num_running
-        if self.now_s >= self._next_note_s:
-            self._next_note_s = self.now_s + _STATS_INTERVAL_S
-            self._pace.note(self.now_s, self._num_tokens)
+        self._num_kv_tokens += num_tokens
+        self._note_pace(started_s, num_tokens)
         num_finished = 0
         while self._running and self._running[0][0] <= self._step:
             _, row, first, num_before = heapq.heappop(self._running)
@@ -330,6 +328,16 @@ class _Rank:
         if limit is not None:
             self._make_room(limit)
         return num_finished
+
+    def _note_pace(self, started_s: float, num_tokens: int) -> None:
+        """Notes how many tokens there were at every second since `started_s`; a pace is of some ten seconds."""
+        note_s, took_s = max(self._next_note_s, self.now_s - 12 * _STATS_INTERVAL_S), self.now_s - started_s
+        while note_s <= self.now_s:
+            share = (note_s - started_s) / took_s if took_s else 1.0
+            self._pace.note(note_s, self._num_tokens + round(share * num_tokens))
+            note_s += _STATS_INTERVAL_S
+        self._next_note_s = note_s
+        self._num_tokens += num_tokens
 
     def _make_room(self, limit: int) -> None:
         """Sets back the sequences that were started last, for as long as the next step would not fit."""

@@ -42,7 +42,7 @@ class Stop:
         self._before_exit = before_exit
         self._signal: signal.Signals | None = None
         self._told_s = 0.0
-        self._may_raise = True
+        self._may_raise, self._is_over = True, False
 
     def install(self) -> None:
         """Takes SIGTERM, SIGINT and SIGUSR1 for this process."""
@@ -67,8 +67,14 @@ class Stop:
         finally:
             self._may_raise = True
 
+    def ignore(self) -> None:
+        """From here on signals do nothing: the run is complete, and about to end."""
+        self._is_over = True
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        if self._is_over:
+            return
         if self._signal is not None:
             if now - self._told_s > _SAME_SIGNAL_S:
                 self._before_exit()

@@ -12,7 +12,8 @@ import pytest
 from conftest import SHORT_LEASE, Launcher, numbered, wait_for
 
 from dpgen.ending import STATUS_FILE, Ending
-from dpgen.errors import DpgenError
+from dpgen.errors import DpgenError, Interrupted
+from dpgen.stop import Stop
 
 WriteConfig = Callable[..., str]
 SLOW = {"step_s": 0.05, "max_num_seqs": 4}
@@ -26,6 +27,23 @@ def told(tmp_path: Path) -> list[str]:
 
 def status_file(tmp_path: Path) -> dict[str, str]:
     return {STATUS_FILE: str(tmp_path / "status")}
+
+
+def test_a_signal_stops_a_run_but_no_complete_one() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        running, complete = Stop(), Stop()
+        running.install()
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            signal.raise_signal(signal.SIGTERM)
+        complete.install()
+        complete.ignore()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert complete.reason is None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_rank_0_has_the_last_word(tmp_path: Path) -> None:

@@ -131,6 +131,19 @@ def test_a_rank_that_is_through_helps(launcher: Launcher, write_config: WriteCon
     assert fast > 300 and fast + slow == 400
 
 
+@pytest.mark.slow
+def test_a_slow_rank_that_leaves_the_end_to_the_other_ends_with_it(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    # For longer than ten seconds, after which ranks are judged; a row takes 0.4 s on the one, and 3 s on the other.
+    conf = write_config(numbered(600), sampling={"max_tokens": 20}, engine={"max_num_seqs": 8})
+    jobs = launcher.srun_like("run", conf, each=[["engine.step_s=0.02"], ["engine.step_s=0.15"]])
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].output
+    fast, slow = json.loads((tmp_path / "run" / "run.json").read_text())["manifests"]
+    assert fast["num_rows"] > 400 and fast["num_rows"] + slow["num_rows"] == 600
+    assert [row["row_id"] for row in rows_of(tmp_path)] == list(range(600))
+
+
 def test_rows_come_home_where_the_run_folder_is_not_shared(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
