@@ -62,11 +62,11 @@ def main() -> None:
 def part(folder: Path, num_rows: int) -> None:
     """One rank's part."""
     sys.path.insert(0, str(REPO))
-    from dpgen.claims import Claims
-    from dpgen.gloo import GlooGroup
-    from dpgen.journal import Journal
+    from dpgen.distributed.gloo import GlooGroup
+    from dpgen.distributed.topology import from_environment
+    from dpgen.journal.writer import Journal
     from dpgen.records import Completion, RowResult
-    from dpgen.topology import from_environment
+    from dpgen.scheduling.claims import Claims
 
     group = GlooGroup(from_environment(os.environ))
     cursors = [f"cursor/{rank}" for rank in range(group.size)]

@@ -160,16 +160,16 @@ def run_llm(pipe: Connection, core: int | None, model: str, engine: dict[str, An
 def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, Any], folder: str) -> None:
     """dpgen's rank: everything of `dpgen.run` between loading the engine and writing the result."""
     settle(core, f"{folder}/dpgen.log")
-    from dpgen.collectives import LoneGroup
-    from dpgen.config_load import load
-    from dpgen.deal import Dealer
+    from dpgen.config.loader import load
+    from dpgen.data.input_rows import open_rows
+    from dpgen.distributed.group import LoneGroup
+    from dpgen.distributed.topology import from_environment
     from dpgen.engine.launch import engine_spec, engine_starter, open_tokenizer
     from dpgen.engine.supervisor import EngineSupervisor
-    from dpgen.folder import RunFolder
-    from dpgen.generate import Generation
-    from dpgen.journal import Journal
-    from dpgen.rows import open_rows
-    from dpgen.topology import from_environment
+    from dpgen.journal.run_dir import RunFolder
+    from dpgen.journal.writer import Journal
+    from dpgen.scheduling.generation_loop import Generation
+    from dpgen.scheduling.planner import Dealer
 
     def config_of(path: str, seed: str) -> Any:
         settings = [f"run.dir={folder}/run", f"model={model}", f"data.path={path}", "data.prompt_column=prompt"]

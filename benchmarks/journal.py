@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from dpgen.journal import Journal, read_segment, scan, segments
+from dpgen.journal.reader import read_segment, scan, segments
+from dpgen.journal.writer import Journal
 from dpgen.records import Completion, RowResult
 
 RANKS = 8

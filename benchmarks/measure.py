@@ -32,7 +32,7 @@ TINY_ENGINE: dict[str, Any] = {
 def tiny_model(folder: Path) -> Path:
     """Writes the tests' random Llama of two layers, with a context of 2,048 tokens."""
     sys.path.insert(0, str(REPO / "tests"))
-    from tiny_model import save_tiny_model
+    from helpers.tiny_model import save_tiny_model
 
     return save_tiny_model(folder / "model", max_model_len=TINY_ENGINE["max_model_len"])
 
@@ -41,10 +41,11 @@ def workload(kind: str, num_rows: int, longest: int, *, is_sorted: bool = False,
     """Rows with a prompt of their own of about 20 words, and the number of tokens to generate (`budget`).
 
     Args:
-        kind: see `dpgen.workloads`; "reasoning" and "chat" are scaled so that their longest row has `longest` tokens.
+        kind: see `dpgen.simulation.lengths`; "reasoning" and "chat" are scaled so that their longest row has `longest`
+            tokens.
         is_sorted: by length, as a file that was written sorted.
     """
-    from dpgen.workloads import draw_lengths
+    from dpgen.simulation.lengths import draw_lengths
 
     lengths = draw_lengths({"reasoning": REASONING, "chat": CHAT}.get(kind, kind), num_rows, seed).astype(float)
     if kind in ("reasoning", "chat"):

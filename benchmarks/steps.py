@@ -50,8 +50,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        from dpgen.engine.protocol import EngineSpec, TextWork
-        from dpgen.engine.vllm import VllmBackend
+        from dpgen.engine.messages import EngineSpec, TextWork
+        from dpgen.engine.vllm_backend import VllmBackend
 
         model = tiny_model(folder)
         sampling = {"temperature": 1.0, "ignore_eos": True}

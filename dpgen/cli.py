@@ -11,14 +11,14 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from dpgen.config import MISSING, Config, legal_keys
-from dpgen.config_load import from_arguments
-from dpgen.ending import Ending
+from dpgen.config.loader import from_arguments
+from dpgen.config.schema import MISSING, Config, legal_keys
 from dpgen.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, ConfigError, DpgenError, PeerFailed
 from dpgen.imports import quick_imports
-from dpgen.parent import end_with_parent
-from dpgen.phases import Phases
-from dpgen.stop import end_at_once
+from dpgen.lifecycle.parent_death import end_with_parent
+from dpgen.lifecycle.shutdown import end_at_once
+from dpgen.lifecycle.status_file import Ending
+from dpgen.monitoring.startup import Phases
 
 _USAGE = """\
 usage: dpgen run CONFIG.yaml [MORE.yaml ...] [key=value ...]
@@ -71,8 +71,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     """Joins the ranks, then runs; an error on any rank ends all of them, and is said once."""
-    from dpgen.collectives import LoneGroup, PeerLost, StoreLost
-    from dpgen.topology import from_environment, place_on_node
+    from dpgen.distributed.group import LoneGroup, PeerLost, StoreLost
+    from dpgen.distributed.topology import from_environment, place_on_node
 
     group: Any = LoneGroup()
     phases = Phases()
@@ -90,7 +90,7 @@ def _run(arguments: Sequence[str]) -> int:
         if topology.dp_size > 1:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost peers are our news to tell, without frames
             with quick_imports():
-                from dpgen.gloo import GlooGroup  # brings torch, which a world of one needs not
+                from dpgen.distributed.gloo import GlooGroup  # brings torch, which a world of one needs not
 
             group = GlooGroup(topology)
             topology = place_on_node(topology, group.nodes)

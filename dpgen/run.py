@@ -9,28 +9,29 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from dpgen import gather, journal
-from dpgen.collectives import Group
-from dpgen.config import Config
-from dpgen.dataset_out import check_columns, write_dataset
-from dpgen.deal import Dealer
-from dpgen.ending import Ending
+from dpgen.config.schema import Config
+from dpgen.data.input_rows import Rows, open_rows
+from dpgen.distributed.group import Group
+from dpgen.distributed.layout import Layout, layout_of, world_of
+from dpgen.distributed.topology import Topology
 from dpgen.engine.launch import engine_spec, engine_starter, is_cold, open_tokenizer
-from dpgen.engine.protocol import TextWork
+from dpgen.engine.messages import TextWork
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE, ConfigError, nearest
-from dpgen.folder import RunFolder, differences, identity_of
-from dpgen.generate import Generation, Totals
-from dpgen.journal import Journal
-from dpgen.layout import Layout, layout_of, world_of
+from dpgen.formatting import counted, duration
+from dpgen.journal.reader import last_attempt, segments
+from dpgen.journal.run_dir import RunFolder, differences, identity_of
+from dpgen.journal.writer import Journal
+from dpgen.lifecycle.shutdown import Stop, deadline
+from dpgen.lifecycle.status_file import Ending
 from dpgen.log import speaker
-from dpgen.phases import Phases, Waiting
-from dpgen.progress import Progress
-from dpgen.report import Manifest, findings
-from dpgen.rows import Rows, open_rows
-from dpgen.stop import Stop, deadline
-from dpgen.topology import Topology
-from dpgen.words import counted, duration
+from dpgen.monitoring.progress import Progress
+from dpgen.monitoring.run_report import Manifest, findings
+from dpgen.monitoring.startup import Phases, Waiting
+from dpgen.output.dataset_writer import check_columns, write_dataset
+from dpgen.output.gather import bring_home, sees_rank_0
+from dpgen.scheduling.generation_loop import Generation, Totals
+from dpgen.scheduling.planner import Dealer
 
 _LOADED = "dpgen/loaded"  # in the store: how many ranks have loaded their models; below it, of each node
 _LOOK_S = 0.1
@@ -186,7 +187,7 @@ def _begin_attempt(config: Config, group: Group, folder: RunFolder, identity: Ma
     def create() -> int:
         with group.node_leader_first():
             folder.create()
-        return journal.last_attempt(folder.journal)
+        return last_attempt(folder.journal)
 
     group.agree(check)
     attempt: int = 1 + max(group.all_gather_object(group.agree(create)))
@@ -290,7 +291,7 @@ def _finish(
     tell: Callable[[str], None],
 ) -> None:
     """Gathers manifests, and rows where they are elsewhere; rank 0 writes the result."""
-    seen = gather.sees_rank_0(group, folder.path)
+    seen = sees_rank_0(group, folder.path)
     own = replace(
         own, rank=group.rank, sees_rank_0=seen, num_rows=own_journal.num_rows, num_bytes=own_journal.num_bytes
     )
@@ -299,11 +300,11 @@ def _finish(
     sending = []
     if elsewhere and group.rank > 0:
         # Besides its own, a node's first rank sends what earlier attempts left there.
-        left = journal.segments(folder.journal) if group.leads_node and not seen else []
+        left = segments(folder.journal) if group.leads_node and not seen else []
         this_attempt = own_journal.path.name.partition("-rank-")[0] + "-"
         earlier = [path for path in left if not path.name.startswith(this_attempt)]
         sending = sorted({*earlier, *own_journal.paths})
-    rounds = gather.bring_home(group, folder.journal, sending, config.output.gather_bytes)
+    rounds = bring_home(group, folder.journal, sending, config.output.gather_bytes)
     if rounds:
         tell(f"rows gathered to rank 0 in {counted(rounds, 'round')}")
 

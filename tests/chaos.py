@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import Job, Launcher, descendants, result_of
+from helpers.jobs import Job, Launcher, descendants, result_of
 
 _WAIT_S = {"fake": 4.0, "vllm": 20.0}  # the longest time from a start, or a kill, to the next kill
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from dpgen.config import Config, WorkConfig
+from dpgen.config.schema import Config, WorkConfig
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, nearest
-from dpgen.order import Order, order_learnt
-from dpgen.siblings import Hand, Siblings
-from dpgen.simulation import EngineModel, Outcome, simulate
-from dpgen.words import counted, duration
-from dpgen.workloads import KINDS, draw_lengths
+from dpgen.formatting import counted, duration
+from dpgen.scheduling.order import Order, order_learnt
+from dpgen.scheduling.prompt_groups import Hand, Siblings
+from dpgen.simulation.lengths import KINDS, draw_lengths
+from dpgen.simulation.simulator import EngineModel, Outcome, simulate
 
 _DESCRIPTION = """\
 Runs dpgen's own claims and admission in virtual time, with engines that are a formula: a step takes
@@ -156,17 +156,17 @@ def _config(options: argparse.Namespace) -> Config | None:
         if options.calibrate or options.length_column:
             raise ConfigError("--calibrate and --length-column need a configuration: dpgen simulate CONFIG.yaml ...")
         return None
-    from dpgen.config_load import from_arguments
+    from dpgen.config.loader import from_arguments
 
     return from_arguments(options.configuration)
 
 
 def _of_dataset(options: argparse.Namespace, config: Config) -> tuple[np.ndarray, np.ndarray, Order]:
     """Lengths, prompt lengths and the order of work of a configuration's rows."""
-    from dpgen.order import order_rows
-    from dpgen.prefixes import find_prefixes
-    from dpgen.render import prompt_text
-    from dpgen.rows import open_rows
+    from dpgen.data.input_rows import open_rows
+    from dpgen.data.render import prompt_text
+    from dpgen.scheduling.order import order_rows
+    from dpgen.scheduling.prefix_groups import find_prefixes
 
     rows = open_rows(config.data)
     config.prompt.check_columns(rows.columns)
@@ -205,11 +205,11 @@ def _given_model(options: argparse.Namespace) -> EngineModel:
 def _calibrated(config: Config | None) -> EngineModel:
     """The constants of the configuration's engine, measured on this machine."""
     assert config is not None
-    from dpgen.calibration import calibrate
-    from dpgen.collectives import LoneGroup
+    from dpgen.distributed.group import LoneGroup
+    from dpgen.distributed.topology import from_environment
     from dpgen.engine.launch import engine_spec, engine_starter
     from dpgen.engine.supervisor import EngineSupervisor
-    from dpgen.topology import from_environment
+    from dpgen.simulation.calibration import calibrate
 
     def say(line: str) -> None:
         print(f"calibrating: {line}", file=sys.stderr)

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 
-from dpgen.config import Config
-from dpgen.config_load import from_arguments
+from dpgen.config.loader import from_arguments
+from dpgen.config.schema import Config
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError
 
 USAGE = """\

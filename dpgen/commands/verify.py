@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, DpgenError
-from dpgen.verification import Report, shortened, verify
-from dpgen.words import counted
+from dpgen.formatting import counted
+from dpgen.output.verification import Report, shortened, verify
 
 USAGE = """\
 usage: dpgen verify RUN_DIR [--json] [--no-input]

@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpgen.collectives import Group
-from dpgen.config import Config
-from dpgen.detokenize import Detokenizer, fast_tokenizer
+from dpgen.config.schema import Config
+from dpgen.data.detokenize import Detokenizer, fast_tokenizer
+from dpgen.data.render import Renderer, TokenizerSettings, load_tokenizer, reason_for_engine
+from dpgen.data.tokenizer import looks_like_path
+from dpgen.distributed.group import Group
+from dpgen.distributed.layout import World
+from dpgen.distributed.topology import Topology, cores_of_rank, gpus_of_rank
+from dpgen.engine.messages import EngineSpec, TextWork
 from dpgen.engine.process import EngineProcess, engine_environment
-from dpgen.engine.protocol import EngineSpec, TextWork
 from dpgen.errors import ConfigError
-from dpgen.feed import RenderPrompt
-from dpgen.layout import World
 from dpgen.log import speaker
-from dpgen.render import Renderer, TokenizerSettings, load_tokenizer, reason_for_engine
-from dpgen.tokenizer import looks_like_path
-from dpgen.topology import Topology, cores_of_rank, gpus_of_rank
+from dpgen.scheduling.request_source import RenderPrompt
 
 
 def engine_spec(config: Config, topology: Topology, world: World | None) -> EngineSpec:
@@ -88,7 +88,7 @@ def open_tokenizer(config: Config, tell: Callable[[str], None]) -> Texts:
     """
     settings = config.prompt
     if config.run.engine == "fake":
-        from dpgen.engine.fake import FakeTokenizer
+        from dpgen.engine.fake_backend import FakeTokenizer
 
         fake, text_of = FakeTokenizer(), Renderer(settings, None)
         return Texts(lambda row: (fake.encode(str(text_of.prompt(row))), None))

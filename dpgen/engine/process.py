@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 
-from dpgen.engine.protocol import EngineSpec, Event, Failed, KvAgreed, Load, Stop, TextWork
+from dpgen.engine.messages import EngineSpec, Event, Failed, KvAgreed, Load, Stop, TextWork
 from dpgen.errors import EngineError
 from dpgen.records import Request
 

@@ -15,7 +15,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from dpgen.engine.protocol import (
+from dpgen.engine.messages import (
     Backend,
     Checked,
     EngineSpec,
@@ -31,11 +31,11 @@ from dpgen.engine.protocol import (
 )
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.imports import quick_imports
-from dpgen.parent import end_with_parent
+from dpgen.lifecycle.parent_death import end_with_parent
 from dpgen.records import Request, RowResult, refused
 
 if TYPE_CHECKING:
-    from dpgen.engine.crew import Crew
+    from dpgen.engine.lockstep import Crew
 
 _STATS_INTERVAL_S = 1.0
 _IDLE_S = 0.005  # between rounds of processes that go round together and have nothing to do
@@ -86,7 +86,7 @@ def _serve(pipe: Connection) -> None:
         pipe.send(Ready(info))
         _generate(pipe, backend)
     else:
-        from dpgen.engine.crew import Crew
+        from dpgen.engine.lockstep import Crew
 
         crew = Crew(spec.world)
         pipe.send(Ready(info))
@@ -176,14 +176,14 @@ class _Report:
 
 def _backend(spec: EngineSpec) -> Backend:
     if spec.kind == "fake":
-        from dpgen.engine.fake import FakeBackend
+        from dpgen.engine.fake_backend import FakeBackend
 
         return FakeBackend(spec)
     # The CPU build says so at every start, whatever its log level is: that its Triton is made for GPUs is no news.
     at_import = logging.getLogger("vllm.triton_utils.importing")
     at_import.addFilter(lambda record: "doesn't include CPU backend" not in record.getMessage())
     with quick_imports():
-        from dpgen.engine.vllm import VllmBackend
+        from dpgen.engine.vllm_backend import VllmBackend
 
     return VllmBackend(spec)
 

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
-from dpgen.engine.protocol import (
+from dpgen.engine.messages import (
     Checked,
     EngineInfo,
     EngineSpec,
@@ -26,8 +26,8 @@ from dpgen.engine.protocol import (
     Undecoded,
 )
 from dpgen.errors import ConfigError, EngineError, EnginesLost
+from dpgen.formatting import counted
 from dpgen.records import Request, RowError, RowResult
-from dpgen.words import counted
 
 E = TypeVar("E", Checked, KvMeasured, Ready)
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from dpgen.chat import Message
+from dpgen.data.chat import Message
+from dpgen.data.render import PromptSettings
 from dpgen.errors import ConfigError, RowRefused
-from dpgen.render import PromptSettings
 
 
 class EngineRenderer:

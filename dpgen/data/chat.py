@@ -1,0 +1,231 @@
+"""Chat messages as a row holds them → the conversation that vLLM hands to a chat template. Text only.
+
+Follows vLLM 0.32: `vllm/renderers/chat_utils.py` (parse_chat_messages and what it calls)
+and `vllm/renderers/hf.py` (the developer role). What a template expects of it, `dpgen.data.content_format` knows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from dpgen.errors import RowRefused
+from dpgen.formatting import kind_of
+
+Message = dict[str, Any]
+ContentFormat = Literal["string", "openai"]
+
+# The key that holds the text of each kind of text part (MM_PARSER_MAP of vLLM).
+_TEXT_KEYS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+}
+# Of those, the kinds that vLLM skips, rather than fails on, when their text is missing.
+_MAY_LACK_TEXT = ("text", "refusal")
+# Keys with a meaning of their own; the template sees all others of a text part (`cache_control`, ...).
+KNOWN_PART_KEYS = {
+    *("type", "text", "refusal", "thinking", "closed", "name", "file", "data", "uuid"),
+    *("image_url", "image_pil", "image_embeds", "video_url", "video_embeds"),
+    *("audio_url", "audio_embeds", "input_audio", "prompt_cache_breakpoint"),
+}
+# vLLM drops this line, which Claude Code puts before system texts, since it defeats the prefix cache.
+_BILLING_HEADER = "x-anthropic-billing-header"
+
+
+def clean_messages(value: Any) -> list[Message]:
+    """A row's messages, copied, without the keys that are null, and known to be a text conversation.
+
+    Arrow gives each struct of a column all the keys that any row has, null where a row lacked one, so that a
+    null key and an absent one are the same thing, at any depth. (Tool arguments as JSON text keep theirs.)
+
+    Args:
+        value: a list of {role, content, ...}; content is a string, a list of text parts, or absent.
+
+    Raises:
+        RowRefused: `wrong_type`, `empty_prompt` (no message), `unsupported_content` (images and the like).
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        hint = "; store them as a list of {role, content}" if isinstance(value, str | Mapping) else ""
+        raise _wrong(f"messages are {kind_of(value)}, not a list{hint}")
+    if not value:
+        raise RowRefused("empty_prompt", "the list of messages is empty")
+    try:
+        messages = [_without_nulls(message) for message in value]
+    except RecursionError:
+        raise _wrong("messages are nested too deep") from None
+    for index, message in enumerate(messages):
+        _check_message(f"message {index}", message)
+    return messages
+
+
+def to_conversation(messages: Sequence[Message], content_format: ContentFormat) -> list[Message]:
+    """Clean messages as vLLM passes them to a chat template; the messages themselves are left as they are.
+
+    Args:
+        messages: as `clean_messages` returns them.
+        content_format: "string" joins the text parts of a message with newlines; "openai" makes every content
+            a list of parts.
+
+    Raises:
+        RowRefused: `wrong_type`, tool arguments that cannot be parsed at all.
+    """
+    return [_to_template_message(message, content_format) for message in messages]
+
+
+def without_developer_role(conversation: list[Message], template: str) -> list[Message]:
+    """The conversation for a template without a developer role: that and the system role merged, in front."""
+    knows_it = '"developer"' in template or "'developer'" in template
+    if knows_it or all(message["role"] != "developer" for message in conversation):
+        return conversation
+    renamed = [_as_system(message) if message["role"] == "developer" else message for message in conversation]
+    system = [message for message in renamed if message["role"] == "system"]
+    if len(system) == 1 and renamed[0]["role"] == "system":
+        return renamed
+    texts = [text for message in system if (text := _joined_text(message.get("content", "")))]
+    others = [message for message in renamed if message["role"] != "system"]
+    return [{"role": "system", "content": "\n\n".join(texts)}, *others]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _check_message(where: str, message: Any) -> None:
+    if not isinstance(message, dict):
+        raise _wrong(f"{where} is {kind_of(message)}, not a {{role, content}}")
+    if not isinstance(message.get("role"), str):
+        raise _wrong(f"{where} has no 'role' that is a string; its keys: {_keys(message)}")
+    content = message.get("content", "")
+    if isinstance(content, list):
+        for index, part in enumerate(content):
+            _check_part(f"{where}, part {index}", part)
+    elif not isinstance(content, str):
+        raise _wrong(f"{where}: content is {kind_of(content)}, neither a string nor a list of parts")
+    if message["role"] == "assistant":
+        _check_tool_calls(where, message.get("tool_calls", []))
+
+
+def _check_part(where: str, part: Any) -> None:
+    if isinstance(part, str):
+        return
+    if not isinstance(part, dict):
+        raise _wrong(f"{where} is {kind_of(part)}, neither a string nor a part with a type")
+    part_type = part.get("type")
+    if part_type == "tool_reference" and isinstance(part.get("name"), str):
+        return
+    # vLLM takes a part with a uuid as a medium, whatever its type says.
+    if not isinstance(part_type, str) or part_type not in _TEXT_KEYS or "uuid" in part:
+        found = f"type {part_type!r}" if part_type is not None else f"no type; its keys: {_keys(part)}"
+        raise RowRefused("unsupported_content", f"{where} ({found}) is not text; only text parts can be sent")
+    text = part.get(_TEXT_KEYS[part_type])
+    if not isinstance(text, str) and not (text is None and part_type in _MAY_LACK_TEXT):
+        raise _wrong(f"{where}: {_TEXT_KEYS[part_type]!r} is {kind_of(text)}, not a string")
+
+
+def _check_tool_calls(where: str, calls: Any) -> None:
+    if not isinstance(calls, list):
+        raise _wrong(f"{where}: tool_calls is {kind_of(calls)}, not a list")
+    for call in calls:
+        if not isinstance(call, dict) or call.get("type", "function") != "function":
+            raise _wrong(f"{where}: tool_calls holds something else than calls of type 'function'")
+        if not isinstance(call.get("function"), dict):
+            raise _wrong(f"{where}: a tool call has no 'function' with a name and arguments")
+
+
+def _to_template_message(message: Message, content_format: ContentFormat) -> Message:
+    role = message["role"]
+    result: Message = {"role": role, "content": _content(message, content_format)}
+    if role == "assistant":
+        # An empty list is dropped, too: templates take the presence of the key for a tool call.
+        if message.get("tool_calls"):
+            result["tool_calls"] = [_parsed_call(call) for call in message["tool_calls"]]
+        if "reasoning" in message:
+            result["reasoning"] = result["reasoning_content"] = message["reasoning"]
+    elif role == "tool" and "tool_call_id" in message:
+        result["tool_call_id"] = message["tool_call_id"]
+    for key in ("name", "task"):
+        if isinstance(message.get(key), str):
+            result[key] = message[key]
+    if role == "developer":
+        result["tools"] = message.get("tools")
+    return result
+
+
+def _content(message: Message, content_format: ContentFormat) -> str | list[Any]:
+    content = message.get("content", [])
+    parts = [content] if isinstance(content, str) else content
+    if message["role"] == "system":
+        parts = _without_billing_header(parts)
+    wrapped = [wrapped for part in parts if (wrapped := _wrapped(part)) is not None]
+    texts = [part["text"] if part["type"] == "text" else part["name"] for part in wrapped]
+    if content_format == "string":
+        return "\n".join(text for text in texts if text)  # vLLM skips the empty ones here, and only here
+    # Most templates take nothing but a string for a tool's answer, whatever they do with the others.
+    plain_tool = message["role"] == "tool" and all(part["type"] == "text" for part in wrapped)
+    return "\n".join(texts) if plain_tool else wrapped
+
+
+def _wrapped(part: Any) -> Message | None:
+    """A part as templates of the "openai" format see it; None for one that vLLM skips."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if part["type"] == "tool_reference":
+        return {"type": "tool_reference", "name": part["name"]}
+    text = part.get(_TEXT_KEYS[part["type"]])
+    if text is None:
+        return None
+    extras = {key: value for key, value in part.items() if key not in KNOWN_PART_KEYS}
+    return {"type": "text", "text": text, **extras}
+
+
+def _without_billing_header(parts: Sequence[Any]) -> list[Any]:
+    kept: list[Any] = []
+    for part in parts:
+        is_text = not isinstance(part, str) and part.get("type") == "text"
+        text = part.get("text") if is_text else part
+        if not (isinstance(text, str) and text.startswith(_BILLING_HEADER)):
+            kept.append(part)
+        elif rest := text.partition("\n")[2]:
+            kept.append({**part, "text": rest} if is_text else rest)
+    return kept
+
+
+def _parsed_call(call: Message) -> Message:
+    """A tool call whose arguments are an object: templates expect one, the OpenAI format has JSON text."""
+    arguments = call["function"].get("arguments")
+    if isinstance(arguments, str) and arguments:
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError:
+            arguments = {}  # as vLLM: broken arguments in a history are no reason to refuse it
+        except (ValueError, RecursionError) as error:
+            raise _wrong(f"the arguments of a tool call cannot be parsed: {error}") from None
+    if not isinstance(arguments, dict):
+        arguments = {}
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _as_system(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "tools"} | {"role": "system"}
+
+
+def _joined_text(content: Any) -> str:
+    if not isinstance(content, list):
+        return str(content)
+    return "\n".join(part["text"] for part in content if "text" in part)
+
+
+def _keys(value: Mapping[Any, Any]) -> str:
+    return ", ".join(map(str, value)) or "none"
+
+
+def _wrong(message: str) -> RowRefused:
+    return RowRefused("wrong_type", message)

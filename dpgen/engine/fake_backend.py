@@ -1,0 +1,165 @@
+"""An engine without a model: the same protocol, made-up text. For trying a configuration, for tests and simulations.
+
+What it writes depends on the prompt, the seed and max_tokens alone, as a real engine's text should. Its options
+(`FakeOptions`) can make it slow, small, or broken in each way that real engines break.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import signal
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from dpgen.config.schema import unknown_key
+from dpgen.engine.messages import AgreeKv, EngineInfo, EngineSpec, Stats, TextWork, Undecoded
+from dpgen.errors import ConfigError, RowRefused
+from dpgen.records import Completion, Request, RowResult
+
+_BLOCK_TOKENS = 16
+_BYTES_PER_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class FakeOptions:
+    """The fake engine's `engine.*` keys. Texts in `*_on` are looked for in the prompt.
+
+    Attributes:
+        step_s: duration of one step, in which every running row gains a token.
+        load_s: duration of loading.
+        kv_cache_memory_bytes: memory it pretends to have free.
+        load_error: fail to load, with this message.
+        crash_on, hang_on, raise_on: a row on which it kills itself, stops for good, or raises.
+        refuse_on: a row that it refuses.
+    """
+
+    max_num_seqs: int = 16
+    max_model_len: int = 512
+    step_s: float = 0.0
+    load_s: float = 0.0
+    kv_cache_memory_bytes: int = 1 << 20
+    load_error: str | None = None
+    crash_on: str | None = None
+    hang_on: str | None = None
+    raise_on: str | None = None
+    refuse_on: str | None = None
+
+
+_SAMPLING_FIELDS = {"n", "temperature", "top_p", "max_tokens", "seed", "stop", "ignore_eos"}
+
+
+class FakeTokenizer:
+    """One token a byte of UTF-8."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+
+@dataclass
+class _Running:
+    request: Request
+    text: str
+    budget: int
+    num_samples: int
+    num_tokens: int = 0
+
+
+class FakeBackend:
+    """See `Backend`."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._options = FakeOptions()
+        self._rows: OrderedDict[int, _Running] = OrderedDict()
+        self._num_tokens = 0
+
+    def check(self) -> tuple[str, ...]:
+        fields = {each.name for each in dataclasses.fields(FakeOptions)}
+        for name in self._spec.options:
+            if name not in fields:
+                raise unknown_key("engine", name, fields)
+        for section, name in self._spec.sampling_names():
+            if name not in _SAMPLING_FIELDS:
+                raise unknown_key(section, name, _SAMPLING_FIELDS)
+        self._options = FakeOptions(**self._spec.options)
+        for name in ("max_num_seqs", "max_model_len"):
+            value = getattr(self._options, name)
+            if not isinstance(value, int) or value < 1:  # with none at a time the run would never end
+                raise ConfigError(f"engine.{name}={value!r}: it must be a whole number from 1")
+        return ()
+
+    def load(self, agree_kv: AgreeKv, text: TextWork) -> EngineInfo:
+        time.sleep(self._options.load_s)
+        if self._options.load_error is not None:
+            raise RuntimeError(self._options.load_error)
+        kv_bytes = agree_kv(self._options.kv_cache_memory_bytes)
+        return EngineInfo(
+            max_num_seqs=self._options.max_num_seqs,
+            max_model_len=self._options.max_model_len,
+            num_kv_blocks=kv_bytes // (_BLOCK_TOKENS * _BYTES_PER_TOKEN),
+            kv_block_tokens=_BLOCK_TOKENS,
+            device="none",
+        )
+
+    def add(self, request: Request) -> None:
+        assert request.prompt_token_ids is not None
+        num_prompt_tokens = len(request.prompt_token_ids)
+        if num_prompt_tokens >= self._options.max_model_len:
+            raise RowRefused("prompt_too_long", f"{num_prompt_tokens} tokens, of at most {self._options.max_model_len}")
+        prompt = bytes(request.prompt_token_ids).decode("utf-8", "replace")
+        self._break_down(prompt)
+        sampling: dict[str, Any] = {**self._spec.sampling, **request.sampling}
+        digest = hashlib.blake2b(f"{prompt}/{sampling.get('seed')}".encode(), digest_size=8)
+        budget = sampling.get("max_tokens")
+        if budget is None:
+            budget = 1 + digest.digest()[0] % 32
+        if not isinstance(budget, int) or budget < 1:
+            raise RowRefused("bad_sampling", f"max_tokens must be at least 1, got {budget!r}")
+        budget = min(budget, self._options.max_model_len - num_prompt_tokens)
+        self._rows[request.row] = _Running(request, digest.hexdigest(), budget, int(sampling.get("n") or 1))
+
+    def step(self) -> list[RowResult | Undecoded]:
+        time.sleep(self._options.step_s)
+        results: list[RowResult | Undecoded] = []
+        for row, running in list(self._rows.items())[: self._options.max_num_seqs]:
+            running.num_tokens += 1
+            self._num_tokens += running.num_samples
+            if running.num_tokens >= running.budget:
+                del self._rows[row]
+                results.append(self._result(running))
+        return results
+
+    def has_work(self) -> bool:
+        return bool(self._rows)
+
+    def stats(self) -> Stats:
+        num_running = min(len(self._rows), self._options.max_num_seqs)
+        return Stats(self._num_tokens, num_running, len(self._rows) - num_running)
+
+    def close(self) -> None:
+        return
+
+    def _result(self, running: _Running) -> RowResult:
+        token_ids = list(range(running.budget)) if self._spec.token_ids else None
+        completions = tuple(
+            Completion(f"{running.text}-{sample} {running.budget}", "length", running.budget, token_ids)
+            for sample in range(running.num_samples)
+        )
+        assert running.request.prompt_token_ids is not None
+        return RowResult(running.request.row, len(running.request.prompt_token_ids), completions)
+
+    def _break_down(self, prompt: str) -> None:
+        options = self._options
+        if options.refuse_on is not None and options.refuse_on in prompt:
+            raise RowRefused("bad_sampling", f"told to refuse {options.refuse_on!r}")
+        if options.crash_on is not None and options.crash_on in prompt:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if options.hang_on is not None and options.hang_on in prompt:
+            while True:
+                time.sleep(3600)
+        if options.raise_on is not None and options.raise_on in prompt:
+            raise RuntimeError(f"told to fail on {options.raise_on!r}")

@@ -1,0 +1,163 @@
+"""Opening data of every kind, and dealing it in shards that keep each row's index."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from dpgen.config.schema import DataConfig
+from dpgen.data.input_rows import Rows, open_rows
+from dpgen.errors import ConfigError
+
+ROWS = [{"prompt": f"p{i}", "size": i} for i in range(10)]
+
+
+def opened(path: object, **more: object) -> Rows:
+    return open_rows(DataConfig(path=path, prompt_column="prompt", **more))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "arrow", "folder"])
+def test_every_kind_of_data_gives_the_same_rows(tmp_path: Path, jsonl: Path, kind: str) -> None:
+    dataset = datasets.Dataset.from_list(ROWS)
+    path = tmp_path / f"data.{kind}"
+    if kind == "jsonl":
+        path = jsonl
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS))
+    elif kind == "csv":
+        dataset.to_csv(path, index=False)
+    elif kind == "parquet":
+        dataset.to_parquet(path)
+    elif kind == "arrow":
+        import pyarrow as pa
+
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, dataset.data.table.schema) as writer:
+            writer.write_table(dataset.data.table)
+    else:
+        dataset.save_to_disk(path)
+    rows = opened(str(path))
+    assert [row for table in rows.tables(3) for row in table.to_pylist()] == ROWS
+
+
+def test_text_files_globs_and_lists(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name}1\n{name}2\n")
+    for path in (str(tmp_path / "*.txt"), [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]):
+        rows = opened(path)
+        assert [row["text"] for table in rows.tables(9) for row in table.to_pylist()] == ["a1", "a2", "b1", "b2"]
+
+
+def test_a_folder_of_splits_wants_one_named(tmp_path: Path) -> None:
+    one = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": one, "test": one.select(range(3))}).save_to_disk(tmp_path / "saved")
+    assert len(opened(str(tmp_path / "saved"), split="test")) == 3
+    with pytest.raises(ConfigError, match=r"data.split is needed: there are test, train"):
+        opened(str(tmp_path / "saved"))
+    with pytest.raises(ConfigError, match="there are only test, train"):
+        opened(str(tmp_path / "saved"), split="validation")
+
+
+def test_select_and_limit(jsonl: Path) -> None:
+    rows = opened(str(jsonl), select="1:9:2", limit=3)
+    assert [row["size"] for table in rows.tables(9) for row in table.to_pylist()] == [1, 3, 5]
+    assert len(opened(str(jsonl), limit=100)) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", ""), ("a.json", "[]"), ("a.csv", ""), ("a.csv", "prompt,size\n"), ("a.txt", "")]
+)
+def test_an_empty_file_is_an_empty_input(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert len(opened(str(tmp_path / name))) == 0
+
+
+@pytest.mark.parametrize("empty", ["", "prompt,size\n"])
+def test_an_empty_file_among_full_ones_costs_nothing(tmp_path: Path, empty: str) -> None:
+    (tmp_path / "1.csv").write_text(empty)
+    (tmp_path / "2.csv").write_text("prompt,size\na,1\nb,2\n")
+    for path in (str(tmp_path / "*.csv"), [str(tmp_path / "2.csv"), str(tmp_path / "1.csv")]):
+        assert len(opened(path)) == 2
+
+
+def test_a_file_name_is_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / "we[i]rd name.jsonl").write_text('{"prompt": "x"}\n')
+    assert len(opened(str(tmp_path / "we[i]rd name.jsonl"))) == 1
+
+
+def test_a_saved_format_changes_nothing(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).with_format("numpy").save_to_disk(tmp_path / "saved")
+    rows = opened(str(tmp_path / "saved"))
+    [(_, row)] = rows.shard(np.arange(10), 10, 3).read(0, 1)
+    assert type(row["size"]) is int
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("none.jsonl", "no such file or folder: none.jsonl"),
+        ("./none", "no such file or folder"),
+        ("/nowhere/*.jsonl", "no file matches"),
+        ("bad.jsonl", "data.path=.*JSON"),
+        ("rows.xyz", "none of the known kinds: .jsonl"),
+        (["rows.jsonl", "a.csv"], "several kinds: csv, json"),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    tmp_path: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch, path: object, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"')
+    (tmp_path / "rows.xyz").write_text("x")
+    (tmp_path / "a.csv").write_text("prompt\nx\n")
+    with pytest.raises(ConfigError, match=words):
+        opened(path)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 12])
+def test_shards_hold_each_row_once_with_its_index(jsonl: Path, num_shards: int) -> None:
+    rows = opened(str(jsonl))
+    order = np.array([9, 1, 4, 5, 0, 7, 2])  # some are done, and the order of work is not the file's
+    found = []
+    for index in range(num_shards):
+        shard = rows.shard(order, num_shards, index, ["size"])
+        read = list(shard.read(0, len(shard)))
+        assert all(columns == {"size": row_id} for row_id, columns in read), "a row's index stays with its content"
+        found += [row_id for row_id, _ in read]
+    assert sorted(found) == sorted(order)
+
+
+def test_the_fingerprint_is_the_contents_not_the_files(tmp_path: Path, jsonl: Path) -> None:
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "same.parquet")
+    same = opened(str(tmp_path / "same.parquet")).fingerprint()
+    assert opened(str(jsonl)).fingerprint() == same
+    assert opened(str(jsonl), limit=9).fingerprint() != same
+    jsonl.write_text(jsonl.read_text().replace("p3", "P3"))
+    assert opened(str(jsonl)).fingerprint()["content"] != same["content"]
+
+
+def test_rows_beyond_the_limit_do_not_change_the_fingerprint(tmp_path: Path) -> None:
+    first = [{"prompt": f"row {index}", "hint": index % 3 == 0 or None} for index in range(10)]
+    for name, follows in (("a", None), ("b", True)):
+        rows = [*first, *[{"prompt": "another", "hint": follows}] * 5]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, other = (opened(str(tmp_path / f"{name}.jsonl"), limit=10).fingerprint() for name in "ab")
+    assert one == other
+
+
+@pytest.mark.parametrize("key", ["name", "revision"])
+def test_what_is_meant_for_the_hub_is_refused_beside_files(tmp_path: Path, jsonl: Path, key: str) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    for path in (str(jsonl), [str(jsonl)], str(tmp_path / "*.jsonl"), str(tmp_path / "saved")):
+        with pytest.raises(ConfigError, match=rf"data\.{key}=v1 is for a dataset of the Hub"):
+            opened(path, **{key: "v1"})

@@ -1,0 +1,497 @@
+"""Rows → prompts → token ids, without vLLM; test_render_vllm.py holds them against the real thing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from helpers import tiny_tokenizers
+from helpers.chat_templates import CONTENT_FORMATS
+
+from dpgen.data.chat import clean_messages, to_conversation, without_developer_role
+from dpgen.data.content_format import detect_content_format
+from dpgen.data.render import PromptSettings, Renderer
+from dpgen.data.tokenizer import TokenizerSettings, known_to_transformers, load_tokenizer, reason_for_engine
+from dpgen.errors import ConfigError, RowRefused
+
+COLUMNS = ["question", "context", "messages"]
+HELLO = [{"role": "user", "content": "hello"}]
+CALL = {
+    "role": "assistant",
+    "tool_calls": [{"id": "c1", "function": {"name": "sum", "arguments": '{"a": 1}'}}],
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: tiny_tokenizers.save_tokenizer(name, tmp_path_factory.mktemp(name)) for name in tiny_tokenizers.NAMES}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders: dict[str, Path]) -> dict[str, Any]:
+    return {name: load_tokenizer(TokenizerSettings(str(folder))) for name, folder in folders.items()}
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "exactly one of data.prompt_column, data.messages_column, data.template; none is set"),
+        ({"prompt_column": "a", "template": "{{ a }}"}, "data.prompt_column and data.template are set"),
+        ({"messages_column": "a", "as_chat": True}, "data.messages_column holds messages already"),
+        (
+            {"prompt_column": "a", "system_prompt": "s"},
+            "data.system_prompt needs a chat: set data.messages_column, or data.as_chat=true",
+        ),
+        ({"template": "{{ a }}", "chat_template": "s"}, "data.chat_template needs a chat"),
+        ({"prompt_column": "a", "chat_template_kwargs": {"x": 1}}, "data.chat_template_kwargs needs a chat"),
+        ({"messages_column": "a", "continue_final_message": True}, "needs data.add_generation_prompt=false"),
+        ({"messages_column": "a", "chat_template_kwargs": {"tokenize": True}}, "may not hold tokenize"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        PromptSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"prompt_column": "qestion"},
+            r"data.prompt_column: 'qestion' is no column.*did you mean 'question'\? columns: question, con",
+        ),
+        (
+            {"messages_column": "zzz"},
+            "data.messages_column: 'zzz' is no column of the dataset; columns: question, context, messages",
+        ),
+        ({"template": "{{ question }} {{ contxt }}"}, "data.template: 'contxt' is no column.*did you mean 'context'"),
+        ({"template": "Q: {question}"}, r"data.template names no column; write {{ question }}, with two braces"),
+        ({"template": "no column"}, r"names no column; write {{ question }}"),
+        ({"template": "a\n{{ question"}, "data.template, line 2: "),
+        ({"template": "{{ question | nonsense }}"}, "data.template, line 1: No filter named 'nonsense'"),
+    ],
+)
+def test_columns_that_are_not_there(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as refused:
+        PromptSettings(**settings).check_columns(COLUMNS)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "prompt"),
+    [
+        ({"prompt_column": "question"}, "Why?"),
+        ({"messages_column": "messages"}, HELLO),
+        ({"template": "{{ question }}{% for i in range(2) %}{{ i }}{{ loop.index }}{% endfor %}"}, "Why?0112"),
+        ({"template": "{% set x = question %}{{ x }}"}, "Why?"),
+    ],
+)
+def test_columns_that_are_there(source: dict[str, Any], prompt: Any) -> None:
+    settings = PromptSettings(**source)
+    settings.check_columns(COLUMNS)
+    assert Renderer(settings, None).prompt({"question": "Why?", "context": "", "messages": HELLO}) == prompt
+
+
+def test_a_chat_template_is_a_file_or_itself(tmp_path: Path, tokenizers: dict[str, Any]) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_text("{{ messages[0].content }}é", encoding="utf-8")
+    from_file = PromptSettings(messages_column="m", chat_template=str(path))
+    assert from_file.load_chat_template() == "{{ messages[0].content }}é"
+    itself = PromptSettings(messages_column="m", chat_template="{{ messages[0].content }}é")
+    assert itself.load_chat_template() == from_file.load_chat_template()
+    row = {"m": HELLO}
+    assert Renderer(itself, tokenizers["bos"]).render(row) == Renderer(from_file, tokenizers["bos"]).render(row)
+    with pytest.raises(ConfigError, match=r"data\.chat_template=.*none.jinja can't be read"):
+        PromptSettings(messages_column="m", chat_template=str(tmp_path / "none.jinja")).load_chat_template()
+
+
+def test_a_broken_or_missing_chat_template_is_found_at_once(tokenizers: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.chat_template, line 2"):
+        Renderer(PromptSettings(messages_column="m", chat_template="\n{% if %}"), tokenizers["bos"])
+    with pytest.raises(ConfigError, match=r"data\.chat_template, line 1: No filter named 'nonsense'"):
+        Renderer(PromptSettings(messages_column="m", chat_template="{{ messages | nonsense }}"), tokenizers["bos"])
+    without = copy.deepcopy(tokenizers["bos"])
+    without.chat_template = None
+    with pytest.raises(ConfigError, match=r"no chat template; set data\.chat_template"):
+        Renderer(PromptSettings(messages_column="m"), without)
+    Renderer(PromptSettings(prompt_column="m"), without)
+
+
+# ---- which tokenizer
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ({}, TokenizerSettings("m", model="m")),
+        ({"revision": "r"}, TokenizerSettings("m", "r", model="m", model_revision="r")),
+        ({"tokenizer": "t", "revision": "r"}, TokenizerSettings("t", "r", model="m", model_revision="r")),
+        (
+            {"revision": "r", "tokenizer_revision": "s"},
+            TokenizerSettings("m", "s", model="m", model_revision="r"),
+        ),
+        (
+            {"trust_remote_code": True, "tokenizer_mode": "HF"},
+            TokenizerSettings("m", trust_remote_code=True, tokenizer_mode="hf", model="m"),
+        ),
+        ({"max_model_len": 9, "hf_overrides": {"rope_theta": 1}}, TokenizerSettings("m", model="m")),
+    ],
+)
+def test_settings_default_as_in_vllm(engine: dict[str, Any], expected: TokenizerSettings) -> None:
+    assert TokenizerSettings.from_engine("m", engine) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "engine", "words"),
+    [
+        ({}, {}, None),
+        ({"config.json": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}}, {}, None),
+        ({}, {"tokenizer_mode": "mistral"}, "tokenizer_mode=mistral is vLLM's own"),
+        ({}, {"tokenizer_mode": "slow"}, "tokenizer_mode=slow"),
+        ({}, {"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        ({}, {"hf_overrides": {"architectures": ["X"]}}, "hf_overrides"),
+        ({"tekken.json": {}}, {}, "Mistral tokenizer"),
+        ({"original/tokenizer.model.v3": {}}, {}, "Mistral tokenizer"),
+        ({"preprocessor_config.json": {}}, {}, "multi-modal processor"),
+        ({"sentence_bert_config.json": {}}, {}, "do_lower_case"),
+        ({"config.json": {"model_type": "gemma3"}}, {}, "gemma3 is multi-modal"),
+        ({"config.json": {"model_type": "nobody_knows"}}, {}, "does not know the model type 'nobody_knows'"),
+        (
+            {"config.json": {"model_type": "deepseek_v3", "architectures": ["DeepseekV32ForCausalLM"]}},
+            {},
+            "a tokenizer mode of its own for DeepseekV32ForCausalLM",
+        ),
+        ({"config.json": {"model_type": "llama", "speculators_config": {}}}, {}, "speculator"),
+    ],
+)
+def test_what_only_vllm_renders(
+    tmp_path: Path, files: dict[str, Any], engine: dict[str, Any], words: str | None
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    settings = TokenizerSettings.from_engine(str(tmp_path), engine)
+    reason = reason_for_engine(settings)
+    assert known_to_transformers(settings) == (words is None)
+    assert reason is None if words is None else words in str(reason)
+
+
+def test_the_model_decides_the_mode_of_another_tokenizer(tmp_path: Path, folders: dict[str, Path]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3", "architectures": ["DeepseekV4ForCausalLM"]}')
+    settings = TokenizerSettings.from_engine(str(tmp_path), {"tokenizer": str(folders["bos"])})
+    assert not known_to_transformers(settings)
+
+
+@pytest.mark.parametrize("variable", ["VLLM_USE_MODELSCOPE", "VLLM_USE_FASTOKENS"])
+def test_an_environment_that_swaps_the_tokenizer(
+    monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], variable: str
+) -> None:
+    settings = TokenizerSettings(str(folders["bos"]))
+    monkeypatch.setenv(variable, "0")
+    assert known_to_transformers(settings)
+    monkeypatch.setenv(variable, "1")
+    assert variable in str(reason_for_engine(settings))
+
+
+def test_tokenizers_that_cannot_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        load_tokenizer(TokenizerSettings(str(tmp_path / "none")))
+    with pytest.raises(ConfigError, match="cannot load the tokenizer of"):
+        load_tokenizer(TokenizerSettings(str(tmp_path)))
+    (tmp_path / "tokenizer.json").write_text("{not json")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ConfigError, match="cannot load the tokenizer of") as refused:
+        load_tokenizer(TokenizerSettings(str(tmp_path)))
+    assert "\n" not in str(refused.value)
+
+
+# ---- good rows
+
+
+def test_special_tokens_are_added_to_texts_and_not_to_chats(tokenizers: dict[str, Any]) -> None:
+    bos = tokenizers["bos"]
+    text = Renderer(PromptSettings(prompt_column="p"), bos).render({"p": "hello"})
+    assert text == [1, *bos.encode("hello", add_special_tokens=False)]
+    chat = Renderer(PromptSettings(prompt_column="p", as_chat=True), bos).render({"p": " hello "})
+    assert chat == bos.encode("<s>[INST] hello [/INST]", add_special_tokens=False)
+    assert chat.count(1) == 1
+    letters = tokenizers["parts"]
+    assert Renderer(PromptSettings(prompt_column="p"), letters).render({"p": "ab"}) == [1, 68, 69, 2]
+
+
+def test_a_template_over_the_columns(tokenizers: dict[str, Any]) -> None:
+    template = "{{ question }}|{{ context or '' }}|{{ tags[0] }}\n"
+    renderer = Renderer(PromptSettings(template=template), tokenizers["plain"])
+    row = {"question": "<q>", "context": None, "tags": ["x"], "self": 1}
+    assert renderer.prompt(row) == "<q>||x\n"
+    assert tokenizers["plain"].decode(renderer.render(row)) == "<q>||x\n"
+
+
+def test_messages_become_the_prompt_of_the_engine(tokenizers: dict[str, Any]) -> None:
+    settings = PromptSettings(messages_column="m", system_prompt="be brief")
+    row = {"m": [{"role": "user", "content": "hello", "name": None}]}
+    # Without a tokenizer, for the rows that the engine renders.
+    assert Renderer(settings, None).prompt(row) == [{"role": "system", "content": "be brief"}, *HELLO]
+    assert row["m"][0]["name"] is None
+
+
+def test_nulls_that_datasets_fills_in_change_nothing(tokenizers: dict[str, Any]) -> None:
+    rows = [
+        {"m": [{"role": "user", "content": "hello"}]},
+        {
+            "m": [
+                *HELLO,
+                {**CALL, "content": "see", "reasoning": "hm"},
+                {"role": "tool", "tool_call_id": "c1"},
+            ]
+        },
+        {"m": [{"role": "user", "name": "ann", "content": "hello"}]},
+    ]
+    filled = datasets.Dataset.from_list(copy.deepcopy(rows))
+    assert filled[0]["m"][0]["tool_calls"] is None
+    for name in ("plain", "parts"):
+        renderer = Renderer(PromptSettings(messages_column="m"), tokenizers[name])
+        assert [renderer.render(row) for row in filled] == [renderer.render(row) for row in rows]
+
+
+def test_rows_are_left_as_they_are(tokenizers: dict[str, Any]) -> None:
+    row = {"m": [*HELLO, copy.deepcopy(CALL)]}
+    before = copy.deepcopy(row)
+    Renderer(PromptSettings(messages_column="m"), tokenizers["plain"]).render(row)
+    assert row == before
+
+
+def test_chat_settings_reach_the_template(tokenizers: dict[str, Any]) -> None:
+    plain = tokenizers["plain"]
+
+    def text(row: list[dict[str, Any]], **settings: Any) -> str:
+        return plain.decode(Renderer(PromptSettings(messages_column="m", **settings), plain).render({"m": row}))
+
+    assert text(HELLO).endswith("<|im_start|>assistant\n")
+    assert text(HELLO, chat_template_kwargs={"enable_thinking": False, "unused": 1}).endswith("<think></think>")
+    assert text(HELLO, add_generation_prompt=False).endswith("hello<|im_end|>\n")
+    opened = [*HELLO, {"role": "assistant", "content": "well"}]
+    assert text(opened, add_generation_prompt=False, continue_final_message=True).endswith("assistant\nwell")
+    assert text(HELLO, chat_template_kwargs={"tools": [{"name": "sum"}]}).startswith("<|im_start|>tools\n{")
+
+
+@pytest.mark.parametrize(
+    ("message", "string", "openai"),
+    [
+        ({"role": "user", "content": "a"}, "a", [{"type": "text", "text": "a"}]),
+        ({"role": "user"}, "", []),
+        (
+            {"role": "user", "content": ["a", ""]},
+            "a",
+            [{"type": "text", "text": "a"}, {"type": "text", "text": ""}],
+        ),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a", "mark": 1}, {"type": "refusal"}, "b"]},
+            "a\nb",
+            [{"type": "text", "text": "a", "mark": 1}, {"type": "text", "text": "b"}],
+        ),
+        (
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "a"}]},
+            "a",
+            [{"type": "text", "text": "a"}],
+        ),
+        (
+            {"role": "tool", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]},
+            "a",
+            "a\n",
+        ),
+        (
+            {"role": "tool", "content": [{"type": "tool_reference", "name": "t"}]},
+            "t",
+            [{"type": "tool_reference", "name": "t"}],
+        ),
+        (
+            {"role": "system", "content": "x-anthropic-billing-header: 1\na"},
+            "a",
+            [{"type": "text", "text": "a"}],
+        ),
+    ],
+)
+def test_contents_in_both_formats(message: dict[str, Any], string: str, openai: Any) -> None:
+    (cleaned,) = clean_messages([message])
+    assert to_conversation([cleaned], "string")[0]["content"] == string
+    assert to_conversation([cleaned], "openai")[0]["content"] == openai
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [('{"a": null}', {"a": None}), ({"a": 1}, {"a": 1}), ("{broken", {}), ("[1]", {}), ("", {}), (None, {})],
+)
+def test_tool_arguments_are_objects(arguments: Any, expected: dict[str, Any]) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = clean_messages([{"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert to_conversation(messages, "string")[0]["tool_calls"][0]["function"]["arguments"] == expected
+
+
+def test_keys_of_messages() -> None:
+    full = {
+        "role": "assistant",
+        "content": "a",
+        "name": "n",
+        "task": "t",
+        "tool_calls": [],
+        "reasoning": "r",
+        "reasoning_content": "dropped, as by vLLM",
+        "tool_call_id": "of tools only",
+        "weight": 1,
+    }
+    (message,) = to_conversation(clean_messages([full]), "string")
+    assert message == {
+        "role": "assistant",
+        "content": "a",
+        "name": "n",
+        "task": "t",
+        "reasoning": "r",
+        "reasoning_content": "r",
+    }
+
+
+def test_developer_messages_join_the_system_message() -> None:
+    conversation = [
+        {"role": "user", "content": "u"},
+        {"role": "developer", "content": [{"type": "text", "text": "d"}], "tools": None},
+        {"role": "system", "content": "s"},
+    ]
+    merged = [{"role": "system", "content": "d\n\ns"}, {"role": "user", "content": "u"}]
+    assert without_developer_role(conversation, "{{ messages }}") == merged
+    assert without_developer_role(conversation, "{{ 'developer' }}") == conversation
+    first = [{"role": "developer", "content": "d", "tools": 1}, {"role": "user", "content": "u"}]
+    assert without_developer_role(first, "") == [
+        {"role": "system", "content": "d"},
+        {"role": "user", "content": "u"},
+    ]
+
+
+@pytest.mark.parametrize(("template", "expected"), CONTENT_FORMATS.items())
+def test_content_format(template: str, expected: str) -> None:
+    assert detect_content_format(template) == expected
+
+
+def test_content_format_of_names_assigned_in_a_circle() -> None:
+    assert detect_content_format("{% set a = messages %}{% set messages = a %}{{ messages }}") == "string"
+
+
+# ---- bad rows
+
+LONE = "half \ud83d of a pair"
+
+BAD_TEXTS: list[tuple[dict[str, Any], Any, str]] = [
+    ({"prompt_column": "p"}, None, "wrong_type"),
+    ({"prompt_column": "p"}, 7, "wrong_type"),
+    ({"prompt_column": "p"}, b"bytes", "wrong_type"),
+    ({"prompt_column": "p"}, ["a"], "wrong_type"),
+    ({"prompt_column": "p"}, {"a": 1}, "wrong_type"),
+    ({"prompt_column": "p", "as_chat": True}, None, "wrong_type"),
+    ({"prompt_column": "p"}, "", "empty_prompt"),
+    ({"prompt_column": "p"}, LONE, "invalid_text"),
+    ({"prompt_column": "p", "as_chat": True}, LONE, "invalid_text"),
+    ({"template": "{{ p.missing }}"}, {"a": 1}, "template_failed"),
+    ({"template": "{{ p }}"}, None, "template_failed"),
+    ({"template": "{{ p + 1 }}"}, "a", "template_failed"),
+    ({"template": "{{ 1 / p }}"}, 0, "template_failed"),
+    ({"template": "{{ p.append(1) }}"}, [], "template_failed"),
+    ({"template": "{{ p.__class__.__mro__ }}"}, "a", "template_failed"),
+    ({"template": "{% for i in range(p) %}{% endfor %}"}, 10**9, "template_failed"),
+    ({"template": "{% if p %}a{% endif %}"}, 0, "empty_prompt"),
+    ({"template": "{{ p }}"}, LONE, "invalid_text"),
+]
+
+BAD_MESSAGES: list[tuple[Any, str]] = [
+    (None, "wrong_type"),
+    ('[{"role": "user", "content": "JSON text"}]', "wrong_type"),
+    ({"role": ["user"], "content": ["columns"]}, "wrong_type"),
+    (b"[]", "wrong_type"),
+    (3, "wrong_type"),
+    ([], "empty_prompt"),
+    (["hello"], "wrong_type"),
+    ([None], "wrong_type"),
+    ([[{"role": "user", "content": "nested"}]], "wrong_type"),
+    ([{"from": "human", "value": "ShareGPT"}], "wrong_type"),
+    ([{"role": None, "content": "a"}], "wrong_type"),
+    ([{"role": "user", "content": 3}], "wrong_type"),
+    ([{"role": "user", "content": {"text": "a"}}], "wrong_type"),
+    ([{"role": "user", "content": [None]}], "wrong_type"),
+    ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "wrong_type"),
+    ([{"role": "user", "content": [{"type": "input_text"}]}], "wrong_type"),
+    ([{"role": "user", "content": [{"text": "no type"}]}], "unsupported_content"),
+    ([{"role": "user", "content": [{"type": "text", "text": "a", "uuid": "u"}]}], "unsupported_content"),
+    (
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}],
+        "unsupported_content",
+    ),
+    ([{"role": "user", "content": [{"type": "image"}]}], "unsupported_content"),
+    ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], "unsupported_content"),
+    ([{"role": "user", "content": [{"type": ["text"], "text": "a"}]}], "unsupported_content"),
+    ([{"role": "assistant", "tool_calls": "f()"}], "wrong_type"),
+    ([{"role": "assistant", "tool_calls": ["f()"]}], "wrong_type"),
+    ([{"role": "assistant", "tool_calls": [{"type": "custom", "function": {}}]}], "wrong_type"),
+    ([{"role": "assistant", "tool_calls": [{"function": "f"}]}], "wrong_type"),
+    ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "9" * 5000}}]}], "wrong_type"),
+    ([{"role": "tool", "content": "this template knows no tools"}], "chat_template_failed"),
+    ([{"role": "user", "content": LONE}], "invalid_text"),
+]
+
+
+def refusal(renderer: Renderer, row: dict[str, Any]) -> RowRefused:
+    with pytest.raises(RowRefused) as refused:
+        renderer.render(row)
+    assert refused.value.message
+    refused.value.message.encode("utf-8")
+    return refused.value
+
+
+@pytest.mark.parametrize(("settings", "value", "expected"), BAD_TEXTS)
+def test_bad_texts(tokenizers: dict[str, Any], settings: dict[str, Any], value: Any, expected: str) -> None:
+    renderer = Renderer(PromptSettings(**settings), tokenizers["plain"])
+    assert refusal(renderer, {"p": value}).type == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), BAD_MESSAGES)
+def test_bad_messages(tokenizers: dict[str, Any], value: Any, expected: str) -> None:
+    renderer = Renderer(PromptSettings(messages_column="m"), tokenizers["bos"])
+    assert refusal(renderer, {"m": value}).type == expected
+
+
+def test_messages_nested_without_end(tokenizers: dict[str, Any]) -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    renderer = Renderer(PromptSettings(messages_column="m"), tokenizers["bos"])
+    assert refusal(renderer, {"m": [{"role": "user", "content": loop}]}).type == "wrong_type"
+
+
+def test_a_continued_message_must_be_there(tokenizers: dict[str, Any]) -> None:
+    settings = PromptSettings(messages_column="m", add_generation_prompt=False, continue_final_message=True)
+    renderer = Renderer(settings, tokenizers["parts"])
+    assert refusal(renderer, {"m": [*HELLO, {"role": "assistant"}]}).type == "chat_template_failed"
+
+
+def test_a_tokenizer_that_fails_costs_one_row() -> None:
+    def broken(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        raise KeyError(text)
+
+    renderer = Renderer(PromptSettings(prompt_column="p"), broken)
+    assert refusal(renderer, {"p": "a"}).type == "tokenizer_failed"
+
+
+def test_an_empty_text_is_a_prompt_where_tokens_are_added(tokenizers: dict[str, Any]) -> None:
+    assert Renderer(PromptSettings(prompt_column="p"), tokenizers["bos"]).render({"p": ""}) == [1]
+
+
+def test_nothing_heavy_is_imported_for_help() -> None:
+    code = "import sys, dpgen.data.render; print({'transformers', 'jinja2', 'torch', 'vllm'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

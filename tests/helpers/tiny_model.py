@@ -1,0 +1,62 @@
+"""A random Llama of two layers, with a tokenizer: small enough for a test, and real vLLM runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from helpers.tiny_tokenizers import save_tokenizer
+
+ENGINE = {
+    "dtype": "float32",  # in which the CPU's results don't depend on the batch, and so can be compared
+    "max_model_len": 256,
+    "max_num_seqs": 32,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 64 << 20,
+}
+
+
+def save_tiny_model(folder: Path, tokenizer: str = "bos", max_model_len: int = 256) -> Path:
+    """Writes the model and returns its folder; the same weights every time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _save(folder, tokenizer, LlamaForCausalLM, LlamaConfig, max_position_embeddings=max_model_len)
+
+
+def save_tiny_moe(folder: Path) -> Path:
+    """The same with four experts in each layer, of which a token goes to two."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return _save(
+        folder,
+        "bos",
+        MixtralForCausalLM,
+        MixtralConfig,
+        max_position_embeddings=256,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=None,
+    )
+
+
+def _save(folder: Path, tokenizer: str, model_class: Any, config_class: Any, **extra: Any) -> Path:
+    import torch
+    from transformers import AutoTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, folder)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        bos_token_id=loaded.bos_token_id,
+        eos_token_id=loaded.eos_token_id,
+        **extra,
+    )
+    model_class(config).save_pretrained(folder)
+    return folder

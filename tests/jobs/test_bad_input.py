@@ -1,0 +1,128 @@
+"""All bad input there is (tests/helpers/bad_input.py), put before a user's command, on real vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.bad_input import BAD_CONFIGS, BAD_ENGINE_CONFIGS, BAD_ROWS, HELLO, TEMPLATE
+from helpers.jobs import EACH_IN_TURN, Launcher, result_of, told_in_turn
+from helpers.tiny_model import ENGINE, save_tiny_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.multi]
+
+GOOD = {
+    "data.messages_column": {"messages": HELLO},
+    "data.prompt_column": {"prompt": "hello there"},
+    "data.template": {"kind": "plain", "text": "hello there"},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By tokenizer: `bos` is strict about roles; for `plain` an empty text is no token, not one that begins a text."""
+    return {name: save_tiny_model(tmp_path_factory.mktemp(name), name) for name in ("bos", "plain")}
+
+
+@pytest.fixture
+def write(write_config: Callable[..., str], models: dict[str, Path]) -> Callable[..., str]:
+    def write(rows: list[dict[str, Any]], tokenizer: str = "plain", **sections: Any) -> str:
+        run = {"engine": "vllm", "log_level": "error"}
+        return write_config(rows, run=run, model=str(models[tokenizer]), engine=ENGINE, **sections)
+
+    return write
+
+
+@pytest.mark.parametrize("source", BAD_ROWS)
+def test_a_bad_row_gets_its_error_and_its_neighbours_their_text(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path, source: str
+) -> None:
+    table = BAD_ROWS[source]
+    fields = {name for _, row, _, _ in table for name in row}
+    rows = []
+    for _, bad, _, _ in table:
+        rows += [dict.fromkeys(fields) | GOOD[source], dict.fromkeys(fields) | bad]
+    prompt = {"prompt_column": None, source.partition(".")[2]: TEMPLATE if source == "data.template" else None}
+    if source != "data.template":
+        prompt[source.partition(".")[2]] = next(iter(GOOD[source]))
+    sampling = sorted(fields - {"messages", "prompt", "kind", "text", "number", "meta", "list"})
+    conf = write(
+        rows,
+        "bos" if source == "data.messages_column" else "plain",
+        data=prompt,
+        sampling={"temperature": 0, "max_tokens": 4, "from_columns": {name: name for name in sampling}},
+    )
+    job = launcher.dpgen("run", conf, "run.max_leading_errors=0")
+    assert job.wait() == 0, job.output
+    found = result_of(tmp_path / "run")
+    assert len(found) == 2 * len(table)
+    texts = {repr(row["generated_text"]) for row in found[::2]}
+    assert len(texts) == 1 and not any(row["error"] for row in found[::2]), "the good rows are all alike"
+    got = {
+        what: (row["error"] or {"type": "none, but a text", "message": str(row["generated_text"])})
+        for row, (what, _, _, _) in zip(found[1::2], table, strict=True)
+    }
+    wrong = {
+        what: got[what]
+        for what, _, kind, words in table
+        if got[what]["type"] != kind or words not in got[what]["message"]
+    }
+    assert not wrong
+
+
+# What the engine process does for each of them before it loads a model, in one process with vLLM.
+EACH_CHECKED = """
+import json, sys
+from dpgen.config.loader import from_arguments
+from dpgen.engine.launch import engine_spec
+from dpgen.engine.vllm_backend import VllmBackend
+from dpgen.errors import ConfigError
+from dpgen.distributed.topology import Topology
+
+for words in json.loads(sys.argv[1]):
+    spec = engine_spec(from_arguments(words), Topology(), None)
+    try:
+        VllmBackend(spec).check()
+        problem = None
+    except ConfigError as error:
+        problem = str(error)
+    print("TOLD " + json.dumps(problem), flush=True)
+"""
+
+
+def assert_one_line(told: str, message: str) -> None:
+    line = told.strip()
+    assert line.startswith("dpgen: error: ") and message in line and "\n" not in line, told
+
+
+def test_a_bad_configuration_is_refused_in_one_line_before_a_model_loads(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
+    conf = write([{"prompt": "hello"}])
+    commands = [[conf, *(word.replace("@", f"{tmp_path}/") for word in words)] for _, words, _ in BAD_CONFIGS]
+    for (what, _, message), (status, told) in zip(
+        BAD_CONFIGS, told_in_turn(launcher, EACH_IN_TURN, commands), strict=True
+    ):
+        assert status == 2, f"{what}: {told}"
+        assert_one_line(told, message)
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_what_the_engine_refuses_is_refused_before_a_model_loads(launcher: Launcher, write: Callable[..., str]) -> None:
+    conf = write([{"prompt": "hello"}])
+    problems = told_in_turn(launcher, EACH_CHECKED, [[conf, *words] for _, words, _ in BAD_ENGINE_CONFIGS])
+    for (what, _, message), problem in zip(BAD_ENGINE_CONFIGS, problems, strict=True):
+        assert problem is not None and message in problem and "\n" not in problem, f"{what}: {problem}"
+
+
+def test_what_the_engine_refuses_reaches_the_user_in_one_line(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
+) -> None:
+    _, words, message = BAD_ENGINE_CONFIGS[-1]
+    job = launcher.dpgen("run", write([{"prompt": "hello"}]), *words)
+    assert job.wait() == 2, job.output
+    assert_one_line(job.output, message)
+    assert not (tmp_path / "run").exists(), "nothing was begun"

@@ -1,0 +1,224 @@
+"""Whole runs on real vLLM (its CPU build): what ranks generate together is what one generates alone, row by row."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.jobs import REPO, Launcher, result_of
+from helpers.tiny_model import ENGINE, save_tiny_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.multi]
+
+# Twelve kinds of bad row, and the error that each gets.
+BAD_ROWS: list[tuple[dict[str, Any], str]] = [
+    ({"messages": [{"role": "user", "content": "word " * 400}]}, "prompt_too_long"),
+    ({"messages": None}, "wrong_type"),
+    ({"messages": []}, "empty_prompt"),
+    ({"messages": [{"role": "wizard", "content": "abracadabra"}]}, "chat_template_failed"),
+    ({"messages": [{"role": "user", "content": "x"}], "temperature": -1.0}, "bad_sampling"),
+    ({"messages": [{"role": "user", "content": "x"}], "temperature": float("nan")}, "bad_sampling"),
+    ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}, "bad_sampling"),
+    ({"messages": [{"role": "user", "content": "x"}], "top_p": 1.5}, "bad_sampling"),
+    ({"messages": [{"role": "user", "content": "x"}], "top_k": -7}, "bad_sampling"),
+    ({"messages": [{"role": "user", "content": "x"}], "regex": "a(b"}, "bad_sampling"),
+    ({"messages": [{"role": "user", "content": "x"}], "allowed_token_ids": [99999]}, "bad_sampling"),
+    ({"messages": [{"role": None, "content": "x"}]}, "wrong_type"),
+]
+
+WORDS = "the quick brown fox jumps over the lazy dog hello world there user tool system"
+
+
+def mixed_rows(count: int) -> list[dict[str, Any]]:
+    """Greedy and seeded rows, one turn and several, short and long, with the bad ones in between."""
+    empty = {
+        "temperature": None,
+        "max_tokens": None,
+        "top_p": None,
+        "top_k": None,
+        "regex": None,
+        "allowed_token_ids": None,
+    }
+    rows, words = [], WORDS.split()
+    for index in range(count):
+        text = " ".join(words[(index * 7 + step) % len(words)] for step in range(1 + index % 23))
+        turns = [{"role": "user", "content": text}]
+        if index % 5 == 0:
+            turns = [{"role": "system", "content": "be brief"}, *turns]
+        if index % 7 == 0:
+            turns += [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "there"}]
+        rows.append(
+            {
+                **empty,
+                "messages": turns,
+                "temperature": 0.0 if index % 3 == 0 else 0.9,
+                "max_tokens": 1 + (index * 13) % 40,
+            }
+        )
+    for place, (bad, _) in enumerate(BAD_ROWS):
+        rows.insert(5 + place * 17, {**empty, **bad})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def write(write_config: Callable[..., str], model: Path) -> Callable[..., str]:
+    def write(rows: list[dict[str, Any]], **sections: Any) -> str:
+        base: dict[str, Any] = {
+            "run": {"engine": "vllm", "log_level": "error"},
+            "data": {"prompt_column": None, "messages_column": "messages"},
+            "model": str(model),
+            "engine": ENGINE,
+        }
+        return write_config(rows, **{**base, **sections})
+
+    return write
+
+
+FROM_COLUMNS = {name: name for name in ("temperature", "max_tokens", "top_p", "top_k", "allowed_token_ids")}
+
+
+@pytest.mark.slow
+def test_two_and_three_ranks_give_row_by_row_what_one_gives(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = mixed_rows(208)
+    for row in rows:
+        row["structured_outputs"] = None if row["regex"] is None else {"regex": row["regex"]}
+    conf = write(rows, sampling={"from_columns": {**FROM_COLUMNS, "structured_outputs": "structured_outputs"}})
+    results = {}
+    for ranks in (1, 2, 3):
+        run_dir = tmp_path / f"ranks-{ranks}" / "run"
+        job = launcher.dpgen("run", conf, f"run.dir={run_dir}", ranks=ranks)
+        assert job.wait() == 0, job.output
+        results[ranks] = result_of(run_dir)
+    for found in results.values():
+        assert [row["row_id"] for row in found] == list(range(len(rows)))
+    alone = list(map(repr, results[1]))  # as text: a NaN in the input is not equal to itself
+    assert list(map(repr, results[2])) == alone
+    assert list(map(repr, results[3])) == alone
+
+    errors = {row["row_id"]: row["error"] for row in results[1] if row["error"]}
+    assert [each["type"] for each in errors.values()] == [kind for _, kind in BAD_ROWS], errors
+    assert all(each["message"] for each in errors.values())
+    good = [row for row in results[1] if not row["error"]]
+    assert len(good) == 208
+    assert all(row["num_generated_tokens"] <= row["max_tokens"] for row in good)
+    assert len({row["generated_text"] for row in good}) > 150, "rows of their own, not one text over and over"
+
+
+def test_it_generates_what_llm_generate_does(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path, model: Path
+) -> None:
+    prompts = [" ".join(WORDS.split()[: 1 + index]) for index in range(8)]
+    conf = write(
+        [{"prompt": prompt} for prompt in prompts],
+        data={"prompt_column": "prompt"},
+        sampling={"temperature": 0, "max_tokens": 12},
+        output={"token_ids": True},
+    )
+    job = launcher.dpgen("run", conf)
+    assert job.wait() == 0, job.output
+    found = result_of(tmp_path / "run")
+    peer = tmp_path / "peer.py"
+    peer.write_text(
+        "import json, sys\n"
+        "from vllm import LLM, SamplingParams\n"
+        "if __name__ == '__main__':\n"
+        "    engine = json.loads(sys.argv[2])\n"
+        "    llm = LLM(sys.argv[1], enable_chunked_prefill=False, **engine)\n"
+        "    outputs = llm.generate(json.loads(sys.argv[3]), SamplingParams(temperature=0, max_tokens=12))\n"
+        "    print('FOUND ' + json.dumps([[list(o.outputs[0].token_ids), o.outputs[0].text] for o in outputs]))\n"
+    )
+    alone = launcher.start(
+        [launcher.python, str(peer), str(model), json.dumps(ENGINE), json.dumps(prompts)],
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+    )
+    assert alone.wait() == 0, alone.output
+    told = next(line for line in alone.output.splitlines() if line.startswith("FOUND "))
+    expected = json.loads(told.removeprefix("FOUND "))
+    assert [[row["generated_token_ids"], row["generated_text"]] for row in found] == expected
+
+
+def test_two_ranks_and_one_row_under_slurms_environment(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
+) -> None:
+    conf = write([{"messages": [{"role": "user", "content": "hello"}]}], sampling={"ignore_eos": True})
+    # Ranks with unequal memory for their KV cache: the smaller is everyone's.
+    jobs = launcher.srun_like("run", conf, each=[[], ["engine.kv_cache_memory_bytes=33554432"]])
+    assert [job.wait() for job in jobs] == [0, 0], "".join(job.output for job in jobs)
+    [row] = result_of(tmp_path / "run")
+    assert row["finish_reason"] == "length"
+    assert row["num_prompt_tokens"] + row["num_generated_tokens"] == ENGINE["max_model_len"], (
+        "max_tokens is the rest of the context unless given"
+    )
+    engine = json.loads((tmp_path / "run" / "run.json").read_text())["engine"]
+    per_block_bytes = 2 * 2 * 4 * 32 * 4 * engine["kv_block_tokens"]  # K and V, layers, heads, head_dim, float32
+    assert engine["num_kv_blocks"] == (32 << 20) // per_block_bytes
+    assert "on every rank (32 MiB; 64 MiB free here)" in jobs[0].output
+    assert "vLLM on the CPU: no chunked prefill" in jobs[0].output
+    assert all("Triton" not in job.output for job in jobs), "nothing is wrong, and vLLM is not to say so once a rank"
+
+
+def test_where_the_kv_cache_is_short_fewer_rows_are_admitted(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
+) -> None:
+    conf = write(
+        [{"prompt": f"hello {index}"} for index in range(160)],
+        data={"prompt_column": "prompt"},
+        # 16 blocks of 128 tokens: 16 sequences fit while they are short, and half of them when they are long.
+        engine={**ENGINE, "max_num_seqs": 16, "kv_cache_memory_bytes": 4 << 20},
+        sampling={"ignore_eos": True, "max_tokens": 200},
+    )
+    job = launcher.dpgen("run", conf)
+    assert job.wait() == 0, job.output
+    rows = result_of(tmp_path / "run")
+    assert [row["row_id"] for row in rows] == list(range(160))
+    assert {(row["finish_reason"], row["num_generated_tokens"]) for row in rows} == {("length", 200)}
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["engine"]["num_kv_blocks"] == 16
+    assert re.search(r"KV cache is short.* \d+ sequences", job.output), job.output
+    # Without fewer rows at a time nearly every one would be set back once, and most more than once.
+    assert 0 < facts["manifests"][0]["num_preemptions"] < 80, facts["manifests"]
+
+
+def test_sampling_starts_from_the_models_generation_config(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
+) -> None:
+    model = shutil.copytree(REPO / "conf" / "demo" / "model", tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "top_k": 1, "max_new_tokens": 7}))
+    conf = write(
+        [{"prompt": "1 + 1", "budget": None}, {"prompt": "1 + 1", "budget": 3}, {"prompt": "1 + 1", "budget": 20}],
+        data={"prompt_column": "prompt"},
+        model=str(model),
+        engine={**ENGINE, "max_model_len": 128},
+        sampling={"temperature": 2.0, "n": 4, "ignore_eos": True, "from_columns": {"max_tokens": "budget"}},
+        output={"token_ids": True},
+    )
+    job = launcher.dpgen("run", conf)
+    assert job.wait() == 0, job.output
+    rows = result_of(tmp_path / "run")
+    assert [row["num_generated_tokens"] for row in rows] == [[7] * 4, [3] * 4, [20] * 4], "a row's own value goes first"
+    for row in rows:
+        first, *others = row["generated_token_ids"]
+        assert others == [first] * 3, "with top_k=1 however hot samples are the same"
+
+
+def test_the_demo_adds_right(launcher: Launcher, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = launcher.dpgen("run", "conf/demo.yaml", f"run.dir={run_dir}", ranks=2)
+    assert job.wait() == 0, job.output
+    shown = launcher.start([launcher.python, "launch/show_demo.py", str(run_dir)])
+    assert shown.wait() == 0, shown.output
+    score = re.search(r"(\d+) of 512 answers are right", shown.output)
+    assert score and int(score[1]) >= 0.95 * 512, shown.output

@@ -1,0 +1,302 @@
+"""The shipped sbatch scripts on a real SLURM of two nodes: runs that complete, and all that can come between.
+
+Where SLURM can't be started the tests are skipped; with DPGEN_REQUIRE_SLURM or CI set they fail instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.jobs import REPO, SHORT_LEASE, Launcher, numbered, result_of, write_into
+from helpers.slurm_cluster import Cluster, SlurmJob, missing
+from helpers.tiny_model import ENGINE, save_tiny_model
+
+from dpgen.distributed.ports import listen, ports_of_job
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.multi,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("slurm"),  # there is one cluster
+]
+
+WriteConfig = Callable[..., str]
+SCRIPTS = ["slurm.sbatch", "slurm_torchrun.sbatch"]
+SLOW = {"step_s": 0.4, "max_num_seqs": 1}  # minutes in all: no test waits for the end of such a run
+STEADY = {"step_s": 0.06, "max_num_seqs": 2}  # half a minute
+FAST = {"step_s": 0.0, "max_num_seqs": 2}
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    lacking = missing()
+    if lacking:
+        required = os.environ.get("DPGEN_REQUIRE_SLURM") or os.environ.get("CI")
+        (pytest.fail if required else pytest.skip)(f"no SLURM: {lacking}")
+    started = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        started.start()
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture
+def write(write_config: WriteConfig, tmp_path: Path) -> Callable[[str, dict[str, Any]], str]:
+    """Writes the configuration of one of several runs over the same 60 rows, NAME.yaml in NAME/run."""
+
+    def config(name: str, engine: dict[str, Any]) -> str:
+        return write_config(numbered(60), f"{name}.yaml", run={"dir": str(tmp_path / name / "run")}, engine=engine)
+
+    return config
+
+
+class Real:
+    """Runs on real vLLM over the same rows, NAME/conf.yaml in NAME/run, as slow or as fast as `max_num_seqs` has it."""
+
+    NUM_ROWS = 400
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._model = save_tiny_model(folder / "model")
+        self._expected: list[dict[str, Any]] = []
+
+    def write(self, folder: Path, max_num_seqs: int) -> str:
+        folder.mkdir(exist_ok=True)
+        return write_into(
+            folder,
+            numbered(self.NUM_ROWS),
+            run={"engine": "vllm", "log_level": "error"},
+            model=str(self._model),
+            engine={**ENGINE, "max_num_seqs": max_num_seqs},
+            sampling={"temperature": 0, "ignore_eos": True, "max_tokens": 200},
+        )
+
+    def expected(self) -> list[dict[str, Any]]:
+        """The rows of a run that nothing happens to."""
+        if not self._expected:
+            launcher = Launcher(self.folder)
+            job = launcher.dpgen("run", self.write(self.folder / "undisturbed", 32))
+            try:
+                assert job.wait(400) == 0, job.output
+            finally:
+                job.end()
+            self._expected = results(self.folder, "undisturbed", self.NUM_ROWS)
+        return self._expected
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
+    return Real(tmp_path_factory.mktemp("real"))
+
+
+def results(tmp_path: Path, name: str, count: int = 60) -> list[dict[str, Any]]:
+    """A finished run's rows: each once, in order, without an error."""
+    rows = result_of(tmp_path / name / "run")
+    assert [row["row_id"] for row in rows] == list(range(count))
+    assert all(row["error"] is None for row in rows)
+    return rows
+
+
+def undisturbed(launcher: Launcher, conf: str, tmp_path: Path) -> list[dict[str, Any]]:
+    """The rows of a run with the same configuration that nothing happens to."""
+    job = launcher.dpgen("run", conf, f"run.dir={tmp_path / 'undisturbed' / 'run'}", "engine.step_s=0")
+    assert job.wait() == 0, job.output
+    return results(tmp_path, "undisturbed")
+
+
+def is_generating(tmp_path: Path, name: str) -> bool:
+    """Whether rows have come."""
+    return sum(path.stat().st_size for path in (tmp_path / name / "run").glob("journal/*.journal")) > 400
+
+
+# ---- complete runs
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_complete_run_on_two_nodes_with_a_real_engine(cluster: Cluster, tmp_path: Path, script: str) -> None:
+    """The first port on which the ranks, or their torchruns, would meet is a stranger's."""
+    paths = [f"model={REPO / 'conf/demo/model'}", f"data.path={REPO / 'conf/demo/questions.jsonl'}"]
+    run_dir = tmp_path / "demo" / "run"
+    arguments = [str(REPO / "conf/demo.yaml"), *paths, "data.limit=64", f"run.dir={run_dir}"]
+    job = SlurmJob.submit(cluster, tmp_path, script, *arguments, options=["--hold"])
+    with listen(ports_of_job(int(job.id), 0)):  # and says nothing
+        cluster.run("scontrol", "release", job.id)
+        assert job.wait() == "COMPLETED", job.output
+    questions = (REPO / "conf/demo/questions.jsonl").read_text().splitlines()[:64]
+    rows = result_of(run_dir)
+    assert [row["question"] for row in rows] == [json.loads(line)["question"] for line in questions]
+    right = [str(row["answer"]).split()[-1] in (row["generated_text"] or "") for row in rows]
+    assert sum(right) >= 60, "the demo's model can add"
+    assert "2 ranks" in job.output and "dpgen: the run is complete" in job.output
+    assert job.num_restarts == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--torchrun"]])
+def test_dpgen_slurm_submits_a_script_that_runs_as_it_is(
+    cluster: Cluster,
+    write: Callable[..., str],
+    launcher: Launcher,
+    tmp_path: Path,
+    options: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    conf = write("run", FAST)
+    arguments = ["slurm", Path(conf).name, "work.claim_rows=8", "--nodes", "2", "--ntasks-per-node", "2", *options]
+    printed = cluster.run(launcher.python, "-m", "dpgen", *arguments, "--submit", folder=tmp_path)
+    assert printed.startswith("Submitted batch job ")
+    job = SlurmJob(cluster, tmp_path, printed.split()[-1])
+    assert job.wait() == "COMPLETED", job.output
+    assert "60 rows over 4 ranks" in job.output
+    results(tmp_path, "run")
+    assert len(list(job.attempt(0).glob("*.log"))) == (2 if options else 4)
+
+
+# ---- runs that are cut, and go on
+
+
+@pytest.mark.vllm
+def test_runs_that_a_time_limit_cuts_are_requeued_until_they_are_complete(
+    cluster: Cluster, write: Callable[..., str], real: Real, launcher: Launcher, tmp_path: Path
+) -> None:
+    """Four jobs at once, since SLURM counts in minutes: both scripts, one that no --signal warns, and real vLLM.
+
+    Their time is cut short once they generate, so that a busy machine, where that takes long, changes nothing.
+    """
+    warnings = {"slurm.sbatch": "USR1@20", "slurm_torchrun.sbatch": "TERM@20", "real": "USR1@20"}
+    warnings["unwarned"] = "CONT@20"  # the last: it goes on until its time is over
+    jobs = {}
+    for name, warning in warnings.items():
+        script = name if name.endswith(".sbatch") else "slurm.sbatch"
+        conf = real.write(tmp_path / name, 1) if name == "real" else write(name, SLOW)
+        options = ["--time=20", f"--signal={warning}"]
+        jobs[name] = SlurmJob.submit(cluster, tmp_path, script, conf, options=options)
+    for name, job in jobs.items():
+        job.wait_for(lambda name=name: is_generating(tmp_path, name))
+    for job in jobs.values():
+        job.limit(35)
+    for name, job in jobs.items():
+        job.wait_for((job.attempt(0) / "status").exists, timeout_s=180)
+        if name != "real":
+            write(name, FAST)
+            continue
+        real.write(tmp_path / name, 32)
+        job.wait_for(lambda job=job: job.num_restarts == 1)
+        # To load its model again, and finish: if it hasn't by now.
+        cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=20", check=False)
+    expected = dict.fromkeys(warnings, undisturbed(launcher, write("expected", FAST), tmp_path))
+    expected["real"] = real.expected()
+    for name, job in jobs.items():
+        assert job.wait() == "COMPLETED", job.output
+        assert job.num_restarts == 1, job.output
+        status, num_done = (job.attempt(0) / "status").read_text().split()
+        assert status == "75" and 0 < int(num_done) < len(expected[name])
+        assert f"Requeueing job {job.id}" in job.output
+        assert results(tmp_path, name, len(expected[name])) == expected[name]
+
+
+def test_a_preempted_run_goes_on_by_itself(
+    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
+) -> None:
+    options = ["--partition=low", "--exclusive"]
+    job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", write("run", SLOW), options=options)
+    job.wait_for(lambda: is_generating(tmp_path, "run"))
+    text = "#!/bin/sh\nexit 0\n"
+    cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", text=text)
+    job.wait_for((job.attempt(0) / "status").exists)
+    conf = write("run", FAST)
+    assert job.wait() == "COMPLETED", job.output
+    assert job.num_restarts == 1, job.output
+    assert results(tmp_path, "run") == undisturbed(launcher, conf, tmp_path)
+
+
+@pytest.mark.vllm
+def test_a_lost_node_is_done_without_under_srun_and_waited_for_under_torchrun(
+    cluster: Cluster, write: Callable[..., str], real: Real, launcher: Launcher, tmp_path: Path
+) -> None:
+    """Real vLLM under srun."""
+    confs = {"slurm.sbatch": real.write(tmp_path / "slurm.sbatch", 16)}
+    confs["slurm_torchrun.sbatch"] = write("slurm_torchrun.sbatch", STEADY)
+    jobs = {script: SlurmJob.submit(cluster, tmp_path, script, conf, **SHORT_LEASE) for script, conf in confs.items()}
+    srun, torchrun = jobs.values()
+    for script, job in jobs.items():
+        job.wait_for(lambda script=script: is_generating(tmp_path, script))
+    cluster.run("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
+    torchrun.wait_for(lambda: torchrun.num_restarts == 1)  # SLURM's own requeueing
+    srun.wait_for(lambda: "going on without it" in srun.output)
+    cluster.run("scontrol", "update", "NodeName=n1", "State=RESUME", check=False)  # it may have come back by itself
+    conf = write("slurm_torchrun.sbatch", FAST)
+    assert torchrun.wait() == "COMPLETED", torchrun.output
+    assert srun.wait() == "COMPLETED", srun.output
+    assert srun.num_restarts == 0
+    assert results(tmp_path, "slurm_torchrun.sbatch") == undisturbed(launcher, conf, tmp_path)
+    assert results(tmp_path, "slurm.sbatch", real.NUM_ROWS) == real.expected()
+
+
+@pytest.mark.vllm
+def test_a_run_whose_task_is_killed_completes_without_it(cluster: Cluster, real: Real, tmp_path: Path) -> None:
+    job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", real.write(tmp_path / "run-of-two", 16), **SHORT_LEASE)
+    job.wait_for(lambda: is_generating(tmp_path, "run-of-two"))
+    os.kill(job.rank_pid(1), signal.SIGKILL)
+    assert job.wait() == "COMPLETED", job.output
+    assert "task 1: Killed" in job.output and "going on without it" in job.output
+    assert "2 ranks" in job.output and "dpgen: the run is complete" in job.output
+    assert job.num_restarts == 0
+    assert results(tmp_path, "run-of-two", real.NUM_ROWS) == real.expected()
+
+
+# ---- runs that must not go on by themselves
+
+
+@pytest.mark.vllm
+def test_cancelled_runs_stay_cancelled_and_keep_what_they_have(
+    cluster: Cluster, write: Callable[..., str], real: Real, launcher: Launcher, tmp_path: Path
+) -> None:
+    """Real vLLM under torchrun."""
+    confs = {"slurm.sbatch": write("slurm.sbatch", SLOW)}
+    confs["slurm_torchrun.sbatch"] = real.write(tmp_path / "slurm_torchrun.sbatch", 1)
+    jobs = {script: SlurmJob.submit(cluster, tmp_path, script, conf) for script, conf in confs.items()}
+    for script, job in jobs.items():
+        job.wait_for(lambda script=script: is_generating(tmp_path, script))
+        cluster.run("scancel", job.id)
+    for job in jobs.values():
+        assert job.wait() == "CANCELLED", job.output
+        assert "Not requeued: SLURM is ending the job" in job.output
+    again = {"slurm.sbatch": write("slurm.sbatch", FAST)}
+    again["slurm_torchrun.sbatch"] = real.write(tmp_path / "slurm_torchrun.sbatch", 32)
+    for conf in again.values():
+        resumed = launcher.dpgen("run", conf)
+        assert resumed.wait() == 0, resumed.output
+        assert "attempt 2: " in resumed.output and "attempt 2: 0 of" not in resumed.output
+    results(tmp_path, "slurm.sbatch")
+    assert results(tmp_path, "slurm_torchrun.sbatch", real.NUM_ROWS) == real.expected()
+
+
+def test_runs_that_fail_are_not_requeued(cluster: Cluster, write: Callable[..., str], tmp_path: Path) -> None:
+    jobs = {}
+    for script in SCRIPTS:
+        for fault, expected in (("engine.nonsense=1", "2:0"), ("engine.load_error=no", "1:0")):
+            conf = write(f"{script}-{expected[0]}", FAST)
+            job = SlurmJob.submit(cluster, tmp_path, script, conf, fault, DPGEN_MAX_RESTARTS="0")
+            jobs[job] = expected
+    assert [job.wait() for job in jobs] == ["FAILED"] * 4
+    assert [job.describe()["ExitCode"] for job in jobs] == list(jobs.values())
+    assert [job.num_restarts for job in jobs] == [0] * 4
+    assert all("the run failed, so it is not requeued" in job.output for job in jobs)
+
+
+def test_a_run_that_does_not_get_on_is_given_up(cluster: Cluster, write: Callable[..., str], tmp_path: Path) -> None:
+    conf = write("run", SLOW)
+    job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", conf, "run.time_limit=0", DPGEN_MAX_FRUITLESS="2")
+    assert job.wait() == "FAILED"
+    assert job.describe()["ExitCode"] == "75:0"
+    assert job.num_restarts == 1
+    assert "2 attempts in a row have ended without a new row" in job.output
