@@ -3,7 +3,7 @@
     python benchmarks/coordination.py [--ranks 2,8,32] [--rows-a-rank 256]
 
 Real processes: so many ranks under torchrun on this machine, each over its own share of rows that cost nothing to make,
-do what a rank does for coordination and nothing else: claim rows (`Claims` on torchrun's store), journal them, and take
+do what a rank does for coordination and nothing else: claim rows (`ShardClaimer` on torchrun's store), journal them, and take
 part in agreements. Claims are timed as a rank waits for them, the journal and the agreement by the rank's processor
 time; claims and journal are set against what an engine of 8 billion parameters on an H100 takes for a row (`--row-ms`).
 
@@ -63,30 +63,30 @@ def part(folder: Path, num_rows: int) -> None:
     """One rank's part."""
     sys.path.insert(0, str(REPO))
     from dpgen.distributed.gloo import GlooGroup
-    from dpgen.distributed.topology import from_environment
-    from dpgen.journal.writer import Journal
+    from dpgen.distributed.topology import read_topology
+    from dpgen.journal.writer import JournalWriter
     from dpgen.records import Completion, RowResult
-    from dpgen.scheduling.claims import Claims
+    from dpgen.scheduling.claims import ShardClaimer
 
-    group = GlooGroup(from_environment(os.environ))
+    group = GlooGroup(read_topology(os.environ))
     cursors = [f"cursor/{rank}" for rank in range(group.size)]
-    group.counters.add(cursors[group.rank], 0)
+    group.checked_store.add(cursors[group.rank], 0)
     group.all_gather_object(None)
-    claims = Claims(group.counters, cursors, [num_rows] * group.size, group.rank, steal=True, max_size=64)
+    claims = ShardClaimer(group.checked_store, cursors, [num_rows] * group.size, group.rank, steal=True, max_size=64)
     started_s, claimed = time.monotonic(), 0
-    while (claim := claims.take(64)) is not None:
+    while (claim := claims.claim(64)) is not None:
         claimed += claim.stop - claim.start
     claim_s = time.monotonic() - started_s
     group.all_gather_object(None)
     totals = [0] * (10 + group.size)
     started_s, cpu_s = time.monotonic(), time.process_time()
     for _ in range(_AGREEMENTS):
-        group.wait(group.reduce(totals, "sum"))
+        group.wait(group.all_reduce_async(totals, "sum"))
     agree_s, agree_cpu_s = time.monotonic() - started_s, time.process_time() - cpu_s
     group.all_gather_object(None)
     own_folder = folder / f"journal-{group.rank}"
     own_folder.mkdir()
-    journal = Journal(own_folder, 1, group.rank)
+    journal = JournalWriter(own_folder, 1, group.rank)
     result = RowResult(0, 500, (Completion("x" * 6000, "stop", 1527),))
     cpu_s = time.process_time()
     for _ in range(1000):

@@ -161,15 +161,15 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
     """dpgen's rank: everything of `dpgen.run` between loading the engine and writing the result."""
     settle(core, f"{folder}/dpgen.log")
     from dpgen.config.loader import load
-    from dpgen.data.input_rows import open_rows
-    from dpgen.distributed.group import LoneGroup
-    from dpgen.distributed.topology import from_environment
-    from dpgen.engine.launch import engine_spec, engine_starter, open_tokenizer
+    from dpgen.data.input_rows import load_input
+    from dpgen.distributed.group import SingleRankGroup
+    from dpgen.distributed.topology import read_topology
+    from dpgen.engine.launch import build_engine_spec, build_text_pipeline, make_engine_factory
     from dpgen.engine.supervisor import EngineSupervisor
-    from dpgen.journal.run_dir import RunFolder
-    from dpgen.journal.writer import Journal
-    from dpgen.scheduling.generation_loop import Generation
-    from dpgen.scheduling.planner import Dealer
+    from dpgen.journal.run_dir import RunDir
+    from dpgen.journal.writer import JournalWriter
+    from dpgen.scheduling.generation_loop import GenerationLoop
+    from dpgen.scheduling.planner import ShardPlanner
 
     def config_of(path: str, seed: str) -> Any:
         settings = [f"run.dir={folder}/run", f"model={model}", f"data.path={path}", "data.prompt_column=prompt"]
@@ -180,36 +180,36 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
         ]
         return load([], [*settings, f"run.seed={seed}", f"engine={json.dumps(engine)}"])
 
-    config, topology, group = config_of("rows.jsonl", "null"), from_environment({}), LoneGroup()
+    config, topology, group = config_of("rows.jsonl", "null"), read_topology({}), SingleRankGroup()
     supervisor = EngineSupervisor(
-        engine_starter(config, topology, group, None),
-        engine_spec(config, topology, None),
+        make_engine_factory(config, topology, group, None),
+        build_engine_spec(config, topology, None),
         lambda line: print(line, flush=True),
         timeout_s=600,
         start_timeout_s=600,
         max_deaths=1,
     )
-    print(supervisor.check(lambda: None), flush=True)
-    texts = open_tokenizer(config, print)
-    supervisor.load(lambda measured: measured, lambda: None, texts.in_engine)
+    print(supervisor.check_options(lambda: None), flush=True)
+    texts = build_text_pipeline(config, print)
+    supervisor.load_model(lambda measured: measured, lambda: None, texts.engine_text_config)
     pipe.send("loaded")
     attempt = 0
     while (order := pipe.recv()) is not None:
         attempt += 1
-        run_folder = RunFolder(f"{folder}/run-{attempt}")
+        run_folder = RunDir(f"{folder}/run-{attempt}")
         run_folder.create()
         config = config_of(order[1], "0" if order[0] == "dpgen-seeded" else "null")
-        rows = open_rows(config.data)
+        rows = load_input(config.data)
         started_s, processor_s = time.monotonic(), time.process_time()
-        dealer = Dealer(config, rows, run_folder, group, attempt, texts.render)
-        feed = dealer.deal()
-        journal = Journal(run_folder.journal, attempt, 0)
-        totals = Generation(
+        dealer = ShardPlanner(config, rows, run_folder, group, attempt, texts.render)
+        feed = dealer.plan()
+        journal = JournalWriter(run_folder.journal, attempt, 0)
+        totals = GenerationLoop(
             feed,
             supervisor,
             journal,
             group,
-            deal=dealer.deal,
+            reshard=dealer.plan,
             detokenizer=texts.detokenizer,
             reserve_rows=config.work.reserve_rows,
         ).run()

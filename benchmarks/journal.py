@@ -5,7 +5,7 @@
 1. Cost: 10,000 rows/s of ordinary size, with a disk that is really synced; processor time of the journal, its thread
    included, above that of the same loop without a journal. Target: under 3 % of a core per 1,000 rows/s.
 2. Memory: of a process that appends a million rows, after a tenth of them and at the end.
-3. Resume: N finished rows with tiny payloads, in shuffled order, in the journals of 8 ranks; then `scan` in a process
+3. Resume: N finished rows with tiny payloads, in shuffled order, in the journals of 8 ranks; then `index_journal` in a process
    of its own, the median of three: all sealed, and then with one rank's last segment unsealed, as a kill leaves it.
    The page cache holds what is read.
 
@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from dpgen.journal.reader import read_segment, scan, segments
-from dpgen.journal.writer import Journal
+from dpgen.journal.reader import index_journal, list_segments, read_segment
+from dpgen.journal.writer import JournalWriter
 from dpgen.records import Completion, RowResult
 
 RANKS = 8
@@ -45,7 +45,7 @@ def main() -> None:
         found |= _child("memory", path / "memory")
         found |= _fill(path / "resume", options.rows)
         found |= _median_scan("scan", path / "resume")
-        _unseal(segments(path / "resume")[-1])
+        _unseal(list_segments(path / "resume")[-1])
         found |= _median_scan("scan_after_kill", path / "resume")
     for name, value in found.items():
         print(f"{name:<45} {value:>14,.2f}" if isinstance(value, float) else f"{name:<45} {value!s:>14}")
@@ -84,7 +84,7 @@ def _median_scan(name: str, folder: Path) -> dict[str, Any]:
 def _cost(folder: Path, seconds: float) -> dict[str, Any]:
     folder.mkdir()
     bare_s = _paced(None, seconds)
-    journal = Journal(folder, 1, 0)
+    journal = JournalWriter(folder, 1, 0)
     cost_s = _paced(journal, seconds)
     started_s = time.process_time()
     journal.close()
@@ -93,7 +93,7 @@ def _cost(folder: Path, seconds: float) -> dict[str, Any]:
     return {"core_percent_per_1000_rows_per_s": percent, "bytes_a_row": journal.num_bytes / journal.num_rows}
 
 
-def _paced(journal: Journal | None, seconds: float) -> float:
+def _paced(journal: JournalWriter | None, seconds: float) -> float:
     """Processor seconds of making `RATE` results a second, and appending them where there is a journal."""
     started_s, cpu_s = time.monotonic(), time.process_time()
     batch = RATE // 100
@@ -103,18 +103,18 @@ def _paced(journal: Journal | None, seconds: float) -> float:
             if journal is not None:
                 journal.append(result)
         if journal is not None:
-            journal.tick()
+            journal.raise_if_failed()
         time.sleep(max(0.0, started_s + (number + 1) / 100 - time.monotonic()))
     return time.process_time() - cpu_s
 
 
 def _memory(folder: Path) -> dict[str, Any]:
-    journal = Journal(folder, 1, 0)
+    journal = JournalWriter(folder, 1, 0)
     early = 0
     for row in range(1_000_000):
         journal.append(RowResult(row, 100, (Completion(ORDINARY_TEXT, "stop", 150),)))
         if row % 1000 == 0:
-            journal.tick()
+            journal.raise_if_failed()
             time.sleep(0.01)
         if row == 100_000:
             early = _resident_bytes()
@@ -134,12 +134,12 @@ def _fill(folder: Path, num_rows: int) -> dict[str, Any]:
     completions = (Completion("ok", "stop", 1),)
     cpu_s = time.process_time()
     for rank in range(RANKS):
-        journal = Journal(folder, 1, rank)
+        journal = JournalWriter(folder, 1, rank)
         for row in rows[rank::RANKS].tolist():
             journal.append(RowResult(row, 1, completions))
         journal.close()
     spent_s = time.process_time() - cpu_s
-    return {"append_microseconds_a_row": 1e6 * spent_s / num_rows, "scan_files": len(segments(folder))}
+    return {"append_microseconds_a_row": 1e6 * spent_s / num_rows, "scan_files": len(list_segments(folder))}
 
 
 def _unseal(path: Path) -> None:
@@ -150,7 +150,7 @@ def _unseal(path: Path) -> None:
 def _scan(folder: Path) -> dict[str, Any]:
     before = _resident_bytes()
     started_s = time.monotonic()
-    index = scan(folder)
+    index = index_journal(folder)
     elapsed_s = time.monotonic() - started_s
     arrays = (index.row, index.file, index.offset, index.length, index.error)
     assert (np.diff(index.row) == 1).all()

@@ -45,9 +45,9 @@ def workload(kind: str, num_rows: int, longest: int, *, is_sorted: bool = False,
             tokens.
         is_sorted: by length, as a file that was written sorted.
     """
-    from dpgen.simulation.lengths import draw_lengths
+    from dpgen.simulation.lengths import sample_lengths
 
-    lengths = draw_lengths({"reasoning": REASONING, "chat": CHAT}.get(kind, kind), num_rows, seed).astype(float)
+    lengths = sample_lengths({"reasoning": REASONING, "chat": CHAT}.get(kind, kind), num_rows, seed).astype(float)
     if kind in ("reasoning", "chat"):
         lengths *= longest / (32768 if kind == "reasoning" else 250 * 10)
     if is_sorted:

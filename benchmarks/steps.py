@@ -50,14 +50,14 @@ class Bench:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        from dpgen.engine.messages import EngineSpec, TextWork
+        from dpgen.engine.messages import EngineSpec, EngineTextConfig
         from dpgen.engine.vllm_backend import VllmBackend
 
         model = tiny_model(folder)
         sampling = {"temperature": 1.0, "ignore_eos": True}
         self.backend = VllmBackend(EngineSpec("vllm", str(model), dict(TINY_ENGINE), sampling, ("max_tokens",)))
-        self.backend.check()
-        self.backend.load(lambda measured: measured, TextWork(leaves_text=True))
+        self.backend.check_options()
+        self.backend.load(lambda measured: measured, EngineTextConfig(skip_detokenize=True))
         rows = workload(options.workload, options.rows, options.longest)
         self.budgets = [row["budget"] for row in rows]
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -109,7 +109,7 @@ class Bench:
         waiting, num_inside, steps = iter(order), 0, []
         while True:
             while num_inside < most and (row := next(waiting, None)) is not None:
-                self.backend.add(Request(row, self.prompts[row], None, {"max_tokens": self.budgets[row]}))
+                self.backend.add_request(Request(row, self.prompts[row], None, {"max_tokens": self.budgets[row]}))
                 num_inside += 1
             if not num_inside:
                 return steps

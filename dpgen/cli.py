@@ -11,14 +11,14 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from dpgen.config.loader import from_arguments
+from dpgen.config.loader import load_from_args
 from dpgen.config.schema import MISSING, Config, legal_keys
 from dpgen.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, ConfigError, DpgenError, PeerFailed
-from dpgen.imports import quick_imports
-from dpgen.lifecycle.parent_death import end_with_parent
-from dpgen.lifecycle.shutdown import end_at_once
-from dpgen.lifecycle.status_file import Ending
-from dpgen.monitoring.startup import Phases
+from dpgen.imports import imports_without_gc
+from dpgen.lifecycle.parent_death import set_parent_death_signal
+from dpgen.lifecycle.shutdown import exit_on_signal
+from dpgen.lifecycle.status_file import StatusFile
+from dpgen.monitoring.startup import StartupTimer
 
 _USAGE = """\
 usage: dpgen run CONFIG.yaml [MORE.yaml ...] [key=value ...]
@@ -64,80 +64,80 @@ def main(argv: Sequence[str]) -> int:
         print(f"dpgen: there is no command {command!r}; see dpgen --help", file=sys.stderr)
         return EXIT_USAGE
     if "-h" in arguments or "--help" in arguments:
-        print(_USAGE + "\n" + help_of_keys())
+        print(_USAGE + "\n" + format_config_help())
         return EXIT_OK
-    return _run(arguments)
+    return _run_job(arguments)
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run_job(arguments: Sequence[str]) -> int:
     """Joins the ranks, then runs; an error on any rank ends all of them, and is said once."""
-    from dpgen.distributed.group import LoneGroup, PeerLost, StoreLost
-    from dpgen.distributed.topology import from_environment, place_on_node
+    from dpgen.distributed.group import PeerLost, SingleRankGroup, StoreLost
+    from dpgen.distributed.topology import fill_local_rank, read_topology
 
-    group: Any = LoneGroup()
-    phases = Phases()
-    ending = Ending(os.environ)
+    group: Any = SingleRankGroup()
+    startup = StartupTimer()
+    status_file = StatusFile(os.environ)
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    end_at_once(
-        lambda: ending.tell_if_untold(group.first_failure_status() or EXIT_RESUMABLE),
+    exit_on_signal(
+        lambda: status_file.write_once(group.first_failure_status() or EXIT_RESUMABLE),
         # torchrun says itself that it ends its ranks, and which failure was the first.
         lambda why: None if by_torchrun else print(f"dpgen: stopped: {why}", file=sys.stderr, flush=True),
     )
     if by_torchrun:
-        end_with_parent(signal.SIGTERM)  # a killed torchrun leaves no ranks waiting for its store
+        set_parent_death_signal(signal.SIGTERM)  # a killed torchrun leaves no ranks waiting for its store
     try:
-        topology = from_environment(os.environ)
+        topology = read_topology(os.environ)
         if topology.dp_size > 1:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost peers are our news to tell, without frames
-            with quick_imports():
+            with imports_without_gc():
                 from dpgen.distributed.gloo import GlooGroup  # brings torch, which a world of one needs not
 
             group = GlooGroup(topology)
-            topology = place_on_node(topology, group.nodes)
-            phases.end("ranks meet")
-        group.agree(lambda: ending.begin(topology.is_first))
-        config: Config = group.agree(lambda: _config(arguments))
+            topology = fill_local_rank(topology, group.nodes)
+            startup.mark("ranks meet")
+        group.run_on_all_ranks(lambda: status_file.reset(topology.is_rank_0))
+        config: Config = group.run_on_all_ranks(lambda: _load_config(arguments))
 
-        with quick_imports():
+        with imports_without_gc():
             from dpgen.run import run
 
-        run(config, topology, group, ending, phases)
-        ending.tell(EXIT_OK)
+        run(config, topology, group, status_file, startup)
+        status_file.write(EXIT_OK)
         return EXIT_OK
     except KeyboardInterrupt:
         return 130
     except (PeerLost, StoreLost) as error:
-        ending.tell_if_untold(error.exit_status)  # if it was rank 0 that was lost, nobody else will
-        return _end(group, ending, error)
+        status_file.write_once(error.exit_status)  # if it was rank 0 that was lost, nobody else will
+        return _report_failure(group, status_file, error)
     except DpgenError as error:
-        return _end(group, ending, error, quiet=type(error) is PeerFailed)
+        return _report_failure(group, status_file, error, quiet=type(error) is PeerFailed)
     except Exception as error:  # noqa: BLE001 - the process boundary: a fault of dpgen's, or of a library's
         traceback.print_exc()
         message = f"{type(error).__name__}: {error} (a fault in dpgen or a library; see above)"
-        return _end(group, ending, DpgenError(message))
+        return _report_failure(group, status_file, DpgenError(message))
     finally:
         group.close()
 
 
-def _config(arguments: Sequence[str]) -> Config:
+def _load_config(arguments: Sequence[str]) -> Config:
     for each in arguments:
         if each.startswith("-"):
             raise ConfigError(f"unknown option {each}; see dpgen run --help")
     if not arguments:
         raise ConfigError("no configuration; usage: dpgen run CONFIG.yaml [key=value ...]")
-    return from_arguments(arguments)
+    return load_from_args(arguments)
 
 
-def _end(group: Any, ending: Ending, error: DpgenError, quiet: bool = False) -> int:
+def _report_failure(group: Any, status_file: StatusFile, error: DpgenError, quiet: bool = False) -> int:
     """Tells the other ranks, and the user if none of them has; the exit status."""
     if not quiet and group.announce_failure(str(error), error.exit_status):
-        _report(f"dpgen: {'error' if error.exit_status != 75 else 'stopped'}: {error}")
+        _write_error_report(f"dpgen: {'error' if error.exit_status != 75 else 'stopped'}: {error}")
     # A rank that torchrun stops because of another one's failure ends resumable, which the run is not.
-    ending.tell(group.first_failure_status() or error.exit_status)
+    status_file.write(group.first_failure_status() or error.exit_status)
     return error.exit_status
 
 
-def _report(message: str) -> None:
+def _write_error_report(message: str) -> None:
     """Says why the run ended: through torchrun, whose own report is the last thing on the screen, or to stderr.
 
     torchrun shows a worker's message where it finds one in the file it names (torch.distributed.elastic's error
@@ -155,7 +155,7 @@ def _report(message: str) -> None:
         print(message, file=sys.stderr)
 
 
-def help_of_keys() -> str:
+def format_config_help() -> str:
     """Every key with its default and meaning, section by section."""
     lines = []
     section = ""
@@ -165,11 +165,11 @@ def help_of_keys() -> str:
             lines.append("")
             section = head
         shown = "required" if default == MISSING else json.dumps(default)
-        lines += [f"  {name}  ({shown})", *_wrapped(help)]
+        lines += [f"  {name}  ({shown})", *_wrap(help)]
     return "keys, with their defaults:\n" + "\n".join(lines)
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrap(text: str) -> list[str]:
     import textwrap
 
     return textwrap.wrap(text, width=100, initial_indent="      ", subsequent_indent="      ")

@@ -42,7 +42,7 @@ class PeerFailed(DpgenError):
         self.exit_status = exit_status
 
 
-class EnginesLost(DpgenError):
+class LockstepEngineLost(DpgenError):
     """Engines that step together have lost one of them: none can go on, until all are started anew."""
 
     exit_status = EXIT_RESUMABLE
@@ -66,7 +66,7 @@ class EngineError(DpgenError):
         self.signal = signal
 
     @property
-    def is_from_outside(self) -> bool:
+    def is_external_kill(self) -> bool:
         """Whether somebody else ended the engine: an operator, a batch system, the kernel when memory ran out."""
         return self.signal in (signal.SIGKILL, signal.SIGTERM)
 
@@ -102,10 +102,10 @@ class RowRefused(Exception):
         self.message = message
 
 
-_MOST_LISTED = 20
+_MAX_LISTED = 20
 
 
-def nearest(name: str, legal: Collection[str], what: str) -> str:
+def suggest_name(name: str, legal: Collection[str], what: str) -> str:
     """The end of a sentence about a name that is not legal: the closest legal one, and all where they are few.
 
     Args:
@@ -116,6 +116,6 @@ def nearest(name: str, legal: Collection[str], what: str) -> str:
     same_end = [each for each in names if each.rpartition(".")[2] == name.rpartition(".")[2]]
     close = same_end or difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    if len(names) <= _MOST_LISTED:
+    if len(names) <= _MAX_LISTED:
         hint += f"{'' if close else ';'} {what}: {', '.join(legal)}"
     return hint

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 
-def counted(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """``1 row``, ``12,000 rows``; for nouns whose plural has an s."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def kind_of(value: Any) -> str:
+def describe_type(value: Any) -> str:
     """``null``, ``a str``, ``an int``: what a value is, where something else was due."""
     if value is None:
         return "null"
@@ -18,7 +18,7 @@ def kind_of(value: Any) -> str:
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """``42 s``, ``3 min 20 s``, ``5 h 07 min``, ``2 d 03 h``."""
     whole = round(seconds)
     if whole < 60:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quick_imports() -> Iterator[None]:
+def imports_without_gc() -> Iterator[None]:
     """Python's garbage collector rests within this block, which is for imports alone.
 
     What they make stays until the process ends, and looking through it again and again, as it grows, takes a third of

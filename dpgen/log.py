@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 
-def speaker(rank: int, part: str = "", stream: TextIO | None = None) -> Callable[[str], None]:
+def setup_logging(rank: int, part: str = "", stream: TextIO | None = None) -> Callable[[str], None]:
     """A function that prints a line saying which rank spoke.
 
     Args:

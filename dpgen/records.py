@@ -67,12 +67,12 @@ class RowResult:
         return sum(each.num_tokens for each in self.completions)
 
 
-def refused(row: int, why: RowRefused) -> RowResult:
+def make_rejected_result(row: int, why: RowRefused) -> RowResult:
     """The result of a row that was refused."""
     return RowResult(row, error=RowError(why.type, why.message))
 
 
-def encode(result: RowResult) -> bytes:
+def encode_result(result: RowResult) -> bytes:
     """A result as one journal record: JSON in UTF-8, short keys, one object."""
     record: dict[str, Any] = {"row": result.row}
     if result.num_prompt_tokens is not None:
@@ -85,11 +85,11 @@ def encode(result: RowResult) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode("ascii")
 
 
-def decode(record: bytes) -> RowResult:
-    """The result that `encode` wrote.
+def decode_result(record: bytes) -> RowResult:
+    """The result that `encode_result` wrote.
 
     Raises:
-        ValueError, KeyError, TypeError: bytes that `encode` did not write.
+        ValueError, KeyError, TypeError: bytes that `encode_result` did not write.
     """
     found = json.loads(record)
     error = RowError(*found["error"]) if "error" in found else None
@@ -97,7 +97,7 @@ def decode(record: bytes) -> RowResult:
     return RowResult(found["row"], found.get("prompt_tokens"), completions, error)
 
 
-def seed_of_row(run_seed: int, row: int) -> int:
+def derive_row_seed(run_seed: int, row: int) -> int:
     """The seed that a row's sampling starts from: a 62-bit hash of (run seed, row index).
 
     vLLM gives sample i of a request the seed plus i, so that each sample's seed is a function of (run seed, row

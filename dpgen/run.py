@@ -10,34 +10,34 @@ from dataclasses import replace
 from typing import Any
 
 from dpgen.config.schema import Config
-from dpgen.data.input_rows import Rows, open_rows
-from dpgen.distributed.group import Group
-from dpgen.distributed.layout import Layout, layout_of, world_of
+from dpgen.data.input_rows import InputRows, load_input
+from dpgen.distributed.group import RankGroup
+from dpgen.distributed.layout import Layout, build_engine_world, build_layout
 from dpgen.distributed.topology import Topology
-from dpgen.engine.launch import engine_spec, engine_starter, is_cold, open_tokenizer
-from dpgen.engine.messages import TextWork
+from dpgen.engine.launch import build_engine_spec, build_text_pipeline, has_cold_caches, make_engine_factory
+from dpgen.engine.messages import EngineTextConfig
 from dpgen.engine.supervisor import EngineSupervisor
-from dpgen.errors import EXIT_RESUMABLE, ConfigError, nearest
-from dpgen.formatting import counted, duration
-from dpgen.journal.reader import last_attempt, segments
-from dpgen.journal.run_dir import RunFolder, differences, identity_of
-from dpgen.journal.writer import Journal
-from dpgen.lifecycle.shutdown import Stop, deadline
-from dpgen.lifecycle.status_file import Ending
-from dpgen.log import speaker
-from dpgen.monitoring.progress import Progress
-from dpgen.monitoring.run_report import Manifest, findings
-from dpgen.monitoring.startup import Phases, Waiting
-from dpgen.output.dataset_writer import check_columns, write_dataset
-from dpgen.output.gather import bring_home, sees_rank_0
-from dpgen.scheduling.generation_loop import Generation, Totals
-from dpgen.scheduling.planner import Dealer
+from dpgen.errors import EXIT_RESUMABLE, ConfigError, suggest_name
+from dpgen.formatting import format_count, format_duration
+from dpgen.journal.reader import last_attempt, list_segments
+from dpgen.journal.run_dir import RunDir, compute_run_identity, diff_identities
+from dpgen.journal.writer import JournalWriter
+from dpgen.lifecycle.shutdown import ShutdownMonitor, find_deadline
+from dpgen.lifecycle.status_file import StatusFile
+from dpgen.log import setup_logging
+from dpgen.monitoring.progress import ProgressDisplay
+from dpgen.monitoring.run_report import RankManifest, summarize_run
+from dpgen.monitoring.startup import PeriodicLog, StartupTimer
+from dpgen.output.dataset_writer import check_output_columns, write_dataset
+from dpgen.output.gather import gather_segments, shares_run_dir
+from dpgen.scheduling.generation_loop import GenerationLoop, Totals
+from dpgen.scheduling.planner import ShardPlanner
 
 _LOADED = "dpgen/loaded"  # in the store: how many ranks have loaded their models; below it, of each node
-_LOOK_S = 0.1
+_POLL_S = 0.1
 
 
-def run(config: Config, topology: Topology, group: Group, ending: Ending, phases: Phases) -> None:
+def run(config: Config, topology: Topology, group: RankGroup, ending: StatusFile, phases: StartupTimer) -> None:
     """Generates every row of `config.data` that has no result yet, and writes the final dataset.
 
     Collective: every rank of `group` calls it with the same configuration. Keeps `ending.num_done` current, and tells
@@ -48,57 +48,57 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
         Interrupted: told to stop; the same command goes on.
         DpgenError: anything else that a user can mend; see its subclasses.
     """
-    say = speaker(topology.dp_rank)
-    tell = say if topology.is_first else _silence  # what one rank says for all
-    deadline_s, deadline_name = deadline(config.run.time_limit, config.run.stop_margin_s, os.environ, time.time())
-    stop = Stop(deadline_s, deadline_name, before_exit=lambda: ending.tell_if_untold(EXIT_RESUMABLE))
-    stop.install()
+    say = setup_logging(topology.dp_rank)
+    tell = say if topology.is_rank_0 else _silence  # what one rank says for all
+    deadline_s, deadline_name = find_deadline(config.run.time_limit, config.run.stop_margin_s, os.environ, time.time())
+    stop = ShutdownMonitor(deadline_s, deadline_name, before_exit=lambda: ending.write_once(EXIT_RESUMABLE))
+    stop.install_handlers()
     with ExitStack() as stack:
-        layout = group.agree(lambda: layout_of(topology, config.parallel))
+        layout = group.run_on_all_ranks(lambda: build_layout(topology, config.parallel))
         engine = _start_engine(config, topology, layout, group, say)  # imports vLLM meanwhile
         stack.callback(engine.kill)
-        rows, folder, identity = _open(config, group)
-        phases.end("input")
-        if group.all_gather_object(_is_finished(config, folder, identity))[0]:  # rank 0's folder is the one
+        rows, folder, identity = _open_input(config, group)
+        phases.mark("input")
+        if group.all_gather_object(_is_already_complete(config, folder, identity))[0]:  # rank 0's folder is the one
             tell(f"{folder.path} holds this run's finished result already; nothing to do")
             return
-        if layout.lock_step and not config.parallel.enable_expert_parallel:
+        if layout.lockstep and not config.parallel.enable_expert_parallel:
             tell("parallel.lock_step=true: engines wait for each other at every step, which only costs here")
-        texts = group.agree(lambda: open_tokenizer(config, tell))
-        phases.end("tokenizer")
-        for note in group.agree(lambda: engine.check(group.raise_if_peer_failed)):
+        texts = group.run_on_all_ranks(lambda: build_text_pipeline(config, tell))
+        phases.mark("tokenizer")
+        for note in group.run_on_all_ranks(lambda: engine.check_options(group.raise_if_peer_failed)):
             tell(note)
-        phases.end("engine's options")
+        phases.mark("engine's options")
         attempt = _begin_attempt(config, group, folder, identity)
-        own_journal = Journal(folder.journal, attempt, topology.dp_rank)
+        own_journal = JournalWriter(folder.journal, attempt, topology.dp_rank)
         stack.callback(own_journal.close)
 
-        dealer = Dealer(
+        dealer = ShardPlanner(
             config,
             rows,
             folder,
             group,
             attempt,
             texts.render,
-            claims_rows=layout.leads,
-            in_lock_step=layout.lock_step,
+            claims_rows=layout.is_group_leader,
+            in_lockstep=layout.lockstep,
             tell=tell,
         )
-        feed = dealer.deal()
-        tell(_plan(len(rows), dealer.num_todo, layout.num_engines, attempt))
-        ending.num_done = len(rows) - dealer.num_todo
-        own = Manifest(group.rank, group.nodes[group.rank])
-        if dealer.num_todo:
+        feed = dealer.plan()
+        tell(_describe_plan(len(rows), dealer.num_remaining_rows, layout.num_engines, attempt))
+        ending.num_done = len(rows) - dealer.num_remaining_rows
+        own = RankManifest(group.rank, group.nodes[group.rank])
+        if dealer.num_remaining_rows:
             tell(str(dealer.order))
-            phases.end("rows to do")
-            _load(engine, texts.in_engine, config, layout, group, folder, phases, tell)
+            phases.mark("rows to do")
+            _load_model(engine, texts.engine_text_config, config, layout, group, folder, phases, tell)
             tell(str(phases))
-            generation = Generation(
+            generation = GenerationLoop(
                 feed,
                 engine,
                 own_journal,
                 group,
-                deal=dealer.deal,
+                reshard=dealer.plan,
                 stop_reason=lambda: stop.reason,
                 detokenizer=texts.detokenizer,
                 reserve_rows=config.work.reserve_rows,
@@ -106,47 +106,49 @@ def run(config: Config, topology: Topology, group: Group, ending: Ending, phases
                 max_leading_errors=config.run.max_leading_errors,
                 say=say,
             )
-            progress = Progress(len(rows), len(rows) - dealer.num_todo, tell, config.run.progress_interval_s)
-            with stop.asked_for():
-                _generate(generation, progress, ending, tell if topology.is_first else None)
-            own = generation.contribution(own)
+            progress = ProgressDisplay(
+                len(rows), len(rows) - dealer.num_remaining_rows, tell, config.run.progress_interval_s
+            )
+            with stop.defer_signals():
+                _generate(generation, progress, ending, tell if topology.is_rank_0 else None)
+            own = generation.fill_manifest(own)
         engine.stop()  # it frees the model's memory while the result is written
         own_journal.close()
-        _finish(config, group, rows, folder, own_journal, own, tell)
-        stop.ignore()
+        _write_result(config, group, rows, folder, own_journal, own, tell)
+        stop.ignore_signals()
         engine.close()
 
 
-def _is_finished(config: Config, folder: RunFolder, identity: Mapping[str, Any]) -> bool:
+def _is_already_complete(config: Config, folder: RunDir, identity: Mapping[str, Any]) -> bool:
     """Whether this very run is finished, and nothing more is wanted of it."""
-    is_same = not differences(folder.read().get("identity"), identity)
+    is_same = not diff_identities(folder.read_metadata().get("identity"), identity)
     return folder.is_finished and is_same and not config.run.retry_errors and config.run.resume != "never"
 
 
 def _start_engine(
-    config: Config, topology: Topology, layout: Layout, group: Group, say: Callable[[str], None]
+    config: Config, topology: Topology, layout: Layout, group: RankGroup, say: Callable[[str], None]
 ) -> EngineSupervisor:
-    world = world_of(topology, layout, group)
+    world = build_engine_world(topology, layout, group)
     return EngineSupervisor(
-        engine_starter(config, topology, group, world),
-        engine_spec(config, topology, world),
+        make_engine_factory(config, topology, group, world),
+        build_engine_spec(config, topology, world),
         say,
-        stands_alone=world is None,
+        can_restart=world is None,
         timeout_s=config.run.engine_timeout_s,
         start_timeout_s=config.run.engine_start_timeout_s,
         max_deaths=config.run.max_engine_deaths,
     )
 
 
-def _open(config: Config, group: Group) -> tuple[Rows, RunFolder, dict[str, Any]]:
+def _open_input(config: Config, group: RankGroup) -> tuple[InputRows, RunDir, dict[str, Any]]:
     """The input and the run folder, both checked on all ranks, and what identifies the run."""
 
-    def read() -> tuple[Rows, dict[str, Any] | None]:
+    def read() -> tuple[InputRows, dict[str, Any] | None]:
         with group.node_leader_first():
-            rows = open_rows(config.data)
-            return rows, rows.fingerprint() if group.leads_node else None
+            rows = load_input(config.data)
+            return rows, rows.fingerprint() if group.is_node_leader else None
 
-    rows, fingerprint = group.agree(read)
+    rows, fingerprint = group.run_on_all_ranks(read)
     fingerprints = [each for each in group.all_gather_object(fingerprint) if each is not None]
 
     sizes = group.all_gather_object(len(rows))
@@ -163,24 +165,24 @@ def _open(config: Config, group: Group) -> tuple[Rows, RunFolder, dict[str, Any]
             if column not in rows.columns:
                 raise ConfigError(
                     f"sampling.from_columns: {name} is to come from {column!r}, which is no column of the dataset"
-                    f"{nearest(column, rows.columns, 'columns')}"
+                    f"{suggest_name(column, rows.columns, 'columns')}"
                 )
         hint = config.work.hint_column
         if hint is not None and hint not in rows.columns:
             raise ConfigError(
-                f"work.hint_column: {hint!r} is no column of the dataset{nearest(hint, rows.columns, 'columns')}"
+                f"work.hint_column: {hint!r} is no column of the dataset{suggest_name(hint, rows.columns, 'columns')}"
             )
-        check_columns(rows.columns, config.data.columns, config.output.token_ids)
+        check_output_columns(rows.columns, config.data.columns, config.output.token_ids)
 
-    group.agree(check)
-    return rows, RunFolder(config.run.dir), identity_of(config, fingerprints[0])
+    group.run_on_all_ranks(check)
+    return rows, RunDir(config.run.dir), compute_run_identity(config, fingerprints[0])
 
 
-def _begin_attempt(config: Config, group: Group, folder: RunFolder, identity: Mapping[str, Any]) -> int:
+def _begin_attempt(config: Config, group: RankGroup, folder: RunDir, identity: Mapping[str, Any]) -> int:
     """Checks and makes the folder; this attempt's number: one more than any that has written there."""
 
     def check() -> None:
-        folder.check(identity, config.run.resume)
+        folder.check_resumable(identity, config.run.resume)
         if group.rank == 0:
             folder.lock()
 
@@ -189,37 +191,37 @@ def _begin_attempt(config: Config, group: Group, folder: RunFolder, identity: Ma
             folder.create()
         return last_attempt(folder.journal)
 
-    group.agree(check)
-    attempt: int = 1 + max(group.all_gather_object(group.agree(create)))
+    group.run_on_all_ranks(check)
+    attempt: int = 1 + max(group.all_gather_object(group.run_on_all_ranks(create)))
 
     def record() -> None:
         if group.rank == 0:
             folder.success.unlink(missing_ok=True)  # failed rows of a finished run are tried again: it is unfinished
             folder.write_config(config)
-            folder.update(identity=identity, attempt=attempt, dp_size=group.size)
+            folder.update_metadata(identity=identity, attempt=attempt, dp_size=group.size)
 
     def record_elsewhere() -> None:
-        if not folder.read():  # a folder that rank 0 doesn't see: it, too, knows what it holds
-            folder.update(identity=identity)
+        if not folder.read_metadata():  # a folder that rank 0 doesn't see: it, too, knows what it holds
+            folder.update_metadata(identity=identity)
 
-    group.agree(record)
-    group.agree(record_elsewhere)
+    group.run_on_all_ranks(record)
+    group.run_on_all_ranks(record_elsewhere)
     return attempt
 
 
-def _load(
+def _load_model(
     engine: EngineSupervisor,
-    text: TextWork,
+    text: EngineTextConfig,
     config: Config,
     layout: Layout,
-    group: Group,
-    folder: RunFolder,
-    phases: Phases,
+    group: RankGroup,
+    folder: RunDir,
+    phases: StartupTimer,
     tell: Callable[[str], None],
 ) -> None:
     """Loads the model; on the way the ranks agree on the KV cache's size: the min-KV-cache all-reduce."""
     measured, agreed = 0, 0
-    waiting = Waiting(
+    waiting = PeriodicLog(
         tell,
         lambda: (
             f"this rank's model is loaded, {group.store.add(_LOADED, 0)} of {group.size} are; the KV cache's size is "
@@ -230,37 +232,39 @@ def _load(
     def agree_kv(measured_bytes: int) -> int:
         nonlocal measured, agreed
         measured = agreed = measured_bytes
-        phases.end("model")
+        phases.mark("model")
         group.store.add(f"{_LOADED}/{group.nodes[group.rank]}", 1)
         if config.parallel.sync_kv_cache:
             group.store.add(_LOADED, 1)
-            [agreed] = group.wait(group.reduce([measured_bytes], "min"), waiting)
-            phases.end("other ranks' models")
+            [agreed] = group.wait(group.all_reduce_async([measured_bytes], "min"), waiting)
+            phases.mark("other ranks' models")
         return agreed
 
-    if _loads_later(config, layout, group):
+    if _waits_for_node_leader(config, layout, group):
         while group.store.add(f"{_LOADED}/{group.nodes[group.rank]}", 0) == 0:
             group.raise_if_peer_failed()
-            time.sleep(_LOOK_S)
-        phases.end("the node's first model")
-    info = engine.load(agree_kv, group.raise_if_peer_failed, text)
-    phases.end("KV cache")
+            time.sleep(_POLL_S)
+        phases.mark("the node's first model")
+    info = engine.load_model(agree_kv, group.raise_if_peer_failed, text)
+    phases.mark("KV cache")
     tell(
         f"KV cache: {info.num_kv_blocks:,} blocks of {info.kv_block_tokens} tokens"
         f"{' on every rank' if config.parallel.sync_kv_cache else ''} ({agreed / 2**20:,.0f} MiB; "
-        f"{measured / 2**20:,.0f} MiB free here); {counted(info.max_num_seqs, 'sequence')} at a time"
+        f"{measured / 2**20:,.0f} MiB free here); {format_count(info.max_num_seqs, 'sequence')} at a time"
     )
     if group.rank == 0:
-        folder.update(engine={**vars(info), "kv_cache_bytes": agreed})
+        folder.update_metadata(engine={**vars(info), "kv_cache_bytes": agreed})
 
 
-def _generate(generation: Generation, progress: Progress, ending: Ending, tell: Callable[[str], None] | None) -> None:
+def _generate(
+    generation: GenerationLoop, progress: ProgressDisplay, ending: StatusFile, tell: Callable[[str], None] | None
+) -> None:
     """Generates until all ranks are through; the first rank shows how far they are, and `tell`s what came of it."""
     num_before, started_s = ending.num_done or 0, time.monotonic()
 
     def show(totals: Totals) -> None:
         ending.num_done = num_before + totals.num_rows
-        progress.show(totals)
+        progress.update(totals)
 
     if tell is not None:
         progress.open_bar()
@@ -269,29 +273,29 @@ def _generate(generation: Generation, progress: Progress, ending: Ending, tell: 
     finally:
         progress.close()
     if tell is not None:
-        tell(_summary(totals, time.monotonic() - started_s))
+        tell(_describe_totals(totals, time.monotonic() - started_s))
 
 
-def _loads_later(config: Config, layout: Layout, group: Group) -> bool:
+def _waits_for_node_leader(config: Config, layout: Layout, group: RankGroup) -> bool:
     """Whether this rank waits until its node's first one has loaded its model. Collective."""
-    is_cold_here = group.all_gather_object(is_cold(config, os.environ))
-    if layout.is_shared or group.leads_node or config.parallel.load_first == "never":
+    is_cold_here = group.all_gather_object(has_cold_caches(config, os.environ))
+    if layout.has_shared_engine or group.is_node_leader or config.parallel.load_first == "never":
         return False  # processes that make an engine together load together
     first = group.nodes.index(group.nodes[group.rank])
     return config.parallel.load_first == "always" or is_cold_here[first]
 
 
-def _finish(
+def _write_result(
     config: Config,
-    group: Group,
-    rows: Rows,
-    folder: RunFolder,
-    own_journal: Journal,
-    own: Manifest,
+    group: RankGroup,
+    rows: InputRows,
+    folder: RunDir,
+    own_journal: JournalWriter,
+    own: RankManifest,
     tell: Callable[[str], None],
 ) -> None:
     """Gathers manifests, and rows where they are elsewhere; rank 0 writes the result."""
-    seen = sees_rank_0(group, folder.path)
+    seen = shares_run_dir(group, folder.path)
     own = replace(
         own, rank=group.rank, sees_rank_0=seen, num_rows=own_journal.num_rows, num_bytes=own_journal.num_bytes
     )
@@ -300,43 +304,46 @@ def _finish(
     sending = []
     if elsewhere and group.rank > 0:
         # Besides its own, a node's first rank sends what earlier attempts left there.
-        left = segments(folder.journal) if group.leads_node and not seen else []
+        left = list_segments(folder.journal) if group.is_node_leader and not seen else []
         this_attempt = own_journal.path.name.partition("-rank-")[0] + "-"
         earlier = [path for path in left if not path.name.startswith(this_attempt)]
         sending = sorted({*earlier, *own_journal.paths})
-    rounds = bring_home(group, folder.journal, sending, config.output.gather_bytes)
+    rounds = gather_segments(group, folder.journal, sending, config.output.gather_bytes)
     if rounds:
-        tell(f"rows gathered to rank 0 in {counted(rounds, 'round')}")
+        tell(f"rows gathered to rank 0 in {format_count(rounds, 'round')}")
 
     def write() -> None:
         if manifests is None:  # not rank 0
             return
-        folder.update(manifests=[vars(each) for each in manifests], gather_rounds=rounds)
-        for finding in findings(manifests):
+        folder.update_metadata(manifests=[vars(each) for each in manifests], gather_rounds=rounds)
+        for finding in summarize_run(manifests):
             tell(finding)
         has_samples = config.sampling.get("n", 1) != 1 or "n" in config.sampling_columns
         facts = write_dataset(rows, folder, config.output, config.data.columns, has_samples)
         if facts["num_errors"]:
             kinds = ", ".join(f"{number:,} {kind}" for kind, number in facts["errors"].items())
             tell(f"rows with an error: {kinds}; the first is {facts['first_error']}")
-        tell(f"done: {counted(facts['num_rows'], 'row')}, {facts['num_errors']:,} with an error, in {folder.dataset}")
+        tell(
+            f"done: {format_count(facts['num_rows'], 'row')}, {facts['num_errors']:,} with an error, "
+            f"in {folder.dataset}"
+        )
 
-    group.agree(write)
+    group.run_on_all_ranks(write)
 
 
-def _plan(num_rows: int, num_todo: int, num_ranks: int, attempt: int) -> str:
-    ranks = counted(num_ranks, "rank")
+def _describe_plan(num_rows: int, num_todo: int, num_ranks: int, attempt: int) -> str:
+    ranks = format_count(num_ranks, "rank")
     if attempt == 1:
-        return f"{counted(num_rows, 'row')} over {ranks}"
+        return f"{format_count(num_rows, 'row')} over {ranks}"
     done = num_rows - num_todo
     return f"attempt {attempt}: {done:,} of {num_rows:,} rows are done, {num_todo:,} to go over {ranks}"
 
 
-def _summary(totals: Totals, elapsed_s: float) -> str:
+def _describe_totals(totals: Totals, elapsed_s: float) -> str:
     rate = totals.num_generated_tokens / elapsed_s if elapsed_s > 0 else 0.0
     return (
-        f"generated {counted(totals.num_rows, 'row')}, {counted(totals.num_generated_tokens, 'token')} "
-        f"in {duration(elapsed_s)} "
+        f"generated {format_count(totals.num_rows, 'row')}, {format_count(totals.num_generated_tokens, 'token')} "
+        f"in {format_duration(elapsed_s)} "
         f"({rate:,.0f} tokens/s)"
     )
 

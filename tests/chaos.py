@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from helpers.jobs import Job, Launcher, descendants, result_of
+from helpers.jobs import Job, Launcher, descendants, load_result
 
 _WAIT_S = {"fake": 4.0, "vllm": 20.0}  # the longest time from a start, or a kill, to the next kill
 
@@ -77,7 +77,7 @@ class Chaos:
         job = self.launcher.dpgen("run", self.conf, f"run.dir={run_dir}", *self._fast())
         assert job.wait() == 0, job.output
         job.end()
-        return result_of(run_dir)
+        return load_result(run_dir)
 
     def _fast(self) -> list[str]:
         return ["engine.step_s=0"] if self.engine == "fake" else []
@@ -134,7 +134,7 @@ class Chaos:
         return kind
 
     def _check(self, run_dir: Path) -> None:
-        found = result_of(run_dir)
+        found = load_result(run_dir)
         ids = [row["row_id"] for row in found]
         assert ids == list(range(len(self.expected))), f"rows lost, doubled or out of order in {run_dir}"
         poison = [row for row in found if row["error"]]

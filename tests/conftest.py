@@ -53,7 +53,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """
     if not has(item, "vllm"):
         return (yield)
-    with a_place() as place:
+    with reserve_engine_slot() as place:
         Launcher.place = place
         try:
             return (yield)
@@ -62,7 +62,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def a_place() -> Iterator[int]:
+def reserve_engine_slot() -> Iterator[int]:
     """One of two, 0 or 1, that this test has for itself among all that run at the same time."""
     name = f"dpgen-tests-{os.getuid()}-{os.environ.get('PYTEST_XDIST_TESTRUNUID', 'alone')}"
     with contextlib.ExitStack() as stack:

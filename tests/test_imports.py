@@ -6,14 +6,14 @@ import gc
 
 import pytest
 
-from dpgen.imports import quick_imports
+from dpgen.imports import imports_without_gc
 
 
 def test_the_collector_rests_during_imports_only() -> None:
-    with quick_imports():
+    with imports_without_gc():
         assert not gc.isenabled()
     assert gc.isenabled()
-    with pytest.raises(ImportError), quick_imports():
+    with pytest.raises(ImportError), imports_without_gc():
         raise ImportError
     assert gc.isenabled(), "after a failed import, too"
 
@@ -21,7 +21,7 @@ def test_the_collector_rests_during_imports_only() -> None:
 def test_a_collector_that_was_off_stays_off() -> None:
     gc.disable()
     try:
-        with quick_imports():
+        with imports_without_gc():
             pass
         assert not gc.isenabled()
     finally:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from dpgen.config.schema import Config, WorkConfig
-from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, nearest
-from dpgen.formatting import counted, duration
-from dpgen.scheduling.order import Order, order_learnt
-from dpgen.scheduling.prompt_groups import Hand, Siblings
-from dpgen.simulation.lengths import KINDS, draw_lengths
-from dpgen.simulation.simulator import EngineModel, Outcome, simulate
+from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, DpgenError, suggest_name
+from dpgen.formatting import format_count, format_duration
+from dpgen.scheduling.order import RowOrder, order_by_measured_lengths
+from dpgen.scheduling.prompt_groups import PromptGroups, RankState
+from dpgen.simulation.lengths import LENGTHS_HELP, sample_lengths
+from dpgen.simulation.simulator import EngineCostModel, SimulationResult, simulate
 
 _DESCRIPTION = """\
 Runs dpgen's own claims and admission in virtual time, with engines that are a formula: a step takes
@@ -31,12 +31,12 @@ Rows and their lengths come from a configuration's dataset, or are drawn from a 
   dpgen simulate conf.yaml --length-column num_generated_tokens --calibrate --ranks 8,16,32
   dpgen simulate --lengths lognormal:250:0.7 --rows 1000000 --ranks 1,64,4096
 """
-_PAYS = 0.8  # efficiency from which on a number of ranks is said to pay
+_MIN_EFFICIENCY = 0.8  # efficiency from which on a number of ranks is said to pay
 _CHARS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
-class Scene:
+class Scenario:
     """What is simulated.
 
     Attributes:
@@ -46,9 +46,9 @@ class Scene:
 
     lengths: np.ndarray
     prompt_lengths: np.ndarray
-    order: Order
+    order: RowOrder
     work: WorkConfig
-    model: EngineModel
+    model: EngineCostModel
     gpus_per_rank: int = 1
 
 
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     except SystemExit as ended:
         return int(ended.code or 0)
     try:
-        _report(options, _scene(options))
+        _report(options, _build_scenario(options))
     except ConfigError as error:
         print(f"dpgen simulate: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("configuration", nargs="*", metavar="CONFIG.yaml | key=value", help="as for dpgen run; may be left out")
     add("--ranks", default="1,8,64,512,4096", help="numbers of ranks, with commas (default: %(default)s)")
     add("--rows", type=int, help="how many rows, where lengths are drawn (default: 16 for each sequence that can run)")
-    add("--lengths", metavar="KIND", help=f"generated tokens a row: {KINDS}")
+    add("--lengths", metavar="KIND", help=f"generated tokens a row: {LENGTHS_HELP}")
     add("--length-column", metavar="COLUMN", help="generated tokens a row, from a column of the dataset")
     add(
         "--hint-noise",
@@ -111,22 +111,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _scene(options: argparse.Namespace) -> Scene:
+def _build_scenario(options: argparse.Namespace) -> Scenario:
     config = _config(options)
     for name, value in {"--hint-noise": options.hint_noise, "--group-noise": options.group_noise}.items():
         if value is not None and value < 0:
             raise ConfigError(f"{name} must be at least 0")
     work = config.work if config else WorkConfig()
-    model = _calibrated(config) if options.calibrate else _given_model(options)
+    model = _calibrate_model(config) if options.calibrate else _build_model(options)
     random = np.random.default_rng(options.seed + 1)
     if config is None or options.rows is not None:
         if options.lengths is None:
             raise ConfigError("how long are the rows? Give --lengths KIND, or a configuration and --length-column")
         num_rows = options.rows or 16 * max(_ranks(options)) * model.max_num_seqs
-        lengths, order = _drawn(options, num_rows, random)
+        lengths, order = _draw_rows(options, num_rows, random)
         prompts = np.zeros(num_rows, dtype=np.int64)
     else:
-        lengths, prompts, order = _of_dataset(options, config)
+        lengths, prompts, order = _load_rows(options, config)
     if config is not None and options.rows is None and options.group_rows > 1:
         raise ConfigError("--group-rows is for rows that are drawn: give --lengths and --rows")
     if options.prompt_tokens is not None:
@@ -134,21 +134,21 @@ def _scene(options: argparse.Namespace) -> Scene:
     if options.hint_noise is not None:
         hints = lengths * random.lognormal(0.0, options.hint_noise, len(lengths))
         reason = f"by hints that are off by a factor of {np.exp(options.hint_noise):.1f}, mostly"
-        order = Order(np.argsort(-hints, kind="stable"), "longest_first", reason)
-    return Scene(lengths, prompts, order, work, model, config.gpus_per_rank if config else 1)
+        order = RowOrder(np.argsort(-hints, kind="stable"), "longest_first", reason)
+    return Scenario(lengths, prompts, order, work, model, config.gpus_per_rank if config else 1)
 
 
-def _drawn(options: argparse.Namespace, num_rows: int, random: np.random.Generator) -> tuple[np.ndarray, Order]:
+def _draw_rows(options: argparse.Namespace, num_rows: int, random: np.random.Generator) -> tuple[np.ndarray, RowOrder]:
     """Lengths of rows that are in no dataset, and the order of work that a run would take."""
     group_rows, every = options.group_rows, np.arange(num_rows)
     if group_rows < 1:
         raise ConfigError(f"--group-rows {group_rows}: it must be at least 1")
     if group_rows == 1:
-        return draw_lengths(options.lengths, num_rows, options.seed), Order(every)
-    lengths = draw_lengths(options.lengths, -(-num_rows // group_rows), options.seed)[every // group_rows]
+        return sample_lengths(options.lengths, num_rows, options.seed), RowOrder(every)
+    lengths = sample_lengths(options.lengths, -(-num_rows // group_rows), options.seed)[every // group_rows]
     lengths = np.maximum(1, lengths * random.lognormal(0.0, options.group_noise, num_rows)).astype(np.int64)
-    siblings = Siblings(every // group_rows)
-    return lengths, order_learnt(every, siblings, siblings.count(Hand()))
+    siblings = PromptGroups(every // group_rows)
+    return lengths, order_by_measured_lengths(every, siblings, siblings.count(RankState()))
 
 
 def _config(options: argparse.Namespace) -> Config | None:
@@ -156,36 +156,36 @@ def _config(options: argparse.Namespace) -> Config | None:
         if options.calibrate or options.length_column:
             raise ConfigError("--calibrate and --length-column need a configuration: dpgen simulate CONFIG.yaml ...")
         return None
-    from dpgen.config.loader import from_arguments
+    from dpgen.config.loader import load_from_args
 
-    return from_arguments(options.configuration)
+    return load_from_args(options.configuration)
 
 
-def _of_dataset(options: argparse.Namespace, config: Config) -> tuple[np.ndarray, np.ndarray, Order]:
+def _load_rows(options: argparse.Namespace, config: Config) -> tuple[np.ndarray, np.ndarray, RowOrder]:
     """Lengths, prompt lengths and the order of work of a configuration's rows."""
-    from dpgen.data.input_rows import open_rows
-    from dpgen.data.render import prompt_text
+    from dpgen.data.input_rows import load_input
+    from dpgen.data.render import make_prompt_text_fn
     from dpgen.scheduling.order import order_rows
-    from dpgen.scheduling.prefix_groups import find_prefixes
+    from dpgen.scheduling.prefix_groups import group_by_prefix
 
-    rows = open_rows(config.data)
+    rows = load_input(config.data)
     config.prompt.check_columns(rows.columns)
-    every, text_of = np.arange(len(rows)), prompt_text(config.prompt)
+    every, text_of = np.arange(len(rows)), make_prompt_text_fn(config.prompt)
     column = options.length_column or config.work.hint_column or config.sampling_columns.get("max_tokens")
     if options.lengths is not None:
-        lengths = draw_lengths(options.lengths, len(rows), options.seed)
+        lengths = sample_lengths(options.lengths, len(rows), options.seed)
     elif column is None:
         raise ConfigError("how long are the rows? Give --length-column COLUMN, or --lengths KIND")
     elif column not in rows.columns:
-        raise ConfigError(f"{column!r} is no column of the dataset{nearest(column, rows.columns, 'columns')}")
+        raise ConfigError(f"{column!r} is no column of the dataset{suggest_name(column, rows.columns, 'columns')}")
     else:
-        lengths = np.maximum(1, np.nan_to_num(rows.numbers(column, every), nan=1)).astype(np.int64)
-    prompts = find_prefixes(rows, every, config.prompt.columns(rows.columns), text_of).lengths // _CHARS_PER_TOKEN
+        lengths = np.maximum(1, np.nan_to_num(rows.read_numbers(column, every), nan=1)).astype(np.int64)
+    prompts = group_by_prefix(rows, every, config.prompt.columns(rows.columns), text_of).lengths // _CHARS_PER_TOKEN
     return lengths, prompts, order_rows(config, rows, every, text_of)
 
 
-def _given_model(options: argparse.Namespace) -> EngineModel:
-    model = EngineModel(
+def _build_model(options: argparse.Namespace) -> EngineCostModel:
+    model = EngineCostModel(
         options.step_ms / 1e3,
         options.seq_us / 1e6,
         options.kv_ns / 1e9,
@@ -202,12 +202,12 @@ def _given_model(options: argparse.Namespace) -> EngineModel:
     return model
 
 
-def _calibrated(config: Config | None) -> EngineModel:
+def _calibrate_model(config: Config | None) -> EngineCostModel:
     """The constants of the configuration's engine, measured on this machine."""
     assert config is not None
-    from dpgen.distributed.group import LoneGroup
-    from dpgen.distributed.topology import from_environment
-    from dpgen.engine.launch import engine_spec, engine_starter
+    from dpgen.distributed.group import SingleRankGroup
+    from dpgen.distributed.topology import read_topology
+    from dpgen.engine.launch import build_engine_spec, make_engine_factory
     from dpgen.engine.supervisor import EngineSupervisor
     from dpgen.simulation.calibration import calibrate
 
@@ -216,21 +216,21 @@ def _calibrated(config: Config | None) -> EngineModel:
 
     def nothing() -> None: ...
 
-    topology, group = from_environment({}), LoneGroup()
+    topology, group = read_topology({}), SingleRankGroup()
     sampling = {key: value for key, value in config.sampling.items() if key in ("temperature", "top_p", "top_k")}
     config = dataclasses.replace(config, sampling=sampling, sampling_by_rank=[])
     engine = EngineSupervisor(
-        engine_starter(config, topology, group, None),
-        engine_spec(config, topology, None),
+        make_engine_factory(config, topology, group, None),
+        build_engine_spec(config, topology, None),
         say,
         timeout_s=config.run.engine_timeout_s,
         start_timeout_s=config.run.engine_start_timeout_s,
         max_deaths=1,
     )
     try:
-        for note in engine.check(nothing):
+        for note in engine.check_options(nothing):
             say(note)
-        info = engine.load(lambda measured: measured, nothing)
+        info = engine.load_model(lambda measured: measured, nothing)
         return calibrate(engine, info, say)
     finally:
         engine.kill()
@@ -246,39 +246,41 @@ def _ranks(options: argparse.Namespace) -> list[int]:
     return ranks
 
 
-def _report(options: argparse.Namespace, scene: Scene) -> None:
+def _report(options: argparse.Namespace, scene: Scenario) -> None:
     num_rows = len(scene.lengths)
     if num_rows == 0:
         raise ConfigError("there are no rows")
     ranks = [number for number in _ranks(options) if number <= num_rows] or [1]
-    outcomes = {number: _simulated(scene, number) for number in ranks}
-    choices = dict(_choices(scene, ranks[-1]))
+    outcomes = {number: _simulate(scene, number) for number in ranks}
+    choices = dict(_simulate_alternatives(scene, ranks[-1]))
     if options.json:
-        print(json.dumps(_facts(scene, outcomes, choices)))
+        print(json.dumps(_format_json(scene, outcomes, choices)))
         return
-    print("\n".join(_lines(scene, outcomes, choices)))
+    print("\n".join(_format_text(scene, outcomes, choices)))
 
 
-def _simulated(scene: Scene, num_ranks: int, order: Order | None = None, **work: Any) -> Outcome:
+def _simulate(scene: Scenario, num_ranks: int, order: RowOrder | None = None, **work: Any) -> SimulationResult:
     changed = dataclasses.replace(scene.work, **work)
     return simulate(scene.model, scene.lengths, scene.prompt_lengths, order or scene.order, num_ranks, changed)
 
 
-def _choices(scene: Scene, num_ranks: int) -> Iterator[tuple[str, Outcome]]:
+def _simulate_alternatives(scene: Scenario, num_ranks: int) -> Iterator[tuple[str, SimulationResult]]:
     """Other ways to deal the same rows to so many ranks."""
-    by_length = Order(np.argsort(-scene.lengths, kind="stable"), "longest_first")
+    by_length = RowOrder(np.argsort(-scene.lengths, kind="stable"), "longest_first")
     if scene.order.kind != "dataset":
-        yield "work.order=dataset", _simulated(scene, num_ranks, Order(np.sort(scene.order.rows)))
-    yield "work.order=longest_first, by hints that are right", _simulated(scene, num_ranks, by_length)
-    yield "work.steal=false", _simulated(scene, num_ranks, steal=False)
+        yield "work.order=dataset", _simulate(scene, num_ranks, RowOrder(np.sort(scene.order.rows)))
+    yield "work.order=longest_first, by hints that are right", _simulate(scene, num_ranks, by_length)
+    yield "work.steal=false", _simulate(scene, num_ranks, steal=False)
     # What a script does that gives each rank a piece of the file.
     pieces = np.array_split(np.sort(scene.order.rows), num_ranks)
     strided = np.concatenate([np.concatenate([piece, np.full(len(pieces[0]) - len(piece), -1)]) for piece in pieces])
     dealt = strided.reshape(num_ranks, -1).T.ravel()
-    yield "contiguous pieces, and no help", _simulated(scene, num_ranks, Order(dealt[dealt >= 0]), steal=False)
+    yield "contiguous pieces, and no help", _simulate(scene, num_ranks, RowOrder(dealt[dealt >= 0]), steal=False)
 
 
-def _facts(scene: Scene, outcomes: dict[int, Outcome], choices: dict[str, Outcome]) -> dict[str, Any]:
+def _format_json(
+    scene: Scenario, outcomes: dict[int, SimulationResult], choices: dict[str, SimulationResult]
+) -> dict[str, Any]:
     return {
         "num_rows": len(scene.lengths),
         "num_generated_tokens": int(scene.lengths.sum()),
@@ -297,15 +299,17 @@ def _facts(scene: Scene, outcomes: dict[int, Outcome], choices: dict[str, Outcom
             for number, found in outcomes.items()
         },
         "choices": {name: round(found.wall_s, 3) for name, found in choices.items()},
-        "most_ranks_that_pay": _most_that_pay(outcomes),
+        "most_ranks_that_pay": _find_max_efficient_ranks(outcomes),
     }
 
 
-def _lines(scene: Scene, outcomes: dict[int, Outcome], choices: dict[str, Outcome]) -> Iterator[str]:
+def _format_text(
+    scene: Scenario, outcomes: dict[int, SimulationResult], choices: dict[str, SimulationResult]
+) -> Iterator[str]:
     lengths, model = scene.lengths, scene.model
     yield (
-        f"{counted(len(lengths), 'row')}, {lengths.sum():,} tokens to generate (mean {lengths.mean():,.0f}, longest "
-        f"{lengths.max():,}), prompts of {scene.prompt_lengths.mean():,.0f} tokens"
+        f"{format_count(len(lengths), 'row')}, {lengths.sum():,} tokens to generate (mean {lengths.mean():,.0f}, "
+        f"longest {lengths.max():,}), prompts of {scene.prompt_lengths.mean():,.0f} tokens"
     )
     kv = "any number of" if model.kv_tokens is None else f"{model.kv_tokens:,}"
     yield (
@@ -319,22 +323,22 @@ def _lines(scene: Scene, outcomes: dict[int, Outcome], choices: dict[str, Outcom
     for number, found in outcomes.items():
         gpu_hours = found.wall_s * number * scene.gpus_per_rank / 3600
         measures = f"{found.efficiency:>11.2f} {found.balance:>8.2f}"
-        yield f"{number:>7,} {duration(found.wall_s):>14} {gpu_hours:>11,.2f} {measures}"
+        yield f"{number:>7,} {format_duration(found.wall_s):>14} {gpu_hours:>11,.2f} {measures}"
     most = max(outcomes)
     yield ""
-    yield f"on {counted(most, 'rank')} other choices would take:"
+    yield f"on {format_count(most, 'rank')} other choices would take:"
     for name, found in choices.items():
         change = 100 * (found.wall_s / outcomes[most].wall_s - 1)
         yield f"  {change:>+5.0f} %  {name}"
     if outcomes[most].num_preemptions:
         yield f"the KV cache runs short: {outcomes[most].num_preemptions:,} sequences are set back on {most:,} ranks"
-    pays = _most_that_pay(outcomes)
+    pays = _find_max_efficient_ranks(outcomes)
     yield (
-        f"up to {counted(pays, 'rank')} pay, of those looked at: their efficiency is {_PAYS} or more"
+        f"up to {format_count(pays, 'rank')} pay, of those looked at: their efficiency is {_MIN_EFFICIENCY} or more"
         if pays
-        else f"none of these numbers of ranks reaches an efficiency of {_PAYS}"
+        else f"none of these numbers of ranks reaches an efficiency of {_MIN_EFFICIENCY}"
     )
 
 
-def _most_that_pay(outcomes: dict[int, Outcome]) -> int:
-    return max((number for number, found in outcomes.items() if found.efficiency >= _PAYS), default=0)
+def _find_max_efficient_ranks(outcomes: dict[int, SimulationResult]) -> int:
+    return max((number for number, found in outcomes.items() if found.efficiency >= _MIN_EFFICIENCY), default=0)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 
-from dpgen.config.loader import from_arguments
+from dpgen.config.loader import load_from_args
 from dpgen.config.schema import Config
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError
 
@@ -39,15 +39,34 @@ The job requeues itself when a time limit or a preemption ends a run that is not
 Exit status: 0 done, 2 wrong usage or configuration, 1 if sbatch refuses the job.
 """
 
-_PLACE = "# dpgen slurm: the configuration goes here\n"
+_CONFIG_PLACEHOLDER = "# dpgen slurm: the configuration goes here\n"
 # sbatch's options that take no value, or one after "=" alone: the word after them is something else.
-_FLAGS = {"contiguous", "exclusive", "get-user-env", "hold", "no-kill", "no-requeue", "overcommit", "oversubscribe"}
-_FLAGS |= {"parsable", "propagate", "quiet", "reboot", "requeue", "spread-job", "test-only", "use-min-nodes", "verbose"}
-_FLAGS |= {"wait"}
+_SBATCH_FLAGS = {
+    "contiguous",
+    "exclusive",
+    "get-user-env",
+    "hold",
+    "no-kill",
+    "no-requeue",
+    "overcommit",
+    "oversubscribe",
+}
+_SBATCH_FLAGS |= {
+    "parsable",
+    "propagate",
+    "quiet",
+    "reboot",
+    "requeue",
+    "spread-job",
+    "test-only",
+    "use-min-nodes",
+    "verbose",
+}
+_SBATCH_FLAGS |= {"wait"}
 
 
 @dataclass
-class Request:
+class SlurmCommand:
     """A command line, taken apart."""
 
     configuration: list[str] = field(default_factory=list)
@@ -83,23 +102,23 @@ def script_for(arguments: Sequence[str], python: str = sys.executable) -> tuple[
     Raises:
         ConfigError: wrong usage or configuration.
     """
-    request = parse(arguments)
+    request = parse_args(arguments)
     if not request.configuration:
         raise ConfigError("no configuration; usage: dpgen slurm CONFIG.yaml [key=value ...] [--nodes N ...]")
-    config = from_arguments(request.configuration)
+    config = load_from_args(request.configuration)
     template = "slurm_torchrun.sbatch" if request.use_torchrun else "slurm.sbatch"
     text = (files("dpgen.commands") / template).read_text(encoding="utf-8")
     options = {**request.options, **ranks_per_node(config, request.options)}
-    return fill(text, options, request.configuration, python), request.submit
+    return fill_template(text, options, request.configuration, python), request.submit
 
 
-def parse(arguments: Sequence[str]) -> Request:
+def parse_args(arguments: Sequence[str]) -> SlurmCommand:
     """Takes a command line apart.
 
     Raises:
         ConfigError: an option in its short form, or without its value.
     """
-    request, words = Request(), list(arguments)
+    request, words = SlurmCommand(), list(arguments)
     while words:
         word = words.pop(0)
         if not word.startswith("-"):
@@ -111,7 +130,7 @@ def parse(arguments: Sequence[str]) -> Request:
             request.use_torchrun |= word == "--torchrun"
         else:
             name, equals, value = word[2:].partition("=")
-            if not equals and name not in _FLAGS:
+            if not equals and name not in _SBATCH_FLAGS:
                 if not words or words[0].startswith("--"):
                     raise ConfigError(f"{word} needs a value, as in {word}=VALUE")
                 equals, value = "=", words.pop(0)
@@ -153,7 +172,7 @@ def _gpus_per_node(options: Mapping[str, str | None]) -> int | None:
     return int(number) if number.isdigit() else 1  # `--gres=gpu:a100` is one
 
 
-def fill(text: str, options: Mapping[str, str | None], configuration: Sequence[str], python: str) -> str:
+def fill_template(text: str, options: Mapping[str, str | None], configuration: Sequence[str], python: str) -> str:
     """A shipped script with its #SBATCH lines and its arguments filled in."""
     left = dict(options)
     lines = []
@@ -165,7 +184,7 @@ def fill(text: str, options: Mapping[str, str | None], configuration: Sequence[s
             continue
         elif line == "set -uo pipefail\n":  # the first line that is no comment: sbatch reads no further
             lines += [_directive(name, value) for name, value in left.items()]
-        elif line == _PLACE:
+        elif line == _CONFIG_PLACEHOLDER:
             line = f"DPGEN_PYTHON=${{DPGEN_PYTHON:-{shlex.quote(python)}}}\n"
             line += f"(($#)) || set -- {shlex.join(configuration)}\n"
         lines.append(line)

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, DpgenError
-from dpgen.formatting import counted
-from dpgen.output.verification import Report, shortened, verify
+from dpgen.formatting import format_count
+from dpgen.output.verification import VerificationReport, truncate_ranges, verify
 
 USAGE = """\
 usage: dpgen verify RUN_DIR [--json] [--no-input]
@@ -49,24 +49,24 @@ def main(arguments: Sequence[str]) -> int:
     if "--json" in arguments:
         print(json.dumps({"verdict": report.verdict, **dataclasses.asdict(report)}))
     else:
-        print("\n".join(_lines(report)))
+        print("\n".join(_format_text(report)))
     return EXIT_OK if report.verdict == "sound" else EXIT_FAILED
 
 
-def _lines(report: Report) -> Iterator[str]:
+def _format_text(report: VerificationReport) -> Iterator[str]:
     total = "unknown" if report.num_rows is None else f"{report.num_rows:,}"
     yield f"{report.run_dir}: {report.num_done:,} of {total} rows done, {report.num_failed:,} of them with an error"
-    yield f"  journal   {counted(report.num_segments, 'segment')}, {len(report.damaged_segments)} damaged"
+    yield f"  journal   {format_count(report.num_segments, 'segment')}, {len(report.damaged_segments)} damaged"
     for name, num_bytes in report.torn_segments.items():
         yield f"            {name}: its last {num_bytes:,} bytes were torn off by a crash (harmless)"
     if report.missing:
-        yield f"  missing   {shortened(report.missing)}"
+        yield f"  missing   {truncate_ranges(report.missing)}"
     if report.doubled:
-        yield f"  doubled   {shortened(report.doubled)} (one result counts)"
+        yield f"  doubled   {truncate_ranges(report.doubled)} (one result counts)"
     for kind, rows in report.failed.items():
-        yield f"  failed    {kind}: {shortened(rows)}"
+        yield f"  failed    {kind}: {truncate_ranges(rows)}"
     if report.num_dataset_rows is not None:
-        yield f"  dataset   {counted(report.num_dataset_rows, 'row')}"
+        yield f"  dataset   {format_count(report.num_dataset_rows, 'row')}"
     yield f"  input     {report.input}"
     yield from (f"  note      {note}" for note in report.notes)
     yield from (f"  problem   {problem}" for problem in report.problems)

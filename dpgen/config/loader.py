@@ -12,11 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpgen.config.schema import Config, describe, legal_keys
-from dpgen.errors import ConfigError, nearest
+from dpgen.config.schema import Config, describe_option, legal_keys
+from dpgen.errors import ConfigError, suggest_name
 
 
-def from_arguments(arguments: Sequence[str]) -> Config:
+def load_from_args(arguments: Sequence[str]) -> Config:
     """The configuration of a command line: YAML files and ``key=value``, in any order.
 
     Raises:
@@ -39,29 +39,29 @@ def load(files: Sequence[str], overrides: Sequence[str]) -> Config:
     # The frozen classes are checked when they are made; until all is merged they may still lack keys.
     merged: Any = OmegaConf.structured(Config)
     for source, layer in [*((f, _read_yaml(f)) for f in files), *((o, _read_override(o)) for o in overrides)]:
-        _refuse_unknown_keys(source, layer)
+        _reject_unknown_keys(source, layer)
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.create(_with_literal_prompts(layer)))
+            merged = OmegaConf.merge(merged, OmegaConf.create(_escape_interpolation(layer)))
         except (OmegaConfBaseException, TypeError, ValueError) as error:
-            raise ConfigError(f"{source}: {_one_line(error)}") from None
+            raise ConfigError(f"{source}: {_summarize_error(error)}") from None
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{_one_line(error)} (for a literal ${{ write \\${{)") from None
+        raise ConfigError(f"{_summarize_error(error)} (for a literal ${{ write \\${{)") from None
     if missing:
         first = missing[0]
         raise ConfigError(
-            f"missing: {', '.join(missing)}; give it in a YAML file or as {first}=VALUE ({describe(first)})"
+            f"missing: {', '.join(missing)}; give it in a YAML file or as {first}=VALUE ({describe_option(first)})"
         )
     try:
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(_summarize_error(error)) from None
     assert isinstance(config, Config)
     return config
 
 
-def _with_literal_prompts(layer: Any) -> Any:
+def _escape_interpolation(layer: Any) -> Any:
     """The layer with `${` escaped in prompt texts, where it is never OmegaConf's: ``Price: ${{ price }}``."""
     data = layer.get("data")
     if not isinstance(data, dict):
@@ -84,7 +84,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{path} is not valid YAML: {_summarize_error(error)}") from None
     if layer is None:
         return {}
     if not isinstance(layer, dict):
@@ -101,16 +101,16 @@ def _read_override(text: str) -> dict[str, Any]:
     if not equals or not re.fullmatch(r"[\w.]+", key):
         raise ConfigError(f"{text!r} is neither a YAML file nor key=value")
     try:
-        found = value if _is_text(key, value) else yaml12.load(value)
+        found = value if _takes_raw_text(key, value) else yaml12.load(value)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{text}: the value is not valid YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{text}: the value is not valid YAML: {_summarize_error(error)}") from None
     for part in reversed(key.split(".")):
         found = {part: found}
     assert isinstance(found, dict)
     return found
 
 
-def _is_text(key: str, value: str) -> bool:
+def _takes_raw_text(key: str, value: str) -> bool:
     """Whether a value on the command line is taken as it stands, as a text key's is: a template is no YAML."""
     if key == "data.path":
         return not value.startswith("[")
@@ -122,7 +122,7 @@ def _is_text(key: str, value: str) -> bool:
     return each is not None and (each.type == "str" or (each.type == "str | None" and value != "null"))
 
 
-def _refuse_unknown_keys(source: str, layer: Any) -> None:
+def _reject_unknown_keys(source: str, layer: Any) -> None:
     legal = {name for name, _, _ in legal_keys()}
     sections = {name.partition(".")[0] for name in legal}
     given = []
@@ -138,10 +138,10 @@ def _refuse_unknown_keys(source: str, layer: Any) -> None:
     for name in given:
         if name in legal:
             continue
-        raise ConfigError(f"{source}: unknown key {name!r}{nearest(name, legal, 'keys')}")
+        raise ConfigError(f"{source}: unknown key {name!r}{suggest_name(name, legal, 'keys')}")
 
 
-def _one_line(error: Exception) -> str:
+def _summarize_error(error: Exception) -> str:
     """The part of a library's message that tells a user something: what is wrong, and at which key."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kept = [lines[0]] if lines else [type(error).__name__]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from dpgen.errors import RowRefused
-from dpgen.formatting import kind_of
+from dpgen.formatting import describe_type
 
 Message = dict[str, Any]
 ContentFormat = Literal["string", "openai"]
@@ -25,7 +25,7 @@ _TEXT_KEYS = {
     "thinking": "thinking",
 }
 # Of those, the kinds that vLLM skips, rather than fails on, when their text is missing.
-_MAY_LACK_TEXT = ("text", "refusal")
+_TEXT_OPTIONAL = ("text", "refusal")
 # Keys with a meaning of their own; the template sees all others of a text part (`cache_control`, ...).
 KNOWN_PART_KEYS = {
     *("type", "text", "refusal", "thinking", "closed", "name", "file", "data", "uuid"),
@@ -36,7 +36,7 @@ KNOWN_PART_KEYS = {
 _BILLING_HEADER = "x-anthropic-billing-header"
 
 
-def clean_messages(value: Any) -> list[Message]:
+def validate_messages(value: Any) -> list[Message]:
     """A row's messages, copied, without the keys that are null, and known to be a text conversation.
 
     Arrow gives each struct of a column all the keys that any row has, null where a row lacked one, so that a
@@ -50,13 +50,13 @@ def clean_messages(value: Any) -> list[Message]:
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         hint = "; store them as a list of {role, content}" if isinstance(value, str | Mapping) else ""
-        raise _wrong(f"messages are {kind_of(value)}, not a list{hint}")
+        raise _make_wrong_type_error(f"messages are {describe_type(value)}, not a list{hint}")
     if not value:
         raise RowRefused("empty_prompt", "the list of messages is empty")
     try:
-        messages = [_without_nulls(message) for message in value]
+        messages = [_drop_nulls(message) for message in value]
     except RecursionError:
-        raise _wrong("messages are nested too deep") from None
+        raise _make_wrong_type_error("messages are nested too deep") from None
     for index, message in enumerate(messages):
         _check_message(f"message {index}", message)
     return messages
@@ -66,7 +66,7 @@ def to_conversation(messages: Sequence[Message], content_format: ContentFormat) 
     """Clean messages as vLLM passes them to a chat template; the messages themselves are left as they are.
 
     Args:
-        messages: as `clean_messages` returns them.
+        messages: as `validate_messages` returns them.
         content_format: "string" joins the text parts of a message with newlines; "openai" makes every content
             a list of parts.
 
@@ -76,7 +76,7 @@ def to_conversation(messages: Sequence[Message], content_format: ContentFormat) 
     return [_to_template_message(message, content_format) for message in messages]
 
 
-def without_developer_role(conversation: list[Message], template: str) -> list[Message]:
+def merge_developer_role(conversation: list[Message], template: str) -> list[Message]:
     """The conversation for a template without a developer role: that and the system role merged, in front."""
     knows_it = '"developer"' in template or "'developer'" in template
     if knows_it or all(message["role"] != "developer" for message in conversation):
@@ -90,25 +90,27 @@ def without_developer_role(conversation: list[Message], template: str) -> list[M
     return [{"role": "system", "content": "\n\n".join(texts)}, *others]
 
 
-def _without_nulls(value: Any) -> Any:
+def _drop_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_without_nulls(item) for item in value]
+        return [_drop_nulls(item) for item in value]
     return value
 
 
 def _check_message(where: str, message: Any) -> None:
     if not isinstance(message, dict):
-        raise _wrong(f"{where} is {kind_of(message)}, not a {{role, content}}")
+        raise _make_wrong_type_error(f"{where} is {describe_type(message)}, not a {{role, content}}")
     if not isinstance(message.get("role"), str):
-        raise _wrong(f"{where} has no 'role' that is a string; its keys: {_keys(message)}")
+        raise _make_wrong_type_error(f"{where} has no 'role' that is a string; its keys: {_join_keys(message)}")
     content = message.get("content", "")
     if isinstance(content, list):
         for index, part in enumerate(content):
             _check_part(f"{where}, part {index}", part)
     elif not isinstance(content, str):
-        raise _wrong(f"{where}: content is {kind_of(content)}, neither a string nor a list of parts")
+        raise _make_wrong_type_error(
+            f"{where}: content is {describe_type(content)}, neither a string nor a list of parts"
+        )
     if message["role"] == "assistant":
         _check_tool_calls(where, message.get("tool_calls", []))
 
@@ -117,27 +119,27 @@ def _check_part(where: str, part: Any) -> None:
     if isinstance(part, str):
         return
     if not isinstance(part, dict):
-        raise _wrong(f"{where} is {kind_of(part)}, neither a string nor a part with a type")
+        raise _make_wrong_type_error(f"{where} is {describe_type(part)}, neither a string nor a part with a type")
     part_type = part.get("type")
     if part_type == "tool_reference" and isinstance(part.get("name"), str):
         return
     # vLLM takes a part with a uuid as a medium, whatever its type says.
     if not isinstance(part_type, str) or part_type not in _TEXT_KEYS or "uuid" in part:
-        found = f"type {part_type!r}" if part_type is not None else f"no type; its keys: {_keys(part)}"
+        found = f"type {part_type!r}" if part_type is not None else f"no type; its keys: {_join_keys(part)}"
         raise RowRefused("unsupported_content", f"{where} ({found}) is not text; only text parts can be sent")
     text = part.get(_TEXT_KEYS[part_type])
-    if not isinstance(text, str) and not (text is None and part_type in _MAY_LACK_TEXT):
-        raise _wrong(f"{where}: {_TEXT_KEYS[part_type]!r} is {kind_of(text)}, not a string")
+    if not isinstance(text, str) and not (text is None and part_type in _TEXT_OPTIONAL):
+        raise _make_wrong_type_error(f"{where}: {_TEXT_KEYS[part_type]!r} is {describe_type(text)}, not a string")
 
 
 def _check_tool_calls(where: str, calls: Any) -> None:
     if not isinstance(calls, list):
-        raise _wrong(f"{where}: tool_calls is {kind_of(calls)}, not a list")
+        raise _make_wrong_type_error(f"{where}: tool_calls is {describe_type(calls)}, not a list")
     for call in calls:
         if not isinstance(call, dict) or call.get("type", "function") != "function":
-            raise _wrong(f"{where}: tool_calls holds something else than calls of type 'function'")
+            raise _make_wrong_type_error(f"{where}: tool_calls holds something else than calls of type 'function'")
         if not isinstance(call.get("function"), dict):
-            raise _wrong(f"{where}: a tool call has no 'function' with a name and arguments")
+            raise _make_wrong_type_error(f"{where}: a tool call has no 'function' with a name and arguments")
 
 
 def _to_template_message(message: Message, content_format: ContentFormat) -> Message:
@@ -146,7 +148,7 @@ def _to_template_message(message: Message, content_format: ContentFormat) -> Mes
     if role == "assistant":
         # An empty list is dropped, too: templates take the presence of the key for a tool call.
         if message.get("tool_calls"):
-            result["tool_calls"] = [_parsed_call(call) for call in message["tool_calls"]]
+            result["tool_calls"] = [_parse_tool_call(call) for call in message["tool_calls"]]
         if "reasoning" in message:
             result["reasoning"] = result["reasoning_content"] = message["reasoning"]
     elif role == "tool" and "tool_call_id" in message:
@@ -163,8 +165,8 @@ def _content(message: Message, content_format: ContentFormat) -> str | list[Any]
     content = message.get("content", [])
     parts = [content] if isinstance(content, str) else content
     if message["role"] == "system":
-        parts = _without_billing_header(parts)
-    wrapped = [wrapped for part in parts if (wrapped := _wrapped(part)) is not None]
+        parts = _drop_billing_header(parts)
+    wrapped = [wrapped for part in parts if (wrapped := _to_template_part(part)) is not None]
     texts = [part["text"] if part["type"] == "text" else part["name"] for part in wrapped]
     if content_format == "string":
         return "\n".join(text for text in texts if text)  # vLLM skips the empty ones here, and only here
@@ -173,7 +175,7 @@ def _content(message: Message, content_format: ContentFormat) -> str | list[Any]
     return "\n".join(texts) if plain_tool else wrapped
 
 
-def _wrapped(part: Any) -> Message | None:
+def _to_template_part(part: Any) -> Message | None:
     """A part as templates of the "openai" format see it; None for one that vLLM skips."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
@@ -186,7 +188,7 @@ def _wrapped(part: Any) -> Message | None:
     return {"type": "text", "text": text, **extras}
 
 
-def _without_billing_header(parts: Sequence[Any]) -> list[Any]:
+def _drop_billing_header(parts: Sequence[Any]) -> list[Any]:
     kept: list[Any] = []
     for part in parts:
         is_text = not isinstance(part, str) and part.get("type") == "text"
@@ -198,7 +200,7 @@ def _without_billing_header(parts: Sequence[Any]) -> list[Any]:
     return kept
 
 
-def _parsed_call(call: Message) -> Message:
+def _parse_tool_call(call: Message) -> Message:
     """A tool call whose arguments are an object: templates expect one, the OpenAI format has JSON text."""
     arguments = call["function"].get("arguments")
     if isinstance(arguments, str) and arguments:
@@ -207,7 +209,7 @@ def _parsed_call(call: Message) -> Message:
         except json.JSONDecodeError:
             arguments = {}  # as vLLM: broken arguments in a history are no reason to refuse it
         except (ValueError, RecursionError) as error:
-            raise _wrong(f"the arguments of a tool call cannot be parsed: {error}") from None
+            raise _make_wrong_type_error(f"the arguments of a tool call cannot be parsed: {error}") from None
     if not isinstance(arguments, dict):
         arguments = {}
     return {**call, "function": {**call["function"], "arguments": arguments}}
@@ -223,9 +225,9 @@ def _joined_text(content: Any) -> str:
     return "\n".join(part["text"] for part in content if "text" in part)
 
 
-def _keys(value: Mapping[Any, Any]) -> str:
+def _join_keys(value: Mapping[Any, Any]) -> str:
     return ", ".join(map(str, value)) or "none"
 
 
-def _wrong(message: str) -> RowRefused:
+def _make_wrong_type_error(message: str) -> RowRefused:
     return RowRefused("wrong_type", message)

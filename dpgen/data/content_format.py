@@ -79,7 +79,7 @@ def _content_loops(root: nodes.Template) -> Iterator[nodes.For]:
 
     for loop in root.find_all(nodes.For):
         over = loop.iter
-        if any(_reads(over, name, "content") for name in messages):
+        if any(_is_lookup_of(over, name, "content") for name in messages):
             found = True
         elif not isinstance(over, nodes.Name):
             found = False
@@ -101,7 +101,7 @@ def _parameters_given_content(root: nodes.Template, macro: nodes.Macro, messages
             continue
         passed = list(zip(names, call.args, strict=False))
         passed += [(keyword.key, keyword.value) for keyword in call.kwargs if keyword.key in names]
-        given |= {name for name, value in passed if any(_reads(value, each, "content") for each in messages)}
+        given |= {name for name, value in passed if any(_is_lookup_of(value, each, "content") for each in messages)}
     return given
 
 
@@ -109,14 +109,14 @@ def _message_names(root: nodes.Template) -> Iterator[str]:
     """The loop variables that stand for one message."""
     from jinja2 import nodes
 
-    lists = list(_names_of(root, "messages"))
+    lists = list(_iter_aliases(root, "messages"))
     for loop in root.find_all(nodes.For):
-        if any(_reads(loop.iter, name) for name in lists):
+        if any(_is_lookup_of(loop.iter, name) for name in lists):
             assert isinstance(loop.target, nodes.Name)
             yield loop.target.name
 
 
-def _names_of(root: nodes.Template, name: str) -> Iterator[str]:
+def _iter_aliases(root: nodes.Template, name: str) -> Iterator[str]:
     """The name, and those that it, or a slice of it, is assigned to, step by step."""
     from jinja2 import nodes
 
@@ -126,7 +126,7 @@ def _names_of(root: nodes.Template, name: str) -> Iterator[str]:
     while related:
         source = related.popleft()
         for assignment in root.find_all(nodes.Assign):
-            if _reads(assignment.node, source):
+            if _is_lookup_of(assignment.node, source):
                 assert isinstance(assignment.target, nodes.Name)
                 # Names assigned to themselves, or in a circle, would never end.
                 if assignment.target.name not in known:
@@ -135,24 +135,24 @@ def _names_of(root: nodes.Template, name: str) -> Iterator[str]:
                     yield assignment.target.name
 
 
-def _reads(node: nodes.Node, name: str, key: str | None = None) -> bool:
+def _is_lookup_of(node: nodes.Node, name: str, key: str | None = None) -> bool:
     """Whether the expression is `name` (or `name.key`, `name['key']`), perhaps filtered, tested or sliced."""
     from jinja2 import nodes
 
     if isinstance(node, nodes.Filter):
-        return node.node is not None and _reads(node.node, name, key)
+        return node.node is not None and _is_lookup_of(node.node, name, key)
     if isinstance(node, nodes.Test):
-        return _reads(node.node, name, key)
+        return _is_lookup_of(node.node, name, key)
     if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
-        return _reads(node.node, name, key)
+        return _is_lookup_of(node.node, name, key)
     if key is None:
         return isinstance(node, nodes.Name) and node.ctx == "load" and node.name == name
     if isinstance(node, nodes.Getitem):
-        return _reads_plainly(node.node, name) and isinstance(node.arg, nodes.Const) and node.arg.value == key
-    return isinstance(node, nodes.Getattr) and _reads_plainly(node.node, name) and node.attr == key
+        return _is_bare_name(node.node, name) and isinstance(node.arg, nodes.Const) and node.arg.value == key
+    return isinstance(node, nodes.Getattr) and _is_bare_name(node.node, name) and node.attr == key
 
 
-def _reads_plainly(node: nodes.Node, name: str) -> bool:
+def _is_bare_name(node: nodes.Node, name: str) -> bool:
     from jinja2 import nodes
 
     return isinstance(node, nodes.Name) and node.ctx == "load" and node.name == name

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dpgen.engine.messages import Undecoded
+from dpgen.engine.messages import UndecodedRow
 from dpgen.records import RowResult
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_HALF = "\ufffd"  # what bytes that are no character decode to
+_REPLACEMENT_CHAR = "\ufffd"  # what bytes that are no character decode to
 
 
 class Detokenizer:
@@ -33,16 +33,16 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def finish(self, undecoded: Undecoded) -> RowResult:
+    def decode_row(self, undecoded: UndecodedRow) -> RowResult:
         """The row, with its text."""
         texts = [
-            self.text(undecoded.prompt_token_ids, token_ids, undecoded.skip_special_tokens)
+            self.decode(undecoded.prompt_token_ids, token_ids, undecoded.skip_special_tokens)
             for token_ids in undecoded.token_ids
         ]
         completions = zip(undecoded.result.completions, texts, strict=True)
         return replace(undecoded.result, completions=tuple(replace(each, text=text) for each, text in completions))
 
-    def text(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+    def decode(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text that vLLM would have made of a completion.
 
         Args:
@@ -54,7 +54,7 @@ class Detokenizer:
         both = self._tokenizer.decode([*prompt_token_ids, *token_ids], skip_special_tokens=skip_special_tokens)
         text = both[len(before) :]
         # Bytes that make no whole character come out of a stream differently: it waits for the rest of one.
-        if before.endswith(_HALF) or _HALF in text or not both.startswith(before):
+        if before.endswith(_REPLACEMENT_CHAR) or _REPLACEMENT_CHAR in text or not both.startswith(before):
             return self._token_by_token(prompt_token_ids, token_ids, skip_special_tokens)
         return text
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from dpgen.config.schema import DataConfig, parse_range
 from dpgen.errors import ConfigError
-from dpgen.imports import quick_imports
+from dpgen.imports import imports_without_gc
 
 if TYPE_CHECKING:
     import datasets
@@ -37,7 +37,7 @@ _READ_ROWS = 1_000  # rows read at a time
 _HASH_ROWS = 10_000  # rows hashed at a time; part of the fingerprint's definition
 
 
-class Rows:
+class InputRows:
     """The rows of a run, after `data.select` and `data.limit`; a row is known by its index here."""
 
     def __init__(self, dataset: datasets.Dataset) -> None:
@@ -71,31 +71,31 @@ class Rows:
         dataset = dataset.shard(num_shards=num_shards, index=index, contiguous=False)
         return Shard(dataset, order[index::num_shards])
 
-    def shard_in_pieces(self, row_ids: np.ndarray, starts: np.ndarray, columns: Sequence[str]) -> Shard:
+    def shard_in_chunks(self, row_ids: np.ndarray, starts: np.ndarray, columns: Sequence[str]) -> Shard:
         """A shard of rows that are claimed in pieces of several; see `Shard`."""
         return Shard(self.dataset.select_columns(list(columns)).select(row_ids), row_ids, starts)
 
-    def read(self, row_ids: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def iter_rows(self, row_ids: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Some columns of some rows, one after the other."""
         some = self.dataset.select_columns(list(columns)).select(row_ids)
         for batch in some.iter(_READ_ROWS):
             for values in zip(*(batch[name] for name in columns), strict=True):
                 yield dict(zip(columns, values, strict=True))
 
-    def numbers(self, column: str, row_ids: np.ndarray) -> np.ndarray:
+    def read_numbers(self, column: str, row_ids: np.ndarray) -> np.ndarray:
         """One column of some rows as float64; NaN where it is null or no number."""
         some = self.dataset.select_columns([column]).select(row_ids)
-        found = [np.array([_number(value) for value in batch[column]]) for batch in some.iter(_READ_ROWS)]
+        found = [np.array([_to_float(value) for value in batch[column]]) for batch in some.iter(_READ_ROWS)]
         return np.concatenate([np.zeros(0), *found])
 
     def fingerprint(self) -> dict[str, Any]:
         """What the input is, for comparing runs: number of rows, columns, and a hash of all contents (blake2b)."""
         digest = hashlib.blake2b(digest_size=16)
-        for table in self.tables(_HASH_ROWS):
+        for table in self.iter_tables(_HASH_ROWS):
             digest.update(_canonical_bytes(table))
         return {"num_rows": len(self), "columns": self.columns, "content": digest.hexdigest()}
 
-    def tables(self, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    def iter_tables(self, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """All rows in input order, as Arrow tables of `num_rows` rows (the last may be shorter)."""
         dataset = self.dataset if columns is None else self.dataset.select_columns(list(columns))
         view = dataset.with_format("arrow")
@@ -110,7 +110,7 @@ class Rows:
         card = datasets.info.DatasetInfosDict({"default": info})
         card.write_to_directory(str(folder))
 
-    def schema_with(self, added: pa.Schema, columns: Sequence[str] | None = None) -> pa.Schema:
+    def build_output_schema(self, added: pa.Schema, columns: Sequence[str] | None = None) -> pa.Schema:
         """The Arrow schema of (some of) the input's columns and `added` ones, with the features `datasets` restores."""
         import datasets
 
@@ -133,27 +133,27 @@ class Shard:
 
     dataset: datasets.Dataset
     row_ids: np.ndarray
-    starts: np.ndarray | None = None
+    chunk_starts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
-    def read(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def read_positions(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """The rows at positions start..stop of this shard, as (row index, column → value)."""
-        if self.starts is not None:
-            start, stop = int(self.starts[start]), int(self.starts[stop])
+        if self.chunk_starts is not None:
+            start, stop = int(self.chunk_starts[start]), int(self.chunk_starts[stop])
         batch = self.dataset[start:stop]
         for offset, row_id in enumerate(self.row_ids[start:stop]):
             yield int(row_id), {name: values[offset] for name, values in batch.items()}
 
 
-def open_rows(config: DataConfig) -> Rows:
+def load_input(config: DataConfig) -> InputRows:
     """Loads what `data.*` names, building the `datasets` cache where it isn't there.
 
     Raises:
         ConfigError: nothing is there, it can't be read, the split doesn't exist.
     """
-    with quick_imports():
+    with imports_without_gc():
         import datasets
 
     datasets.disable_progress_bars()
@@ -163,13 +163,13 @@ def open_rows(config: DataConfig) -> Rows:
     except (ConfigError, KeyboardInterrupt):
         raise
     except Exception as error:  # noqa: BLE001 - `datasets` raises whatever its readers raise; all of it is about the input
-        raise ConfigError(f"data.path={config.path}: {_reason(error)}") from None
+        raise ConfigError(f"data.path={config.path}: {_find_root_cause(error)}") from None
     dataset = dataset.with_format(None)  # plain Python values, whatever format it was saved with
     if config.select is not None:
         dataset = dataset.select(range(*parse_range(config.select).indices(len(dataset))))
     if config.limit is not None:
         dataset = dataset.select(range(min(config.limit, len(dataset))))
-    return Rows(dataset)
+    return InputRows(dataset)
 
 
 def _load(config: DataConfig) -> datasets.Dataset:
@@ -178,9 +178,9 @@ def _load(config: DataConfig) -> datasets.Dataset:
     paths = [config.path] if isinstance(config.path, str) else list(config.path)
     files = [found for path in paths for found in _files(path)]
     if files:
-        _refuse_hub_keys(config, "name", "revision")
+        _reject_hub_keys(config, "name", "revision")
         builders = {_builder(file) for file in files}
-        if len({_ending(file) == ".tsv" for file in files}) > 1:
+        if len({_get_data_suffix(file) == ".tsv" for file in files}) > 1:
             raise ConfigError("data.path names files separated by tabs and others; convert one kind")
         if len(builders) > 1:
             raise ConfigError(f"data.path names files of several kinds: {', '.join(sorted(builders))}")
@@ -190,18 +190,18 @@ def _load(config: DataConfig) -> datasets.Dataset:
     path = str(Path(paths[0]).expanduser()) if _looks_local(paths[0]) else paths[0]
     saved = {"state.json", "dataset_dict.json"}
     if os.path.isdir(path):
-        _refuse_hub_keys(config, "revision")
+        _reject_hub_keys(config, "revision")
     if os.path.isdir(path) and saved & set(os.listdir(path)):
-        _refuse_hub_keys(config, "name")
+        _reject_hub_keys(config, "name")
         try:
-            return _one_split(datasets.load_from_disk(path), config.split)
+            return _select_split(datasets.load_from_disk(path), config.split)
         except IndexError:  # what `datasets` raises where a saved dataset has no rows
             return datasets.Dataset.from_dict({})
     found = datasets.load_dataset(path, config.name, split=config.split, revision=config.revision)
-    return _one_split(found, config.split)
+    return _select_split(found, config.split)
 
 
-def _refuse_hub_keys(config: DataConfig, *names: str) -> None:
+def _reject_hub_keys(config: DataConfig, *names: str) -> None:
     """Refuses keys that this input has no use for, rather than read something else than what they ask for."""
     for name in names:
         if (value := getattr(config, name)) is not None:
@@ -214,7 +214,7 @@ def _load_files(builder: str, files: list[str], split: str) -> datasets.Dataset:
     """The rows of files of one kind; empty files among them are no fault, and no rows at all are an empty input."""
     import datasets
 
-    extra = {"sep": "\t"} if _ending(files[0]) == ".tsv" else {}
+    extra = {"sep": "\t"} if _get_data_suffix(files[0]) == ".tsv" else {}
 
     def load(some: list[str]) -> datasets.Dataset:
         # Escaped, since `datasets` takes names for patterns.
@@ -225,7 +225,7 @@ def _load_files(builder: str, files: list[str], split: str) -> datasets.Dataset:
         try:
             return len(load([file])) > 0
         except Exception as error:
-            if _found_no_rows(error):
+            if _is_empty_input_error(error):
                 return False
             raise
 
@@ -233,7 +233,7 @@ def _load_files(builder: str, files: list[str], split: str) -> datasets.Dataset:
     try:
         return load(files) if files else datasets.Dataset.from_dict({})
     except Exception as error:
-        if len(files) == 1 and not _found_no_rows(error):
+        if len(files) == 1 and not _is_empty_input_error(error):
             raise
         full = [each for each in files if has_rows(each)]
         if full == files:
@@ -260,22 +260,22 @@ def _files(path: str) -> list[str]:
 
 def _looks_local(path: str) -> bool:
     """Whether it can't be a Hub name (NAME or USER/NAME): a path by its form, or by a data file's ending."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or _ending(path) in _BUILDERS
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or _get_data_suffix(path) in _BUILDERS
 
 
-def _ending(path: str) -> str:
+def _get_data_suffix(path: str) -> str:
     stem, ending = os.path.splitext(path.lower())
     return os.path.splitext(stem)[1] if ending in _COMPRESSIONS else ending
 
 
 def _builder(file: str) -> str:
-    ending = _ending(file)
+    ending = _get_data_suffix(file)
     if ending not in _BUILDERS:
         raise ConfigError(f"data.path: {file} is none of the known kinds: {', '.join(_BUILDERS)}")
     return _BUILDERS[ending]
 
 
-def _one_split(found: Any, split: str | None) -> datasets.Dataset:
+def _select_split(found: Any, split: str | None) -> datasets.Dataset:
     import datasets
 
     if isinstance(found, datasets.Dataset):
@@ -289,7 +289,7 @@ def _one_split(found: Any, split: str | None) -> datasets.Dataset:
     return found[chosen]
 
 
-def _found_no_rows(error: Exception) -> bool:
+def _is_empty_input_error(error: Exception) -> bool:
     """Whether `datasets` failed because the files are empty, which is no fault: an empty run is a run."""
     seen = {type(each).__name__ for each in (error, error.__cause__) if each is not None}
     return bool(seen & {"StopIteration", "EmptyDataError", "SchemaInferenceError"}) or "corresponds to no data" in str(
@@ -297,14 +297,14 @@ def _found_no_rows(error: Exception) -> bool:
     )
 
 
-def _reason(error: Exception) -> str:
+def _find_root_cause(error: Exception) -> str:
     """What went wrong, from the cause that `datasets` wraps in "An error occurred while generating the dataset"."""
     root: BaseException = error.__cause__ or error
     lines = str(root).strip().splitlines()
     return lines[0] if lines else type(root).__name__
 
 
-def _number(value: Any) -> float:
+def _to_float(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):

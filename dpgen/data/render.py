@@ -11,7 +11,7 @@ template has written them: both together are the classic doubled BOS.
 
 Follows vLLM 0.32: `vllm/entrypoints/common/offline.py` (_preprocess_cmpl, _preprocess_chat),
 `vllm/renderers/base.py` (_tokenize_prompt), `vllm/renderers/hf.py` (safe_apply_chat_template). Limits: text
-only, decoder-only models; tokenizers that only vLLM knows (`known_to_transformers` is false) are rendered by
+only, decoder-only models; tokenizers that only vLLM knows (`is_supported_by_transformers` is false) are rendered by
 `dpgen.engine.vllm_render`. A chat template that writes today's date gives other tokens tomorrow.
 """
 
@@ -23,20 +23,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpgen.data.chat import Message, clean_messages, to_conversation, without_developer_role
+from dpgen.data.chat import Message, merge_developer_role, to_conversation, validate_messages
 from dpgen.data.content_format import detect_content_format, template_variables
 from dpgen.data.row_template import check_row_template, compile_row_template, template_columns
-from dpgen.data.tokenizer import TokenizerSettings, known_to_transformers, load_tokenizer, reason_for_engine
-from dpgen.errors import ConfigError, RowRefused, nearest
-from dpgen.formatting import kind_of
+from dpgen.data.tokenizer import (
+    TokenizerConfig,
+    find_reason_to_tokenize_in_engine,
+    is_supported_by_transformers,
+    load_tokenizer,
+)
+from dpgen.errors import ConfigError, RowRefused, suggest_name
+from dpgen.formatting import describe_type
 
 __all__ = [
-    "PromptSettings",
-    "Renderer",
-    "TokenizerSettings",
-    "known_to_transformers",
+    "PromptConfig",
+    "PromptRenderer",
+    "TokenizerConfig",
+    "find_reason_to_tokenize_in_engine",
+    "is_supported_by_transformers",
     "load_tokenizer",
-    "reason_for_engine",
 ]
 
 # What chat_template_kwargs may not hold: settings of their own, and what vLLM itself passes.
@@ -47,7 +52,7 @@ _RESERVED_KWARGS = {
 
 
 @dataclass(frozen=True)
-class PromptSettings:
+class PromptConfig:
     """How a row becomes a prompt: the `data.*` keys of those names. Exactly one of the first three is set.
 
     Attributes:
@@ -80,8 +85,8 @@ class PromptSettings:
         sources = {name: getattr(self, name) for name in ("prompt_column", "messages_column", "template")}
         given = [name for name, value in sources.items() if value is not None]
         if len(given) != 1:
-            found = f"{_keys(given, ' and ')} are set" if given else "none is set"
-            raise ConfigError(f"a prompt comes from exactly one of {_keys(sources, ', ')}; {found}")
+            found = f"{_join_keys(given, ' and ')} are set" if given else "none is set"
+            raise ConfigError(f"a prompt comes from exactly one of {_join_keys(sources, ', ')}; {found}")
         if self.as_chat and self.messages_column is not None:
             raise ConfigError("data.as_chat makes a text one message; data.messages_column holds messages already")
         for name in ("system_prompt", "chat_template", "chat_template_kwargs", "continue_final_message"):
@@ -109,7 +114,9 @@ class PromptSettings:
         which = "prompt_column" if self.prompt_column is not None else "messages_column"
         name = getattr(self, which)
         if name not in columns:
-            raise ConfigError(f"data.{which}: {name!r} is no column of the dataset{nearest(name, columns, 'columns')}")
+            raise ConfigError(
+                f"data.{which}: {name!r} is no column of the dataset{suggest_name(name, columns, 'columns')}"
+            )
 
     def columns(self, columns: Sequence[str]) -> list[str]:
         """Those of the dataset's columns that a prompt is made of."""
@@ -134,7 +141,7 @@ class PromptSettings:
             raise ConfigError(f"data.chat_template={self.chat_template} can't be read: {error}") from None
 
 
-class Renderer:
+class PromptRenderer:
     """Turns rows into prompts, and prompts into token ids.
 
     Args:
@@ -145,7 +152,7 @@ class Renderer:
         ConfigError: a template that is broken, or a chat without a chat template.
     """
 
-    def __init__(self, settings: PromptSettings, tokenizer: Any) -> None:
+    def __init__(self, settings: PromptConfig, tokenizer: Any) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
         self._template = None if settings.template is None else compile_row_template(settings.template)
@@ -154,9 +161,9 @@ class Renderer:
             given = settings.load_chat_template()
             self._chat_template = _resolve_chat_template(tokenizer, given, self._tools)
             self._content_format = detect_content_format(self._chat_template)
-            self._chat_kwargs = _accepted_kwargs(settings, tokenizer, self._chat_template)
+            self._chat_kwargs = _select_template_kwargs(settings, tokenizer, self._chat_template)
 
-    def prompt(self, row: Mapping[str, Any]) -> str | list[Message]:
+    def build_prompt(self, row: Mapping[str, Any]) -> str | list[Message]:
         """The row's prompt: the text for LLM.generate, or the messages for LLM.chat.
 
         Raises:
@@ -165,10 +172,10 @@ class Renderer:
         """
         settings = self._settings
         if settings.messages_column is not None:
-            messages = clean_messages(row.get(settings.messages_column))
+            messages = validate_messages(row.get(settings.messages_column))
         else:
             text = self._text(row)
-            _refuse_surrogates(text)
+            _reject_surrogates(text)
             if not settings.as_chat:
                 return text
             messages = [{"role": "user", "content": text}]
@@ -176,14 +183,14 @@ class Renderer:
             messages.insert(0, {"role": "system", "content": settings.system_prompt})
         return messages
 
-    def render(self, row: Mapping[str, Any]) -> list[int]:
+    def tokenize_row(self, row: Mapping[str, Any]) -> list[int]:
         """The row's prompt as token ids, at least one.
 
         Raises:
             RowRefused: as `prompt`, and `chat_template_failed`, `tokenizer_failed`.
         """
         assert self._tokenizer is not None, "this Renderer was made without a tokenizer"
-        prompt = self.prompt(row)
+        prompt = self.build_prompt(row)
         if isinstance(prompt, str):
             return self._tokenize(prompt, add_special_tokens=True)
         return self._tokenize(self._chat_text(prompt), add_special_tokens=False)
@@ -193,17 +200,17 @@ class Renderer:
             try:
                 return self._template.render(dict(row))
             except Exception as error:  # a template is a program: it may fail in any way
-                raise RowRefused("template_failed", f"the template failed: {_reason(error)}") from error
+                raise RowRefused("template_failed", f"the template failed: {_describe_error(error)}") from error
         column = self._settings.prompt_column
         assert column is not None
         text = row.get(column)
         if not isinstance(text, str):
-            raise RowRefused("wrong_type", f"{column} is {kind_of(text)}, not a string")
+            raise RowRefused("wrong_type", f"{column} is {describe_type(text)}, not a string")
         return text
 
     def _chat_text(self, messages: list[Message]) -> str:
         conversation = to_conversation(messages, self._content_format)
-        conversation = without_developer_role(conversation, self._chat_template)
+        conversation = merge_developer_role(conversation, self._chat_template)
         try:
             text = self._tokenizer.apply_chat_template(
                 conversation=conversation,
@@ -213,27 +220,27 @@ class Renderer:
                 **self._chat_kwargs,
             )
         except Exception as error:  # a template is a program: it may fail in any way
-            raise RowRefused("chat_template_failed", f"the chat template failed: {_reason(error)}") from error
+            raise RowRefused("chat_template_failed", f"the chat template failed: {_describe_error(error)}") from error
         assert isinstance(text, str)
-        _refuse_surrogates(text)
+        _reject_surrogates(text)
         return text
 
     def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
             ids = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         except Exception as error:  # foreign code, perhaps the model's own
-            raise RowRefused("tokenizer_failed", f"the tokenizer failed: {_reason(error)}") from error
+            raise RowRefused("tokenizer_failed", f"the tokenizer failed: {_describe_error(error)}") from error
         if not ids:
             raise RowRefused("empty_prompt", "the prompt has no tokens")
         return list(ids)
 
 
-def prompt_text(settings: PromptSettings) -> Callable[[Mapping[str, Any]], str]:
+def make_prompt_text_fn(settings: PromptConfig) -> Callable[[Mapping[str, Any]], str]:
     """What gives a row's prompt as one text, to compare and measure it by, before any template of the model's.
 
-    What it gives raises as `Renderer.prompt` does.
+    What it gives raises as `PromptRenderer.prompt` does.
     """
-    prompt_of = Renderer(settings, None).prompt
+    prompt_of = PromptRenderer(settings, None).build_prompt
 
     def text(row: Mapping[str, Any]) -> str:
         prompt = prompt_of(row)
@@ -242,7 +249,7 @@ def prompt_text(settings: PromptSettings) -> Callable[[Mapping[str, Any]], str]:
     return text
 
 
-def _keys(names: Iterable[str], separator: str) -> str:
+def _join_keys(names: Iterable[str], separator: str) -> str:
     return separator.join(f"data.{name}" for name in names)
 
 
@@ -253,7 +260,7 @@ def _resolve_chat_template(tokenizer: Any, given: str | None, tools: Any) -> str
     try:
         template = str(tokenizer.get_chat_template(given, tools=tools))
     except (ValueError, AttributeError) as error:
-        reason = f"the tokenizer has no chat template; set data.chat_template ({_reason(error)})"
+        reason = f"the tokenizer has no chat template; set data.chat_template ({_describe_error(error)})"
         raise ConfigError(reason) from error
     try:
         template_variables(template)
@@ -262,7 +269,7 @@ def _resolve_chat_template(tokenizer: Any, given: str | None, tools: Any) -> str
     return template
 
 
-def _accepted_kwargs(settings: PromptSettings, tokenizer: Any, template: str) -> dict[str, Any]:
+def _select_template_kwargs(settings: PromptConfig, tokenizer: Any, template: str) -> dict[str, Any]:
     """The keywords that reach the template (`resolve_chat_template_kwargs` of vLLM drops the others)."""
     from transformers import PreTrainedTokenizerBase
 
@@ -278,7 +285,7 @@ def _accepted_kwargs(settings: PromptSettings, tokenizer: Any, template: str) ->
     return {key: value for key, value in wanted.items() if key in accepted and key != "tools"}
 
 
-def _refuse_surrogates(text: str) -> None:
+def _reject_surrogates(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -286,5 +293,5 @@ def _refuse_surrogates(text: str) -> None:
         raise RowRefused("invalid_text", f"{where}, which no encoding of text can hold") from None
 
 
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return (str(error) or type(error).__name__).strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpgen.errors import ConfigError, nearest
+from dpgen.errors import ConfigError, suggest_name
 
 if TYPE_CHECKING:
     import jinja2
@@ -36,7 +36,9 @@ def check_row_template(template: str, columns: Sequence[str]) -> None:
     environment = _environment()
     names = template_columns(template)
     for name in sorted(names - set(columns) - set(environment.globals)):
-        raise ConfigError(f"data.template: {name!r} is no column of the dataset{nearest(name, columns, 'columns')}")
+        raise ConfigError(
+            f"data.template: {name!r} is no column of the dataset{suggest_name(name, columns, 'columns')}"
+        )
     if not names & set(columns):
         # A Python format string is what most of those who get here meant to write.
         meant = [name for name in columns if f"{{{name}}}" in template]
@@ -56,11 +58,11 @@ def _environment() -> ImmutableSandboxedEnvironment:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     return ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_refuse_null
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_reject_null
     )
 
 
-def _refuse_null(value: Any) -> Any:
+def _reject_null(value: Any) -> Any:
     # Jinja writes a null as "None", which then sits in prompts unseen.
     if value is None:
         raise ValueError("it inserts a null; give the column a default: {{ column or '' }}")

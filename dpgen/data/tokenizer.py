@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dpgen.errors import ConfigError
-from dpgen.imports import quick_imports
+from dpgen.imports import imports_without_gc
 
 # Files that make vLLM tokenize, or find a chat template, by rules that transformers' tokenizer does not know.
-_TELLTALE_FILES = {
+_VLLM_ONLY_FILES = {
     "tekken.json": "it has a Mistral tokenizer",
     "tokenizer.model.v*": "it has a Mistral tokenizer",
     "processor_config.json": "it has a multi-modal processor",
@@ -42,7 +42,7 @@ _TELLTALE_ENVIRONMENT = ("VLLM_USE_MODELSCOPE", "VLLM_MODEL_REDIRECT_PATH", "VLL
 
 
 @dataclass(frozen=True)
-class TokenizerSettings:
+class TokenizerConfig:
     """The tokenizer of a model.
 
     Attributes:
@@ -64,7 +64,7 @@ class TokenizerSettings:
     engine_reason: str | None = None
 
     @classmethod
-    def from_engine(cls, model: str, engine: Mapping[str, Any]) -> TokenizerSettings:
+    def from_engine(cls, model: str, engine: Mapping[str, Any]) -> TokenizerConfig:
         """What vLLM would make of a model and engine options.
 
         Args:
@@ -87,12 +87,12 @@ class TokenizerSettings:
         )
 
 
-def known_to_transformers(settings: TokenizerSettings) -> bool:
-    """Whether transformers' tokenizer gives the tokens that vLLM would; see `reason_for_engine`."""
-    return reason_for_engine(settings) is None
+def is_supported_by_transformers(settings: TokenizerConfig) -> bool:
+    """Whether transformers' tokenizer gives the tokens that vLLM would; see `find_reason_to_tokenize_in_engine`."""
+    return find_reason_to_tokenize_in_engine(settings) is None
 
 
-def reason_for_engine(settings: TokenizerSettings) -> str | None:
+def find_reason_to_tokenize_in_engine(settings: TokenizerConfig) -> str | None:
     """Why prompts must be rendered by vLLM itself, as a clause for the log; None when transformers will do.
 
     It reads a few small files of the model's and the tokenizer's repositories. What cannot be read counts for
@@ -116,7 +116,7 @@ def reason_for_engine(settings: TokenizerSettings) -> str | None:
     return None
 
 
-def load_tokenizer(settings: TokenizerSettings) -> Any:
+def load_tokenizer(settings: TokenizerConfig) -> Any:
     """The transformers tokenizer, as vLLM loads it.
 
     Returns:
@@ -127,7 +127,7 @@ def load_tokenizer(settings: TokenizerSettings) -> Any:
     """
     if looks_like_path(settings.name) and not Path(settings.name).exists():
         raise ConfigError(f"no tokenizer at {settings.name}: there is no such folder")
-    with quick_imports():
+    with imports_without_gc():
         from transformers import AutoTokenizer
 
     try:
@@ -146,10 +146,10 @@ def load_tokenizer(settings: TokenizerSettings) -> Any:
 
 
 def _reasons(name: str, revision: str | None) -> Iterator[str]:
-    folder = _small_files(name, revision)
+    folder = _fetch_config_files(name, revision)
     if folder is None:
         return
-    for pattern, reason in _TELLTALE_FILES.items():
+    for pattern, reason in _VLLM_ONLY_FILES.items():
         # At any depth, as vLLM looks for Mistral's files.
         if next(folder.rglob(pattern), None) is not None:
             yield reason
@@ -179,7 +179,7 @@ def _reasons_in_config(path: Path) -> Iterator[str]:
         yield f"transformers does not know the model type {model_type!r}"
 
 
-def _small_files(name: str, revision: str | None) -> Path | None:
+def _fetch_config_files(name: str, revision: str | None) -> Path | None:
     """A folder with the repository's telltale files and its config.json; None when it cannot be had."""
     if Path(name).exists():
         return Path(name)
@@ -190,7 +190,7 @@ def _small_files(name: str, revision: str | None) -> Path | None:
     # base is among the classes that its own error comes from.
     of_hub = (each for each in HfHubHTTPError.__mro__ if issubclass(each, Exception) and each is not Exception)
     unreachable: tuple[type[Exception], ...] = (OSError, ValueError, *of_hub)
-    patterns = ["config.json", *(f"*{pattern}" for pattern in _TELLTALE_FILES)]
+    patterns = ["config.json", *(f"*{pattern}" for pattern in _VLLM_ONLY_FILES)]
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except unreachable:  # offline, or no such repository: load_tokenizer meets the same next, and reports it

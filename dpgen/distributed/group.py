@@ -2,7 +2,7 @@
 
 Callers never ask which it is. Three rules keep a large job from hanging:
 
-* a collective that may have to wait for a slow rank is asynchronous (`Group.reduce` gives a `Pending`), and whoever
+* a collective that may have to wait for a slow rank is asynchronous (`Group.reduce` gives a `PendingReduce`), and whoever
   waits keeps asking whether a peer has failed;
 * the collectives have no 30-minute limit: slow ranks are waited for, dead ones are noticed by their closed
   connections and by the failure that a dying rank leaves in the store;
@@ -28,7 +28,7 @@ T = TypeVar("T")
 _POLL_S = 0.02
 
 
-class Pending(Protocol):
+class PendingReduce(Protocol):
     """A collective under way."""
 
     def done(self) -> bool:
@@ -42,7 +42,7 @@ class Pending(Protocol):
         """The reduced numbers; only once `done`."""
 
 
-class Store(Protocol):
+class CounterStore(Protocol):
     """The part of c10d's Store that claims need: named counters."""
 
     def add(self, key: str, amount: int) -> int:
@@ -52,27 +52,27 @@ class Store(Protocol):
         """The counters of these names, all of which exist, in one question."""
 
 
-class Group(ABC):
+class RankGroup(ABC):
     """All ranks of the job, seen from one of them."""
 
     rank: int
     size: int
     nodes: list[str]  # the node of each rank
-    store: Store
+    store: CounterStore
     can_shrink = False  # whether the launcher lets ranks go on without one that was lost
 
     @property
-    def counters(self) -> Store:
+    def checked_store(self) -> CounterStore:
         """The store, for whoever is not to know how it fails: its errors are PeerFailed, as the group's are."""
         return self.store
 
     @property
-    def leads_node(self) -> bool:
+    def is_node_leader(self) -> bool:
         """Whether this rank does what is to be done once a node."""
         return self.nodes.index(self.nodes[self.rank]) == self.rank
 
     @abstractmethod
-    def reduce(self, values: Sequence[int], op: Literal["sum", "min"]) -> Pending:
+    def all_reduce_async(self, values: Sequence[int], op: Literal["sum", "min"]) -> PendingReduce:
         """Starts an element-wise all-reduce of whole numbers (int64) over all ranks."""
 
     @abstractmethod
@@ -84,16 +84,16 @@ class Group(ABC):
         """Every rank's value, by rank, on rank 0; None elsewhere."""
 
     @abstractmethod
-    def union(self, mask: np.ndarray) -> np.ndarray:
+    def all_reduce_any(self, mask: np.ndarray) -> np.ndarray:
         """Element-wise "any rank has it" over boolean arrays of one shape."""
 
     @property
-    def epoch(self) -> int:
+    def num_shrinks(self) -> int:
         """How often the ranks have gone on without some that were lost; the same on all of them."""
         return 0
 
     @abstractmethod
-    def total(self, counts: np.ndarray) -> np.ndarray:
+    def all_reduce_sum(self, counts: np.ndarray) -> np.ndarray:
         """Element-wise sums over int64 arrays of one shape."""
 
     @abstractmethod
@@ -117,18 +117,18 @@ class Group(ABC):
         """
 
     @abstractmethod
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Says that this rank goes round its loop. Once it stops saying so, for minutes, it is lost; see `rest`."""
 
     @abstractmethod
-    def rest(self) -> None:
+    def pause_heartbeat(self) -> None:
         """Says that no `beat` is to be expected: what comes may take any time."""
 
     @abstractmethod
     def close(self) -> None:
         """Leaves the group; safe to call twice."""
 
-    def wait(self, pending: Pending, while_waiting: Callable[[], None] = lambda: None) -> list[int]:
+    def wait(self, pending: PendingReduce, on_wait: Callable[[], None] = lambda: None) -> list[int]:
         """Waits for a collective, however long the slowest rank takes.
 
         Args:
@@ -138,11 +138,11 @@ class Group(ABC):
             PeerFailed: a rank failed meanwhile.
         """
         while not pending.done():
-            while_waiting()
+            on_wait()
             time.sleep(_POLL_S)
         return pending.result()
 
-    def agree(self, action: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Runs `action` here, and raises on every rank if it raised on any: an error is said once, not once a rank.
 
         Raises:
@@ -172,26 +172,26 @@ class Group(ABC):
         What the leader prepares (a data cache) the others then find ready. They go on when it fails, too, and
         meet the same error; `agree` around the whole says it once.
         """
-        key = f"dpgen/node_ready/{self._next_phase()}/{self.nodes[self.rank]}"
-        if not self.leads_node:
-            while self.counters.add(key, 0) == 0:
+        key = f"dpgen/node_ready/{self._take_sequence_number()}/{self.nodes[self.rank]}"
+        if not self.is_node_leader:
+            while self.checked_store.add(key, 0) == 0:
                 self.raise_if_peer_failed()
                 time.sleep(_POLL_S)
         try:
             yield
         finally:
-            if self.leads_node:
-                self.counters.add(key, 1)
+            if self.is_node_leader:
+                self.checked_store.add(key, 1)
 
     _phase = 0
 
-    def _next_phase(self) -> int:
+    def _take_sequence_number(self) -> int:
         """Numbers the uses of `node_leader_first`, which all ranks pass in the same order."""
         self._phase += 1
         return self._phase
 
 
-class _Ready:
+class _CompletedReduce:
     """A collective of one."""
 
     def __init__(self, values: Sequence[int]) -> None:
@@ -204,7 +204,7 @@ class _Ready:
         return self._values
 
 
-class LocalStore:
+class InMemoryStore:
     """Named counters within one process."""
 
     def __init__(self) -> None:
@@ -218,17 +218,17 @@ class LocalStore:
         return [self._counts[key] for key in keys]
 
 
-class LoneGroup(Group):
+class SingleRankGroup(RankGroup):
     """A world of one; imports no torch."""
 
     rank, size = 0, 1
 
     def __init__(self, topology: Topology | None = None) -> None:
-        self.store = LocalStore()
+        self.store = InMemoryStore()
         self.nodes = [topology.node if topology else ""]
 
-    def reduce(self, values: Sequence[int], op: Literal["sum", "min"]) -> Pending:
-        return _Ready(values)
+    def all_reduce_async(self, values: Sequence[int], op: Literal["sum", "min"]) -> PendingReduce:
+        return _CompletedReduce(values)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return [value]
@@ -236,10 +236,10 @@ class LoneGroup(Group):
     def gather_object(self, value: Any) -> list[Any] | None:
         return [value]
 
-    def union(self, mask: np.ndarray) -> np.ndarray:
+    def all_reduce_any(self, mask: np.ndarray) -> np.ndarray:
         return mask
 
-    def total(self, counts: np.ndarray) -> np.ndarray:
+    def all_reduce_sum(self, counts: np.ndarray) -> np.ndarray:
         return counts
 
     def raise_if_peer_failed(self) -> None:
@@ -254,10 +254,10 @@ class LoneGroup(Group):
     def shrink(self) -> None:
         raise AssertionError("there is no other rank to lose")
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         return
 
-    def rest(self) -> None:
+    def pause_heartbeat(self) -> None:
         return
 
     def close(self) -> None:

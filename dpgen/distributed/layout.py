@@ -10,14 +10,14 @@ import socket
 from dataclasses import dataclass
 
 from dpgen.config.schema import ParallelConfig
-from dpgen.distributed.group import Group
-from dpgen.distributed.network import address_towards
+from dpgen.distributed.group import RankGroup
+from dpgen.distributed.network import find_local_address_to
 from dpgen.distributed.topology import Topology
 from dpgen.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class World:
+class EngineWorld:
     """The torch.distributed world that an engine process joins with others; see `vllm`'s external launcher.
 
     Attributes:
@@ -35,7 +35,7 @@ class World:
     port: int
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this process is the one that its group's requests come to, and results come from."""
         return self.rank % self.group_size == 0
 
@@ -44,7 +44,7 @@ class World:
         """Data-parallel groups in it: more than one where they step together."""
         return self.size // self.group_size
 
-    def as_environment(self) -> dict[str, str]:
+    def to_env(self) -> dict[str, str]:
         """The variables that torch.distributed and vLLM read."""
         return {
             "RANK": str(self.rank),
@@ -68,16 +68,16 @@ class Layout:
 
     num_engines: int
     group_size: int = 1
-    leads: bool = True
-    lock_step: bool = False
+    is_group_leader: bool = True
+    lockstep: bool = False
 
     @property
-    def is_shared(self) -> bool:
+    def has_shared_engine(self) -> bool:
         """Whether an engine is more than this process's own."""
-        return self.group_size > 1 or self.lock_step
+        return self.group_size > 1 or self.lockstep
 
 
-def layout_of(topology: Topology, parallel: ParallelConfig) -> Layout:
+def build_layout(topology: Topology, parallel: ParallelConfig) -> Layout:
     """Lays the job's processes out.
 
     Raises:
@@ -100,18 +100,18 @@ def layout_of(topology: Topology, parallel: ParallelConfig) -> Layout:
     )
 
 
-def world_of(topology: Topology, layout: Layout, group: Group) -> World | None:
+def build_engine_world(topology: Topology, layout: Layout, group: RankGroup) -> EngineWorld | None:
     """The world of this process's engine; None where it is alone in it. Collective."""
-    if not layout.is_shared:
+    if not layout.has_shared_engine:
         return None
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]  # free now; the engines that take it start within seconds
-    offers = group.all_gather_object((address_towards((topology.master_addr, topology.master_port)), port))
-    size = topology.dp_size if layout.lock_step else layout.group_size
+    offers = group.all_gather_object((find_local_address_to((topology.master_addr, topology.master_port)), port))
+    size = topology.dp_size if layout.lockstep else layout.group_size
     first = topology.dp_rank // size * size
     address, port = offers[first]
-    return World(
+    return EngineWorld(
         rank=topology.dp_rank - first,
         size=size,
         group_size=layout.group_size,

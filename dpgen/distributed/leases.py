@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 _RENEW_INTERVAL_S = 2.0
-_STUCK_S = 300.0
+_MAIN_THREAD_TIMEOUT_S = 300.0
 
 
 class Leases:
@@ -29,25 +29,25 @@ class Leases:
         rank: int,
         *,
         interval_s: float = _RENEW_INTERVAL_S,
-        stuck_s: float = _STUCK_S,
+        stuck_s: float = _MAIN_THREAD_TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._rank, self._clock = store, rank, clock
         self._interval_s, self._stuck_s = interval_s, stuck_s
-        self._beaten_s: float | None = None
+        self._last_heartbeat_s: float | None = None
         self._seen: dict[int, tuple[int, float]] = {}
         self._stopped = threading.Event()
         threading.Thread(target=self._renew, args=(own_store,), name="lease", daemon=True).start()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Says that the main thread goes round; from now on it must go on saying so, until `rest`."""
-        self._beaten_s = self._clock()
+        self._last_heartbeat_s = self._clock()
 
-    def rest(self) -> None:
+    def pause_heartbeat(self) -> None:
         """The main thread does now what may take any time."""
-        self._beaten_s = None
+        self._last_heartbeat_s = None
 
-    def stale(self, members: Sequence[int], limit_s: float) -> list[int]:
+    def find_expired(self, members: Sequence[int], limit_s: float) -> list[int]:
         """The members whose counter has stood still for `limit_s` or longer, as far as this rank has watched."""
         now = self._clock()
         found = []
@@ -65,7 +65,7 @@ class Leases:
 
     @property
     def _is_stuck(self) -> bool:
-        beaten_s = self._beaten_s
+        beaten_s = self._last_heartbeat_s
         return beaten_s is not None and self._clock() - beaten_s > self._stuck_s
 
     def _renew(self, store: Any) -> None:

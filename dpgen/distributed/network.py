@@ -8,13 +8,13 @@ import time
 
 from dpgen.errors import DpgenError
 
-_AGENT_PATIENCE_S = 10.0
+_AGENT_TIMEOUT_S = 10.0
 _POLL_S = 0.05
 
 Address = tuple[str, int]  # host, port
 
 
-def await_agent(address: Address) -> None:
+def wait_for_torchrun_store(address: Address) -> None:
     """Meets torchrun's store, which is up before its ranks are, or finds that torchrun has died since.
 
     TCPStore itself would go on trying for a minute, and then print a stack of its own.
@@ -22,10 +22,10 @@ def await_agent(address: Address) -> None:
     Raises:
         DpgenError: nothing answered for 10 s.
     """
-    deadline_s = time.monotonic() + _AGENT_PATIENCE_S
+    deadline_s = time.monotonic() + _AGENT_TIMEOUT_S
     while True:
         try:
-            socket.create_connection(address, timeout=_AGENT_PATIENCE_S).close()
+            socket.create_connection(address, timeout=_AGENT_TIMEOUT_S).close()
             return
         except OSError as error:
             if time.monotonic() > deadline_s:
@@ -35,7 +35,7 @@ def await_agent(address: Address) -> None:
             time.sleep(_POLL_S)
 
 
-def interface_towards(address: Address) -> str | None:
+def find_interface_to(address: Address) -> str | None:
     """The network interface that this host reaches `address` by, or has it on; None on a host that is alone.
 
     Gloo takes the one that the host's name resolves to, and that is the loopback on hosts whose /etc/hosts says so
@@ -43,14 +43,14 @@ def interface_towards(address: Address) -> str | None:
     """
     import psutil
 
-    own = address_towards(address)
+    own = find_local_address_to(address)
     for name, found in psutil.net_if_addrs().items():
         if name != "lo" and any(each.address.partition("%")[0] == own for each in found):
             return str(name)
     return None
 
 
-def address_towards(address: Address) -> str:
+def find_local_address_to(address: Address) -> str:
     """This host's own address on the way to `address`; the loopback's where that leads nowhere."""
     try:
         family, kind, _, _, target = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
@@ -61,7 +61,7 @@ def address_towards(address: Address) -> str:
         return "127.0.0.1"  # a world of one; in another, joining says what is wrong
 
 
-def raise_file_limit(extra: int) -> None:
+def raise_open_file_limit(extra: int) -> None:
     """Raises the soft limit of open files towards the hard one: gloo holds about 20 + 2 x ranks a process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = soft + extra if hard == resource.RLIM_INFINITY else min(hard, soft + extra)

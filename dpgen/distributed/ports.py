@@ -18,13 +18,13 @@ _BASE, _SPAN = 15_000, 15_000
 _NUMBER, _STRIDE = 8, 1871  # a prime that does not divide the span: the ports differ, and lie far apart
 
 
-def ports_of_job(job: int, step: int) -> tuple[int, ...]:
+def derive_job_ports(job: int, step: int) -> tuple[int, ...]:
     """Ports of a job's step, in order of preference."""
     first = job * 31 + step
     return tuple(_BASE + (first + index * _STRIDE) % _SPAN for index in range(_NUMBER))
 
 
-def listen(ports: Sequence[int]) -> socket.socket:
+def bind_first_free(ports: Sequence[int]) -> socket.socket:
     """Listens, on every address of this machine, on the first of `ports` that can be had.
 
     Raises:
@@ -35,10 +35,10 @@ def listen(ports: Sequence[int]) -> socket.socket:
     for port in ports:
         with contextlib.suppress(OSError):
             return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=both)
-    raise DpgenError(f"none of the ports {listed(ports)} is free on this machine; set MASTER_PORT to one that is")
+    raise DpgenError(f"none of the ports {format_ports(ports)} is free on this machine; set MASTER_PORT to one that is")
 
 
-def listed(ports: Sequence[int]) -> str:
+def format_ports(ports: Sequence[int]) -> str:
     """For people."""
     return ", ".join(map(str, ports))
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     """Prints a free port of the job's; the exit status."""
     job, step = map(int, arguments)
     try:
-        with listen(ports_of_job(job, step)) as listener:
+        with bind_first_free(derive_job_ports(job, step)) as listener:
             print(listener.getsockname()[1])
     except DpgenError as error:
         print(f"dpgen: {error}", file=sys.stderr)

@@ -15,12 +15,14 @@ from collections.abc import Callable
 from typing import Any
 
 from dpgen.errors import DpgenError
-from dpgen.monitoring.startup import Waiting
+from dpgen.monitoring.startup import PeriodicLog
 
 _POLL_S = 0.02
 
 
-def meet(store: Any, rank: int, size: int, timeout_s: float, say: Callable[[str], None] = lambda line: None) -> int:
+def join_rendezvous(
+    store: Any, rank: int, size: int, timeout_s: float, say: Callable[[str], None] = lambda line: None
+) -> int:
     """Waits until all ranks have come; the gathering's number, the same on all.
 
     Args:
@@ -34,31 +36,33 @@ def meet(store: Any, rank: int, size: int, timeout_s: float, say: Callable[[str]
     if rank > 0:
         token = uuid.uuid4().hex
         store.set(f"dpgen/came/{rank}", token)
-        number = int(store.get(f"dpgen/greeting/{token}"))  # blocks, by the store's own time-out
-        store.set(f"dpgen/answer/{number}/{token}", "1")
-        return number
-    number = int(store.add("dpgen/gatherings", 1))
+        round_id = int(store.get(f"dpgen/greeting/{token}"))  # blocks, by the store's own time-out
+        store.set(f"dpgen/answer/{round_id}/{token}", "1")
+        return round_id
+    round_id = int(store.add("dpgen/gatherings", 1))
     deadline_s = time.monotonic() + timeout_s
-    greeted: dict[int, str] = {}
-    awaited = set(range(1, size))
+    acknowledged: dict[int, str] = {}
+    pending_ranks = set(range(1, size))
 
     def missing() -> str:
-        shown = ", ".join(str(other) for other in sorted(awaited)[:10])
-        return f"{shown}{', ...' if len(awaited) > 10 else ''}"
+        shown = ", ".join(str(other) for other in sorted(pending_ranks)[:10])
+        return f"{shown}{', ...' if len(pending_ranks) > 10 else ''}"
 
-    waiting = Waiting(say, lambda: f"waiting for {len(awaited)} of {size} ranks to come: {missing()}")
-    while awaited:
-        for other in sorted(awaited):
+    waiting = PeriodicLog(say, lambda: f"waiting for {len(pending_ranks)} of {size} ranks to come: {missing()}")
+    while pending_ranks:
+        for other in sorted(pending_ranks):
             if not store.check([f"dpgen/came/{other}"]):
                 continue
             token = store.get(f"dpgen/came/{other}").decode()
-            if greeted.get(other) != token:  # a later one than a former rank had left
-                greeted[other] = token
-                store.set(f"dpgen/greeting/{token}", str(number))
-            elif store.check([f"dpgen/answer/{number}/{token}"]):
-                awaited.remove(other)
-        if awaited and time.monotonic() > deadline_s:
-            raise DpgenError(f"{len(awaited)} of {size} ranks have not come within {timeout_s:.0f} s: {missing()}")
+            if acknowledged.get(other) != token:  # a later one than a former rank had left
+                acknowledged[other] = token
+                store.set(f"dpgen/greeting/{token}", str(round_id))
+            elif store.check([f"dpgen/answer/{round_id}/{token}"]):
+                pending_ranks.remove(other)
+        if pending_ranks and time.monotonic() > deadline_s:
+            raise DpgenError(
+                f"{len(pending_ranks)} of {size} ranks have not come within {timeout_s:.0f} s: {missing()}"
+            )
         waiting()
-        time.sleep(_POLL_S if awaited else 0)
-    return number
+        time.sleep(_POLL_S if pending_ranks else 0)
+    return round_id

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-_SILENT_S = 60.0
+_TIMEOUT_S = 60.0
 
 
-class WatchedStore:
+class TimeoutStore:
     """The calls that dpgen makes of a torch.distributed Store, each given up after `limit_s`.
 
     TCPStore's own limit covers waiting for a key, not waiting for an answer: on a dead host it waits for TCP to give
@@ -20,30 +20,30 @@ class WatchedStore:
         RuntimeError: from any call, as the store itself does: no answer, or the store's own error.
     """
 
-    def __init__(self, store: Any, limit_s: float = _SILENT_S) -> None:
+    def __init__(self, store: Any, limit_s: float = _TIMEOUT_S) -> None:
         self._store, self._limit_s = store, limit_s
         self._asker = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._is_lost = False
 
     def add(self, key: str, amount: int) -> int:
-        return int(self._ask(lambda: self._store.add(key, amount)))
+        return int(self._call(lambda: self._store.add(key, amount)))
 
     def get_many(self, keys: Sequence[str]) -> list[int]:
         """The counters of these names, which are known to be there."""
-        return [int(value) for value in self._ask(lambda: self._store.multi_get(list(keys)))]
+        return [int(value) for value in self._call(lambda: self._store.multi_get(list(keys)))]
 
     def check(self, keys: list[str]) -> bool:
-        return bool(self._ask(lambda: self._store.check(keys)))
+        return bool(self._call(lambda: self._store.check(keys)))
 
     def set(self, key: str, value: str) -> None:
-        self._ask(lambda: self._store.set(key, value))
+        self._call(lambda: self._store.set(key, value))
 
     def get(self, key: str) -> bytes:
         """The value of a key that is known to be there."""
-        value: bytes = self._ask(lambda: self._store.get(key))
+        value: bytes = self._call(lambda: self._store.get(key))
         return value
 
-    def _ask(self, call: Callable[[], Any]) -> Any:
+    def _call(self, call: Callable[[], Any]) -> Any:
         if not self._is_lost:
             try:
                 return self._asker.submit(call).result(self._limit_s)

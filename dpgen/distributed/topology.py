@@ -11,9 +11,9 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dpgen.distributed.ports import ports_of_job
+from dpgen.distributed.ports import derive_job_ports
 from dpgen.errors import ConfigError
-from dpgen.formatting import counted
+from dpgen.formatting import format_count
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Topology:
     launcher: str = "none"
     master_addr: str = ""
     master_port: int = 0
-    beacon_ports: tuple[int, ...] = ()
+    discovery_ports: tuple[int, ...] = ()
     restart: int = 0
     job: str = ""
 
@@ -54,12 +54,12 @@ class Topology:
                 raise ConfigError(f"the launcher's environment gives {name} {rank} of {size}")
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this rank speaks for the whole job."""
         return self.dp_rank == 0
 
 
-def from_environment(environ: Mapping[str, str]) -> Topology:
+def read_topology(environ: Mapping[str, str]) -> Topology:
     """Reads torchrun's variables, else srun's, else gives a world of one.
 
     Raises:
@@ -67,31 +67,31 @@ def from_environment(environ: Mapping[str, str]) -> Topology:
     """
     node = socket.gethostname()
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        size = _number(environ, "WORLD_SIZE")
+        size = _read_int(environ, "WORLD_SIZE")
         if size > 1:
             for name in ("MASTER_ADDR", "MASTER_PORT"):
                 if not environ.get(name):
                     raise ConfigError(f"RANK and WORLD_SIZE are set, but {name} is not; launch with torchrun or srun")
-        # A wrapper around srun or mpirun often sets no more than these two; `place_on_node` then finds the rest.
+        # A wrapper around srun or mpirun often sets no more than these two; `fill_local_rank` then finds the rest.
         is_whole = "LOCAL_RANK" in environ and "LOCAL_WORLD_SIZE" in environ
         return Topology(
-            dp_rank=_number(environ, "RANK"),
+            dp_rank=_read_int(environ, "RANK"),
             dp_size=size,
-            local_rank=_number(environ, "LOCAL_RANK", 0) if is_whole else 0,
-            local_size=_number(environ, "LOCAL_WORLD_SIZE", 1) if is_whole else 1,
+            local_rank=_read_int(environ, "LOCAL_RANK", 0) if is_whole else 0,
+            local_size=_read_int(environ, "LOCAL_WORLD_SIZE", 1) if is_whole else 1,
             node=node,
             launcher="torchrun" if is_whole else "wrapper",
             master_addr=environ.get("MASTER_ADDR", ""),
-            master_port=_number(environ, "MASTER_PORT", 0),
-            restart=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+            master_port=_read_int(environ, "MASTER_PORT", 0),
+            restart=_read_int(environ, "TORCHELASTIC_RESTART_COUNT", 0),
         )
     # SLURM_STEP_NUM_TASKS is set by srun alone: in a batch script SLURM_PROCID is there, too, but one process runs.
     if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
-        return _from_slurm(environ, node)
+        return _read_slurm_topology(environ, node)
     return Topology(node=node)
 
 
-def place_on_node(topology: Topology, nodes: Sequence[str]) -> Topology:
+def fill_local_rank(topology: Topology, nodes: Sequence[str]) -> Topology:
     """The topology with its local rank and size found from the nodes of all ranks, where the launcher told neither."""
     if topology.launcher != "wrapper":
         return topology
@@ -99,28 +99,28 @@ def place_on_node(topology: Topology, nodes: Sequence[str]) -> Topology:
     return replace(topology, local_rank=local.index(topology.dp_rank), local_size=len(local))
 
 
-def _from_slurm(environ: Mapping[str, str], node: str) -> Topology:
-    job, step = _number(environ, "SLURM_JOB_ID", 0), _number(environ, "SLURM_STEP_ID", 0)
+def _read_slurm_topology(environ: Mapping[str, str], node: str) -> Topology:
+    job, step = _read_int(environ, "SLURM_JOB_ID", 0), _read_int(environ, "SLURM_STEP_ID", 0)
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
     per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")
-    restart = _number(environ, "SLURM_RESTART_COUNT", 0)
-    port = _number(environ, "MASTER_PORT", 0)
+    restart = _read_int(environ, "SLURM_RESTART_COUNT", 0)
+    port = _read_int(environ, "MASTER_PORT", 0)
     return Topology(
-        dp_rank=_number(environ, "SLURM_PROCID"),
-        dp_size=_number(environ, "SLURM_STEP_NUM_TASKS"),
-        local_rank=_number(environ, "SLURM_LOCALID", 0),
-        local_size=expand_tasks_per_node(per_node)[_number(environ, "SLURM_NODEID", 0)],
+        dp_rank=_read_int(environ, "SLURM_PROCID"),
+        dp_size=_read_int(environ, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_read_int(environ, "SLURM_LOCALID", 0),
+        local_size=expand_tasks_per_node(per_node)[_read_int(environ, "SLURM_NODEID", 0)],
         node=environ.get("SLURMD_NODENAME", node),
         launcher="slurm",
         master_addr=environ.get("MASTER_ADDR") or first_host(nodes) or "127.0.0.1",
         master_port=port,
-        beacon_ports=() if port else ports_of_job(job, step),
+        discovery_ports=() if port else derive_job_ports(job, step),
         restart=restart,
         job=f"SLURM job {job}, step {step}, restart {restart}",
     )
 
 
-def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+def _read_int(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environ.get(name, "")
     if not text and default is not None:
         return default
@@ -151,7 +151,7 @@ def expand_tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def gpus_of_rank(topology: Topology, visible: Sequence[str], gpus_per_rank: int, *, share: bool = False) -> list[str]:
+def assign_gpus(topology: Topology, visible: Sequence[str], gpus_per_rank: int, *, share: bool = False) -> list[str]:
     """The GPUs, as CUDA_VISIBLE_DEVICES names them, that this rank's engine gets.
 
     Args:
@@ -180,12 +180,12 @@ def gpus_of_rank(topology: Topology, visible: Sequence[str], gpus_per_rank: int,
         else f"one rank needs {gpus_per_rank} (parallel.tensor_parallel_size x parallel.pipeline_parallel_size)"
     )
     raise ConfigError(
-        f"{counted(topology.local_size, 'rank')} on {topology.node}: {counted(needed, 'GPU')} needed, "
+        f"{format_count(topology.local_size, 'rank')} on {topology.node}: {format_count(needed, 'GPU')} needed, "
         f"{len(visible)} visible; {advice}"
     )
 
 
-def cores_of_rank(affinities: Sequence[frozenset[int]], local_rank: int) -> list[int]:
+def assign_cores(affinities: Sequence[frozenset[int]], local_rank: int) -> list[int]:
     """The CPU cores that this rank's engine gets.
 
     Args:

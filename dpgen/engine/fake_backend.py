@@ -15,8 +15,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from dpgen.config.schema import unknown_key
-from dpgen.engine.messages import AgreeKv, EngineInfo, EngineSpec, Stats, TextWork, Undecoded
+from dpgen.config.schema import unknown_key_error
+from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig, UndecodedRow
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Completion, Request, RowResult
 
@@ -77,14 +77,14 @@ class FakeBackend:
         self._rows: OrderedDict[int, _Running] = OrderedDict()
         self._num_tokens = 0
 
-    def check(self) -> tuple[str, ...]:
+    def check_options(self) -> tuple[str, ...]:
         fields = {each.name for each in dataclasses.fields(FakeOptions)}
         for name in self._spec.options:
             if name not in fields:
-                raise unknown_key("engine", name, fields)
+                raise unknown_key_error("engine", name, fields)
         for section, name in self._spec.sampling_names():
             if name not in _SAMPLING_FIELDS:
-                raise unknown_key(section, name, _SAMPLING_FIELDS)
+                raise unknown_key_error(section, name, _SAMPLING_FIELDS)
         self._options = FakeOptions(**self._spec.options)
         for name in ("max_num_seqs", "max_model_len"):
             value = getattr(self._options, name)
@@ -92,7 +92,7 @@ class FakeBackend:
                 raise ConfigError(f"engine.{name}={value!r}: it must be a whole number from 1")
         return ()
 
-    def load(self, agree_kv: AgreeKv, text: TextWork) -> EngineInfo:
+    def load(self, agree_kv: AgreeKvFn, text: EngineTextConfig) -> EngineInfo:
         time.sleep(self._options.load_s)
         if self._options.load_error is not None:
             raise RuntimeError(self._options.load_error)
@@ -105,13 +105,13 @@ class FakeBackend:
             device="none",
         )
 
-    def add(self, request: Request) -> None:
+    def add_request(self, request: Request) -> None:
         assert request.prompt_token_ids is not None
         num_prompt_tokens = len(request.prompt_token_ids)
         if num_prompt_tokens >= self._options.max_model_len:
             raise RowRefused("prompt_too_long", f"{num_prompt_tokens} tokens, of at most {self._options.max_model_len}")
         prompt = bytes(request.prompt_token_ids).decode("utf-8", "replace")
-        self._break_down(prompt)
+        self._inject_fault(prompt)
         sampling: dict[str, Any] = {**self._spec.sampling, **request.sampling}
         digest = hashlib.blake2b(f"{prompt}/{sampling.get('seed')}".encode(), digest_size=8)
         budget = sampling.get("max_tokens")
@@ -122,9 +122,9 @@ class FakeBackend:
         budget = min(budget, self._options.max_model_len - num_prompt_tokens)
         self._rows[request.row] = _Running(request, digest.hexdigest(), budget, int(sampling.get("n") or 1))
 
-    def step(self) -> list[RowResult | Undecoded]:
+    def step(self) -> list[RowResult | UndecodedRow]:
         time.sleep(self._options.step_s)
-        results: list[RowResult | Undecoded] = []
+        results: list[RowResult | UndecodedRow] = []
         for row, running in list(self._rows.items())[: self._options.max_num_seqs]:
             running.num_tokens += 1
             self._num_tokens += running.num_samples
@@ -133,12 +133,12 @@ class FakeBackend:
                 results.append(self._result(running))
         return results
 
-    def has_work(self) -> bool:
+    def has_unfinished_requests(self) -> bool:
         return bool(self._rows)
 
-    def stats(self) -> Stats:
+    def stats(self) -> EngineStats:
         num_running = min(len(self._rows), self._options.max_num_seqs)
-        return Stats(self._num_tokens, num_running, len(self._rows) - num_running)
+        return EngineStats(self._num_tokens, num_running, len(self._rows) - num_running)
 
     def close(self) -> None:
         return
@@ -152,7 +152,7 @@ class FakeBackend:
         assert running.request.prompt_token_ids is not None
         return RowResult(running.request.row, len(running.request.prompt_token_ids), completions)
 
-    def _break_down(self, prompt: str) -> None:
+    def _inject_fault(self, prompt: str) -> None:
         options = self._options
         if options.refuse_on is not None and options.refuse_on in prompt:
             raise RowRefused("bad_sampling", f"told to refuse {options.refuse_on!r}")

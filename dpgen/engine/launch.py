@@ -9,23 +9,23 @@ from pathlib import Path
 
 from dpgen.config.schema import Config
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
-from dpgen.data.render import Renderer, TokenizerSettings, load_tokenizer, reason_for_engine
+from dpgen.data.render import PromptRenderer, TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer
 from dpgen.data.tokenizer import looks_like_path
-from dpgen.distributed.group import Group
-from dpgen.distributed.layout import World
-from dpgen.distributed.topology import Topology, cores_of_rank, gpus_of_rank
-from dpgen.engine.messages import EngineSpec, TextWork
-from dpgen.engine.process import EngineProcess, engine_environment
+from dpgen.distributed.group import RankGroup
+from dpgen.distributed.layout import EngineWorld
+from dpgen.distributed.topology import Topology, assign_cores, assign_gpus
+from dpgen.engine.messages import EngineSpec, EngineTextConfig
+from dpgen.engine.process import EngineProcess, build_engine_env
 from dpgen.errors import ConfigError
-from dpgen.log import speaker
-from dpgen.scheduling.request_source import RenderPrompt
+from dpgen.log import setup_logging
+from dpgen.scheduling.request_source import RenderFn
 
 
-def engine_spec(config: Config, topology: Topology, world: World | None) -> EngineSpec:
+def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | None) -> EngineSpec:
     """What this rank's engine is made from."""
     return EngineSpec(
         kind=config.run.engine,
-        model=_model(config),
+        model=_expand_model_path(config),
         options=dict(config.engine),
         sampling=config.sampling_fields,
         sampling_columns=tuple(config.sampling_columns),
@@ -39,34 +39,36 @@ def engine_spec(config: Config, topology: Topology, world: World | None) -> Engi
     )
 
 
-def engine_starter(
-    config: Config, topology: Topology, group: Group, world: World | None
+def make_engine_factory(
+    config: Config, topology: Topology, group: RankGroup, world: EngineWorld | None
 ) -> Callable[[EngineSpec], EngineProcess]:
     """What starts an engine on this rank's own share of its node's devices. Collective.
 
     Raises:
         ConfigError: the model's folder isn't there, or the node has too few GPUs for its ranks.
     """
-    group.agree(lambda: _check_model(config))
+    group.run_on_all_ranks(lambda: _check_model(config))
     affinities = group.all_gather_object((topology.node, frozenset(os.sched_getaffinity(0))))
     on_node = [cores for node, cores in affinities if node == topology.node]
     visible = visible_gpus(os.environ) if config.run.engine == "vllm" else []
     share = config.parallel.share_devices
-    gpus = group.agree(lambda: gpus_of_rank(topology, visible, config.gpus_per_rank, share=share) if visible else None)
+    gpus = group.run_on_all_ranks(
+        lambda: assign_gpus(topology, visible, config.gpus_per_rank, share=share) if visible else None
+    )
     if gpus and world is not None:
         gpus = visible  # its neighbours' too: vLLM takes the one of its LOCAL_RANK, and reaches the others directly
-    cores = None if gpus else cores_of_rank(on_node, min(topology.local_rank, len(on_node) - 1))
-    environment = engine_environment(os.environ, gpus=gpus, num_cores=len(cores or ()), log_level=config.run.log_level)
+    cores = None if gpus else assign_cores(on_node, min(topology.local_rank, len(on_node) - 1))
+    environment = build_engine_env(os.environ, gpus=gpus, num_cores=len(cores or ()), log_level=config.run.log_level)
     if world is not None:
-        environment |= world.as_environment()
+        environment |= world.to_env()
         if len(visible) == 1:  # the launcher has bound each process to a GPU of its own
             environment["LOCAL_RANK"] = "0"
-    say = speaker(topology.dp_rank, "engine")
+    say = setup_logging(topology.dp_rank, "engine")
     return lambda spec: EngineProcess(spec, environment, cores, say)
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextPipeline:
     """The work on text, as it is shared out between the rank and its engine.
 
     Attributes:
@@ -75,12 +77,12 @@ class Texts:
         in_engine: what is left to the engine.
     """
 
-    render: RenderPrompt
+    render: RenderFn
     detokenizer: Detokenizer | None = None
-    in_engine: TextWork = field(default_factory=TextWork)
+    engine_text_config: EngineTextConfig = field(default_factory=EngineTextConfig)
 
 
-def open_tokenizer(config: Config, tell: Callable[[str], None]) -> Texts:
+def build_text_pipeline(config: Config, tell: Callable[[str], None]) -> TextPipeline:
     """Loads what makes prompts into tokens, and tokens into text.
 
     Raises:
@@ -90,39 +92,39 @@ def open_tokenizer(config: Config, tell: Callable[[str], None]) -> Texts:
     if config.run.engine == "fake":
         from dpgen.engine.fake_backend import FakeTokenizer
 
-        fake, text_of = FakeTokenizer(), Renderer(settings, None)
-        return Texts(lambda row: (fake.encode(str(text_of.prompt(row))), None))
-    which = TokenizerSettings.from_engine(_model(config), config.engine)
-    reason = reason_for_engine(which)
+        fake, text_of = FakeTokenizer(), PromptRenderer(settings, None)
+        return TextPipeline(lambda row: (fake.encode(str(text_of.build_prompt(row))), None))
+    which = TokenizerConfig.from_engine(_expand_model_path(config), config.engine)
+    reason = find_reason_to_tokenize_in_engine(which)
     if reason is not None:
         tell(f"prompts are tokenized in the engine process: {reason}")
-        raw = Renderer(settings, None)
-        return Texts(lambda row: (None, raw.prompt(row)), in_engine=TextWork(settings))
+        raw = PromptRenderer(settings, None)
+        return TextPipeline(lambda row: (None, raw.build_prompt(row)), engine_text_config=EngineTextConfig(settings))
     tokenizer = load_tokenizer(which)
-    renderer, fast = Renderer(settings, tokenizer), fast_tokenizer(tokenizer)
-    return Texts(
-        lambda row: (renderer.render(row), None),
+    renderer, fast = PromptRenderer(settings, tokenizer), fast_tokenizer(tokenizer)
+    return TextPipeline(
+        lambda row: (renderer.tokenize_row(row), None),
         None if fast is None else Detokenizer(fast),
-        TextWork(leaves_text=fast is not None),
+        EngineTextConfig(skip_detokenize=fast is not None),
     )
 
 
-def _model(config: Config) -> str:
+def _expand_model_path(config: Config) -> str:
     return os.path.expanduser(config.model)
 
 
 def _check_model(config: Config) -> None:
     """Refuses a folder that isn't there: vLLM would take its name for one on the Hub, and complain about that."""
-    if config.run.engine == "vllm" and looks_like_path(config.model) and not os.path.exists(_model(config)):
+    if config.run.engine == "vllm" and looks_like_path(config.model) and not os.path.exists(_expand_model_path(config)):
         raise ConfigError(f"model={config.model}: there is no such folder")
 
 
-def is_cold(config: Config, environ: Mapping[str, str]) -> bool:
+def has_cold_caches(config: Config, environ: Mapping[str, str]) -> bool:
     """Whether loading the model would fill a cache that the ranks of a node share: of weights, or of compiled code."""
     if config.run.engine != "vllm":
         return False
     return not _has_weights(config.model) or (
-        not config.engine.get("enforce_eager") and not _has_entries(_compile_cache(environ))
+        not config.engine.get("enforce_eager") and not _is_populated(_compile_cache(environ))
     )
 
 
@@ -140,7 +142,7 @@ def _compile_cache(environ: Mapping[str, str]) -> Path:
     return Path(root) / "torch_compile_cache"
 
 
-def _has_entries(folder: Path) -> bool:
+def _is_populated(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 

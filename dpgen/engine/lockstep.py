@@ -14,51 +14,51 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dpgen.distributed.layout import World
+from dpgen.distributed.layout import EngineWorld
 from dpgen.records import Request
 
-_FOREVER = timedelta(days=20)  # gloo's longest; the ranks notice a lost process, and end this one
+_NO_TIMEOUT = timedelta(days=20)  # gloo's longest; the ranks notice a lost process, and end this one
 
 
-class Crew:
+class LockstepGroup:
     """The processes of one world, as one of them sees it. Collective: all make it, at the same point.
 
     Args:
         world: this process's place. torch.distributed is initialised if it isn't yet, from the environment.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: EngineWorld) -> None:
         if not dist.is_initialized():
-            dist.init_process_group("gloo", init_method="env://", timeout=_FOREVER)
+            dist.init_process_group("gloo", init_method="env://", timeout=_NO_TIMEOUT)
         self._world = world
         self._group = world.rank // world.group_size
         self._leader = self._group * world.group_size
-        self._all = dist.new_group(backend="gloo", timeout=_FOREVER)
+        self._all = dist.new_group(backend="gloo", timeout=_NO_TIMEOUT)
         # Every process takes part in the making of every group.
         firsts = range(0, world.size, world.group_size)
         groups = [
-            dist.new_group(list(range(first, first + world.group_size)), timeout=_FOREVER, backend="gloo")
+            dist.new_group(list(range(first, first + world.group_size)), timeout=_NO_TIMEOUT, backend="gloo")
             for first in firsts
         ]
-        self._mine: Any = groups[self._group]
+        self._own_group: Any = groups[self._group]
 
     @property
-    def leads(self) -> bool:
-        return self._world.leads
+    def is_leader(self) -> bool:
+        return self._world.is_leader
 
-    def share(self, requests: list[Request], told_to_stop: bool) -> tuple[list[Request], bool]:
+    def exchange(self, requests: list[Request], stop_requested: bool) -> tuple[list[Request], bool]:
         """One round: what the group's leader has for it, and whether all processes were told to stop.
 
         Args:
             requests: new ones; only the leader has any.
         """
         # Who was not told to stop, and which group's leader has something to pass on.
-        news = torch.zeros(1 + self._world.num_groups, dtype=torch.int64)
-        news[0] = not told_to_stop
-        news[1 + self._group] = bool(requests)
-        dist.all_reduce(news, group=self._all)
-        if news[1 + self._group] and self._world.group_size > 1:
+        flags = torch.zeros(1 + self._world.num_groups, dtype=torch.int64)
+        flags[0] = not stop_requested
+        flags[1 + self._group] = bool(requests)
+        dist.all_reduce(flags, group=self._all)
+        if flags[1 + self._group] and self._world.group_size > 1:
             passed: list[Any] = [requests]
-            dist.broadcast_object_list(passed, src=self._leader, group=self._mine)
+            dist.broadcast_object_list(passed, src=self._leader, group=self._own_group)
             [requests] = passed
-        return requests, not news[0]
+        return requests, not flags[0]

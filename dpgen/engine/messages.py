@@ -1,6 +1,6 @@
 """What the rank process and its engine process say to each other over their pipe, as pickled objects.
 
-Down go `Load`, `KvAgreed`, lists of `Request`, and `Stop`. Up come `Checked`, then `KvMeasured`, then `Ready`, then
+Down go `Load`, `SetKvBytes`, lists of `Request`, and `Stop`. Up come `OptionsChecked`, then `KvBytesMeasured`, then `Ready`, then
 `Finished` and `Stats` for as long as there is work; `Failed` ends it. Only finished rows come up: nothing is sent
 per token.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dpgen.distributed.layout import World
+from dpgen.distributed.layout import EngineWorld
 from dpgen.records import Request, RowResult
 
 
@@ -43,7 +43,7 @@ class EngineSpec:
     pipeline_parallel_size: int = 1
     local_size: int = 1
     enable_expert_parallel: bool = False
-    world: World | None = None
+    world: EngineWorld | None = None
     token_ids: bool = False
 
     def sampling_names(self) -> Iterator[tuple[str, str]]:
@@ -54,7 +54,7 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
-class TextWork:
+class EngineTextConfig:
     """What the engine process does of the work on text; the rank process does the rest, while the engine steps.
 
     Attributes:
@@ -63,11 +63,11 @@ class TextWork:
     """
 
     prompt_settings: Any = None
-    leaves_text: bool = False
+    skip_detokenize: bool = False
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadModel:
     """Down: load the model now.
 
     Attributes:
@@ -75,24 +75,24 @@ class Load:
         kv_bytes: imposes a KV cache size (bytes a device) that was agreed before.
     """
 
-    text: TextWork = field(default_factory=TextWork)
+    text_config: EngineTextConfig = field(default_factory=EngineTextConfig)
     kv_bytes: int | None = None
 
 
 @dataclass(frozen=True)
-class KvAgreed:
+class SetKvBytes:
     """Down: allocate so many bytes of KV cache a device."""
 
     num_bytes: int
 
 
 @dataclass(frozen=True)
-class Stop:
+class Shutdown:
     """Down: drop what is in flight and end."""
 
 
 @dataclass(frozen=True)
-class Checked:
+class OptionsChecked:
     """Up: the options are legal (`problem` is None) or not, before anything is loaded; `notes` are for the log."""
 
     problem: str | None = None
@@ -100,8 +100,8 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class KvMeasured:
-    """Up: bytes of memory a device that this engine has free for its KV cache; a `KvAgreed` must follow."""
+class KvBytesMeasured:
+    """Up: bytes of memory a device that this engine has free for its KV cache; a `SetKvBytes` must follow."""
 
     num_bytes: int
 
@@ -127,14 +127,14 @@ class EngineInfo:
 
 
 @dataclass(frozen=True)
-class Ready:
+class EngineReady:
     """Up: the model is loaded; requests may come."""
 
     info: EngineInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Undecoded:
+class UndecodedRow:
     """A row that is through but for its text, which its rank makes.
 
     Attributes:
@@ -151,11 +151,11 @@ class Undecoded:
 
 
 @dataclass(frozen=True)
-class Finished:
+class RowsFinished:
     """Up: rows that are through, with completions or an error."""
 
     results: list[RowResult]
-    undecoded: list[Undecoded] = field(default_factory=list)
+    undecoded: list[UndecodedRow] = field(default_factory=list)
 
     @property
     def rows(self) -> Iterator[int]:
@@ -165,7 +165,7 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Stats:
+class EngineStats:
     """Up, about once a second while there is work: a sign of life with numbers since the start.
 
     Attributes:
@@ -181,9 +181,9 @@ class Stats:
     num_preemptions: int = 0
     num_cached_tokens: int = 0
 
-    def after(self, earlier: Stats) -> Stats:
+    def add_counts(self, earlier: EngineStats) -> EngineStats:
         """These numbers, with the counts of an earlier engine's life added."""
-        return Stats(
+        return EngineStats(
             earlier.num_generated_tokens + self.num_generated_tokens,
             self.num_running,
             self.num_waiting,
@@ -193,16 +193,16 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Failed:
+class EngineFailed:
     """Up, last: the engine can't go on."""
 
     message: str
 
 
-Event = Checked | KvMeasured | Ready | Finished | Stats | Failed
+Event = OptionsChecked | KvBytesMeasured | EngineReady | RowsFinished | EngineStats | EngineFailed
 
 
-class AgreeKv(Protocol):
+class AgreeKvFn(Protocol):
     """Asks the rank process for the KV cache size: measured bytes in, agreed bytes out."""
 
     def __call__(self, measured_bytes: int) -> int: ...
@@ -211,30 +211,30 @@ class AgreeKv(Protocol):
 class Backend(Protocol):
     """An engine inside the engine process."""
 
-    def check(self) -> tuple[str, ...]:
+    def check_options(self) -> tuple[str, ...]:
         """Checks the options without loading; gives notes for the log.
 
         Raises:
             ConfigError: an illegal option, with its nearest legal neighbour.
         """
 
-    def load(self, agree_kv: AgreeKv, text: TextWork) -> EngineInfo:
+    def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:
         """Loads the model and makes the engine ready; see `Load`."""
 
-    def add(self, request: Request) -> None:
+    def add_request(self, request: Request) -> None:
         """Takes a row in.
 
         Raises:
             RowRefused: this row can't be generated.
         """
 
-    def step(self) -> list[RowResult | Undecoded]:
+    def step(self) -> list[RowResult | UndecodedRow]:
         """Runs the model once; gives the rows that this finished."""
 
-    def has_work(self) -> bool:
+    def has_unfinished_requests(self) -> bool:
         """Whether a step would do anything."""
 
-    def stats(self) -> Stats:
+    def stats(self) -> EngineStats:
         """The numbers so far."""
 
     def close(self) -> None:

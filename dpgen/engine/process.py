@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 
-from dpgen.engine.messages import EngineSpec, Event, Failed, KvAgreed, Load, Stop, TextWork
+from dpgen.engine.messages import EngineFailed, EngineSpec, EngineTextConfig, Event, LoadModel, SetKvBytes, Shutdown
 from dpgen.errors import EngineError
 from dpgen.records import Request
 
@@ -48,7 +48,7 @@ class EngineProcess:
 
     Args:
         spec: what to make.
-        environment: its whole environment; see `engine_environment`.
+        environment: its whole environment; see `build_engine_env`.
         cores: the CPU cores it may run on; None for all of this process's.
         say: takes each line that it, or vLLM in it, prints.
     """
@@ -74,9 +74,9 @@ class EngineProcess:
         if cores is not None:
             os.sched_setaffinity(self._process.pid, cores)
         self._pipe: Connection = Connection(ours.detach())
-        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
-        self._pump = threading.Thread(target=self._read_lines, args=(say,), daemon=True)
-        self._pump.start()
+        self._last_lines: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._log_thread = threading.Thread(target=self._read_lines, args=(say,), daemon=True)
+        self._log_thread.start()
         # Sending has a thread of its own: if both sides filled the pipe at once, each would wait for the other to
         # read. A failed send is noticed by the reader, as the end of the pipe.
         self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
@@ -89,13 +89,13 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def load(self, text: TextWork, kv_bytes: int | None = None) -> None:
-        """Has the model loaded (see `Load`); `Ready` will come, after `KvMeasured` unless `kv_bytes` is given."""
-        self._outbox.put(Load(text, kv_bytes))
+    def load_model(self, text: EngineTextConfig, kv_bytes: int | None = None) -> None:
+        """Has the model loaded (see `Load`); `Ready` will come, after `KvBytesMeasured` unless `kv_bytes` is given."""
+        self._outbox.put(LoadModel(text, kv_bytes))
 
-    def agree_kv(self, num_bytes: int) -> None:
-        """Answers `KvMeasured`."""
-        self._outbox.put(KvAgreed(num_bytes))
+    def set_kv_bytes(self, num_bytes: int) -> None:
+        """Answers `KvBytesMeasured`."""
+        self._outbox.put(SetKvBytes(num_bytes))
 
     def submit(self, requests: list[Request]) -> None:
         """Puts rows into the engine's queue."""
@@ -113,23 +113,23 @@ class EngineProcess:
         try:
             while self._pipe.poll(0 if events else timeout_s):
                 event = self._pipe.recv()
-                if isinstance(event, Failed):
+                if isinstance(event, EngineFailed):
                     self._failure = event.message
                     break
                 events.append(event)
         except (EOFError, OSError):
             if not events:  # what it said before it died is still good
-                raise self._death() from None
+                raise self._make_death_error() from None
         if not events and self._failure is not None:  # what it finished before it failed came first
             self.kill()
             raise EngineError(f"the engine failed: {self._failure}")
         if not events and self._process.poll() is not None:  # a worker of its may still hold the pipe open
-            raise self._death()
+            raise self._make_death_error()
         return events
 
     def stop(self) -> None:
         """Has the engine end, in good order, once it hears of it; `close` waits for that."""
-        self._outbox.put(Stop())
+        self._outbox.put(Shutdown())
 
     def close(self) -> None:
         """Ends the engine, in good order if it listens, and its whole process tree in any case."""
@@ -144,7 +144,7 @@ class EngineProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._outbox.put(None)
-        self._pump.join(timeout=1)
+        self._log_thread.join(timeout=1)
         self._sender.join(timeout=1)
         self._pipe.close()
 
@@ -153,12 +153,12 @@ class EngineProcess:
             while (message := self._outbox.get()) is not None:
                 self._pipe.send(message)
 
-    def _death(self) -> EngineError:
+    def _make_death_error(self) -> EngineError:
         self.kill()
         status = self._process.returncode
         number = signal.Signals(-status) if status < 0 else None
         how = f"was ended by {number.name}" if number else f"exited with status {status}"
-        said = "".join(f"\n    {line}" for line in self._tail)
+        said = "".join(f"\n    {line}" for line in self._last_lines)
         message = f"the engine process {how}"
         if said and number not in (signal.SIGKILL, signal.SIGTERM):  # of those its own lines know nothing
             message += f"; its last lines:{said}"
@@ -169,12 +169,12 @@ class EngineProcess:
         for raw in self._process.stdout:
             line = raw.decode("utf-8", "replace").rstrip()
             if line:
-                self._tail.append(line)
+                self._last_lines.append(line)
                 with contextlib.suppress(OSError):  # nobody reads ours any more; go on reading, or the engine blocks
                     say(line)
 
 
-def engine_environment(
+def build_engine_env(
     environ: Mapping[str, str], *, gpus: Sequence[str] | None, num_cores: int, log_level: str
 ) -> dict[str, str]:
     """The engine process's environment: the rank's, without the launcher's world, with its share of devices.

@@ -17,32 +17,32 @@ from typing import TYPE_CHECKING
 
 from dpgen.engine.messages import (
     Backend,
-    Checked,
+    EngineFailed,
+    EngineReady,
     EngineSpec,
-    Failed,
-    Finished,
-    KvAgreed,
-    KvMeasured,
-    Load,
-    Ready,
-    Stats,
-    Stop,
-    Undecoded,
+    EngineStats,
+    KvBytesMeasured,
+    LoadModel,
+    OptionsChecked,
+    RowsFinished,
+    SetKvBytes,
+    Shutdown,
+    UndecodedRow,
 )
 from dpgen.errors import ConfigError, RowRefused
-from dpgen.imports import quick_imports
-from dpgen.lifecycle.parent_death import end_with_parent
-from dpgen.records import Request, RowResult, refused
+from dpgen.imports import imports_without_gc
+from dpgen.lifecycle.parent_death import set_parent_death_signal
+from dpgen.records import Request, RowResult, make_rejected_result
 
 if TYPE_CHECKING:
-    from dpgen.engine.lockstep import Crew
+    from dpgen.engine.lockstep import LockstepGroup
 
 _STATS_INTERVAL_S = 1.0
 _IDLE_S = 0.005  # between rounds of processes that go round together and have nothing to do
 
 
 def main() -> None:
-    end_with_parent(signal.SIGKILL, int(sys.argv[2]))  # a killed rank leaves no engine holding a GPU
+    set_parent_death_signal(signal.SIGKILL, int(sys.argv[2]))  # a killed rank leaves no engine holding a GPU
     # A batch system signals every process of a job, whatever its session; when the engine ends is its rank's to say.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -55,102 +55,102 @@ def main() -> None:
         return  # the rank is gone, and with it whoever wanted these rows
     except Exception as error:  # noqa: BLE001 - the process boundary: everything becomes a message to the rank
         traceback.print_exc()
-        _send_last(pipe, Failed(f"{type(error).__name__}: {error}"))
+        _try_send(pipe, EngineFailed(f"{type(error).__name__}: {error}"))
         sys.exit(1)
 
 
 def _serve(pipe: Connection) -> None:
     spec: EngineSpec = pipe.recv()
-    backend = _backend(spec)
+    backend = _build_backend(spec)
     try:
-        notes = backend.check()
+        notes = backend.check_options()
     except ConfigError as error:
-        pipe.send(Checked(problem=str(error)))
+        pipe.send(OptionsChecked(problem=str(error)))
         return
-    pipe.send(Checked(notes=notes))
-    order = pipe.recv()
-    if isinstance(order, Stop):
+    pipe.send(OptionsChecked(notes=notes))
+    load_request = pipe.recv()
+    if isinstance(load_request, Shutdown):
         return
-    assert isinstance(order, Load)
+    assert isinstance(load_request, LoadModel)
 
     def agree_kv(measured_bytes: int) -> int:
-        if order.kv_bytes is not None:
-            return order.kv_bytes
-        pipe.send(KvMeasured(measured_bytes))
+        if load_request.kv_bytes is not None:
+            return load_request.kv_bytes
+        pipe.send(KvBytesMeasured(measured_bytes))
         answer = pipe.recv()
-        assert isinstance(answer, KvAgreed)
+        assert isinstance(answer, SetKvBytes)
         return answer.num_bytes
 
-    info = backend.load(agree_kv, order.text)
+    info = backend.load(agree_kv, load_request.text_config)
     if spec.world is None:
-        pipe.send(Ready(info))
+        pipe.send(EngineReady(info))
         _generate(pipe, backend)
     else:
-        from dpgen.engine.lockstep import Crew
+        from dpgen.engine.lockstep import LockstepGroup
 
-        crew = Crew(spec.world)
-        pipe.send(Ready(info))
-        _generate_together(pipe, backend, crew)
+        crew = LockstepGroup(spec.world)
+        pipe.send(EngineReady(info))
+        _generate_lockstep(pipe, backend, crew)
     backend.close()
 
 
 def _generate(pipe: Connection, backend: Backend) -> None:
     """Admits whatever has arrived, steps, sends what is finished; sleeps only when there is no work."""
-    report = _Report(pipe, backend)
+    report = _EventSender(pipe, backend)
     while True:
-        finished: list[RowResult | Undecoded] = []
-        while pipe.poll(0 if backend.has_work() or finished else None):
+        finished: list[RowResult | UndecodedRow] = []
+        while pipe.poll(0 if backend.has_unfinished_requests() or finished else None):
             message = pipe.recv()
-            if isinstance(message, Stop):
+            if isinstance(message, Shutdown):
                 return
-            report.num_inside += len(message)
-            finished += _add(backend, message)
-        if backend.has_work():
+            report.num_in_flight += len(message)
+            finished += _add_requests(backend, message)
+        if backend.has_unfinished_requests():
             finished += backend.step()
         report.send(finished)
 
 
-def _generate_together(pipe: Connection, backend: Backend, crew: Crew) -> None:
+def _generate_lockstep(pipe: Connection, backend: Backend, crew: LockstepGroup) -> None:
     """The same in lock-step with other processes: all admit the same before the same step; the leader reports.
 
     Goes round until all were told to stop, since none can step, or stop, alone. `has_work` agrees with the other
     groups and so is asked once a round, whatever comes of it.
     """
-    report = _Report(pipe, backend)
-    told_to_stop = False
+    report = _EventSender(pipe, backend)
+    stop_requested = False
     while True:
         requests: list[Request] = []
         while pipe.poll(0):
             message = pipe.recv()
-            if isinstance(message, Stop):
-                told_to_stop = True
+            if isinstance(message, Shutdown):
+                stop_requested = True
             else:
                 requests += message
-        requests, is_over = crew.share(requests, told_to_stop)
+        requests, is_over = crew.exchange(requests, stop_requested)
         if is_over:
             return
-        report.num_inside += len(requests)
-        finished = _add(backend, requests)
-        if backend.has_work():
+        report.num_in_flight += len(requests)
+        finished = _add_requests(backend, requests)
+        if backend.has_unfinished_requests():
             finished += backend.step()
         elif not requests:
             time.sleep(_IDLE_S)
-        if crew.leads:
+        if crew.is_leader:
             report.send(finished)
 
 
-def _add(backend: Backend, requests: list[Request]) -> list[RowResult | Undecoded]:
+def _add_requests(backend: Backend, requests: list[Request]) -> list[RowResult | UndecodedRow]:
     """Admits rows; the results of those that are refused."""
-    results: list[RowResult | Undecoded] = []
+    results: list[RowResult | UndecodedRow] = []
     for request in requests:
         try:
-            backend.add(request)
+            backend.add_request(request)
         except RowRefused as why:
-            results.append(refused(request.row, why))
+            results.append(make_rejected_result(request.row, why))
     return results
 
 
-class _Report:
+class _EventSender:
     """What goes up: finished rows at once, numbers now and then, and before the last row.
 
     Attributes:
@@ -158,23 +158,23 @@ class _Report:
     """
 
     def __init__(self, pipe: Connection, backend: Backend) -> None:
-        self._pipe, self._backend = pipe, backend
+        self._pipe, self._build_backend = pipe, backend
         self._next_stats_s = 0.0
-        self.num_inside = 0
+        self.num_in_flight = 0
 
-    def send(self, finished: list[RowResult | Undecoded]) -> None:
-        self.num_inside -= len(finished)
-        is_last = bool(finished) and self.num_inside == 0  # after it the rank may be through, and read no more
+    def send(self, finished: list[RowResult | UndecodedRow]) -> None:
+        self.num_in_flight -= len(finished)
+        is_last = bool(finished) and self.num_in_flight == 0  # after it the rank may be through, and read no more
         if is_last or time.monotonic() >= self._next_stats_s:
             self._next_stats_s = time.monotonic() + _STATS_INTERVAL_S
-            stats: Stats = self._backend.stats()
+            stats: EngineStats = self._build_backend.stats()
             self._pipe.send(stats)
         if finished:
             results = [each for each in finished if isinstance(each, RowResult)]
-            self._pipe.send(Finished(results, [each for each in finished if isinstance(each, Undecoded)]))
+            self._pipe.send(RowsFinished(results, [each for each in finished if isinstance(each, UndecodedRow)]))
 
 
-def _backend(spec: EngineSpec) -> Backend:
+def _build_backend(spec: EngineSpec) -> Backend:
     if spec.kind == "fake":
         from dpgen.engine.fake_backend import FakeBackend
 
@@ -182,13 +182,13 @@ def _backend(spec: EngineSpec) -> Backend:
     # The CPU build says so at every start, whatever its log level is: that its Triton is made for GPUs is no news.
     at_import = logging.getLogger("vllm.triton_utils.importing")
     at_import.addFilter(lambda record: "doesn't include CPU backend" not in record.getMessage())
-    with quick_imports():
+    with imports_without_gc():
         from dpgen.engine.vllm_backend import VllmBackend
 
     return VllmBackend(spec)
 
 
-def _send_last(pipe: Connection, message: Failed) -> None:
+def _try_send(pipe: Connection, message: EngineFailed) -> None:
     try:
         pipe.send(message)
     except (OSError, ValueError):

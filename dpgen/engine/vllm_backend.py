@@ -28,13 +28,13 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
 
-from dpgen.config.schema import unknown_key
-from dpgen.engine.messages import AgreeKv, EngineInfo, EngineSpec, Stats, TextWork, Undecoded
+from dpgen.config.schema import unknown_key_error
+from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig, UndecodedRow
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Completion, Request, RowError, RowResult
 
 # Fields of SamplingParams that belong to dpgen: how results come back, and vLLM's own bookkeeping.
-_OWN_SAMPLING = {"output_kind", "skip_clone", "output_text_buffer_length", "stream_interval"}
+_RESERVED_SAMPLING_FIELDS = {"output_kind", "skip_clone", "output_text_buffer_length", "stream_interval"}
 
 
 class VllmBackend:
@@ -53,11 +53,11 @@ class VllmBackend:
         self._preemptions: dict[str, int] = {}  # running sequences that were set back, and how often
         self._num_preemptions = 0
 
-    def check(self) -> tuple[str, ...]:
+    def check_options(self) -> tuple[str, ...]:
         self._check_names()
         options, notes = dict(self._spec.options), []
         if current_platform.is_cpu():
-            notes = _adapt_to_cpu(options, self._spec.local_size)
+            notes = _apply_cpu_defaults(options, self._spec.local_size)
         if self._spec.world is not None:
             options["data_parallel_size"] = self._spec.world.num_groups
         options.setdefault("disable_log_stats", True)
@@ -73,20 +73,20 @@ class VllmBackend:
             )
             self._config = args.create_engine_config(UsageContext.LLM_CLASS)
         except Exception as error:  # noqa: BLE001 - its errors have no common base
-            raise ConfigError(f"vLLM refuses the model or an engine.* key: {_reason(error)}") from None
+            raise ConfigError(f"vLLM refuses the model or an engine.* key: {_summarize_error(error)}") from None
         self._sampling = self._default_sampling()
         entries = {f"sampling_by_rank[{index}]": entry for index, entry in enumerate(self._spec.sampling_by_rank)}
         for section, entry in {"sampling": {}, **entries}.items():
             try:
                 self._params.validate_python({**self._sampling, **entry})
             except Exception as error:  # noqa: BLE001 - its errors have no common base
-                raise ConfigError(f"vLLM refuses a {section}.* key: {_reason(error)}") from None
+                raise ConfigError(f"vLLM refuses a {section}.* key: {_summarize_error(error)}") from None
         return tuple(notes)
 
-    def load(self, agree_kv: AgreeKv, text: TextWork) -> EngineInfo:
+    def load(self, agree_kv: AgreeKvFn, text: EngineTextConfig) -> EngineInfo:
         assert self._config is not None
-        self._leaves_text = text.leaves_text
-        _Agreeing.agree_kv = agree_kv
+        self._leaves_text = text.skip_detokenize
+        _SyncKvMixin.agree_kv = agree_kv
         # By its constructor, which takes the executor's class: in its configuration vLLM wants one of its own names,
         # for pipelines and external launchers at least.
         self._engine = LLMEngine(
@@ -96,9 +96,9 @@ class VllmBackend:
             usage_context=UsageContext.LLM_CLASS,
         )
         if text.prompt_settings is not None:
-            from dpgen.engine.vllm_render import EngineRenderer
+            from dpgen.engine.vllm_render import VllmRenderer
 
-            self._render = EngineRenderer(self._engine, text.prompt_settings).render
+            self._render = VllmRenderer(self._engine, text.prompt_settings).render
         config = self._engine.vllm_config
         return EngineInfo(
             max_num_seqs=config.scheduler_config.max_num_seqs,
@@ -109,9 +109,9 @@ class VllmBackend:
             device=current_platform.device_type,
         )
 
-    def add(self, request: Request) -> None:
+    def add_request(self, request: Request) -> None:
         assert self._engine is not None
-        params = self._params_of(request)
+        params = self._build_params(request)
         token_ids = request.prompt_token_ids
         if token_ids is None:
             assert self._render is not None
@@ -127,17 +127,19 @@ class VllmBackend:
         except Exception as error:  # noqa: BLE001 - foreign code over a row's own values: one bad row costs one row
             self._undecoded.pop(request.row, None)
             self._engine.abort_request([str(request.row)])  # it may have got halfway in
-            raise RowRefused(_kind_of_refusal(error, len(token_ids), self._max_model_len), _reason(error)) from None
+            raise RowRefused(
+                _classify_rejection(error, len(token_ids), self._max_model_len), _summarize_error(error)
+            ) from None
 
-    def step(self) -> list[RowResult | Undecoded]:
+    def step(self) -> list[RowResult | UndecodedRow]:
         assert self._engine is not None
         outputs = self._engine.step()
-        return [self._result(output) for output in outputs if isinstance(output, RequestOutput) and output.finished]
+        return [self._to_result(output) for output in outputs if isinstance(output, RequestOutput) and output.finished]
 
-    def has_work(self) -> bool:
+    def has_unfinished_requests(self) -> bool:
         return self._engine is not None and self._engine.has_unfinished_requests()
 
-    def stats(self) -> Stats:
+    def stats(self) -> EngineStats:
         assert self._engine is not None
         states = self._engine.output_processor.request_states.values()
         num_running_tokens = sum(s.detokenizer.num_output_tokens() for s in states if s.detokenizer is not None)
@@ -149,7 +151,7 @@ class VllmBackend:
             if request.num_preemptions:
                 self._preemptions[name] = request.num_preemptions
                 self._num_preemptions += request.num_preemptions - before.get(name, 0)
-        return Stats(
+        return EngineStats(
             self._num_finished_tokens + num_running_tokens,
             num_running,
             num_waiting,
@@ -162,15 +164,15 @@ class VllmBackend:
         # With one device, and caches nowhere else, all of it is in this process and ends with it; vLLM's own way there
         # looks through all of the heap for a second.
         caches_elsewhere = self._config.kv_transfer_config or self._config.ec_transfer_config
-        if self._engine is not None and (self._executor is not AgreeingUniExecutor or caches_elsewhere):
+        if self._engine is not None and (self._executor is not SyncKvUniProcExecutor or caches_elsewhere):
             self._engine.engine_core.shutdown()
 
     @property
     def _executor(self) -> Any:  # a class; to mypy vLLM's are of any type
         if self._spec.world is not None:
-            return AgreeingExternalExecutor
+            return SyncKvExternalExecutor
         num_devices = self._spec.tensor_parallel_size * self._spec.pipeline_parallel_size
-        return AgreeingUniExecutor if num_devices == 1 else AgreeingMultiExecutor
+        return SyncKvUniProcExecutor if num_devices == 1 else SyncKvMultiprocExecutor
 
     @property
     def _max_model_len(self) -> int:
@@ -181,12 +183,14 @@ class VllmBackend:
         engine_fields = {each.name for each in dataclasses.fields(EngineArgs)}
         for name in self._spec.options:
             if name not in engine_fields:
-                raise unknown_key("engine", name, engine_fields)
+                raise unknown_key_error("engine", name, engine_fields)
         _check_types(self._spec.options)
-        sampling_fields = {f for f in SamplingParams.__struct_fields__ if not f.startswith("_")} - _OWN_SAMPLING
+        sampling_fields = {
+            f for f in SamplingParams.__struct_fields__ if not f.startswith("_")
+        } - _RESERVED_SAMPLING_FIELDS
         for section, name in self._spec.sampling_names():
             if name not in sampling_fields:
-                raise unknown_key(section, name, sampling_fields)
+                raise unknown_key_error(section, name, sampling_fields)
 
     def _default_sampling(self) -> dict[str, Any]:
         """The model's generation config, as `LLM.get_default_sampling_params` takes it, under the run's sampling."""
@@ -194,15 +198,15 @@ class VllmBackend:
         defaults = {"max_tokens": None, **self._config.model_config.get_diff_sampling_param()}
         return {**defaults, **self._spec.sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
 
-    def _params_of(self, request: Request) -> SamplingParams:
+    def _build_params(self, request: Request) -> SamplingParams:
         try:
             params = self._params.validate_python({**self._sampling, **request.sampling})
         except Exception as error:  # noqa: BLE001 - as in `add`
-            raise RowRefused("bad_sampling", _reason(error)) from None
+            raise RowRefused("bad_sampling", _summarize_error(error)) from None
         assert isinstance(params, SamplingParams)
         return params
 
-    def _result(self, output: RequestOutput) -> RowResult | Undecoded:
+    def _to_result(self, output: RequestOutput) -> RowResult | UndecodedRow:
         row = int(output.request_id)
         num_prompt_tokens = len(output.prompt_token_ids or ())
         self._num_cached_tokens += output.num_cached_tokens or 0
@@ -228,10 +232,10 @@ class VllmBackend:
         # What ends a row (its last token, since it has no stop strings) is no part of its text.
         shows_stop = undecoded.include_stop_str_in_output
         ids = [list(o.token_ids[:-1] if o.finish_reason == "stop" and not shows_stop else o.token_ids) for o in outputs]
-        return Undecoded(result, tuple(ids), undecoded.skip_special_tokens)
+        return UndecodedRow(result, tuple(ids), undecoded.skip_special_tokens)
 
 
-class _Agreeing:
+class _SyncKvMixin:
     """Asks the ranks how large the KV cache is to be, at the point where vLLM has measured what is free.
 
     vLLM makes the executor itself, from its class: the question goes through a class attribute.
@@ -240,22 +244,22 @@ class _Agreeing:
         backend: vLLM's name for the executor that it adds to.
     """
 
-    agree_kv: ClassVar[AgreeKv]
+    agree_kv: ClassVar[AgreeKvFn]
     backend: ClassVar[str]
 
     def determine_available_memory(self) -> list[int]:
         measured: list[int] = super().determine_available_memory()  # type: ignore[misc]
-        agreed = _Agreeing.agree_kv(min(measured))
+        agreed = _SyncKvMixin.agree_kv(min(measured))
         return [agreed] * len(measured)
 
 
-class AgreeingUniExecutor(_Agreeing, UniProcExecutor):
+class SyncKvUniProcExecutor(_SyncKvMixin, UniProcExecutor):
     """One device, its worker in this process."""
 
     backend = "uni"
 
 
-class AgreeingExternalExecutor(_Agreeing, ExecutorWithExternalLauncher):
+class SyncKvExternalExecutor(_SyncKvMixin, ExecutorWithExternalLauncher):
     """One device of several that torchrun's processes drive, a worker in each."""
 
     backend = "external_launcher"
@@ -267,7 +271,7 @@ class AgreeingExternalExecutor(_Agreeing, ExecutorWithExternalLauncher):
         return f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", rank, local_rank
 
 
-class AgreeingMultiExecutor(_Agreeing, MultiprocExecutor):
+class SyncKvMultiprocExecutor(_SyncKvMixin, MultiprocExecutor):
     """Several devices, a worker process each."""
 
     backend = "mp"
@@ -283,10 +287,10 @@ def _check_types(options: dict[str, Any]) -> None:
         try:
             pydantic.TypeAdapter[Any](expected).validate_python(value)  # type: ignore[arg-type]
         except pydantic.ValidationError as error:
-            raise ConfigError(f"engine.{name}={value!r}: {_reason(error)}") from None
+            raise ConfigError(f"engine.{name}={value!r}: {_summarize_error(error)}") from None
 
 
-def _adapt_to_cpu(options: dict[str, Any], local_size: int) -> list[str]:
+def _apply_cpu_defaults(options: dict[str, Any], local_size: int) -> list[str]:
     """Steps around what vLLM can't do on the CPU, unless the user asked for it; gives a note for each step."""
     notes = []
     if "enable_chunked_prefill" not in options:
@@ -299,7 +303,7 @@ def _adapt_to_cpu(options: dict[str, Any], local_size: int) -> list[str]:
     return [f"vLLM on the CPU: {'; '.join(notes)}"] if notes else []
 
 
-def _kind_of_refusal(error: Exception, num_prompt_tokens: int, max_model_len: int) -> str:
+def _classify_rejection(error: Exception, num_prompt_tokens: int, max_model_len: int) -> str:
     """The error type of a row that `add_request` refused; vLLM itself tells only by its message."""
     if num_prompt_tokens == 0:
         return "empty_prompt"
@@ -310,7 +314,7 @@ def _kind_of_refusal(error: Exception, num_prompt_tokens: int, max_model_len: in
     return "bad_sampling"
 
 
-def _reason(error: Exception) -> str:
+def _summarize_error(error: Exception) -> str:
     """An error of vLLM or pydantic in one line."""
     if isinstance(error, pydantic.ValidationError):
         parts = []

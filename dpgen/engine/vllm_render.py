@@ -11,12 +11,12 @@ import copy
 from typing import Any
 
 from dpgen.data.chat import Message
-from dpgen.data.render import PromptSettings
+from dpgen.data.render import PromptConfig
 from dpgen.errors import ConfigError, RowRefused
 
 
-class EngineRenderer:
-    """Renders the prompts that `Renderer.prompt` made.
+class VllmRenderer:
+    """Renders the prompts that `PromptRenderer.prompt` made.
 
     Args:
         engine: vLLM's `LLMEngine`, or a renderer of it.
@@ -26,11 +26,11 @@ class EngineRenderer:
         ConfigError: a chat without a chat template: no row could be rendered.
     """
 
-    def __init__(self, engine: Any, settings: PromptSettings) -> None:
+    def __init__(self, engine: Any, settings: PromptConfig) -> None:
         self._renderer = getattr(engine, "renderer", engine)
         if settings.is_chat:
             self._chat_params = _chat_params(self._renderer, settings)
-            self._refuse_missing_template()
+            self._require_chat_template()
 
     def render(self, prompt: str | list[Message]) -> list[int]:
         """The prompt's token ids, at least one.
@@ -70,7 +70,7 @@ class EngineRenderer:
         ids: list[int] = rendered["prompt_token_ids"]
         return ids
 
-    def _refuse_missing_template(self) -> None:
+    def _require_chat_template(self) -> None:
         try:
             self._chat_ids([{"role": "user", "content": "warmup"}])
         except Exception as error:
@@ -79,7 +79,7 @@ class EngineRenderer:
                 raise ConfigError("the tokenizer has no chat template; set data.chat_template") from error
 
 
-def _chat_params(renderer: Any, settings: PromptSettings) -> Any:
+def _chat_params(renderer: Any, settings: PromptConfig) -> Any:
     from vllm.renderers import ChatParams
     from vllm.utils.mistral import is_mistral_tokenizer
 

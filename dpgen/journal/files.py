@@ -12,7 +12,7 @@ from pathlib import Path
 from dpgen.errors import DpgenError
 
 
-class Files:
+class FileSystem:
     """The real ones. Each raises OSError as the system does."""
 
     def create(self, path: Path) -> int:
@@ -59,13 +59,13 @@ class Files:
             os.close(fd)
 
 
-def write_whole(path: Path, text: str, files: Files | None = None) -> None:
+def atomic_write_text(path: Path, text: str, files: FileSystem | None = None) -> None:
     """Writes a small file so that a crash leaves the old one or the new one, never a part.
 
     Raises:
         DpgenError: it can't be written.
     """
-    files = files or Files()
+    files = files or FileSystem()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # ranks of one node may write the same file
     try:
         temporary.unlink(missing_ok=True)  # of a process of this number, which died
@@ -83,13 +83,13 @@ def write_whole(path: Path, text: str, files: Files | None = None) -> None:
         raise DpgenError(f"{path} can't be written: {error.strerror}") from None
 
 
-def publish_folder(temporary: Path, final: Path, files: Files | None = None) -> None:
+def publish_directory(temporary: Path, final: Path, files: FileSystem | None = None) -> None:
     """Gives a folder its final name once all in it is on the disk; what had that name before goes.
 
     Raises:
         OSError: the disk refuses.
     """
-    files = files or Files()
+    files = files or FileSystem()
     for path in sorted(temporary.iterdir()):
         files.sync_path(path)
     files.sync_folder(temporary)

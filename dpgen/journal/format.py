@@ -25,7 +25,7 @@ import numpy as np
 MAGIC = b"dpgen journal 2\n"
 ID_BYTES = 8
 HEADER_BYTES = len(MAGIC) + ID_BYTES
-HEAD = struct.Struct("<IIqB")  # CRC-32, payload length, row index, flags
+FRAME_HEADER = struct.Struct("<IIqB")  # CRC-32, payload length, row index, flags
 _BODY = struct.Struct("<IqB")  # the same after its checksum
 TRAILER = struct.Struct("<8sQI")  # mark, offset of the index, CRC-32 of those two
 FLAG_ERROR = 1
@@ -33,7 +33,7 @@ _FLAG_INDEX = 0x80
 _CRC_BYTES = 4
 _MARK = b"\x89dpgenix"  # not ASCII, so no payload ends like it
 _INDEX_ROW_BYTES = 8 + 4 + 1
-_MOST_CANDIDATES = 100_000  # places tried as a frame's start in a damaged segment; random bytes hold few
+_MAX_CANDIDATES = 100_000  # places tried as a frame's start in a damaged segment; random bytes hold few
 _NAME = re.compile(r"attempt-(\d{4,})-rank-(\d{5,})-part-(\d{4,})\.journal")
 
 
@@ -47,25 +47,25 @@ def parse_name(name: str) -> tuple[int, int, int] | None:
     return None if match is None else (int(match[1]), int(match[2]), int(match[3]))
 
 
-def header(segment_id: bytes) -> bytes:
+def encode_segment_header(segment_id: bytes) -> bytes:
     assert len(segment_id) == ID_BYTES
     return MAGIC + segment_id
 
 
-def frame(row: int, flags: int, payload: bytes) -> bytes:
+def encode_frame(row: int, flags: int, payload: bytes) -> bytes:
     body = _BODY.pack(len(payload), row, flags) + payload
     return zlib.crc32(body).to_bytes(_CRC_BYTES, "little") + body
 
 
-def payload_of(found: bytes, row: int) -> bytes | None:
+def decode_payload(found: bytes, row: int) -> bytes | None:
     """The payload of a frame read from where an index says that `row` has one; None if it isn't sound."""
-    checksum, length, its_row, _ = HEAD.unpack_from(found)
-    if its_row != row or length != len(found) - HEAD.size or zlib.crc32(found[_CRC_BYTES:]) != checksum:
+    checksum, length, its_row, _ = FRAME_HEADER.unpack_from(found)
+    if its_row != row or length != len(found) - FRAME_HEADER.size or zlib.crc32(found[_CRC_BYTES:]) != checksum:
         return None
-    return found[HEAD.size :]
+    return found[FRAME_HEADER.size :]
 
 
-def seal(segment_id: bytes, rows: array[int], lengths: array[int], flags: bytes | bytearray, end: int) -> bytes:
+def encode_index(segment_id: bytes, rows: array[int], lengths: array[int], flags: bytes | bytearray, end: int) -> bytes:
     """Index and trailer of a segment whose frames end at byte `end`."""
     payload = b"".join(
         [
@@ -76,7 +76,7 @@ def seal(segment_id: bytes, rows: array[int], lengths: array[int], flags: bytes 
         ]
     )
     trailer = struct.pack("<8sQ", _MARK, end)
-    return frame(len(rows), _FLAG_INDEX, payload) + trailer + zlib.crc32(trailer).to_bytes(_CRC_BYTES, "little")
+    return encode_frame(len(rows), _FLAG_INDEX, payload) + trailer + zlib.crc32(trailer).to_bytes(_CRC_BYTES, "little")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class Frames:
     def __len__(self) -> int:
         return len(self.row)
 
-    def only(self, keep: np.ndarray) -> Frames:
+    def select(self, keep: np.ndarray) -> Frames:
         return Frames(self.row[keep], self.offset[keep], self.length[keep], self.error[keep])
 
 
@@ -105,7 +105,7 @@ NO_FRAMES = Frames(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.
 
 def _contiguous(row: np.ndarray, length: np.ndarray, flags: np.ndarray) -> Frames:
     """Frames that follow each other from the header on."""
-    ends = HEADER_BYTES + np.cumsum(length + np.int64(HEAD.size))
+    ends = HEADER_BYTES + np.cumsum(length + np.int64(FRAME_HEADER.size))
     return Frames(row, ends - length, length, (flags & FLAG_ERROR).astype(bool))
 
 
@@ -116,7 +116,7 @@ def index_offset(trailer: bytes, size: int) -> int | None:
     mark, offset, checksum = TRAILER.unpack(trailer)
     if mark != _MARK or checksum != zlib.crc32(trailer[:-_CRC_BYTES]):
         return None
-    return int(offset) if HEADER_BYTES <= offset <= size - TRAILER.size - HEAD.size else None
+    return int(offset) if HEADER_BYTES <= offset <= size - TRAILER.size - FRAME_HEADER.size else None
 
 
 def read_index(found: bytes, start: int, segment_id: bytes) -> Frames | None:
@@ -126,8 +126,8 @@ def read_index(found: bytes, start: int, segment_id: bytes) -> Frames | None:
         found: the index's frame, all of it.
         start: where in the segment it begins.
     """
-    checksum, length, count, flags = HEAD.unpack_from(found)
-    payload = memoryview(found)[HEAD.size :]
+    checksum, length, count, flags = FRAME_HEADER.unpack_from(found)
+    payload = memoryview(found)[FRAME_HEADER.size :]
     if (
         flags != _FLAG_INDEX
         or length != len(payload)
@@ -139,20 +139,20 @@ def read_index(found: bytes, start: int, segment_id: bytes) -> Frames | None:
     rows = np.frombuffer(payload, "<i8", count, ID_BYTES)
     lengths = np.frombuffer(payload, "<u4", count, ID_BYTES + 8 * count)
     its_flags = np.frombuffer(payload, np.uint8, count, ID_BYTES + 12 * count)
-    if HEADER_BYTES + int(lengths.sum(dtype=np.int64)) + count * HEAD.size != start:
+    if HEADER_BYTES + int(lengths.sum(dtype=np.int64)) + count * FRAME_HEADER.size != start:
         return None
     return _contiguous(rows, lengths, its_flags)
 
 
-def walk(data: bytes) -> tuple[Frames, int]:
+def scan_frames(data: bytes) -> tuple[Frames, int]:
     """The frames of a segment up to the first that isn't sound (an index ends them, too), and where they end."""
     if data[: len(MAGIC)] != MAGIC or len(data) < HEADER_BYTES:
         return NO_FRAMES, 0
     view, offset, size = memoryview(data), HEADER_BYTES, len(data)
     rows, lengths, all_flags = array("q"), array("I"), bytearray()
-    while offset + HEAD.size <= size:
-        checksum, length, row, flags = HEAD.unpack_from(data, offset)
-        end = offset + HEAD.size + length
+    while offset + FRAME_HEADER.size <= size:
+        checksum, length, row, flags = FRAME_HEADER.unpack_from(data, offset)
+        end = offset + FRAME_HEADER.size + length
         if end > size or zlib.crc32(view[offset + _CRC_BYTES : end]) != checksum or flags & _FLAG_INDEX:
             break
         rows.append(row)
@@ -169,17 +169,17 @@ def has_frame_after(data: bytes, offset: int) -> bool:
     Candidates are places where a row below 2**40 and known flags could stand; a crash leaves zeros, which are none.
     """
     raw = np.frombuffer(data, np.uint8)[offset + 1 :]
-    count = len(raw) - HEAD.size + 1
+    count = len(raw) - FRAME_HEADER.size + 1
     if count <= 0:
         return False
-    head = [raw[place : place + count] for place in range(HEAD.size)]
+    head = [raw[place : place + count] for place in range(FRAME_HEADER.size)]
     small_row = (head[13] | head[14] | head[15]) == 0
     known_flags = (head[16] & ~np.uint8(FLAG_ERROR | _FLAG_INDEX)) == 0
     summed = (head[0] | head[1] | head[2] | head[3]) != 0
-    for start in np.flatnonzero(small_row & known_flags & summed)[:_MOST_CANDIDATES]:
+    for start in np.flatnonzero(small_row & known_flags & summed)[:_MAX_CANDIDATES]:
         begin = offset + 1 + int(start)
-        checksum, length, _, _ = HEAD.unpack_from(data, begin)
-        end = begin + HEAD.size + length
+        checksum, length, _, _ = FRAME_HEADER.unpack_from(data, begin)
+        end = begin + FRAME_HEADER.size + length
         if end <= len(data) and zlib.crc32(memoryview(data)[begin + _CRC_BYTES : end]) == checksum:
             return True
     return False

@@ -1,6 +1,6 @@
 """Reading journals back: which rows they hold, where, and whether every byte is still what was written.
 
-`scan` believes the index of a sealed segment, and reads payloads only where there is none; a payload is checked
+`index_journal` believes the index of a sealed segment, and reads payloads only where there is none; a payload is checked
 when it is read (`Reader`). Of a segment that can't be read to its end, what is sound before the damage counts.
 """
 
@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from dpgen.errors import DpgenError
-from dpgen.formatting import counted
+from dpgen.formatting import format_count
 from dpgen.journal import format as fmt
 from dpgen.journal.format import Frames
-from dpgen.records import RowResult, decode
+from dpgen.records import RowResult, decode_result
 
-_MOST_OPEN_FILES = 64
+_MAX_OPEN_FILES = 64
 
 
 class DamagedRecord(DpgenError):
@@ -39,7 +39,7 @@ class DamagedRecord(DpgenError):
 
 
 @dataclass(frozen=True)
-class Index:
+class JournalIndex:
     """Where each finished row stands: arrays of one length, sorted by row, one entry a row. 25 bytes a row.
 
     Attributes:
@@ -60,7 +60,7 @@ class Index:
 
 
 @dataclass(frozen=True)
-class Segment:
+class SegmentContents:
     """One segment, as it was found.
 
     Attributes:
@@ -77,7 +77,7 @@ class Segment:
     damage: str | None = None
 
 
-def scan(folder: Path) -> Index:
+def index_journal(folder: Path) -> JournalIndex:
     """Reads which rows a journal folder holds.
 
     A row that stands in the journal twice (a second attempt at it) counts once: a completion before an error, then
@@ -86,11 +86,11 @@ def scan(folder: Path) -> Index:
     Raises:
         DpgenError: a segment can't be read.
     """
-    files = segments(folder)
+    files = list_segments(folder)
     return _merge(files, [read_segment(path).frames for path in files])
 
 
-def segments(folder: Path) -> list[Path]:
+def list_segments(folder: Path) -> list[Path]:
     """The segments in a journal folder, by attempt, rank and part; none if it isn't there."""
     if not folder.is_dir():
         return []
@@ -100,7 +100,7 @@ def segments(folder: Path) -> list[Path]:
 
 def last_attempt(folder: Path) -> int:
     """The highest attempt that wrote here; 0 if none did."""
-    return max((_key(path)[0] for path in segments(folder)), default=0)
+    return max((_key(path)[0] for path in list_segments(folder)), default=0)
 
 
 def _key(path: Path) -> tuple[int, int, int]:
@@ -109,13 +109,13 @@ def _key(path: Path) -> tuple[int, int, int]:
     return key
 
 
-def merge(found: Sequence[Segment]) -> Index:
+def merge_segments(found: Sequence[SegmentContents]) -> JournalIndex:
     """One index over segments, in any order."""
     ordered = sorted(found, key=lambda each: _key(each.path))
     return _merge([each.path for each in ordered], [each.frames for each in ordered])
 
 
-def _merge(files: Sequence[Path], frames: list[Frames]) -> Index:
+def _merge(files: Sequence[Path], frames: list[Frames]) -> JournalIndex:
     """One index over segments in their order; empties `frames` as it goes, to spare memory."""
     count = sum(map(len, frames))
     key, offset = np.empty(count, np.int64), np.empty(count, np.int64)
@@ -136,10 +136,10 @@ def _merge(files: Sequence[Path], frames: list[Frames]) -> Index:
     row, order = key[keep], order[keep]
     del key
     offset = offset[order]
-    return Index(tuple(files), row, file[order], offset, length[order], error[order])
+    return JournalIndex(tuple(files), row, file[order], offset, length[order], error[order])
 
 
-def read_segment(path: Path, *, check: bool = False) -> Segment:
+def read_segment(path: Path, *, check: bool = False) -> SegmentContents:
     """The sound frames of a segment.
 
     Args:
@@ -154,25 +154,25 @@ def read_segment(path: Path, *, check: bool = False) -> Segment:
             size = os.fstat(fd).st_size
             indexed = _read_index(fd, size)
             if indexed is not None and not check:
-                return Segment(path, indexed, is_sealed=True)
+                return SegmentContents(path, indexed, is_sealed=True)
             data = _read_at(fd, 0, size)
         finally:
             os.close(fd)
     except OSError as error:
-        raise _cant_be_read(path, error) from None
-    return _sealed(path, data, indexed) if indexed is not None else _unsealed(path, data)
+        raise _make_read_error(path, error) from None
+    return _read_sealed(path, data, indexed) if indexed is not None else _read_unsealed(path, data)
 
 
-def _sealed(path: Path, data: bytes, indexed: Frames) -> Segment:
+def _read_sealed(path: Path, data: bytes, indexed: Frames) -> SegmentContents:
     """A segment whose index is sound: every frame is where it says, or is damaged."""
-    walked, _ = fmt.walk(data)
+    walked, _ = fmt.scan_frames(data)
     if len(walked) == len(indexed):
-        return Segment(path, indexed, is_sealed=True)
-    starts = (indexed.offset - fmt.HEAD.size).tolist()
+        return SegmentContents(path, indexed, is_sealed=True)
+    starts = (indexed.offset - fmt.FRAME_HEADER.size).tolist()
     ends = (indexed.offset + indexed.length).tolist()
     sound = np.array(
         [
-            fmt.payload_of(data[start:end], row) is not None
+            fmt.decode_payload(data[start:end], row) is not None
             for start, end, row in zip(starts, ends, indexed.row.tolist(), strict=True)
         ],
         dtype=bool,
@@ -181,18 +181,20 @@ def _sealed(path: Path, data: bytes, indexed: Frames) -> Segment:
     damage = "its first bytes are damaged"
     if len(bad):
         first = bad[0]
-        damage = f"{counted(len(bad), 'damaged record')}, the first at byte {starts[first]} (row {indexed.row[first]})"
-    return Segment(path, indexed.only(sound), is_sealed=True, damage=damage)
+        damage = (
+            f"{format_count(len(bad), 'damaged record')}, the first at byte {starts[first]} (row {indexed.row[first]})"
+        )
+    return SegmentContents(path, indexed.select(sound), is_sealed=True, damage=damage)
 
 
-def _unsealed(path: Path, data: bytes) -> Segment:
+def _read_unsealed(path: Path, data: bytes) -> SegmentContents:
     """A segment without an index to believe: its frames up to the first that isn't sound."""
-    frames, end = fmt.walk(data)
+    frames, end = fmt.scan_frames(data)
     rest = len(data) - end
     was_sealed = fmt.index_offset(data[-fmt.TRAILER.size :], len(data)) is not None
     if was_sealed or fmt.has_frame_after(data, end):
-        return Segment(path, frames, damage=f"unsound from byte {end} of {len(data)}")
-    return Segment(path, frames, torn_bytes=rest)
+        return SegmentContents(path, frames, damage=f"unsound from byte {end} of {len(data)}")
+    return SegmentContents(path, frames, torn_bytes=rest)
 
 
 def _read_index(fd: int, size: int) -> Frames | None:
@@ -218,17 +220,17 @@ def _read_at(fd: int, offset: int, length: int) -> bytes:
     return b"".join(parts)
 
 
-class Reader:
+class JournalReader:
     """Reads the results that an index points to, each checked; a context manager.
 
     Few files are open at a time, however many segments there are.
     """
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: JournalIndex) -> None:
         self._index = index
         self._open: OrderedDict[int, int] = OrderedDict()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> JournalReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -244,27 +246,27 @@ class Reader:
         """
         index = self._index
         row, number = int(index.row[position]), int(index.file[position])
-        start = int(index.offset[position]) - fmt.HEAD.size
+        start = int(index.offset[position]) - fmt.FRAME_HEADER.size
         try:
-            found = _read_at(self._fd(number), start, fmt.HEAD.size + int(index.length[position]))
+            found = _read_at(self._fd(number), start, fmt.FRAME_HEADER.size + int(index.length[position]))
         except OSError as error:
-            raise _cant_be_read(index.files[number], error) from None
-        payload = fmt.payload_of(found, row) if len(found) >= fmt.HEAD.size else None
+            raise _make_read_error(index.files[number], error) from None
+        payload = fmt.decode_payload(found, row) if len(found) >= fmt.FRAME_HEADER.size else None
         if payload is None:
             raise DamagedRecord(index.files[number], row)
-        return decode(payload)
+        return decode_result(payload)
 
     def _fd(self, number: int) -> int:
         if number in self._open:
             self._open.move_to_end(number)
         else:
-            if len(self._open) >= _MOST_OPEN_FILES:
+            if len(self._open) >= _MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
             self._open[number] = os.open(self._index.files[number], os.O_RDONLY | os.O_CLOEXEC)
         return self._open[number]
 
 
-def _cant_be_read(path: Path, error: OSError) -> DpgenError:
+def _make_read_error(path: Path, error: OSError) -> DpgenError:
     return DpgenError(
         f"the journal {path} can't be read: {error.strerror}; its rows may be safe still: mend the disk or the "
         "permissions, then run the same command again"

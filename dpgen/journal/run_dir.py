@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpgen.config.schema import Config, dump, without_secrets
+from dpgen.config.schema import Config, redact_secrets, to_yaml
 from dpgen.errors import ConfigError, DpgenError
-from dpgen.journal.files import write_whole
-from dpgen.journal.reader import scan
+from dpgen.journal.files import atomic_write_text
+from dpgen.journal.reader import index_journal
 
 # Engine options that change how fast rows come, not what they are: a resumed run may differ in them. Whatever
 # isn't named here counts as changing results.
-_NEUTRAL_ENGINE_KEYS = frozenset(
+_RESULT_NEUTRAL_ENGINE_KEYS = frozenset(
     [
         "max_num_seqs",
         "max_num_batched_tokens",
@@ -58,7 +58,7 @@ _NEUTRAL_ENGINE_KEYS = frozenset(
 )
 
 
-class RunFolder:
+class RunDir:
     """The paths of a run, and the reading and writing of its small files."""
 
     def __init__(self, path: str) -> None:
@@ -107,7 +107,7 @@ class RunFolder:
         if not writable:
             raise ConfigError(f"run.dir={self.path} can't be written to")
 
-    def check(self, identity: Mapping[str, Any], resume: str) -> None:
+    def check_resumable(self, identity: Mapping[str, Any], resume: str) -> None:
         """Refuses a folder that holds something else than this run.
 
         Raises:
@@ -124,8 +124,8 @@ class RunFolder:
             raise ConfigError(
                 f"run.resume=never, and run.dir={self.path} is not empty; name another folder (nothing is deleted)"
             )
-        before = self.read()
-        if not before and len(scan(self.journal)) and resume != "force":
+        before = self.read_metadata()
+        if not before and len(index_journal(self.journal)) and resume != "force":
             raise ConfigError(
                 f"run.dir={self.path} holds journals, but no run.json says what they are; name another folder"
             )
@@ -136,8 +136,8 @@ class RunFolder:
                     "name another folder"
                 )
             return
-        differing = differences(before.get("identity", {}), identity)
-        if not differing or not len(scan(self.journal)):
+        differing = diff_identities(before.get("identity", {}), identity)
+        if not differing or not len(index_journal(self.journal)):
             return  # the same run, or one that has not come to a single row
         other_input = [each for each in differing if each.startswith("input.")]
         if other_input:
@@ -150,7 +150,7 @@ class RunFolder:
                 "Name another folder, or go on regardless with run.resume=force"
             )
 
-    def read(self) -> dict[str, Any]:
+    def read_metadata(self) -> dict[str, Any]:
         """What run.json holds; empty where there is none.
 
         Raises:
@@ -166,18 +166,18 @@ class RunFolder:
             raise DpgenError(f"{self._run_json} is damaged: it does not hold an object")
         return found
 
-    def update(self, **facts: Any) -> None:
+    def update_metadata(self, **facts: Any) -> None:
         """Adds facts to run.json."""
-        write_whole(self._run_json, json.dumps({**self.read(), **facts}, indent=2) + "\n")
+        atomic_write_text(self._run_json, json.dumps({**self.read_metadata(), **facts}, indent=2) + "\n")
 
     def write_config(self, config: Config) -> None:
         """Writes the resolved configuration, without secrets."""
-        write_whole(self.path / "config.yaml", dump(config))
+        atomic_write_text(self.path / "config.yaml", to_yaml(config))
 
 
-def identity_of(config: Config, input_fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def compute_run_identity(config: Config, input_fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides what the results are, for comparing runs; as JSON gives it back."""
-    engine = {key: value for key, value in config.engine.items() if key not in _NEUTRAL_ENGINE_KEYS}
+    engine = {key: value for key, value in config.engine.items() if key not in _RESULT_NEUTRAL_ENGINE_KEYS}
     identity: dict[str, Any] = {
         "input": dict(input_fingerprint),
         "prompt": dataclasses.asdict(config.prompt),
@@ -190,26 +190,26 @@ def identity_of(config: Config, input_fingerprint: Mapping[str, Any]) -> dict[st
     }
     if config.sampling_by_rank:  # run folders of before it are the same without it
         identity["sampling_by_rank"] = config.sampling_by_rank
-    round_trip: dict[str, Any] = json.loads(json.dumps(without_secrets(identity), default=str))
+    round_trip: dict[str, Any] = json.loads(json.dumps(redact_secrets(identity), default=str))
     return round_trip
 
 
-def differences(before: Any, now: Any, path: str = "") -> list[str]:
+def diff_identities(before: Any, now: Any, path: str = "") -> list[str]:
     """Where two identities differ, as ``key: before → now``; keys are the configuration's, `input.*` the data's."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         found = []
         for key in sorted(set(before) | set(now)):
-            found += differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+            found += diff_identities(before.get(key), now.get(key), f"{path}.{key}" if path else key)
         return found
-    return [] if before == now else [f"{_key_of(path)}: {_short(before)} → {_short(now)}"]
+    return [] if before == now else [f"{_to_config_key(path)}: {_truncate_json(before)} → {_truncate_json(now)}"]
 
 
-def _key_of(path: str) -> str:
+def _to_config_key(path: str) -> str:
     """The configuration key that a place in an identity stands for: what the user can change."""
     named = {"seed": "run.seed", "columns": "data.columns", "engine.kind": "run.engine"}
     return named.get(path, f"data.{path.removeprefix('prompt.')}" if path.startswith("prompt.") else path)
 
 
-def _short(value: Any) -> str:
+def _truncate_json(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."

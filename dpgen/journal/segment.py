@@ -10,36 +10,36 @@ from pathlib import Path
 
 from dpgen.errors import EXIT_RESUMABLE, DpgenError
 from dpgen.journal import format as fmt
-from dpgen.journal.files import Files
+from dpgen.journal.files import FileSystem
 from dpgen.journal.reader import read_segment
 
 
-class Group:
+class WriteBatch:
     """Frames that are written and synced together."""
 
-    __slots__ = ("data", "flags", "lengths", "rows", "since_s")
+    __slots__ = ("data", "first_append_s", "flags", "lengths", "rows")
 
     def __init__(self) -> None:
         self.data = bytearray()
         self.rows, self.lengths, self.flags = array("q"), array("I"), bytearray()
-        self.since_s = 0.0
+        self.first_append_s = 0.0
 
     def add(self, row: int, flags: int, payload: bytes) -> None:
         if not self.rows:
-            self.since_s = time.monotonic()
-        self.data += fmt.frame(row, flags, payload)
+            self.first_append_s = time.monotonic()
+        self.data += fmt.encode_frame(row, flags, payload)
         self.rows.append(row)
         self.lengths.append(len(payload))
         self.flags.append(flags)
 
 
-class SegmentFile:
+class SegmentWriter:
     """One segment being written. Every method raises OSError, after which only `abandon` may follow."""
 
-    def __init__(self, path: Path, files: Files, wrote: Callable[[int], None]) -> None:
+    def __init__(self, path: Path, files: FileSystem, wrote: Callable[[int], None]) -> None:
         self._path, self._files, self._wrote = path, files, wrote
         self._id = os.urandom(fmt.ID_BYTES)
-        self._index = Group()  # its data stays empty
+        self._index = WriteBatch()  # its data stays empty
         self.num_bytes = 0
         self._fd = files.create(path)
         try:
@@ -48,9 +48,9 @@ class SegmentFile:
             self.abandon()
             raise
 
-    def write(self, group: Group) -> None:
+    def write(self, group: WriteBatch) -> None:
         """Writes and syncs a group."""
-        self._write(fmt.header(self._id) + group.data if not self.num_bytes else group.data)
+        self._write(fmt.encode_segment_header(self._id) + group.data if not self.num_bytes else group.data)
         self._files.sync(self._fd)
         self._index.rows += group.rows
         self._index.lengths += group.lengths
@@ -60,7 +60,7 @@ class SegmentFile:
         """Ends the segment with its index, if it has any rows, and closes it."""
         index = self._index
         if index.rows:
-            self._write(fmt.seal(self._id, index.rows, index.lengths, index.flags, self.num_bytes))
+            self._write(fmt.encode_index(self._id, index.rows, index.lengths, index.flags, self.num_bytes))
             self._files.sync(self._fd)
         fd, self._fd = self._fd, -1
         self._files.close(fd)
@@ -98,7 +98,7 @@ class RowsLost(DpgenError):
         )
 
 
-def mend(path: Path, files: Files | None = None) -> list[int]:
+def repair_segment(path: Path, files: FileSystem | None = None) -> list[int]:
     """Replaces a sealed segment that is damaged by one with its sound records; the old one stays as ``NAME.damaged``.
 
     The rows lost with the others then count as missing, so that the next attempt generates them.
@@ -110,7 +110,7 @@ def mend(path: Path, files: Files | None = None) -> list[int]:
     Raises:
         DpgenError: it can't be read, or its replacement can't be written.
     """
-    files = files or Files()
+    files = files or FileSystem()
     found = read_segment(path, check=True)
     indexed = read_segment(path)
     if found.damage is None or not indexed.is_sealed:
@@ -119,14 +119,14 @@ def mend(path: Path, files: Files | None = None) -> list[int]:
     old = path.with_name(f"{path.name}.damaged")
     try:
         temporary.unlink(missing_ok=True)  # of an earlier try
-        group = Group()
+        group = WriteBatch()
         with path.open("rb") as file:
             for row, offset, length, error in zip(
                 found.frames.row, found.frames.offset, found.frames.length, found.frames.error, strict=True
             ):
                 file.seek(offset)
                 group.add(int(row), int(error), file.read(length))
-        mended = SegmentFile(temporary, files, lambda num_bytes: None)
+        mended = SegmentWriter(temporary, files, lambda num_bytes: None)
         mended.write(group)
         mended.seal()
         if not old.exists():
@@ -134,11 +134,11 @@ def mend(path: Path, files: Files | None = None) -> list[int]:
         files.replace(temporary, path)
         files.sync_folder(path.parent)
     except OSError as error:
-        raise DpgenError(cant_be_written(path, error)) from None
+        raise DpgenError(format_write_error(path, error)) from None
     return sorted(set(indexed.frames.row.tolist()) - set(found.frames.row.tolist()))
 
 
-def cant_be_written(path: Path, cause: OSError | str) -> str:
+def format_write_error(path: Path, cause: OSError | str) -> str:
     """The message for whoever must mend the disk."""
     reason = cause if isinstance(cause, str) else cause.strerror or str(cause)
     return (

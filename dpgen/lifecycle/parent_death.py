@@ -10,7 +10,7 @@ import sys
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-def end_with_parent(number: signal.Signals, parent: int | None = None) -> None:
+def set_parent_death_signal(number: signal.Signals, parent: int | None = None) -> None:
     """Asks the kernel to send this process a signal when its parent (the thread that started it) ends.
 
     Args:

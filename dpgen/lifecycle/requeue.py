@@ -18,49 +18,51 @@ from pathlib import Path
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE
 
 MAX_REQUEUES = 100
-MAX_FRUITLESS = 3
+MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
 
 
 @dataclass(frozen=True)
-class Word:
+class AttemptStatus:
     """What a run has left in its status file; `num_done` is None where it had not counted yet."""
 
     exit_status: int
     num_done: int | None
 
 
-def read_word(log_dir: Path) -> Word | None:
+def read_status(log_dir: Path) -> AttemptStatus | None:
     """The word of one attempt; None where it left none."""
     try:
         status, num_done = (log_dir / "status").read_text(encoding="utf-8").split()
-        return Word(int(status), None if num_done == "?" else int(num_done))
+        return AttemptStatus(int(status), None if num_done == "?" else int(num_done))
     except (OSError, ValueError):
         return None
 
 
-def read_history(log_dir: Path) -> list[Word | None]:
+def read_history(log_dir: Path) -> list[AttemptStatus | None]:
     """The words of all attempts up to `log_dir`'s, in order; attempts are its neighbours ``attempt-N``."""
     last = int(log_dir.name.rpartition("-")[2])
-    return [read_word(log_dir.with_name(f"attempt-{number}")) for number in range(last + 1)]
+    return [read_status(log_dir.with_name(f"attempt-{number}")) for number in range(last + 1)]
 
 
-def num_fruitless(history: Sequence[Word | None]) -> int:
+def count_attempts_without_progress(history: Sequence[AttemptStatus | None]) -> int:
     """How many attempts, up to the last one, were stopped without one more row done than before.
 
     An attempt that SLURM ended without a word (a lost node, a hard preemption) counts neither way.
     """
     best, fruitless = 0, 0
-    for word in history:
-        if word is None:
+    for status in history:
+        if status is None:
             continue
-        if word.num_done is not None and word.num_done > best:
-            best, fruitless = word.num_done, 0
+        if status.num_done is not None and status.num_done > best:
+            best, fruitless = status.num_done, 0
         else:
             fruitless += 1
     return fruitless
 
 
-def why_not(history: Sequence[Word | None], job: Mapping[str, str], max_requeues: int, max_fruitless: int) -> str:
+def find_reason_not_to_requeue(
+    history: Sequence[AttemptStatus | None], job: Mapping[str, str], max_requeues: int, max_fruitless: int
+) -> str:
     """Why the job, whose last attempt can go on, is not to be requeued by itself; "" if it is.
 
     Args:
@@ -71,7 +73,7 @@ def why_not(history: Sequence[Word | None], job: Mapping[str, str], max_requeues
     # what was cancelled stays cancelled, and what SLURM preempts or takes from a lost node it requeues itself.
     if state != "RUNNING" and reason != "TimeLimit":
         return f"SLURM is ending the job (state {state}, reason {reason})"
-    if num_fruitless(history) >= max_fruitless:
+    if count_attempts_without_progress(history) >= max_fruitless:
         return (
             f"{max_fruitless} attempts in a row have ended without a new row, so waiting does not help: see their "
             "logs, or ask for more time"
@@ -81,7 +83,7 @@ def why_not(history: Sequence[Word | None], job: Mapping[str, str], max_requeues
     return ""
 
 
-def describe_job(job_id: str) -> dict[str, str]:
+def query_job(job_id: str) -> dict[str, str]:
     """What `scontrol show job` says, as a mapping; empty where it says nothing."""
     try:
         shown = subprocess.run(
@@ -96,23 +98,23 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """Says what became of the run, and requeues the job if it can go on; the job's exit status."""
     log_dir, step_status = Path(arguments[0]), int(arguments[1])
     history = read_history(log_dir)
-    word = history[-1]
-    if word is not None and word.exit_status == EXIT_OK:
+    status = history[-1]
+    if status is not None and status.exit_status == EXIT_OK:
         print("dpgen: the run is complete")
         return EXIT_OK
-    if word is None or word.exit_status != EXIT_RESUMABLE:
+    if status is None or status.exit_status != EXIT_RESUMABLE:
         print(f"dpgen: the run failed, so it is not requeued; see {log_dir}")
-        return word.exit_status if word else step_status or EXIT_FAILED
+        return status.exit_status if status else step_status or EXIT_FAILED
     job_id = environ["SLURM_JOB_ID"]
-    done = "the rows done have not been counted" if word.num_done is None else f"{word.num_done:,} rows are done"
-    against = why_not(
+    done = "the rows done have not been counted" if status.num_done is None else f"{status.num_done:,} rows are done"
+    reason = find_reason_not_to_requeue(
         history,
-        describe_job(job_id),
+        query_job(job_id),
         int(environ.get("DPGEN_MAX_REQUEUES") or MAX_REQUEUES),
-        int(environ.get("DPGEN_MAX_FRUITLESS") or MAX_FRUITLESS),
+        int(environ.get("DPGEN_MAX_FRUITLESS") or MAX_ATTEMPTS_WITHOUT_PROGRESS),
     )
-    if against:
-        print(f"dpgen: stopped; {done}. Not requeued: {against}. The same sbatch command goes on from here")
+    if reason:
+        print(f"dpgen: stopped; {done}. Not requeued: {reason}. The same sbatch command goes on from here")
         return EXIT_RESUMABLE
     print(f"dpgen: stopped; {done}. Requeueing job {job_id}", flush=True)
     requeued = subprocess.run(["scontrol", "requeue", job_id])

@@ -2,7 +2,7 @@
 
 While rows are generated the loop asks (`Stop.reason`) and ends in good order; elsewhere the signal raises at once.
 A second signal ends the process on the spot: what was synced stays, and the engine dies with its rank. So does the
-first one where nothing has begun yet (`end_at_once`).
+first one where nothing has begun yet (`exit_on_signal`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dpgen.errors import EXIT_RESUMABLE, ConfigError, Interrupted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_SIGNAL_S = 1.0  # a launcher and a terminal may both pass on one Ctrl-C
-_HINT = "the same command goes on from here"
+_RESUME_HINT = "the same command goes on from here"
 
 
-class Stop:
+class ShutdownMonitor:
     """Whether, and why, the run is to stop.
 
     Args:
@@ -41,25 +41,25 @@ class Stop:
         self._deadline_s, self._deadline_name, self._clock = deadline_s, deadline_name, clock
         self._before_exit = before_exit
         self._signal: signal.Signals | None = None
-        self._told_s = 0.0
+        self._first_signal_s = 0.0
         self._may_raise, self._is_over = True, False
 
-    def install(self) -> None:
+    def install_handlers(self) -> None:
         """Takes SIGTERM, SIGINT and SIGUSR1 for this process."""
         for number in _SIGNALS:
-            signal.signal(number, self._hear)
+            signal.signal(number, self._handle_signal)
 
     @property
     def reason(self) -> str | None:
         """Why to stop now; None to go on."""
         if self._signal is not None:
-            return f"told to stop by {self._signal.name}; {_HINT}"
+            return f"told to stop by {self._signal.name}; {_RESUME_HINT}"
         if self._deadline_s is not None and self._clock() >= self._deadline_s:
-            return f"{self._deadline_name} is near; {_HINT}"
+            return f"{self._deadline_name} is near; {_RESUME_HINT}"
         return None
 
     @contextmanager
-    def asked_for(self) -> Iterator[None]:
+    def defer_signals(self) -> Iterator[None]:
         """Within this block signals don't raise: whoever runs it asks for the reason, often."""
         self._may_raise = False
         try:
@@ -67,25 +67,25 @@ class Stop:
         finally:
             self._may_raise = True
 
-    def ignore(self) -> None:
+    def ignore_signals(self) -> None:
         """From here on signals do nothing: the run is complete, and about to end."""
         self._is_over = True
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._is_over:
             return
         if self._signal is not None:
-            if now - self._told_s > _SAME_SIGNAL_S:
+            if now - self._first_signal_s > _SAME_SIGNAL_S:
                 self._before_exit()
                 os._exit(EXIT_RESUMABLE)
             return
-        self._signal, self._told_s = signal.Signals(number), now
+        self._signal, self._first_signal_s = signal.Signals(number), now
         if self._may_raise:
             raise Interrupted(self.reason)
 
 
-def end_at_once(before_exit: Callable[[], None], say: Callable[[str], None]) -> None:
+def exit_on_signal(before_exit: Callable[[], None], say: Callable[[str], None]) -> None:
     """Until a `Stop` is installed, SIGTERM and SIGUSR1 end this process on the spot, resumable.
 
     For the time in which a rank imports torch and joins the others, maybe for minutes, in calls that no handler of
@@ -96,28 +96,28 @@ def end_at_once(before_exit: Callable[[], None], say: Callable[[str], None]) -> 
         before_exit: called first.
         say: takes the reason.
     """
-    hears, tells = os.pipe()
-    os.set_blocking(tells, False)
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
     ending = threading.Lock()
 
     def end(number: int, frame: FrameType | None) -> None:
         if ending.acquire(blocking=False):
             before_exit()
-            say(f"told to stop by {signal.Signals(number).name} before the run had begun; {_HINT}")
+            say(f"told to stop by {signal.Signals(number).name} before the run had begun; {_RESUME_HINT}")
             os._exit(EXIT_RESUMABLE)
 
     def listen() -> None:
-        while heard := os.read(hears, 1):
+        while heard := os.read(read_fd, 1):
             if signal.getsignal(heard[0]) is end:  # else a Stop has taken over, or it is another signal
                 end(heard[0], None)
 
     threading.Thread(target=listen, name="signals", daemon=True).start()
-    signal.set_wakeup_fd(tells)
+    signal.set_wakeup_fd(write_fd)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, end)
 
 
-def deadline(
+def find_deadline(
     time_limit: str | None, margin_s: float, environ: Mapping[str, str], started_s: float
 ) -> tuple[float | None, str]:
     """When to stop (seconds since the epoch), and what set that: the sooner of `run.time_limit` and SLURM's end.

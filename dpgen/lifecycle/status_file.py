@@ -16,7 +16,7 @@ from dpgen.errors import DpgenError
 STATUS_FILE = "DPGEN_STATUS_FILE"
 
 
-class Ending:
+class StatusFile:
     """One rank's word on how the run has ended; rank 0 has the last one.
 
     Attributes:
@@ -29,14 +29,14 @@ class Ending:
         self._is_first = self._has_begun = False
         self.num_done: int | None = None
 
-    def begin(self, is_first: bool) -> None:
+    def reset(self, is_rank_0: bool) -> None:
         """What an earlier attempt left is no longer true; only rank 0 (`is_first`) does something here.
 
         Raises:
             DpgenError: the file can't be written; better now than after a day.
         """
-        self._is_first, self._has_begun = is_first, True
-        if self._path is None or not is_first:
+        self._is_first, self._has_begun = is_rank_0, True
+        if self._path is None or not is_rank_0:
             return
         try:
             self._path.write_text("", encoding="utf-8")
@@ -44,28 +44,28 @@ class Ending:
         except OSError as error:
             raise DpgenError(f"{STATUS_FILE}={self._path} can't be written: {error.strerror}") from None
 
-    def tell(self, exit_status: int) -> None:
+    def write(self, exit_status: int) -> None:
         """On rank 0: how the run has ended. Other ranks leave that to it, once it has begun."""
         if not self._has_begun:  # and a rank that fails before that ends all of them
-            self.tell_if_untold(exit_status)
+            self.write_once(exit_status)
         if self._path is None or not self._is_first:
             return
         temporary = self._path.with_name(f"{self._path.name}.tmp")
         try:
-            temporary.write_text(self._line(exit_status), encoding="utf-8")
+            temporary.write_text(self._format(exit_status), encoding="utf-8")
             temporary.replace(self._path)
         except OSError:  # whoever reads it takes no word for a failure, which is the safe reading
             temporary.unlink(missing_ok=True)
 
-    def tell_if_untold(self, exit_status: int) -> None:
+    def write_once(self, exit_status: int) -> None:
         """On any rank: the same, where rank 0 is lost, or may not get to it; never instead of what it has told."""
         if self._path is None:
             return
         try:
             with self._path.open("x", encoding="utf-8") as file:
-                file.write(self._line(exit_status))
+                file.write(self._format(exit_status))
         except OSError:
             return  # it is told already, or can't be, which is a failure to whoever reads it
 
-    def _line(self, exit_status: int) -> str:
+    def _format(self, exit_status: int) -> str:
         return f"{exit_status} {'?' if self.num_done is None else self.num_done}\n"

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dpgen.formatting import duration
-from dpgen.scheduling.throughput import IDLE, slowest
+from dpgen.formatting import format_duration
+from dpgen.scheduling.throughput import UNKNOWN_RATE, find_straggler
 
-_WORTH_A_LINE = 0.01  # of all prompt tokens
-_LONG_ENOUGH_S = 10.0  # below that a rank's rate says little of it
+_MIN_REPORTED_FRACTION = 0.01  # of all prompt tokens
+_MIN_BUSY_S = 10.0  # below that a rank's rate says little of it
 
 
 @dataclass(frozen=True)
-class Manifest:
+class RankManifest:
     """A rank's part of an attempt.
 
     Attributes:
@@ -37,20 +37,20 @@ class Manifest:
     busy_s: float = 0.0
 
 
-def balance(manifests: Sequence[Manifest]) -> float:
+def balance(manifests: Sequence[RankManifest]) -> float:
     """The mean of the ranks' busy times over the longest: 1 where all were busy to the end."""
     times_s = [each.busy_s for each in manifests]
     return sum(times_s) / (len(times_s) * max(times_s)) if any(times_s) else 1.0
 
 
-def findings(manifests: Sequence[Manifest]) -> Iterator[str]:
+def summarize_run(manifests: Sequence[RankManifest]) -> Iterator[str]:
     """What is worth a line for people after a run; by rank."""
     working = [each for each in manifests if each.busy_s > 0]
     if len(working) > 1:
-        times = dict.fromkeys(duration(pick(each.busy_s for each in working)) for pick in (min, max))
+        times = dict.fromkeys(format_duration(pick(each.busy_s for each in working)) for pick in (min, max))
         yield f"ranks were busy for {' to '.join(times)}: balance {balance(working):.2f} (mean over longest)"
-    rates = [round(m.num_generated_tokens / m.busy_s) if m.busy_s >= _LONG_ENOUGH_S else IDLE for m in manifests]
-    slow = slowest(rates)
+    rates = [round(m.num_generated_tokens / m.busy_s) if m.busy_s >= _MIN_BUSY_S else UNKNOWN_RATE for m in manifests]
+    slow = find_straggler(rates)
     if slow is not None:
         rank, share = slow
         yield (
@@ -59,7 +59,7 @@ def findings(manifests: Sequence[Manifest]) -> Iterator[str]:
         )
     num_cached = sum(each.num_cached_tokens for each in manifests)
     share = num_cached / max(1, sum(each.num_prompt_tokens for each in manifests))
-    if share >= _WORTH_A_LINE:
+    if share >= _MIN_REPORTED_FRACTION:
         yield f"prefix cache: {100 * share:.0f} % of the prompts' tokens were there already"
     num_preemptions = sum(each.num_preemptions for each in manifests)
     if num_preemptions:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from dpgen.formatting import duration
+from dpgen.formatting import format_duration
 
 _FIRST_NOTICE_S = 10.0
 _NOTICE_INTERVAL_S = 30.0
 
 
-class Phases:
+class StartupTimer:
     """A stop watch: each phase lasts from the end of the one before it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -19,7 +19,7 @@ class Phases:
         self._began_s = self._last_s = clock()
         self._ended: list[tuple[str, float]] = []
 
-    def end(self, name: str) -> None:
+    def mark(self, name: str) -> None:
         """Ends a phase."""
         now_s = self._clock()
         self._ended.append((name, now_s - self._last_s))
@@ -27,10 +27,10 @@ class Phases:
 
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._ended)
-        return f"ready after {duration(self._last_s - self._began_s)}: {phases}"
+        return f"ready after {format_duration(self._last_s - self._began_s)}: {phases}"
 
 
-class Waiting:
+class PeriodicLog:
     """Says what is waited for, once it has taken a while and then now and then; call it as often as you like.
 
     Args:
@@ -39,9 +39,9 @@ class Waiting:
     """
 
     def __init__(
-        self, say: Callable[[str], None], line: Callable[[], str], clock: Callable[[], float] = time.monotonic
+        self, say: Callable[[str], None], make_message: Callable[[], str], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._say, self._line, self._clock = say, line, clock
+        self._say, self._line, self._clock = say, make_message, clock
         self._due_s = clock() + _FIRST_NOTICE_S
 
     def __call__(self) -> None:

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from dpgen.distributed.group import Group
+from dpgen.distributed.group import RankGroup
 from dpgen.errors import DpgenError
-from dpgen.journal.files import Files
-from dpgen.journal.segment import RowsLost, cant_be_written, mend
+from dpgen.journal.files import FileSystem
+from dpgen.journal.segment import RowsLost, format_write_error, repair_segment
 
 
-def bring_home(group: Group, journal: Path, sending: list[Path], gather_bytes: int) -> int:
+def gather_segments(group: RankGroup, journal: Path, segments: list[Path], gather_bytes: int) -> int:
     """Copies journal segments from ranks whose run folder rank 0 doesn't see into rank 0's.
 
     Args:
@@ -31,21 +31,21 @@ def bring_home(group: Group, journal: Path, sending: list[Path], gather_bytes: i
     Raises:
         DpgenError: rank 0's disk refuses, or a segment can't be read.
     """
-    chunks = _chunks(sending, max(1, gather_bytes // group.size))
+    chunks = _chunks(segments, max(1, gather_bytes // group.size))
     rounds = 0
     while True:
-        chunk = group.agree(lambda: next(chunks, None))
+        chunk = group.run_on_all_ranks(lambda: next(chunks, None))
         if not any(group.all_gather_object(chunk is not None)):
             break
         rounds += 1
         received = group.gather_object(chunk)
-        group.agree(partial(_receive_all, journal, received))
+        group.run_on_all_ranks(partial(_write_received, journal, received))
     if rounds:
-        group.agree(lambda: _adopt_received(journal) if group.rank == 0 else None)
+        group.run_on_all_ranks(lambda: _publish_received(journal) if group.rank == 0 else None)
     return rounds
 
 
-def sees_rank_0(group: Group, folder: Path) -> bool:
+def shares_run_dir(group: RankGroup, folder: Path) -> bool:
     """Whether this rank's run folder is rank 0's: rank 0 leaves a file of a random name there, and the others look.
 
     Collective. The file is gone when this returns.
@@ -62,7 +62,7 @@ def sees_rank_0(group: Group, folder: Path) -> bool:
     return seen
 
 
-def _receive_all(journal: Path, received: list[tuple[str, int, bytes] | None] | None) -> None:
+def _write_received(journal: Path, received: list[tuple[str, int, bytes] | None] | None) -> None:
     for each in received or ():
         if each is not None:
             name, offset, data = each
@@ -72,7 +72,7 @@ def _receive_all(journal: Path, received: list[tuple[str, int, bytes] | None] | 
                     file.seek(offset)
                     file.write(data)
             except OSError as error:
-                raise DpgenError(cant_be_written(part, error)) from None
+                raise DpgenError(format_write_error(part, error)) from None
 
 
 def _chunks(paths: list[Path], size: int) -> Iterator[tuple[str, int, bytes]]:
@@ -83,7 +83,7 @@ def _chunks(paths: list[Path], size: int) -> Iterator[tuple[str, int, bytes]]:
             mend its copy only, and this node would send the damaged one again and again.
     """
     for path in paths:
-        if lost := mend(path):
+        if lost := repair_segment(path):
             raise RowsLost(path, lost)
         with path.open("rb") as file:
             offset = 0
@@ -92,9 +92,9 @@ def _chunks(paths: list[Path], size: int) -> Iterator[tuple[str, int, bytes]]:
                 offset += len(data)
 
 
-def _adopt_received(journal: Path) -> None:
+def _publish_received(journal: Path) -> None:
     """Gives what was received its real name, unless that is there already and is as long."""
-    files = Files()
+    files = FileSystem()
     try:
         for part in journal.glob(".*.part"):
             files.sync_path(part)
@@ -105,4 +105,4 @@ def _adopt_received(journal: Path) -> None:
                 files.replace(part, final)
         files.sync_folder(journal)
     except OSError as error:
-        raise DpgenError(cant_be_written(journal, error)) from None
+        raise DpgenError(format_write_error(journal, error)) from None

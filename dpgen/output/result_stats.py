@@ -9,7 +9,7 @@ from typing import Any
 from dpgen.records import RowResult
 
 
-class Tally:
+class ResultStats:
     """Counts and hashes results; they must come in input order."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Tally:
             self._errors[result.error.type] += 1
         self._num_generated_tokens += result.num_generated_tokens
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """num_rows, num_errors, errors (type → number), num_generated_tokens, hash."""
         return {
             "num_rows": self._num_rows,

@@ -15,20 +15,27 @@ from typing import Any
 import numpy as np
 
 from dpgen.config.loader import load
-from dpgen.data.input_rows import Rows, open_rows
+from dpgen.data.input_rows import InputRows, load_input
 from dpgen.errors import ConfigError, DpgenError
-from dpgen.formatting import counted
-from dpgen.journal.reader import Index, Reader, Segment, merge, read_segment, segments
-from dpgen.journal.run_dir import RunFolder, differences
-from dpgen.output.dataset_writer import as_json, result_columns
-from dpgen.output.result_stats import Tally
+from dpgen.formatting import format_count
+from dpgen.journal.reader import (
+    JournalIndex,
+    JournalReader,
+    SegmentContents,
+    list_segments,
+    merge_segments,
+    read_segment,
+)
+from dpgen.journal.run_dir import RunDir, diff_identities
+from dpgen.output.dataset_writer import replace_nan_with_null, result_columns
+from dpgen.output.result_stats import ResultStats
 from dpgen.records import RowResult
 
 _BATCH_ROWS = 2_000
 
 
 @dataclass
-class Report:
+class VerificationReport:
     """What was found. Sets of rows are written as ranges: "0-41,57".
 
     Attributes:
@@ -67,7 +74,7 @@ class Report:
         return "sound" if self.is_finished else "unfinished"
 
 
-def verify(path: Path, *, check_input: bool = True) -> Report:
+def verify(path: Path, *, check_input: bool = True) -> VerificationReport:
     """Checks a run folder, finished or not.
 
     Args:
@@ -76,24 +83,24 @@ def verify(path: Path, *, check_input: bool = True) -> Report:
     Raises:
         DpgenError: something in the folder can't be read at all (permissions, a broken disk).
     """
-    folder = RunFolder(str(path))
-    report = Report(str(path), is_finished=folder.is_finished)
-    identity = _identity(folder, report)
+    folder = RunDir(str(path))
+    report = VerificationReport(str(path), is_finished=folder.is_finished)
+    identity = _read_identity(folder, report)
     index = _check_journal(folder, report)
     rows = _check_input(folder, identity, report) if check_input and identity else None
-    with Reader(index) as reader:
-        results = _Results(index, reader)
+    with JournalReader(index) as reader:
+        results = _ResultLookup(index, reader)
         _count_failed(results, report)
         if folder.is_finished and identity and report.num_rows is not None:
-            tally = _DatasetCheck(folder, identity, results, rows, report).run()
-            _check_success(folder, tally, report)
+            stats = _DatasetCheck(folder, identity, results, rows, report).run()
+            _check_success(folder, stats, report)
     return report
 
 
-def _identity(folder: RunFolder, report: Report) -> dict[str, Any]:
+def _read_identity(folder: RunDir, report: VerificationReport) -> dict[str, Any]:
     """What run.json says the run is; empty, and a problem, where it says nothing."""
     try:
-        found = folder.read()
+        found = folder.read_metadata()
     except DpgenError as error:
         report.problems.append(str(error))
         return {}
@@ -110,12 +117,12 @@ def _identity(folder: RunFolder, report: Report) -> dict[str, Any]:
     return identity
 
 
-def _check_journal(folder: RunFolder, report: Report) -> Index:
+def _check_journal(folder: RunDir, report: VerificationReport) -> JournalIndex:
     """Reads every byte of the journal; the index of its sound records."""
-    found = [read_segment(path, check=True) for path in segments(folder.journal)]
-    index = merge(found)
+    found = [read_segment(path, check=True) for path in list_segments(folder.journal)]
+    index = merge_segments(found)
     report.num_segments, report.num_done = len(found), len(index)
-    report.doubled = ranges(_doubled(found))
+    report.doubled = format_ranges(_find_duplicate_rows(found))
     for each in found:
         if each.damage is not None:
             report.damaged_segments[each.path.name] = each.damage
@@ -127,27 +134,27 @@ def _check_journal(folder: RunFolder, report: Report) -> Index:
     unknown = index.row[(index.row < 0) | (index.row >= report.num_rows)]
     if len(unknown):
         report.num_done -= len(unknown)
-        report.problems.append(f"the journal holds rows that the input has not: {_some(unknown)}")
+        report.problems.append(f"the journal holds rows that the input has not: {_format_rows(unknown)}")
     missing = np.setdiff1d(np.arange(report.num_rows), index.row)
-    report.missing = ranges(missing)
+    report.missing = format_ranges(missing)
     if len(missing) and report.is_finished:
-        report.problems.append(f"the journal lacks rows, so their results can't be proven: {_some(missing)}")
+        report.problems.append(f"the journal lacks rows, so their results can't be proven: {_format_rows(missing)}")
     return index
 
 
-def _doubled(found: list[Segment]) -> np.ndarray:
+def _find_duplicate_rows(found: list[SegmentContents]) -> np.ndarray:
     rows = np.sort(np.concatenate([np.empty(0, np.int64), *(each.frames.row for each in found)]))
     return np.unique(rows[1:][rows[1:] == rows[:-1]])
 
 
-class _Results:
+class _ResultLookup:
     """The journal's results, by row."""
 
-    def __init__(self, index: Index, reader: Reader) -> None:
+    def __init__(self, index: JournalIndex, reader: JournalReader) -> None:
         self.index = index
         self._reader = reader
 
-    def of(self, rows: Iterable[int]) -> Iterator[RowResult | None]:
+    def get_many(self, rows: Iterable[int]) -> Iterator[RowResult | None]:
         """The results of rows; None where the journal has none."""
         wanted = np.fromiter(rows, np.int64)
         places = np.searchsorted(self.index.row, wanted)
@@ -156,25 +163,25 @@ class _Results:
             yield self._reader.result(int(place)) if is_there else None
 
 
-def _count_failed(results: _Results, report: Report) -> None:
+def _count_failed(results: _ResultLookup, report: VerificationReport) -> None:
     by_type: dict[str, list[int]] = {}
-    for result in results.of(results.index.row[results.index.error]):
+    for result in results.get_many(results.index.row[results.index.error]):
         assert result is not None and result.error is not None
         by_type.setdefault(result.error.type, []).append(result.row)
-    report.failed = {kind: ranges(np.array(rows)) for kind, rows in sorted(by_type.items())}
+    report.failed = {kind: format_ranges(np.array(rows)) for kind, rows in sorted(by_type.items())}
     report.num_failed = sum(map(len, by_type.values()))
 
 
-def _check_input(folder: RunFolder, identity: Mapping[str, Any], report: Report) -> Rows | None:
+def _check_input(folder: RunDir, identity: Mapping[str, Any], report: VerificationReport) -> InputRows | None:
     """Whether the input is still what run.json says; the input, if it is."""
     config_file = folder.path / "config.yaml"
     try:
-        rows = open_rows(load([str(config_file)], []).data)
+        rows = load_input(load([str(config_file)], []).data)
         now = rows.fingerprint()
     except ConfigError as error:
         report.notes.append(f"the input was not checked: {error}")
         return None
-    differing = differences(identity["input"], json.loads(json.dumps(now)), "input")
+    differing = diff_identities(identity["input"], json.loads(json.dumps(now)), "input")
     report.input = "differs" if differing else "same"
     if differing:
         report.problems.append(f"the input is not the one that was run: {'; '.join(differing)}")
@@ -185,7 +192,12 @@ class _DatasetCheck:
     """RUN_DIR/dataset against the journal and the input."""
 
     def __init__(
-        self, folder: RunFolder, identity: Mapping[str, Any], results: _Results, rows: Rows | None, report: Report
+        self,
+        folder: RunDir,
+        identity: Mapping[str, Any],
+        results: _ResultLookup,
+        rows: InputRows | None,
+        report: VerificationReport,
     ) -> None:
         self._folder, self._results, self._rows, self._report = folder.dataset, results, rows, report
         sampling, output = identity.get("sampling") or {}, identity.get("output") or {}
@@ -197,15 +209,15 @@ class _DatasetCheck:
         self._seen = np.zeros(report.num_rows, np.int64)
         self._last_row = -1
         self._differing: dict[str, list[int]] = {}
-        self._tally: Tally | None = Tally()
+        self._tally: ResultStats | None = ResultStats()
 
-    def run(self) -> Tally | None:
+    def run(self) -> ResultStats | None:
         """Reads all of it; the tally of the journal's results, if every row came once and in order."""
         problems = self._report.problems
         files = sorted(self._folder.glob(f"train-*.{self._format}")) if self._folder.is_dir() else []
         expected = int(files[0].stem.rpartition("-")[2]) if files and files[0].stem[-5:].isdigit() else None
         if len(files) != expected:
-            problems.append(f"dataset/ holds {counted(len(files), 'file')}, of {expected or 'an unknown number'}")
+            problems.append(f"dataset/ holds {format_count(len(files), 'file')}, of {expected or 'an unknown number'}")
         self._report.num_dataset_rows = 0
         for path in files:
             try:
@@ -215,9 +227,9 @@ class _DatasetCheck:
                 problems.append(f"dataset/{path.name} can't be read: {_first_line(error)}")
         for what, wrong in (("lacks", self._seen == 0), ("holds more than once", self._seen > 1)):
             if wrong.any():
-                problems.append(f"the dataset {what} rows: {_some(np.flatnonzero(wrong))}")
+                problems.append(f"the dataset {what} rows: {_format_rows(np.flatnonzero(wrong))}")
         for column, rows in self._differing.items():
-            problems.append(f"the dataset's {column}: {_some(np.array(rows))}")
+            problems.append(f"the dataset's {column}: {_format_rows(np.array(rows))}")
         return self._tally if (self._seen == 1).all() else None
 
     def _check_batch(self, path: Path, batch: dict[str, list[Any]]) -> None:
@@ -239,7 +251,7 @@ class _DatasetCheck:
             self._compare_input(self._rows, ids, batch)
 
     def _compare_results(self, ids: np.ndarray, batch: dict[str, list[Any]]) -> None:
-        found = list(self._results.of(ids))
+        found = list(self._results.get_many(ids))
         if self._tally is not None:
             for result in found:
                 self._tally.add(result if result is not None else RowResult(-1))
@@ -249,23 +261,23 @@ class _DatasetCheck:
             actual = batch[name]
             self._compare(f"{name} differs from the journal's", ids, known, values.to_pylist(), actual)
 
-    def _compare_input(self, rows: Rows, ids: np.ndarray, batch: dict[str, list[Any]]) -> None:
+    def _compare_input(self, rows: InputRows, ids: np.ndarray, batch: dict[str, list[Any]]) -> None:
         places = list(range(len(ids)))
         kept = rows.columns if self._kept is None else self._kept
         table = rows.dataset.select_columns(list(kept)).with_format("arrow")[ids.tolist()]
         for name in kept:
             wanted = table[name].to_pylist()
             if self._format == "jsonl":
-                wanted = as_json(wanted)
+                wanted = replace_nan_with_null(wanted)
             self._compare(f"{name} differs from the input's", ids, places, wanted, batch[name])
 
     def _compare(self, what: str, ids: np.ndarray, places: list[int], wanted: list[Any], actual: list[Any]) -> None:
         """Notes the rows in which two columns differ: `wanted`, and `actual` at `places`."""
         found = [actual[place] for place in places]
-        if _text(wanted) == _text(found):
+        if _canonical_json(wanted) == _canonical_json(found):
             return
         for place, one, other in zip(places, wanted, found, strict=True):
-            if _text(one) != _text(other):
+            if _canonical_json(one) != _canonical_json(other):
                 self._differing.setdefault(what, []).append(int(ids[place]))
 
 
@@ -289,23 +301,23 @@ def _batches(path: Path) -> Iterator[dict[str, list[Any]]]:
             yield {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _check_success(folder: RunFolder, tally: Tally | None, report: Report) -> None:
+def _check_success(folder: RunDir, stats: ResultStats | None, report: VerificationReport) -> None:
     """`_SUCCESS` against the journal, or at least against the number of rows."""
     try:
         said = json.loads(folder.success.read_bytes())
-        given = {name: said[name] for name in Tally().facts()}
+        given = {name: said[name] for name in ResultStats().to_dict()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         report.problems.append(f"_SUCCESS can't be read: {type(error).__name__}: {error}")
         return
     facts: dict[str, Any] = {"num_rows": report.num_rows}
-    if tally is not None and not report.missing:
-        facts = tally.facts()
+    if stats is not None and not report.missing:
+        facts = stats.to_dict()
     for name, value in facts.items():
         if given[name] != value:
             report.problems.append(f"_SUCCESS says {name} is {given[name]!r}; it is {value!r}")
 
 
-def ranges(rows: np.ndarray) -> str:
+def format_ranges(rows: np.ndarray) -> str:
     """Row indices, ascending, as "0-41,57"; empty for none."""
     if not len(rows):
         return ""
@@ -315,17 +327,17 @@ def ranges(rows: np.ndarray) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)
 
 
-def _some(rows: np.ndarray) -> str:
-    text = ranges(np.unique(rows))
-    return f"{len(rows):,} ({shortened(text)})"
+def _format_rows(rows: np.ndarray) -> str:
+    text = format_ranges(np.unique(rows))
+    return f"{len(rows):,} ({truncate_ranges(text)})"
 
 
-def shortened(text: str, most: int = 60) -> str:
+def truncate_ranges(text: str, most: int = 60) -> str:
     """Ranges cut to what fits a line."""
     return text if len(text) <= most else text[: text.rindex(",", 0, most)] + ", ..."
 
 
-def _text(value: Any) -> str:
+def _canonical_json(value: Any) -> str:
     """A value in a form in which equal ones are equal: NaN too, and what JSON has no word for."""
     return json.dumps(value, default=str)
 

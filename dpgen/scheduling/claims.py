@@ -11,12 +11,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpgen.distributed.group import Store
+from dpgen.distributed.group import CounterStore
 
-_LOOKED_AT = 64  # shards whose cursors are read at a time, to find a full one
-_AHEAD_SHARE = 0.8  # of what is left of shards on average: with less in its own, a rank is ahead of the others
+_PROBED_SHARDS = 64  # shards whose cursors are read at a time, to find a full one
+_AHEAD_FRACTION = 0.8  # of what is left of shards on average: with less in its own, a rank is ahead of the others
 _AHEAD_POSITIONS = 8  # and by so many more: at the very end every rank would be ahead or behind by chance
-_SLOW = 1.1  # times as long as the others; less than that may be chance
+_MIN_SLOWDOWN = 1.1  # times as long as the others; less than that may be chance
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Claim:
     stop: int
 
 
-class Claims:
+class ShardClaimer:
     """This rank's claims.
 
     A claim is a share of what is left over all ranks (guided self-scheduling, Polychronopoulos & Kuck, 1987), so that
@@ -54,102 +54,102 @@ class Claims:
 
     def __init__(
         self,
-        store: Store,
+        store: CounterStore,
         cursors: Sequence[str],
         shard_sizes: Sequence[int],
         rank: int,
         *,
         steal: bool,
         max_size: int,
-        evens_out: bool = True,
+        adaptive: bool = True,
     ) -> None:
         self._store, self._cursors, self._rank = store, cursors, rank
         self._sizes = shard_sizes
-        self._steal, self._max_size, self._evens_out = steal, max_size, steal and evens_out
-        self._left_here = shard_sizes[rank]
+        self._can_steal, self._max_size, self._adaptive = steal, max_size, steal and adaptive
+        self._own_remaining = shard_sizes[rank]
         self._others = [shard for shard, size in enumerate(shard_sizes) if size and shard != rank] if steal else []
         random.Random(rank).shuffle(self._others)  # so that ranks look at different shards first
-        self.num_left = self._last_estimate = sum(shard_sizes)
-        self.slowness = 1.0
+        self.num_remaining = self._last_estimate = sum(shard_sizes)
+        self.slowdown = 1.0
 
-    def look_here(self) -> int:
+    def refresh_own_remaining(self) -> int:
         """Positions of the own shard that nobody has claimed, helpers included: they come while this rank is slow."""
-        if self._left_here and self._steal:
-            [self._left_here] = self._look([self._rank])
-        return self._left_here
+        if self._own_remaining and self._can_steal:
+            [self._own_remaining] = self._read_remaining([self._rank])
+        return self._own_remaining
 
     @property
-    def fair_size(self) -> int:
+    def fair_claim_size(self) -> int:
         """Half of this rank's share of what is left: more than that in one hand could keep another rank idle."""
-        return self._fair_size_of(self.num_left)
+        return self._fair_size_of(self.num_remaining)
 
-    def _fair_size_of(self, num_left: int) -> int:
-        slowness = max(1.0, self.slowness) if self._evens_out else 1.0
-        shared = int(num_left / (2 * len(self._sizes) * slowness))
-        return min(shared, self._left_here // 2) if self._left_here else shared
+    def _fair_size_of(self, num_remaining: int) -> int:
+        slowdown = max(1.0, self.slowdown) if self._adaptive else 1.0
+        shared = int(num_remaining / (2 * len(self._sizes) * slowdown))
+        return min(shared, self._own_remaining // 2) if self._own_remaining else shared
 
-    def are_for_others(self, num_in_hand: int) -> bool:
+    def should_yield(self, num_in_flight: int) -> bool:
         """Whether a slow rank should leave what is left to the others.
 
-        A row that it claims now is through after `slowness` times as long as one takes elsewhere. In that time the
+        A row that it claims now is through after `compute_slowdowns` times as long as one takes elsewhere. In that time the
         others do what they have in hand, and (slowness - 1) times as much of what is left.
 
         Args:
             num_in_hand: rows that this rank has claimed and not finished, or has when its engine is full; the others
                 are taken to have as many.
         """
-        if not self._evens_out or self.slowness < _SLOW:
+        if not self._adaptive or self.slowdown < _MIN_SLOWDOWN:
             return False
         num_others = len(self._sizes) - 1
-        return 0 < self.num_left < (self.slowness - 1) * num_in_hand * num_others
+        return 0 < self.num_remaining < (self.slowdown - 1) * num_in_flight * num_others
 
-    def take(self, most: int) -> Claim | None:
+    def claim(self, limit: int) -> Claim | None:
         """The next positions for this rank, at most so many; None once there are none to be had, ever."""
-        return (self._help(most) if self._is_ahead else None) or self._take_own(most) or self._help(most)
+        return (self._steal(limit) if self._is_ahead else None) or self._claim_own(limit) or self._steal(limit)
 
     @property
     def _is_ahead(self) -> bool:
         """Whether this rank's shard is used up so far that others, probably, need help."""
-        mean = min(self.num_left, self._last_estimate) / len(self._sizes)
-        return self._evens_out and self._left_here + _AHEAD_POSITIONS < _AHEAD_SHARE * mean
+        mean = min(self.num_remaining, self._last_estimate) / len(self._sizes)
+        return self._adaptive and self._own_remaining + _AHEAD_POSITIONS < _AHEAD_FRACTION * mean
 
-    def _take_own(self, most: int) -> Claim | None:
-        if not self._left_here:
+    def _claim_own(self, limit: int) -> Claim | None:
+        if not self._own_remaining:
             return None
-        claim, self._left_here = self._take_from(self._rank, min(most, self.fair_size))
+        claim, self._own_remaining = self._claim_from(self._rank, min(limit, self.fair_claim_size))
         return claim
 
-    def _help(self, most: int) -> Claim | None:
+    def _steal(self, limit: int) -> Claim | None:
         """A claim in the fullest shard; None where nothing is left in the others, or no more than in the own one."""
         while self._others:
-            looked_at = self._others[-_LOOKED_AT:]
-            del self._others[-_LOOKED_AT:]
-            left = dict(zip(looked_at, self._look(looked_at), strict=True))
+            looked_at = self._others[-_PROBED_SHARDS:]
+            del self._others[-_PROBED_SHARDS:]
+            left = dict(zip(looked_at, self._read_remaining(looked_at), strict=True))
             full = [shard for shard in looked_at if left[shard]]
             # What is left everywhere, if the shards that were not looked at are like these.
-            estimate = sum(left.values()) * (len(looked_at) + len(self._others)) // len(looked_at) + self._left_here
+            estimate = sum(left.values()) * (len(looked_at) + len(self._others)) // len(looked_at) + self._own_remaining
             self._last_estimate = estimate
             if not self._others:  # then this is no estimate, and newer than what the ranks have agreed on
-                self.num_left = min(self.num_left, estimate)
+                self.num_remaining = min(self.num_remaining, estimate)
             self._others += full  # those that are used up are never looked at again
             if not full:
                 continue
             fullest = max(full, key=left.__getitem__)
-            if left[fullest] <= self._left_here:
+            if left[fullest] <= self._own_remaining:
                 return None
-            claim, _ = self._take_from(fullest, min(most, self._fair_size_of(min(self.num_left, estimate))))
+            claim, _ = self._claim_from(fullest, min(limit, self._fair_size_of(min(self.num_remaining, estimate))))
             if claim is not None:  # otherwise others emptied it meanwhile: then look again
                 return claim
         return None
 
-    def _take_from(self, shard: int, wanted: int) -> tuple[Claim | None, int]:
+    def _claim_from(self, shard: int, wanted: int) -> tuple[Claim | None, int]:
         """A claim of about so many positions, and how many are then left in the shard."""
         size, wanted = self._sizes[shard], max(1, min(self._max_size, wanted))
         end = self._store.add(self._cursors[shard], wanted)
         start, stop = end - wanted, min(end, size)
         return (Claim(shard, start, stop) if start < size else None), size - stop
 
-    def _look(self, shards: Sequence[int]) -> list[int]:
+    def _read_remaining(self, shards: Sequence[int]) -> list[int]:
         """How many positions are left in each of these shards."""
         found = self._store.get_many([self._cursors[shard] for shard in shards])
         return [max(0, self._sizes[shard] - seen) for shard, seen in zip(shards, found, strict=True)]

@@ -17,26 +17,28 @@ from typing import Any
 import numpy as np
 
 from dpgen.config.schema import Config
-from dpgen.data.input_rows import Rows
-from dpgen.formatting import counted
-from dpgen.scheduling.prefix_groups import Prefixes, find_prefixes
-from dpgen.scheduling.prompt_groups import Hand, Lessons, Siblings, find_siblings
+from dpgen.data.input_rows import InputRows
+from dpgen.formatting import format_count
+from dpgen.scheduling.prefix_groups import PrefixGroups, group_by_prefix
+from dpgen.scheduling.prompt_groups import LengthTracker, PromptGroups, RankState, group_by_prompt
 
 _SAMPLE_ROWS = 20_000  # the quick look
-_VARIED = 2.0  # of longest_first by hints: the longest hundredth against the middle
-_VERY_VARIED = 4.0  # ... by the prompts' lengths, which say less of how long the answers get
+_MIN_HINT_TAIL_RATIO = 2.0  # of longest_first by hints: the longest hundredth against the middle
+_MIN_PROMPT_TAIL_RATIO = 4.0  # ... by the prompts' lengths, which say less of how long the answers get
 _LONG_PROMPT_CHARS = 1_000  # shorter ones cost little, whatever their order
-_SHARED_SHARE = 0.25  # of all prompt text that is shared, from which on sharing is worth an order of its own
+_MIN_SHARED_FRACTION = 0.25  # of all prompt text that is shared, from which on sharing is worth an order of its own
 _CHARS_PER_TOKEN = 4
-_PIECES = 32  # claims that a shard of groups is made of, at least
-_SIBLING_SHARE = 0.5  # of all rows that have the same prompt as another, from which on the first of them go first
-_USUAL_TOKENS = 256  # what a row is taken to generate, to weigh it against its prompt
+_MIN_CHUNKS_PER_SHARD = 32  # claims that a shard of groups is made of, at least
+_MIN_GROUPED_FRACTION = (
+    0.5  # of all rows that have the same prompt as another, from which on the first of them go first
+)
+_ASSUMED_OUTPUT_TOKENS = 256  # what a row is taken to generate, to weigh it against its prompt
 
-TextOf = Callable[[Mapping[str, Any]], str]
+PromptTextFn = Callable[[Mapping[str, Any]], str]
 
 
 @dataclass(frozen=True)
-class Order:
+class RowOrder:
     """Rows in order of work, and how they are split into shards.
 
     Attributes:
@@ -47,7 +49,7 @@ class Order:
         weights: of "prefix": each row's work, in arbitrary units.
         siblings: which rows have the same prompt, where their lengths are to be learnt from each other.
         num_leaders: rows at the front whose lengths tell those of others: when half of them are through it is time
-            to deal what is left anew, by `order_learnt`.
+            to deal what is left anew, by `order_by_measured_lengths`.
         lessons: makes what a rank is to learn before that.
     """
 
@@ -56,14 +58,14 @@ class Order:
     reason: str = ""
     groups: np.ndarray | None = None
     weights: np.ndarray | None = None
-    siblings: Siblings | None = None
-    num_leaders: int = 0
-    lessons: Callable[[], Lessons | None] = lambda: None
+    prompt_groups: PromptGroups | None = None
+    num_probes: int = 0
+    make_tracker: Callable[[], LengthTracker | None] = lambda: None
 
     def __str__(self) -> str:
         return f"order of work: {self.kind}" + (f"; {self.reason}" if self.reason else "")
 
-    def split(self, num_shards: int, most_rows: int) -> Split:
+    def shard(self, num_shards: int, max_rows: int) -> ShardSpec:
         """Deals the rows to shards.
 
         Rows one by one are dealt round-robin, so that a shard has its share of the first and of the last: neighbours
@@ -74,8 +76,8 @@ class Order:
             most_rows: the most rows that a rank is to take at a time.
         """
         if self.groups is None or self.weights is None:
-            return Split([len(range(shard, len(self.rows), num_shards)) for shard in range(num_shards)])
-        parts = _cut(self.groups, len(self.rows), len(self.rows) // (2 * num_shards))
+            return ShardSpec([len(range(shard, len(self.rows), num_shards)) for shard in range(num_shards)])
+        parts = _split_groups(self.groups, len(self.rows), len(self.rows) // (2 * num_shards))
         weights = np.add.reduceat(self.weights, parts)
         dealt: list[list[int]] = [[] for _ in range(num_shards)]
         loads = [(0.0, shard) for shard in range(num_shards)]
@@ -84,15 +86,15 @@ class Order:
             dealt[shard].append(part)
             heapq.heappush(loads, (load + float(weights[part]), shard))
         # Taken in pieces that get no smaller towards the end, so small ones: another rank may need to help.
-        piece_rows = min(most_rows, len(self.rows) // (_PIECES * num_shards))
+        piece_rows = min(max_rows, len(self.rows) // (_MIN_CHUNKS_PER_SHARD * num_shards))
         rows = np.split(self.rows, parts[1:])
-        shards = [_leaders_ahead([rows[part] for part in sorted(mine)]) for mine in dealt]
-        groups = [_in_pieces(shard, piece_rows) for shard in shards]
-        return Split([len(starts) - 1 for _, starts in groups], groups)
+        shards = [_prefill_heads_early([rows[part] for part in sorted(mine)]) for mine in dealt]
+        groups = [_to_chunks(shard, piece_rows) for shard in shards]
+        return ShardSpec([len(starts) - 1 for _, starts in groups], groups)
 
 
 @dataclass(frozen=True)
-class Split:
+class ShardSpec:
     """Shards of an order.
 
     Attributes:
@@ -104,7 +106,7 @@ class Split:
     groups: list[tuple[np.ndarray, np.ndarray]] | None = None
 
 
-def _leaders_ahead(parts: list[np.ndarray]) -> list[np.ndarray]:
+def _prefill_heads_early(parts: list[np.ndarray]) -> list[np.ndarray]:
     """The same rows, each part's first one in the part before.
 
     Rows that are computed in one step do not find each other's beginning in the prefix cache: so the first row of a
@@ -115,20 +117,20 @@ def _leaders_ahead(parts: list[np.ndarray]) -> list[np.ndarray]:
     return [part for part in [*(first[:1] for first in parts[:1]), *moved] if len(part)]
 
 
-def _in_pieces(parts: list[np.ndarray], most_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _to_chunks(parts: list[np.ndarray], max_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """A shard's rows, and where the pieces that are claimed begin in them, with their number at the end."""
     rows = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
     begins = np.cumsum([0, *map(len, parts)])[:-1].astype(np.int64)
-    return rows, np.append(_cut(begins, len(rows), most_rows), len(rows))
+    return rows, np.append(_split_groups(begins, len(rows), max_rows), len(rows))
 
 
-def _cut(begins: np.ndarray, num_rows: int, most_rows: int) -> np.ndarray:
+def _split_groups(begins: np.ndarray, num_rows: int, max_rows: int) -> np.ndarray:
     """Where parts of at most so many rows begin, given where the whole groups do."""
     within: np.ndarray = np.arange(num_rows) - np.repeat(begins, np.diff(begins, append=num_rows))
-    return np.flatnonzero(within % max(1, most_rows) == 0)
+    return np.flatnonzero(within % max(1, max_rows) == 0)
 
 
-def order_rows(config: Config, rows: Rows, todo: np.ndarray, text_of: TextOf) -> Order:
+def order_rows(config: Config, rows: InputRows, todo: np.ndarray, text_of: PromptTextFn) -> RowOrder:
     """The order in which to generate rows.
 
     Args:
@@ -137,104 +139,109 @@ def order_rows(config: Config, rows: Rows, todo: np.ndarray, text_of: TextOf) ->
     """
     hint = _hint_column(config)
     if config.work.order == "dataset" or len(todo) < 2:
-        return Order(todo)
+        return RowOrder(todo)
     if config.work.order == "prefix":
-        prefixes = find_prefixes(rows, todo, config.prompt.columns(rows.columns), text_of)
+        prefixes = group_by_prefix(rows, todo, config.prompt.columns(rows.columns), text_of)
         if prefixes.num_groups == 0:
-            return Order(todo, reason="no prompts begin alike")
+            return RowOrder(todo, reason="no prompts begin alike")
         return _prefix_order(rows, todo, prefixes, hint)
     if config.work.order == "longest_first":
         return _longest_first(config, rows, todo, hint, text_of)
-    return _chosen(config, rows, todo, hint, text_of)
+    return _choose_order(config, rows, todo, hint, text_of)
 
 
-def _chosen(config: Config, rows: Rows, todo: np.ndarray, hint: str | None, text_of: TextOf) -> Order:
+def _choose_order(
+    config: Config, rows: InputRows, todo: np.ndarray, hint: str | None, text_of: PromptTextFn
+) -> RowOrder:
     """What a look at some of the rows suggests."""
     sample = _sample(todo)
     columns = config.prompt.columns(rows.columns)
-    seen = find_prefixes(rows, sample, columns, text_of)
+    seen = group_by_prefix(rows, sample, columns, text_of)
     caches = config.engine.get("enable_prefix_caching", True)
     if hint is None and (seen.lengths.mean() < _LONG_PROMPT_CHARS or not caches):
-        _, num_with_siblings = find_siblings(len(rows), sample, seen.whole)
+        _, num_with_siblings = group_by_prompt(len(rows), sample, seen.prompt_hashes)
         # Of a part of the rows only neighbours, which are half of it, show their siblings.
-        share = _SIBLING_SHARE if len(sample) == len(todo) else _SIBLING_SHARE / 2
+        share = _MIN_GROUPED_FRACTION if len(sample) == len(todo) else _MIN_GROUPED_FRACTION / 2
         if num_with_siblings >= share * len(sample):
             by_siblings = _longest_first(config, rows, todo, None, text_of)
-            if by_siblings.siblings is not None:
+            if by_siblings.prompt_groups is not None:
                 return by_siblings
-    if caches and seen.shared_share >= _SHARED_SHARE:
-        prefixes = seen if len(sample) == len(todo) else find_prefixes(rows, todo, columns, text_of)
+    if caches and seen.shared_fraction >= _MIN_SHARED_FRACTION:
+        prefixes = seen if len(sample) == len(todo) else group_by_prefix(rows, todo, columns, text_of)
         return _prefix_order(rows, todo, prefixes, hint)
     if hint is not None:
-        values = rows.numbers(hint, sample)
-        if _spread(values) >= _VARIED:
+        values = rows.read_numbers(hint, sample)
+        if _compute_tail_ratio(values) >= _MIN_HINT_TAIL_RATIO:
             return _longest_first(config, rows, todo, hint, text_of)
-        return Order(todo, reason=f"{hint} differs little from row to row")
-    if _spread(seen.lengths) >= _VERY_VARIED and seen.lengths.mean() >= _LONG_PROMPT_CHARS:
+        return RowOrder(todo, reason=f"{hint} differs little from row to row")
+    if _compute_tail_ratio(seen.lengths) >= _MIN_PROMPT_TAIL_RATIO and seen.lengths.mean() >= _LONG_PROMPT_CHARS:
         return _longest_first(config, rows, todo, None, text_of)
-    return Order(todo, reason="nothing tells which rows are long, and their prompts begin differently")
+    return RowOrder(todo, reason="nothing tells which rows are long, and their prompts begin differently")
 
 
-def _longest_first(config: Config, rows: Rows, todo: np.ndarray, hint: str | None, text_of: TextOf) -> Order:
+def _longest_first(
+    config: Config, rows: InputRows, todo: np.ndarray, hint: str | None, text_of: PromptTextFn
+) -> RowOrder:
     if hint is None:
-        prompts = find_prefixes(rows, todo, config.prompt.columns(rows.columns), text_of)
-        siblings, num_with_siblings = find_siblings(len(rows), todo, prompts.whole)
-        if num_with_siblings >= _SIBLING_SHARE * len(todo):
-            return order_learnt(todo, siblings, siblings.count(Hand()))
+        prompts = group_by_prefix(rows, todo, config.prompt.columns(rows.columns), text_of)
+        prompt_groups, num_with_siblings = group_by_prompt(len(rows), todo, prompts.prompt_hashes)
+        if num_with_siblings >= _MIN_GROUPED_FRACTION * len(todo):
+            return order_by_measured_lengths(todo, prompt_groups, prompt_groups.count(RankState()))
         lengths = prompts.lengths.astype(np.float64)
         what = "the prompts' lengths"
     else:
-        lengths = rows.numbers(hint, todo)
+        lengths = rows.read_numbers(hint, todo)
         what = hint if hint == config.work.hint_column else f"max_tokens ({hint})"
     known = lengths[~np.isnan(lengths)]
     # A row that says nothing may be as long as any.
     lengths = np.where(np.isnan(lengths), known.max() if len(known) else 0, lengths)
-    low, middle, high = _quantiles(known) if len(known) else (0, 0, 0)
+    low, middle, high = _compute_min_median_max(known) if len(known) else (0, 0, 0)
     reason = f"by {what}: {low:,.0f} to {high:,.0f}, half of them below {middle:,.0f}"
-    return Order(todo[np.argsort(-lengths, kind="stable")], "longest_first", reason)
+    return RowOrder(todo[np.argsort(-lengths, kind="stable")], "longest_first", reason)
 
 
-def order_learnt(todo: np.ndarray, siblings: Siblings, counts: np.ndarray) -> Order:
-    """Longest first, by what the ranks have learnt of rows with the same prompts; see `Siblings.order`."""
-    ordered, num_leaders = siblings.order(todo, counts)
-    expected = siblings.expected(todo, counts)
+def order_by_measured_lengths(todo: np.ndarray, prompt_groups: PromptGroups, counts: np.ndarray) -> RowOrder:
+    """Longest first, by what the ranks have learnt of rows with the same prompts; see `PromptGroups.sort`."""
+    ordered, num_probes = prompt_groups.sort(todo, counts)
+    expected = prompt_groups.estimate_lengths(todo, counts)
     known = expected[np.isfinite(expected)]
     if len(known):
-        low, middle, high = _quantiles(known)
+        low, middle, high = _compute_min_median_max(known)
         reason = (
             f"by what rows with the same prompt have taken: {low:,.0f} to {high:,.0f} tokens, half of them below "
-            f"{middle:,.0f}; {counted(int(np.isposinf(expected).sum()), 'row')} of prompts that are still running first"
+            f"{middle:,.0f}; {format_count(int(np.isposinf(expected).sum()), 'row')} of prompts that are "
+            "still running first"
         )
-    elif num_leaders == 0:
+    elif num_probes == 0:
         reason = "what is left has siblings that still run, or none"
     else:
         reason = (
-            f"{counted(siblings.num_groups, 'prompt')} have several rows each: one of each goes first, and tells how "
-            "long the others get"
+            f"{format_count(prompt_groups.num_groups, 'prompt')} have several rows each: one of each goes first, and "
+            "tells how long the others get"
         )
-    return Order(
+    return RowOrder(
         ordered,
         "longest_first",
         reason,
-        siblings=siblings,
-        num_leaders=num_leaders,
-        lessons=lambda: siblings.lessons(todo, counts),
+        prompt_groups=prompt_groups,
+        num_probes=num_probes,
+        make_tracker=lambda: prompt_groups.make_tracker(todo, counts),
     )
 
 
-def _prefix_order(rows: Rows, todo: np.ndarray, prefixes: Prefixes, hint: str | None) -> Order:
-    order, groups = prefixes.together()
-    tokens = np.full(len(todo), float(_USUAL_TOKENS))
+def _prefix_order(rows: InputRows, todo: np.ndarray, prefixes: PrefixGroups, hint: str | None) -> RowOrder:
+    order, groups = prefixes.sort_by_group()
+    tokens = np.full(len(todo), float(_ASSUMED_OUTPUT_TOKENS))
     if hint is not None:
-        values = rows.numbers(hint, todo)
+        values = rows.read_numbers(hint, todo)
         tokens = np.where(np.isnan(values), tokens, values)
-    weights = tokens + prefixes.own_chars / _CHARS_PER_TOKEN
+    weights = tokens + prefixes.uncached_chars / _CHARS_PER_TOKEN
     reason = (
         f"{prefixes.num_grouped_rows:,} of {len(todo):,} prompts begin as others do, in "
-        f"{counted(prefixes.num_groups, 'group')}; {100 * prefixes.shared_share:.0f} % of all prompt text need not be "
-        "computed twice"
+        f"{format_count(prefixes.num_groups, 'group')}; {100 * prefixes.shared_fraction:.0f} % of all prompt text need "
+        "not be computed twice"
     )
-    return Order(todo[order], "prefix", reason, groups, weights[order])
+    return RowOrder(todo[order], "prefix", reason, groups, weights[order])
 
 
 def _hint_column(config: Config) -> str | None:
@@ -253,7 +260,7 @@ def _sample(todo: np.ndarray) -> np.ndarray:
     return sample
 
 
-def _spread(values: np.ndarray) -> float:
+def _compute_tail_ratio(values: np.ndarray) -> float:
     """How much longer the longest hundredth is than the middle."""
     known = values[~np.isnan(values)] if values.dtype.kind == "f" else values
     if not len(known):
@@ -262,6 +269,6 @@ def _spread(values: np.ndarray) -> float:
     return float(high / max(middle, 1))
 
 
-def _quantiles(values: np.ndarray) -> tuple[float, float, float]:
+def _compute_min_median_max(values: np.ndarray) -> tuple[float, float, float]:
     low, middle, high = np.quantile(values, [0.0, 0.5, 1.0])
     return float(low), float(middle), float(high)

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from dpgen.data.input_rows import Rows
+from dpgen.data.input_rows import InputRows
 
 MIN_PREFIX_CHARS = 256  # shorter beginnings are not worth an order: a few blocks of a prefix cache
 _LEVELS = tuple(MIN_PREFIX_CHARS * 2**power for power in range(9))  # up to 65,536 characters
-_FEWEST_GROUPS = 8  # beginnings that more than an eighth of all rows share stay cached in any order
+_MIN_GROUPS = 8  # beginnings that more than an eighth of all rows share stay cached in any order
 
 
-class Prefixes:
+class PrefixGroups:
     """Which rows' prompts begin alike.
 
     Two rows are of one group where they share the shortest beginning that not too many rows have in common: what more
@@ -36,12 +36,12 @@ class Prefixes:
             it shares, and its part of the shared ones; float64.
     """
 
-    def __init__(self, lengths: np.ndarray, hashes: np.ndarray, whole: np.ndarray) -> None:
-        self.lengths, self._hashes, self.whole = lengths, hashes, whole
+    def __init__(self, lengths: np.ndarray, hashes: np.ndarray, prompt_hashes: np.ndarray) -> None:
+        self.lengths, self._hashes, self.prompt_hashes = lengths, hashes, prompt_hashes
         num_rows = len(lengths)
         self._group = np.full(num_rows, -1, dtype=np.int64)
         saved = np.zeros(num_rows)
-        most = max(2, num_rows // _FEWEST_GROUPS)
+        most = max(2, num_rows // _MIN_GROUPS)
         num_groups = width_before = 0
         for level, width in enumerate(_LEVELS):
             here = np.flatnonzero(lengths >= width)
@@ -53,12 +53,12 @@ class Prefixes:
             grouped = self._group[here] >= 0
             saved[here] += np.where(grouped, (width - width_before) * (1 - 1 / size), 0)
             width_before = width
-        self.own_chars = lengths - saved
+        self.uncached_chars = lengths - saved
 
     @property
-    def shared_share(self) -> float:
+    def shared_fraction(self) -> float:
         """What need not be computed if the groups stay together, as a share of all prompts' characters."""
-        return float(1 - self.own_chars.sum() / max(1, self.lengths.sum()))
+        return float(1 - self.uncached_chars.sum() / max(1, self.lengths.sum()))
 
     @property
     def num_groups(self) -> int:
@@ -68,22 +68,22 @@ class Prefixes:
     def num_grouped_rows(self) -> int:
         return int((self._group >= 0).sum())
 
-    def together(self) -> tuple[np.ndarray, np.ndarray]:
+    def sort_by_group(self) -> tuple[np.ndarray, np.ndarray]:
         """Places of the rows such that groups stand together, and where each group begins there.
 
         Groups come in the order of their first rows, and within a group rows that share still more are neighbours. A
         row of no group is one by itself.
         """
-        places = np.arange(len(self.lengths))
-        group = np.where(self._group < 0, self._group.max(initial=-1) + 1 + places, self._group)
+        row_ids = np.arange(len(self.lengths))
+        group = np.where(self._group < 0, self._group.max(initial=-1) + 1 + row_ids, self._group)
         _, first, group = np.unique(group, return_index=True, return_inverse=True)
-        order = np.lexsort((places, *self._hashes[::-1], first[group]))
+        order = np.lexsort((row_ids, *self._hashes[::-1], first[group]))
         return order, np.flatnonzero(np.diff(first[group][order], prepend=-1))
 
 
-def find_prefixes(
-    rows: Rows, places: np.ndarray, columns: Sequence[str], text_of: Callable[[Mapping[str, Any]], str]
-) -> Prefixes:
+def group_by_prefix(
+    rows: InputRows, row_ids: np.ndarray, columns: Sequence[str], text_of: Callable[[Mapping[str, Any]], str]
+) -> PrefixGroups:
     """Reads the prompts of some rows.
 
     Args:
@@ -91,10 +91,10 @@ def find_prefixes(
         columns: the columns that a prompt is made of.
         text_of: a row's prompt; where it raises, the row counts as one without a prompt.
     """
-    lengths = np.zeros(len(places), dtype=np.int64)
-    hashes = np.zeros((len(_LEVELS), len(places)), dtype=np.uint32)
-    whole = np.zeros(len(places), dtype=np.int64)
-    for place, row in enumerate(rows.read(places, columns)):
+    lengths = np.zeros(len(row_ids), dtype=np.int64)
+    hashes = np.zeros((len(_LEVELS), len(row_ids)), dtype=np.uint32)
+    prompt_hashes = np.zeros(len(row_ids), dtype=np.int64)
+    for place, row in enumerate(rows.iter_rows(row_ids, columns)):
         try:
             text = text_of(row)
         except Exception:  # noqa: BLE001 - a template is a program; the row is refused later, with its reason
@@ -107,8 +107,8 @@ def find_prefixes(
             value = _hash(text[start:stop], value)
             hashes[level, place] = value
             start = stop
-        whole[place] = _hash(text[start:], value) + (len(text) << 32)
-    return Prefixes(lengths, hashes, whole)
+        prompt_hashes[place] = _hash(text[start:], value) + (len(text) << 32)
+    return PrefixGroups(lengths, hashes, prompt_hashes)
 
 
 def _hash(text: str, value: int) -> int:

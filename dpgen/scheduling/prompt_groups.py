@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_KNOWN_SHARE = 1 / 64  # of the groups, that need not be learnt
+_NEGLIGIBLE_FRACTION = 1 / 64  # of the groups, that need not be learnt
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class Hand:
+class RankState:
     """What one rank has done of the run so far, and does now.
 
     Attributes:
@@ -31,7 +31,7 @@ class Hand:
     running: np.ndarray = field(default_factory=lambda: _NO_ROWS)
 
 
-class Siblings:
+class PromptGroups:
     """Which rows have the same prompt.
 
     Args:
@@ -42,7 +42,7 @@ class Siblings:
         self._group = group
         self.num_groups = int(group.max(initial=-1)) + 1
 
-    def count(self, hand: Hand) -> np.ndarray:
+    def count(self, hand: RankState) -> np.ndarray:
         """What a rank knows of each group: finished rows, their tokens, running rows; int64 of shape (3, groups).
 
         The ranks' counts are to be summed.
@@ -55,7 +55,7 @@ class Siblings:
         np.add.at(counts[2], running[running >= 0], 1)
         return counts
 
-    def expected(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def estimate_lengths(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Tokens that each of some rows is expected to get: the mean of its siblings; inf where only running ones are
         known, NaN where nothing is. Float64."""
         finished, tokens, running = counts
@@ -64,13 +64,13 @@ class Siblings:
         found: np.ndarray = of_group[self._group[rows]]
         return found
 
-    def lessons(self, todo: np.ndarray, counts: np.ndarray) -> Lessons:
+    def make_tracker(self, todo: np.ndarray, counts: np.ndarray) -> LengthTracker:
         """What is to be learnt of the groups that rows are left of."""
         has_rows = np.zeros(self.num_groups + 1, dtype=bool)
         has_rows[self._group[todo]] = True  # the last entry is that of rows without siblings
-        return Lessons(len(todo), self._group, has_rows[:-1] & (counts[0] == 0))
+        return LengthTracker(len(todo), self._group, has_rows[:-1] & (counts[0] == 0))
 
-    def order(self, todo: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
+    def sort(self, todo: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
         """Rows in order of work, and how many leaders there are at its front.
 
         After the leaders, of groups that nothing is known of, come those whose siblings still run, then rows without
@@ -80,17 +80,17 @@ class Siblings:
             todo: rows to order, int64, ascending.
             counts: as `count` gives them, summed over all ranks.
         """
-        expected, group = self.expected(todo, counts), self._group[todo]
+        expected, group = self.estimate_lengths(todo, counts), self._group[todo]
         unknown = np.flatnonzero(np.isnan(expected) & (group >= 0))
         _, first, size = np.unique(group[unknown], return_index=True, return_counts=True)
-        leaders = np.sort(unknown[first[size > 1]])
-        others = np.setdiff1d(np.arange(len(todo)), leaders, assume_unique=True)
+        probes = np.sort(unknown[first[size > 1]])
+        others = np.setdiff1d(np.arange(len(todo)), probes, assume_unique=True)
         long = np.where(np.isnan(expected[others]), np.finfo(np.float64).max, expected[others])
         others = others[np.argsort(-long, kind="stable")]
-        return todo[np.concatenate([leaders, others])], len(leaders)
+        return todo[np.concatenate([probes, others])], len(probes)
 
 
-class Lessons:
+class LengthTracker:
     """What one rank still learns of, since a deal: groups of which no row was through then.
 
     Args:
@@ -105,18 +105,18 @@ class Lessons:
 
     def __init__(self, num_rows: int, group: np.ndarray, is_open: np.ndarray) -> None:
         self.num_rows, self._group, self._is_open = num_rows, group, is_open
-        self.num_open = int(is_open.sum()) if is_open.sum() > _KNOWN_SHARE * len(is_open) else 0
-        self.num_learnt = 0
+        self.num_unmeasured = int(is_open.sum()) if is_open.sum() > _NEGLIGIBLE_FRACTION * len(is_open) else 0
+        self.num_measured = 0
 
-    def finish(self, row: int) -> None:
+    def record_finished(self, row: int) -> None:
         """Notes that a row is through."""
         group = self._group[row]
         if group >= 0 and self._is_open[group]:
             self._is_open[group] = False
-            self.num_learnt += 1
+            self.num_measured += 1
 
 
-def find_siblings(num_rows: int, places: np.ndarray, prompts: np.ndarray) -> tuple[Siblings, int]:
+def group_by_prompt(num_rows: int, places: np.ndarray, prompts: np.ndarray) -> tuple[PromptGroups, int]:
     """Rows whose prompts are the same, and how many rows have such siblings.
 
     Args:
@@ -128,4 +128,4 @@ def find_siblings(num_rows: int, places: np.ndarray, prompts: np.ndarray) -> tup
     has = (counts[found] > 1) & (prompts != 0)
     group = np.full(num_rows, -1, dtype=np.int64)
     _, group[places[has]] = np.unique(found[has], return_inverse=True)
-    return Siblings(group), int(has.sum())
+    return PromptGroups(group), int(has.sum())

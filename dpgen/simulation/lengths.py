@@ -9,10 +9,10 @@ import numpy as np
 
 from dpgen.errors import ConfigError
 
-KINDS = "constant:TOKENS, lognormal:MEDIAN:SIGMA, or a JSON file with quantiles"
+LENGTHS_HELP = "constant:TOKENS, lognormal:MEDIAN:SIGMA, or a JSON file with quantiles"
 
 
-def draw_lengths(kind: str, num_rows: int, seed: int = 0) -> np.ndarray:
+def sample_lengths(kind: str, num_rows: int, seed: int = 0) -> np.ndarray:
     """Tokens to generate of so many rows, int64, at least 1 each, in random order.
 
     Args:
@@ -30,15 +30,15 @@ def draw_lengths(kind: str, num_rows: int, seed: int = 0) -> np.ndarray:
         elif name == "lognormal" and len(numbers) == 2:
             drawn = random.lognormal(np.log(float(numbers[0])), float(numbers[1]), num_rows)
         else:
-            places, values = _quantiles(Path(kind))
+            places, values = _read_quantiles(Path(kind))
             drawn = np.interp(random.random(num_rows), places, values)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"lengths {kind!r} are none of {KINDS} ({error})") from None
+        raise ConfigError(f"lengths {kind!r} are none of {LENGTHS_HELP} ({error})") from None
     lengths: np.ndarray = np.maximum(1, drawn.round()).astype(np.int64)
     return lengths
 
 
-def _quantiles(path: Path) -> tuple[list[float], list[float]]:
+def _read_quantiles(path: Path) -> tuple[list[float], list[float]]:
     found = json.loads(path.read_text())
     quantiles = found["quantiles"]
     if isinstance(quantiles, dict):

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.jobs import REPO, numbered
+from helpers.jobs import REPO, make_numbered_rows
 
 from dpgen.commands.slurm import main, script_for
 from dpgen.errors import ConfigError
 from dpgen.lifecycle import requeue
-from dpgen.lifecycle.requeue import Word, num_fruitless, why_not
+from dpgen.lifecycle.requeue import AttemptStatus, count_attempts_without_progress, find_reason_not_to_requeue
 
 GOLDEN = REPO / "tests" / "golden"
 CONF = str(REPO / "conf" / "jsonl.yaml")
@@ -123,7 +123,7 @@ def test_the_script_runs_the_configuration_it_was_made_for(
 ) -> None:
     """By bash alone, with a stand-in for srun that runs one task."""
     monkeypatch.chdir(tmp_path)
-    script, _ = script_for([write_config(numbered(5)), "run.dir=runs/it's mine"])
+    script, _ = script_for([write_config(make_numbered_rows(5)), "run.dir=runs/it's mine"])
     fake_program(tmp_path, "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -142,9 +142,9 @@ def test_the_script_runs_the_configuration_it_was_made_for(
 # ---- what becomes of the job
 
 
-def words(*numbers: int | None) -> list[Word | None]:
+def words(*numbers: int | None) -> list[AttemptStatus | None]:
     """Resumable ends after so many rows."""
-    return [Word(75, number) for number in numbers]
+    return [AttemptStatus(75, number) for number in numbers]
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ def words(*numbers: int | None) -> list[Word | None]:
         ([*words(5, 5), None, None, *words(5)], 2),
     ],
 )
-def test_attempts_without_a_new_row_are_counted(history: list[Word | None], expected: int) -> None:
-    assert num_fruitless(history) == expected
+def test_attempts_without_a_new_row_are_counted(history: list[AttemptStatus | None], expected: int) -> None:
+    assert count_attempts_without_progress(history) == expected
 
 
 RUNNING = {"JobState": "RUNNING", "Reason": "None"}
@@ -176,8 +176,8 @@ RUNNING = {"JobState": "RUNNING", "Reason": "None"}
         (words(*range(1, 12)), RUNNING, "requeued 10 times"),
     ],
 )
-def test_when_a_job_is_requeued(history: list[Word | None], job: dict[str, str], expected: str) -> None:
-    found = why_not(history, job, max_requeues=10, max_fruitless=3)
+def test_when_a_job_is_requeued(history: list[AttemptStatus | None], job: dict[str, str], expected: str) -> None:
+    found = find_reason_not_to_requeue(history, job, max_requeues=10, max_fruitless=3)
     assert expected in found and bool(found) == bool(expected)
 
 

@@ -120,7 +120,7 @@ def test_the_dumped_configuration_holds_no_secret_and_loads_again(
     found = load(
         "engine.hf_token=hf_abc", "engine.max_num_seqs=3", "sampling.max_tokens=7", "sampling.stop_token_ids=[1]"
     )
-    text = schema.dump(found)
+    text = schema.to_yaml(found)
     assert "hf_abc" not in text
     assert yaml.safe_load(text)["sampling"] == {"max_tokens": 7, "stop_token_ids": [1]}
     again = tmp_path / "again.yaml"
@@ -154,7 +154,7 @@ def test_a_template_needs_no_quoting_and_may_hold_dollars(load: Callable[..., sc
     assert found.data.template == template
     in_yaml = load(text=BASE.replace("prompt_column: prompt", f"template: '{template}'"))
     assert in_yaml.data.template == template
-    assert yaml.safe_load(schema.dump(in_yaml))["data"]["template"] == template
+    assert yaml.safe_load(schema.to_yaml(in_yaml))["data"]["template"] == template
 
 
 def test_a_later_list_of_sampling_by_rank_takes_the_place_of_an_earlier_one(

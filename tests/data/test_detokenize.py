@@ -69,7 +69,7 @@ def test_text_is_what_vllm_makes_of_it(name: str, tmp_path: Path) -> None:
         theirs = FastIncrementalDetokenizer(tokenizer, request)
         theirs.update(list(ids), False)
         expected = theirs.get_next_output_text(True, False)
-        assert ours.text(prompt or [5], ids, skip) == expected, (prompt, ids)
+        assert ours.decode(prompt or [5], ids, skip) == expected, (prompt, ids)
         num_broken += "\ufffd" in expected
     assert num_broken > 20 or name in ("parts",), "bytes that are no character were among them"
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from dpgen.config.schema import DataConfig
-from dpgen.data.input_rows import Rows, open_rows
+from dpgen.data.input_rows import InputRows, load_input
 from dpgen.errors import ConfigError
 
 ROWS = [{"prompt": f"p{i}", "size": i} for i in range(10)]
 
 
-def opened(path: object, **more: object) -> Rows:
-    return open_rows(DataConfig(path=path, prompt_column="prompt", **more))  # type: ignore[arg-type]
+def opened(path: object, **more: object) -> InputRows:
+    return load_input(DataConfig(path=path, prompt_column="prompt", **more))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_every_kind_of_data_gives_the_same_rows(tmp_path: Path, jsonl: Path, kin
     else:
         dataset.save_to_disk(path)
     rows = opened(str(path))
-    assert [row for table in rows.tables(3) for row in table.to_pylist()] == ROWS
+    assert [row for table in rows.iter_tables(3) for row in table.to_pylist()] == ROWS
 
 
 def test_text_files_globs_and_lists(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_text_files_globs_and_lists(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(f"{name}1\n{name}2\n")
     for path in (str(tmp_path / "*.txt"), [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]):
         rows = opened(path)
-        assert [row["text"] for table in rows.tables(9) for row in table.to_pylist()] == ["a1", "a2", "b1", "b2"]
+        assert [row["text"] for table in rows.iter_tables(9) for row in table.to_pylist()] == ["a1", "a2", "b1", "b2"]
 
 
 def test_a_folder_of_splits_wants_one_named(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_folder_of_splits_wants_one_named(tmp_path: Path) -> None:
 
 def test_select_and_limit(jsonl: Path) -> None:
     rows = opened(str(jsonl), select="1:9:2", limit=3)
-    assert [row["size"] for table in rows.tables(9) for row in table.to_pylist()] == [1, 3, 5]
+    assert [row["size"] for table in rows.iter_tables(9) for row in table.to_pylist()] == [1, 3, 5]
     assert len(opened(str(jsonl), limit=100)) == 10
 
 
@@ -98,7 +98,7 @@ def test_a_file_name_is_no_pattern(tmp_path: Path) -> None:
 def test_a_saved_format_changes_nothing(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).with_format("numpy").save_to_disk(tmp_path / "saved")
     rows = opened(str(tmp_path / "saved"))
-    [(_, row)] = rows.shard(np.arange(10), 10, 3).read(0, 1)
+    [(_, row)] = rows.shard(np.arange(10), 10, 3).read_positions(0, 1)
     assert type(row["size"]) is int
 
 
@@ -131,7 +131,7 @@ def test_shards_hold_each_row_once_with_its_index(jsonl: Path, num_shards: int) 
     found = []
     for index in range(num_shards):
         shard = rows.shard(order, num_shards, index, ["size"])
-        read = list(shard.read(0, len(shard)))
+        read = list(shard.read_positions(0, len(shard)))
         assert all(columns == {"size": row_id} for row_id, columns in read), "a row's index stays with its content"
         found += [row_id for row_id, _ in read]
     assert sorted(found) == sorted(order)

@@ -14,10 +14,15 @@ import pytest
 from helpers import tiny_tokenizers
 from helpers.chat_templates import CONTENT_FORMATS
 
-from dpgen.data.chat import clean_messages, to_conversation, without_developer_role
+from dpgen.data.chat import merge_developer_role, to_conversation, validate_messages
 from dpgen.data.content_format import detect_content_format
-from dpgen.data.render import PromptSettings, Renderer
-from dpgen.data.tokenizer import TokenizerSettings, known_to_transformers, load_tokenizer, reason_for_engine
+from dpgen.data.render import PromptConfig, PromptRenderer
+from dpgen.data.tokenizer import (
+    TokenizerConfig,
+    find_reason_to_tokenize_in_engine,
+    is_supported_by_transformers,
+    load_tokenizer,
+)
 from dpgen.errors import ConfigError, RowRefused
 
 COLUMNS = ["question", "context", "messages"]
@@ -35,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def tokenizers(folders: dict[str, Path]) -> dict[str, Any]:
-    return {name: load_tokenizer(TokenizerSettings(str(folder))) for name, folder in folders.items()}
+    return {name: load_tokenizer(TokenizerConfig(str(folder))) for name, folder in folders.items()}
 
 
 # ---- settings
@@ -59,7 +64,7 @@ def tokenizers(folders: dict[str, Path]) -> dict[str, Any]:
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        PromptSettings(**settings)
+        PromptConfig(**settings)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +87,7 @@ def test_settings_that_contradict_each_other(settings: dict[str, Any], words: st
 )
 def test_columns_that_are_not_there(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as refused:
-        PromptSettings(**settings).check_columns(COLUMNS)
+        PromptConfig(**settings).check_columns(COLUMNS)
     assert "\n" not in str(refused.value)
 
 
@@ -96,34 +101,36 @@ def test_columns_that_are_not_there(settings: dict[str, Any], words: str) -> Non
     ],
 )
 def test_columns_that_are_there(source: dict[str, Any], prompt: Any) -> None:
-    settings = PromptSettings(**source)
+    settings = PromptConfig(**source)
     settings.check_columns(COLUMNS)
-    assert Renderer(settings, None).prompt({"question": "Why?", "context": "", "messages": HELLO}) == prompt
+    assert PromptRenderer(settings, None).build_prompt({"question": "Why?", "context": "", "messages": HELLO}) == prompt
 
 
 def test_a_chat_template_is_a_file_or_itself(tmp_path: Path, tokenizers: dict[str, Any]) -> None:
     path = tmp_path / "chat.jinja"
     path.write_text("{{ messages[0].content }}é", encoding="utf-8")
-    from_file = PromptSettings(messages_column="m", chat_template=str(path))
+    from_file = PromptConfig(messages_column="m", chat_template=str(path))
     assert from_file.load_chat_template() == "{{ messages[0].content }}é"
-    itself = PromptSettings(messages_column="m", chat_template="{{ messages[0].content }}é")
+    itself = PromptConfig(messages_column="m", chat_template="{{ messages[0].content }}é")
     assert itself.load_chat_template() == from_file.load_chat_template()
     row = {"m": HELLO}
-    assert Renderer(itself, tokenizers["bos"]).render(row) == Renderer(from_file, tokenizers["bos"]).render(row)
+    assert PromptRenderer(itself, tokenizers["bos"]).tokenize_row(row) == PromptRenderer(
+        from_file, tokenizers["bos"]
+    ).tokenize_row(row)
     with pytest.raises(ConfigError, match=r"data\.chat_template=.*none.jinja can't be read"):
-        PromptSettings(messages_column="m", chat_template=str(tmp_path / "none.jinja")).load_chat_template()
+        PromptConfig(messages_column="m", chat_template=str(tmp_path / "none.jinja")).load_chat_template()
 
 
 def test_a_broken_or_missing_chat_template_is_found_at_once(tokenizers: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data\.chat_template, line 2"):
-        Renderer(PromptSettings(messages_column="m", chat_template="\n{% if %}"), tokenizers["bos"])
+        PromptRenderer(PromptConfig(messages_column="m", chat_template="\n{% if %}"), tokenizers["bos"])
     with pytest.raises(ConfigError, match=r"data\.chat_template, line 1: No filter named 'nonsense'"):
-        Renderer(PromptSettings(messages_column="m", chat_template="{{ messages | nonsense }}"), tokenizers["bos"])
+        PromptRenderer(PromptConfig(messages_column="m", chat_template="{{ messages | nonsense }}"), tokenizers["bos"])
     without = copy.deepcopy(tokenizers["bos"])
     without.chat_template = None
     with pytest.raises(ConfigError, match=r"no chat template; set data\.chat_template"):
-        Renderer(PromptSettings(messages_column="m"), without)
-    Renderer(PromptSettings(prompt_column="m"), without)
+        PromptRenderer(PromptConfig(messages_column="m"), without)
+    PromptRenderer(PromptConfig(prompt_column="m"), without)
 
 
 # ---- which tokenizer
@@ -132,22 +139,22 @@ def test_a_broken_or_missing_chat_template_is_found_at_once(tokenizers: dict[str
 @pytest.mark.parametrize(
     ("engine", "expected"),
     [
-        ({}, TokenizerSettings("m", model="m")),
-        ({"revision": "r"}, TokenizerSettings("m", "r", model="m", model_revision="r")),
-        ({"tokenizer": "t", "revision": "r"}, TokenizerSettings("t", "r", model="m", model_revision="r")),
+        ({}, TokenizerConfig("m", model="m")),
+        ({"revision": "r"}, TokenizerConfig("m", "r", model="m", model_revision="r")),
+        ({"tokenizer": "t", "revision": "r"}, TokenizerConfig("t", "r", model="m", model_revision="r")),
         (
             {"revision": "r", "tokenizer_revision": "s"},
-            TokenizerSettings("m", "s", model="m", model_revision="r"),
+            TokenizerConfig("m", "s", model="m", model_revision="r"),
         ),
         (
             {"trust_remote_code": True, "tokenizer_mode": "HF"},
-            TokenizerSettings("m", trust_remote_code=True, tokenizer_mode="hf", model="m"),
+            TokenizerConfig("m", trust_remote_code=True, tokenizer_mode="hf", model="m"),
         ),
-        ({"max_model_len": 9, "hf_overrides": {"rope_theta": 1}}, TokenizerSettings("m", model="m")),
+        ({"max_model_len": 9, "hf_overrides": {"rope_theta": 1}}, TokenizerConfig("m", model="m")),
     ],
 )
-def test_settings_default_as_in_vllm(engine: dict[str, Any], expected: TokenizerSettings) -> None:
-    assert TokenizerSettings.from_engine("m", engine) == expected
+def test_settings_default_as_in_vllm(engine: dict[str, Any], expected: TokenizerConfig) -> None:
+    assert TokenizerConfig.from_engine("m", engine) == expected
 
 
 @pytest.mark.parametrize(
@@ -179,38 +186,38 @@ def test_what_only_vllm_renders(
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
-    settings = TokenizerSettings.from_engine(str(tmp_path), engine)
-    reason = reason_for_engine(settings)
-    assert known_to_transformers(settings) == (words is None)
+    settings = TokenizerConfig.from_engine(str(tmp_path), engine)
+    reason = find_reason_to_tokenize_in_engine(settings)
+    assert is_supported_by_transformers(settings) == (words is None)
     assert reason is None if words is None else words in str(reason)
 
 
 def test_the_model_decides_the_mode_of_another_tokenizer(tmp_path: Path, folders: dict[str, Path]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3", "architectures": ["DeepseekV4ForCausalLM"]}')
-    settings = TokenizerSettings.from_engine(str(tmp_path), {"tokenizer": str(folders["bos"])})
-    assert not known_to_transformers(settings)
+    settings = TokenizerConfig.from_engine(str(tmp_path), {"tokenizer": str(folders["bos"])})
+    assert not is_supported_by_transformers(settings)
 
 
 @pytest.mark.parametrize("variable", ["VLLM_USE_MODELSCOPE", "VLLM_USE_FASTOKENS"])
 def test_an_environment_that_swaps_the_tokenizer(
     monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], variable: str
 ) -> None:
-    settings = TokenizerSettings(str(folders["bos"]))
+    settings = TokenizerConfig(str(folders["bos"]))
     monkeypatch.setenv(variable, "0")
-    assert known_to_transformers(settings)
+    assert is_supported_by_transformers(settings)
     monkeypatch.setenv(variable, "1")
-    assert variable in str(reason_for_engine(settings))
+    assert variable in str(find_reason_to_tokenize_in_engine(settings))
 
 
 def test_tokenizers_that_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such folder"):
-        load_tokenizer(TokenizerSettings(str(tmp_path / "none")))
+        load_tokenizer(TokenizerConfig(str(tmp_path / "none")))
     with pytest.raises(ConfigError, match="cannot load the tokenizer of"):
-        load_tokenizer(TokenizerSettings(str(tmp_path)))
+        load_tokenizer(TokenizerConfig(str(tmp_path)))
     (tmp_path / "tokenizer.json").write_text("{not json")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(ConfigError, match="cannot load the tokenizer of") as refused:
-        load_tokenizer(TokenizerSettings(str(tmp_path)))
+        load_tokenizer(TokenizerConfig(str(tmp_path)))
     assert "\n" not in str(refused.value)
 
 
@@ -219,28 +226,28 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 def test_special_tokens_are_added_to_texts_and_not_to_chats(tokenizers: dict[str, Any]) -> None:
     bos = tokenizers["bos"]
-    text = Renderer(PromptSettings(prompt_column="p"), bos).render({"p": "hello"})
+    text = PromptRenderer(PromptConfig(prompt_column="p"), bos).tokenize_row({"p": "hello"})
     assert text == [1, *bos.encode("hello", add_special_tokens=False)]
-    chat = Renderer(PromptSettings(prompt_column="p", as_chat=True), bos).render({"p": " hello "})
+    chat = PromptRenderer(PromptConfig(prompt_column="p", as_chat=True), bos).tokenize_row({"p": " hello "})
     assert chat == bos.encode("<s>[INST] hello [/INST]", add_special_tokens=False)
     assert chat.count(1) == 1
     letters = tokenizers["parts"]
-    assert Renderer(PromptSettings(prompt_column="p"), letters).render({"p": "ab"}) == [1, 68, 69, 2]
+    assert PromptRenderer(PromptConfig(prompt_column="p"), letters).tokenize_row({"p": "ab"}) == [1, 68, 69, 2]
 
 
 def test_a_template_over_the_columns(tokenizers: dict[str, Any]) -> None:
     template = "{{ question }}|{{ context or '' }}|{{ tags[0] }}\n"
-    renderer = Renderer(PromptSettings(template=template), tokenizers["plain"])
+    renderer = PromptRenderer(PromptConfig(template=template), tokenizers["plain"])
     row = {"question": "<q>", "context": None, "tags": ["x"], "self": 1}
-    assert renderer.prompt(row) == "<q>||x\n"
-    assert tokenizers["plain"].decode(renderer.render(row)) == "<q>||x\n"
+    assert renderer.build_prompt(row) == "<q>||x\n"
+    assert tokenizers["plain"].decode(renderer.tokenize_row(row)) == "<q>||x\n"
 
 
 def test_messages_become_the_prompt_of_the_engine(tokenizers: dict[str, Any]) -> None:
-    settings = PromptSettings(messages_column="m", system_prompt="be brief")
+    settings = PromptConfig(messages_column="m", system_prompt="be brief")
     row = {"m": [{"role": "user", "content": "hello", "name": None}]}
     # Without a tokenizer, for the rows that the engine renders.
-    assert Renderer(settings, None).prompt(row) == [{"role": "system", "content": "be brief"}, *HELLO]
+    assert PromptRenderer(settings, None).build_prompt(row) == [{"role": "system", "content": "be brief"}, *HELLO]
     assert row["m"][0]["name"] is None
 
 
@@ -259,14 +266,14 @@ def test_nulls_that_datasets_fills_in_change_nothing(tokenizers: dict[str, Any])
     filled = datasets.Dataset.from_list(copy.deepcopy(rows))
     assert filled[0]["m"][0]["tool_calls"] is None
     for name in ("plain", "parts"):
-        renderer = Renderer(PromptSettings(messages_column="m"), tokenizers[name])
-        assert [renderer.render(row) for row in filled] == [renderer.render(row) for row in rows]
+        renderer = PromptRenderer(PromptConfig(messages_column="m"), tokenizers[name])
+        assert [renderer.tokenize_row(row) for row in filled] == [renderer.tokenize_row(row) for row in rows]
 
 
 def test_rows_are_left_as_they_are(tokenizers: dict[str, Any]) -> None:
     row = {"m": [*HELLO, copy.deepcopy(CALL)]}
     before = copy.deepcopy(row)
-    Renderer(PromptSettings(messages_column="m"), tokenizers["plain"]).render(row)
+    PromptRenderer(PromptConfig(messages_column="m"), tokenizers["plain"]).tokenize_row(row)
     assert row == before
 
 
@@ -274,7 +281,9 @@ def test_chat_settings_reach_the_template(tokenizers: dict[str, Any]) -> None:
     plain = tokenizers["plain"]
 
     def text(row: list[dict[str, Any]], **settings: Any) -> str:
-        return plain.decode(Renderer(PromptSettings(messages_column="m", **settings), plain).render({"m": row}))
+        return plain.decode(
+            PromptRenderer(PromptConfig(messages_column="m", **settings), plain).tokenize_row({"m": row})
+        )
 
     assert text(HELLO).endswith("<|im_start|>assistant\n")
     assert text(HELLO, chat_template_kwargs={"enable_thinking": False, "unused": 1}).endswith("<think></think>")
@@ -322,7 +331,7 @@ def test_chat_settings_reach_the_template(tokenizers: dict[str, Any]) -> None:
     ],
 )
 def test_contents_in_both_formats(message: dict[str, Any], string: str, openai: Any) -> None:
-    (cleaned,) = clean_messages([message])
+    (cleaned,) = validate_messages([message])
     assert to_conversation([cleaned], "string")[0]["content"] == string
     assert to_conversation([cleaned], "openai")[0]["content"] == openai
 
@@ -333,7 +342,7 @@ def test_contents_in_both_formats(message: dict[str, Any], string: str, openai: 
 )
 def test_tool_arguments_are_objects(arguments: Any, expected: dict[str, Any]) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
-    messages = clean_messages([{"role": "assistant", "content": "", "tool_calls": [call]}])
+    messages = validate_messages([{"role": "assistant", "content": "", "tool_calls": [call]}])
     assert to_conversation(messages, "string")[0]["tool_calls"][0]["function"]["arguments"] == expected
 
 
@@ -349,7 +358,7 @@ def test_keys_of_messages() -> None:
         "tool_call_id": "of tools only",
         "weight": 1,
     }
-    (message,) = to_conversation(clean_messages([full]), "string")
+    (message,) = to_conversation(validate_messages([full]), "string")
     assert message == {
         "role": "assistant",
         "content": "a",
@@ -367,10 +376,10 @@ def test_developer_messages_join_the_system_message() -> None:
         {"role": "system", "content": "s"},
     ]
     merged = [{"role": "system", "content": "d\n\ns"}, {"role": "user", "content": "u"}]
-    assert without_developer_role(conversation, "{{ messages }}") == merged
-    assert without_developer_role(conversation, "{{ 'developer' }}") == conversation
+    assert merge_developer_role(conversation, "{{ messages }}") == merged
+    assert merge_developer_role(conversation, "{{ 'developer' }}") == conversation
     first = [{"role": "developer", "content": "d", "tools": 1}, {"role": "user", "content": "u"}]
-    assert without_developer_role(first, "") == [
+    assert merge_developer_role(first, "") == [
         {"role": "system", "content": "d"},
         {"role": "user", "content": "u"},
     ]
@@ -446,9 +455,9 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
 ]
 
 
-def refusal(renderer: Renderer, row: dict[str, Any]) -> RowRefused:
+def refusal(renderer: PromptRenderer, row: dict[str, Any]) -> RowRefused:
     with pytest.raises(RowRefused) as refused:
-        renderer.render(row)
+        renderer.tokenize_row(row)
     assert refused.value.message
     refused.value.message.encode("utf-8")
     return refused.value
@@ -456,26 +465,26 @@ def refusal(renderer: Renderer, row: dict[str, Any]) -> RowRefused:
 
 @pytest.mark.parametrize(("settings", "value", "expected"), BAD_TEXTS)
 def test_bad_texts(tokenizers: dict[str, Any], settings: dict[str, Any], value: Any, expected: str) -> None:
-    renderer = Renderer(PromptSettings(**settings), tokenizers["plain"])
+    renderer = PromptRenderer(PromptConfig(**settings), tokenizers["plain"])
     assert refusal(renderer, {"p": value}).type == expected
 
 
 @pytest.mark.parametrize(("value", "expected"), BAD_MESSAGES)
 def test_bad_messages(tokenizers: dict[str, Any], value: Any, expected: str) -> None:
-    renderer = Renderer(PromptSettings(messages_column="m"), tokenizers["bos"])
+    renderer = PromptRenderer(PromptConfig(messages_column="m"), tokenizers["bos"])
     assert refusal(renderer, {"m": value}).type == expected
 
 
 def test_messages_nested_without_end(tokenizers: dict[str, Any]) -> None:
     loop: list[Any] = []
     loop.append(loop)
-    renderer = Renderer(PromptSettings(messages_column="m"), tokenizers["bos"])
+    renderer = PromptRenderer(PromptConfig(messages_column="m"), tokenizers["bos"])
     assert refusal(renderer, {"m": [{"role": "user", "content": loop}]}).type == "wrong_type"
 
 
 def test_a_continued_message_must_be_there(tokenizers: dict[str, Any]) -> None:
-    settings = PromptSettings(messages_column="m", add_generation_prompt=False, continue_final_message=True)
-    renderer = Renderer(settings, tokenizers["parts"])
+    settings = PromptConfig(messages_column="m", add_generation_prompt=False, continue_final_message=True)
+    renderer = PromptRenderer(settings, tokenizers["parts"])
     assert refusal(renderer, {"m": [*HELLO, {"role": "assistant"}]}).type == "chat_template_failed"
 
 
@@ -483,12 +492,12 @@ def test_a_tokenizer_that_fails_costs_one_row() -> None:
     def broken(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         raise KeyError(text)
 
-    renderer = Renderer(PromptSettings(prompt_column="p"), broken)
+    renderer = PromptRenderer(PromptConfig(prompt_column="p"), broken)
     assert refusal(renderer, {"p": "a"}).type == "tokenizer_failed"
 
 
 def test_an_empty_text_is_a_prompt_where_tokens_are_added(tokenizers: dict[str, Any]) -> None:
-    assert Renderer(PromptSettings(prompt_column="p"), tokenizers["bos"]).render({"p": ""}) == [1]
+    assert PromptRenderer(PromptConfig(prompt_column="p"), tokenizers["bos"]).tokenize_row({"p": ""}) == [1]
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:

@@ -1,7 +1,7 @@
 """Our token ids against those that vLLM's LLM.generate and LLM.chat use (RequestOutput.prompt_token_ids).
 
 vLLM runs in a process of its own, one for all tokenizers, since it takes longer to import than to load: this file, as
-a script, is that process. It renders every prompt with `EngineRenderer`, too.
+a script, is that process. It renders every prompt with `VllmRenderer`, too.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from helpers.jobs import REPO
 from helpers.tiny_model import save_tiny_model
 
 from dpgen.data.chat import KNOWN_PART_KEYS
-from dpgen.data.render import PromptSettings, Renderer
-from dpgen.data.tokenizer import TokenizerSettings, known_to_transformers, load_tokenizer
+from dpgen.data.render import PromptConfig, PromptRenderer
+from dpgen.data.tokenizer import TokenizerConfig, is_supported_by_transformers, load_tokenizer
 from dpgen.errors import RowRefused
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("render")]  # one process answers for all
@@ -150,13 +150,13 @@ def with_nulls(value: Any) -> Any:
 
 def ours(case: Case, value: Any, tokenizer: Any) -> list[int] | str:
     try:
-        return Renderer(PromptSettings(**case.settings), tokenizer).render({"value": value})
+        return PromptRenderer(PromptConfig(**case.settings), tokenizer).tokenize_row({"value": value})
     except RowRefused as refused:
         return refused.type
 
 
 @dataclass(frozen=True)
-class Asked:
+class VllmAnswers:
     """A model's folder, and what vLLM made of all cases with it; see `main`."""
 
     folder: Path
@@ -164,7 +164,7 @@ class Asked:
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Asked]:
+def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VllmAnswers]:
     """By the tokenizer's name, or by the tokenizer mode."""
     folder = tmp_path_factory.mktemp("asked")
     wanted = [(name, name, {}) for name in tiny_tokenizers.NAMES]
@@ -186,13 +186,13 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Asked]:
     command = [sys.executable, __file__, json.dumps(questions)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    return {key: Asked(folder / key, json.loads((folder / f"{key}.json").read_text())) for key, _, _ in wanted}
+    return {key: VllmAnswers(folder / key, json.loads((folder / f"{key}.json").read_text())) for key, _, _ in wanted}
 
 
 @pytest.mark.parametrize("name", tiny_tokenizers.NAMES)
-def test_token_for_token(name: str, asked: dict[str, Asked]) -> None:
-    settings = TokenizerSettings.from_engine(str(asked[name].folder), {})
-    assert known_to_transformers(settings)
+def test_token_for_token(name: str, asked: dict[str, VllmAnswers]) -> None:
+    settings = TokenizerConfig.from_engine(str(asked[name].folder), {})
+    assert is_supported_by_transformers(settings)
     tokenizer = load_tokenizer(settings)
     theirs = asked[name].theirs
     taken = 0
@@ -213,8 +213,10 @@ def test_token_for_token(name: str, asked: dict[str, Asked]) -> None:
 
 
 @pytest.mark.parametrize("mode", [mode for mode, _ in MODES])
-def test_a_tokenizer_mode_of_vllms_own(mode: str, asked: dict[str, Asked]) -> None:
-    assert not known_to_transformers(TokenizerSettings.from_engine(str(asked[mode].folder), {"tokenizer_mode": mode}))
+def test_a_tokenizer_mode_of_vllms_own(mode: str, asked: dict[str, VllmAnswers]) -> None:
+    assert not is_supported_by_transformers(
+        TokenizerConfig.from_engine(str(asked[mode].folder), {"tokenizer_mode": mode})
+    )
     theirs = asked[mode].theirs
     taken = 0
     for case in cases():
@@ -289,12 +291,12 @@ def generate(llm: Any, case: Case) -> list[int]:
 
 
 def render_in_engine(llm: Any, case: Case) -> list[int] | str:
-    from dpgen.engine.vllm_render import EngineRenderer
+    from dpgen.engine.vllm_render import VllmRenderer
 
-    settings = PromptSettings(**case.settings)
+    settings = PromptConfig(**case.settings)
     try:
-        prompt = Renderer(settings, None).prompt({"value": with_nulls(case.value)})
-        return EngineRenderer(llm.llm_engine, settings).render(prompt)
+        prompt = PromptRenderer(settings, None).build_prompt({"value": with_nulls(case.value)})
+        return VllmRenderer(llm.llm_engine, settings).render(prompt)
     except RowRefused as refused:
         return refused.type
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import pytest
 from helpers.jobs import wait_for
 
-from dpgen.distributed.group import LocalStore
+from dpgen.distributed.group import InMemoryStore
 from dpgen.distributed.leases import Leases
-from dpgen.distributed.timeout_store import WatchedStore
+from dpgen.distributed.timeout_store import TimeoutStore
 
 
-class SilentStore(LocalStore):
+class SilentStore(InMemoryStore):
     """Answers until it is told to be silent."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ def store() -> Iterator[SilentStore]:
 
 
 def test_a_silent_store_is_given_up_once_and_for_all(store: SilentStore) -> None:
-    watched = WatchedStore(store, limit_s=0.1)
+    watched = TimeoutStore(store, limit_s=0.1)
     assert watched.add("rows", 3) == 3
     store.speaks.clear()
     with pytest.raises(RuntimeError, match="has not answered"):
@@ -48,13 +48,13 @@ def test_a_silent_store_is_given_up_once_and_for_all(store: SilentStore) -> None
 
 
 def test_the_stores_own_error_is_raised(store: SilentStore) -> None:
-    watched = WatchedStore(store, limit_s=10)
+    watched = TimeoutStore(store, limit_s=10)
     with pytest.raises(RuntimeError, match="connection reset"):
         watched.add("broken", 1)
     assert watched.add("rows", 1) == 1
 
 
-class Watch:
+class FakeClock:
     now_s = 0.0
 
     def __call__(self) -> float:
@@ -62,7 +62,7 @@ class Watch:
 
 
 def test_a_rank_whose_main_thread_is_stuck_counts_as_lost_until_it_beats_again() -> None:
-    store, watch = LocalStore(), Watch()
+    store, watch = InMemoryStore(), FakeClock()
     own = Leases(store, store, 1, interval_s=0.01, stuck_s=300, clock=watch)
 
     def renewals() -> int:
@@ -74,19 +74,19 @@ def test_a_rank_whose_main_thread_is_stuck_counts_as_lost_until_it_beats_again()
         return renewals() > before
 
     wait_for(lambda: renewals() > 2)  # before the first beat nothing is expected of it
-    own.beat()
+    own.heartbeat()
     watch.now_s = 299
     assert is_renewed()
     watch.now_s = 301
     assert not is_renewed()
     others = Leases(store, store, 0, interval_s=1000, clock=watch)
-    assert others.stale([1], 60) == []
+    assert others.find_expired([1], 60) == []
     watch.now_s += 60
-    assert others.stale([1], 60) == [1]
-    own.beat()
+    assert others.find_expired([1], 60) == [1]
+    own.heartbeat()
     wait_for(is_renewed)
-    assert others.stale([1], 60) == []
-    own.rest()
+    assert others.find_expired([1], 60) == []
+    own.pause_heartbeat()
     watch.now_s += 10_000
     assert is_renewed()
     own.stop()

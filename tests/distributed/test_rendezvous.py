@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dpgen.distributed.rendezvous import meet
+from dpgen.distributed.rendezvous import join_rendezvous
 from dpgen.errors import DpgenError
 
 
 class SharedStore:
-    """The part of torch.distributed's Store that `meet` uses."""
+    """The part of torch.distributed's Store that `join_rendezvous` uses."""
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
@@ -41,7 +41,9 @@ class SharedStore:
 def gather(store: SharedStore, order: list[int]) -> set[int]:
     """The numbers that ranks find which come in this order."""
     with ThreadPoolExecutor(len(order)) as pool:
-        return {each.result() for each in [pool.submit(meet, store, rank, len(order), 10.0) for rank in order]}
+        return {
+            each.result() for each in [pool.submit(join_rendezvous, store, rank, len(order), 10.0) for rank in order]
+        }
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
@@ -61,4 +63,4 @@ def test_ranks_that_do_not_come_are_named() -> None:
     store = SharedStore()
     store.set("dpgen/came/2", "killed")
     with pytest.raises(DpgenError, match="2 of 3 ranks have not come within 0 s: 1, 2"):
-        meet(store, 0, 3, timeout_s=0.1)
+        join_rendezvous(store, 0, 3, timeout_s=0.1)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from helpers.jobs import free_port
 
-from dpgen.distributed.store_discovery import Beacon, find_store
+from dpgen.distributed.store_discovery import StoreAdvertiser, discover_store
 from dpgen.errors import DpgenError
 
 JOB = "SLURM job 7, step 0, restart 0"
@@ -54,30 +54,31 @@ def stranger(says: bytes | None) -> Iterator[int]:
 def test_a_strangers_port_is_passed_by(says: bytes | None) -> None:
     with stranger(says) as taken:
         ports = [taken, free_port(), free_port()]
-        with Beacon(ports, JOB, 41234) as beacon:
+        with StoreAdvertiser(ports, JOB, 41234) as beacon:
             assert beacon.port == ports[1], "the first one that is free"
-            assert find_store("127.0.0.1", ports, JOB, 30) == 41234
+            assert discover_store("127.0.0.1", ports, JOB, 30) == 41234
         with pytest.raises(DpgenError, match=f"rank 0 of {JOB} did not answer on 127.0.0.1, ports {taken}, "):
-            find_store("127.0.0.1", ports, JOB, 0)
+            discover_store("127.0.0.1", ports, JOB, 0)
 
 
 def test_rank_0_may_come_last() -> None:
     ports, found = [free_port()], []
-    asking = threading.Thread(target=lambda: found.append(find_store("localhost", ports, JOB, 30)))
+    asking = threading.Thread(target=lambda: found.append(discover_store("localhost", ports, JOB, 30)))
     asking.start()
     time.sleep(1)
-    with Beacon(ports, JOB, 5):
+    with StoreAdvertiser(ports, JOB, 5):
         asking.join(30)
     assert found == [5]
 
 
 def test_many_ask_at_once_and_some_hang_up() -> None:
     ports, found = [free_port()], []
-    with Beacon(ports, JOB, 5) as beacon:
+    with StoreAdvertiser(ports, JOB, 5) as beacon:
         for _ in range(50):
             socket.create_connection(("127.0.0.1", beacon.port)).close()
         asking = [
-            threading.Thread(target=lambda: found.append(find_store("127.0.0.1", ports, JOB, 30))) for _ in range(50)
+            threading.Thread(target=lambda: found.append(discover_store("127.0.0.1", ports, JOB, 30)))
+            for _ in range(50)
         ]
         for each in asking:
             each.start()
@@ -89,4 +90,4 @@ def test_many_ask_at_once_and_some_hang_up() -> None:
 def test_where_every_port_is_taken_rank_0_says_what_to_do() -> None:
     with stranger(None) as first, stranger(None) as second:
         with pytest.raises(DpgenError, match=rf"the ports {first}, {second} is free .* set MASTER_PORT"):
-            Beacon([first, second], JOB, 5)
+            StoreAdvertiser([first, second], JOB, 5)

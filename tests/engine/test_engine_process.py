@@ -13,8 +13,16 @@ from collections.abc import Iterator
 import pytest
 from helpers.jobs import wait_for
 
-from dpgen.engine.messages import Checked, EngineSpec, Finished, KvMeasured, Ready, Stats, TextWork
-from dpgen.engine.process import EngineProcess, engine_environment
+from dpgen.engine.messages import (
+    EngineReady,
+    EngineSpec,
+    EngineStats,
+    EngineTextConfig,
+    KvBytesMeasured,
+    OptionsChecked,
+    RowsFinished,
+)
+from dpgen.engine.process import EngineProcess, build_engine_env
 from dpgen.errors import EngineError
 from dpgen.records import Request
 
@@ -25,16 +33,16 @@ pytestmark = pytest.mark.multi
 def engine() -> Iterator[EngineProcess]:
     options = {"max_model_len": 1 << 20, "max_num_seqs": 512}
     spec = EngineSpec("fake", "none", options, {"max_tokens": 2000}, token_ids=True)
-    environment = engine_environment(os.environ, gpus=None, num_cores=1, log_level="warning")
+    environment = build_engine_env(os.environ, gpus=None, num_cores=1, log_level="warning")
     process = EngineProcess(spec, environment, None, lambda line: None)
     heard: list[type] = []
-    while Ready not in heard:
+    while EngineReady not in heard:
         for event in process.poll(1.0):
             heard.append(type(event))
-            if isinstance(event, Checked):
-                process.load(TextWork())
-            elif isinstance(event, KvMeasured):
-                process.agree_kv(event.num_bytes)
+            if isinstance(event, OptionsChecked):
+                process.load_model(EngineTextConfig())
+            elif isinstance(event, KvBytesMeasured):
+                process.set_kv_bytes(event.num_bytes)
     yield process
     process.kill()
 
@@ -50,7 +58,7 @@ def test_both_sides_may_send_more_than_the_pipe_holds_at_once(engine: EngineProc
     while len(rows) < 5 * batch:
         assert time.monotonic() < deadline_s, f"only {len(rows)} rows came back"
         for event in engine.poll(1.0):
-            if isinstance(event, Finished):
+            if isinstance(event, RowsFinished):
                 rows |= {result.row for result in event.results}
     assert rows == set(range(5 * batch))
 
@@ -64,9 +72,9 @@ def test_the_numbers_come_before_the_last_row(engine: EngineProcess) -> None:
         told, rows = 0, 0
         while rows < num_rows:
             for event in engine.poll(1.0):
-                if isinstance(event, Stats):
+                if isinstance(event, EngineStats):
                     told = event.num_generated_tokens
-                elif isinstance(event, Finished):
+                elif isinstance(event, RowsFinished):
                     rows += len(event.results)
         assert told == num_tokens
 
@@ -91,8 +99,8 @@ def listen(engine: EngineProcess) -> None:
 
 def test_the_environment_of_the_launcher_stays_out_of_the_engine() -> None:
     launcher = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "TORCHELASTIC_RUN_ID": "x", "SLURM_PROCID": "1"}
-    kept = engine_environment({**launcher, "HOME": "/h"}, gpus=["2", "3"], num_cores=4, log_level="info")
+    kept = build_engine_env({**launcher, "HOME": "/h"}, gpus=["2", "3"], num_cores=4, log_level="info")
     assert not set(launcher) & set(kept)
     assert kept["HOME"] == "/h" and kept["CUDA_VISIBLE_DEVICES"] == "2,3" and "OMP_NUM_THREADS" not in kept
-    on_cpu = engine_environment({}, gpus=None, num_cores=4, log_level="info")
+    on_cpu = build_engine_env({}, gpus=None, num_cores=4, log_level="info")
     assert on_cpu["OMP_NUM_THREADS"] == "4" and on_cpu["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from dpgen.engine.messages import Checked, EngineInfo, EngineSpec, Event, Finished, KvMeasured, Ready, TextWork
+from dpgen.engine.messages import (
+    EngineInfo,
+    EngineReady,
+    EngineSpec,
+    EngineTextConfig,
+    Event,
+    KvBytesMeasured,
+    OptionsChecked,
+    RowsFinished,
+)
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EngineError
 from dpgen.records import Completion, Request, RowResult
@@ -21,23 +30,23 @@ class FakeProcess:
 
     def __init__(self, spec: EngineSpec, dies: Callable[[set[int]], str | None]) -> None:
         self.spec, self._dies = spec, dies
-        self._events: list[Event] = [Checked()]
+        self._events: list[Event] = [OptionsChecked()]
         self._rows: list[int] = []
         self.kv_bytes: int | None = None
         self.killed = False
 
-    def load(self, text: TextWork, kv_bytes: int | None = None) -> None:
+    def load_model(self, text: EngineTextConfig, kv_bytes: int | None = None) -> None:
         if kv_bytes is None:
-            self._events.append(KvMeasured(1000))
+            self._events.append(KvBytesMeasured(1000))
         else:
             self._become_ready(kv_bytes)
 
-    def agree_kv(self, num_bytes: int) -> None:
+    def set_kv_bytes(self, num_bytes: int) -> None:
         self._become_ready(num_bytes)
 
     def _become_ready(self, kv_bytes: int) -> None:
         self.kv_bytes = kv_bytes
-        self._events.append(Ready(EngineInfo(self.spec.options.get("max_num_seqs", 8), 100, kv_bytes, 1)))
+        self._events.append(EngineReady(EngineInfo(self.spec.options.get("max_num_seqs", 8), 100, kv_bytes, 1)))
 
     def submit(self, requests: list[Request]) -> None:
         self._rows += [request.row for request in requests]
@@ -51,7 +60,7 @@ class FakeProcess:
             if cause is not None:
                 raise EngineError(cause)
             rows, self._rows = self._rows, []
-            return [Finished([RowResult(row, 1, (Completion("x", "stop", 1),)) for row in rows])]
+            return [RowsFinished([RowResult(row, 1, (Completion("x", "stop", 1),)) for row in rows])]
         return []
 
     def stop(self) -> None:
@@ -64,7 +73,7 @@ class FakeProcess:
         self.killed = True
 
 
-class Rig:
+class SupervisorHarness:
     def __init__(self, dies: Callable[[set[int]], str | None], **settings: Any) -> None:
         self.now = 0.0
         self.said: list[str] = []
@@ -78,15 +87,15 @@ class Rig:
         self.engine = EngineSupervisor(
             start, EngineSpec("fake", "m"), self.said.append, clock=lambda: self.now, **{**defaults, **settings}
         )
-        self.engine.check(lambda: None)
-        self.engine.load(lambda measured: measured - 100, lambda: None)
+        self.engine.check_options(lambda: None)
+        self.engine.load_model(lambda measured: measured - 100, lambda: None)
 
     def run(self, rows: range, polls: int = 200) -> dict[int, RowResult]:
         self.engine.submit([Request(row, [1]) for row in rows])
         found: dict[int, RowResult] = {}
         for _ in range(polls):
             for event in self.engine.poll(0):
-                assert isinstance(event, Finished)
+                assert isinstance(event, RowsFinished)
                 for result in event.results:
                     assert result.row not in found, "a row is finished once"
                     found[result.row] = result
@@ -96,7 +105,7 @@ class Rig:
 
 def test_a_dead_engines_rows_go_to_its_successor_with_the_agreed_kv_size() -> None:
     deaths = iter(["killed", *[None] * 100])
-    rig = Rig(lambda rows: next(deaths))
+    rig = SupervisorHarness(lambda rows: next(deaths))
     found = rig.run(range(10))
     assert sorted(found) == list(range(10)) and not any(result.error for result in found.values())
     assert [process.kv_bytes for process in rig.processes] == [900, 900]
@@ -105,14 +114,14 @@ def test_a_dead_engines_rows_go_to_its_successor_with_the_agreed_kv_size() -> No
 
 @pytest.mark.parametrize("poison", [{3}, {0, 9}])
 def test_a_poison_row_is_found_recorded_and_costs_no_other_row(poison: set[int]) -> None:
-    rig = Rig(lambda rows: "the engine process was ended by SIGSEGV" if rows & poison else None)
+    rig = SupervisorHarness(lambda rows: "the engine process was ended by SIGSEGV" if rows & poison else None)
     found = rig.run(range(10))
     assert sorted(found) == list(range(10))
     assert {row for row, result in found.items() if result.error} == poison
     for row in poison:
         error = found[row].error
         assert error is not None and error.type == "poison_row" and "SIGSEGV" in error.message
-    assert not rig.engine.is_lost
+    assert not rig.engine.is_abandoned
 
 
 def test_a_row_is_not_blamed_for_a_kill_from_outside() -> None:
@@ -124,27 +133,27 @@ def test_a_row_is_not_blamed_for_a_kill_from_outside() -> None:
             raise EngineError("the engine process was ended by SIGKILL", signal=number)
         return None
 
-    found = Rig(dies).run(range(1))
+    found = SupervisorHarness(dies).run(range(1))
     assert found[0].error is None
 
 
 def test_rows_in_flight_at_one_death_are_not_suspected() -> None:
     deaths = iter(["killed", *[None] * 100])
-    rig = Rig(lambda rows: next(deaths))
+    rig = SupervisorHarness(lambda rows: next(deaths))
     rig.run(range(10))
     assert len(rig.processes) == 2, "nobody was tried alone"
 
 
 def test_an_engine_that_never_comes_back_is_given_up() -> None:
-    rig = Rig(lambda rows: "dead on arrival" if len(rows) else None, max_deaths=2)
+    rig = SupervisorHarness(lambda rows: "dead on arrival" if len(rows) else None, max_deaths=2)
     found = rig.run(range(3))
-    assert rig.engine.is_lost and not found
+    assert rig.engine.is_abandoned and not found
     assert rig.engine.max_num_seqs == 0
     assert "given up after 2 deaths in a row" in rig.said[-1]
 
 
 def test_a_silent_engine_with_work_counts_as_hung() -> None:
-    rig = Rig(lambda rows: None, timeout_s=60)
+    rig = SupervisorHarness(lambda rows: None, timeout_s=60)
     rig.engine.submit([Request(0, [1])])
     silent = rig.processes[0]
     silent.poll = lambda timeout_s: []  # type: ignore[method-assign]
@@ -156,9 +165,9 @@ def test_a_silent_engine_with_work_counts_as_hung() -> None:
 
 
 def test_an_engine_that_never_loads_is_not_waited_for_for_ever() -> None:
-    rig = Rig(lambda rows: None, start_timeout_s=600)
+    rig = SupervisorHarness(lambda rows: None, start_timeout_s=600)
     hung = FakeProcess(EngineSpec("fake", "m"), lambda rows: None)
-    hung.load = lambda text, kv_bytes=None: None  # type: ignore[method-assign]
+    hung.load_model = lambda text, kv_bytes=None: None  # type: ignore[method-assign]
     supervisor = EngineSupervisor(
         lambda spec: hung,
         EngineSpec("fake", "m"),
@@ -172,18 +181,18 @@ def test_an_engine_that_never_loads_is_not_waited_for_for_ever() -> None:
     def wait() -> None:
         rig.now += 1
 
-    supervisor.check(wait)
+    supervisor.check_options(wait)
     rig.now += 5000  # the input is read
     began_s = rig.now
     with pytest.raises(
         EngineError, match=r"said nothing for 601 s while it was starting \(run.engine_start_timeout_s\)"
     ):
-        supervisor.load(lambda measured: measured, wait)
+        supervisor.load_model(lambda measured: measured, wait)
     assert rig.now - began_s == 601
 
 
 def test_an_idle_engine_may_be_silent() -> None:
-    rig = Rig(lambda rows: None, timeout_s=60)
+    rig = SupervisorHarness(lambda rows: None, timeout_s=60)
     rig.run(range(1), polls=500)
     assert sorted(rig.run(range(1, 3))) == [1, 2]
     assert len(rig.processes) == 1
@@ -196,7 +205,7 @@ def test_out_of_memory_goes_on_with_less_and_blames_no_row() -> None:
         size = rig.processes[-1].spec.options.get("max_num_seqs", 8)
         return OOM if size > limit[0] // 4 else None
 
-    rig = Rig.__new__(Rig)
+    rig = SupervisorHarness.__new__(SupervisorHarness)
     rig.__init__(dies)  # type: ignore[misc]
     found = rig.run(range(10))
     assert sorted(found) == list(range(10)) and not any(result.error for result in found.values())

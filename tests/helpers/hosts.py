@@ -82,7 +82,7 @@ class Hosts:
         enter = ["ip", "netns", "exec", self._space(host), "unshare", "--uts"]
         return [*enter, "sh", "-c", begin, f"host{host}", str(names), *words]
 
-    def pull_cable(self, host: int) -> None:
+    def disconnect(self, host: int) -> None:
         _ip("link", "set", self._cable(host), "down")
 
     def _space(self, host: int) -> str:

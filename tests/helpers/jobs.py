@@ -128,7 +128,7 @@ class Launcher:
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *torchrun]
         return self.start([*command, *program, *arguments], terminal, **environment)
 
-    def srun_like(self, *arguments: str, each: Sequence[Sequence[str]], **environment: str) -> list[Job]:
+    def start_like_srun(self, *arguments: str, each: Sequence[Sequence[str]], **environment: str) -> list[Job]:
         """One process a rank, with arguments of its own, the variables that srun sets, and a free port.
 
         Args:
@@ -189,7 +189,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def told_in_turn(launcher: Launcher, program: str, commands: list[list[str]]) -> list[Any]:
+def run_each_command(launcher: Launcher, program: str, commands: list[list[str]]) -> list[Any]:
     """What a program told of each of the commands."""
     job = launcher.start([launcher.python, "-c", program, json.dumps(commands)])
     assert job.wait() == 0, job.output
@@ -198,12 +198,12 @@ def told_in_turn(launcher: Launcher, program: str, commands: list[list[str]]) ->
     return found
 
 
-def numbered(count: int) -> list[dict[str, Any]]:
+def make_numbered_rows(count: int) -> list[dict[str, Any]]:
     """So many rows with a prompt of their own each."""
     return [{"prompt": f"row number {index}"} for index in range(count)]
 
 
-def result_of(run_dir: Path) -> list[dict[str, Any]]:
+def load_result(run_dir: Path) -> list[dict[str, Any]]:
     """The final dataset's rows, as a user loads them."""
     import datasets
 
@@ -212,7 +212,7 @@ def result_of(run_dir: Path) -> list[dict[str, Any]]:
     return list(datasets.load_dataset(str(run_dir / "dataset"), split="train", cache_dir=str(cache)))
 
 
-def engines_of(job: Job) -> list[int]:
+def find_engine_pids(job: Job) -> list[int]:
     """Ids of engine processes that the job's ranks have started and that still run."""
     return descendants(job.process.pid, b"dpgen.engine.server")
 

@@ -6,14 +6,14 @@ import errno
 import os
 from pathlib import Path
 
-from dpgen.journal.files import Files
+from dpgen.journal.files import FileSystem
 
 
 class Crash(BaseException):
     """The machine has lost its power; nothing runs after it."""
 
 
-class FailingDisk(Files):
+class FailingDisk(FileSystem):
     """The real disk, until call number `at`.
 
     Args:

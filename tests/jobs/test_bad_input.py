@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.bad_input import BAD_CONFIGS, BAD_ENGINE_CONFIGS, BAD_ROWS, HELLO, TEMPLATE
-from helpers.jobs import EACH_IN_TURN, Launcher, result_of, told_in_turn
+from helpers.jobs import EACH_IN_TURN, Launcher, load_result, run_each_command
 from helpers.tiny_model import ENGINE, save_tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.multi]
@@ -56,7 +56,7 @@ def test_a_bad_row_gets_its_error_and_its_neighbours_their_text(
     )
     job = launcher.dpgen("run", conf, "run.max_leading_errors=0")
     assert job.wait() == 0, job.output
-    found = result_of(tmp_path / "run")
+    found = load_result(tmp_path / "run")
     assert len(found) == 2 * len(table)
     texts = {repr(row["generated_text"]) for row in found[::2]}
     assert len(texts) == 1 and not any(row["error"] for row in found[::2]), "the good rows are all alike"
@@ -75,14 +75,14 @@ def test_a_bad_row_gets_its_error_and_its_neighbours_their_text(
 # What the engine process does for each of them before it loads a model, in one process with vLLM.
 EACH_CHECKED = """
 import json, sys
-from dpgen.config.loader import from_arguments
-from dpgen.engine.launch import engine_spec
+from dpgen.config.loader import load_from_args
+from dpgen.engine.launch import build_engine_spec
 from dpgen.engine.vllm_backend import VllmBackend
 from dpgen.errors import ConfigError
 from dpgen.distributed.topology import Topology
 
 for words in json.loads(sys.argv[1]):
-    spec = engine_spec(from_arguments(words), Topology(), None)
+    spec = build_engine_spec(load_from_args(words), Topology(), None)
     try:
         VllmBackend(spec).check()
         problem = None
@@ -104,7 +104,7 @@ def test_a_bad_configuration_is_refused_in_one_line_before_a_model_loads(
     conf = write([{"prompt": "hello"}])
     commands = [[conf, *(word.replace("@", f"{tmp_path}/") for word in words)] for _, words, _ in BAD_CONFIGS]
     for (what, _, message), (status, told) in zip(
-        BAD_CONFIGS, told_in_turn(launcher, EACH_IN_TURN, commands), strict=True
+        BAD_CONFIGS, run_each_command(launcher, EACH_IN_TURN, commands), strict=True
     ):
         assert status == 2, f"{what}: {told}"
         assert_one_line(told, message)
@@ -113,7 +113,7 @@ def test_a_bad_configuration_is_refused_in_one_line_before_a_model_loads(
 
 def test_what_the_engine_refuses_is_refused_before_a_model_loads(launcher: Launcher, write: Callable[..., str]) -> None:
     conf = write([{"prompt": "hello"}])
-    problems = told_in_turn(launcher, EACH_CHECKED, [[conf, *words] for _, words, _ in BAD_ENGINE_CONFIGS])
+    problems = run_each_command(launcher, EACH_CHECKED, [[conf, *words] for _, words, _ in BAD_ENGINE_CONFIGS])
     for (what, _, message), problem in zip(BAD_ENGINE_CONFIGS, problems, strict=True):
         assert problem is not None and message in problem and "\n" not in problem, f"{what}: {problem}"
 

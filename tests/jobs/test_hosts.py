@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.hosts import Hosts, hosts_or_skip
-from helpers.jobs import SHORT_LEASE, Job, Launcher, numbered, result_of, wait_for
+from helpers.jobs import SHORT_LEASE, Job, Launcher, load_result, make_numbered_rows, wait_for
 
 pytestmark = [pytest.mark.multi, pytest.mark.netns]
 
@@ -63,10 +63,10 @@ def torchrun(hosts: Hosts, launcher: Launcher, conf: str, host: int, *options: s
 def test_ranks_that_lose_the_stores_host_end_resumable(
     hosts: Hosts, launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(3000), engine=SLOW)
+    conf = write_config(make_numbered_rows(3000), engine=SLOW)
     jobs = srun(hosts, launcher, conf)  # with real leases
     wait_for(lambda: journaled(tmp_path / "run") > 3000)
-    hosts.pull_cable(0)
+    hosts.disconnect(0)
     # It would go on without the others when they end, and for longer the busier this machine is.
     os.kill(jobs[0].process.pid, signal.SIGSTOP)
     assert [job.wait(150) for job in jobs[1:]] == [75, 75], jobs[1].output
@@ -82,25 +82,25 @@ def test_ranks_that_lose_the_stores_host_end_resumable(
 def test_the_others_go_on_without_a_host_that_was_cut_off(
     hosts: Hosts, launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    jobs = srun(hosts, launcher, write_config(numbered(600), engine=SLOW), **SHORT_LEASE)
+    jobs = srun(hosts, launcher, write_config(make_numbered_rows(600), engine=SLOW), **SHORT_LEASE)
     wait_for(lambda: journaled(tmp_path / "run") > 3000)
-    hosts.pull_cable(2)
+    hosts.disconnect(2)
     assert [job.wait(200) for job in jobs[:2]] == [0, 0], jobs[0].output
-    assert [row["row_id"] for row in result_of(tmp_path / "run")] == list(range(600))
+    assert [row["row_id"] for row in load_result(tmp_path / "run")] == list(range(600))
 
 
 @pytest.mark.slow
 def test_hosts_without_a_shared_folder_bring_their_rows_to_rank_0(
     hosts: Hosts, launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(3000), output={"gather_bytes": 65536})
+    conf = write_config(make_numbered_rows(3000), output={"gather_bytes": 65536})
     options = ["--nnodes", "3", "--nproc-per-node", "1"]
     jobs = [
         torchrun(hosts, launcher, conf, host, *options, run_dir=tmp_path / f"on{host}") for host in range(hosts.number)
     ]
     assert [job.wait() for job in jobs] == [0, 0, 0], jobs[0].output
     [first] = [tmp_path / f"on{host}" for host in range(hosts.number) if (tmp_path / f"on{host}" / "_SUCCESS").exists()]
-    assert [row["row_id"] for row in result_of(first)] == list(range(3000))
+    assert [row["row_id"] for row in load_result(first)] == list(range(3000))
     facts = json.loads((first / "run.json").read_text())
     assert facts["gather_rounds"] > 1
     assert sorted(each["node"] for each in facts["manifests"]) == ["host0", "host1", "host2"]
@@ -110,14 +110,14 @@ def test_hosts_without_a_shared_folder_bring_their_rows_to_rank_0(
 def test_torchrun_goes_on_with_the_hosts_that_are_left_though_they_share_no_folder(
     hosts: Hosts, launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(600), engine=SLOW)
+    conf = write_config(make_numbered_rows(600), engine=SLOW)
     options = ["--nnodes", "1:3", "--nproc-per-node", "1", "--max-restarts", "3"]
     run_dirs = [tmp_path / f"on{host}" for host in range(hosts.number)]
     jobs = [torchrun(hosts, launcher, conf, host, *options, run_dir=run_dirs[host]) for host in range(hosts.number)]
     wait_for(lambda: all(journaled(run_dir) > 1000 for run_dir in run_dirs), 120)
-    hosts.pull_cable(2)
+    hosts.disconnect(2)
     assert jobs[0].wait(300) == 0, jobs[0].output
     [home] = [run_dir for run_dir in run_dirs if (run_dir / "_SUCCESS").exists()]
-    assert [row["row_id"] for row in result_of(home)] == list(range(600))
+    assert [row["row_id"] for row in load_result(home)] == list(range(600))
     facts = json.loads((home / "run.json").read_text())
     assert facts["attempt"] > 1 and facts["dp_size"] == 2, "what host 2 had done is done again by the others"

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.jobs import Launcher, engines_of, numbered, result_of, wait_for, write_into
+from helpers.jobs import Launcher, find_engine_pids, load_result, make_numbered_rows, wait_for, write_into
 from helpers.tiny_model import ENGINE, save_tiny_model, save_tiny_moe
 
 from dpgen.config.schema import ParallelConfig
-from dpgen.distributed.layout import layout_of
+from dpgen.distributed.layout import build_layout
 from dpgen.distributed.topology import Topology
 from dpgen.errors import ConfigError
 
@@ -29,22 +29,22 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
 
 def test_processes_are_laid_out_as_vllm_numbers_them() -> None:
     parallel = ParallelConfig(launcher="external", tensor_parallel_size=2, pipeline_parallel_size=2)
-    found = [layout_of(Topology(dp_rank=rank, dp_size=8), parallel) for rank in range(8)]
-    assert [each.leads for each in found] == [True, False, False, False, True, False, False, False]
+    found = [build_layout(Topology(dp_rank=rank, dp_size=8), parallel) for rank in range(8)]
+    assert [each.is_group_leader for each in found] == [True, False, False, False, True, False, False, False]
     assert {each.num_engines for each in found} == {2} and {each.group_size for each in found} == {4}
 
 
 @pytest.mark.parametrize(("started", "advice"), [(3, "start 2 or 4"), (1, "start 2 or 2"), (5, "start 4 or 6")])
 def test_processes_that_make_no_whole_engines_are_refused(started: int, advice: str) -> None:
     with pytest.raises(ConfigError, match=f"and {started} are here: {advice}"):
-        layout_of(Topology(dp_size=started), ParallelConfig(launcher="external", tensor_parallel_size=2))
+        build_layout(Topology(dp_size=started), ParallelConfig(launcher="external", tensor_parallel_size=2))
 
 
 def test_experts_that_are_split_over_ranks_step_together() -> None:
     topology = Topology(dp_size=2)
-    assert not layout_of(topology, ParallelConfig(launcher="external")).is_shared
-    assert layout_of(topology, ParallelConfig(launcher="external", enable_expert_parallel=True)).lock_step
-    assert not layout_of(topology, ParallelConfig(enable_expert_parallel=True)).is_shared
+    assert not build_layout(topology, ParallelConfig(launcher="external")).has_shared_engine
+    assert build_layout(topology, ParallelConfig(launcher="external", enable_expert_parallel=True)).lockstep
+    assert not build_layout(topology, ParallelConfig(enable_expert_parallel=True)).has_shared_engine
 
 
 # ---- real processes, made-up text
@@ -57,9 +57,9 @@ def test_experts_that_are_split_over_ranks_step_together() -> None:
 def test_only_the_first_process_of_a_group_journals(
     launcher: Launcher, write_config: Callable[..., str], tmp_path: Path, options: list[str], count: int
 ) -> None:
-    job = launcher.dpgen("run", write_config(numbered(count)), EXTERNAL, *options, ranks=4)
+    job = launcher.dpgen("run", write_config(make_numbered_rows(count)), EXTERNAL, *options, ranks=4)
     assert job.wait() == 0, job.output
-    assert [row["row_id"] for row in result_of(tmp_path / "run")] == list(range(count))
+    assert [row["row_id"] for row in load_result(tmp_path / "run")] == list(range(count))
     by_rank = [each["num_rows"] for each in json.loads((tmp_path / "run" / "run.json").read_text())["manifests"]]
     assert by_rank[1] == by_rank[3] == 0 and by_rank[0] + by_rank[2] == count
     assert f"{count} row{'' if count == 1 else 's'} over 2 ranks" in job.output
@@ -70,14 +70,14 @@ def test_only_the_first_process_of_a_group_journals(
 def test_an_engine_of_several_that_dies_ends_the_run_resumable(
     launcher: Launcher, write_config: Callable[..., str], tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(100), engine={"step_s": 0.02, "max_num_seqs": 4})
+    conf = write_config(make_numbered_rows(100), engine={"step_s": 0.02, "max_num_seqs": 4})
     job = launcher.dpgen("run", conf, EXTERNAL, TP_2, ranks=2, torchrun=["--max-restarts", "1"])
     journal = tmp_path / "run" / "journal"
     wait_for(lambda: sum(path.stat().st_size for path in journal.glob("*.journal")) > 1000)
-    os.kill(engines_of(job)[1], signal.SIGKILL)
+    os.kill(find_engine_pids(job)[1], signal.SIGKILL)
     assert job.wait() == 0, job.output
     assert "attempt 2: " in job.output, "torchrun has started all of them anew"
-    assert [row["row_id"] for row in result_of(tmp_path / "run")] == list(range(100))
+    assert [row["row_id"] for row in load_result(tmp_path / "run")] == list(range(100))
 
 
 # ---- real vLLM
@@ -102,7 +102,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[dict[st
         assert job.wait() == 0, job.output
     finally:
         job.end()
-    return result_of(folder / "run")
+    return load_result(folder / "run")
 
 
 def write_uneven(folder: Path, model: Path) -> str:
@@ -145,7 +145,7 @@ def test_every_layout_generates_what_one_process_does(
 ) -> None:
     job = launcher.dpgen("run", write_uneven(tmp_path, model), f"data.limit={count}", *options, ranks=ranks)
     assert job.wait() == 0, job.output
-    assert result_of(tmp_path / "run") == alone[:count]
+    assert load_result(tmp_path / "run") == alone[:count]
     assert ("only costs" in job.output) == (LOCK_STEP in options)
 
 
@@ -196,6 +196,6 @@ def test_a_mixture_of_experts_in_engines_of_their_own(
     for ranks in (1, 2):
         job = launcher.dpgen("run", conf, f"run.dir={tmp_path / str(ranks) / 'run'}", ranks=ranks)
         assert job.wait() == 0, job.output
-        results.append(result_of(tmp_path / str(ranks) / "run"))
+        results.append(load_result(tmp_path / str(ranks) / "run"))
     assert results[0] == results[1] and len(results[0]) == 21
     assert not any(row["error"] for row in results[0])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.jobs import SHORT_LEASE, Launcher, engines_of, free_port, numbered, result_of, wait_for
+from helpers.jobs import SHORT_LEASE, Launcher, find_engine_pids, free_port, load_result, make_numbered_rows, wait_for
 
 pytestmark = pytest.mark.multi
 
@@ -26,7 +26,7 @@ def journaled(run_dir: Path) -> int:
 
 
 def results(tmp_path: Path, count: int) -> list[dict[str, Any]]:
-    found = result_of(tmp_path / "run")
+    found = load_result(tmp_path / "run")
     assert [row["row_id"] for row in found] == list(range(count))
     return found
 
@@ -34,7 +34,7 @@ def results(tmp_path: Path, count: int) -> list[dict[str, Any]]:
 def undisturbed(launcher: Launcher, conf: str, tmp_path: Path) -> list[dict[str, Any]]:
     job = launcher.dpgen("run", conf, f"run.dir={tmp_path / 'undisturbed' / 'run'}", "engine.step_s=0")
     assert job.wait() == 0, job.output
-    return result_of(tmp_path / "undisturbed" / "run")
+    return load_result(tmp_path / "undisturbed" / "run")
 
 
 # ---- engines
@@ -44,10 +44,10 @@ def undisturbed(launcher: Launcher, conf: str, tmp_path: Path) -> list[dict[str,
 def test_a_killed_engine_is_replaced_and_nobody_else_notices(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(120), engine={"step_s": 0.02, "max_num_seqs": 4})
+    conf = write_config(make_numbered_rows(120), engine={"step_s": 0.02, "max_num_seqs": 4})
     job = launcher.dpgen("run", conf, ranks=2)
     wait_for(lambda: journaled(tmp_path / "run") > 1000)
-    os.kill(engines_of(job)[0], signal.SIGKILL)
+    os.kill(find_engine_pids(job)[0], signal.SIGKILL)
     assert job.wait() == 0, job.output
     assert job.output.count("the engine process was ended by SIGKILL; starting it again") == 1, job.output
     assert results(tmp_path, 120) == undisturbed(launcher, conf, tmp_path)
@@ -55,10 +55,10 @@ def test_a_killed_engine_is_replaced_and_nobody_else_notices(
 
 @pytest.mark.slow
 def test_a_hung_engine_is_replaced(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
-    conf = write_config(numbered(60), run={"engine_timeout_s": 3}, engine={"step_s": 0.02, "max_num_seqs": 4})
+    conf = write_config(make_numbered_rows(60), run={"engine_timeout_s": 3}, engine={"step_s": 0.02, "max_num_seqs": 4})
     job = launcher.dpgen("run", conf)
     wait_for(lambda: journaled(tmp_path / "run") > 500)
-    os.kill(engines_of(job)[0], signal.SIGSTOP)
+    os.kill(find_engine_pids(job)[0], signal.SIGSTOP)
     assert job.wait() == 0, job.output
     assert re.search(r"the engine said nothing for \d s while it had work", job.output), job.output
     results(tmp_path, 60)
@@ -68,7 +68,9 @@ def test_a_hung_engine_is_replaced(launcher: Launcher, write_config: WriteConfig
 def test_a_row_that_kills_its_engine_is_recorded_and_the_run_goes_on(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(40), engine={"crash_on": "number 17", "max_num_seqs": 4}, work={"reserve_rows": 2})
+    conf = write_config(
+        make_numbered_rows(40), engine={"crash_on": "number 17", "max_num_seqs": 4}, work={"reserve_rows": 2}
+    )
     job = launcher.dpgen("run", conf, ranks=2)
     assert job.wait() == 0, job.output
     errors = {row["row_id"]: row["error"] for row in results(tmp_path, 40) if row["error"]}
@@ -80,8 +82,8 @@ def test_a_row_that_kills_its_engine_is_recorded_and_the_run_goes_on(
 def test_an_engine_that_does_not_come_back_leaves_its_rows_to_the_others(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, steal: str
 ) -> None:
-    conf = write_config(numbered(60), run={"max_engine_deaths": 1})
-    jobs = launcher.srun_like(
+    conf = write_config(make_numbered_rows(60), run={"max_engine_deaths": 1})
+    jobs = launcher.start_like_srun(
         "run", conf, f"work.steal={steal}", each=[["engine.step_s=0.01"], ["engine.crash_on=row"]]
     )
     assert [job.wait() for job in jobs] == [0, 0], "".join(job.output for job in jobs)
@@ -92,8 +94,8 @@ def test_an_engine_that_does_not_come_back_leaves_its_rows_to_the_others(
 def test_only_when_no_engine_is_left_does_the_run_fail_and_it_can_go_on(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(30), run={"max_engine_deaths": 1})
-    jobs = launcher.srun_like("run", conf, "engine.crash_on=row", each=[[], []])
+    conf = write_config(make_numbered_rows(30), run={"max_engine_deaths": 1})
+    jobs = launcher.start_like_srun("run", conf, "engine.crash_on=row", each=[[], []])
     assert [job.wait(60) for job in jobs] == [75, 75]
     assert sum(job.output.count("every engine was given up") for job in jobs) == 1
     assert launcher.dpgen("run", conf).wait() == 0
@@ -107,13 +109,13 @@ def test_only_when_no_engine_is_left_does_the_run_fail_and_it_can_go_on(
 def test_ranks_under_srun_go_on_without_one_that_was_killed(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(200), engine={"step_s": 0.02, "max_num_seqs": 4})
-    jobs = launcher.srun_like("run", conf, each=[[], [], []], **SHORT_LEASE)
+    conf = write_config(make_numbered_rows(200), engine={"step_s": 0.02, "max_num_seqs": 4})
+    jobs = launcher.start_like_srun("run", conf, each=[[], [], []], **SHORT_LEASE)
     wait_for(lambda: journaled(tmp_path / "run") > 3000)
     os.kill(jobs[1].process.pid, signal.SIGKILL)
     assert [job.wait(120) for job in jobs] == [0, -signal.SIGKILL, 0], "".join(job.output for job in jobs)
     assert "going on without it" in jobs[0].output
-    wait_for(lambda: not engines_of(jobs[1]))
+    wait_for(lambda: not find_engine_pids(jobs[1]))
     assert results(tmp_path, 200) == undisturbed(launcher, conf, tmp_path)
 
 
@@ -121,8 +123,8 @@ def test_ranks_under_srun_go_on_without_one_that_was_killed(
 def test_ranks_under_srun_go_on_without_two_that_die_one_after_the_other(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(300), engine={"step_s": 0.02, "max_num_seqs": 4})
-    jobs = launcher.srun_like("run", conf, each=[[], [], [], []], **SHORT_LEASE)
+    conf = write_config(make_numbered_rows(300), engine={"step_s": 0.02, "max_num_seqs": 4})
+    jobs = launcher.start_like_srun("run", conf, each=[[], [], [], []], **SHORT_LEASE)
     wait_for(lambda: journaled(tmp_path / "run") > 3000)
     os.kill(jobs[3].process.pid, signal.SIGKILL)
     wait_for(lambda: "going on without it" in jobs[2].output)
@@ -135,8 +137,8 @@ def test_ranks_under_srun_go_on_without_two_that_die_one_after_the_other(
 def test_ranks_under_srun_go_on_without_one_that_hangs(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(200), engine={"step_s": 0.02, "max_num_seqs": 4})
-    jobs = launcher.srun_like("run", conf, each=[[], [], []])
+    conf = write_config(make_numbered_rows(200), engine={"step_s": 0.02, "max_num_seqs": 4})
+    jobs = launcher.start_like_srun("run", conf, each=[[], [], []])
     wait_for(lambda: journaled(tmp_path / "run") > 3000)
     os.kill(jobs[2].process.pid, signal.SIGSTOP)
     assert [job.wait(200) for job in jobs[:2]] == [0, 0], "".join(job.output for job in jobs)
@@ -150,8 +152,8 @@ def test_ranks_under_srun_go_on_without_one_that_hangs(
 def test_losing_the_stores_host_leaves_a_run_that_can_go_on(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(200), engine={"step_s": 0.02, "max_num_seqs": 4})
-    jobs = launcher.srun_like("run", conf, each=[[], [], []])
+    conf = write_config(make_numbered_rows(200), engine={"step_s": 0.02, "max_num_seqs": 4})
+    jobs = launcher.start_like_srun("run", conf, each=[[], [], []])
     wait_for(lambda: journaled(tmp_path / "run") > 3000)
     os.kill(jobs[0].process.pid, signal.SIGKILL)
     assert [job.wait(60) for job in jobs] == [-signal.SIGKILL, 75, 75]
@@ -165,7 +167,7 @@ def test_losing_the_stores_host_leaves_a_run_that_can_go_on(
 def test_torchrun_restarts_after_a_killed_rank_and_the_run_goes_on(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(120), engine={"step_s": 0.02, "max_num_seqs": 4})
+    conf = write_config(make_numbered_rows(120), engine={"step_s": 0.02, "max_num_seqs": 4})
     job = launcher.dpgen("run", conf, ranks=2, torchrun=["--max-restarts", "2"])
     wait_for(lambda: journaled(tmp_path / "run") > 1000)
     os.kill(ranks_of(job.process.pid)[1], signal.SIGKILL)
@@ -177,8 +179,8 @@ def test_torchrun_restarts_after_a_killed_rank_and_the_run_goes_on(
 def test_ranks_that_lose_the_stores_host_while_they_claim_rows_end_resumable(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(3000), engine={"step_s": 0.001}, work={"claim_rows": 1, "reserve_rows": 0})
-    jobs = launcher.srun_like("run", conf, each=[[], [], []])
+    conf = write_config(make_numbered_rows(3000), engine={"step_s": 0.001}, work={"claim_rows": 1, "reserve_rows": 0})
+    jobs = launcher.start_like_srun("run", conf, each=[[], [], []])
     wait_for(lambda: journaled(tmp_path / "run") > 3000)
     os.kill(jobs[0].process.pid, signal.SIGKILL)
     assert [job.wait(60) for job in jobs] == [-signal.SIGKILL, 75, 75], "".join(job.output for job in jobs)
@@ -189,7 +191,7 @@ def test_ranks_that_lose_the_stores_host_while_they_claim_rows_end_resumable(
 def test_ranks_meet_again_where_only_one_of_two_torchruns_counts_the_restart(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(120), engine={"step_s": 0.02, "max_num_seqs": 4})
+    conf = write_config(make_numbered_rows(120), engine={"step_s": 0.02, "max_num_seqs": 4})
     # One agent a "node". The second's worker is stopped, so its agent sees others waiting, not a worker that failed.
     rendezvous = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     options = [*rendezvous, "--nproc-per-node", "1", "--max-restarts", "2", "--shutdown-timeout", "1"]
@@ -219,7 +221,7 @@ def ranks_of(launcher_pid: int) -> list[int]:
 def test_an_unfinished_run_goes_on_where_it_stopped_at_any_world_size(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(150), engine={"step_s": 0.02, "max_num_seqs": 4})
+    conf = write_config(make_numbered_rows(150), engine={"step_s": 0.02, "max_num_seqs": 4})
     done = 0
     for ranks in (2, 1, 3):
         job = launcher.dpgen("run", conf, ranks=ranks)
@@ -235,7 +237,7 @@ def test_an_unfinished_run_goes_on_where_it_stopped_at_any_world_size(
 
 
 def test_resume_never_wants_an_empty_folder(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
-    conf = write_config(numbered(5))
+    conf = write_config(make_numbered_rows(5))
     (tmp_path / "run").mkdir()
     first = launcher.dpgen("run", conf, "run.resume=never")
     assert first.wait() == 0, first.output
@@ -250,7 +252,7 @@ def test_resume_never_wants_an_empty_folder(launcher: Launcher, write_config: Wr
 def test_resume_force_goes_on_with_other_settings_and_keeps_what_is_done(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(60), engine={"step_s": 0.02, "max_num_seqs": 4}, sampling={"max_tokens": 5})
+    conf = write_config(make_numbered_rows(60), engine={"step_s": 0.02, "max_num_seqs": 4}, sampling={"max_tokens": 5})
     job = launcher.dpgen("run", conf)
     wait_for(lambda: journaled(tmp_path / "run") > 500)
     job.process.send_signal(signal.SIGTERM)
@@ -271,8 +273,8 @@ def test_resume_force_goes_on_with_other_settings_and_keeps_what_is_done(
 
 
 def test_resume_force_does_not_mix_two_inputs(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
-    assert launcher.dpgen("run", write_config(numbered(5))).wait() == 0
-    job = launcher.dpgen("run", write_config(numbered(6)), "run.resume=force")
+    assert launcher.dpgen("run", write_config(make_numbered_rows(5))).wait() == 0
+    job = launcher.dpgen("run", write_config(make_numbered_rows(6)), "run.resume=force")
     assert job.wait() == 2, job.output
     assert "results of another input" in job.output
     assert len(results(tmp_path, 5)) == 5
@@ -312,8 +314,8 @@ def launcher_output(launcher: Launcher, *arguments: str) -> str:
 def test_a_signal_stops_it_well_within_five_seconds(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, number: signal.Signals
 ) -> None:
-    conf = write_config(numbered(300), engine={"step_s": 0.02, "max_num_seqs": 4})
-    jobs = launcher.srun_like("run", conf, each=[[], []])
+    conf = write_config(make_numbered_rows(300), engine={"step_s": 0.02, "max_num_seqs": 4})
+    jobs = launcher.start_like_srun("run", conf, each=[[], []])
     wait_for(lambda: journaled(tmp_path / "run") > 1000)
     told_s = time.monotonic()
     for job in jobs:
@@ -332,23 +334,23 @@ def test_a_signal_stops_it_well_within_five_seconds(
 def test_an_engine_leaves_signals_that_go_to_a_whole_job_to_its_rank(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, number: signal.Signals
 ) -> None:
-    job = launcher.dpgen("run", write_config(numbered(60), engine={"step_s": 0.02, "max_num_seqs": 4}))
+    job = launcher.dpgen("run", write_config(make_numbered_rows(60), engine={"step_s": 0.02, "max_num_seqs": 4}))
     wait_for(lambda: journaled(tmp_path / "run") > 500)
-    os.kill(engines_of(job)[0], number)
+    os.kill(find_engine_pids(job)[0], number)
     assert job.wait() == 0, job.output
     assert "starting it again" not in job.output
 
 
 def test_a_stop_during_start_up_is_as_quick(launcher: Launcher, write_config: WriteConfig) -> None:
-    job = launcher.dpgen("run", write_config(numbered(30)), "engine.load_s=60")
+    job = launcher.dpgen("run", write_config(make_numbered_rows(30)), "engine.load_s=60")
     wait_for(lambda: "30 rows over 1 rank" in job.output)
     job.process.send_signal(signal.SIGTERM)
     assert job.wait(5) == 75
-    wait_for(lambda: not engines_of(job))
+    wait_for(lambda: not find_engine_pids(job))
 
 
 def test_a_time_limit_stops_it(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
-    conf = write_config(numbered(300), engine={"step_s": 0.05, "max_num_seqs": 4})
+    conf = write_config(make_numbered_rows(300), engine={"step_s": 0.05, "max_num_seqs": 4})
     job = launcher.dpgen("run", conf, "run.time_limit=4")
     assert job.wait(60) == 75
     assert "run.time_limit=4 is near" in job.output
@@ -356,8 +358,8 @@ def test_a_time_limit_stops_it(launcher: Launcher, write_config: WriteConfig, tm
 
 
 def test_slurms_end_time_stops_it(launcher: Launcher, write_config: WriteConfig) -> None:
-    conf = write_config(numbered(300), run={"stop_margin_s": 60}, engine={"step_s": 0.05})
-    [job] = launcher.srun_like("run", conf, each=[[]], SLURM_JOB_END_TIME=str(int(time.time()) + 62))
+    conf = write_config(make_numbered_rows(300), run={"stop_margin_s": 60}, engine={"step_s": 0.05})
+    [job] = launcher.start_like_srun("run", conf, each=[[]], SLURM_JOB_END_TIME=str(int(time.time()) + 62))
     assert job.wait(60) == 75
     assert "SLURM's time limit is near" in job.output
 
@@ -365,10 +367,10 @@ def test_slurms_end_time_stops_it(launcher: Launcher, write_config: WriteConfig)
 def test_a_second_live_run_on_the_folder_is_refused(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(300), engine={"step_s": 0.05})
+    conf = write_config(make_numbered_rows(300), engine={"step_s": 0.05})
     first = launcher.dpgen("run", conf)
     wait_for(lambda: journaled(tmp_path / "run") > 100)
-    second = launcher.srun_like("run", conf, each=[[], []])
+    second = launcher.start_like_srun("run", conf, each=[[], []])
     assert [job.wait(60) for job in second] == [2, 2]
     assert "".join(job.output for job in second).count("another run is at work") == 1
     first.end()
@@ -379,9 +381,9 @@ def test_a_second_live_run_on_the_folder_is_refused(
 def test_an_engine_killed_while_it_starts_is_started_again(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    job = launcher.dpgen("run", write_config(numbered(30)), "engine.load_s=3", ranks=2)
-    wait_for(lambda: "30 rows over 2 ranks" in job.output and len(engines_of(job)) == 2)
-    os.kill(engines_of(job)[1], signal.SIGKILL)
+    job = launcher.dpgen("run", write_config(make_numbered_rows(30)), "engine.load_s=3", ranks=2)
+    wait_for(lambda: "30 rows over 2 ranks" in job.output and len(find_engine_pids(job)) == 2)
+    os.kill(find_engine_pids(job)[1], signal.SIGKILL)
     assert job.wait() == 0, job.output
     assert job.output.count("while it was starting; starting it again") == 1
     results(tmp_path, 30)
@@ -391,10 +393,10 @@ def test_an_engine_killed_while_it_starts_is_started_again(
 def test_a_killed_torchrun_leaves_no_process(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, moment: str
 ) -> None:
-    conf = write_config(numbered(300), engine={"step_s": 0.05})
+    conf = write_config(make_numbered_rows(300), engine={"step_s": 0.05})
     job = launcher.dpgen("run", conf, ranks=2)
     wait_for(lambda: len(ranks_of(job.process.pid)) == 2 and moment in job.output)
-    left = [*ranks_of(job.process.pid), *engines_of(job)]
+    left = [*ranks_of(job.process.pid), *find_engine_pids(job)]
     os.kill(job.process.pid, signal.SIGKILL)
     deadline_s = time.monotonic() + 60
     while alive := [pid for pid in left if Path(f"/proc/{pid}").exists()]:

@@ -17,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.jobs import EACH_IN_TURN, Launcher, numbered, result_of, told_in_turn
+from helpers.jobs import EACH_IN_TURN, Launcher, load_result, make_numbered_rows, run_each_command
 
-from dpgen.distributed.ports import ports_of_job
-from dpgen.distributed.store_discovery import find_store
+from dpgen.distributed.ports import derive_job_ports
+from dpgen.distributed.store_discovery import discover_store
 
 pytestmark = pytest.mark.multi
 
@@ -28,22 +28,22 @@ WriteConfig = Callable[..., str]
 
 
 def rows_of(tmp_path: Path) -> list[dict[str, Any]]:
-    return result_of(tmp_path / "run")
+    return load_result(tmp_path / "run")
 
 
 def test_two_ranks_give_what_one_gives_in_input_order(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(101))
+    conf = write_config(make_numbered_rows(101))
     assert launcher.dpgen("run", conf).wait() == 0
     alone = rows_of(tmp_path)
     # Each rank keeps to its shard: the first to be ready might do all of so little work.
     two = ["work.steal=false", f"run.dir={tmp_path / 'two' / 'run'}"]
     assert launcher.dpgen("run", conf, *two, ranks=2).wait() == 0
-    together = result_of(tmp_path / "two" / "run")
+    together = load_result(tmp_path / "two" / "run")
     assert together == alone
     assert [row["row_id"] for row in together] == list(range(101))
-    assert [row["prompt"] for row in together] == [row["prompt"] for row in numbered(101)]
+    assert [row["prompt"] for row in together] == [row["prompt"] for row in make_numbered_rows(101)]
     assert all(row["generated_text"] and row["error"] is None for row in together)
     found = json.loads((tmp_path / "two" / "run" / "run.json").read_text())
     assert [each["num_rows"] for each in found["manifests"]] == [51, 50], "both ranks worked"
@@ -53,7 +53,7 @@ def test_two_ranks_give_what_one_gives_in_input_order(
 def test_few_rows_are_an_ordinary_run(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, count: int, ranks: int
 ) -> None:
-    job = launcher.dpgen("run", write_config(numbered(count)), ranks=ranks)
+    job = launcher.dpgen("run", write_config(make_numbered_rows(count)), ranks=ranks)
     assert job.wait() == 0, job.output
     assert json.loads((tmp_path / "run" / "_SUCCESS").read_text())["num_rows"] == count
     noun = "row" if count == 1 else "rows"
@@ -63,7 +63,7 @@ def test_few_rows_are_an_ordinary_run(
 
 
 def test_ranks_from_slurms_environment(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
-    jobs = launcher.srun_like("run", write_config(numbered(20)), each=[[], [], []])
+    jobs = launcher.start_like_srun("run", write_config(make_numbered_rows(20)), each=[[], [], []])
     assert [job.wait() for job in jobs] == [0, 0, 0], jobs[0].output
     assert len(rows_of(tmp_path)) == 20
     assert "20 rows over 3 ranks" in jobs[0].output
@@ -75,13 +75,13 @@ def test_ranks_meet_though_the_first_port_of_their_job_is_a_strangers(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, late: int
 ) -> None:
     with silent_stranger() as (job_id, second_port):
-        conf = write_config(numbered(20))
-        jobs = launcher.srun_like("run", conf, each=[[], []], SLURM_JOB_ID=job_id, MASTER_PORT="")
+        conf = write_config(make_numbered_rows(20))
+        jobs = launcher.start_like_srun("run", conf, each=[[], []], SLURM_JOB_ID=job_id, MASTER_PORT="")
         jobs[late].process.send_signal(signal.SIGSTOP)  # before it has come to joining
         if late == 0:
             time.sleep(5)  # the other has asked in vain
         else:  # rank 0 waits for the other now, and answers
-            assert find_store("localhost", [second_port], f"SLURM job {job_id}, step 0, restart 0", 60) > 0
+            assert discover_store("localhost", [second_port], f"SLURM job {job_id}, step 0, restart 0", 60) > 0
         jobs[late].process.send_signal(signal.SIGCONT)
         assert [job.wait(90) for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
     assert len(rows_of(tmp_path)) == 20
@@ -93,7 +93,7 @@ def test_ranks_meet_though_the_first_port_of_their_job_is_a_strangers(
 def silent_stranger() -> Iterator[tuple[str, int]]:
     """Listens on the first port of a job, and says nothing; the job's id and its second port."""
     for job in range(os.getpid(), os.getpid() + 100):
-        first, second = ports_of_job(job, 0)[:2]
+        first, second = derive_job_ports(job, 0)[:2]
         try:
             stranger = socket.create_server(("127.0.0.1", first))
         except OSError:
@@ -106,7 +106,7 @@ def silent_stranger() -> Iterator[tuple[str, int]]:
 
 def test_the_smallest_kv_cache_is_everyones(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
     sizes = [[f"engine.kv_cache_memory_bytes={number << 20}"] for number in (8, 2, 4)]
-    jobs = launcher.srun_like("run", write_config(numbered(5)), each=sizes)
+    jobs = launcher.start_like_srun("run", write_config(make_numbered_rows(5)), each=sizes)
     assert [job.wait() for job in jobs] == [0, 0, 0], jobs[0].output
     assert json.loads((tmp_path / "run" / "run.json").read_text())["engine"]["num_kv_blocks"] == 2048
     assert "KV cache: 2,048 blocks of 16 tokens on every rank (2 MiB; 8 MiB free here)" in jobs[0].output
@@ -116,16 +116,16 @@ def test_the_smallest_kv_cache_is_everyones(launcher: Launcher, write_config: Wr
 def test_a_rank_with_ten_times_the_work_is_waited_for(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(40), work={"steal": False}, sampling={"max_tokens": 10})
-    jobs = launcher.srun_like("run", conf, each=[["engine.step_s=0.01"], ["engine.step_s=0.1"]])
+    conf = write_config(make_numbered_rows(40), work={"steal": False}, sampling={"max_tokens": 10})
+    jobs = launcher.start_like_srun("run", conf, each=[["engine.step_s=0.01"], ["engine.step_s=0.1"]])
     assert [job.wait() for job in jobs] == [0, 0], jobs[0].output
     found = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [each["num_rows"] for each in found["manifests"]] == [20, 20]
 
 
 def test_a_rank_that_is_through_helps(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
-    conf = write_config(numbered(400), sampling={"max_tokens": 4}, engine={"max_num_seqs": 4})
-    jobs = launcher.srun_like("run", conf, each=[["engine.step_s=0.002"], ["engine.step_s=0.05"]])
+    conf = write_config(make_numbered_rows(400), sampling={"max_tokens": 4}, engine={"max_num_seqs": 4})
+    jobs = launcher.start_like_srun("run", conf, each=[["engine.step_s=0.002"], ["engine.step_s=0.05"]])
     assert [job.wait() for job in jobs] == [0, 0], jobs[0].output
     fast, slow = (each["num_rows"] for each in json.loads((tmp_path / "run" / "run.json").read_text())["manifests"])
     assert fast > 300 and fast + slow == 400
@@ -136,8 +136,8 @@ def test_a_slow_rank_that_leaves_the_end_to_the_other_ends_with_it(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
     # For longer than ten seconds, after which ranks are judged; a row takes 0.4 s on the one, and 3 s on the other.
-    conf = write_config(numbered(600), sampling={"max_tokens": 20}, engine={"max_num_seqs": 8})
-    jobs = launcher.srun_like("run", conf, each=[["engine.step_s=0.02"], ["engine.step_s=0.15"]])
+    conf = write_config(make_numbered_rows(600), sampling={"max_tokens": 20}, engine={"max_num_seqs": 8})
+    jobs = launcher.start_like_srun("run", conf, each=[["engine.step_s=0.02"], ["engine.step_s=0.15"]])
     assert [job.wait() for job in jobs] == [0, 0], jobs[0].output
     fast, slow = json.loads((tmp_path / "run" / "run.json").read_text())["manifests"]
     assert fast["num_rows"] > 400 and fast["num_rows"] + slow["num_rows"] == 600
@@ -147,11 +147,11 @@ def test_a_slow_rank_that_leaves_the_end_to_the_other_ends_with_it(
 def test_rows_come_home_where_the_run_folder_is_not_shared(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(3000), output={"gather_bytes": 1 << 16})
+    conf = write_config(make_numbered_rows(3000), output={"gather_bytes": 1 << 16})
     folders = [[f"run.dir={tmp_path / f'node{rank}' / 'run'}"] for rank in range(3)]
-    jobs = launcher.srun_like("run", conf, each=folders)
+    jobs = launcher.start_like_srun("run", conf, each=folders)
     assert [job.wait() for job in jobs] == [0, 0, 0], jobs[0].output
-    found = result_of(tmp_path / "node0" / "run")
+    found = load_result(tmp_path / "node0" / "run")
     assert [row["row_id"] for row in found] == list(range(3000))
     run = json.loads((tmp_path / "node0" / "run" / "run.json").read_text())
     assert [each["sees_rank_0"] for each in run["manifests"]] == [True, False, False]
@@ -164,13 +164,13 @@ def test_rows_come_home_where_the_run_folder_is_not_shared(
 def test_gathering_though_the_folder_is_shared_changes_nothing(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(300), output={"gather_bytes": 1 << 16})
+    conf = write_config(make_numbered_rows(300), output={"gather_bytes": 1 << 16})
     found, rounds, journals = {}, {}, {}
     for gather in ("auto", "always"):
         run_dir = tmp_path / gather / "run"
         job = launcher.dpgen("run", conf, f"run.dir={run_dir}", f"output.gather={gather}", ranks=2)
         assert job.wait() == 0, job.output
-        found[gather] = result_of(run_dir)
+        found[gather] = load_result(run_dir)
         rounds[gather] = json.loads((run_dir / "run.json").read_text())["gather_rounds"]
         journals[gather] = sorted(path.name for path in (run_dir / "journal").iterdir())
     assert rounds["auto"] == 0 and rounds["always"] > 0
@@ -183,7 +183,7 @@ def test_gathering_though_the_folder_is_shared_changes_nothing(
 def test_a_rows_sampling_is_its_shards_whoever_generates_it(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    rows = [{**row, "budget": 9 if index in (4, 7) else None} for index, row in enumerate(numbered(200))]
+    rows = [{**row, "budget": 9 if index in (4, 7) else None} for index, row in enumerate(make_numbered_rows(200))]
     conf = write_config(
         rows,
         sampling={"max_tokens": 2, "from_columns": {"max_tokens": "budget"}},
@@ -195,9 +195,9 @@ def test_a_rows_sampling_is_its_shards_whoever_generates_it(
     for ranks, steps_s in {1: ["0"], 2: ["0.002", "0.05"], 3: ["0.002", "0.05", "0.002"]}.items():
         run_dir = tmp_path / str(ranks) / "run"
         each = [[f"engine.step_s={step_s}"] for step_s in steps_s]
-        jobs = launcher.srun_like("run", conf, f"run.dir={run_dir}", each=each)
+        jobs = launcher.start_like_srun("run", conf, f"run.dir={run_dir}", each=each)
         assert [job.wait() for job in jobs] == [0] * ranks, jobs[0].output
-        found[ranks] = result_of(run_dir)
+        found[ranks] = load_result(run_dir)
         num_rows[ranks] = [each["num_rows"] for each in json.loads((run_dir / "run.json").read_text())["manifests"]]
     assert num_rows[2][1] < 100 and num_rows[3][1] < 67, "the slow rank's shard is done by others, too"
     assert found[2] == found[1] and found[3] == found[1]
@@ -208,7 +208,7 @@ def test_a_rows_sampling_is_its_shards_whoever_generates_it(
 def test_sampling_by_rank_is_part_of_what_a_run_is(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(4))
+    conf = write_config(make_numbered_rows(4))
     assert launcher.dpgen("run", conf, "sampling_by_rank=[{max_tokens: 2}, {max_tokens: 3}]").wait() == 0
     for entries, shown in (("[{max_tokens: 2}]", '[{"max_tokens": 2}]'), ("[]", "null")):
         other = launcher.dpgen("run", conf, f"sampling_by_rank={entries}")
@@ -245,7 +245,11 @@ def test_one_process_of_a_node_prepares_the_data_while_the_others_wait(
     program = tmp_path / "slow_to_prepare.py"
     program.write_text(SLOW_TO_PREPARE)
     job = launcher.dpgen(
-        "run", write_config(numbered(30)), ranks=3, program=[str(program)], HF_DATASETS_CACHE=str(tmp_path / "cache")
+        "run",
+        write_config(make_numbered_rows(30)),
+        ranks=3,
+        program=[str(program)],
+        HF_DATASETS_CACHE=str(tmp_path / "cache"),
     )
     assert job.wait() == 0, job.output
     told = sorted(re.findall(r"rank \d: (?:prepares it|finds it ready)", job.output))
@@ -281,7 +285,7 @@ WRONG_TOO = [
 def test_a_wrong_configuration_is_told_once_and_exits_with_2(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, override: str, words: str
 ) -> None:
-    jobs = launcher.srun_like("run", write_config(numbered(3)), override, each=[[], []])
+    jobs = launcher.start_like_srun("run", write_config(make_numbered_rows(3)), override, each=[[], []])
     assert [job.wait() for job in jobs] == [2, 2]
     output = "".join(job.output for job in jobs)
     assert output.count(words) == 1, output
@@ -292,15 +296,15 @@ def test_a_wrong_configuration_is_told_once_and_exits_with_2(
 def test_other_wrong_configurations_are_told_in_the_same_way(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(3))
-    told = told_in_turn(launcher, EACH_IN_TURN, [[conf, override] for override, _ in WRONG_TOO])
+    conf = write_config(make_numbered_rows(3))
+    told = run_each_command(launcher, EACH_IN_TURN, [[conf, override] for override, _ in WRONG_TOO])
     for (_, words), (status, output) in zip(WRONG_TOO, told, strict=True):
         assert status == 2 and output.count(words) == 1 and "Traceback" not in output, output
     assert not (tmp_path / "run" / "_SUCCESS").exists()
 
 
 def test_torchrun_shows_the_cause_once_and_last(launcher: Launcher, write_config: WriteConfig) -> None:
-    job = launcher.dpgen("run", write_config(numbered(3)), "engine.max_num_seq=3", ranks=2)
+    job = launcher.dpgen("run", write_config(make_numbered_rows(3)), "engine.max_num_seq=3", ranks=2)
     assert job.wait() == 1, "torchrun's own status for whatever its workers exit with"
     assert job.output.count("did you mean 'engine.max_num_seqs'") == 1, job.output
     assert "did you mean" in "".join(job.output.splitlines()[-3:])
@@ -321,7 +325,7 @@ def test_a_column_of_the_inputs_that_collides_is_refused(
 def test_a_finished_run_says_so_and_another_run_is_refused(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(5))
+    conf = write_config(make_numbered_rows(5))
     assert launcher.dpgen("run", conf).wait() == 0
     marker = (tmp_path / "run" / "_SUCCESS").stat().st_mtime_ns
     again = launcher.dpgen("run", conf, "work.claim_rows=3", "engine.max_num_seqs=2")
@@ -330,7 +334,7 @@ def test_a_finished_run_says_so_and_another_run_is_refused(
     other = launcher.dpgen("run", conf, "sampling.max_tokens=7")
     assert other.wait() == 2
     assert re.search(r"would give other results: sampling.max_tokens: null → 7", other.output), other.output
-    changed = write_config([*numbered(4), {"prompt": "new"}])
+    changed = write_config([*make_numbered_rows(4), {"prompt": "new"}])
     other = launcher.dpgen("run", changed)
     assert other.wait() == 2
     assert "input.content" in other.output
@@ -342,7 +346,7 @@ def test_a_folder_of_something_else_is_left_alone(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")
-    job = launcher.dpgen("run", write_config(numbered(3)))
+    job = launcher.dpgen("run", write_config(make_numbered_rows(3)))
     assert job.wait() == 2
     assert "thesis.tex" in job.output
 
@@ -382,8 +386,10 @@ def test_a_run_whose_rows_all_fail_stops_and_shows_why(launcher: Launcher, write
 
 def test_a_rank_that_fails_to_start_ends_all_with_its_cause(launcher: Launcher, write_config: WriteConfig) -> None:
     started_s = time.monotonic()
-    jobs = launcher.srun_like(
-        "run", write_config(numbered(50)), each=[[], ["engine.load_error=no such device"], ["engine.load_s=2"]]
+    jobs = launcher.start_like_srun(
+        "run",
+        write_config(make_numbered_rows(50)),
+        each=[[], ["engine.load_error=no such device"], ["engine.load_s=2"]],
     )
     assert [job.wait(60) for job in jobs] == [1, 1, 1]
     assert time.monotonic() - started_s < 60
@@ -421,7 +427,7 @@ def test_samples_token_ids_and_chosen_columns(launcher: Launcher, write_config: 
 def test_the_result_loads_wherever_its_first_error_stands(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, form: str
 ) -> None:
-    rows: list[dict[str, Any]] = [*numbered(24), {"prompt": None}]
+    rows: list[dict[str, Any]] = [*make_numbered_rows(24), {"prompt": None}]
     conf = write_config(rows, data={"columns": []}, output={"format": form, "rows_per_file": 10})
     assert launcher.dpgen("run", conf).wait() == 0
     found = rows_of(tmp_path)
@@ -434,14 +440,14 @@ def test_the_result_loads_wherever_its_first_error_stands(
 def test_another_nodes_folder_of_another_run_is_refused(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(20), work={"steal": False})  # both nodes do some of so little work
+    conf = write_config(make_numbered_rows(20), work={"steal": False})  # both nodes do some of so little work
     folders = [[f"run.dir={tmp_path / f'node{rank}'}"] for rank in range(2)]
-    first = launcher.srun_like("run", conf, each=folders)
+    first = launcher.start_like_srun("run", conf, each=folders)
     assert [job.wait() for job in first] == [0, 0]
-    again = launcher.srun_like("run", conf, each=folders)
+    again = launcher.start_like_srun("run", conf, each=folders)
     assert [job.wait() for job in again] == [0, 0], "finished, though rank 1 has no _SUCCESS of its own"
     shutil.rmtree(tmp_path / "node0")
-    other = launcher.srun_like("run", conf, "sampling.max_tokens=3", each=folders)
+    other = launcher.start_like_srun("run", conf, "sampling.max_tokens=3", each=folders)
     assert [job.wait() for job in other] == [2, 2], other[1].output
     assert "sampling.max_tokens: null → 3" in other[0].output + other[1].output
 
@@ -457,7 +463,7 @@ def test_rows_that_fail_early_do_not_hide_good_ones_that_are_being_generated(
 
 
 def test_jsonl_in_several_files(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
-    conf = write_config(numbered(25), output={"format": "jsonl", "rows_per_file": 10})
+    conf = write_config(make_numbered_rows(25), output={"format": "jsonl", "rows_per_file": 10})
     assert launcher.dpgen("run", conf).wait() == 0
     files = sorted(path.name for path in (tmp_path / "run" / "dataset").iterdir())
     assert files == ["README.md"] + [f"train-{number:05d}-of-00003.jsonl" for number in range(3)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.jobs import REPO, Launcher, result_of
+from helpers.jobs import REPO, Launcher, load_result
 from helpers.tiny_model import ENGINE, save_tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.multi]
@@ -100,7 +100,7 @@ def test_two_and_three_ranks_give_row_by_row_what_one_gives(
         run_dir = tmp_path / f"ranks-{ranks}" / "run"
         job = launcher.dpgen("run", conf, f"run.dir={run_dir}", ranks=ranks)
         assert job.wait() == 0, job.output
-        results[ranks] = result_of(run_dir)
+        results[ranks] = load_result(run_dir)
     for found in results.values():
         assert [row["row_id"] for row in found] == list(range(len(rows)))
     alone = list(map(repr, results[1]))  # as text: a NaN in the input is not equal to itself
@@ -128,7 +128,7 @@ def test_it_generates_what_llm_generate_does(
     )
     job = launcher.dpgen("run", conf)
     assert job.wait() == 0, job.output
-    found = result_of(tmp_path / "run")
+    found = load_result(tmp_path / "run")
     peer = tmp_path / "peer.py"
     peer.write_text(
         "import json, sys\n"
@@ -155,9 +155,9 @@ def test_two_ranks_and_one_row_under_slurms_environment(
 ) -> None:
     conf = write([{"messages": [{"role": "user", "content": "hello"}]}], sampling={"ignore_eos": True})
     # Ranks with unequal memory for their KV cache: the smaller is everyone's.
-    jobs = launcher.srun_like("run", conf, each=[[], ["engine.kv_cache_memory_bytes=33554432"]])
+    jobs = launcher.start_like_srun("run", conf, each=[[], ["engine.kv_cache_memory_bytes=33554432"]])
     assert [job.wait() for job in jobs] == [0, 0], "".join(job.output for job in jobs)
-    [row] = result_of(tmp_path / "run")
+    [row] = load_result(tmp_path / "run")
     assert row["finish_reason"] == "length"
     assert row["num_prompt_tokens"] + row["num_generated_tokens"] == ENGINE["max_model_len"], (
         "max_tokens is the rest of the context unless given"
@@ -182,7 +182,7 @@ def test_where_the_kv_cache_is_short_fewer_rows_are_admitted(
     )
     job = launcher.dpgen("run", conf)
     assert job.wait() == 0, job.output
-    rows = result_of(tmp_path / "run")
+    rows = load_result(tmp_path / "run")
     assert [row["row_id"] for row in rows] == list(range(160))
     assert {(row["finish_reason"], row["num_generated_tokens"]) for row in rows} == {("length", 200)}
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -207,7 +207,7 @@ def test_sampling_starts_from_the_models_generation_config(
     )
     job = launcher.dpgen("run", conf)
     assert job.wait() == 0, job.output
-    rows = result_of(tmp_path / "run")
+    rows = load_result(tmp_path / "run")
     assert [row["num_generated_tokens"] for row in rows] == [[7] * 4, [3] * 4, [20] * 4], "a row's own value goes first"
     for row in rows:
         first, *others = row["generated_token_ids"]

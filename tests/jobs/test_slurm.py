@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.jobs import REPO, SHORT_LEASE, Launcher, numbered, result_of, write_into
+from helpers.jobs import REPO, SHORT_LEASE, Launcher, load_result, make_numbered_rows, write_into
 from helpers.slurm_cluster import Cluster, SlurmJob, missing
 from helpers.tiny_model import ENGINE, save_tiny_model
 
-from dpgen.distributed.ports import listen, ports_of_job
+from dpgen.distributed.ports import bind_first_free, derive_job_ports
 
 pytestmark = [
     pytest.mark.slurm,
@@ -52,7 +52,9 @@ def write(write_config: WriteConfig, tmp_path: Path) -> Callable[[str, dict[str,
     """Writes the configuration of one of several runs over the same 60 rows, NAME.yaml in NAME/run."""
 
     def config(name: str, engine: dict[str, Any]) -> str:
-        return write_config(numbered(60), f"{name}.yaml", run={"dir": str(tmp_path / name / "run")}, engine=engine)
+        return write_config(
+            make_numbered_rows(60), f"{name}.yaml", run={"dir": str(tmp_path / name / "run")}, engine=engine
+        )
 
     return config
 
@@ -71,7 +73,7 @@ class Real:
         folder.mkdir(exist_ok=True)
         return write_into(
             folder,
-            numbered(self.NUM_ROWS),
+            make_numbered_rows(self.NUM_ROWS),
             run={"engine": "vllm", "log_level": "error"},
             model=str(self._model),
             engine={**ENGINE, "max_num_seqs": max_num_seqs},
@@ -98,7 +100,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
 
 def results(tmp_path: Path, name: str, count: int = 60) -> list[dict[str, Any]]:
     """A finished run's rows: each once, in order, without an error."""
-    rows = result_of(tmp_path / name / "run")
+    rows = load_result(tmp_path / name / "run")
     assert [row["row_id"] for row in rows] == list(range(count))
     assert all(row["error"] is None for row in rows)
     return rows
@@ -127,11 +129,11 @@ def test_a_complete_run_on_two_nodes_with_a_real_engine(cluster: Cluster, tmp_pa
     run_dir = tmp_path / "demo" / "run"
     arguments = [str(REPO / "conf/demo.yaml"), *paths, "data.limit=64", f"run.dir={run_dir}"]
     job = SlurmJob.submit(cluster, tmp_path, script, *arguments, options=["--hold"])
-    with listen(ports_of_job(int(job.id), 0)):  # and says nothing
+    with bind_first_free(derive_job_ports(int(job.id), 0)):  # and says nothing
         cluster.run("scontrol", "release", job.id)
         assert job.wait() == "COMPLETED", job.output
     questions = (REPO / "conf/demo/questions.jsonl").read_text().splitlines()[:64]
-    rows = result_of(run_dir)
+    rows = load_result(run_dir)
     assert [row["question"] for row in rows] == [json.loads(line)["question"] for line in questions]
     right = [str(row["answer"]).split()[-1] in (row["generated_text"] or "") for row in rows]
     assert sum(right) >= 60, "the demo's model can add"

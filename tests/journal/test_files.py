@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from helpers.journal_disk import Crash, FailingDisk
 
-from dpgen.distributed.group import LoneGroup
+from dpgen.distributed.group import SingleRankGroup
 from dpgen.errors import DpgenError
-from dpgen.journal.files import publish_folder, write_whole
-from dpgen.journal.reader import scan
+from dpgen.journal.files import atomic_write_text, publish_directory
+from dpgen.journal.reader import index_journal
 from dpgen.journal.segment import RowsLost
-from dpgen.journal.writer import Journal
-from dpgen.output.gather import bring_home
+from dpgen.journal.writer import JournalWriter
+from dpgen.output.gather import gather_segments
 from dpgen.records import Completion, RowResult
 
 HOWS = ["ENOSPC", "EIO", "EROFS", "before", "after"]
@@ -43,8 +43,8 @@ def test_a_small_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     old, new = "old" * 100, "new" * 200
 
     def act(disk: FailingDisk) -> None:
-        write_whole(path, old)
-        write_whole(path, new, disk)
+        atomic_write_text(path, old)
+        atomic_write_text(path, new, disk)
 
     def check(claimed: bool) -> None:
         assert path.read_text() in ([new] if claimed else [old, new])
@@ -55,7 +55,7 @@ def test_a_small_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
 def test_a_short_write_of_a_small_file_is_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     disk = FailingDisk(1, "short")
-    write_whole(path, "0123456789", disk)
+    atomic_write_text(path, "0123456789", disk)
     assert path.read_text() == "0123456789" and disk.calls.count("write") == 2
 
 
@@ -67,7 +67,7 @@ def test_a_published_folder_is_whole_wherever_it_has_its_name(tmp_path: Path) ->
         for name in ("train-0", "train-1"):
             temporary.mkdir(exist_ok=True)
             (temporary / name).write_text("rows")
-        publish_folder(temporary, final, disk)
+        publish_directory(temporary, final, disk)
 
     def check(claimed: bool) -> None:
         there = sorted(path.name for path in final.iterdir()) if final.exists() else []
@@ -80,7 +80,7 @@ def test_a_published_folder_is_whole_wherever_it_has_its_name(tmp_path: Path) ->
 
 def journal_of(folder: Path, count: int) -> Path:
     folder.mkdir()
-    journal = Journal(folder, 1, 0)
+    journal = JournalWriter(folder, 1, 0)
     for row in range(count):
         journal.append(RowResult(row, 3, (Completion(f"text {row}", "stop", 2),)))
     journal.close()
@@ -95,14 +95,14 @@ def test_a_damaged_segment_is_mended_where_it_lies_before_it_is_sent(tmp_path: P
     data[data.index(b"text 41")] ^= 1
     path.write_bytes(data)
     with pytest.raises(RowsLost, match=r"lost with that: 1 \(the first is row 41\).* run the same") as lost:
-        bring_home(LoneGroup(), home, [path], 1 << 20)
+        gather_segments(SingleRankGroup(), home, [path], 1 << 20)
     assert lost.value.exit_status == 75
-    assert 41 not in scan(path.parent).row, "this node generates it again"
-    assert bring_home(LoneGroup(), home, [path], 1 << 10) > 1
-    assert len(scan(home)) == 99
+    assert 41 not in index_journal(path.parent).row, "this node generates it again"
+    assert gather_segments(SingleRankGroup(), home, [path], 1 << 10) > 1
+    assert len(index_journal(home)) == 99
 
 
 def test_a_disk_that_is_full_where_rows_are_gathered_is_an_error(tmp_path: Path) -> None:
     path = journal_of(tmp_path / "there", 10)
     with pytest.raises(DpgenError, match=r"can't be written.*make room"):
-        bring_home(LoneGroup(), tmp_path / "no such folder", [path], 1 << 20)
+        gather_segments(SingleRankGroup(), tmp_path / "no such folder", [path], 1 << 20)

@@ -17,18 +17,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.jobs import Launcher, numbered, result_of
+from helpers.jobs import Launcher, load_result, make_numbered_rows
 from helpers.journal_disk import Crash, FailingDisk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpgen.errors import DpgenError, RowRefused
 from dpgen.journal import writer
-from dpgen.journal.files import Files
-from dpgen.journal.reader import DamagedRecord, Reader, last_attempt, merge, read_segment, scan, segments
-from dpgen.journal.segment import mend
-from dpgen.journal.writer import Journal
-from dpgen.records import Completion, RowResult, decode, encode, refused
+from dpgen.journal.files import FileSystem
+from dpgen.journal.reader import (
+    DamagedRecord,
+    JournalReader,
+    index_journal,
+    last_attempt,
+    list_segments,
+    merge_segments,
+    read_segment,
+)
+from dpgen.journal.segment import repair_segment
+from dpgen.journal.writer import JournalWriter
+from dpgen.records import Completion, RowResult, decode_result, encode_result, make_rejected_result
 
 NEVER_S = 1e6
 
@@ -38,7 +46,7 @@ def result(row: int, text: str = "hello") -> RowResult:
 
 
 def written(folder: Path, results: Sequence[RowResult], attempt: int = 1, rank: int = 0, **options: Any) -> Path:
-    log = Journal(folder, attempt, rank, **options)
+    log = JournalWriter(folder, attempt, rank, **options)
     for each in results:
         log.append(each)
     log.close()
@@ -55,8 +63,8 @@ def unsealed(folder: Path, results: Sequence[RowResult], attempt: int = 1, rank:
 
 def read(folder: Path) -> dict[int, RowResult]:
     """What a journal holds, without the records that turn out damaged."""
-    found, index = {}, scan(folder)
-    with Reader(index) as reader:
+    found, index = {}, index_journal(folder)
+    with JournalReader(index) as reader:
         for place in range(len(index)):
             with contextlib.suppress(DamagedRecord):
                 found[int(index.row[place])] = reader.result(place)
@@ -74,7 +82,7 @@ TEXTS = ["", "plain", "ünïcode 漢字 🎉", "null \0 byte", "lone \ud800 surr
 results_of_any_kind = st.lists(
     st.one_of(
         st.builds(result, st.integers(0, 20), st.text(max_size=30)),
-        st.builds(lambda row: refused(row, RowRefused("bad", "it was bad")), st.integers(0, 20)),
+        st.builds(lambda row: make_rejected_result(row, RowRefused("bad", "it was bad")), st.integers(0, 20)),
     ),
     min_size=1,
     max_size=12,
@@ -86,21 +94,21 @@ results_of_any_kind = st.lists(
 
 def test_everything_comes_back(tmp_path: Path) -> None:
     results = [result(row, text) for row, text in enumerate(TEXTS)]
-    results.append(refused(50, RowRefused("empty_prompt", "nothing")))
+    results.append(make_rejected_result(50, RowRefused("empty_prompt", "nothing")))
     results.append(RowResult(51, 1, (Completion("a", "stop", 1, [5]), Completion("b", None, 2, [6, 7]))))
     written(tmp_path, results)
     assert read(tmp_path) == {each.row: each for each in results}
-    assert all(decode(encode(each)) == each for each in results)
+    assert all(decode_result(encode_result(each)) == each for each in results)
 
 
 def test_a_large_journal_is_several_sealed_segments(tmp_path: Path) -> None:
-    log = Journal(tmp_path, 1, 0, segment_bytes=1000)
+    log = JournalWriter(tmp_path, 1, 0, segment_bytes=1000)
     for row in range(100):
         log.append(result(row))
         if row % 5 == 4:
             log.sync()
     log.close()
-    assert log.paths == segments(tmp_path) and len(log.paths) > 5
+    assert log.paths == list_segments(tmp_path) and len(log.paths) > 5
     assert log.num_rows == log.num_synced_rows == 100
     assert log.num_bytes == sum(path.stat().st_size for path in log.paths)
     assert all(read_segment(path).is_sealed for path in log.paths)
@@ -112,7 +120,7 @@ def test_a_sealed_segment_is_scanned_without_its_payloads(tmp_path: Path) -> Non
     content = bytearray(path.read_bytes())
     content[1000:1_900_000] = bytes(1_899_000)
     path.write_bytes(content)
-    assert list(scan(tmp_path).row) == list(range(20)), "the index alone says what is there"
+    assert list(index_journal(tmp_path).row) == list(range(20)), "the index alone says what is there"
     assert sorted(read(tmp_path)) == [19], "but nothing unsound is given out"
     found = read_segment(path, check=True)
     assert found.damage is not None and "19 damaged records, the first at byte 24 (row 0)" in found.damage
@@ -120,7 +128,7 @@ def test_a_sealed_segment_is_scanned_without_its_payloads(tmp_path: Path) -> Non
 
 def test_a_scan_keeps_few_bytes_a_row(tmp_path: Path) -> None:
     written(tmp_path, [result(row) for row in range(1000)])
-    index = scan(tmp_path)
+    index = index_journal(tmp_path)
     arrays = (index.row, index.file, index.offset, index.length, index.error)
     assert sum(each.nbytes for each in arrays) == 25 * 1000
 
@@ -128,8 +136,8 @@ def test_a_scan_keeps_few_bytes_a_row(tmp_path: Path) -> None:
 def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
     for rank in range(150):
         written(tmp_path, [result(rank)], rank=rank)
-    index = scan(tmp_path)
-    with Reader(index) as reader:
+    index = index_journal(tmp_path)
+    with JournalReader(index) as reader:
         before = len(os.listdir("/proc/self/fd"))
         assert [reader.result(place).row for place in range(150)] == list(range(150))
         assert len(os.listdir("/proc/self/fd")) - before <= 64
@@ -161,7 +169,7 @@ def test_every_truncation_of_one_journal(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
-        assert list(scan(tmp_path).row) == list(range(int((ends <= size).sum())))
+        assert list(index_journal(tmp_path).row) == list(range(int((ends <= size).sum())))
 
 
 @pytest.mark.parametrize("write", [written, unsealed])
@@ -201,9 +209,9 @@ def test_any_damaged_byte_never_gives_a_wrong_row(
         content[int(len(content) * at)] ^= change
         segment.write_bytes(content)
         assert all(found in results for found in read(path).values())
-        mend(segment)
-        index = scan(path)
-        with Reader(index) as reader:
+        repair_segment(segment)
+        index = index_journal(path)
+        with JournalReader(index) as reader:
             found = {reader.result(place).row: reader.result(place) for place in range(len(index))}
         assert all(each in results for each in found.values()), "after mending every record reads"
 
@@ -239,29 +247,31 @@ def test_rows_of_an_index_cut_off_from_frames_are_not_believed(tmp_path: Path) -
 
 def test_a_damaged_segment_is_mended_and_kept(tmp_path: Path) -> None:
     path = written(tmp_path, [result(row) for row in range(5)])
-    assert mend(path) == []
+    assert repair_segment(path) == []
     content = bytearray(path.read_bytes())
     content[int(read_segment(path).frames.offset[2]) + 3] ^= 1
     path.write_bytes(content)
-    assert mend(path) == [2]
+    assert repair_segment(path) == [2]
     assert read(tmp_path) == {row: result(row) for row in (0, 1, 3, 4)}
-    assert len(scan(tmp_path)) == 4, "row 2 counts as missing, so that it is generated anew"
+    assert len(index_journal(tmp_path)) == 4, "row 2 counts as missing, so that it is generated anew"
     assert read_segment(path, check=True).damage is None
     assert (tmp_path / f"{path.name}.damaged").read_bytes() == content
-    assert mend(path) == []
+    assert repair_segment(path) == []
 
 
 def test_a_segment_that_cant_be_read_stops_the_scan(tmp_path: Path) -> None:
     (tmp_path / "attempt-0001-rank-00000-part-0000.journal").mkdir()
     with pytest.raises(DpgenError, match=r"part-0000.journal can't be read: .*mend the disk"):
-        scan(tmp_path)
+        index_journal(tmp_path)
 
 
 # ---- a row counts once
 
 
 def test_a_row_counts_once_a_completion_before_an_error_then_the_earlier(tmp_path: Path) -> None:
-    written(tmp_path, [refused(0, RowRefused("x", "y")), result(1, "early"), result(2, "rank 0")], attempt=1)
+    written(
+        tmp_path, [make_rejected_result(0, RowRefused("x", "y")), result(1, "early"), result(2, "rank 0")], attempt=1
+    )
     written(tmp_path, [result(2, "rank 1")], attempt=1, rank=1)
     written(tmp_path, [result(0, "late"), result(1, "late")], attempt=2)
     texts = {row: found.completions[0].text for row, found in read(tmp_path).items()}
@@ -286,7 +296,7 @@ def test_any_order_of_segments_and_any_interleaving(
     turns = data.draw(st.permutations([key for key, results in writers.items() for _ in results]))
     with folder() as path:
         logs = {
-            key: Journal(path, *key, segment_bytes=150, sync_interval_s=NEVER_S)
+            key: JournalWriter(path, *key, segment_bytes=150, sync_interval_s=NEVER_S)
             for key in data.draw(st.permutations(list(writers)))
         }
         waiting = {key: list(results) for key, results in writers.items()}
@@ -301,8 +311,8 @@ def test_any_order_of_segments_and_any_interleaving(
         for each in sorted(in_order, key=lambda found: found.error is not None):
             expected.setdefault(each.row, each)
         assert read(path) == expected
-        found = [read_segment(segment, check=True) for segment in segments(path)]
-        shuffled, index = merge(data.draw(st.permutations(found))), scan(path)
+        found = [read_segment(segment, check=True) for segment in list_segments(path)]
+        shuffled, index = merge_segments(data.draw(st.permutations(found))), index_journal(path)
         for name in ("row", "file", "offset", "length", "error"):
             np.testing.assert_array_equal(getattr(shuffled, name), getattr(index, name))
 
@@ -310,20 +320,20 @@ def test_any_order_of_segments_and_any_interleaving(
 def test_nothing_is_appended_to_another_attempts_file(tmp_path: Path) -> None:
     written(tmp_path, [result(0)])
     with pytest.raises(DpgenError, match="can't be written: File exists"):
-        Journal(tmp_path, 1, 0)
+        JournalWriter(tmp_path, 1, 0)
 
 
 # ---- within a second
 
 
-class SlowDisk(Files):
+class SlowDisk(FileSystem):
     def sync(self, fd: int) -> None:
         time.sleep(0.2)
         super().sync(fd)
 
 
 def test_a_row_is_on_the_disk_within_a_second_though_syncs_are_slow(tmp_path: Path) -> None:
-    log = Journal(tmp_path, 1, 0, files=SlowDisk())
+    log = JournalWriter(tmp_path, 1, 0, files=SlowDisk())
     appended_s: list[float] = []
     synced_s: list[float] = []
 
@@ -347,13 +357,13 @@ def test_a_row_is_on_the_disk_within_a_second_though_syncs_are_slow(tmp_path: Pa
 
 
 def test_sync_and_close_wait_for_the_disk(tmp_path: Path) -> None:
-    log = Journal(tmp_path, 1, 0, sync_interval_s=NEVER_S)
+    log = JournalWriter(tmp_path, 1, 0, sync_interval_s=NEVER_S)
     log.sync()
     log.append(result(0))
-    log.tick()
+    log.raise_if_failed()
     assert log.num_synced_rows == 0
     log.sync()
-    assert log.num_synced_rows == 1 and len(scan(tmp_path)) == 1
+    assert log.num_synced_rows == 1 and len(index_journal(tmp_path)) == 1
     log.append(result(1))
     log.close()
     log.close()
@@ -366,11 +376,11 @@ def test_sync_and_close_wait_for_the_disk(tmp_path: Path) -> None:
 FAILURES = ["ENOSPC", "EIO", "EDQUOT", "EROFS"]
 
 
-def scenario(folder: Path, disk: Files, attempt: int = 1) -> tuple[int, str | None]:
+def scenario(folder: Path, disk: FileSystem, attempt: int = 1) -> tuple[int, str | None]:
     """Writes 12 rows in groups and several segments; how many were promised safe, and the error that came."""
     log = None
     try:
-        log = Journal(folder, attempt, 0, segment_bytes=300, sync_interval_s=NEVER_S, files=disk)
+        log = JournalWriter(folder, attempt, 0, segment_bytes=300, sync_interval_s=NEVER_S, files=disk)
         for row in range(12):
             log.append(result(row, f"text {row}"))
             if row % 2:
@@ -380,7 +390,7 @@ def scenario(folder: Path, disk: Files, attempt: int = 1) -> tuple[int, str | No
         if log is None:
             return 0, str(error)
         synced = log.num_synced_rows
-        for again in (lambda: log.append(result(99)), log.tick, log.sync):
+        for again in (lambda: log.append(result(99)), log.raise_if_failed, log.sync):
             with pytest.raises(DpgenError, match="can't be written"):
                 again()
         assert log.num_synced_rows == synced, "nothing is tried again"
@@ -403,7 +413,7 @@ def check_recovery(folder: Path, promised: int) -> None:
     kept = read(folder)
     expected = {row: result(row, f"text {row}") for row in range(12)}
     assert set(kept) >= set(range(promised)) and kept.items() <= expected.items()
-    assert all(segment.damage is None for segment in (read_segment(each, check=True) for each in segments(folder)))
+    assert all(segment.damage is None for segment in (read_segment(each, check=True) for each in list_segments(folder)))
     written(folder, [expected[row] for row in range(12) if row not in kept], attempt=2)
     assert read(folder) == expected
 
@@ -459,24 +469,24 @@ def test_a_segment_is_mended_whole_or_not_at_all(tmp_path: Path) -> None:
         path.write_bytes(content)
         disk = FailingDisk(at, "EIO")
         try:
-            mend(path, disk)
+            repair_segment(path, disk)
             break
         except DpgenError:
             pass
         assert sorted(read(folder)) == [0, 1, 3, 4], "before or after, the sound rows are there"
-        assert mend(path) == [2] or disk.calls[-1] == "sync_folder"
-        assert sorted(scan(folder).row) == [0, 1, 3, 4]
+        assert repair_segment(path) == [2] or disk.calls[-1] == "sync_folder"
+        assert sorted(index_journal(folder).row) == [0, 1, 3, 4]
         at += 1
     assert {"create", "write", "sync", "close", "link", "replace", "sync_folder"} == set(disk.calls)
 
 
 def test_what_breaks_beside_the_caller_reaches_it_at_the_next_tick(tmp_path: Path) -> None:
     disk = FailingDisk(2, "EIO")
-    log = Journal(tmp_path, 1, 0, sync_interval_s=0.01, files=disk)
+    log = JournalWriter(tmp_path, 1, 0, sync_interval_s=0.01, files=disk)
     log.append(result(0))
     time.sleep(0.5)
     with pytest.raises(DpgenError, match=r"Input/output error.*run the same command again"):
-        log.tick()
+        log.raise_if_failed()
     with pytest.raises(DpgenError, match="Input/output error"):
         log.close()
     log.close()
@@ -485,35 +495,35 @@ def test_what_breaks_beside_the_caller_reaches_it_at_the_next_tick(tmp_path: Pat
 def test_a_disk_that_no_longer_answers_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = threading.Event()
 
-    class Dead(Files):
+    class Dead(FileSystem):
         def sync(self, fd: int) -> None:
             answer.wait(60)
 
     monkeypatch.setattr(writer, "_STALLED_S", 0.2)
-    log = Journal(tmp_path, 1, 0, sync_interval_s=0, files=Dead())
+    log = JournalWriter(tmp_path, 1, 0, sync_interval_s=0, files=Dead())
     log.append(result(0))
     time.sleep(0.5)
     with pytest.raises(DpgenError, match="the disk has not answered for"):
-        log.tick()
+        log.raise_if_failed()
     answer.set()
 
 
 def test_the_caller_waits_where_the_disk_is_far_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_MOST_WAITING_BYTES", 1000)
-    monkeypatch.setattr(writer, "_GROUP_BYTES", 500)
-    log = Journal(tmp_path, 1, 0, files=SlowDisk())
+    monkeypatch.setattr(writer, "_MAX_QUEUED_BYTES", 1000)
+    monkeypatch.setattr(writer, "_BATCH_BYTES", 500)
+    log = JournalWriter(tmp_path, 1, 0, files=SlowDisk())
     for row in range(30):
         log.append(result(row, "x" * 100))
         assert len(log._waiting.data) < 1300
     log.close()
-    assert len(scan(tmp_path)) == 30
+    assert len(index_journal(tmp_path)) == 30
 
 
 def test_two_writers_at_once_do_not_mix(tmp_path: Path) -> None:
     """A zombie of an earlier attempt goes on writing while the next attempt does: each to its own."""
     script = (
-        "import sys; from pathlib import Path; from dpgen.journal.writer import Journal; from dpgen.records import *\n"
-        "log = Journal(Path(sys.argv[1]), int(sys.argv[2]), 0)\n"
+        "import sys; from pathlib import Path; from dpgen.journal.writer import JournalWriter; from dpgen.records import *\n"
+        "log = JournalWriter(Path(sys.argv[1]), int(sys.argv[2]), 0)\n"
         "for row in range(500): log.append(RowResult(row, 1, (Completion(sys.argv[2], 'stop', 1),)))\n"
         "log.close()\n"
     )
@@ -526,7 +536,7 @@ def test_two_writers_at_once_do_not_mix(tmp_path: Path) -> None:
 def test_a_run_whose_journal_cant_grow_stops_and_goes_on_later(
     launcher: Launcher, write_config: Callable[..., str], tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(3000))
+    conf = write_config(make_numbered_rows(3000))
     command = f"ulimit -f 96; exec {sys.executable} -m dpgen run {conf}"
     full = launcher.start(["bash", "-c", command])
     assert full.wait() == 1, full.output
@@ -534,4 +544,4 @@ def test_a_run_whose_journal_cant_grow_stops_and_goes_on_later(
     again = launcher.dpgen("run", conf)
     assert again.wait() == 0, again.output
     assert "attempt 2" in again.output
-    assert [row["row_id"] for row in result_of(tmp_path / "run")] == list(range(3000))
+    assert [row["row_id"] for row in load_result(tmp_path / "run")] == list(range(3000))

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.jobs import SHORT_LEASE, Launcher, numbered, wait_for
+from helpers.jobs import SHORT_LEASE, Launcher, make_numbered_rows, wait_for
 
 from dpgen.errors import DpgenError, Interrupted
-from dpgen.lifecycle.shutdown import Stop
-from dpgen.lifecycle.status_file import STATUS_FILE, Ending
+from dpgen.lifecycle.shutdown import ShutdownMonitor
+from dpgen.lifecycle.status_file import STATUS_FILE, StatusFile
 
 WriteConfig = Callable[..., str]
 SLOW = {"step_s": 0.05, "max_num_seqs": 4}
@@ -32,12 +32,12 @@ def status_file(tmp_path: Path) -> dict[str, str]:
 def test_a_signal_stops_a_run_but_no_complete_one() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
-        running, complete = Stop(), Stop()
-        running.install()
+        running, complete = ShutdownMonitor(), ShutdownMonitor()
+        running.install_handlers()
         with pytest.raises(Interrupted, match="SIGTERM"):
             signal.raise_signal(signal.SIGTERM)
-        complete.install()
-        complete.ignore()
+        complete.install_handlers()
+        complete.ignore_signals()
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
         assert complete.reason is None
@@ -47,36 +47,36 @@ def test_a_signal_stops_a_run_but_no_complete_one() -> None:
 
 
 def test_rank_0_has_the_last_word(tmp_path: Path) -> None:
-    first, other = (Ending(status_file(tmp_path)) for _ in range(2))
-    first.begin(is_first=True)
-    other.begin(is_first=False)
-    other.tell(0)
+    first, other = (StatusFile(status_file(tmp_path)) for _ in range(2))
+    first.reset(is_rank_0=True)
+    other.reset(is_rank_0=False)
+    other.write(0)
     assert told(tmp_path) == []
     first.num_done = 7
-    other.tell_if_untold(75)
+    other.write_once(75)
     assert told(tmp_path) == ["75", "?"]
-    first.tell(0)
-    other.tell_if_untold(75)
+    first.write(0)
+    other.write_once(75)
     assert told(tmp_path) == ["0", "7"]
-    Ending(status_file(tmp_path)).begin(is_first=True)
+    StatusFile(status_file(tmp_path)).reset(is_rank_0=True)
     assert told(tmp_path) == []
 
 
 def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(DpgenError, match=r"DPGEN_STATUS_FILE=.*nowhere/status can't be written: No such file"):
-        Ending({STATUS_FILE: str(tmp_path / "nowhere" / "status")}).begin(is_first=True)
+        StatusFile({STATUS_FILE: str(tmp_path / "nowhere" / "status")}).reset(is_rank_0=True)
 
 
 def test_nobody_asked(tmp_path: Path) -> None:
-    ending = Ending({})
-    ending.begin(is_first=True)
-    ending.tell(0)
-    ending.tell_if_untold(0)
+    ending = StatusFile({})
+    ending.reset(is_rank_0=True)
+    ending.write(0)
+    ending.write_once(0)
     assert not list(tmp_path.iterdir())
 
 
 def test_complete_and_wrongly_configured_runs(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
-    conf = write_config(numbered(10))
+    conf = write_config(make_numbered_rows(10))
     assert launcher.dpgen("run", conf, **status_file(tmp_path)).wait() == 0
     assert told(tmp_path) == ["0", "10"]
     assert launcher.dpgen("run", conf, "engine.nonsense=1", **status_file(tmp_path)).wait() == 2
@@ -84,9 +84,9 @@ def test_complete_and_wrongly_configured_runs(launcher: Launcher, write_config: 
 
 
 def test_a_rank_that_fails_before_the_ranks_have_met_says_so(tmp_path: Path) -> None:
-    failing, stopped = (Ending(status_file(tmp_path)) for _ in range(2))
-    failing.tell(1)
-    stopped.tell_if_untold(75)  # by a launcher that ends the others
+    failing, stopped = (StatusFile(status_file(tmp_path)) for _ in range(2))
+    failing.write(1)
+    stopped.write_once(75)  # by a launcher that ends the others
     assert told(tmp_path) == ["1", "?"]
 
 
@@ -104,7 +104,7 @@ def test_a_rank_that_is_stopped_while_it_joins_is_resumable(
         }
         environment |= {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1])}
-        command = [launcher.python, "-m", "dpgen", "run", write_config(numbered(3))]
+        command = [launcher.python, "-m", "dpgen", "run", write_config(make_numbered_rows(3))]
         job = launcher.start(command, **environment, **status_file(tmp_path))
         connection, _ = silent.accept()
         with connection:  # it waits for an answer now, in a call that no Python handler interrupts
@@ -116,7 +116,7 @@ def test_a_rank_that_is_stopped_while_it_joins_is_resumable(
 
 @pytest.mark.multi
 def test_a_stopped_run_says_how_far_it_came(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
-    conf = write_config(numbered(300), engine=SLOW)
+    conf = write_config(make_numbered_rows(300), engine=SLOW)
     job = launcher.dpgen("run", conf, "run.time_limit=5", ranks=2, **status_file(tmp_path))
     assert job.wait() == 1, "which is torchrun's"
     status, num_done = told(tmp_path)
@@ -127,15 +127,15 @@ def test_a_stopped_run_says_how_far_it_came(launcher: Launcher, write_config: Wr
 def test_ranks_that_torchrun_stops_for_anothers_failure_do_not_make_it_resumable(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(30), engine={"load_error": "no such model"})
+    conf = write_config(make_numbered_rows(30), engine={"load_error": "no such model"})
     assert launcher.dpgen("run", conf, ranks=2, **status_file(tmp_path)).wait() == 1
     assert told(tmp_path)[0] == "1"
 
 
 @pytest.mark.multi
 def test_a_run_that_lost_rank_0_is_resumable(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
-    conf = write_config(numbered(200), engine=SLOW)
-    jobs = launcher.srun_like("run", conf, each=[[], [], []], **status_file(tmp_path))
+    conf = write_config(make_numbered_rows(200), engine=SLOW)
+    jobs = launcher.start_like_srun("run", conf, each=[[], [], []], **status_file(tmp_path))
     wait_for(lambda: "KV cache" in jobs[0].output)
     os.kill(jobs[0].process.pid, signal.SIGKILL)
     assert [job.wait(60) for job in jobs] == [-signal.SIGKILL, 75, 75]
@@ -147,8 +147,8 @@ def test_a_run_that_lost_rank_0_is_resumable(launcher: Launcher, write_config: W
 def test_a_run_that_went_on_without_a_rank_is_complete(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(numbered(100), engine=SLOW)
-    jobs = launcher.srun_like("run", conf, each=[[], [], []], **SHORT_LEASE, **status_file(tmp_path))
+    conf = write_config(make_numbered_rows(100), engine=SLOW)
+    jobs = launcher.start_like_srun("run", conf, each=[[], [], []], **SHORT_LEASE, **status_file(tmp_path))
     wait_for(lambda: "KV cache" in jobs[0].output)
     os.kill(jobs[2].process.pid, signal.SIGKILL)
     assert [job.wait(120) for job in jobs] == [0, 0, -signal.SIGKILL]

@@ -10,8 +10,8 @@ import pytest
 from helpers.jobs import Launcher
 
 from dpgen.config.schema import RunConfig
-from dpgen.formatting import counted, duration, kind_of
-from dpgen.monitoring.progress import Progress
+from dpgen.formatting import describe_type, format_count, format_duration
+from dpgen.monitoring.progress import ProgressDisplay
 from dpgen.scheduling.generation_loop import Totals
 
 WriteConfig = Callable[..., str]
@@ -60,22 +60,22 @@ def test_where_there_is_no_terminal_there_are_lines_and_no_bar(launcher: Launche
 def test_lines_come_at_the_interval(interval_s: float, expected_s: list[int]) -> None:
     now_s = 0.0
     lines: list[str] = []
-    progress = Progress(1000, 400, lines.append, interval_s, clock=lambda: now_s)
+    progress = ProgressDisplay(1000, 400, lines.append, interval_s, clock=lambda: now_s)
     said_at_s = []
     for second in range(1, 100):
         now_s = float(second)
         before = len(lines)
-        progress.show(Totals(num_rows=5 * second, num_errors=1, num_generated_tokens=100 * second))
+        progress.update(Totals(num_rows=5 * second, num_errors=1, num_generated_tokens=100 * second))
         said_at_s += [second] * (len(lines) - before)
     assert said_at_s == expected_s
     last = expected_s[-1]
-    left = duration((600 - 5 * last) / 5)
+    left = format_duration((600 - 5 * last) / 5)
     assert lines[-1] == f"{400 + 5 * last} of 1,000 rows ({40 + last / 2:.0f} %), 100 tokens/s, 1 error, {left} left"
 
 
 def test_words() -> None:
-    assert [counted(number, "row") for number in (0, 1, 2, 12_000)] == ["0 rows", "1 row", "2 rows", "12,000 rows"]
-    assert list(map(kind_of, [None, 1, "x", [], {}])) == ["null", "an int", "a str", "a list", "a dict"]
-    assert list(map(duration, [0.4, 59, 200, 5 * 3600 + 420, 51 * 3600])) == [
+    assert [format_count(number, "row") for number in (0, 1, 2, 12_000)] == ["0 rows", "1 row", "2 rows", "12,000 rows"]
+    assert list(map(describe_type, [None, 1, "x", [], {}])) == ["null", "an int", "a str", "a list", "a dict"]
+    assert list(map(format_duration, [0.4, 59, 200, 5 * 3600 + 420, 51 * 3600])) == [
         *("0 s", "59 s", "3 min 20 s", "5 h 07 min", "2 d 03 h")
     ]

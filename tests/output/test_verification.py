@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers.jobs import Launcher, numbered
+from helpers.jobs import Launcher, make_numbered_rows
 
 from dpgen.commands import verify as command
-from dpgen.journal.reader import read_segment, segments
-from dpgen.journal.writer import Journal
-from dpgen.output.verification import Report, ranges, shortened, verify
+from dpgen.journal.reader import list_segments, read_segment
+from dpgen.journal.writer import JournalWriter
+from dpgen.output.verification import VerificationReport, format_ranges, truncate_ranges, verify
 from dpgen.records import Completion, RowResult
 
 pytestmark = pytest.mark.multi
@@ -51,7 +51,7 @@ def make_run(folder: Path, rows: Sequence[dict[str, Any]], **sections: Any) -> P
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of 50 rows in 3 files, one of them failed; not to be changed."""
-    rows = numbered(ROWS)
+    rows = make_numbered_rows(ROWS)
     rows[BAD_ROW]["prompt"] = "x" * 600
     for number, row in enumerate(rows):
         row["score"] = None if number == 3 else number / 7
@@ -68,7 +68,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def segment_with_rows(run: Path) -> Path:
-    return next(path for path in segments(run / "journal") if len(read_segment(path).frames))
+    return next(path for path in list_segments(run / "journal") if len(read_segment(path).frames))
 
 
 def flip(path: Path, place: int) -> None:
@@ -156,7 +156,9 @@ def input_gone(run: Path) -> None:
     ],
     ids=lambda each: getattr(each, "__name__", ""),
 )
-def test_what_costs_no_row_is_a_note(run: Path, harm: Callable[[Path], None], shows: Callable[[Report], Any]) -> None:
+def test_what_costs_no_row_is_a_note(
+    run: Path, harm: Callable[[Path], None], shows: Callable[[VerificationReport], Any]
+) -> None:
     harm(run)
     report = verify(run)
     assert report.verdict == "sound", report.problems
@@ -175,7 +177,7 @@ def flip_a_record(run: Path) -> None:
 
 
 def rows_of_another(run: Path) -> None:
-    log = Journal(run / "journal", 9, 0)
+    log = JournalWriter(run / "journal", 9, 0)
     log.append(RowResult(ROWS + 3, 1, (Completion("a", "stop", 1),)))
     log.close()
 
@@ -322,7 +324,7 @@ def test_without_success_it_is_unfinished(run: Path) -> None:
 
 @pytest.mark.slow
 def test_an_unfinished_run(launcher: Launcher, write_config: Callable[..., str], tmp_path: Path) -> None:
-    conf = write_config(numbered(200), engine={"step_s": 0.02, "max_num_seqs": 4})
+    conf = write_config(make_numbered_rows(200), engine={"step_s": 0.02, "max_num_seqs": 4})
     job = launcher.dpgen("run", conf, ranks=2)
     deadline_s = time.monotonic() + 60
     while sum(path.stat().st_size for path in (tmp_path / "run").glob("journal/*")) < 1000:
@@ -376,7 +378,7 @@ def test_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ranges() -> None:
-    assert ranges(np.array([], np.int64)) == ""
-    assert ranges(np.array([4])) == "4"
-    assert ranges(np.array([0, 1, 2, 5, 7, 8])) == "0-2,5,7-8"
-    assert shortened("1,22,333", 6) == "1,22, ..."
+    assert format_ranges(np.array([], np.int64)) == ""
+    assert format_ranges(np.array([4])) == "4"
+    assert format_ranges(np.array([0, 1, 2, 5, 7, 8])) == "0-2,5,7-8"
+    assert truncate_ranges("1,22,333", 6) == "1,22, ..."

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from dpgen.config.schema import Config, DataConfig, RunConfig, WorkConfig
-from dpgen.data.input_rows import Rows
-from dpgen.data.render import prompt_text
-from dpgen.scheduling.order import Order, order_rows
+from dpgen.data.input_rows import InputRows
+from dpgen.data.render import make_prompt_text_fn
+from dpgen.scheduling.order import RowOrder, order_rows
 
 DOCUMENTS = ["".join(random.Random(seed).choices("abcdefgh ", k=900 + 300 * seed)) for seed in range(20)]
 FROM_COLUMN = {"from_columns": {"max_tokens": "budget"}}
@@ -34,10 +34,10 @@ def config_of(order: str = "auto", sampling: dict[str, Any] | None = None, **mor
     )
 
 
-def ordered(config: Config, rows: list[dict[str, Any]], todo: list[int] | None = None) -> Order:
-    opened = Rows(datasets.Dataset.from_list(rows))
+def ordered(config: Config, rows: list[dict[str, Any]], todo: list[int] | None = None) -> RowOrder:
+    opened = InputRows(datasets.Dataset.from_list(rows))
     which = np.arange(len(rows)) if todo is None else np.array(todo)
-    order = order_rows(config, opened, which, prompt_text(config.prompt))
+    order = order_rows(config, opened, which, make_prompt_text_fn(config.prompt))
     assert sorted(order.rows) == sorted(which), "every row once, and no other"
     return order
 
@@ -80,13 +80,13 @@ def test_prompts_lengths_are_the_last_hint() -> None:
 def test_of_rows_with_the_same_prompt_one_goes_first_and_tells_of_the_others() -> None:
     rows = [{"prompt": f"solve {n % 10}", "document": 0} for n in range(80)]
     order = ordered(config_of(), rows)
-    assert (order.kind, order.num_leaders) == ("longest_first", 10)
+    assert (order.kind, order.num_probes) == ("longest_first", 10)
     assert order.rows[:10].tolist() == list(range(10))
     assert order.reason.startswith("10 prompts have several rows each: one of each goes first")
     # Where prompts are long the prefix cache saves more than an order by length; and a hint says more than siblings.
     assert ordered(config_of(), [{"prompt": f"{DOCUMENTS[n % 10]}!"} for n in range(80)]).kind == "prefix"
     hinted = [{"prompt": f"solve {n % 10}", "budget": n * n} for n in range(80)]
-    assert ordered(config_of(sampling=FROM_COLUMN), hinted).siblings is None
+    assert ordered(config_of(sampling=FROM_COLUMN), hinted).prompt_groups is None
 
 
 @pytest.mark.parametrize("shuffled", [True, False])
@@ -103,7 +103,7 @@ def test_rows_that_begin_alike_go_together(shuffled: bool) -> None:
 def test_groups_are_dealt_whole_and_shards_weigh_the_same() -> None:
     rows = questions(6)
     order = ordered(config_of("prefix"), rows)
-    split = order.split(4, most_rows=64)
+    split = order.shard(4, max_rows=64)
     assert split.groups is not None
     home: dict[int, int] = {}
     weights = []
@@ -119,7 +119,7 @@ def test_groups_are_dealt_whole_and_shards_weigh_the_same() -> None:
 
 def test_a_groups_first_row_is_through_before_the_others_come() -> None:
     rows = questions(6)
-    split = ordered(config_of("prefix"), rows).split(1, most_rows=64)
+    split = ordered(config_of("prefix"), rows).shard(1, max_rows=64)
     assert split.groups is not None
     [(row_ids, _)] = split.groups
     places: dict[int, list[int]] = {}
@@ -133,7 +133,7 @@ def test_a_groups_first_row_is_through_before_the_others_come() -> None:
 def test_a_group_of_half_a_shard_is_cut() -> None:
     rows = [{"prompt": DOCUMENTS[row == 0] + str(row)} for row in range(100)]
     rows += [{"prompt": f"{n}"} for n in range(900)]
-    split = ordered(config_of("prefix"), rows).split(20, most_rows=64)
+    split = ordered(config_of("prefix"), rows).shard(20, max_rows=64)
     assert split.groups is not None
     with_document = [sum(0 < row < 100 for row in row_ids) for row_ids, _ in split.groups]
     assert max(with_document) <= 50 and sum(with_document) == 99
@@ -183,18 +183,20 @@ def test_a_large_dataset_is_only_looked_at(tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}", "budget": n % 50} for n in range(30_000)]
     read: list[int] = []
 
-    class Watched(Rows):
-        def read(self, row_ids: np.ndarray, columns: Any) -> Any:
+    class Watched(InputRows):
+        def iter_rows(self, row_ids: np.ndarray, columns: Any) -> Any:
             read.append(len(row_ids))
-            return super().read(row_ids, columns)
+            return super().iter_rows(row_ids, columns)
 
     config = config_of(sampling=FROM_COLUMN)
-    order = order_rows(config, Watched(datasets.Dataset.from_list(rows)), np.arange(30_000), prompt_text(config.prompt))
+    order = order_rows(
+        config, Watched(datasets.Dataset.from_list(rows)), np.arange(30_000), make_prompt_text_fn(config.prompt)
+    )
     assert order.kind == "longest_first" and len(read) == 1 and read[0] <= 20_000
     assert [rows[row]["budget"] for row in order.rows] == sorted((row["budget"] for row in rows), reverse=True)
 
 
 def test_a_shard_has_its_share_of_the_longest() -> None:
-    order = Order(np.arange(100))
-    split = order.split(7, most_rows=64)
+    order = RowOrder(np.arange(100))
+    split = order.shard(7, max_rows=64)
     assert split.groups is None and split.sizes == [15, 15, 14, 14, 14, 14, 14]
