@@ -1,25 +1,27 @@
-"""`python -m dpgen`, `torchrun -m dpgen`, and the console script `dpgen`."""
+"""Run dpgen as `python -m dpgen`, as `torchrun -m dpgen`, and as the console script `dpgen`."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from dpgen.cli import main as _main
+from dpgen.cli import main as run_command
+from dpgen.log import flush_logging
 
 
 def main() -> None:
-    """Ends the process with the command's exit status.
+    """End the process with the command's exit status.
 
-    By `os._exit`: everything that must last is synced and closed by now, and the interpreter's own way out runs into
+    By `os._exit`: everything that must last is synced and closed by now, and the interpreter's own shutdown runs into
     native threads (of torch, gloo, Arrow) that may abort it ("terminate called without an active exception"). A
-    finished run must not end with a failure's status.
+    complete run must not end with a failure's status.
     """
-    status = _main(sys.argv[1:])
+    status = run_command(sys.argv[1:])
     try:
+        if flush_logging():  # otherwise stderr is not read, and flushing it would block
+            sys.stderr.flush()
         sys.stdout.flush()
-        sys.stderr.flush()
-    finally:  # a flush fails where whoever read our output has left, as `| head` does
+    finally:  # a flush raises if the reader of the output has exited, as with `| head`
         os._exit(status)
 
 

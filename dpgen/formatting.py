@@ -1,4 +1,4 @@
-"""How numbers and values are called in lines for people: no "1 rows", no "a int"."""
+"""Format numbers and values for messages: no "1 rows", no "a int"."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def format_count(number: int, noun: str) -> str:
-    """``1 row``, ``12,000 rows``; for nouns whose plural has an s."""
+    """Return ``1 row`` or ``12,000 rows``, for nouns whose plural ends in s."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def describe_type(value: Any) -> str:
-    """``null``, ``a str``, ``an int``: what a value is, where something else was due."""
+    """Return ``null``, ``a str`` or ``an int``, for messages about a value of the wrong type."""
     if value is None:
         return "null"
     name = type(value).__name__
@@ -19,7 +19,7 @@ def describe_type(value: Any) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """``42 s``, ``3 min 20 s``, ``5 h 07 min``, ``2 d 03 h``."""
+    """Return ``42 s``, ``3 min 20 s``, ``5 h 07 min`` or ``2 d 03 h``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

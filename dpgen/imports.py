@@ -1,4 +1,4 @@
-"""Importing what consists of thousands of modules (torch, datasets) in two thirds of the time."""
+"""Import packages of thousands of modules (torch, datasets) in two thirds of the time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def imports_without_gc() -> Iterator[None]:
-    """Python's garbage collector rests within this block, which is for imports alone.
+    """Pause Python's garbage collector in this block, which is for imports alone.
 
-    What they make stays until the process ends, and looking through it again and again, as it grows, takes a third of
-    the time that torch and datasets need. So it is kept from the collector's sight for good. With 32 ranks on a
-    machine that is most of the time until they generate.
+    Imported objects stay until the process ends. The collector scans them again and again as their number grows,
+    which takes a third of the time that torch and datasets need. So the block also freezes them: the collector never
+    scans them later. With 32 ranks on a machine, imports are most of the time until the ranks generate.
     """
     if not gc.isenabled():
         yield

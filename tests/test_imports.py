@@ -9,16 +9,16 @@ import pytest
 from dpgen.imports import imports_without_gc
 
 
-def test_the_collector_rests_during_imports_only() -> None:
+def test_the_garbage_collector_is_paused_during_imports_only() -> None:
     with imports_without_gc():
         assert not gc.isenabled()
     assert gc.isenabled()
     with pytest.raises(ImportError), imports_without_gc():
         raise ImportError
-    assert gc.isenabled(), "after a failed import, too"
+    assert gc.isenabled(), "a failed import must not leave the collector paused"
 
 
-def test_a_collector_that_was_off_stays_off() -> None:
+def test_a_disabled_garbage_collector_stays_disabled() -> None:
     gc.disable()
     try:
         with imports_without_gc():
