@@ -1,41 +1,71 @@
-"""What can go wrong, as types: each says what was wrong, where, and what to do next.
+"""Exceptions with a message for the user: the wrong key or place, its value, and the next step.
 
-The exit status belongs to the type, so that `__main__` needs no table:
-0 done · 2 wrong usage or configuration · 75 stopped but resumable · 1 anything else.
+    Exception
+    ├── DpgenError                  1   base class; shown without a traceback
+    │   ├── ConfigError             2   wrong usage, configuration or input
+    │   ├── Interrupted            75   stopped by a signal or a time limit
+    │   ├── LockstepEngineLost     75   one of several engines that step together died
+    │   ├── NoEngineLeft           75   no rank has a working engine
+    │   ├── EngineError             1   an engine did not start, died, or broke its protocol
+    │   ├── PeerFailed              *   another rank failed: its exit status
+    │   │   ├── PeerLost           75   a rank vanished (`dpgen.distributed.group`)
+    │   │   └── StoreLost          75   the host of the store vanished (`dpgen.distributed.group`)
+    │   ├── RowsLost                1   a journal write failed (`dpgen.journal.segment`)
+    │   └── DamagedRecord           1   a journal record is corrupt (`dpgen.journal.reader`)
+    └── RowRefused                  -   one row is rejected; it becomes a result with a typed error
+
+The number is the exit status. It belongs to the type, so `__main__` needs no table:
+0 done, 2 wrong usage or configuration, 75 stopped but resumable, 1 anything else.
 """
 
 from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
 
+_MAX_LISTED = 20
+
 
 class DpgenError(Exception):
-    """An error whose message is written for the user; it is shown without a traceback."""
+    """Base class of errors whose message is written for the user; shown without a traceback."""
 
     exit_status = EXIT_FAILED
 
 
 class ConfigError(DpgenError):
-    """Wrong usage, configuration or input; found before a model is loaded."""
+    """Report wrong usage, configuration or input, before a model is loaded.
+
+    Args:
+        mistakes: one line each. Several are shown one per line, below a headline with their number.
+    """
 
     exit_status = EXIT_USAGE
 
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__(*mistakes)
+        self.mistakes = mistakes
+
+    def __str__(self) -> str:
+        if len(self.mistakes) == 1:
+            return self.mistakes[0]
+        return "\n  ".join([f"{len(self.mistakes)} mistakes in the configuration:", *self.mistakes])
+
 
 class Interrupted(DpgenError):
-    """The run was told to stop; the same command goes on where it stopped."""
+    """Report a run that was interrupted; the same command resumes it."""
 
     exit_status = EXIT_RESUMABLE
 
 
 class PeerFailed(DpgenError):
-    """Another rank failed and has said why; this rank ends without adding to it."""
+    """End this rank because another rank failed and has reported why."""
 
     def __init__(self, message: str, exit_status: int = EXIT_FAILED) -> None:
         super().__init__(message)
@@ -43,57 +73,84 @@ class PeerFailed(DpgenError):
 
 
 class LockstepEngineLost(DpgenError):
-    """Engines that step together have lost one of them: none can go on, until all are started anew."""
+    """Report the death of one of several engines that step together: none continues until all are restarted."""
 
     exit_status = EXIT_RESUMABLE
 
     def __init__(self, cause: str) -> None:
         super().__init__(
-            f"{cause}; engines that step together (parallel.launcher=external) can't go on without one: run the same "
-            "command again (torchrun --max-restarts does so by itself)"
+            f"{cause}; engines that step together (parallel.launcher=external) can't continue without one: run the "
+            "same command again to resume (torchrun --max-restarts does so by itself)"
         )
 
 
 class EngineError(DpgenError):
-    """An engine could not be started, died, or broke its protocol.
+    """Report an engine that did not start, died, or broke its protocol.
 
     Args:
-        signal: what ended the process, where it ended without a word of its own.
+        cause: what happened, in the first line; further lines are details.
+        signal: the signal that ended the process; None where the engine reported the error itself.
+        log_path: the file with the engine's output; None where that is not kept.
+        last_lines: the end of that output, where it may explain the death.
     """
 
-    def __init__(self, message: str, *, signal: signal.Signals | None = None) -> None:
-        super().__init__(message)
-        self.signal = signal
+    def __init__(
+        self,
+        cause: str,
+        *,
+        signal: signal.Signals | None = None,
+        log_path: Path | None = None,
+        last_lines: Sequence[str] = (),
+    ) -> None:
+        super().__init__(cause)
+        self.cause, self.signal, self.log_path, self.last_lines = cause, signal, log_path, list(last_lines)
 
-    @property
-    def is_external_kill(self) -> bool:
-        """Whether somebody else ended the engine: an operator, a batch system, the kernel when memory ran out."""
-        return self.signal in (signal.SIGKILL, signal.SIGTERM)
+    def __str__(self) -> str:
+        return self.describe()
 
     @property
     def first_line(self) -> str:
-        """What happened, without the lines that the engine printed last."""
-        return str(self).splitlines()[0]
+        """Return what happened, without the log file: the same text on every rank."""
+        return self.cause.splitlines()[0] if self.cause else ""
+
+    @property
+    def is_external_kill(self) -> bool:
+        """Return True if the engine was killed from outside: by an operator, a batch system, or the kernel when memory
+        ran out.
+        """
+        return self.signal in (signal.SIGKILL, signal.SIGTERM)
 
     @property
     def is_out_of_memory(self) -> bool:
-        """Whether the engine said that it ran out of memory; one that the kernel killed says nothing."""
-        text = str(self).lower()
+        """Return True if the engine reported that it ran out of memory; one that the kernel killed reports nothing."""
+        text = "\n".join([self.cause, *self.last_lines]).lower()
         return "out of memory" in text or "outofmemory" in text or "no available memory for the cache" in text
+
+    def summarize(self, action: str = "") -> str:
+        """Return what happened, what dpgen does about it, and the log file, in one line."""
+        parts = [self.first_line, action, f"see {self.log_path}" if self.log_path else ""]
+        return ", ".join(part for part in parts if part)
+
+    def describe(self, action: str = "") -> str:
+        """Return the line of `summarize`, and below it the rest of the cause and the engine's last lines."""
+        lines = [self.summarize(action), *self.cause.splitlines()[1:]]
+        if self.last_lines:
+            lines[-1] += ", its last lines:"
+        return "\n".join([*lines, *(f"    {line}" for line in self.last_lines)])
 
 
 class NoEngineLeft(DpgenError):
-    """Every rank's engine was given up; what is finished stays, and the same command goes on from it."""
+    """Report that every rank's engine was abandoned; finished rows stay, and the same command resumes the run."""
 
     exit_status = EXIT_RESUMABLE
 
 
 class RowRefused(Exception):
-    """One row cannot be generated; it becomes a result with a typed error.
+    """Reject one row, which then becomes a result with a typed error.
 
     Args:
         type: a stable snake_case word to filter by, e.g. ``prompt_too_long``.
-        message: what was wrong with this row, for a person.
+        message: the reason, for a person.
     """
 
     def __init__(self, type: str, message: str) -> None:
@@ -102,20 +159,23 @@ class RowRefused(Exception):
         self.message = message
 
 
-_MAX_LISTED = 20
+def find_nearest_name(name: str, legal: Collection[str]) -> str | None:
+    """Return the legal name that is closest to a wrong one, or None; dotted names also match by their last part."""
+    names = sorted(legal)
+    same_last_part = [legal_name for legal_name in names if legal_name.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = same_last_part or difflib.get_close_matches(name, names, n=1)
+    return close[0] if close else None
 
 
 def suggest_name(name: str, legal: Collection[str], what: str) -> str:
-    """The end of a sentence about a name that is not legal: the closest legal one, and all where they are few.
+    """Return the end of a sentence about a wrong name: the nearest legal name, and all of them where they are few.
 
     Args:
-        legal: the names that are legal; dotted ones are also found by their last part alone.
-        what: they are, for a person: "keys", "columns".
+        legal: the legal names, in the order in which they are listed.
+        what: the plural noun for them: "keys", "columns".
     """
-    names = sorted(legal)
-    same_end = [each for each in names if each.rpartition(".")[2] == name.rpartition(".")[2]]
-    close = same_end or difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    if len(names) <= _MAX_LISTED:
-        hint += f"{'' if close else ';'} {what}: {', '.join(legal)}"
+    nearest = find_nearest_name(name, legal)
+    hint = f"; did you mean {nearest!r}?" if nearest else ""
+    if len(legal) <= _MAX_LISTED:
+        hint += f"{'' if nearest else ';'} {what}: {', '.join(legal)}"
     return hint

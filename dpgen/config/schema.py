@@ -1,7 +1,8 @@
-"""Every key of the configuration: its default, its meaning, and what it may be.
+"""Declare every key of the configuration: its default, help and limits.
 
-A `Config` is frozen, and checked when it is made; `dpgen.config.loader` makes one. The fields carry their own help, so
-that ``--help`` and the reference file can't drift from the code. Nothing heavy is imported.
+- A `Config` is frozen and checked when it is made; `dpgen.config.loader` makes one from files and arguments.
+- Each field carries its help, so `--help` and conf/reference.yaml can't drift from the code (tests compare them).
+- Importing this module loads nothing heavy: no torch, vLLM, datasets, transformers, omegaconf or yaml.
 """
 
 from __future__ import annotations
@@ -13,32 +14,33 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dpgen.data.render import PromptConfig
+from dpgen.config import checks
+from dpgen.config.prompt import PromptConfig
 from dpgen.errors import ConfigError, suggest_name
-from dpgen.lifecycle.shutdown import parse_time_limit
 
-MISSING = "???"  # OmegaConf's own mark of a value that must be given
+MISSING = "???"  # OmegaConf's mark of a value that must be given
 
 
-def _option(help: str, default: Any = None, *, factory: Any = None) -> Any:
+def _option(help: str, default: Any = None, *, factory: Any = None, minimum: float | None = None) -> Any:
+    metadata = {"help": help, "minimum": minimum}
     if factory is not None:
-        return field(default_factory=factory, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run lives and how it behaves."""
+    """Hold `run.*`: where the run lives and how it behaves."""
 
-    dir: str = _option("the run folder: journal, result and report; required", MISSING)
+    dir: str = _option("the run directory: journal, result and report; required", MISSING)
     seed: int | None = _option(
-        "seed of the run; a row's own seed comes from it, the row's index and the sample's; "
-        "null leaves sampling unseeded (and not repeatable)",
+        "seed of the run; the seed of a row is derived from it, the row's index and the sample's index; "
+        "null leaves sampling unseeded (and not reproducible)",
         0,
     )
     resume: Literal["auto", "never", "force"] = _option(
-        "a folder that holds an unfinished run: auto goes on with it if nothing that changes results differs, "
-        "force goes on whatever differs but the input, never refuses any folder that is not empty",
+        "if the run directory holds an unfinished run: auto resumes it if nothing that changes results differs, "
+        "force resumes it whatever differs but the input, never rejects any directory that is not empty",
         "auto",
     )
     retry_errors: Any = _option(
@@ -49,34 +51,43 @@ class RunConfig:
         "what generates: vllm, or fake, a stand-in without a model to try a configuration with", "vllm"
     )
     log_level: Literal["debug", "info", "warning", "error"] = _option(
-        "of vLLM's own log lines (dpgen's are always shown)", "warning"
+        "the lowest level of the engine's log lines that are shown on the terminal; all of the engine's lines are in "
+        "RUN_DIR/logs/rank-N.engine.log",
+        "warning",
+    )
+    log_format: Literal["text", "json"] = _option(
+        "of dpgen's log lines: text for people, json for one JSON object a line", "text"
     )
     engine_timeout_s: float = _option(
-        "seconds that an engine with work may say nothing before it counts as hung and is started again", 600.0
+        "restart an engine that has work but sends no message for this many seconds, since it hangs",
+        600.0,
+        minimum=1,
     )
     engine_start_timeout_s: float = _option(
-        "the same while it starts: seconds for importing vLLM, and again for loading the model", 3600.0
+        "the same while it starts: seconds for importing vLLM, and again for loading the model", 3600.0, minimum=1
     )
     max_engine_deaths: int = _option(
-        "give an engine up after so many deaths in a row without a finished row between them; other ranks take "
+        "abandon an engine after this many deaths in a row without a finished row between them; other ranks take "
         "its rows",
         8,
+        minimum=1,
     )
-    time_limit: str | None = _option("stop after so long, resumable: seconds, or 'H:MM:SS' (in quotes, for YAML)")
-    stop_margin_s: float = _option("how long before SLURM's end time to stop", 60.0)
-    progress_interval_s: float = _option("seconds between progress lines where there is no terminal", 30.0)
+    time_limit: str | None = _option("stop after this time, resumable: seconds, or 'H:MM:SS' (in quotes, for YAML)")
+    stop_margin_s: float = _option("seconds before SLURM's end time at which the run stops", 60.0, minimum=0)
+    progress_interval_s: float = _option("seconds between progress lines where there is no terminal", 30.0, minimum=0.1)
     max_leading_errors: int = _option(
-        "stop the run if its first so many rows all fail, since then the fault is not in the rows; 0: never",
+        "stop the run if its first rows all fail, this many of them, since then the fault is not in the rows; 0: never",
         100,
+        minimum=0,
     )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The rows, and how a row becomes a prompt."""
+    """Hold `data.*`: the rows, and how a row becomes a prompt."""
 
     path: Any = _option(
-        "what to read: a file, glob, list of files, folder, save_to_disk folder, or Hub name; required",
+        "what to read: a file, glob, list of files, directory, save_to_disk directory, or Hub name; required",
         MISSING,
     )
     name: str | None = _option("the Hub dataset's configuration name")
@@ -93,22 +104,22 @@ class DataConfig:
     chat_template_kwargs: dict[str, Any] = _option(
         "passed to the chat template, e.g. {enable_thinking: false}", factory=dict
     )
-    add_generation_prompt: bool = _option("end a chat prompt with the assistant's opening", True)
-    continue_final_message: bool = _option("leave the last chat message open, to be gone on with", False)
+    add_generation_prompt: bool = _option("end a chat prompt with the opening of the assistant's answer", True)
+    continue_final_message: bool = _option("leave the last chat message open, for the model to continue", False)
     select: str | None = _option("a range of rows, start:stop or start:stop:step, counted from 0")
-    limit: int | None = _option("at most so many rows, after select")
+    limit: int | None = _option("the maximum number of rows, after select", minimum=0)
     columns: list[str] | None = _option("the input columns kept in the result; all by default")
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How ranks and devices are laid out."""
+    """Hold `parallel.*`: how ranks and devices are laid out."""
 
-    tensor_parallel_size: int = _option("GPUs that one model copy is split over, within a rank", 1)
-    pipeline_parallel_size: int = _option("pipeline stages of one model copy, within a rank", 1)
+    tensor_parallel_size: int = _option("GPUs that one model copy is split over, within a rank", 1, minimum=1)
+    pipeline_parallel_size: int = _option("pipeline stages of one model copy, within a rank", 1, minimum=1)
     launcher: Literal["internal", "external"] = _option(
         "who starts the processes of one model copy: internal, one process a rank, and vLLM starts workers below it; "
-        "external, one process a GPU, and neighbours make an engine together (vLLM's external_launcher)",
+        "external, one process a GPU, and neighbouring ranks make an engine together (vLLM's external_launcher)",
         "internal",
     )
     enable_expert_parallel: bool = _option(
@@ -117,11 +128,11 @@ class ParallelConfig:
         False,
     )
     lock_step: bool = _option(
-        "with launcher=external: all engines step together though no experts are split; it only costs", False
+        "with launcher=external: all engines step together although no experts are split; this only costs time", False
     )
     load_first: Literal["auto", "always", "never"] = _option(
-        "whether the first rank of each node loads its model before the others do, so that one downloads it and fills "
-        "vLLM's compile cache: auto where the weights or that cache are not there yet",
+        "whether the first rank of each node loads its model before the others do, so that one rank downloads it and "
+        "fills vLLM's compile cache: auto where the weights or that cache are not there yet",
         "auto",
     )
     sync_kv_cache: bool = _option("give every rank the smallest rank's number of KV cache blocks", True)
@@ -130,50 +141,62 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class WorkConfig:
-    """How rows are dealt to ranks and engines."""
+    """Hold `work.*`: in which order rows run, and how ranks claim them."""
 
     order: Literal["auto", "dataset", "longest_first", "prefix"] = _option(
-        "which rows first: dataset, as they come; longest_first, by work.hint_column, or else the rows' own "
-        "max_tokens, or else what rows with the same prompt turn out to take, or else their prompts' lengths; prefix, "
-        "those whose prompts begin alike together, for vLLM's prefix cache; auto chooses from a look at the data, and "
-        "says what and why",
+        "which rows run first: dataset, in input order; longest_first, by work.hint_column, or else by the rows' own "
+        "max_tokens, or else by measured lengths of rows with the same prompt, or else by prompt lengths; prefix, "
+        "rows that share a prompt prefix together, for vLLM's prefix cache; auto chooses from a sample of the data, "
+        "and logs the choice",
         "auto",
     )
-    hint_column: str | None = _option("a column of numbers that tell how long rows get: tokens to expect, or the like")
-    steal: bool = _option("a rank that has run out, or is well ahead, helps the fullest other shard", True)
+    hint_column: str | None = _option(
+        "a column of numbers that estimate how long rows get, e.g. expected output tokens"
+    )
+    steal: bool = _option(
+        "a rank that has run out of rows, or is well ahead, steals rows from the fullest other shard", True
+    )
     claim_rows: int = _option(
-        "the most rows a rank takes from a shard at a time, and no more than max_num_seqs; claims shrink "
-        "towards the end",
+        "the maximum number of rows that a rank claims from a shard at a time, and no more than max_num_seqs; claims "
+        "shrink towards the end",
         64,
+        minimum=1,
     )
     reserve_rows: int = _option(
-        "the most sequences kept waiting in the engine beyond max_num_seqs, so that it never runs short; they, too, "
-        "get fewer towards the end",
+        "the maximum number of sequences that wait in the engine beyond max_num_seqs, so that it never runs short; "
+        "fewer wait towards the end",
         32,
+        minimum=0,
     )
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """The final dataset."""
+    """Hold `output.*`: the final dataset."""
 
     format: Literal["parquet", "jsonl"] = _option("of RUN_DIR/dataset", "parquet")
-    rows_per_file: int = _option("the most rows in one file of the result", 500_000)
+    rows_per_file: int = _option("the maximum number of rows in one file of the result", 500_000, minimum=1)
     gather: Literal["auto", "always", "never"] = _option(
-        "send rows to rank 0 through gather_object: auto does where a rank does not see rank 0's run folder",
+        "send rows to rank 0 through gather_object: auto does where a rank does not see rank 0's run directory",
         "auto",
     )
-    gather_bytes: int = _option("the most bytes of rows that rank 0 takes in one gather_object round", 64 << 20)
+    gather_bytes: int = _option(
+        "the maximum bytes of rows that rank 0 receives in one gather_object round", 64 << 20, minimum=1 << 16
+    )
     token_ids: bool = _option("add the column generated_token_ids", False)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run; see the sections."""
+    """Hold the configuration of a whole run, section by section.
+
+    Raises:
+        ConfigError: values that are wrong or contradict each other; all of them at once.
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    model: str = _option("the model: a folder, or a Hub name; required", MISSING)
+    model: str = _option("the model: a directory, or a Hub name; required", MISSING)
     engine: dict[str, Any] = _option(
         "any field of vLLM's EngineArgs, passed through, e.g. {max_model_len: 8192}", factory=dict
     )
@@ -185,8 +208,8 @@ class Config:
     )
     sampling_by_rank: list[dict[str, Any]] = _option(
         "a list of further sampling sections, each over sampling and under sampling.from_columns, e.g. "
-        "[{temperature: 0.2}, {temperature: 0.9}]; row i takes entry i modulo their number, whoever generates it: with "
-        "as many ranks as entries, the entry of the rank in whose shard the row is on a first attempt",
+        "[{temperature: 0.2}, {temperature: 0.9}]; row i takes entry i modulo their number, whichever rank generates "
+        "it: with as many ranks as entries, the entry of the rank in whose shard the row is on a first attempt",
         factory=list,
     )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -198,174 +221,110 @@ class Config:
 
     @property
     def sampling_fields(self) -> dict[str, Any]:
-        """The fields of SamplingParams that are the same for every row."""
+        """Return the fields of SamplingParams that are the same for every row."""
         return {key: value for key, value in self.sampling.items() if key != "from_columns"}
 
     @property
     def sampling_columns(self) -> dict[str, str]:
-        """Field of SamplingParams → the column that gives it, row by row."""
+        """Return the column that gives a field of SamplingParams row by row, by the field's name."""
         return dict(self.sampling.get("from_columns") or {})
 
     @property
     def prompt(self) -> PromptConfig:
-        """How a row becomes a prompt."""
-        data = self.data
-        return PromptConfig(
-            prompt_column=data.prompt_column,
-            messages_column=data.messages_column,
-            template=data.template,
-            as_chat=data.as_chat,
-            system_prompt=data.system_prompt,
-            chat_template=data.chat_template,
-            chat_template_kwargs=data.chat_template_kwargs,
-            add_generation_prompt=data.add_generation_prompt,
-            continue_final_message=data.continue_final_message,
-        )
+        """Return the keys of `data` that decide how a row becomes a prompt.
+
+        Raises:
+            ConfigError: these keys contradict each other.
+        """
+        return PromptConfig(**{key.name: getattr(self.data, key.name) for key in dataclasses.fields(PromptConfig)})
 
     @property
     def gpus_per_rank(self) -> int:
-        """GPUs that one launched process drives."""
+        """Return the number of GPUs that one launched process drives."""
         if self.parallel.launcher == "external":
             return 1
         return self.parallel.tensor_parallel_size * self.parallel.pipeline_parallel_size
 
 
 def legal_keys() -> Iterator[tuple[str, Any, str]]:
-    """Every legal key, in order, as (dotted name, default, help)."""
-    for section in dataclasses.fields(Config):
-        if "help" in section.metadata:
-            yield section.name, _get_default(section), section.metadata["help"]
-            continue
-        for each in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]
-            yield f"{section.name}.{each.name}", _get_default(each), each.metadata["help"]
+    """Yield every legal key in order, as (dotted name, default, help)."""
+    for name, option in _iter_options():
+        yield name, _get_default(option), option.metadata["help"]
 
 
 def describe_option(key: str) -> str:
-    """The help of one key."""
+    """Return the help of one key."""
     return next(help for name, _, help in legal_keys() if name == key)
 
 
-def _get_default(each: dataclasses.Field[Any]) -> Any:
-    return each.default_factory() if callable(each.default_factory) else each.default
-
-
 def unknown_key_error(section: str, name: str, legal: Iterable[str]) -> ConfigError:
-    """The error for a key of a passed-through section (`engine`, `sampling`, ...) that vLLM doesn't know."""
+    """Return the error for a key of a passed-through section (`engine`, `sampling`, ...) that vLLM doesn't know."""
     full = f"{section}.{name}"
-    return ConfigError(f"unknown key {full!r}{suggest_name(full, {f'{section}.{each}' for each in legal}, 'keys')}")
+    return ConfigError(
+        f"unknown key {full!r}{suggest_name(full, {f'{section}.{legal_name}' for legal_name in legal}, 'keys')}"
+    )
 
 
-def _validate(config: Config) -> None:
-    run, data, work, output = config.run, config.data, config.work, config.output
-    _require_at_least("run.progress_interval_s", run.progress_interval_s, 0.1)
-    _require_at_least("run.engine_timeout_s", run.engine_timeout_s, 1)
-    _require_at_least("run.engine_start_timeout_s", run.engine_start_timeout_s, 1)
-    _require_at_least("run.max_engine_deaths", run.max_engine_deaths, 1)
-    _require_at_least("run.stop_margin_s", run.stop_margin_s, 0)
-    _check_retry_errors(run.retry_errors)
-    if run.time_limit is not None:
-        parse_time_limit(run.time_limit)
-    _require_at_least("run.max_leading_errors", run.max_leading_errors, 0)
-    if run.seed is not None and not 0 <= run.seed < 2**63:
-        raise ConfigError(f"run.seed is {run.seed}; it must be from 0 to 2**63 - 1, or null")
-    _require_at_least("work.claim_rows", work.claim_rows, 1)
-    _require_at_least("work.reserve_rows", work.reserve_rows, 0)
-    _require_at_least("output.rows_per_file", output.rows_per_file, 1)
-    _require_at_least("output.gather_bytes", output.gather_bytes, 1 << 16)
-    _require_at_least("parallel.tensor_parallel_size", config.parallel.tensor_parallel_size, 1)
-    _require_at_least("parallel.pipeline_parallel_size", config.parallel.pipeline_parallel_size, 1)
-    if config.parallel.lock_step and config.parallel.launcher != "external":
-        raise ConfigError("parallel.lock_step=true needs parallel.launcher=external: other engines never step together")
-    if data.limit is not None:
-        _require_at_least("data.limit", data.limit, 0)
-    if data.select is not None:
-        parse_range(data.select)
-    _check_path(data.path)
-    _ = config.prompt  # its own checks raise
-    _check_passthrough(config)
-    if not config.model.strip():
-        raise ConfigError("model is empty; give a folder or a Hub name")
-    if not run.dir.strip():
-        raise ConfigError("run.dir is empty; give the folder that the run lives in")
+def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line for each value that is wrong by itself, whatever the other keys say.
 
-
-def _check_retry_errors(value: Any) -> None:
-    if not isinstance(value, bool) and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
-        raise ConfigError(f"run.retry_errors is {value!r}; it must be true, false, or a list of error types")
-
-
-def _check_path(path: Any) -> None:
-    paths = path if isinstance(path, (list, tuple)) else [path]
-    if not paths or not all(isinstance(each, str) and each.strip() for each in paths):
-        raise ConfigError(f"data.path is {path!r}; it must be a path, a glob, a Hub name, or a list of paths")
-
-
-def _check_passthrough(config: Config) -> None:
-    columns = config.sampling.get("from_columns")
-    if columns is not None and not (isinstance(columns, Mapping) and all(isinstance(v, str) for v in columns.values())):
-        raise ConfigError(f"sampling.from_columns is {columns!r}; it maps a sampling field to a column's name")
-    twice = {"model": "model", "seed": "run.seed"}
-    twice["enable_expert_parallel"] = "parallel.enable_expert_parallel"
-    twice |= {f"{kind}_parallel_size": f"parallel.{kind}_parallel_size" for kind in ("tensor", "pipeline")}
-    for name, home in twice.items():
-        if name in config.engine:
-            raise ConfigError(f"engine.{name} is set by {home}; give it there")
-    if "distributed_executor_backend" in config.engine:
-        raise ConfigError("engine.distributed_executor_backend can't be set: dpgen's own agrees on the KV cache's size")
-    if "data_parallel_size" in config.engine:
-        raise ConfigError("engine.data_parallel_size can't be set: dpgen's ranks are the data-parallel ones")
-    if "seed" in config.sampling:
-        raise ConfigError(
-            "sampling.seed would give every row the same samples; set run.seed, or sampling.from_columns={seed: COLUMN}"
-        )
-    elsewhere = {
-        "seed": "a row's own comes from run.seed, or sampling.from_columns={seed: COLUMN}",
-        "from_columns": "sampling.from_columns holds for every row, over its entry",
-        "n": "with it the result's columns would have two types; set sampling.n, for every row",
-    }
-    for index, entry in enumerate(config.sampling_by_rank):
-        for name, reason in elsewhere.items():
-            if name in entry:
-                raise ConfigError(f"sampling_by_rank[{index}].{name} can't be set: {reason}")
-
-
-def _require_at_least(name: str, value: float, least: float) -> None:
-    if math.isnan(value) or value < least:
-        raise ConfigError(f"{name} is {value}; it must be at least {least}")
-
-
-def parse_range(text: str) -> slice:
-    """``'10:20'`` → ``slice(10, 20)``; start and stop may be left out, a step may follow.
-
-    Raises:
-        ConfigError: not of that form, or a negative number.
+    Args:
+        sections: the fields of a `Config`, by name.
     """
-    match = re.fullmatch(r"\s*(\d*)\s*:\s*(\d*)\s*(?::\s*(\d*)\s*)?", text)
-    if not match:
-        raise ConfigError(f"data.select is {text!r}; it must look like 100:200, :200 or 0:1000:10")
-    start, stop, step = (int(part) if part else None for part in match.groups())
-    if step == 0:
-        raise ConfigError(f"data.select is {text!r}; its step must be at least 1")
-    return slice(start, stop, step)
-
-
-_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
+    for key, option in _iter_options():
+        section, _, name = key.partition(".")
+        value = getattr(sections[section], name) if name else sections[section]
+        minimum = option.metadata["minimum"]
+        if minimum is not None and value is not None and (math.isnan(value) or value < minimum):
+            yield f"{key}={value}: must be at least {minimum}"
+    yield from checks.find_wrong_run_values(sections["run"])
+    yield from checks.find_wrong_input(sections["data"], sections["model"])
+    yield from checks.find_wrong_engine_keys(sections["engine"])
+    yield from checks.find_wrong_sampling(sections["sampling"], sections["sampling_by_rank"])
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, with what looks like a secret blanked out."""
+    """Return the resolved configuration as YAML, without values that look like secrets."""
     import yaml
 
     text: str = yaml.safe_dump(redact_secrets(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
     return text
 
 
+_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
+
+
 def redact_secrets(value: Any, key: str = "") -> Any:
-    """A copy of nested dicts and lists in which the values of secret-looking keys are blanked out."""
+    """Return a copy of nested dicts and lists, with ``<removed>`` for the values of keys that look like secrets."""
     if isinstance(value, Mapping):
         return {str(k): redact_secrets(v, str(k)) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redact_secrets(each, key) for each in value]
+        return [redact_secrets(item, key) for item in value]
     if _SECRET.search(key) and isinstance(value, str):
         return "<removed>"
     return value
+
+
+def _iter_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    for section in dataclasses.fields(Config):
+        if "help" in section.metadata:
+            yield section.name, section
+            continue
+        for option in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]
+            yield f"{section.name}.{option.name}", option
+
+
+def _get_default(option: dataclasses.Field[Any]) -> Any:
+    return option.default_factory() if callable(option.default_factory) else option.default
+
+
+def _validate(config: Config) -> None:
+    mistakes = list(find_wrong_values(vars(config)))
+    if config.parallel.lock_step and config.parallel.launcher != "external":
+        mistakes.append("parallel.lock_step=true needs parallel.launcher=external: other engines never step together")
+    try:
+        _ = config.prompt
+    except ConfigError as error:
+        mistakes += error.mistakes
+    if mistakes:
+        raise ConfigError(*mistakes)

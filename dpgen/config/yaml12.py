@@ -1,6 +1,10 @@
-"""YAML as people mean it: the scalars of YAML 1.2, over PyYAML, which reads 1.1.
+"""Read YAML with the scalars of YAML 1.2, through PyYAML, which reads YAML 1.1.
 
-There ``10:20`` would be 620 (base 60), ``010`` 8, ``yes`` true, and ``1e-5`` a text.
+- In YAML 1.1, ``10:20`` is 620 (base 60), ``010`` is 8, ``yes`` is true, and ``1e-5`` is a text. Nobody means that.
+- These lines stay instead of ruamel.yaml 0.19. It would be a second YAML library beside PyYAML, which OmegaConf
+  requires, and it still reads ``1_000`` as 1000, ``0b11`` as 3 and ``2024-01-02`` as a date: the core schema of
+  YAML 1.2 has neither.
+- Limits: only the scalars are YAML 1.2. Where a mapping repeats a key, the last value counts, as in PyYAML.
 """
 
 from __future__ import annotations
@@ -12,9 +16,9 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Scalars by the core schema: https://yaml.org/spec/1.2.2/#103-core-schema."""
+    """Resolve scalars by the core schema: https://yaml.org/spec/1.2.2/#103-core-schema."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own way to say it
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own declaration
 
 
 _CORE = (
@@ -41,9 +45,9 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def load(text: str) -> Any:
-    """The value of a YAML document.
+    """Return the value of a YAML document.
 
     Raises:
-        yaml.YAMLError: it isn't one.
+        yaml.YAMLError: the text is not YAML.
     """
     return yaml.load(text, Loader=_Loader)

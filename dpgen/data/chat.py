@@ -1,7 +1,9 @@
-"""Chat messages as a row holds them → the conversation that vLLM hands to a chat template. Text only.
+"""Turn a row's chat messages into the conversation that vLLM passes to a chat template.
 
-Follows vLLM 0.32: `vllm/renderers/chat_utils.py` (parse_chat_messages and what it calls)
-and `vllm/renderers/hf.py` (the developer role). What a template expects of it, `dpgen.data.content_format` knows.
+- Follows vLLM 0.32: `vllm/renderers/chat_utils.py` (parse_chat_messages and what it calls) and `vllm/renderers/hf.py`
+  (the developer role). `dpgen.data.content_format` finds the content format that a template expects.
+- A row's messages are never changed: each function returns copies.
+- Limits: text only; a message with an image or another medium is rejected.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dpgen.formatting import describe_type
 Message = dict[str, Any]
 ContentFormat = Literal["string", "openai"]
 
-# The key that holds the text of each kind of text part (MM_PARSER_MAP of vLLM).
+# The key that holds the text, by the type of a text part (MM_PARSER_MAP of vLLM).
 _TEXT_KEYS = {
     "text": "text",
     "input_text": "text",
@@ -24,23 +26,23 @@ _TEXT_KEYS = {
     "refusal": "refusal",
     "thinking": "thinking",
 }
-# Of those, the kinds that vLLM skips, rather than fails on, when their text is missing.
+# Types whose parts vLLM skips when the text is missing; for the other types it fails.
 _TEXT_OPTIONAL = ("text", "refusal")
-# Keys with a meaning of their own; the template sees all others of a text part (`cache_control`, ...).
+# Keys that vLLM interprets; the template receives the other keys of a text part (`cache_control`, ...).
 KNOWN_PART_KEYS = {
     *("type", "text", "refusal", "thinking", "closed", "name", "file", "data", "uuid"),
     *("image_url", "image_pil", "image_embeds", "video_url", "video_embeds"),
     *("audio_url", "audio_embeds", "input_audio", "prompt_cache_breakpoint"),
 }
-# vLLM drops this line, which Claude Code puts before system texts, since it defeats the prefix cache.
+# Claude Code puts this line before system texts; vLLM drops it, since it defeats the prefix cache.
 _BILLING_HEADER = "x-anthropic-billing-header"
 
 
 def validate_messages(value: Any) -> list[Message]:
-    """A row's messages, copied, without the keys that are null, and known to be a text conversation.
+    """Return a copy of a row's messages without null keys, after checking that they are a text conversation.
 
-    Arrow gives each struct of a column all the keys that any row has, null where a row lacked one, so that a
-    null key and an absent one are the same thing, at any depth. (Tool arguments as JSON text keep theirs.)
+    Arrow gives each struct of a column all the keys that any row has, null where a row lacked the key. So a null key
+    and an absent key mean the same, at any depth. (Tool arguments that are JSON text keep their nulls.)
 
     Args:
         value: a list of {role, content, ...}; content is a string, a list of text parts, or absent.
@@ -63,7 +65,7 @@ def validate_messages(value: Any) -> list[Message]:
 
 
 def to_conversation(messages: Sequence[Message], content_format: ContentFormat) -> list[Message]:
-    """Clean messages as vLLM passes them to a chat template; the messages themselves are left as they are.
+    """Return validated messages as vLLM passes them to a chat template.
 
     Args:
         messages: as `validate_messages` returns them.
@@ -71,21 +73,21 @@ def to_conversation(messages: Sequence[Message], content_format: ContentFormat) 
             a list of parts.
 
     Raises:
-        RowRefused: `wrong_type`, tool arguments that cannot be parsed at all.
+        RowRefused: `wrong_type`, tool arguments that cannot be parsed.
     """
     return [_to_template_message(message, content_format) for message in messages]
 
 
 def merge_developer_role(conversation: list[Message], template: str) -> list[Message]:
-    """The conversation for a template without a developer role: that and the system role merged, in front."""
-    knows_it = '"developer"' in template or "'developer'" in template
-    if knows_it or all(message["role"] != "developer" for message in conversation):
+    """Return the conversation with developer and system messages merged in front, if the template lacks that role."""
+    has_role = '"developer"' in template or "'developer'" in template
+    if has_role or all(message["role"] != "developer" for message in conversation):
         return conversation
     renamed = [_as_system(message) if message["role"] == "developer" else message for message in conversation]
     system = [message for message in renamed if message["role"] == "system"]
     if len(system) == 1 and renamed[0]["role"] == "system":
         return renamed
-    texts = [text for message in system if (text := _joined_text(message.get("content", "")))]
+    texts = [text for message in system if (text := _join_texts(message.get("content", "")))]
     others = [message for message in renamed if message["role"] != "system"]
     return [{"role": "system", "content": "\n\n".join(texts)}, *others]
 
@@ -123,10 +125,10 @@ def _check_part(where: str, part: Any) -> None:
     part_type = part.get("type")
     if part_type == "tool_reference" and isinstance(part.get("name"), str):
         return
-    # vLLM takes a part with a uuid as a medium, whatever its type says.
+    # vLLM takes a part with a uuid for a medium, whatever its type.
     if not isinstance(part_type, str) or part_type not in _TEXT_KEYS or "uuid" in part:
-        found = f"type {part_type!r}" if part_type is not None else f"no type; its keys: {_join_keys(part)}"
-        raise RowRefused("unsupported_content", f"{where} ({found}) is not text; only text parts can be sent")
+        description = f"type {part_type!r}" if part_type is not None else f"no type; its keys: {_join_keys(part)}"
+        raise RowRefused("unsupported_content", f"{where} ({description}) is not text; only text parts can be sent")
     text = part.get(_TEXT_KEYS[part_type])
     if not isinstance(text, str) and not (text is None and part_type in _TEXT_OPTIONAL):
         raise _make_wrong_type_error(f"{where}: {_TEXT_KEYS[part_type]!r} is {describe_type(text)}, not a string")
@@ -137,16 +139,16 @@ def _check_tool_calls(where: str, calls: Any) -> None:
         raise _make_wrong_type_error(f"{where}: tool_calls is {describe_type(calls)}, not a list")
     for call in calls:
         if not isinstance(call, dict) or call.get("type", "function") != "function":
-            raise _make_wrong_type_error(f"{where}: tool_calls holds something else than calls of type 'function'")
+            raise _make_wrong_type_error(f"{where}: tool_calls may only hold calls of type 'function'")
         if not isinstance(call.get("function"), dict):
             raise _make_wrong_type_error(f"{where}: a tool call has no 'function' with a name and arguments")
 
 
 def _to_template_message(message: Message, content_format: ContentFormat) -> Message:
     role = message["role"]
-    result: Message = {"role": role, "content": _content(message, content_format)}
+    result: Message = {"role": role, "content": _build_content(message, content_format)}
     if role == "assistant":
-        # An empty list is dropped, too: templates take the presence of the key for a tool call.
+        # An empty list is dropped, too: templates take the key alone for a tool call.
         if message.get("tool_calls"):
             result["tool_calls"] = [_parse_tool_call(call) for call in message["tool_calls"]]
         if "reasoning" in message:
@@ -161,22 +163,22 @@ def _to_template_message(message: Message, content_format: ContentFormat) -> Mes
     return result
 
 
-def _content(message: Message, content_format: ContentFormat) -> str | list[Any]:
+def _build_content(message: Message, content_format: ContentFormat) -> str | list[Any]:
     content = message.get("content", [])
     parts = [content] if isinstance(content, str) else content
     if message["role"] == "system":
         parts = _drop_billing_header(parts)
-    wrapped = [wrapped for part in parts if (wrapped := _to_template_part(part)) is not None]
-    texts = [part["text"] if part["type"] == "text" else part["name"] for part in wrapped]
+    template_parts = [converted for part in parts if (converted := _to_template_part(part)) is not None]
+    texts = [part["text"] if part["type"] == "text" else part["name"] for part in template_parts]
     if content_format == "string":
-        return "\n".join(text for text in texts if text)  # vLLM skips the empty ones here, and only here
-    # Most templates take nothing but a string for a tool's answer, whatever they do with the others.
-    plain_tool = message["role"] == "tool" and all(part["type"] == "text" for part in wrapped)
-    return "\n".join(texts) if plain_tool else wrapped
+        return "\n".join(text for text in texts if text)  # vLLM skips empty texts in this format only
+    # Most templates accept only a string as a tool's answer, even if they accept parts in other messages.
+    is_plain_tool = message["role"] == "tool" and all(part["type"] == "text" for part in template_parts)
+    return "\n".join(texts) if is_plain_tool else template_parts
 
 
 def _to_template_part(part: Any) -> Message | None:
-    """A part as templates of the "openai" format see it; None for one that vLLM skips."""
+    """Return a part as templates of the "openai" format receive it; None for a part that vLLM skips."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if part["type"] == "tool_reference":
@@ -201,13 +203,13 @@ def _drop_billing_header(parts: Sequence[Any]) -> list[Any]:
 
 
 def _parse_tool_call(call: Message) -> Message:
-    """A tool call whose arguments are an object: templates expect one, the OpenAI format has JSON text."""
+    """Return a tool call with its arguments as an object: templates expect one, the OpenAI format has JSON text."""
     arguments = call["function"].get("arguments")
     if isinstance(arguments, str) and arguments:
         try:
             arguments = json.loads(arguments)
         except json.JSONDecodeError:
-            arguments = {}  # as vLLM: broken arguments in a history are no reason to refuse it
+            arguments = {}  # as in vLLM: broken arguments in a history don't reject the row
         except (ValueError, RecursionError) as error:
             raise _make_wrong_type_error(f"the arguments of a tool call cannot be parsed: {error}") from None
     if not isinstance(arguments, dict):
@@ -219,7 +221,7 @@ def _as_system(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "tools"} | {"role": "system"}
 
 
-def _joined_text(content: Any) -> str:
+def _join_texts(content: Any) -> str:
     if not isinstance(content, list):
         return str(content)
     return "\n".join(part["text"] for part in content if "text" in part)

@@ -1,9 +1,10 @@
-"""Which kind of message content a chat template expects: strings, or lists of parts.
+"""Detect the format of message contents that a chat template expects: strings, or lists of parts.
 
-Follows vLLM 0.32: `_detect_content_format` and what it calls in `vllm/renderers/hf.py`.
-vLLM reads it from the template's syntax tree: a template with a loop over a message's content expects lists
-("openai"), any other gets strings ("string"). A guess that differs from vLLM's would change tokens, so this
-follows it to the letter, its false guesses included.
+- Follows vLLM 0.32: `_detect_content_format` and what it calls in `vllm/renderers/hf.py`.
+- vLLM reads the template's syntax tree: a template that loops over a message's content expects lists ("openai"), any
+  other template strings ("string").
+- A guess that differs from vLLM's would change tokens. So this code repeats vLLM's rules exactly, with its false
+  guesses.
 """
 
 from __future__ import annotations
@@ -21,19 +22,18 @@ if TYPE_CHECKING:
 
 
 def detect_content_format(template: str) -> ContentFormat:
-    """ "openai" for a template that loops over the content of messages, else "string"."""
+    """Return "openai" for a template that loops over the content of messages, else "string"."""
     import jinja2
 
     try:
-        loops_over_content = any(True for _ in _content_loops(_environment().parse(template)))
+        loops_over_content = any(True for _ in _iter_content_loops(_environment().parse(template)))
     except (jinja2.TemplateError, AssertionError):
-        # As vLLM: a tree of a shape that it does not expect leaves its default.
-        return "string"
+        return "string"  # as in vLLM: the default for a syntax tree of an unexpected shape
     return "openai" if loops_over_content else "string"
 
 
 def template_variables(template: str) -> set[str]:
-    """The names that a chat template looks up from outside.
+    """Return the names that a chat template looks up from outside.
 
     Raises:
         jinja2.TemplateSyntaxError: with `lineno` and `message`; also for filters that do not exist.
@@ -45,7 +45,10 @@ def template_variables(template: str) -> set[str]:
 
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    """Reads what `transformers.utils.chat_template_utils` can compile, the `generation` tag included."""
+    """Return an environment that parses all that `transformers.utils.chat_template_utils` compiles.
+
+    That includes the `generation` tag.
+    """
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -63,15 +66,15 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
 
 
-def _content_loops(root: nodes.Template) -> Iterator[nodes.For]:
-    """The loops over a message's content, over a macro parameter that holds it, or over a name `content`."""
+def _iter_content_loops(root: nodes.Template) -> Iterator[nodes.For]:
+    """Yield the loops over a message's content, over a macro parameter that holds it, or over a name `content`."""
     from jinja2 import nodes
 
-    messages = list(_message_names(root))
+    messages = list(_iter_message_names(root))
     in_macros: set[int] = set()
     parameters: dict[int, set[str]] = {}
     for macro in root.find_all(nodes.Macro):
-        given = _parameters_given_content(root, macro, messages)
+        given = _find_content_parameters(root, macro, messages)
         for loop in macro.find_all(nodes.For):
             in_macros.add(id(loop))
             if given:
@@ -80,18 +83,20 @@ def _content_loops(root: nodes.Template) -> Iterator[nodes.For]:
     for loop in root.find_all(nodes.For):
         over = loop.iter
         if any(_is_lookup_of(over, name, "content") for name in messages):
-            found = True
+            is_content = True
         elif not isinstance(over, nodes.Name):
-            found = False
+            is_content = False
         else:
-            found = over.name in parameters.get(id(loop), ()) or (id(loop) not in in_macros and over.name == "content")
-        if found:
+            is_content = over.name in parameters.get(id(loop), ()) or (
+                id(loop) not in in_macros and over.name == "content"
+            )
+        if is_content:
             assert isinstance(loop.target, nodes.Name)
             yield loop
 
 
-def _parameters_given_content(root: nodes.Template, macro: nodes.Macro, messages: list[str]) -> set[str]:
-    """The macro's parameters that some call fills with a message's content."""
+def _find_content_parameters(root: nodes.Template, macro: nodes.Macro, messages: list[str]) -> set[str]:
+    """Return the macro's parameters to which some call passes a message's content."""
     from jinja2 import nodes
 
     names = [argument.name for argument in macro.args]
@@ -101,12 +106,14 @@ def _parameters_given_content(root: nodes.Template, macro: nodes.Macro, messages
             continue
         passed = list(zip(names, call.args, strict=False))
         passed += [(keyword.key, keyword.value) for keyword in call.kwargs if keyword.key in names]
-        given |= {name for name, value in passed if any(_is_lookup_of(value, each, "content") for each in messages)}
+        given |= {
+            name for name, value in passed if any(_is_lookup_of(value, message, "content") for message in messages)
+        }
     return given
 
 
-def _message_names(root: nodes.Template) -> Iterator[str]:
-    """The loop variables that stand for one message."""
+def _iter_message_names(root: nodes.Template) -> Iterator[str]:
+    """Yield the loop variables that stand for one message."""
     from jinja2 import nodes
 
     lists = list(_iter_aliases(root, "messages"))
@@ -117,26 +124,26 @@ def _message_names(root: nodes.Template) -> Iterator[str]:
 
 
 def _iter_aliases(root: nodes.Template, name: str) -> Iterator[str]:
-    """The name, and those that it, or a slice of it, is assigned to, step by step."""
+    """Yield the name, then every name that it or a slice of it is assigned to, directly or in several steps."""
     from jinja2 import nodes
 
     yield name
-    known = {name}
-    related = deque([name])
-    while related:
-        source = related.popleft()
+    aliases = {name}
+    queue = deque([name])
+    while queue:
+        source = queue.popleft()
         for assignment in root.find_all(nodes.Assign):
             if _is_lookup_of(assignment.node, source):
                 assert isinstance(assignment.target, nodes.Name)
-                # Names assigned to themselves, or in a circle, would never end.
-                if assignment.target.name not in known:
-                    known.add(assignment.target.name)
-                    related.append(assignment.target.name)
+                # Each name once: names may be assigned to themselves, or in a circle.
+                if assignment.target.name not in aliases:
+                    aliases.add(assignment.target.name)
+                    queue.append(assignment.target.name)
                     yield assignment.target.name
 
 
 def _is_lookup_of(node: nodes.Node, name: str, key: str | None = None) -> bool:
-    """Whether the expression is `name` (or `name.key`, `name['key']`), perhaps filtered, tested or sliced."""
+    """Return True if the expression is `name` (or `name.key`, `name['key']`), perhaps filtered, tested or sliced."""
     from jinja2 import nodes
 
     if isinstance(node, nodes.Filter):

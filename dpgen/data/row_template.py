@@ -1,4 +1,4 @@
-"""A row's text from a Jinja2 template over its columns: "Q: {{ question }}"."""
+"""Make a row's text from a Jinja2 template over its columns: "Q: {{ question }}"."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def compile_row_template(template: str) -> jinja2.Template:
-    """The template, ready to render; what it may call is sandboxed.
+    """Return the template, ready to render in a sandbox.
 
     Raises:
-        ConfigError: its syntax is wrong; says in which line.
+        ConfigError: wrong syntax; the message names the line.
     """
     import jinja2
 
@@ -27,27 +27,31 @@ def compile_row_template(template: str) -> jinja2.Template:
 
 
 def check_row_template(template: str, columns: Sequence[str]) -> None:
-    """Compare a template with the dataset's columns.
+    """Check a template against the dataset's columns.
 
     Raises:
-        ConfigError: its syntax is wrong, it names what is no column, or it names no column at all.
+        ConfigError: wrong syntax, a name that is not a column, or no column at all.
     """
     compile_row_template(template)
     environment = _environment()
     names = template_columns(template)
-    for name in sorted(names - set(columns) - set(environment.globals)):
+    unknown = sorted(names - set(columns) - set(environment.globals))
+    if unknown:
         raise ConfigError(
-            f"data.template: {name!r} is no column of the dataset{suggest_name(name, columns, 'columns')}"
+            *(
+                f"data.template: {name!r} is no column of the dataset{suggest_name(name, columns, 'columns')}"
+                for name in unknown
+            )
         )
     if not names & set(columns):
-        # A Python format string is what most of those who get here meant to write.
+        # Most users who get here wrote a Python format string.
         meant = [name for name in columns if f"{{{name}}}" in template]
         hint = f"write {{{{ {[*meant, *columns, 'column'][0]} }}}}, with two braces"
         raise ConfigError(f"data.template names no column; {hint}; columns: {', '.join(columns)}")
 
 
 def template_columns(template: str) -> set[str]:
-    """The names that a template takes from its row."""
+    """Return the names that a template looks up in its row."""
     from jinja2 import meta
 
     return set(meta.find_undeclared_variables(_environment().parse(template)))
@@ -63,7 +67,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _reject_null(value: Any) -> Any:
-    # Jinja writes a null as "None", which then sits in prompts unseen.
+    # Jinja writes a null as "None", which nobody would notice in the prompts.
     if value is None:
         raise ValueError("it inserts a null; give the column a default: {{ column or '' }}")
     return value

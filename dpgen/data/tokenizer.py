@@ -1,14 +1,15 @@
-"""Which tokenizer vLLM would use for a model, whether transformers gives the same tokens, and loading it.
+"""Find the tokenizer that vLLM would use for a model, decide if transformers gives the same tokens, and load it.
 
-Follows vLLM 0.32: `vllm/config/model.py` (defaults, an architecture's mode), `vllm/tokenizers/registry.py`
-and `hf.py` (mode "auto", loading), `vllm/renderers/base.py` (tokenization of multi-modal models).
-Where there is a doubt the answer is "not the same": the rows are then rendered by vLLM, in the engine
-process, which takes time from the model but is right by construction.
+- Follows vLLM 0.32: `vllm/config/model.py` (defaults, an architecture's mode), `vllm/tokenizers/registry.py` and
+  `hf.py` (mode "auto", loading), `vllm/renderers/base.py` (tokenization of multi-modal models).
+- In doubt, the answer is "not the same": vLLM then renders the rows in the engine process. This takes time from the
+  model, but is right by construction.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from typing import Any
 from dpgen.errors import ConfigError
 from dpgen.imports import imports_without_gc
 
-# Files that make vLLM tokenize, or find a chat template, by rules that transformers' tokenizer does not know.
+logger = logging.getLogger(__name__)
+
+# Files that make vLLM tokenize, or choose a chat template, by rules that transformers' tokenizer does not have.
 _VLLM_ONLY_FILES = {
     "tekken.json": "it has a Mistral tokenizer",
     "tokenizer.model.v*": "it has a Mistral tokenizer",
@@ -27,32 +30,32 @@ _VLLM_ONLY_FILES = {
     "chat_template.json": "its processor has a chat template of its own",
     "sentence_*_config.json": "it has sentence-transformers settings (do_lower_case)",
 }
-# Architectures that "auto" gives a mode of vLLM's own.
-_TELLTALE_ARCHITECTURES = ("MoonshotKimia", "KimiK3", "DeepseekV32", "DeepseekV4", "Inkling")
-# Engine options that change how prompts are rendered, with the test for a value that does.
-_TELLTALE_OPTIONS: dict[str, Callable[[Any], bool]] = {
+# Architectures for which "auto" means a tokenizer mode that only vLLM has.
+_VLLM_ONLY_ARCHITECTURES = ("MoonshotKimia", "KimiK3", "DeepseekV32", "DeepseekV4", "Inkling")
+# Engine options that change how prompts are rendered, each with the test for a value that does.
+_VLLM_ONLY_OPTIONS: dict[str, Callable[[Any], bool]] = {
     "enable_prompt_embeds": bool,
     "hf_config_path": bool,
     "hf_overrides": lambda value: callable(value) or bool({"architectures", "model_type"} & set(value or ())),
     "model_impl": lambda value: value == "terratorch",
     "config_format": lambda value: value == "mistral",
 }
-# Environment variables by which vLLM takes the tokenizer from elsewhere, or swaps its inside.
-_TELLTALE_ENVIRONMENT = ("VLLM_USE_MODELSCOPE", "VLLM_MODEL_REDIRECT_PATH", "VLLM_USE_FASTOKENS")
+# Environment variables that make vLLM load the tokenizer from another place, or use another implementation.
+_VLLM_ONLY_VARIABLES = ("VLLM_USE_MODELSCOPE", "VLLM_MODEL_REDIRECT_PATH", "VLLM_USE_FASTOKENS")
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer of a model.
+    """Name the tokenizer of a model, and all that decides how it is loaded.
 
     Attributes:
-        name: a folder, or a repository on the Hugging Face Hub.
-        revision: of that repository.
-        trust_remote_code: whether code of that repository may run.
-        tokenizer_mode: vLLM's word, in lower case: "auto", "hf", "mistral", ...
-        model: the model, whose configuration decides what "auto" is; None when it is `name`.
+        name: a directory, or a repository on the Hugging Face Hub.
+        revision: of that repository; None for the default branch.
+        trust_remote_code: True if code of that repository may run.
+        tokenizer_mode: vLLM's option in lower case: "auto", "hf", "mistral", ...
+        model: the model, whose configuration decides what "auto" means; None if that is `name`.
         model_revision: of the model's repository.
-        engine_reason: an engine option that only vLLM can honour when it renders; None when there is none.
+        engine_reason: the reason why an engine option makes vLLM render; None if there is no such option.
     """
 
     name: str
@@ -65,19 +68,18 @@ class TokenizerConfig:
 
     @classmethod
     def from_engine(cls, model: str, engine: Mapping[str, Any]) -> TokenizerConfig:
-        """What vLLM would make of a model and engine options.
+        """Return the tokenizer that vLLM would use for a model and engine options.
 
         Args:
             model: `EngineArgs.model`.
-            engine: other fields of `EngineArgs`; those that do not matter here are ignored.
+            engine: other fields of `EngineArgs`; only those that concern the tokenizer are read.
         """
         revision = engine.get("revision")
         name, tokenizer_revision = engine.get("tokenizer"), engine.get("tokenizer_revision")
-        telltale = (key for key, matters in _TELLTALE_OPTIONS.items() if matters(engine.get(key)))
-        option = next(telltale, None)
+        option = next((key for key, matters in _VLLM_ONLY_OPTIONS.items() if matters(engine.get(key))), None)
         return cls(
             name=model if name is None else str(name),
-            # As vLLM: the model's revision is the default even when the tokenizer is another repository's.
+            # As in vLLM, the model's revision is the default even for a tokenizer of another repository.
             revision=revision if tokenizer_revision is None else tokenizer_revision,
             trust_remote_code=bool(engine.get("trust_remote_code", False)),
             tokenizer_mode=str(engine.get("tokenizer_mode") or "auto").lower(),
@@ -87,88 +89,89 @@ class TokenizerConfig:
         )
 
 
-def is_supported_by_transformers(settings: TokenizerConfig) -> bool:
-    """Whether transformers' tokenizer gives the tokens that vLLM would; see `find_reason_to_tokenize_in_engine`."""
-    return find_reason_to_tokenize_in_engine(settings) is None
+def is_supported_by_transformers(config: TokenizerConfig) -> bool:
+    """Return True if transformers gives the tokens that vLLM would; see `find_reason_to_tokenize_in_engine`."""
+    return find_reason_to_tokenize_in_engine(config) is None
 
 
-def find_reason_to_tokenize_in_engine(settings: TokenizerConfig) -> str | None:
-    """Why prompts must be rendered by vLLM itself, as a clause for the log; None when transformers will do.
+def find_reason_to_tokenize_in_engine(config: TokenizerConfig) -> str | None:
+    """Return why vLLM itself must render the prompts, as a clause for the log; None if transformers can.
 
-    It reads a few small files of the model's and the tokenizer's repositories. What cannot be read counts for
-    nothing: `load_tokenizer` says what is wrong with it.
+    Reads a few small files of the model's and the tokenizer's repositories, and ignores files that can't be read:
+    `load_tokenizer` then reports why.
     """
-    if settings.engine_reason is not None:
-        return settings.engine_reason
-    for variable in _TELLTALE_ENVIRONMENT:
+    if config.engine_reason is not None:
+        return config.engine_reason
+    for variable in _VLLM_ONLY_VARIABLES:
         if os.environ.get(variable, "").strip().lower() not in ("", "0", "false"):
             return f"{variable} is set"
-    if settings.tokenizer_mode not in ("auto", "hf"):
-        return f"tokenizer_mode={settings.tokenizer_mode} is vLLM's own"
-    if "://" in settings.name or Path(settings.name).is_file():
-        return f"{settings.name} is neither a folder nor a repository"
-    places = {(settings.name, settings.revision)}
-    if settings.model is not None:
-        places.add((settings.model, settings.model_revision))
-    for name, revision in sorted(places, key=str):
-        for reason in _reasons(name, revision):
+    if config.tokenizer_mode not in ("auto", "hf"):
+        return f"tokenizer_mode={config.tokenizer_mode} is vLLM's own"
+    if "://" in config.name or Path(config.name).is_file():
+        return f"{config.name} is neither a directory nor a repository"
+    repositories = {(config.name, config.revision)}
+    if config.model is not None:
+        repositories.add((config.model, config.model_revision))
+    for name, revision in sorted(repositories, key=str):
+        for reason in _iter_reasons(name, revision):
             return f"{name}: {reason}"
     return None
 
 
-def load_tokenizer(settings: TokenizerConfig) -> Any:
-    """The transformers tokenizer, as vLLM loads it.
+def load_tokenizer(config: TokenizerConfig) -> Any:
+    """Load the transformers tokenizer as vLLM loads it.
 
     Returns:
         A `transformers.PreTrainedTokenizerBase`.
 
     Raises:
-        ConfigError: it is not there, or cannot be loaded.
+        ConfigError: it is missing, or can't be loaded.
     """
-    if looks_like_path(settings.name) and not Path(settings.name).exists():
-        raise ConfigError(f"no tokenizer at {settings.name}: there is no such folder")
+    if looks_like_path(config.name) and not Path(config.name).exists():
+        raise ConfigError(f"no tokenizer at {config.name}: there is no such directory")
     with imports_without_gc():
         from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            settings.name,
-            revision=settings.revision or "main",
-            trust_remote_code=settings.trust_remote_code,
+            config.name,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
             truncation_side="left",
         )
-    # A repository's own code may raise anything, and a broken tokenizer.json raises a plain Exception.
+    # A repository's code may raise anything, and a broken tokenizer.json raises a plain Exception.
     except Exception as error:
-        raise ConfigError(f"cannot load the tokenizer of {settings.name}: {_first_line(error)}") from error
-    # Not for us: a prompt that is too long is refused by the engine, with the limit that counts.
+        raise ConfigError(f"cannot load the tokenizer of {config.name}: {_first_line(error)}") from error
+    # Silences a warning about long prompts: the engine rejects them, by the limit that counts.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 
-def _reasons(name: str, revision: str | None) -> Iterator[str]:
-    folder = _fetch_config_files(name, revision)
-    if folder is None:
+def looks_like_path(name: str) -> bool:
+    """Return True if a model's name is neither a name on the Hub (NAME or USER/NAME) nor a URL."""
+    return name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name)
+
+
+def _iter_reasons(name: str, revision: str | None) -> Iterator[str]:
+    directory = _fetch_config_files(name, revision)
+    if directory is None:
         return
     for pattern, reason in _VLLM_ONLY_FILES.items():
         # At any depth, as vLLM looks for Mistral's files.
-        if next(folder.rglob(pattern), None) is not None:
+        if next(directory.rglob(pattern), None) is not None:
             yield reason
-    yield from _reasons_in_config(folder / "config.json")
+    yield from _iter_reasons_in_config(_read_model_config(directory / "config.json"))
 
 
-def _reasons_in_config(path: Path) -> Iterator[str]:
-    # Where they are defined has changed; that these modules have them has not.
+def _iter_reasons_in_config(config: Mapping[str, Any] | None) -> Iterator[str]:
+    # Both names have moved within transformers; these modules have always had them.
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
 
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return  # a tokenizer alone has no config.json, and needs none
-    if not isinstance(config, dict):
+    if config is None:
         return
     for architecture in config.get("architectures") or ():
-        if str(architecture).startswith(_TELLTALE_ARCHITECTURES):
+        if str(architecture).startswith(_VLLM_ONLY_ARCHITECTURES):
             yield f"vLLM has a tokenizer mode of its own for {architecture}"
     if config.get("speculators_config") is not None:
         yield "it is a speculator, which vLLM replaces by its target model"
@@ -179,32 +182,49 @@ def _reasons_in_config(path: Path) -> Iterator[str]:
         yield f"transformers does not know the model type {model_type!r}"
 
 
+def _read_model_config(path: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None  # a tokenizer alone needs no config.json
+    except (OSError, ValueError) as error:
+        logger.debug(f"ignored {path} when choosing a tokenizer: {_first_line(error)}")
+        return None
+    return config if isinstance(config, dict) else None
+
+
 def _fetch_config_files(name: str, revision: str | None) -> Path | None:
-    """A folder with the repository's telltale files and its config.json; None when it cannot be had."""
+    """Return a directory with the repository's config.json and vLLM-only files; None if they can't be fetched."""
     if Path(name).exists():
         return Path(name)
+    return _download_config_files(name, revision) or _find_cached_config(name, revision)
+
+
+def _download_config_files(name: str, revision: str | None) -> Path | None:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The client lets errors of its HTTP library through, and has changed that library more than once. Their common
-    # base is among the classes that its own error comes from.
-    of_hub = (each for each in HfHubHTTPError.__mro__ if issubclass(each, Exception) and each is not Exception)
-    unreachable: tuple[type[Exception], ...] = (OSError, ValueError, *of_hub)
+    # The client passes on errors of its HTTP library, and has changed that library more than once. The common base
+    # class of these errors is among the base classes of the client's own error.
+    of_http = [base for base in HfHubHTTPError.__mro__ if issubclass(base, Exception) and base is not Exception]
+    unreachable: tuple[type[Exception], ...] = (OSError, ValueError, *of_http)
     patterns = ["config.json", *(f"*{pattern}" for pattern in _VLLM_ONLY_FILES)]
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except unreachable:  # offline, or no such repository: load_tokenizer meets the same next, and reports it
-        pass
-    try:
-        cached = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError:
+    except unreachable as error:  # offline, or no such repository: load_tokenizer fails next, and reports it
+        logger.debug(f"can't download the configuration of {name}: {_first_line(error)}")
         return None
-    return Path(cached).parent if isinstance(cached, str) else None
 
 
-def looks_like_path(name: str) -> bool:
-    """Whether a model's name can't be one on the Hub (NAME or USER/NAME), nor a URL."""
-    return name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name)
+def _find_cached_config(name: str, revision: str | None) -> Path | None:
+    import huggingface_hub
+
+    try:
+        config = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError as error:
+        logger.debug(f"{name} is not the name of a repository: {_first_line(error)}")
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _first_line(error: Exception) -> str:

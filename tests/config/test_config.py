@@ -1,14 +1,15 @@
-"""Configuration: precedence, and an error that helps for each thing that can be wrong with it."""
+"""Configuration: precedence, and a helpful error for each mistake, all mistakes at once."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dpgen.config import loader, schema
+from dpgen.config import checks, loader, schema
 from dpgen.errors import ConfigError
 
 BASE = """
@@ -28,14 +29,14 @@ def load(tmp_path: Path) -> Callable[..., schema.Config]:
     return load
 
 
-def test_later_yaml_wins_over_earlier_and_the_command_line_over_both(tmp_path: Path) -> None:
+def test_a_later_file_overrides_an_earlier_one_and_the_command_line_overrides_both(tmp_path: Path) -> None:
     first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
     first.write_text(BASE + "engine: {max_num_seqs: 1, max_model_len: 10}\nsampling: {temperature: 0.1}\n")
     second.write_text("engine: {max_num_seqs: 2}\nsampling: {temperature: 0.2}\n")
-    found = loader.load([str(first), str(second)], ["sampling.temperature=0.3"])
-    assert found.engine == {"max_num_seqs": 2, "max_model_len": 10}
-    assert found.sampling == {"temperature": 0.3}
-    assert found.run.seed == 0, "a default stands where nothing was given"
+    config = loader.load([str(first), str(second)], ["sampling.temperature=0.3"])
+    assert config.engine == {"max_num_seqs": 2, "max_model_len": 10}
+    assert config.sampling == {"temperature": 0.3}
+    assert config.run.seed == 0, "a key that no layer sets keeps its default"
 
 
 WRONG = [
@@ -44,18 +45,19 @@ WRONG = [
     ("dta.path=x", "did you mean 'data.path'"),
     ("run=3", "run is a section of keys"),
     ("run.seed=abc", "'abc'.*Integer.*run.seed"),
-    ("run.seed=-1", "run.seed is -1"),
+    ("run.seed=-1", "run.seed=-1: must be from 0"),
     ("run.resume=sometimes", "'auto', 'never', 'force'"),
     ("run.retry_errors=poison_row", "must be true, false, or a list"),
     ("run.time_limit=soon", "must be seconds, or H:MM:SS"),
     ("run.engine=tgi", "'vllm', 'fake'"),
-    ("run.dir=", "run.dir"),
+    ("run.log_format=xml", "'text', 'json'"),
+    ("run.dir=", "run.dir='': must be the directory"),
     ("run.progress_interval_s=0", "at least 0.1"),
-    ("data.path=[1]", "data.path is"),
-    ("data.path=[]", "data.path is"),
-    ("data.limit=-1", "data.limit is -1; it must be at least 0"),
+    ("data.path=[1]", r"data.path=\[1\]: must be a path"),
+    ("data.path=[]", r"data.path=\[\]: must be a path"),
+    ("data.limit=-1", "data.limit=-1: must be at least 0"),
     ("data.limit=1.5", "Integer.*data.limit"),
-    ("data.select=a:b", "data.select is 'a:b'; it must look like"),
+    ("data.select=a:b", "data.select='a:b': must look like"),
     ("data.select=0:9:0", "step must be at least 1"),
     ("data.messages_column=m", "data.prompt_column and data.messages_column are set"),
     ("data.prompt_column=null", "exactly one of data.prompt_column, .* none is set"),
@@ -76,23 +78,23 @@ WRONG = [
     ("sampling_by_rank=[{}, {seed: 1}]", r"sampling_by_rank\[1\].seed can't be set: .*run.seed"),
     ("sampling_by_rank=[{n: 2}]", r"sampling_by_rank\[0\].n can't be set: .*sampling.n"),
     ("sampling_by_rank=[{from_columns: {n: n}}]", r"\[0\].from_columns can't be set: sampling.from_columns"),
-    ("work.claim_rows=0", "work.claim_rows is 0"),
+    ("work.claim_rows=0", "work.claim_rows=0: must be at least 1"),
     ("output.format=csv", "'parquet', 'jsonl'"),
-    ("output.gather_bytes=10", "output.gather_bytes"),
+    ("output.gather_bytes=10", "output.gather_bytes=10: must be at least 65536"),
     ("parallel.tensor_parallel_size=0", "at least 1"),
     ("run.seed=[", "not valid YAML"),
     ("nonsense", "neither a YAML file nor key=value"),
-    ("model=", "model"),
+    ("model=", "model='': must be a directory or a Hub name"),
 ]
 
 
-@pytest.mark.parametrize(("override", "words"), WRONG, ids=[each[0] for each in WRONG])
-def test_a_wrong_value_is_refused_in_one_clear_line(
+@pytest.mark.parametrize(("override", "words"), WRONG, ids=[override for override, _ in WRONG])
+def test_a_wrong_value_is_rejected_in_one_clear_line(
     load: Callable[..., schema.Config], override: str, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words) as raised:
         load(override)
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value), "one mistake is one line"
 
 
 @pytest.mark.parametrize(
@@ -102,9 +104,11 @@ def test_a_wrong_value_is_refused_in_one_clear_line(
         ("- a\n- b\n", "must hold sections"),
         ("run: {dir: x\n", "not valid YAML.*line"),
         ("run: {dirr: x}\n", "did you mean 'run.dir'"),
+        (BASE + "run.seed: 1\n", r"'run.seed' must be a key of its section: run: {seed: VALUE}"),
+        (BASE + "nonsense: {}\n", "unknown key 'nonsense'"),
     ],
 )
-def test_a_wrong_file_is_refused(load: Callable[..., schema.Config], text: str, words: str) -> None:
+def test_a_wrong_file_is_rejected(load: Callable[..., schema.Config], text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load(text=text)
 
@@ -114,18 +118,95 @@ def test_a_missing_file_is_named() -> None:
         loader.load(["nowhere.yaml"], [])
 
 
+def mistakes_of(load: Callable[..., schema.Config], *overrides: str, text: str = BASE) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as raised:
+        load(*overrides, text=text)
+    headline, *lines = str(raised.value).splitlines()
+    assert headline == f"{len(lines)} mistakes in the configuration:"
+    assert [line.strip() for line in lines] == list(raised.value.mistakes), "one line for each mistake"
+    return raised.value.mistakes
+
+
+def test_unknown_keys_and_wrong_types_of_all_layers_are_reported_at_once(
+    load: Callable[..., schema.Config], tmp_path: Path
+) -> None:
+    text = BASE + "work: {order: random, stel: false}\nparalel: {lock_step: true}\n"
+    mistakes = mistakes_of(load, "run.sed=1", "data.limit=few", "sampling_by_rank={n: 1}", text=text)
+    path = tmp_path / "a.yaml"
+    for mistake, words in zip(
+        mistakes,
+        [
+            f"{path}: unknown key 'work.stel'; did you mean 'work.steal'?",
+            f"{path}: unknown key 'paralel.lock_step'; did you mean 'parallel.lock_step'?",
+            f"{path}: Invalid value 'random'",
+            "run.sed=1: unknown key 'run.sed'; did you mean 'run.seed'?",
+            "data.limit=few: Value 'few'",
+            "sampling_by_rank={n: 1}: sampling_by_rank is a list of sections",
+        ],
+        strict=True,
+    ):
+        assert mistake.startswith(words)
+
+
+def test_wrong_values_and_contradictions_are_reported_at_once(load: Callable[..., schema.Config]) -> None:
+    mistakes = mistakes_of(
+        load,
+        *("run.seed=-1", "run.time_limit=soon", "data.limit=-1", "data.select=a:b", "engine.model=x"),
+        *("sampling.seed=1", "sampling_by_rank=[{n: 2}]", "parallel.lock_step=true", "data.messages_column=m"),
+        "data.continue_final_message=true",
+    )
+    starts = ["data.limit=-1", "run.seed=-1", "run.time_limit", "data.select='a:b'", "engine.model", "sampling.seed"]
+    starts += ["sampling_by_rank[0].n", "parallel.lock_step=true", "a prompt comes", "data.continue_final_message=true"]
+    for mistake, start in zip(mistakes, starts, strict=True):
+        assert mistake.startswith(start)
+
+
+def test_wrong_values_are_reported_beside_unknown_and_missing_keys(load: Callable[..., schema.Config]) -> None:
+    text = "run: {dir: x, seed: -1}\ndata: {prompt_column: p}\n"
+    assert mistakes_of(load, "engin.x=1", text=text) == (
+        "engin.x=1: unknown key 'engin.x'; did you mean 'engine'?",
+        "missing: data.path, model; set them in a YAML file or as data.path=VALUE "
+        f"({schema.describe_option('data.path')})",
+        "run.seed=-1: must be from 0 to 2**63 - 1, or null",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "why"),
+    [
+        ("run: {dirr: x}\nmodel: m\ndata: {path: p, prompt_column: p}\n", [], "run.dir is not missing but misspelt"),
+        ("run: {dir: [x]}\nmodel: m\ndata: {path: p, prompt_column: p}\n", [], "run.dir is wrong, not missing"),
+        ("run: {dir: x}\nmodel: m\ndata: {path: p, promt_column: p}\n", [], "a prompt is there, but misspelt"),
+        ("", ["nowhere.yaml"], "the keys may be in the file that is not there"),
+    ],
+)
+def test_what_may_follow_from_a_mistake_is_not_reported_beside_it(
+    tmp_path: Path, text: str, overrides: list[str], why: str
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        loader.load_from_args([str(path), *overrides])
+    assert len(raised.value.mistakes) == 1, why
+
+
+def test_several_mistakes_survive_pickling() -> None:
+    error = ConfigError("a=1: must be 2", "b=1: must be 2")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
 def test_the_dumped_configuration_holds_no_secret_and_loads_again(
     load: Callable[..., schema.Config], tmp_path: Path
 ) -> None:
-    found = load(
+    config = load(
         "engine.hf_token=hf_abc", "engine.max_num_seqs=3", "sampling.max_tokens=7", "sampling.stop_token_ids=[1]"
     )
-    text = schema.to_yaml(found)
+    text = schema.to_yaml(config)
     assert "hf_abc" not in text
     assert yaml.safe_load(text)["sampling"] == {"max_tokens": 7, "stop_token_ids": [1]}
     again = tmp_path / "again.yaml"
     again.write_text(text)
-    assert loader.load([str(again)], ["engine.hf_token=hf_abc"]) == found
+    assert loader.load([str(again)], ["engine.hf_token=hf_abc"]) == config
 
 
 @pytest.mark.parametrize(
@@ -144,28 +225,28 @@ def test_a_text_on_the_command_line_is_taken_as_it_stands(
     load: Callable[..., schema.Config], override: str, value: object
 ) -> None:
     section, _, key = override.partition("=")[0].partition(".")
-    found = getattr(load(override), section)
-    assert (getattr(found, key) if key else found) == value
+    body = getattr(load(override), section)
+    assert (getattr(body, key) if key else body) == value
 
 
 def test_a_template_needs_no_quoting_and_may_hold_dollars(load: Callable[..., schema.Config]) -> None:
     template = "Price: ${{ price }} or ${y}: {{ question }}"
-    found = load("data.prompt_column=null", f"data.template={template}")
-    assert found.data.template == template
+    config = load("data.prompt_column=null", f"data.template={template}")
+    assert config.data.template == template
     in_yaml = load(text=BASE.replace("prompt_column: prompt", f"template: '{template}'"))
     assert in_yaml.data.template == template
     assert yaml.safe_load(schema.to_yaml(in_yaml))["data"]["template"] == template
 
 
-def test_a_later_list_of_sampling_by_rank_takes_the_place_of_an_earlier_one(
+def test_a_later_list_of_sampling_by_rank_replaces_an_earlier_one(
     load: Callable[..., schema.Config],
 ) -> None:
-    found = load("sampling_by_rank=[{top_p: 0.5}]", text=BASE + "sampling_by_rank: [{temperature: 0.2}, {}]\n")
-    assert found.sampling_by_rank == [{"top_p": 0.5}]
+    config = load("sampling_by_rank=[{top_p: 0.5}]", text=BASE + "sampling_by_rank: [{temperature: 0.2}, {}]\n")
+    assert config.sampling_by_rank == [{"top_p": 0.5}]
 
 
-def test_ranges() -> None:
+def test_a_range_selects_what_a_slice_selects() -> None:
     rows = list(range(100))
-    assert rows[schema.parse_range("10:20")] == rows[10:20]
-    assert rows[schema.parse_range(":5")] == rows[:5]
-    assert rows[schema.parse_range("::25")] == rows[::25]
+    assert rows[checks.parse_range("10:20")] == rows[10:20]
+    assert rows[checks.parse_range(":5")] == rows[:5]
+    assert rows[checks.parse_range("::25")] == rows[::25]

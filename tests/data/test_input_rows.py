@@ -1,4 +1,4 @@
-"""Opening data of every kind, and dealing it in shards that keep each row's index."""
+"""Input rows: data of every kind is loaded, and shards keep each row's index."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dpgen.errors import ConfigError
 ROWS = [{"prompt": f"p{i}", "size": i} for i in range(10)]
 
 
-def opened(path: object, **more: object) -> InputRows:
-    return load_input(DataConfig(path=path, prompt_column="prompt", **more))  # type: ignore[arg-type]
+def load(path: object, **keys: object) -> InputRows:
+    return load_input(DataConfig(path=path, prompt_column="prompt", **keys))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -46,32 +46,32 @@ def test_every_kind_of_data_gives_the_same_rows(tmp_path: Path, jsonl: Path, kin
             writer.write_table(dataset.data.table)
     else:
         dataset.save_to_disk(path)
-    rows = opened(str(path))
+    rows = load(str(path))
     assert [row for table in rows.iter_tables(3) for row in table.to_pylist()] == ROWS
 
 
-def test_text_files_globs_and_lists(tmp_path: Path) -> None:
+def test_text_files_are_read_in_order_from_globs_and_lists(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"{name}1\n{name}2\n")
     for path in (str(tmp_path / "*.txt"), [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]):
-        rows = opened(path)
+        rows = load(path)
         assert [row["text"] for table in rows.iter_tables(9) for row in table.to_pylist()] == ["a1", "a2", "b1", "b2"]
 
 
-def test_a_folder_of_splits_wants_one_named(tmp_path: Path) -> None:
+def test_a_directory_of_several_splits_needs_data_split(tmp_path: Path) -> None:
     one = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"train": one, "test": one.select(range(3))}).save_to_disk(tmp_path / "saved")
-    assert len(opened(str(tmp_path / "saved"), split="test")) == 3
+    assert len(load(str(tmp_path / "saved"), split="test")) == 3
     with pytest.raises(ConfigError, match=r"data.split is needed: there are test, train"):
-        opened(str(tmp_path / "saved"))
+        load(str(tmp_path / "saved"))
     with pytest.raises(ConfigError, match="there are only test, train"):
-        opened(str(tmp_path / "saved"), split="validation")
+        load(str(tmp_path / "saved"), split="validation")
 
 
-def test_select_and_limit(jsonl: Path) -> None:
-    rows = opened(str(jsonl), select="1:9:2", limit=3)
+def test_limit_applies_after_select(jsonl: Path) -> None:
+    rows = load(str(jsonl), select="1:9:2", limit=3)
     assert [row["size"] for table in rows.iter_tables(9) for row in table.to_pylist()] == [1, 3, 5]
-    assert len(opened(str(jsonl), limit=100)) == 10
+    assert len(load(str(jsonl), limit=100)) == 10
 
 
 @pytest.mark.parametrize(
@@ -79,25 +79,25 @@ def test_select_and_limit(jsonl: Path) -> None:
 )
 def test_an_empty_file_is_an_empty_input(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    assert len(opened(str(tmp_path / name))) == 0
+    assert len(load(str(tmp_path / name))) == 0
 
 
 @pytest.mark.parametrize("empty", ["", "prompt,size\n"])
-def test_an_empty_file_among_full_ones_costs_nothing(tmp_path: Path, empty: str) -> None:
+def test_an_empty_file_among_others_is_skipped(tmp_path: Path, empty: str) -> None:
     (tmp_path / "1.csv").write_text(empty)
     (tmp_path / "2.csv").write_text("prompt,size\na,1\nb,2\n")
     for path in (str(tmp_path / "*.csv"), [str(tmp_path / "2.csv"), str(tmp_path / "1.csv")]):
-        assert len(opened(path)) == 2
+        assert len(load(path)) == 2
 
 
-def test_a_file_name_is_no_pattern(tmp_path: Path) -> None:
+def test_a_file_name_with_brackets_is_not_a_pattern(tmp_path: Path) -> None:
     (tmp_path / "we[i]rd name.jsonl").write_text('{"prompt": "x"}\n')
-    assert len(opened(str(tmp_path / "we[i]rd name.jsonl"))) == 1
+    assert len(load(str(tmp_path / "we[i]rd name.jsonl"))) == 1
 
 
-def test_a_saved_format_changes_nothing(tmp_path: Path) -> None:
+def test_a_saved_format_changes_no_value(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).with_format("numpy").save_to_disk(tmp_path / "saved")
-    rows = opened(str(tmp_path / "saved"))
+    rows = load(str(tmp_path / "saved"))
     [(_, row)] = rows.shard(np.arange(10), 10, 3).read_positions(0, 1)
     assert type(row["size"]) is int
 
@@ -105,15 +105,15 @@ def test_a_saved_format_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("none.jsonl", "no such file or folder: none.jsonl"),
-        ("./none", "no such file or folder"),
+        ("none.jsonl", "no such file or directory: none.jsonl"),
+        ("./none", "no such file or directory"),
         ("/nowhere/*.jsonl", "no file matches"),
         ("bad.jsonl", "data.path=.*JSON"),
         ("rows.xyz", "none of the known kinds: .jsonl"),
         (["rows.jsonl", "a.csv"], "several kinds: csv, json"),
     ],
 )
-def test_what_cannot_be_read_is_named(
+def test_an_input_that_cannot_be_read_is_named(
     tmp_path: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch, path: object, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -121,29 +121,29 @@ def test_what_cannot_be_read_is_named(
     (tmp_path / "rows.xyz").write_text("x")
     (tmp_path / "a.csv").write_text("prompt\nx\n")
     with pytest.raises(ConfigError, match=words):
-        opened(path)
+        load(path)
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 12])
 def test_shards_hold_each_row_once_with_its_index(jsonl: Path, num_shards: int) -> None:
-    rows = opened(str(jsonl))
-    order = np.array([9, 1, 4, 5, 0, 7, 2])  # some are done, and the order of work is not the file's
-    found = []
+    rows = load(str(jsonl))
+    order = np.array([9, 1, 4, 5, 0, 7, 2])  # some rows are finished, and work order is not input order
+    row_ids: list[int] = []
     for index in range(num_shards):
         shard = rows.shard(order, num_shards, index, ["size"])
-        read = list(shard.read_positions(0, len(shard)))
-        assert all(columns == {"size": row_id} for row_id, columns in read), "a row's index stays with its content"
-        found += [row_id for row_id, _ in read]
-    assert sorted(found) == sorted(order)
+        rows_read = list(shard.read_positions(0, len(shard)))
+        assert all(row == {"size": row_id} for row_id, row in rows_read), "a row's index stays with its content"
+        row_ids += [row_id for row_id, _ in rows_read]
+    assert sorted(row_ids) == sorted(order)
 
 
-def test_the_fingerprint_is_the_contents_not_the_files(tmp_path: Path, jsonl: Path) -> None:
+def test_the_fingerprint_depends_on_the_contents_not_on_the_files(tmp_path: Path, jsonl: Path) -> None:
     datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "same.parquet")
-    same = opened(str(tmp_path / "same.parquet")).fingerprint()
-    assert opened(str(jsonl)).fingerprint() == same
-    assert opened(str(jsonl), limit=9).fingerprint() != same
+    same = load(str(tmp_path / "same.parquet")).fingerprint()
+    assert load(str(jsonl)).fingerprint() == same
+    assert load(str(jsonl), limit=9).fingerprint() != same
     jsonl.write_text(jsonl.read_text().replace("p3", "P3"))
-    assert opened(str(jsonl)).fingerprint()["content"] != same["content"]
+    assert load(str(jsonl)).fingerprint()["content"] != same["content"]
 
 
 def test_rows_beyond_the_limit_do_not_change_the_fingerprint(tmp_path: Path) -> None:
@@ -151,13 +151,13 @@ def test_rows_beyond_the_limit_do_not_change_the_fingerprint(tmp_path: Path) -> 
     for name, follows in (("a", None), ("b", True)):
         rows = [*first, *[{"prompt": "another", "hint": follows}] * 5]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one, other = (opened(str(tmp_path / f"{name}.jsonl"), limit=10).fingerprint() for name in "ab")
+    one, other = (load(str(tmp_path / f"{name}.jsonl"), limit=10).fingerprint() for name in "ab")
     assert one == other
 
 
 @pytest.mark.parametrize("key", ["name", "revision"])
-def test_what_is_meant_for_the_hub_is_refused_beside_files(tmp_path: Path, jsonl: Path, key: str) -> None:
+def test_keys_for_the_hub_are_rejected_for_an_input_on_disk(tmp_path: Path, jsonl: Path, key: str) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     for path in (str(jsonl), [str(jsonl)], str(tmp_path / "*.jsonl"), str(tmp_path / "saved")):
         with pytest.raises(ConfigError, match=rf"data\.{key}=v1 is for a dataset of the Hub"):
-            opened(path, **{key: "v1"})
+            load(path, **{key: "v1"})

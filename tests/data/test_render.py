@@ -1,4 +1,4 @@
-"""Rows → prompts → token ids, without vLLM; test_render_vllm.py holds them against the real thing."""
+"""Rows become prompts, and prompts token ids, without vLLM; test_render_vllm.py compares with vLLM."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import pytest
 from helpers import tiny_tokenizers
 from helpers.chat_templates import CONTENT_FORMATS
 
+from dpgen.config.prompt import PromptConfig
 from dpgen.data.chat import merge_developer_role, to_conversation, validate_messages
 from dpgen.data.content_format import detect_content_format
-from dpgen.data.render import PromptConfig, PromptRenderer
+from dpgen.data.render import PromptRenderer, check_prompt_columns, load_chat_template
 from dpgen.data.tokenizer import (
     TokenizerConfig,
     find_reason_to_tokenize_in_engine,
@@ -43,11 +44,11 @@ def tokenizers(folders: dict[str, Path]) -> dict[str, Any]:
     return {name: load_tokenizer(TokenizerConfig(str(folder))) for name, folder in folders.items()}
 
 
-# ---- settings
+# ---- PromptConfig
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("keys", "words"),
     [
         ({}, "exactly one of data.prompt_column, data.messages_column, data.template; none is set"),
         ({"prompt_column": "a", "template": "{{ a }}"}, "data.prompt_column and data.template are set"),
@@ -62,13 +63,22 @@ def tokenizers(folders: dict[str, Path]) -> dict[str, Any]:
         ({"messages_column": "a", "chat_template_kwargs": {"tokenize": True}}, "may not hold tokenize"),
     ],
 )
-def test_settings_that_contradict_each_other(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        PromptConfig(**settings)
+def test_keys_that_contradict_each_other_are_rejected(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as raised:
+        PromptConfig(**keys)
+    assert "\n" not in str(raised.value), "one mistake is one line"
+
+
+def test_all_contradictions_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as raised:
+        PromptConfig(prompt_column="a", template="{{ a }}", system_prompt="s", chat_template_kwargs={"tokenize": True})
+    first, *others = raised.value.mistakes
+    assert "data.prompt_column and data.template are set" in first
+    assert [mistake.split()[0] for mistake in others] == ["data.system_prompt", *["data.chat_template_kwargs"] * 2]
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("keys", "words"),
     [
         (
             {"prompt_column": "qestion"},
@@ -85,14 +95,20 @@ def test_settings_that_contradict_each_other(settings: dict[str, Any], words: st
         ({"template": "{{ question | nonsense }}"}, "data.template, line 1: No filter named 'nonsense'"),
     ],
 )
-def test_columns_that_are_not_there(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as refused:
-        PromptConfig(**settings).check_columns(COLUMNS)
-    assert "\n" not in str(refused.value)
+def test_a_missing_column_is_reported_with_the_nearest_one(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as raised:
+        check_prompt_columns(PromptConfig(**keys), COLUMNS)
+    assert "\n" not in str(raised.value), "one mistake is one line"
+
+
+def test_all_missing_columns_of_a_template_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as raised:
+        check_prompt_columns(PromptConfig(template="{{ qestion }} {{ contxt }} {{ question }}"), COLUMNS)
+    assert len(raised.value.mistakes) == 2
 
 
 @pytest.mark.parametrize(
-    ("source", "prompt"),
+    ("keys", "prompt"),
     [
         ({"prompt_column": "question"}, "Why?"),
         ({"messages_column": "messages"}, HELLO),
@@ -100,28 +116,28 @@ def test_columns_that_are_not_there(settings: dict[str, Any], words: str) -> Non
         ({"template": "{% set x = question %}{{ x }}"}, "Why?"),
     ],
 )
-def test_columns_that_are_there(source: dict[str, Any], prompt: Any) -> None:
-    settings = PromptConfig(**source)
-    settings.check_columns(COLUMNS)
-    assert PromptRenderer(settings, None).build_prompt({"question": "Why?", "context": "", "messages": HELLO}) == prompt
+def test_a_prompt_is_built_from_columns_that_exist(keys: dict[str, Any], prompt: Any) -> None:
+    config = PromptConfig(**keys)
+    check_prompt_columns(config, COLUMNS)
+    assert PromptRenderer(config, None).build_prompt({"question": "Why?", "context": "", "messages": HELLO}) == prompt
 
 
-def test_a_chat_template_is_a_file_or_itself(tmp_path: Path, tokenizers: dict[str, Any]) -> None:
+def test_a_chat_template_is_a_file_or_a_text(tmp_path: Path, tokenizers: dict[str, Any]) -> None:
     path = tmp_path / "chat.jinja"
     path.write_text("{{ messages[0].content }}é", encoding="utf-8")
     from_file = PromptConfig(messages_column="m", chat_template=str(path))
-    assert from_file.load_chat_template() == "{{ messages[0].content }}é"
-    itself = PromptConfig(messages_column="m", chat_template="{{ messages[0].content }}é")
-    assert itself.load_chat_template() == from_file.load_chat_template()
+    assert load_chat_template(from_file) == "{{ messages[0].content }}é"
+    as_text = PromptConfig(messages_column="m", chat_template="{{ messages[0].content }}é")
+    assert load_chat_template(as_text) == load_chat_template(from_file)
     row = {"m": HELLO}
-    assert PromptRenderer(itself, tokenizers["bos"]).tokenize_row(row) == PromptRenderer(
+    assert PromptRenderer(as_text, tokenizers["bos"]).tokenize_row(row) == PromptRenderer(
         from_file, tokenizers["bos"]
     ).tokenize_row(row)
     with pytest.raises(ConfigError, match=r"data\.chat_template=.*none.jinja can't be read"):
-        PromptConfig(messages_column="m", chat_template=str(tmp_path / "none.jinja")).load_chat_template()
+        load_chat_template(PromptConfig(messages_column="m", chat_template=str(tmp_path / "none.jinja")))
 
 
-def test_a_broken_or_missing_chat_template_is_found_at_once(tokenizers: dict[str, Any]) -> None:
+def test_a_broken_or_missing_chat_template_is_reported_before_the_first_row(tokenizers: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data\.chat_template, line 2"):
         PromptRenderer(PromptConfig(messages_column="m", chat_template="\n{% if %}"), tokenizers["bos"])
     with pytest.raises(ConfigError, match=r"data\.chat_template, line 1: No filter named 'nonsense'"):
@@ -153,7 +169,7 @@ def test_a_broken_or_missing_chat_template_is_found_at_once(tokenizers: dict[str
         ({"max_model_len": 9, "hf_overrides": {"rope_theta": 1}}, TokenizerConfig("m", model="m")),
     ],
 )
-def test_settings_default_as_in_vllm(engine: dict[str, Any], expected: TokenizerConfig) -> None:
+def test_tokenizer_options_default_as_in_vllm(engine: dict[str, Any], expected: TokenizerConfig) -> None:
     assert TokenizerConfig.from_engine("m", engine) == expected
 
 
@@ -180,45 +196,66 @@ def test_settings_default_as_in_vllm(engine: dict[str, Any], expected: Tokenizer
         ({"config.json": {"model_type": "llama", "speculators_config": {}}}, {}, "speculator"),
     ],
 )
-def test_what_only_vllm_renders(
+def test_prompts_that_only_vllm_can_render_are_detected(
     tmp_path: Path, files: dict[str, Any], engine: dict[str, Any], words: str | None
 ) -> None:
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
-    settings = TokenizerConfig.from_engine(str(tmp_path), engine)
-    reason = find_reason_to_tokenize_in_engine(settings)
-    assert is_supported_by_transformers(settings) == (words is None)
+    config = TokenizerConfig.from_engine(str(tmp_path), engine)
+    reason = find_reason_to_tokenize_in_engine(config)
+    assert is_supported_by_transformers(config) == (words is None)
     assert reason is None if words is None else words in str(reason)
+
+
+def test_a_broken_config_json_is_ignored_and_logged_for_debugging(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text("{not json")
+    with caplog.at_level("DEBUG", logger="dpgen"):
+        assert is_supported_by_transformers(TokenizerConfig(str(tmp_path)))
+    assert "config.json" in caplog.text, "an error is never dropped in silence"
+
+
+def test_a_repository_that_cannot_be_reached_is_logged_for_debugging(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise ConnectionError("no route to the Hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with caplog.at_level("DEBUG", logger="dpgen"):
+        assert is_supported_by_transformers(TokenizerConfig("nobody/no-such-model"))
+    assert "can't download the configuration of nobody/no-such-model: no route to the Hub" in caplog.text
 
 
 def test_the_model_decides_the_mode_of_another_tokenizer(tmp_path: Path, folders: dict[str, Path]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3", "architectures": ["DeepseekV4ForCausalLM"]}')
-    settings = TokenizerConfig.from_engine(str(tmp_path), {"tokenizer": str(folders["bos"])})
-    assert not is_supported_by_transformers(settings)
+    config = TokenizerConfig.from_engine(str(tmp_path), {"tokenizer": str(folders["bos"])})
+    assert not is_supported_by_transformers(config)
 
 
 @pytest.mark.parametrize("variable", ["VLLM_USE_MODELSCOPE", "VLLM_USE_FASTOKENS"])
-def test_an_environment_that_swaps_the_tokenizer(
+def test_an_environment_variable_that_replaces_the_tokenizer_is_detected(
     monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], variable: str
 ) -> None:
-    settings = TokenizerConfig(str(folders["bos"]))
+    config = TokenizerConfig(str(folders["bos"]))
     monkeypatch.setenv(variable, "0")
-    assert is_supported_by_transformers(settings)
+    assert is_supported_by_transformers(config)
     monkeypatch.setenv(variable, "1")
-    assert variable in str(find_reason_to_tokenize_in_engine(settings))
+    assert variable in str(find_reason_to_tokenize_in_engine(config))
 
 
-def test_tokenizers_that_cannot_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no such folder"):
+def test_a_tokenizer_that_cannot_be_loaded_is_reported_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such directory"):
         load_tokenizer(TokenizerConfig(str(tmp_path / "none")))
     with pytest.raises(ConfigError, match="cannot load the tokenizer of"):
         load_tokenizer(TokenizerConfig(str(tmp_path)))
     (tmp_path / "tokenizer.json").write_text("{not json")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(ConfigError, match="cannot load the tokenizer of") as refused:
+    with pytest.raises(ConfigError, match="cannot load the tokenizer of") as raised:
         load_tokenizer(TokenizerConfig(str(tmp_path)))
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(raised.value)
 
 
 # ---- good rows
@@ -235,7 +272,7 @@ def test_special_tokens_are_added_to_texts_and_not_to_chats(tokenizers: dict[str
     assert PromptRenderer(PromptConfig(prompt_column="p"), letters).tokenize_row({"p": "ab"}) == [1, 68, 69, 2]
 
 
-def test_a_template_over_the_columns(tokenizers: dict[str, Any]) -> None:
+def test_a_template_reads_the_columns_of_a_row(tokenizers: dict[str, Any]) -> None:
     template = "{{ question }}|{{ context or '' }}|{{ tags[0] }}\n"
     renderer = PromptRenderer(PromptConfig(template=template), tokenizers["plain"])
     row = {"question": "<q>", "context": None, "tags": ["x"], "self": 1}
@@ -243,15 +280,15 @@ def test_a_template_over_the_columns(tokenizers: dict[str, Any]) -> None:
     assert tokenizers["plain"].decode(renderer.tokenize_row(row)) == "<q>||x\n"
 
 
-def test_messages_become_the_prompt_of_the_engine(tokenizers: dict[str, Any]) -> None:
-    settings = PromptConfig(messages_column="m", system_prompt="be brief")
+def test_messages_are_passed_to_an_engine_that_renders(tokenizers: dict[str, Any]) -> None:
+    config = PromptConfig(messages_column="m", system_prompt="be brief")
     row = {"m": [{"role": "user", "content": "hello", "name": None}]}
-    # Without a tokenizer, for the rows that the engine renders.
-    assert PromptRenderer(settings, None).build_prompt(row) == [{"role": "system", "content": "be brief"}, *HELLO]
-    assert row["m"][0]["name"] is None
+    # Without a tokenizer, since the engine renders.
+    assert PromptRenderer(config, None).build_prompt(row) == [{"role": "system", "content": "be brief"}, *HELLO]
+    assert row["m"][0]["name"] is None, "the row itself is not changed"
 
 
-def test_nulls_that_datasets_fills_in_change_nothing(tokenizers: dict[str, Any]) -> None:
+def test_nulls_that_datasets_fills_in_do_not_change_the_prompt(tokenizers: dict[str, Any]) -> None:
     rows = [
         {"m": [{"role": "user", "content": "hello"}]},
         {
@@ -270,20 +307,18 @@ def test_nulls_that_datasets_fills_in_change_nothing(tokenizers: dict[str, Any])
         assert [renderer.tokenize_row(row) for row in filled] == [renderer.tokenize_row(row) for row in rows]
 
 
-def test_rows_are_left_as_they_are(tokenizers: dict[str, Any]) -> None:
+def test_rendering_does_not_change_the_row(tokenizers: dict[str, Any]) -> None:
     row = {"m": [*HELLO, copy.deepcopy(CALL)]}
     before = copy.deepcopy(row)
     PromptRenderer(PromptConfig(messages_column="m"), tokenizers["plain"]).tokenize_row(row)
     assert row == before
 
 
-def test_chat_settings_reach_the_template(tokenizers: dict[str, Any]) -> None:
+def test_chat_keys_reach_the_template(tokenizers: dict[str, Any]) -> None:
     plain = tokenizers["plain"]
 
-    def text(row: list[dict[str, Any]], **settings: Any) -> str:
-        return plain.decode(
-            PromptRenderer(PromptConfig(messages_column="m", **settings), plain).tokenize_row({"m": row})
-        )
+    def text(row: list[dict[str, Any]], **keys: Any) -> str:
+        return plain.decode(PromptRenderer(PromptConfig(messages_column="m", **keys), plain).tokenize_row({"m": row}))
 
     assert text(HELLO).endswith("<|im_start|>assistant\n")
     assert text(HELLO, chat_template_kwargs={"enable_thinking": False, "unused": 1}).endswith("<think></think>")
@@ -330,7 +365,7 @@ def test_chat_settings_reach_the_template(tokenizers: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_contents_in_both_formats(message: dict[str, Any], string: str, openai: Any) -> None:
+def test_contents_are_converted_to_both_formats(message: dict[str, Any], string: str, openai: Any) -> None:
     (cleaned,) = validate_messages([message])
     assert to_conversation([cleaned], "string")[0]["content"] == string
     assert to_conversation([cleaned], "openai")[0]["content"] == openai
@@ -346,7 +381,7 @@ def test_tool_arguments_are_objects(arguments: Any, expected: dict[str, Any]) ->
     assert to_conversation(messages, "string")[0]["tool_calls"][0]["function"]["arguments"] == expected
 
 
-def test_keys_of_messages() -> None:
+def test_only_the_keys_that_vllm_keeps_reach_the_template() -> None:
     full = {
         "role": "assistant",
         "content": "a",
@@ -386,11 +421,11 @@ def test_developer_messages_join_the_system_message() -> None:
 
 
 @pytest.mark.parametrize(("template", "expected"), CONTENT_FORMATS.items())
-def test_content_format(template: str, expected: str) -> None:
+def test_the_content_format_is_read_from_the_template(template: str, expected: str) -> None:
     assert detect_content_format(template) == expected
 
 
-def test_content_format_of_names_assigned_in_a_circle() -> None:
+def test_names_assigned_in_a_circle_do_not_hang_the_detection() -> None:
     assert detect_content_format("{% set a = messages %}{% set messages = a %}{{ messages }}") == "string"
 
 
@@ -455,52 +490,54 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
 ]
 
 
-def refusal(renderer: PromptRenderer, row: dict[str, Any]) -> RowRefused:
-    with pytest.raises(RowRefused) as refused:
+def reject(renderer: PromptRenderer, row: dict[str, Any]) -> RowRefused:
+    with pytest.raises(RowRefused) as raised:
         renderer.tokenize_row(row)
-    assert refused.value.message
-    refused.value.message.encode("utf-8")
-    return refused.value
+    assert raised.value.message
+    raised.value.message.encode("utf-8")
+    return raised.value
 
 
-@pytest.mark.parametrize(("settings", "value", "expected"), BAD_TEXTS)
-def test_bad_texts(tokenizers: dict[str, Any], settings: dict[str, Any], value: Any, expected: str) -> None:
-    renderer = PromptRenderer(PromptConfig(**settings), tokenizers["plain"])
-    assert refusal(renderer, {"p": value}).type == expected
+@pytest.mark.parametrize(("keys", "value", "expected"), BAD_TEXTS)
+def test_a_bad_text_is_rejected_with_its_type(
+    tokenizers: dict[str, Any], keys: dict[str, Any], value: Any, expected: str
+) -> None:
+    renderer = PromptRenderer(PromptConfig(**keys), tokenizers["plain"])
+    assert reject(renderer, {"p": value}).type == expected
 
 
 @pytest.mark.parametrize(("value", "expected"), BAD_MESSAGES)
-def test_bad_messages(tokenizers: dict[str, Any], value: Any, expected: str) -> None:
+def test_bad_messages_are_rejected_with_their_type(tokenizers: dict[str, Any], value: Any, expected: str) -> None:
     renderer = PromptRenderer(PromptConfig(messages_column="m"), tokenizers["bos"])
-    assert refusal(renderer, {"m": value}).type == expected
+    assert reject(renderer, {"m": value}).type == expected
 
 
-def test_messages_nested_without_end(tokenizers: dict[str, Any]) -> None:
+def test_messages_nested_without_end_are_rejected(tokenizers: dict[str, Any]) -> None:
     loop: list[Any] = []
     loop.append(loop)
     renderer = PromptRenderer(PromptConfig(messages_column="m"), tokenizers["bos"])
-    assert refusal(renderer, {"m": [{"role": "user", "content": loop}]}).type == "wrong_type"
+    assert reject(renderer, {"m": [{"role": "user", "content": loop}]}).type == "wrong_type"
 
 
-def test_a_continued_message_must_be_there(tokenizers: dict[str, Any]) -> None:
-    settings = PromptConfig(messages_column="m", add_generation_prompt=False, continue_final_message=True)
-    renderer = PromptRenderer(settings, tokenizers["parts"])
-    assert refusal(renderer, {"m": [*HELLO, {"role": "assistant"}]}).type == "chat_template_failed"
+def test_a_missing_message_cannot_be_continued(tokenizers: dict[str, Any]) -> None:
+    config = PromptConfig(messages_column="m", add_generation_prompt=False, continue_final_message=True)
+    renderer = PromptRenderer(config, tokenizers["parts"])
+    assert reject(renderer, {"m": [*HELLO, {"role": "assistant"}]}).type == "chat_template_failed"
 
 
-def test_a_tokenizer_that_fails_costs_one_row() -> None:
+def test_a_tokenizer_that_fails_rejects_one_row() -> None:
     def broken(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         raise KeyError(text)
 
     renderer = PromptRenderer(PromptConfig(prompt_column="p"), broken)
-    assert refusal(renderer, {"p": "a"}).type == "tokenizer_failed"
+    assert reject(renderer, {"p": "a"}).type == "tokenizer_failed"
 
 
 def test_an_empty_text_is_a_prompt_where_tokens_are_added(tokenizers: dict[str, Any]) -> None:
     assert PromptRenderer(PromptConfig(prompt_column="p"), tokenizers["bos"]).tokenize_row({"p": ""}) == [1]
 
 
-def test_nothing_heavy_is_imported_for_help() -> None:
+def test_importing_the_renderer_loads_nothing_heavy() -> None:
     code = "import sys, dpgen.data.render; print({'transformers', 'jinja2', 'torch', 'vllm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -1,7 +1,7 @@
-"""Our token ids against those that vLLM's LLM.generate and LLM.chat use (RequestOutput.prompt_token_ids).
+"""Our token ids equal those that vLLM's LLM.generate and LLM.chat use (RequestOutput.prompt_token_ids).
 
-vLLM runs in a process of its own, one for all tokenizers, since it takes longer to import than to load: this file, as
-a script, is that process. It renders every prompt with `VllmRenderer`, too.
+vLLM runs in a separate process, one for all tokenizers, since importing vLLM takes longer than loading a model. This
+file, run as a script, is that process. It also renders every prompt with `VllmRenderer`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from helpers.chat_templates import CONTENT_FORMATS
 from helpers.jobs import REPO
 from helpers.tiny_model import save_tiny_model
 
+from dpgen.config.prompt import PromptConfig
 from dpgen.data.chat import KNOWN_PART_KEYS
-from dpgen.data.render import PromptConfig, PromptRenderer
+from dpgen.data.render import PromptRenderer
 from dpgen.data.tokenizer import TokenizerConfig, is_supported_by_transformers, load_tokenizer
 from dpgen.errors import RowRefused
 
@@ -33,15 +34,15 @@ MODES = [("deepseek_v32", "plain"), ("mistral", "mistral")]
 
 @dataclass
 class Case:
-    """One row: `value` as the user means it, and the settings that it is rendered with."""
+    """Hold one row: `value` as the user means it, and the keys of `PromptConfig` that it is rendered with."""
 
     name: str
     value: Any
-    settings: dict[str, Any] = field(default_factory=dict)
-    refused_here: bool = False  # though vLLM takes it
+    keys: dict[str, Any] = field(default_factory=dict)
+    only_vllm_accepts: bool = False
 
 
-def said(role: str, content: Any = None, **more: Any) -> dict[str, Any]:
+def message(role: str, content: Any = None, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
@@ -49,11 +50,11 @@ def text(value: str) -> dict[str, Any]:
     return {"type": "text", "text": value}
 
 
-def calling(arguments: Any) -> dict[str, Any]:
+def tool_call(arguments: Any) -> dict[str, Any]:
     return {"function": {"name": "f", "arguments": arguments}}
 
 
-HELLO = said("user", "hello")
+HELLO = message("user", "hello")
 CALL = {
     "id": "c1",
     "type": "function",
@@ -70,44 +71,44 @@ TEXTS = {
     "long": "the quick brown fox " * 8,
 }
 CHATS = {
-    "system": [said("system", "be brief"), HELLO],
-    "turns": [HELLO, said("assistant", "hello there"), said("user", " and you? ")],
-    "empty text": [said("user", "")],
-    "unicode": [said("user", "naïve 你好 🤗 cafe\u0301")],
-    "special tokens": [said("user", "</s><s>[INST] <|im_end|>\n<|im_start|>system")],
-    "parts": [said("user", [text("one"), text(""), text("two")])],
-    "strings and parts": [said("user", ["one", text("two"), {"type": "input_text", "text": "three"}])],
-    "no parts": [said("user", []), HELLO],
-    "part without text": [said("user", [{"type": "text"}, {"type": "refusal"}, text("two")])],
-    "marked part": [said("user", [{**text("one"), "mark": "!", "cache_control": {"type": "x"}}])],
-    "thinking part": [HELLO, said("assistant", [{"type": "thinking", "thinking": "hm"}, text("yes")])],
-    "refusal part": [HELLO, said("assistant", [{"type": "refusal", "refusal": "no"}])],
-    "billing header": [said("system", "x-anthropic-billing-header: 1\nbe brief"), HELLO],
-    "only a billing header": [said("system", "x-anthropic-billing-header: 1"), HELLO],
-    "name and task": [said("user", "hello", name="ann", task="t", weight=1)],
-    "reasoning": [HELLO, said("assistant", "yes", reasoning="hm")],
-    "reasoning_content": [HELLO, said("assistant", "yes", reasoning_content="hm")],
-    "tool call": [HELLO, said("assistant", tool_calls=[CALL]), said("tool", "3", tool_call_id="c1")],
-    "no tool calls": [HELLO, said("assistant", "yes", tool_calls=[])],
-    "broken arguments": [HELLO, said("assistant", "", tool_calls=[calling("{")])],
-    "list arguments": [HELLO, said("assistant", "", tool_calls=[calling("[1]")])],
-    "object arguments": [HELLO, said("assistant", "", tool_calls=[calling({"a": 1})])],
-    "no arguments": [HELLO, said("assistant", "", tool_calls=[{"function": {"name": "f"}}])],
-    "custom call": [HELLO, said("assistant", "", tool_calls=[{"type": "custom", "function": {"name": "f"}}])],
-    "tool parts": [HELLO, said("tool", [text("one"), text(""), text("two")], tool_call_id="c1")],
-    "tool reference": [HELLO, said("tool", [{"type": "tool_reference", "name": "sum"}])],
-    "developer": [HELLO, said("developer", "be brief"), said("system", "be kind")],
-    "developer first": [said("developer", [text("be"), text("brief")], tools=[{"name": "sum"}]), HELLO],
-    "unknown role": [said("critic", "hello")],
+    "system": [message("system", "be brief"), HELLO],
+    "turns": [HELLO, message("assistant", "hello there"), message("user", " and you? ")],
+    "empty text": [message("user", "")],
+    "unicode": [message("user", "naïve 你好 🤗 cafe\u0301")],
+    "special tokens": [message("user", "</s><s>[INST] <|im_end|>\n<|im_start|>system")],
+    "parts": [message("user", [text("one"), text(""), text("two")])],
+    "strings and parts": [message("user", ["one", text("two"), {"type": "input_text", "text": "three"}])],
+    "no parts": [message("user", []), HELLO],
+    "part without text": [message("user", [{"type": "text"}, {"type": "refusal"}, text("two")])],
+    "marked part": [message("user", [{**text("one"), "mark": "!", "cache_control": {"type": "x"}}])],
+    "thinking part": [HELLO, message("assistant", [{"type": "thinking", "thinking": "hm"}, text("yes")])],
+    "refusal part": [HELLO, message("assistant", [{"type": "refusal", "refusal": "no"}])],
+    "billing header": [message("system", "x-anthropic-billing-header: 1\nbe brief"), HELLO],
+    "only a billing header": [message("system", "x-anthropic-billing-header: 1"), HELLO],
+    "name and task": [message("user", "hello", name="ann", task="t", weight=1)],
+    "reasoning": [HELLO, message("assistant", "yes", reasoning="hm")],
+    "reasoning_content": [HELLO, message("assistant", "yes", reasoning_content="hm")],
+    "tool call": [HELLO, message("assistant", tool_calls=[CALL]), message("tool", "3", tool_call_id="c1")],
+    "no tool calls": [HELLO, message("assistant", "yes", tool_calls=[])],
+    "broken arguments": [HELLO, message("assistant", "", tool_calls=[tool_call("{")])],
+    "list arguments": [HELLO, message("assistant", "", tool_calls=[tool_call("[1]")])],
+    "object arguments": [HELLO, message("assistant", "", tool_calls=[tool_call({"a": 1})])],
+    "no arguments": [HELLO, message("assistant", "", tool_calls=[{"function": {"name": "f"}}])],
+    "custom call": [HELLO, message("assistant", "", tool_calls=[{"type": "custom", "function": {"name": "f"}}])],
+    "tool parts": [HELLO, message("tool", [text("one"), text(""), text("two")], tool_call_id="c1")],
+    "tool reference": [HELLO, message("tool", [{"type": "tool_reference", "name": "sum"}])],
+    "developer": [HELLO, message("developer", "be brief"), message("system", "be kind")],
+    "developer first": [message("developer", [text("be"), text("brief")], tools=[{"name": "sum"}]), HELLO],
+    "unknown role": [message("critic", "hello")],
     "no messages": [],
-    "image": [said("user", [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}])],
-    "part without type": [said("user", [{"text": "one"}])],
-    "text with uuid": [said("user", [{**text("one"), "uuid": "u"}])],
+    "image": [message("user", [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}])],
+    "part without type": [message("user", [{"text": "one"}])],
+    "text with uuid": [message("user", [{**text("one"), "uuid": "u"}])],
 }  # fmt: skip
 TOOLS = [{"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}]
 OWN_TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ tail }}"
 OWN_PARTS = "{% for m in messages %}{% for part in m.content %}{{ part.text }};{% endfor %}{% endfor %}"
-SETTINGS: dict[str, dict[str, Any]] = {
+PROMPT_KEYS: dict[str, dict[str, Any]] = {
     "system prompt": {"system_prompt": "be brief"},
     "no opening": {"add_generation_prompt": False},
     "variables": {"chat_template_kwargs": {"enable_thinking": False, "tail": "!", "padding": True}},
@@ -118,26 +119,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def cases() -> list[Case]:
+def make_cases() -> list[Case]:
     texts = {"prompt_column": "value"}
     chats = {"messages_column": "value"}
     as_chat = {"prompt_column": "value", "as_chat": True}
-    unfinished = [HELLO, said("assistant", "well, ")]
-    parts = [HELLO, said("assistant", [text("well"), text("then ")])]
-    found = [Case(f"text: {name}", value, texts) for name, value in TEXTS.items()]
-    found += [Case(f"as chat: {name}", value, as_chat) for name, value in TEXTS.items()]
-    found += [Case(f"chat: {name}", value, chats) for name, value in CHATS.items()]
-    for name, settings in SETTINGS.items():
-        found.append(Case(f"{name}: messages", deepcopy(unfinished), chats | settings))
-        found.append(Case(f"{name}: parts", deepcopy(parts), chats | settings))
-    found.append(Case("template", "hello", {"template": "Q: {{ value }}\n"}))
-    found.append(Case("template as chat", "hello", {"template": "Q: {{ value }}\n", "as_chat": True}))
-    found.append(Case("number as text", [said("user", [text(3)])], chats, refused_here=True))  # type: ignore[arg-type]
-    return found
+    unfinished = [HELLO, message("assistant", "well, ")]
+    parts = [HELLO, message("assistant", [text("well"), text("then ")])]
+    cases = [Case(f"text: {name}", value, texts) for name, value in TEXTS.items()]
+    cases += [Case(f"as chat: {name}", value, as_chat) for name, value in TEXTS.items()]
+    cases += [Case(f"chat: {name}", value, chats) for name, value in CHATS.items()]
+    for name, keys in PROMPT_KEYS.items():
+        cases.append(Case(f"{name}: messages", deepcopy(unfinished), chats | keys))
+        cases.append(Case(f"{name}: parts", deepcopy(parts), chats | keys))
+    cases.append(Case("template", "hello", {"template": "Q: {{ value }}\n"}))
+    cases.append(Case("template as chat", "hello", {"template": "Q: {{ value }}\n", "as_chat": True}))
+    cases.append(Case("number as text", [message("user", [text(3)])], chats, only_vllm_accepts=True))  # type: ignore[arg-type]
+    return cases
 
 
 def with_nulls(value: Any) -> Any:
-    """What a row's messages look like when other rows of the dataset have more keys."""
+    """Return a row's messages as Arrow gives them when other rows of the dataset have more keys."""
     extra = {"role": ("name", "tool_calls", "tool_call_id", "reasoning", "refusal", "tools", "content")}
     extra |= {"type": ("image_url", "text", "refusal", "thinking", "mark"), "function": ("index", "type")}
     if isinstance(value, list):
@@ -148,34 +149,35 @@ def with_nulls(value: Any) -> Any:
     return {key: with_nulls(item) for key, item in value.items()} | dict.fromkeys(keys)
 
 
-def ours(case: Case, value: Any, tokenizer: Any) -> list[int] | str:
+def render_in_rank(case: Case, value: Any, tokenizer: Any) -> list[int] | str:
+    """Return our token ids, or the type of the error."""
     try:
-        return PromptRenderer(PromptConfig(**case.settings), tokenizer).tokenize_row({"value": value})
-    except RowRefused as refused:
-        return refused.type
+        return PromptRenderer(PromptConfig(**case.keys), tokenizer).tokenize_row({"value": value})
+    except RowRefused as error:
+        return error.type
 
 
 @dataclass(frozen=True)
 class VllmAnswers:
-    """A model's folder, and what vLLM made of all cases with it; see `main`."""
+    """Hold a model's folder, and vLLM's answers to all cases with this model; see `main`."""
 
     folder: Path
     theirs: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VllmAnswers]:
-    """By the tokenizer's name, or by the tokenizer mode."""
-    folder = tmp_path_factory.mktemp("asked")
-    wanted = [(name, name, {}) for name in tiny_tokenizers.NAMES]
-    wanted += [(mode, tokenizer, {"tokenizer_mode": mode}) for mode, tokenizer in MODES]
+def vllm_answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VllmAnswers]:
+    """Return the answers by the tokenizer's name, or by the tokenizer mode."""
+    folder = tmp_path_factory.mktemp("answers")
+    models = [(name, name, {}) for name in tiny_tokenizers.NAMES]
+    models += [(mode, tokenizer, {"tokenizer_mode": mode}) for mode, tokenizer in MODES]
     questions = [
         {
             "folder": str(save_tiny_model(folder / key, tokenizer)),
             "answer": str(folder / f"{key}.json"),
             "engine": engine,
         }
-        for key, tokenizer, engine in wanted
+        for key, tokenizer, engine in models
     ]
     environment = os.environ | {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -186,59 +188,64 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VllmAnswers]:
     command = [sys.executable, __file__, json.dumps(questions)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    return {key: VllmAnswers(folder / key, json.loads((folder / f"{key}.json").read_text())) for key, _, _ in wanted}
+    return {key: VllmAnswers(folder / key, json.loads((folder / f"{key}.json").read_text())) for key, _, _ in models}
 
 
 @pytest.mark.parametrize("name", tiny_tokenizers.NAMES)
-def test_token_for_token(name: str, asked: dict[str, VllmAnswers]) -> None:
-    settings = TokenizerConfig.from_engine(str(asked[name].folder), {})
-    assert is_supported_by_transformers(settings)
-    tokenizer = load_tokenizer(settings)
-    theirs = asked[name].theirs
-    taken = 0
-    for case in cases():
+def test_our_token_ids_equal_those_of_vllm_in_every_case(name: str, vllm_answers: dict[str, VllmAnswers]) -> None:
+    config = TokenizerConfig.from_engine(str(vllm_answers[name].folder), {})
+    assert is_supported_by_transformers(config)
+    tokenizer = load_tokenizer(config)
+    theirs = vllm_answers[name].theirs
+    num_accepted = 0
+    for case in make_cases():
         generated, rendered = theirs["generate"][case.name], theirs["renderer"][case.name]
-        plain, filled = ours(case, case.value, tokenizer), ours(case, with_nulls(case.value), tokenizer)
+        plain, filled = (
+            render_in_rank(case, case.value, tokenizer),
+            render_in_rank(case, with_nulls(case.value), tokenizer),
+        )
         assert plain == filled, f"{case.name}: nulls change the prompt"
-        if case.refused_here or generated is None:
-            assert isinstance(plain, str), f"{case.name}: vLLM refuses it, {theirs['errors'].get(case.name)}"
+        if case.only_vllm_accepts or generated is None:
+            assert isinstance(plain, str), f"{case.name}: vLLM rejects it, {theirs['errors'].get(case.name)}"
             assert isinstance(rendered, str), case.name
         else:
-            taken += 1
+            num_accepted += 1
             assert plain == generated, f"{case.name}: {tokenizer.decode(plain)!r} {tokenizer.decode(generated)!r}"
             assert rendered == generated, f"{case.name}, rendered in the engine"
-    assert taken > 40
+    assert num_accepted > 40
     assert theirs["formats"] == CONTENT_FORMATS
     assert set(theirs["known part keys"]) == KNOWN_PART_KEYS
 
 
 @pytest.mark.parametrize("mode", [mode for mode, _ in MODES])
-def test_a_tokenizer_mode_of_vllms_own(mode: str, asked: dict[str, VllmAnswers]) -> None:
+def test_a_tokenizer_mode_that_only_vllm_has_is_rendered_in_the_engine(
+    mode: str, vllm_answers: dict[str, VllmAnswers]
+) -> None:
     assert not is_supported_by_transformers(
-        TokenizerConfig.from_engine(str(asked[mode].folder), {"tokenizer_mode": mode})
+        TokenizerConfig.from_engine(str(vllm_answers[mode].folder), {"tokenizer_mode": mode})
     )
-    theirs = asked[mode].theirs
-    taken = 0
-    for case in cases():
+    theirs = vllm_answers[mode].theirs
+    num_accepted = 0
+    for case in make_cases():
         generated, rendered = theirs["generate"][case.name], theirs["renderer"][case.name]
-        if case.refused_here or generated is None:
-            assert isinstance(rendered, str), f"{case.name}: vLLM refuses it, {theirs['errors'].get(case.name)}"
+        if case.only_vllm_accepts or generated is None:
+            assert isinstance(rendered, str), f"{case.name}: vLLM rejects it, {theirs['errors'].get(case.name)}"
         else:
-            taken += 1
+            num_accepted += 1
             assert rendered == generated, case.name
-    assert taken > 25
+    assert num_accepted > 25
 
 
 # ---- the process with vLLM
 
 
 def main(questions: str) -> None:
-    """For each question: one engine, all cases, and what became of them in the file that is to hold the answer."""
+    """Run one engine for each question, give it all cases, and write the results to the question's answer file."""
     for question in json.loads(questions):
-        Path(question["answer"]).write_text(json.dumps(answer(question["folder"], question["engine"])))
+        Path(question["answer"]).write_text(json.dumps(collect_answers(question["folder"], question["engine"])))
 
 
-def answer(folder: str, engine: dict[str, Any]) -> dict[str, Any]:
+def collect_answers(folder: str, engine: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
     from vllm.renderers.chat_utils import _KNOWN_CONTENT_PART_FIELDS
     from vllm.renderers.hf import _detect_content_format
@@ -255,50 +262,50 @@ def answer(folder: str, engine: dict[str, Any]) -> dict[str, Any]:
         **engine,
     )
     theirs: dict[str, Any] = {"generate": {}, "renderer": {}, "errors": {}}
-    for case in cases():
+    for case in make_cases():
         try:
             theirs["generate"][case.name] = generate(llm, case)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the row is refused
+        except Exception as error:  # noqa: BLE001 - any error means that vLLM rejects the row
             theirs["generate"][case.name] = None
             theirs["errors"][case.name] = repr(error)
         theirs["renderer"][case.name] = render_in_engine(llm, case)
-    theirs["formats"] = {each: _detect_content_format(each, default="string") for each in CONTENT_FORMATS}
+    theirs["formats"] = {template: _detect_content_format(template, default="string") for template in CONTENT_FORMATS}
     theirs["known part keys"] = sorted(_KNOWN_CONTENT_PART_FIELDS)
     llm.llm_engine.engine_core.shutdown()
     return theirs
 
 
 def generate(llm: Any, case: Case) -> list[int]:
-    """As a user of vLLM would; the settings are read here by hand, to depend on no code of ours."""
+    """Generate as a user of vLLM would. The keys are read here by hand, so that none of our code takes part."""
     from vllm import SamplingParams
 
-    settings = dict(case.settings)
-    as_chat = settings.pop("as_chat", False)
+    keys = dict(case.keys)
+    as_chat = keys.pop("as_chat", False)
     prompt = deepcopy(case.value)
-    if "template" in settings:
-        prompt = settings.pop("template").replace("{{ value }}", prompt)
+    if "template" in keys:
+        prompt = keys.pop("template").replace("{{ value }}", prompt)
         prompt = prompt if isinstance(case.value, str) else ""
     sampling = SamplingParams(max_tokens=1)
-    settings.pop("prompt_column", None)
-    if settings.pop("messages_column", None) is None and not as_chat:
+    keys.pop("prompt_column", None)
+    if keys.pop("messages_column", None) is None and not as_chat:
         (output,) = llm.generate(prompt, sampling, use_tqdm=False)
         return list(output.prompt_token_ids)
-    messages = [said("user", prompt)] if as_chat else prompt
-    if "system_prompt" in settings:
-        messages = [said("system", settings.pop("system_prompt")), *messages]
-    (output,) = llm.chat([messages], sampling, use_tqdm=False, **settings)
+    messages = [message("user", prompt)] if as_chat else prompt
+    if "system_prompt" in keys:
+        messages = [message("system", keys.pop("system_prompt")), *messages]
+    (output,) = llm.chat([messages], sampling, use_tqdm=False, **keys)
     return list(output.prompt_token_ids)
 
 
 def render_in_engine(llm: Any, case: Case) -> list[int] | str:
     from dpgen.engine.vllm_render import VllmRenderer
 
-    settings = PromptConfig(**case.settings)
+    config = PromptConfig(**case.keys)
     try:
-        prompt = PromptRenderer(settings, None).build_prompt({"value": with_nulls(case.value)})
-        return VllmRenderer(llm.llm_engine, settings).render(prompt)
-    except RowRefused as refused:
-        return refused.type
+        prompt = PromptRenderer(config, None).build_prompt({"value": with_nulls(case.value)})
+        return VllmRenderer(llm.llm_engine, config).render(prompt)
+    except RowRefused as error:
+        return error.type
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The table of bad input: every kind of bad row and of bad configuration, and the error that each gets.
+"""List bad input: every kind of bad row and of bad configuration, each with its error.
 
-tests/jobs/test_bad_input.py puts all of it before a user's command: `dpgen run`, on real vLLM.
+tests/jobs/test_bad_input.py gives all of it to a user's command: `dpgen run`, on real vLLM.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 HELLO = [{"role": "user", "content": "hello"}]
 LONG = "word " * 400  # the test's model has a context of 256 tokens
 
-# (what is wrong, the row, the error's type, words of its message), by where the prompt comes from.
+# (what is wrong, the row, the error's type, words of its message), by the key that names the prompt's source.
 BAD_ROWS: dict[str, list[tuple[str, dict[str, Any], str, str]]] = {
     "data.messages_column": [
         ("too long", {"messages": [{"role": "user", "content": LONG}]}, "prompt_too_long", "256"),
@@ -32,8 +32,18 @@ BAD_ROWS: dict[str, list[tuple[str, dict[str, Any], str, str]]] = {
         ("min_tokens below 0", {"messages": HELLO, "min_tokens": -1}, "bad_sampling", "min_tokens"),
         ("min_tokens above max_tokens", {"messages": HELLO, "min_tokens": 9, "max_tokens": 3}, "bad_sampling", "min_"),
         ("an empty stop string", {"messages": HELLO, "stop": [""]}, "bad_sampling", "stop"),
-        ("a regex that is none", {"messages": HELLO, "structured_outputs": {"regex": "a(b"}}, "bad_sampling", "a(b"),
-        ("a token that is none", {"messages": HELLO, "allowed_token_ids": [99999]}, "bad_sampling", "allowed_token"),
+        (
+            "a regex that is not valid",
+            {"messages": HELLO, "structured_outputs": {"regex": "a(b"}},
+            "bad_sampling",
+            "a(b",
+        ),
+        (
+            "a token that does not exist",
+            {"messages": HELLO, "allowed_token_ids": [99999]},
+            "bad_sampling",
+            "allowed_token",
+        ),
         ("no token allowed", {"messages": HELLO, "allowed_token_ids": []}, "bad_sampling", "allowed_token"),
     ],
     "data.prompt_column": [
@@ -48,16 +58,16 @@ BAD_ROWS: dict[str, list[tuple[str, dict[str, Any], str, str]]] = {
         ("a division by zero", {"kind": "divide", "number": 0}, "template_failed", "zero"),
         ("arithmetic with a text", {"kind": "add", "text": "x"}, "template_failed", ""),
         (
-            "a field that is not there",
+            "a field that is missing",
             {"kind": "field", "meta": {"author": None}},
             "template_failed",
             "no attribute 'name'",
         ),
         ("no struct at all", {"kind": "field", "meta": None}, "template_failed", ""),
-        ("an item that is not there", {"kind": "item", "list": []}, "template_failed", ""),
-        ("what a sandbox forbids", {"kind": "inside"}, "template_failed", "unsafe"),
-        ("nothing comes out", {"kind": "nothing"}, "empty_prompt", ""),
-        ("too much comes out", {"kind": "repeat", "number": 100_000}, "prompt_too_long", "256"),
+        ("an item that is missing", {"kind": "item", "list": []}, "template_failed", ""),
+        ("access that the sandbox forbids", {"kind": "inside"}, "template_failed", "unsafe"),
+        ("an empty result", {"kind": "nothing"}, "empty_prompt", ""),
+        ("a result that is too long", {"kind": "repeat", "number": 100_000}, "prompt_too_long", "256"),
     ],
 }
 
@@ -68,16 +78,16 @@ TEMPLATE = (
     "{% elif kind == 'nothing' %}{% elif kind == 'repeat' %}{{ 'word ' * number }}{% else %}{{ text }}{% endif %}"
 )
 
-# (what is wrong, words of the command line, the error's words). All end with status 2, before a model loads.
+# (what is wrong, arguments of the command, words of its error). All exit with status 2, before a model loads.
 BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ("a misspelt key", ["data.promt_column=x"], "unknown key 'data.promt_column'; did you mean 'data.prompt_column'"),
     ("a misspelt section", ["dta.path=x"], "did you mean 'data.path'"),
     ("a section that is a number", ["run=3"], "run is a section of keys"),
     ("a number that is a word", ["run.seed=abc"], "run.seed"),
-    ("a choice that is none", ["run.resume=sometimes"], "'auto', 'never', 'force'"),
-    ("a limit below its least", ["data.limit=-1"], "data.limit is -1; it must be at least 0"),
-    ("a range that is none", ["data.select=a:b"], "data.select is 'a:b'"),
-    ("a time that is none", ["run.time_limit=soon"], "must be seconds, or H:MM:SS"),
+    ("a choice that is not legal", ["run.resume=sometimes"], "'auto', 'never', 'force'"),
+    ("a limit below its minimum", ["data.limit=-1"], "data.limit=-1: must be at least 0"),
+    ("a range that is not valid", ["data.select=a:b"], "data.select='a:b'"),
+    ("a time that is not valid", ["run.time_limit=soon"], "must be seconds, or H:MM:SS"),
     ("two prompts", ["data.messages_column=m"], "data.prompt_column and data.messages_column are set"),
     ("no prompt", ["data.prompt_column=null"], "none is set"),
     ("a system prompt without a chat", ["data.system_prompt=Hello"], "needs a chat"),
@@ -85,22 +95,22 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ("not YAML", ["run.seed=["], "not valid YAML"),
     ("neither a file nor key=value", ["nonsense"], "no such configuration file: nonsense"),
     ("an unknown option", ["--fast"], "unknown option --fast"),
-    ("input that is not there", ["data.path=nowhere.jsonl"], "no such file or folder: nowhere.jsonl"),
+    ("input that is not there", ["data.path=nowhere.jsonl"], "no such file or directory: nowhere.jsonl"),
     ("a glob that matches nothing", ["data.path=nowhere/*.jsonl"], "no file matches nowhere/*.jsonl"),
     ("a kind of file that is unknown", ["data.path=README.md"], "is none of the known kinds"),
-    ("input that is not what its name says", ["data.path=@broken.jsonl"], "broken.jsonl"),
+    ("a file whose content does not fit its name", ["data.path=@broken.jsonl"], "broken.jsonl"),
     ("a revision of a file", ["data.revision=main"], "data.revision=main is for a dataset of the Hub"),
     ("a split that is not there", ["data.split=test"], "test"),
     ("a column that is not there", ["data.prompt_column=promt"], "did you mean 'prompt'"),
     ("a template's column that is not there", ["data.prompt_column=null", "data.template={{ promt }}"], "'prompt'"),
-    ("a template that is none", ["data.prompt_column=null", "data.template={{ prompt"], "data.template, line 1"),
+    ("a template that is not valid", ["data.prompt_column=null", "data.template={{ prompt"], "data.template, line 1"),
     ("a sampling column that is not there", ["sampling.from_columns={max_tokens: promt}"], "did you mean 'prompt'"),
     ("a kept column that is not there", ["data.columns=[promt]"], "data.columns: there is no column 'promt'"),
     ("a rank's number of samples", ["sampling_by_rank=[{n: 2}]"], "sampling_by_rank[0].n can't be set"),
-    ("a model that is not there", ["model=./no-such-model"], "model=./no-such-model: there is no such folder"),
+    ("a model that is not there", ["model=./no-such-model"], "model=./no-such-model: there is no such directory"),
 ]
 
-# The same, where only the engine can tell: found by its process, with vLLM, before a model loads.
+# The same for options of vLLM: the engine process rejects them, before a model loads.
 BAD_ENGINE_CONFIGS: list[tuple[str, list[str], str]] = [
     ("an engine's key that is misspelt", ["engine.max_num_seq=3"], "did you mean 'engine.max_num_seqs'"),
     ("an engine's number that is a word", ["engine.max_num_seqs=many"], "max_num_seqs"),

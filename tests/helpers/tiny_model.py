@@ -1,4 +1,4 @@
-"""A random Llama of two layers, with a tokenizer: small enough for a test, and real vLLM runs it."""
+"""Make a random Llama of two layers with a tokenizer: small enough for a test, and real vLLM runs it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from helpers.tiny_tokenizers import save_tokenizer
 
 ENGINE = {
-    "dtype": "float32",  # in which the CPU's results don't depend on the batch, and so can be compared
+    "dtype": "float32",  # so that the CPU's results don't depend on the batch, and can be compared
     "max_model_len": 256,
     "max_num_seqs": 32,
     "enforce_eager": True,
@@ -17,14 +17,14 @@ ENGINE = {
 
 
 def save_tiny_model(folder: Path, tokenizer: str = "bos", max_model_len: int = 256) -> Path:
-    """Writes the model and returns its folder; the same weights every time."""
+    """Write the model and return its folder; the weights are always the same."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return _save(folder, tokenizer, LlamaForCausalLM, LlamaConfig, max_position_embeddings=max_model_len)
 
 
 def save_tiny_moe(folder: Path) -> Path:
-    """The same with four experts in each layer, of which a token goes to two."""
+    """Write the same model with four experts in each layer, two of them active for a token."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     return _save(

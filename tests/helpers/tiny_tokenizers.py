@@ -1,12 +1,12 @@
-"""Tokenizers small enough to build in a test, each with a habit that trips prompt rendering.
+"""Build tokenizers that are small enough for a test, each with a feature that prompt rendering easily gets wrong.
 
-| name    | tokens          | adds by itself   | its chat template                                          |
+| name    | tokens          | adds             | chat template                                              |
 |---------|-----------------|------------------|------------------------------------------------------------|
 | `plain` | byte-level BPE  | nothing          | ChatML with tools and reasoning, string content            |
 | `bos`   | byte-level BPE  | `<s>` in front   | writes `<s>` as well; strict about roles, string content   |
 | `parts` | single letters  | `<s>` and `</s>` | loops over the parts of a content, knows a developer role  |
 
-and `mistral`, a tekken.json, which only mistral-common reads.
+`mistral` is a tekken.json, which only mistral-common reads.
 """
 
 from __future__ import annotations
@@ -76,15 +76,15 @@ _PARTS = """\
 
 
 def save_tokenizer(name: str, folder: Path) -> Path:
-    """Build the tokenizer of this name in a folder, as a model's repository has it, and return the folder."""
+    """Build the tokenizer in a folder, laid out like a model's repository, and return the folder."""
     if name == "mistral":
         _save_tekken(folder)
     else:
-        {"plain": _plain, "bos": _bos, "parts": _parts}[name]().save_pretrained(folder)
+        {"plain": _make_plain, "bos": _make_bos, "parts": _make_parts}[name]().save_pretrained(folder)
     return folder
 
 
-def _byte_level(special: list[str]) -> Tokenizer:
+def _make_byte_level(special: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,18 +100,18 @@ def _wrap(tokenizer: Tokenizer, chat_template: str, **special: Any) -> PreTraine
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special)
 
 
-def _plain() -> PreTrainedTokenizerFast:
-    tokenizer = _byte_level(["<|im_start|>", "<|im_end|>", "<|end|>"])
+def _make_plain() -> PreTrainedTokenizerFast:
+    tokenizer = _make_byte_level(["<|im_start|>", "<|im_end|>", "<|end|>"])
     return _wrap(tokenizer, _CHATML, eos_token="<|end|>", additional_special_tokens=["<|im_start|>", "<|im_end|>"])
 
 
-def _bos() -> PreTrainedTokenizerFast:
-    tokenizer = _byte_level(["<unk>", "<s>", "</s>"])
+def _make_bos() -> PreTrainedTokenizerFast:
+    tokenizer = _make_byte_level(["<unk>", "<s>", "</s>"])
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return _wrap(tokenizer, _STRICT, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def _parts() -> PreTrainedTokenizerFast:
+def _make_parts() -> PreTrainedTokenizerFast:
     letters = ["<unk>", "<s>", "</s>", *(chr(code) for code in range(32, 127)), "\n", "é"]
     tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFC()

@@ -1,4 +1,4 @@
-"""All bad input there is (tests/helpers/bad_input.py), put before a user's command, on real vLLM."""
+"""All bad input of tests/helpers/bad_input.py, given to a user's command on real vLLM."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GOOD = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By tokenizer: `bos` is strict about roles; for `plain` an empty text is no token, not one that begins a text."""
+    """Return the models by tokenizer: `bos` is strict about roles; with `plain`, an empty text has no tokens."""
     return {name: save_tiny_model(tmp_path_factory.mktemp(name), name) for name in ("bos", "plain")}
 
 
@@ -56,23 +56,23 @@ def test_a_bad_row_gets_its_error_and_its_neighbours_their_text(
     )
     job = launcher.dpgen("run", conf, "run.max_leading_errors=0")
     assert job.wait() == 0, job.output
-    found = load_result(tmp_path / "run")
-    assert len(found) == 2 * len(table)
-    texts = {repr(row["generated_text"]) for row in found[::2]}
-    assert len(texts) == 1 and not any(row["error"] for row in found[::2]), "the good rows are all alike"
-    got = {
+    result = load_result(tmp_path / "run")
+    assert len(result) == 2 * len(table)
+    texts = {repr(row["generated_text"]) for row in result[::2]}
+    assert len(texts) == 1 and not any(row["error"] for row in result[::2]), "all good rows are the same"
+    errors = {
         what: (row["error"] or {"type": "none, but a text", "message": str(row["generated_text"])})
-        for row, (what, _, _, _) in zip(found[1::2], table, strict=True)
+        for row, (what, _, _, _) in zip(result[1::2], table, strict=True)
     }
     wrong = {
-        what: got[what]
-        for what, _, kind, words in table
-        if got[what]["type"] != kind or words not in got[what]["message"]
+        what: errors[what]
+        for what, _, error_type, words in table
+        if errors[what]["type"] != error_type or words not in errors[what]["message"]
     }
     assert not wrong
 
 
-# What the engine process does for each of them before it loads a model, in one process with vLLM.
+# Checks the options of each command as the engine process does before it loads a model, in one process with vLLM.
 EACH_CHECKED = """
 import json, sys
 from dpgen.config.loader import load_from_args
@@ -84,45 +84,57 @@ from dpgen.distributed.topology import Topology
 for words in json.loads(sys.argv[1]):
     spec = build_engine_spec(load_from_args(words), Topology(), None)
     try:
-        VllmBackend(spec).check()
+        VllmBackend(spec).check_options()
         problem = None
     except ConfigError as error:
         problem = str(error)
-    print("TOLD " + json.dumps(problem), flush=True)
+    print("REPORT " + json.dumps(problem), flush=True)
 """
 
 
-def assert_one_line(told: str, message: str) -> None:
-    line = told.strip()
-    assert line.startswith("dpgen: error: ") and message in line and "\n" not in line, told
+def assert_one_line(output: str, message: str) -> None:
+    line = output.strip()
+    assert line.startswith("dpgen: error: ") and message in line and "\n" not in line, output
 
 
-def test_a_bad_configuration_is_refused_in_one_line_before_a_model_loads(
+def test_a_bad_configuration_is_rejected_in_one_line_before_a_model_loads(
     launcher: Launcher, write: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
     conf = write([{"prompt": "hello"}])
     commands = [[conf, *(word.replace("@", f"{tmp_path}/") for word in words)] for _, words, _ in BAD_CONFIGS]
-    for (what, _, message), (status, told) in zip(
+    for (what, _, message), (status, output) in zip(
         BAD_CONFIGS, run_each_command(launcher, EACH_IN_TURN, commands), strict=True
     ):
-        assert status == 2, f"{what}: {told}"
-        assert_one_line(told, message)
-    assert not (tmp_path / "run").exists(), "nothing was begun"
+        assert status == 2, f"{what}: {output}"
+        assert_one_line(output, message)
+    assert not (tmp_path / "run").exists(), "no run directory is made for a bad configuration"
 
 
-def test_what_the_engine_refuses_is_refused_before_a_model_loads(launcher: Launcher, write: Callable[..., str]) -> None:
+def test_several_mistakes_are_reported_at_once_one_per_line(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
+) -> None:
+    overrides = ["run.sed=1", "data.limit=-1", "engine.model=x"]
+    [(status, output)] = run_each_command(launcher, EACH_IN_TURN, [[write([{"prompt": "hello"}]), *overrides]])
+    assert status == 2
+    headline, *lines = output.strip().splitlines()
+    assert headline == "dpgen: error: 3 mistakes in the configuration:"
+    assert [override.partition("=")[0] in line for override, line in zip(overrides, lines, strict=True)] == [True] * 3
+    assert not (tmp_path / "run").exists(), "no run directory is made for a bad configuration"
+
+
+def test_bad_engine_options_are_rejected_before_a_model_loads(launcher: Launcher, write: Callable[..., str]) -> None:
     conf = write([{"prompt": "hello"}])
     problems = run_each_command(launcher, EACH_CHECKED, [[conf, *words] for _, words, _ in BAD_ENGINE_CONFIGS])
     for (what, _, message), problem in zip(BAD_ENGINE_CONFIGS, problems, strict=True):
         assert problem is not None and message in problem and "\n" not in problem, f"{what}: {problem}"
 
 
-def test_what_the_engine_refuses_reaches_the_user_in_one_line(
+def test_a_bad_engine_option_reaches_the_user_in_one_line(
     launcher: Launcher, write: Callable[..., str], tmp_path: Path
 ) -> None:
     _, words, message = BAD_ENGINE_CONFIGS[-1]
     job = launcher.dpgen("run", write([{"prompt": "hello"}]), *words)
     assert job.wait() == 2, job.output
     assert_one_line(job.output, message)
-    assert not (tmp_path / "run").exists(), "nothing was begun"
+    assert not (tmp_path / "run").exists(), "no run directory is made for a bad configuration"

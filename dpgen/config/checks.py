@@ -1,0 +1,97 @@
+"""Check single values of the configuration, beyond their types and minimums.
+
+Each function yields one line for each mistake: key=value, then what the value must be. vLLM checks the values of its
+own fields later, before a model is loaded (`Backend.check_options`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dpgen.errors import ConfigError
+from dpgen.lifecycle.shutdown import parse_time_limit
+
+if TYPE_CHECKING:
+    from dpgen.config.schema import DataConfig, RunConfig
+
+
+def find_wrong_run_values(run: RunConfig) -> Iterator[str]:
+    """Yield one line for each wrong value of `run`."""
+    if not run.dir.strip():
+        yield f"run.dir={run.dir!r}: must be the directory that the run lives in"
+    if run.seed is not None and not 0 <= run.seed < 2**63:
+        yield f"run.seed={run.seed}: must be from 0 to 2**63 - 1, or null"
+    errors = run.retry_errors
+    if not isinstance(errors, bool) and not (
+        isinstance(errors, list) and all(isinstance(name, str) for name in errors)
+    ):
+        yield f"run.retry_errors={errors!r}: must be true, false, or a list of error types"
+    if run.time_limit is not None:
+        try:
+            parse_time_limit(run.time_limit)
+        except ConfigError as error:
+            yield from error.mistakes
+
+
+def find_wrong_input(data: DataConfig, model: str) -> Iterator[str]:
+    """Yield one line for each wrong value of `data` and `model`; see `PromptConfig` for the prompt's keys."""
+    paths = data.path if isinstance(data.path, (list, tuple)) else [data.path]
+    if not paths or not all(isinstance(path, str) and path.strip() for path in paths):
+        yield f"data.path={data.path!r}: must be a path, a glob, a Hub name, or a list of paths"
+    if data.select is not None:
+        try:
+            parse_range(data.select)
+        except ConfigError as error:
+            yield from error.mistakes
+    if not model.strip():
+        yield f"model={model!r}: must be a directory or a Hub name"
+
+
+def find_wrong_engine_keys(engine: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line for each field of EngineArgs that dpgen sets itself."""
+    homes = {"model": "model", "seed": "run.seed", "enable_expert_parallel": "parallel.enable_expert_parallel"}
+    homes |= {f"{kind}_parallel_size": f"parallel.{kind}_parallel_size" for kind in ("tensor", "pipeline")}
+    for name, home in homes.items():
+        if name in engine:
+            yield f"engine.{name} is set by {home}: give it there"
+    if "distributed_executor_backend" in engine:
+        yield "engine.distributed_executor_backend can't be set: dpgen's own agrees on the KV cache's size"
+    if "data_parallel_size" in engine:
+        yield "engine.data_parallel_size can't be set: dpgen's ranks are the data-parallel ones"
+
+
+def find_wrong_sampling(sampling: Mapping[str, Any], by_rank: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield one line for each mistake in `sampling` and `sampling_by_rank` that shows without vLLM."""
+    columns = sampling.get("from_columns")
+    if columns is not None and not (isinstance(columns, Mapping) and all(isinstance(v, str) for v in columns.values())):
+        yield f"sampling.from_columns={columns!r}: maps a sampling field to a column's name"
+    if "seed" in sampling:
+        yield (
+            "sampling.seed would give every row the same samples: set run.seed, or sampling.from_columns={seed: COLUMN}"
+        )
+    reasons = {
+        "seed": "a row's own comes from run.seed, or sampling.from_columns={seed: COLUMN}",
+        "from_columns": "sampling.from_columns holds for every row, over its entry",
+        "n": "with it the result's columns would have two types; set sampling.n, for every row",
+    }
+    for index, entry in enumerate(by_rank):
+        for name, reason in reasons.items():
+            if name in entry:
+                yield f"sampling_by_rank[{index}].{name} can't be set: {reason}"
+
+
+def parse_range(text: str) -> slice:
+    """Return ``slice(10, 20)`` for ``'10:20'``; start and stop may be left out, a step may follow.
+
+    Raises:
+        ConfigError: not of that form, or a negative number.
+    """
+    match = re.fullmatch(r"\s*(\d*)\s*:\s*(\d*)\s*(?::\s*(\d*)\s*)?", text)
+    if not match:
+        raise ConfigError(f"data.select={text!r}: must look like 100:200, :200 or 0:1000:10")
+    start, stop, step = (int(part) if part else None for part in match.groups())
+    if step == 0:
+        raise ConfigError(f"data.select={text!r}: its step must be at least 1")
+    return slice(start, stop, step)
