@@ -1,4 +1,4 @@
-"""Forwards `python -m dpgen.ports`, which SLURM jobs that are queued already call, to `dpgen.distributed.ports`."""
+"""Forward `python -m dpgen.ports`, which SLURM jobs that are already queued call, to `dpgen.distributed.ports`."""
 
 import sys
 

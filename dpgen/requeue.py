@@ -1,4 +1,4 @@
-"""Forwards `python -m dpgen.requeue`, which SLURM jobs that are queued already call, to `dpgen.lifecycle.requeue`."""
+"""Forward `python -m dpgen.requeue`, which SLURM jobs that are already queued call, to `dpgen.lifecycle.requeue`."""
 
 import os
 import sys

@@ -1,12 +1,12 @@
-"""Kills at random, until the run is complete; then holds the result against an undisturbed one.
+"""Kill processes of a run at random until the run is complete, and compare its result with an undisturbed run.
 
     python tests/chaos.py --kills 1000                 # on the fake engine
     python tests/chaos.py --kills 30 --engine vllm     # on real vLLM, with the demo's model
 
-Victims are engines, ranks and launchers, by SIGKILL, at random instants, start-up and finishing included; each
-resume has a random world size. Whenever a run completes before the kills are used up, the next one starts, in a
-new folder. Ends with a table and one JSON line; exit status 1 if any row was lost, doubled, out of order, or
-different, with the folder kept.
+Engines, ranks and launchers receive SIGKILL at random times, including start-up and the final write. Each resume has
+a random world size. If a run completes before all kills are spent, the next run starts in a new directory. The output
+ends with a table and one JSON line. The exit status is 1, and the directory is kept, if any row was lost, duplicated,
+out of order, or different.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from helpers.jobs import Job, Launcher, descendants, load_result
 
-_WAIT_S = {"fake": 4.0, "vllm": 20.0}  # the longest time from a start, or a kill, to the next kill
+_WAIT_S = {"fake": 4.0, "vllm": 20.0}  # the longest time from a start or a kill to the next kill
 
 
 class Chaos:
-    """One series of kills.
+    """Run one series of kills.
 
     Args:
-        folder: everything is written below it.
+        folder: receives all files.
         engine: "fake" or "vllm".
-        seed: of all random choices (not of the machine's timing).
+        seed: of all random choices, though not of the machine's timing.
     """
 
     def __init__(self, folder: Path, engine: str, num_rows: int, seed: int) -> None:
         self.folder, self.engine = folder, engine
-        self.choose = random.Random(seed)
+        self.random = random.Random(seed)
         self.launcher = Launcher(folder)
         self.kills: Counter[str] = Counter()
-        self.num_lives = self.num_runs = 0
+        self.num_attempts = self.num_runs = 0
         self.conf = self._write_config(num_rows)
-        self.expected = self._undisturbed()
+        self.expected = self._run_undisturbed()
 
     def _write_config(self, num_rows: int) -> str:
         data = self.folder / "rows.jsonl"
-        questions = [f"What is {self.choose.randrange(1000)} + {self.choose.randrange(1000)}?" for _ in range(num_rows)]
+        questions = [f"What is {self.random.randrange(1000)} + {self.random.randrange(1000)}?" for _ in range(num_rows)]
         data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions))
         conf: dict[str, Any] = {
             "run": {"dir": "set by --dir", "engine": self.engine, "log_level": "error"},
@@ -72,7 +72,7 @@ class Chaos:
         path.write_text(yaml.safe_dump(conf))
         return str(path)
 
-    def _undisturbed(self) -> list[dict[str, Any]]:
+    def _run_undisturbed(self) -> list[dict[str, Any]]:
         run_dir = self.folder / "undisturbed" / "run"
         job = self.launcher.dpgen("run", self.conf, f"run.dir={run_dir}", *self._fast())
         assert job.wait() == 0, job.output
@@ -83,24 +83,24 @@ class Chaos:
         return ["engine.step_s=0"] if self.engine == "fake" else []
 
     def run(self, num_kills: int) -> None:
-        """Kills so often, over as many runs as that takes, and checks each run's result."""
+        """Kill `num_kills` times, over as many runs as needed, and check each run's result."""
         while sum(self.kills.values()) < num_kills:
             self.num_runs += 1
             run_dir = self.folder / f"chaos-{self.num_runs}" / "run"
             while not (run_dir / "_SUCCESS").exists():
-                self._one_life(run_dir, num_kills)
+                self._run_attempt(run_dir, num_kills)
             self._check(run_dir)
             shutil.rmtree(run_dir.parent)
-            print(f"run {self.num_runs} is whole after {sum(self.kills.values())} kills", file=sys.stderr, flush=True)
+            print(f"run {self.num_runs} is sound after {sum(self.kills.values())} kills", file=sys.stderr, flush=True)
 
-    def _one_life(self, run_dir: Path, num_kills: int) -> None:
-        """Starts the run on a random number of ranks and kills until it ends, by itself or by a kill."""
-        self.num_lives += 1
-        ranks = self.choose.choice([1, 2, 2, 3] if self.engine == "fake" else [1, 2])
+    def _run_attempt(self, run_dir: Path, num_kills: int) -> None:
+        """Start the run on a random number of ranks and kill until it ends, complete or killed."""
+        self.num_attempts += 1
+        ranks = self.random.choice([1, 2, 2, 3] if self.engine == "fake" else [1, 2])
         job = self.launcher.dpgen("run", self.conf, f"run.dir={run_dir}", ranks=ranks)
         try:
             while sum(self.kills.values()) < num_kills:
-                if self._ended_within(job, self.choose.uniform(0, _WAIT_S[self.engine])):
+                if self._has_ended_within(job, self.random.uniform(0, _WAIT_S[self.engine])):
                     return
                 if self._kill_one(job) != "engine":
                     return
@@ -109,7 +109,7 @@ class Chaos:
             job.end()
             job.log.unlink()
 
-    def _ended_within(self, job: Job, wait_s: float) -> bool:
+    def _has_ended_within(self, job: Job, wait_s: float) -> bool:
         deadline_s = time.monotonic() + wait_s
         while time.monotonic() < deadline_s:
             status = job.process.poll()
@@ -121,7 +121,7 @@ class Chaos:
         return False
 
     def _kill_one(self, job: Job) -> str:
-        kind = self.choose.choice(["engine"] * 4 + ["rank", "launcher"])
+        kind = self.random.choice(["engine"] * 4 + ["rank", "launcher"])
         victims = [job.process.pid]
         if kind == "engine":
             victims = descendants(job.process.pid, b"dpgen.engine.server")
@@ -129,17 +129,17 @@ class Chaos:
             victims = descendants(job.process.pid, b"dpgen\0run") or victims
         if victims:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.choose.choice(victims), signal.SIGKILL)
+                os.kill(self.random.choice(victims), signal.SIGKILL)
                 self.kills[kind] += 1
         return kind
 
     def _check(self, run_dir: Path) -> None:
-        found = load_result(run_dir)
-        ids = [row["row_id"] for row in found]
-        assert ids == list(range(len(self.expected))), f"rows lost, doubled or out of order in {run_dir}"
-        poison = [row for row in found if row["error"]]
-        assert not poison, f"rows given up in {run_dir}: {poison[:3]}"
-        assert found == self.expected, f"other results than undisturbed in {run_dir}"
+        rows = load_result(run_dir)
+        ids = [row["row_id"] for row in rows]
+        assert ids == list(range(len(self.expected))), f"rows lost, duplicated or out of order in {run_dir}"
+        failed = [row for row in rows if row["error"]]
+        assert not failed, f"rows with an error in {run_dir}: {failed[:3]}"
+        assert rows == self.expected, f"results differ from the undisturbed run in {run_dir}"
 
 
 def main() -> int:
@@ -166,13 +166,13 @@ def main() -> int:
         "kills": dict(chaos.kills),
         "num_kills": sum(chaos.kills.values()),
         "num_runs": chaos.num_runs,
-        "num_lives": chaos.num_lives,
+        "num_attempts": chaos.num_attempts,
         "rows_per_run": options.rows,
         "seconds": round(time.monotonic() - started_s),
     }
     for name, value in facts.items():
         print(f"{name:>14}  {value}")
-    print("nothing lost, doubled, out of order, or different")
+    print("no row lost, duplicated, out of order, or different")
     print(json.dumps(facts))
     return 0
 

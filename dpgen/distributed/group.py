@@ -1,12 +1,13 @@
-"""The ranks' conversation: a gloo group and its c10d store behind one small interface, or a world of one.
+"""Connect the ranks: a gloo group and its c10d store behind one small interface, or a world of one.
 
-Callers never ask which it is. Three rules keep a large job from hanging:
+- Callers never ask which of the two a group is.
+- A collective that may wait for a slow rank is asynchronous (`RankGroup.all_reduce_async`), and the waiting rank keeps
+  checking whether a peer has failed.
+- Collectives have no 30-minute limit. Slow ranks are waited for. Dead ranks are noticed by their closed connections,
+  by their expired leases, and by the failure that a dying rank leaves in the store.
+- The first rank to fail reports why; the others only exit.
 
-* a collective that may have to wait for a slow rank is asynchronous (`Group.reduce` gives a `PendingReduce`), and whoever
-  waits keeps asking whether a peer has failed;
-* the collectives have no 30-minute limit: slow ranks are waited for, dead ones are noticed by their closed
-  connections and by the failure that a dying rank leaves in the store;
-* the first rank to fail says why, the others only end.
+Waiting loops are kept by hand: tenacity (9.2) repeats a call that raises, while each turn here also checks the peers.
 """
 
 from __future__ import annotations
@@ -28,28 +29,42 @@ T = TypeVar("T")
 _POLL_S = 0.02
 
 
+class PeerLost(PeerFailed):
+    """Report a peer that vanished (killed, hung, or its node cut off) and so could not report why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, EXIT_RESUMABLE)
+
+
+class StoreLost(PeerFailed):
+    """Report the loss of the store's host. Finished rows stay in the journals; the same command resumes the run."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, EXIT_RESUMABLE)
+
+
 class PendingReduce(Protocol):
-    """A collective under way."""
+    """Hold a collective in progress."""
 
     def done(self) -> bool:
-        """Whether the result is there.
+        """Return True once the result has arrived.
 
         Raises:
-            PeerFailed: it never will be.
+            PeerFailed: a rank failed, so the result will never arrive.
         """
 
     def result(self) -> list[int]:
-        """The reduced numbers; only once `done`."""
+        """Return the reduced numbers; call it only once `done` returns True."""
 
 
 class CounterStore(Protocol):
-    """The part of c10d's Store that claims need: named counters."""
+    """Named counters: the part of c10d's Store that claims need."""
 
     def add(self, key: str, amount: int) -> int:
-        """Adds atomically, from 0, and gives the sum."""
+        """Add atomically, from 0, and return the sum."""
 
     def get_many(self, keys: Sequence[str]) -> list[int]:
-        """The counters of these names, all of which exist, in one question."""
+        """Return the counters of these keys in one request; all of them must exist."""
 
 
 class RankGroup(ABC):
@@ -59,80 +74,81 @@ class RankGroup(ABC):
     size: int
     nodes: list[str]  # the node of each rank
     store: CounterStore
-    can_shrink = False  # whether the launcher lets ranks go on without one that was lost
+    can_shrink = False  # True if the launcher lets ranks continue without a lost one
 
     @property
     def checked_store(self) -> CounterStore:
-        """The store, for whoever is not to know how it fails: its errors are PeerFailed, as the group's are."""
+        """The store, with its errors turned into PeerFailed, as the group's are."""
         return self.store
 
     @property
     def is_node_leader(self) -> bool:
-        """Whether this rank does what is to be done once a node."""
+        """True on the lowest rank of each node."""
         return self.nodes.index(self.nodes[self.rank]) == self.rank
-
-    @abstractmethod
-    def all_reduce_async(self, values: Sequence[int], op: Literal["sum", "min"]) -> PendingReduce:
-        """Starts an element-wise all-reduce of whole numbers (int64) over all ranks."""
-
-    @abstractmethod
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank, on every rank."""
-
-    @abstractmethod
-    def gather_object(self, value: Any) -> list[Any] | None:
-        """Every rank's value, by rank, on rank 0; None elsewhere."""
-
-    @abstractmethod
-    def all_reduce_any(self, mask: np.ndarray) -> np.ndarray:
-        """Element-wise "any rank has it" over boolean arrays of one shape."""
 
     @property
     def num_shrinks(self) -> int:
-        """How often the ranks have gone on without some that were lost; the same on all of them."""
+        """How often the group has shrunk; the same on all ranks."""
         return 0
 
     @abstractmethod
+    def all_reduce_async(self, values: Sequence[int], op: Literal["sum", "min"]) -> PendingReduce:
+        """Start an element-wise all-reduce of int64 values. Collective."""
+
+    @abstractmethod
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return every rank's value, by rank. Collective."""
+
+    @abstractmethod
+    def gather_object(self, value: Any) -> list[Any] | None:
+        """Return every rank's value, by rank, on rank 0; None on the others. Collective."""
+
+    @abstractmethod
+    def all_reduce_any(self, mask: np.ndarray) -> np.ndarray:
+        """Return the element-wise "any" of boolean arrays of one shape. Collective."""
+
+    @abstractmethod
     def all_reduce_sum(self, counts: np.ndarray) -> np.ndarray:
-        """Element-wise sums over int64 arrays of one shape."""
+        """Return the element-wise sums of int64 arrays of one shape. Collective."""
 
     @abstractmethod
     def raise_if_peer_failed(self) -> None:
-        """Raises PeerFailed if another rank has announced that it failed."""
+        """Raise PeerFailed if another rank has announced a failure or was lost."""
 
     @abstractmethod
     def announce_failure(self, message: str, exit_status: int) -> bool:
-        """Tells the other ranks that this one failed; True if it was the first to, and so is the one to say why."""
+        """Announce to the other ranks that this one failed; return True if it is the first, which reports why."""
 
     @abstractmethod
     def first_failure_status(self) -> int | None:
-        """The exit status of the failure that was announced first; None where none was, or nobody can tell any more."""
+        """Return the exit status of the failure announced first; None if there is none, or the store is gone."""
 
     @abstractmethod
     def shrink(self) -> None:
-        """Goes on without the ranks that were lost, if it can; all that are left call it. `rank`, `size` may change.
+        """Remove lost ranks from the group. Collective over the remaining ranks; `rank` and `size` may change.
 
         Raises:
-            PeerFailed: that can't be done, or this rank is one that the others gave up.
+            PeerLost: another rank was lost meanwhile.
+            PeerFailed: the group can't shrink, or the other ranks removed this one.
         """
 
     @abstractmethod
     def heartbeat(self) -> None:
-        """Says that this rank goes round its loop. Once it stops saying so, for minutes, it is lost; see `rest`."""
+        """Report that the main thread is running. From now on it must do so every few minutes, or the rank is lost."""
 
     @abstractmethod
     def pause_heartbeat(self) -> None:
-        """Says that no `beat` is to be expected: what comes may take any time."""
+        """Expect no `heartbeat` until the next one: what follows may take any time."""
 
     @abstractmethod
     def close(self) -> None:
-        """Leaves the group; safe to call twice."""
+        """Leave the group; safe to call twice."""
 
     def wait(self, pending: PendingReduce, on_wait: Callable[[], None] = lambda: None) -> list[int]:
-        """Waits for a collective, however long the slowest rank takes.
+        """Return the result of a collective, however long the slowest rank takes.
 
         Args:
-            while_waiting: called again and again.
+            on_wait: called at every poll.
 
         Raises:
             PeerFailed: a rank failed meanwhile.
@@ -143,11 +159,11 @@ class RankGroup(ABC):
         return pending.result()
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
-        """Runs `action` here, and raises on every rank if it raised on any: an error is said once, not once a rank.
+        """Run `action` on every rank, and raise on every rank if any raised, so one error is reported once. Collective.
 
         Raises:
-            DpgenError: this rank's own error, where it is the lowest rank that has one.
-            PeerFailed: another rank's.
+            DpgenError: this rank's own error, on the lowest rank that has one.
+            PeerFailed: the error of the lowest rank that has one, on all others.
         """
         error: DpgenError | None = None
         value: T | None = None
@@ -155,22 +171,23 @@ class RankGroup(ABC):
             value = action()
         except DpgenError as raised:
             error = raised
-        found = self.all_gather_object(None if error is None else (str(error), error.exit_status))
-        failed = [rank for rank, each in enumerate(found) if each is not None]
-        if not failed:
+        outcomes = self.all_gather_object(None if error is None else (str(error), error.exit_status))
+        failed_ranks = [rank for rank, outcome in enumerate(outcomes) if outcome is not None]
+        if not failed_ranks:
             return cast(T, value)
-        if failed[0] == self.rank:
+        first = failed_ranks[0]
+        if first == self.rank:
             assert error is not None
             raise error
-        message, exit_status = found[failed[0]]
-        raise PeerFailed(f"rank {failed[0]} failed: {message}", exit_status)
+        message, exit_status = outcomes[first]
+        raise PeerFailed(f"rank {first} failed: {message}", exit_status)
 
     @contextmanager
     def node_leader_first(self) -> Iterator[None]:
-        """Runs the block on the first rank of each node, and on its other ranks once that one is through.
+        """Run the block on the first rank of each node, then on the node's other ranks. Collective.
 
-        What the leader prepares (a data cache) the others then find ready. They go on when it fails, too, and
-        meet the same error; `agree` around the whole says it once.
+        The other ranks find what the leader has prepared (a data cache). They also start if the leader failed, and
+        meet the same error; `run_on_all_ranks` around the block reports it once.
         """
         key = f"dpgen/node_ready/{self._take_sequence_number()}/{self.nodes[self.rank]}"
         if not self.is_node_leader:
@@ -183,25 +200,12 @@ class RankGroup(ABC):
             if self.is_node_leader:
                 self.checked_store.add(key, 1)
 
-    _phase = 0
+    _sequence_number = 0
 
     def _take_sequence_number(self) -> int:
-        """Numbers the uses of `node_leader_first`, which all ranks pass in the same order."""
-        self._phase += 1
-        return self._phase
-
-
-class _CompletedReduce:
-    """A collective of one."""
-
-    def __init__(self, values: Sequence[int]) -> None:
-        self._values = list(values)
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> list[int]:
-        return self._values
+        """Number the uses of `node_leader_first`, which all ranks pass in the same order."""
+        self._sequence_number += 1
+        return self._sequence_number
 
 
 class InMemoryStore:
@@ -219,7 +223,7 @@ class InMemoryStore:
 
 
 class SingleRankGroup(RankGroup):
-    """A world of one; imports no torch."""
+    """Form a world of one, without torch."""
 
     rank, size = 0, 1
 
@@ -264,15 +268,14 @@ class SingleRankGroup(RankGroup):
         return
 
 
-class PeerLost(PeerFailed):
-    """A peer vanished without a word (killed, or its node cut off); nobody else will tell the user."""
+class _CompletedReduce:
+    """Hold the result of a collective over one rank."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, EXIT_RESUMABLE)
+    def __init__(self, values: Sequence[int]) -> None:
+        self._values = list(values)
 
+    def done(self) -> bool:
+        return True
 
-class StoreLost(PeerFailed):
-    """The store's host is gone: what is finished stays in the journals, and the same command goes on from it."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, EXIT_RESUMABLE)
+    def result(self) -> list[int]:
+        return self._values

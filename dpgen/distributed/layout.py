@@ -1,7 +1,7 @@
-"""Which processes make one engine together, where each is one process a GPU (`parallel.launcher=external`).
+"""Compute which processes form one engine if there is one process per GPU (`parallel.launcher=external`).
 
-Processes are numbered as vLLM numbers them: tensor-parallel neighbours first, then pipeline stages, then data-parallel
-groups. The first process of a group leads it: it alone claims rows and journals results.
+- Processes are numbered as in vLLM: tensor-parallel neighbours first, then pipeline stages, then data-parallel groups.
+- The first process of a group is its leader. Only the leader claims rows and journals results.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dpgen.errors import ConfigError
 
 @dataclass(frozen=True)
 class EngineWorld:
-    """The torch.distributed world that an engine process joins with others; see `vllm`'s external launcher.
+    """Place an engine process in the torch.distributed world that it joins; see vLLM's external launcher.
 
     Attributes:
-        rank, size: this process in it.
-        group_size: neighbours that make one engine: tensor-parallel times pipeline-parallel size.
+        rank, size: this process, and the number of processes in that world.
+        group_size: processes of one engine: tensor-parallel times pipeline-parallel size.
         local_rank: this process among those of its node.
-        address, port: where rank 0's store will listen.
+        address, port: where the store of that world's rank 0 will listen.
     """
 
     rank: int
@@ -36,16 +36,16 @@ class EngineWorld:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this process is the one that its group's requests come to, and results come from."""
+        """True on the process that receives its group's requests and returns their results."""
         return self.rank % self.group_size == 0
 
     @property
     def num_groups(self) -> int:
-        """Data-parallel groups in it: more than one where they step together."""
+        """Data-parallel groups in this world: more than one only in lockstep."""
         return self.size // self.group_size
 
     def to_env(self) -> dict[str, str]:
-        """The variables that torch.distributed and vLLM read."""
+        """Return the variables that torch.distributed and vLLM read."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.size),
@@ -57,13 +57,13 @@ class EngineWorld:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the job's processes make engines.
+    """Map the job's processes to engines.
 
     Attributes:
         num_engines: data-parallel groups in the job.
-        group_size: processes that make one engine.
-        leads: whether this process claims rows and journals results.
-        lock_step: whether all engines step together while any has work, as mixtures of experts need it.
+        group_size: processes of one engine.
+        is_group_leader: True if this process claims rows and journals results.
+        lockstep: True if all engines step together while any has work, as mixtures of experts need.
     """
 
     num_engines: int
@@ -73,24 +73,25 @@ class Layout:
 
     @property
     def has_shared_engine(self) -> bool:
-        """Whether an engine is more than this process's own."""
+        """True if several processes share one engine, or engines step together."""
         return self.group_size > 1 or self.lockstep
 
 
 def build_layout(topology: Topology, parallel: ParallelConfig) -> Layout:
-    """Lays the job's processes out.
+    """Return the layout of the job, seen from this process.
 
     Raises:
-        ConfigError: they can't form whole groups; the right numbers are named.
+        ConfigError: the processes don't form whole groups. The message gives the numbers that do.
     """
     if parallel.launcher != "external":
         return Layout(topology.dp_size)
     size = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     if topology.dp_size % size:
         fit = topology.dp_size // size * size
+        advice = " or ".join(map(str, sorted({fit or size, fit + size})))
         raise ConfigError(
-            f"parallel.launcher=external needs {size} processes an engine (parallel.tensor_parallel_size x "
-            f"parallel.pipeline_parallel_size), and {topology.dp_size} are here: start {fit or size} or {fit + size}"
+            f"parallel.launcher=external needs {size} processes per engine (parallel.tensor_parallel_size x "
+            f"parallel.pipeline_parallel_size), but the job has {topology.dp_size}: start {advice}"
         )
     return Layout(
         topology.dp_size // size,
@@ -101,12 +102,12 @@ def build_layout(topology: Topology, parallel: ParallelConfig) -> Layout:
 
 
 def build_engine_world(topology: Topology, layout: Layout, group: RankGroup) -> EngineWorld | None:
-    """The world of this process's engine; None where it is alone in it. Collective."""
+    """Return the world of this process's engine; None if the process is alone in it. Collective."""
     if not layout.has_shared_engine:
         return None
     with socket.socket() as probe:
         probe.bind(("", 0))
-        port = probe.getsockname()[1]  # free now; the engines that take it start within seconds
+        port = probe.getsockname()[1]  # free now, and the engines bind it within seconds
     offers = group.all_gather_object((find_local_address_to((topology.master_addr, topology.master_port)), port))
     size = topology.dp_size if layout.lockstep else layout.group_size
     first = topology.dp_rank // size * size

@@ -1,4 +1,4 @@
-"""Which ranks live: each counts up a lease in the store for as long as it does, and the others look."""
+"""Track which ranks are alive: each rank increments a counter in the store, and others watch the counters."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ _MAIN_THREAD_TIMEOUT_S = 300.0
 
 
 class Leases:
-    """A counter a rank in the store, counted up by a thread for as long as the rank's process runs.
+    """Renew this rank's lease from a thread while its process runs, and watch the leases of other ranks.
 
-    A process may run on while its main thread is stuck, in a file system that hangs, say. So a thread that has beaten
-    once must go on beating, or the lease is not renewed any more and the others take the rank for lost.
+    A process may run on while its main thread is stuck, for example in a file system that hangs. So once the main
+    thread has called `heartbeat`, it must keep calling; otherwise the lease is not renewed and the rank counts as lost.
 
     Args:
-        store: answers `add`; the renewing thread asks the other one, `own_store`, so that none waits for the other.
-        stuck_s: how long the main thread may be silent between two beats.
+        store: has `add`; used by the caller's thread.
+        own_store: the same store over another connection, for the renewing thread, so that neither waits for the other.
+        stuck_s: how long the main thread may take between two heartbeats.
     """
 
     def __init__(
@@ -35,47 +36,48 @@ class Leases:
         self._store, self._rank, self._clock = store, rank, clock
         self._interval_s, self._stuck_s = interval_s, stuck_s
         self._last_heartbeat_s: float | None = None
-        self._seen: dict[int, tuple[int, float]] = {}
+        self._last_changes: dict[int, tuple[int, float]] = {}  # rank → its counter, and when this rank first saw it
         self._stopped = threading.Event()
         threading.Thread(target=self._renew, args=(own_store,), name="lease", daemon=True).start()
 
     def heartbeat(self) -> None:
-        """Says that the main thread goes round; from now on it must go on saying so, until `rest`."""
+        """Report that the main thread is running; see `RankGroup.heartbeat`."""
         self._last_heartbeat_s = self._clock()
 
     def pause_heartbeat(self) -> None:
-        """The main thread does now what may take any time."""
+        """Expect no heartbeat until the next one."""
         self._last_heartbeat_s = None
 
     def find_expired(self, members: Sequence[int], limit_s: float) -> list[int]:
-        """The members whose counter has stood still for `limit_s` or longer, as far as this rank has watched."""
+        """Return the members whose counter has not changed for `limit_s`, as far as this rank has watched."""
         now = self._clock()
-        found = []
+        expired = []
         for member in members:
-            count = self._store.add(_key(member), 0)
-            before, since_s = self._seen.get(member, (-1, now))
-            if count != before:
-                self._seen[member] = (count, now)
+            count = self._store.add(_lease_key(member), 0)
+            last_count, since_s = self._last_changes.get(member, (-1, now))
+            if count != last_count:
+                self._last_changes[member] = (count, now)
             elif now - since_s >= limit_s:
-                found.append(member)
-        return found
+                expired.append(member)
+        return expired
 
     def stop(self) -> None:
+        """Stop renewing this rank's lease."""
         self._stopped.set()
 
     @property
     def _is_stuck(self) -> bool:
-        beaten_s = self._last_heartbeat_s
-        return beaten_s is not None and self._clock() - beaten_s > self._stuck_s
+        last_s = self._last_heartbeat_s
+        return last_s is not None and self._clock() - last_s > self._stuck_s
 
     def _renew(self, store: Any) -> None:
         try:
             while not self._stopped.wait(self._interval_s):
                 if not self._is_stuck:
-                    store.add(_key(self._rank), 1)
+                    store.add(_lease_key(self._rank), 1)
         except RuntimeError:
-            return  # the store is gone; the main thread meets that itself
+            return  # the store is gone; the main thread will notice
 
 
-def _key(rank: int) -> str:
+def _lease_key(rank: int) -> str:
     return f"dpgen/lease/{rank}"

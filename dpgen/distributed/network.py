@@ -1,4 +1,7 @@
-"""What joining a group asks of the host: a way to the store, the interface that leads there, files enough."""
+"""Prepare the host for joining a group: reach the store, find the interface to it, raise the open file limit.
+
+The one retry loop is kept by hand: tenacity (9.2) would be a dependency for these lines alone.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ Address = tuple[str, int]  # host, port
 
 
 def wait_for_torchrun_store(address: Address) -> None:
-    """Meets torchrun's store, which is up before its ranks are, or finds that torchrun has died since.
+    """Return once torchrun's store accepts a connection. It runs before its ranks do, unless torchrun has died since.
 
-    TCPStore itself would go on trying for a minute, and then print a stack of its own.
+    TCPStore itself would retry for a minute, and then print a stack trace.
 
     Raises:
-        DpgenError: nothing answered for 10 s.
+        DpgenError: nothing accepted a connection for 10 s.
     """
     deadline_s = time.monotonic() + _AGENT_TIMEOUT_S
     while True:
@@ -30,39 +33,40 @@ def wait_for_torchrun_store(address: Address) -> None:
         except OSError as error:
             if time.monotonic() > deadline_s:
                 raise DpgenError(
-                    f"torchrun's store at {address[0]}:{address[1]} does not answer ({error}); has torchrun died?"
+                    f"torchrun's store at {address[0]}:{address[1]} has not answered for {_AGENT_TIMEOUT_S:.0f} s. "
+                    f"Check that torchrun still runs: {error}"
                 ) from None
             time.sleep(_POLL_S)
 
 
 def find_interface_to(address: Address) -> str | None:
-    """The network interface that this host reaches `address` by, or has it on; None on a host that is alone.
+    """Return the network interface by which this host reaches `address`, or which has it; None if that is loopback.
 
-    Gloo takes the one that the host's name resolves to, and that is the loopback on hosts whose /etc/hosts says so
-    (as Debian's does) and on those whose name nobody knows: their ranks would never meet.
+    Gloo itself takes the interface that the host's name resolves to. That is the loopback if /etc/hosts says so (as
+    Debian's does) or if no server knows the name, and ranks on several hosts would never connect.
     """
     import psutil
 
     own = find_local_address_to(address)
-    for name, found in psutil.net_if_addrs().items():
-        if name != "lo" and any(each.address.partition("%")[0] == own for each in found):
+    for name, addresses in psutil.net_if_addrs().items():
+        if name != "lo" and any(entry.address.partition("%")[0] == own for entry in addresses):
             return str(name)
     return None
 
 
 def find_local_address_to(address: Address) -> str:
-    """This host's own address on the way to `address`; the loopback's where that leads nowhere."""
+    """Return this host's own address on the route to `address`; the loopback's if there is no route."""
     try:
         family, kind, _, _, target = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(target)  # sends nothing
             return str(probe.getsockname()[0])
     except OSError:
-        return "127.0.0.1"  # a world of one; in another, joining says what is wrong
+        return "127.0.0.1"  # right for a world of one; in a larger one, joining reports the error
 
 
 def raise_open_file_limit(extra: int) -> None:
-    """Raises the soft limit of open files towards the hard one: gloo holds about 20 + 2 x ranks a process."""
+    """Raise the soft limit of open files by `extra`, at most to the hard one: gloo holds about 20 + 2 x ranks each."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = soft + extra if hard == resource.RLIM_INFINITY else min(hard, soft + extra)
     if soft != resource.RLIM_INFINITY and wanted > soft:

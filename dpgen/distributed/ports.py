@@ -1,7 +1,8 @@
-"""Ports of a SLURM job: which ones, and which of them is free here: `python -m dpgen.ports JOB STEP` prints it.
+"""Derive the ports of a SLURM job, and find a free one; `python -m dpgen.ports JOB STEP` prints the first free one.
 
-They follow from the job's id, so that all its processes find the same by themselves. Each may be somebody else's, of
-another job on the same node for one; so there are several, and whoever listens takes the first that it can have.
+- The ports follow from the job's id, so all its processes derive the same ones without communicating.
+- Any of them may be taken, for example by another job on the node. So there are several, and a listener takes the
+  first free one.
 """
 
 from __future__ import annotations
@@ -13,38 +14,38 @@ from collections.abc import Sequence
 
 from dpgen.errors import EXIT_FAILED, EXIT_OK, DpgenError
 
-# Above the well-known ones, and below the range that kernels hand out to outgoing connections (32768 on Linux).
+# Above the well-known ports, and below those that kernels assign to outgoing connections (from 32768 on Linux).
 _BASE, _SPAN = 15_000, 15_000
-_NUMBER, _STRIDE = 8, 1871  # a prime that does not divide the span: the ports differ, and lie far apart
+_NUMBER, _STRIDE = 8, 1871  # a prime that does not divide the span, so the ports differ and lie far apart
 
 
 def derive_job_ports(job: int, step: int) -> tuple[int, ...]:
-    """Ports of a job's step, in order of preference."""
+    """Return the ports of a job's step, in order of preference."""
     first = job * 31 + step
     return tuple(_BASE + (first + index * _STRIDE) % _SPAN for index in range(_NUMBER))
 
 
 def bind_first_free(ports: Sequence[int]) -> socket.socket:
-    """Listens, on every address of this machine, on the first of `ports` that can be had.
+    """Listen on the first free one of `ports`, on every address of this machine.
 
     Raises:
-        DpgenError: none can.
+        DpgenError: none of them is free.
     """
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
+    is_dualstack = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dualstack else socket.AF_INET
     for port in ports:
         with contextlib.suppress(OSError):
-            return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=both)
-    raise DpgenError(f"none of the ports {format_ports(ports)} is free on this machine; set MASTER_PORT to one that is")
+            return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=is_dualstack)
+    raise DpgenError(f"none of the ports {format_ports(ports)} is free on this machine: set MASTER_PORT to a free one")
 
 
 def format_ports(ports: Sequence[int]) -> str:
-    """For people."""
+    """Return ``15310, 17181``."""
     return ", ".join(map(str, ports))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints a free port of the job's; the exit status."""
+    """Print a free port of the job, and return the exit status."""
     job, step = map(int, arguments)
     try:
         with bind_first_free(derive_job_ports(job, step)) as listener:

@@ -1,68 +1,81 @@
-"""A number for each gathering of ranks, which all of them know and no other gathering has.
+"""Rendezvous: give each start of the job a round number that all its ranks agree on.
 
-torchrun keeps one store for as long as it lives, its restarts included, and tells its workers nothing that is the same
-on all nodes and new at each restart: TORCHELASTIC_RESTART_COUNT goes up only on nodes that saw a worker of their own
-fail, not where others were seen waiting first (torch 2.13, elastic/agent/server/api.py, `_invoke_run`). So rank 0
-counts the gatherings and greets each rank by a token; what ranks of earlier gatherings left has other tokens, and
-nobody answers for it.
+- torchrun keeps one store across restarts, and none of its variables is both new at each restart and equal on all
+  nodes: TORCHELASTIC_RESTART_COUNT increases only on nodes that saw a worker of their own fail, not on nodes that saw
+  other nodes waiting first (torch 2.13, elastic/agent/server/api.py, `_invoke_run`).
+- So every rank publishes a random token, rank 0 replies to the token with the round number, and the rank confirms.
+- Tokens left over from an earlier round are never confirmed.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 from dpgen.errors import DpgenError
-from dpgen.monitoring.startup import PeriodicLog
+from dpgen.log import PeriodicLog
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
+_MAX_LISTED_RANKS = 10
 
 
-def join_rendezvous(
-    store: Any, rank: int, size: int, timeout_s: float, say: Callable[[str], None] = lambda line: None
-) -> int:
-    """Waits until all ranks have come; the gathering's number, the same on all.
+def join_rendezvous(store: Any, rank: int, size: int, timeout_s: float) -> int:
+    """Wait until all ranks have arrived, and return the number of this round, from 1. Collective.
 
     Args:
-        store: a torch.distributed.Store, that earlier gatherings may have used, too.
-        say: takes a line now and then, from rank 0, on who is still awaited.
+        store: a torch.distributed.Store, which earlier rounds may have used.
 
     Raises:
-        DpgenError: not all came in time.
-        RuntimeError: the store is gone, or rank 0 did not come in time.
+        DpgenError: some ranks did not arrive in time (on rank 0).
+        RuntimeError: the store is gone, or rank 0 did not arrive within the store's own timeout (on other ranks).
     """
-    if rank > 0:
-        token = uuid.uuid4().hex
-        store.set(f"dpgen/came/{rank}", token)
-        round_id = int(store.get(f"dpgen/greeting/{token}"))  # blocks, by the store's own time-out
-        store.set(f"dpgen/answer/{round_id}/{token}", "1")
-        return round_id
-    round_id = int(store.add("dpgen/gatherings", 1))
+    return _lead(store, size, timeout_s) if rank == 0 else _follow(store, rank)
+
+
+def _follow(store: Any, rank: int) -> int:
+    token = uuid.uuid4().hex
+    store.set(f"dpgen/arrived/{rank}", token)
+    round_id = int(store.get(f"dpgen/ack/{token}"))  # blocks, within the store's timeout
+    store.set(f"dpgen/confirm/{round_id}/{token}", "1")
+    return round_id
+
+
+def _lead(store: Any, size: int, timeout_s: float) -> int:
+    round_id = int(store.add("dpgen/rounds", 1))
     deadline_s = time.monotonic() + timeout_s
-    acknowledged: dict[int, str] = {}
+    acknowledged: dict[int, str] = {}  # rank → the token that it was last replied to
     pending_ranks = set(range(1, size))
-
-    def missing() -> str:
-        shown = ", ".join(str(other) for other in sorted(pending_ranks)[:10])
-        return f"{shown}{', ...' if len(pending_ranks) > 10 else ''}"
-
-    waiting = PeriodicLog(say, lambda: f"waiting for {len(pending_ranks)} of {size} ranks to come: {missing()}")
+    log_waiting = PeriodicLog(
+        logger,
+        lambda: (
+            f"waiting for {len(pending_ranks):,} of {size:,} ranks to start (missing: {_format_ranks(pending_ranks)})"
+        ),
+    )
     while pending_ranks:
-        for other in sorted(pending_ranks):
-            if not store.check([f"dpgen/came/{other}"]):
+        for rank in sorted(pending_ranks):
+            if not store.check([f"dpgen/arrived/{rank}"]):
                 continue
-            token = store.get(f"dpgen/came/{other}").decode()
-            if acknowledged.get(other) != token:  # a later one than a former rank had left
-                acknowledged[other] = token
-                store.set(f"dpgen/greeting/{token}", str(round_id))
-            elif store.check([f"dpgen/answer/{round_id}/{token}"]):
-                pending_ranks.remove(other)
+            token = store.get(f"dpgen/arrived/{rank}").decode()
+            if acknowledged.get(rank) != token:  # a token of an earlier round may have been here first
+                acknowledged[rank] = token
+                store.set(f"dpgen/ack/{token}", str(round_id))
+            elif store.check([f"dpgen/confirm/{round_id}/{token}"]):
+                pending_ranks.remove(rank)
         if pending_ranks and time.monotonic() > deadline_s:
             raise DpgenError(
-                f"{len(pending_ranks)} of {size} ranks have not come within {timeout_s:.0f} s: {missing()}"
+                f"{len(pending_ranks):,} of {size:,} ranks did not start within {timeout_s:,.0f} s (missing: "
+                f"{_format_ranks(pending_ranks)}). Check that each was started and can reach rank 0"
             )
-        waiting()
+        log_waiting()
         time.sleep(_POLL_S if pending_ranks else 0)
     return round_id
+
+
+def _format_ranks(ranks: Collection[int]) -> str:
+    listed = ", ".join(map(str, sorted(ranks)[:_MAX_LISTED_RANKS]))
+    return f"{listed}{', ...' if len(ranks) > _MAX_LISTED_RANKS else ''}"

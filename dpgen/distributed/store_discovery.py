@@ -1,11 +1,10 @@
-"""Where rank 0's store is, where no launcher has set a port aside for it: under srun without MASTER_PORT.
+"""Discover the port of rank 0's store if no launcher has reserved one: under srun without MASTER_PORT.
 
-Any port that ranks derive from the job's id may be somebody else's. So rank 0 lets the kernel choose the store's port,
-and tells it, with the job's name, on the first port it can have of a few derived ones (`StoreAdvertiser`). The others ask on all
-of those in turn (`discover_store`), and believe only an answer that names their job.
-
-They don't look for the store itself: TCPStore's client waits without end, whatever its timeout, on a port whose owner
-says nothing (torch 2.13), and can't tell one job's store from another's.
+- Any port that ranks derive from the job's id may belong to another process. So the kernel chooses the store's port,
+  and rank 0 advertises it, with the job's name, on the first free one of a few derived ports (`StoreAdvertiser`).
+- The other ranks query all of those ports in turn (`discover_store`), and accept only a response that names their job.
+- Ranks don't look for the store itself: TCPStore's client waits without end, whatever its timeout, on a port whose
+  owner sends nothing (torch 2.13), and can't tell one job's store from another's.
 """
 
 from __future__ import annotations
@@ -20,33 +19,33 @@ from collections.abc import Sequence
 from dpgen.distributed.ports import bind_first_free, format_ports
 from dpgen.errors import DpgenError
 
-_ANSWER_TIMEOUT_S = 2.0  # for a connection, and again for the answer; whoever is late is asked again
+_RESPONSE_TIMEOUT_S = 2.0  # for a connection, and again for the response; a late port is queried again
 _ROUND_INTERVAL_S = 0.5
 _MAX_RESPONSE_BYTES = 300
 _POLL_S = 0.05
 
 
 class StoreAdvertiser:
-    """Tells whoever asks, from a thread, until it is closed.
+    """Send the store's port to every client that connects, from a thread, until closed.
 
     Args:
         ports: in order of preference.
-        job: the job's name, which no other job has, nor this one after a restart.
-        store_port: what to tell.
+        job: the job's name. No other job has it, and neither does a restart of this job.
+        store_port: the port to advertise.
 
     Raises:
-        DpgenError: no port can be had.
+        DpgenError: none of the ports is free.
     """
 
     def __init__(self, ports: Sequence[int], job: str, store_port: int) -> None:
         self._listener = bind_first_free(ports)
-        self._encode_response = _encode_response(job, store_port)
+        self._response = _encode_response(job, store_port)
         self._closed = threading.Event()
-        threading.Thread(target=self._serve, name="beacon", daemon=True).start()
+        threading.Thread(target=self._serve, name="store-advertiser", daemon=True).start()
 
     @property
     def port(self) -> int:
-        """The port that could be had."""
+        """The port that was free."""
         return int(self._listener.getsockname()[1])
 
     def __enter__(self) -> StoreAdvertiser:
@@ -62,21 +61,22 @@ class StoreAdvertiser:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # closed; or the network's own trouble with whoever asked
+            except OSError:  # the listener is closed, or a client's network failed
                 if self._closed.wait(_POLL_S):
                     return
                 continue
             with connection, contextlib.suppress(OSError):
-                connection.sendall(self._encode_response)  # so little never blocks
+                connection.sendall(self._response)  # too short to block
 
 
 def discover_store(host: str, ports: Sequence[int], job: str, limit_s: float) -> int:
-    """The port of the job's store on `host`, from its beacon on one of `ports`.
+    """Return the port of the job's store on `host`, as advertised on one of `ports`.
 
-    Rank 0 may come up last, and a port that is free or a stranger's now may be its: all are asked, round after round.
+    Rank 0 may start last, and may then get a port that is free or another process's now. So all ports are queried, in
+    round after round.
 
     Raises:
-        DpgenError: no beacon of this job answered within `limit_s`.
+        DpgenError: no port advertised this job's store within `limit_s`.
     """
     deadline_s = time.monotonic() + limit_s
     while True:
@@ -87,16 +87,16 @@ def discover_store(host: str, ports: Sequence[int], job: str, limit_s: float) ->
         if time.monotonic() > deadline_s:
             raise DpgenError(
                 f"rank 0 of {job} did not answer on {host}, ports {format_ports(ports)}, within "
-                f"{limit_s / 60:.0f} minutes; was it started, and can it be reached from here?"
+                f"{limit_s / 60:.0f} min. Check that it was started and that this host can reach it"
             )
         time.sleep(_ROUND_INTERVAL_S)
 
 
 def _query(host: str, port: int, job: str) -> int | None:
-    with contextlib.suppress(OSError), socket.create_connection((host, port), _ANSWER_TIMEOUT_S) as connection:
-        said = connection.makefile("rb").readline(_MAX_RESPONSE_BYTES)
-        match = re.search(rb" (\d{1,5})\n\Z", said)
-        if match and said == _encode_response(job, int(match[1])):
+    with contextlib.suppress(OSError), socket.create_connection((host, port), _RESPONSE_TIMEOUT_S) as connection:
+        response = connection.makefile("rb").readline(_MAX_RESPONSE_BYTES)
+        match = re.search(rb" (\d{1,5})\n\Z", response)
+        if match and response == _encode_response(job, int(match[1])):
             return int(match[1])
     return None
 

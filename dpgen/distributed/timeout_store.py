@@ -1,4 +1,4 @@
-"""c10d's store with an end to its patience: a host that lost its power closes no connection, and answers nothing."""
+"""Give c10d's store a timeout on every call: a host that lost its power closes no connection and answers nothing."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ _TIMEOUT_S = 60.0
 
 
 class TimeoutStore:
-    """The calls that dpgen makes of a torch.distributed Store, each given up after `limit_s`.
+    """Make the calls of a torch.distributed Store that dpgen needs, each abandoned after `limit_s`.
 
-    TCPStore's own limit covers waiting for a key, not waiting for an answer: on a dead host it waits for TCP to give
-    up, a quarter of an hour with Linux's defaults. So a thread asks, and the caller waits for it; once a question was
-    given up, every other is refused at once.
+    TCPStore's own timeout covers waiting for a key, not waiting for a response: if the host is dead, the call lasts
+    until TCP gives up, a quarter of an hour with Linux's defaults. So a thread makes the calls, and the caller waits
+    for the thread. After one abandoned call, every other call fails immediately.
 
     Raises:
-        RuntimeError: from any call, as the store itself does: no answer, or the store's own error.
+        RuntimeError: from any call, as the store itself does: no response in time, or the store's own error.
     """
 
     def __init__(self, store: Any, limit_s: float = _TIMEOUT_S) -> None:
         self._store, self._limit_s = store, limit_s
-        self._asker = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._is_lost = False
 
     def add(self, key: str, amount: int) -> int:
         return int(self._call(lambda: self._store.add(key, amount)))
 
     def get_many(self, keys: Sequence[str]) -> list[int]:
-        """The counters of these names, which are known to be there."""
+        """Return the counters of these keys, all of which must exist."""
         return [int(value) for value in self._call(lambda: self._store.multi_get(list(keys)))]
 
     def check(self, keys: list[str]) -> bool:
@@ -39,14 +39,14 @@ class TimeoutStore:
         self._call(lambda: self._store.set(key, value))
 
     def get(self, key: str) -> bytes:
-        """The value of a key that is known to be there."""
+        """Return the value of a key, which must exist."""
         value: bytes = self._call(lambda: self._store.get(key))
         return value
 
     def _call(self, call: Callable[[], Any]) -> Any:
         if not self._is_lost:
             try:
-                return self._asker.submit(call).result(self._limit_s)
+                return self._thread.submit(call).result(self._limit_s)
             except TimeoutError:
                 self._is_lost = True
         raise RuntimeError(f"the store has not answered for {self._limit_s:.0f} s")

@@ -1,7 +1,7 @@
-"""Which process this is: the launcher's environment, read once into a small frozen object.
+"""Read the launcher's environment once, into a small frozen `Topology`.
 
-Three launchers give one `Topology`: torchrun (and whatever else sets RANK and WORLD_SIZE), SLURM's srun, and a
-process started by itself. What follows from it (which GPUs, which cores) is arithmetic on it, here too.
+- torchrun (or any launcher that sets RANK and WORLD_SIZE), SLURM's srun, and a process started alone all give one.
+- The GPUs and CPU cores of a rank are arithmetic on its topology, without processes; that is here, too.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from dpgen.formatting import format_count
 
 @dataclass(frozen=True)
 class Topology:
-    """One data-parallel rank's place in the job.
+    """Place one data-parallel rank in the job.
 
     Attributes:
-        dp_rank, dp_size: this rank, and how many there are.
+        dp_rank, dp_size: this rank, and the number of ranks.
         local_rank, local_size: the same among the ranks of this node.
         node: the name of this machine, for people.
         launcher: "torchrun", "slurm", "wrapper" (RANK and WORLD_SIZE, but nothing about the node), or "none".
         master_addr, master_port: where rank 0's store listens; "" and 0 in a world of one.
-        beacon_ports: where nobody has given a port: those on one of which rank 0 tells the
-            store's (`dpgen.distributed.store_discovery`);
-            `master_port` is 0 then.
-        restart: how often the launcher has restarted this job already.
-        job: the name of this job and start of it, for a rank to know its own rank 0 by; "" where it needs none.
+        discovery_ports: the ports on which rank 0 may advertise the store's port
+            (`dpgen.distributed.store_discovery`). Empty if the launcher gave a port; otherwise `master_port` is 0.
+        restart: how often the launcher has restarted this job.
+        job: a name of this start of the job, by which a rank recognizes its own rank 0; "" if no rank needs one.
     """
 
     dp_rank: int = 0
@@ -51,19 +50,21 @@ class Topology:
             ("local rank", self.local_rank, self.local_size),
         ):
             if not 0 <= rank < size:
-                raise ConfigError(f"the launcher's environment gives {name} {rank} of {size}")
+                raise ConfigError(
+                    f"the launcher's environment gives {name} {rank} of {size}: must be at least 0 and below {size}"
+                )
 
     @property
     def is_rank_0(self) -> bool:
-        """Whether this rank speaks for the whole job."""
+        """True on the rank that reports for the whole job."""
         return self.dp_rank == 0
 
 
 def read_topology(environ: Mapping[str, str]) -> Topology:
-    """Reads torchrun's variables, else srun's, else gives a world of one.
+    """Return the topology from torchrun's variables, else from srun's, else a world of one.
 
     Raises:
-        ConfigError: a variable that is missing beside the others, or is no number.
+        ConfigError: a variable is missing beside the others, is no integer, or gives a rank outside the world.
     """
     node = socket.gethostname()
     if "RANK" in environ and "WORLD_SIZE" in environ:
@@ -71,8 +72,8 @@ def read_topology(environ: Mapping[str, str]) -> Topology:
         if size > 1:
             for name in ("MASTER_ADDR", "MASTER_PORT"):
                 if not environ.get(name):
-                    raise ConfigError(f"RANK and WORLD_SIZE are set, but {name} is not; launch with torchrun or srun")
-        # A wrapper around srun or mpirun often sets no more than these two; `fill_local_rank` then finds the rest.
+                    raise ConfigError(f"RANK and WORLD_SIZE are set, but {name} is not: launch with torchrun or srun")
+        # A wrapper around srun or mpirun often sets only RANK and WORLD_SIZE; `fill_local_rank` finds the local ones.
         is_whole = "LOCAL_RANK" in environ and "LOCAL_WORLD_SIZE" in environ
         return Topology(
             dp_rank=_read_int(environ, "RANK"),
@@ -85,18 +86,95 @@ def read_topology(environ: Mapping[str, str]) -> Topology:
             master_port=_read_int(environ, "MASTER_PORT", 0),
             restart=_read_int(environ, "TORCHELASTIC_RESTART_COUNT", 0),
         )
-    # SLURM_STEP_NUM_TASKS is set by srun alone: in a batch script SLURM_PROCID is there, too, but one process runs.
+    # Only srun sets SLURM_STEP_NUM_TASKS. A batch script has SLURM_PROCID, too, but runs as one process.
     if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
         return _read_slurm_topology(environ, node)
     return Topology(node=node)
 
 
 def fill_local_rank(topology: Topology, nodes: Sequence[str]) -> Topology:
-    """The topology with its local rank and size found from the nodes of all ranks, where the launcher told neither."""
+    """Return the topology with local rank and size derived from all ranks' nodes, if the launcher gave neither."""
     if topology.launcher != "wrapper":
         return topology
     local = [rank for rank, node in enumerate(nodes) if node == nodes[topology.dp_rank]]
     return replace(topology, local_rank=local.index(topology.dp_rank), local_size=len(local))
+
+
+def first_host(nodelist: str) -> str:
+    """Return the first host of SLURM's compressed list, in SLURM's order: ``'gpu[03-07,12],login1'`` → ``'gpu03'``.
+
+    Kept by hand, since `scontrol show hostnames` is not in every container and rejects suffixes (22.05), ClusterShell
+    (1.10, LGPL) sorts the hosts, and python-hostlist (2.3) is GPL.
+    """
+    entry = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)  # up to the first comma outside brackets
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", entry[0]) if entry else ""
+
+
+def expand_tasks_per_node(text: str) -> list[int]:
+    """Return SLURM's compressed counts in full: ``'2(x3),1'`` → ``[2, 2, 2, 1]``.
+
+    Raises:
+        ConfigError: the text has another form.
+    """
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if not match:
+            raise ConfigError(f"SLURM's tasks per node are {text!r}: must have the form 2(x3),1")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def assign_gpus(topology: Topology, visible: Sequence[str], gpus_per_rank: int, *, share: bool = False) -> list[str]:
+    """Return the GPUs of this rank's engine, as CUDA_VISIBLE_DEVICES names them.
+
+    Args:
+        visible: the GPUs that this process may see, in order: indices or UUIDs.
+        gpus_per_rank: tensor-parallel times pipeline-parallel size.
+        share: let ranks share GPUs if there are fewer than they need.
+
+    Raises:
+        ConfigError: too few GPUs for the ranks of this node. The message gives the number of ranks that fit.
+    """
+    needed = gpus_per_rank * topology.local_size
+    if len(visible) >= needed:
+        first = topology.local_rank * gpus_per_rank
+        return list(visible[first : first + gpus_per_rank])
+    is_bound_by_launcher = topology.launcher in ("slurm", "wrapper") and len(visible) == gpus_per_rank
+    if is_bound_by_launcher:
+        return list(visible)
+    if share and len(visible) >= gpus_per_rank:
+        slots = len(visible) // gpus_per_rank
+        first = (topology.local_rank % slots) * gpus_per_rank
+        return list(visible[first : first + gpus_per_rank])
+    fit = len(visible) // gpus_per_rank
+    advice = (
+        f"start {format_count(fit, 'rank')} (torchrun --nproc-per-node {fit}), or set parallel.share_devices=true"
+        if fit
+        else f"one rank needs {gpus_per_rank} (parallel.tensor_parallel_size x parallel.pipeline_parallel_size)"
+    )
+    raise ConfigError(
+        f"{format_count(needed, 'GPU')} needed for {format_count(topology.local_size, 'rank')} on {topology.node}, "
+        f"{len(visible)} visible: {advice}"
+    )
+
+
+def assign_cores(affinities: Sequence[frozenset[int]], local_rank: int) -> list[int]:
+    """Return the numbers of the CPU cores of this rank's engine, at least one.
+
+    Ranks that the launcher gave the same cores divide them, and share single cores if there are fewer cores than ranks.
+    A rank that the launcher bound to cores of its own keeps those.
+
+    Args:
+        affinities: the cores that each rank of this node may run on, by local rank.
+    """
+    own = affinities[local_rank]
+    sharing_ranks = [rank for rank, cores in enumerate(affinities) if cores == own]
+    cores, index = sorted(own), sharing_ranks.index(local_rank)
+    if len(cores) < len(sharing_ranks):
+        return [cores[index % len(cores)]]
+    bounds = [len(cores) * i // len(sharing_ranks) for i in range(len(sharing_ranks) + 1)]
+    return cores[bounds[index] : bounds[index + 1]]
 
 
 def _read_slurm_topology(environ: Mapping[str, str], node: str) -> Topology:
@@ -127,78 +205,4 @@ def _read_int(environ: Mapping[str, str], name: str, default: int | None = None)
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"the environment variable {name} is {text!r}; it must be a whole number") from None
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of SLURM's compressed list: ``'gpu[03-07,12],login1'`` → ``'gpu03'``."""
-    match = re.match(r"([^,\[]*)(?:\[([^\]]*)\])?([^,]*)", nodelist)
-    if not match:
-        return ""
-    head, ranges, tail = match.groups()
-    first = re.split(r"[,-]", ranges)[0] if ranges else ""
-    return f"{head}{first}{tail}"
-
-
-def expand_tasks_per_node(text: str) -> list[int]:
-    """SLURM's compressed counts: ``'2(x3),1'`` → ``[2, 2, 2, 1]``."""
-    counts: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if not match:
-            raise ConfigError(f"SLURM's tasks per node are {text!r}, which is not of the form 2(x3),1")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
-
-
-def assign_gpus(topology: Topology, visible: Sequence[str], gpus_per_rank: int, *, share: bool = False) -> list[str]:
-    """The GPUs, as CUDA_VISIBLE_DEVICES names them, that this rank's engine gets.
-
-    Args:
-        visible: the GPUs this process may see, in order: indices or UUIDs.
-        gpus_per_rank: tensor-parallel times pipeline-parallel size.
-        share: let ranks share GPUs where there are fewer than they need.
-
-    Raises:
-        ConfigError: too few GPUs for the ranks of this node; the right number of ranks is named.
-    """
-    needed = gpus_per_rank * topology.local_size
-    if len(visible) >= needed:
-        first = topology.local_rank * gpus_per_rank
-        return list(visible[first : first + gpus_per_rank])
-    bound_by_launcher = topology.launcher in ("slurm", "wrapper") and len(visible) == gpus_per_rank
-    if bound_by_launcher:
-        return list(visible)
-    if share and len(visible) >= gpus_per_rank:
-        slots = len(visible) // gpus_per_rank
-        first = (topology.local_rank % slots) * gpus_per_rank
-        return list(visible[first : first + gpus_per_rank])
-    fit = len(visible) // gpus_per_rank
-    advice = (
-        f"start {fit} (torchrun --nproc-per-node {fit}), or set parallel.share_devices=true"
-        if fit
-        else f"one rank needs {gpus_per_rank} (parallel.tensor_parallel_size x parallel.pipeline_parallel_size)"
-    )
-    raise ConfigError(
-        f"{format_count(topology.local_size, 'rank')} on {topology.node}: {format_count(needed, 'GPU')} needed, "
-        f"{len(visible)} visible; {advice}"
-    )
-
-
-def assign_cores(affinities: Sequence[frozenset[int]], local_rank: int) -> list[int]:
-    """The CPU cores that this rank's engine gets.
-
-    Args:
-        affinities: the cores each rank of this node may run on, by local rank. Where the launcher gave ranks the
-            same cores they are divided; where it bound each to cores of its own, that stands.
-
-    Returns:
-        core numbers, at least one; ranks share cores where there are fewer cores than ranks.
-    """
-    mine = affinities[local_rank]
-    sharers = [rank for rank, cores in enumerate(affinities) if cores == mine]
-    cores, place = sorted(mine), sharers.index(local_rank)
-    if len(cores) < len(sharers):
-        return [cores[place % len(cores)]]
-    bounds = [len(cores) * i // len(sharers) for i in range(len(sharers) + 1)]
-    return cores[bounds[place] : bounds[place + 1]]
+        raise ConfigError(f"{name}={text!r}: must be an integer") from None

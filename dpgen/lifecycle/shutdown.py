@@ -1,12 +1,15 @@
-"""Being told to stop: by a signal, by `run.time_limit`, or by SLURM's end time.
+"""Stop a run by a signal, by `run.time_limit`, or before SLURM's end time.
 
-While rows are generated the loop asks (`Stop.reason`) and ends in good order; elsewhere the signal raises at once.
-A second signal ends the process on the spot: what was synced stays, and the engine dies with its rank. So does the
-first one where nothing has begun yet (`exit_on_signal`).
+- While rows are generated, the loop asks for the reason to stop (`ShutdownMonitor.reason`) and ends in good order.
+  Elsewhere the signal raises `Interrupted` immediately.
+- A second signal ends the process immediately: synced rows stay, and the engine ends with its rank. So does the first
+  one while the ranks are still joining (`exit_on_signal`).
+- A signal handler never logs, since the interrupted thread may hold the lock of logging; it uses `os.write`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -19,16 +22,17 @@ from dpgen.errors import EXIT_RESUMABLE, ConfigError, Interrupted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_SIGNAL_S = 1.0  # a launcher and a terminal may both pass on one Ctrl-C
-_RESUME_HINT = "the same command goes on from here"
+_EXIT_WAIT_S = 1.0
+_RESUME_HINT = "Rerun the same command to resume"
 
 
 class ShutdownMonitor:
-    """Whether, and why, the run is to stop.
+    """Tell the run when to stop, and why.
 
     Args:
         deadline_s: when to stop, in seconds since the epoch; None for never.
-        deadline_name: what set it, for the message.
-        before_exit: called when a second signal ends the process on the spot.
+        deadline_name: what set the deadline, for the message.
+        before_exit: called in the signal handler when a second signal ends the process; must not log.
     """
 
     def __init__(
@@ -45,22 +49,22 @@ class ShutdownMonitor:
         self._may_raise, self._is_over = True, False
 
     def install_handlers(self) -> None:
-        """Takes SIGTERM, SIGINT and SIGUSR1 for this process."""
+        """Handle SIGTERM, SIGINT and SIGUSR1 in this process."""
         for number in _SIGNALS:
             signal.signal(number, self._handle_signal)
 
     @property
     def reason(self) -> str | None:
-        """Why to stop now; None to go on."""
+        """The reason to stop now; None to continue."""
         if self._signal is not None:
-            return f"told to stop by {self._signal.name}; {_RESUME_HINT}"
+            return f"interrupted by {self._signal.name}. {_RESUME_HINT}"
         if self._deadline_s is not None and self._clock() >= self._deadline_s:
-            return f"{self._deadline_name} is near; {_RESUME_HINT}"
+            return f"{self._deadline_name} is near. {_RESUME_HINT}"
         return None
 
     @contextmanager
     def defer_signals(self) -> Iterator[None]:
-        """Within this block signals don't raise: whoever runs it asks for the reason, often."""
+        """Let signals not raise within the block, whose code checks `reason` often instead."""
         self._may_raise = False
         try:
             yield
@@ -68,7 +72,7 @@ class ShutdownMonitor:
             self._may_raise = True
 
     def ignore_signals(self) -> None:
-        """From here on signals do nothing: the run is complete, and about to end."""
+        """Ignore signals from now on: the run is complete, and the process is about to end."""
         self._is_over = True
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
@@ -85,67 +89,82 @@ class ShutdownMonitor:
             raise Interrupted(self.reason)
 
 
-def exit_on_signal(before_exit: Callable[[], None], say: Callable[[str], None]) -> None:
-    """Until a `Stop` is installed, SIGTERM and SIGUSR1 end this process on the spot, resumable.
+def exit_on_signal(before_exit: Callable[[], None], *, is_announced: bool) -> None:
+    """End this process, resumable, on SIGTERM or SIGUSR1, until a `ShutdownMonitor` installs its handlers.
 
-    For the time in which a rank imports torch and joins the others, maybe for minutes, in calls that no handler of
-    Python's interrupts: so a thread listens, too. Without this a job that is stopped then leaves no word, which is
-    what a failed run does.
+    Meant for the time in which a rank imports torch and joins the others. That may take minutes in calls that no Python
+    handler interrupts, so a thread receives the signal. Without it, a job that is stopped then would leave no status,
+    as a failed run does.
 
     Args:
-        before_exit: called first.
-        say: takes the reason.
+        before_exit: called first, in that thread.
+        is_announced: write the reason to stderr. False under torchrun, which reports its signals itself.
     """
     read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
-    ending = threading.Lock()
+    handled: list[int] = []
 
-    def end(number: int, frame: FrameType | None) -> None:
-        if ending.acquire(blocking=False):
-            before_exit()
-            say(f"told to stop by {signal.Signals(number).name} before the run had begun; {_RESUME_HINT}")
-            os._exit(EXIT_RESUMABLE)
+    def handle(number: int, frame: FrameType | None) -> None:
+        handled.append(number)
+        # The thread ends the process meanwhile. The main thread may hold a lock that ending needs, so it waits briefly.
+        time.sleep(_EXIT_WAIT_S)
 
-    def listen() -> None:
-        while heard := os.read(read_fd, 1):
-            if signal.getsignal(heard[0]) is end:  # else a Stop has taken over, or it is another signal
-                end(heard[0], None)
+    def wait_for_signal() -> None:
+        while received := os.read(read_fd, 1):
+            number = received[0]
+            # Otherwise the signal is another one, or a ShutdownMonitor has taken over.
+            if number in handled or signal.getsignal(number) is handle:
+                before_exit()
+                if is_announced:
+                    _write_to_stderr(
+                        f"dpgen: stopped: interrupted by {signal.Signals(number).name} before the run started. "
+                        f"{_RESUME_HINT}\n"
+                    )
+                os._exit(EXIT_RESUMABLE)
 
-    threading.Thread(target=listen, name="signals", daemon=True).start()
+    threading.Thread(target=wait_for_signal, name="signals", daemon=True).start()
     signal.set_wakeup_fd(write_fd)
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, end)
+        signal.signal(number, handle)
 
 
 def find_deadline(
     time_limit: str | None, margin_s: float, environ: Mapping[str, str], started_s: float
 ) -> tuple[float | None, str]:
-    """When to stop (seconds since the epoch), and what set that: the sooner of `run.time_limit` and SLURM's end.
+    """Return the deadline in seconds since the epoch, and what set it; (None, "") for no deadline.
+
+    The earlier of `run.time_limit` and SLURM's end time counts.
 
     Args:
         time_limit: seconds, or H:MM:SS; None for no limit.
         margin_s: how long before SLURM's end to stop.
-        started_s: when the run started.
+        started_s: when the run started, in seconds since the epoch.
     """
-    found: list[tuple[float, str]] = []
+    deadlines: list[tuple[float, str]] = []
     if time_limit is not None:
-        found.append((started_s + parse_time_limit(time_limit), f"run.time_limit={time_limit}"))
+        deadlines.append((started_s + parse_time_limit(time_limit), f"run.time_limit={time_limit}"))
     end = environ.get("SLURM_JOB_END_TIME", "")
     if end.isdigit():
-        found.append((int(end) - margin_s, "SLURM's time limit"))
-    return min(found) if found else (None, "")
+        deadlines.append((int(end) - margin_s, "SLURM's time limit"))
+    return min(deadlines) if deadlines else (None, "")
 
 
 def parse_time_limit(text: str) -> float:
-    """``'90'`` or ``'0:01:30'`` → 90.0 seconds.
+    """Return the seconds of ``'90'`` or ``'0:01:30'``: 90.0.
 
     Raises:
-        ConfigError: neither of these.
+        ConfigError: the text has neither form.
     """
     parts = str(text).split(":")
     if not 1 <= len(parts) <= 3 or not all(part.strip().isdigit() for part in parts):
-        raise ConfigError(f"run.time_limit is {text!r}; it must be seconds, or H:MM:SS in quotes")
+        raise ConfigError(f"run.time_limit={text!r}: must be seconds, or H:MM:SS in quotes")
     seconds = 0.0
     for part in parts:
         seconds = 60 * seconds + int(part)
     return seconds
+
+
+def _write_to_stderr(text: str) -> None:
+    """Write to stderr by file descriptor, which needs no lock and no buffer."""
+    with contextlib.suppress(OSError):  # stderr is closed, or its disk is full
+        os.write(2, text.encode())

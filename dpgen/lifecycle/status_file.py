@@ -1,9 +1,10 @@
-"""How a run has ended, left in a small file for whoever started it.
+"""Write how the run ended to a small file, for the process that started it.
 
-A launcher's exit status can't tell: torchrun ends with 1 whatever its workers end with, srun with the worst of its
-tasks', be it one that the others went on without. So where DPGEN_STATUS_FILE names a file, it holds one line when the
-run is over: the exit status, and how many of the run's rows are done ("?" where they had not been counted yet). A run
-that came to no word, because all its ranks were killed or none was started, leaves no file.
+- A launcher's exit status can't tell: torchrun exits with 1 whatever its workers exit with, and srun with the worst
+  status of its tasks, even of a task that the other ranks continued without.
+- So if DPGEN_STATUS_FILE names a file, the file holds one line after the run: the exit status, and the number of the
+  run's rows that are done ("?" if they were not counted yet).
+- A run whose ranks were all killed, or never started, leaves no file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ STATUS_FILE = "DPGEN_STATUS_FILE"
 
 
 class StatusFile:
-    """One rank's word on how the run has ended; rank 0 has the last one.
+    """Write the status of the run from any rank; rank 0's replaces the others'.
 
     Attributes:
         num_done: rows of the whole run that are done, as far as this rank knows; None before it has counted.
@@ -26,16 +27,16 @@ class StatusFile:
     def __init__(self, environ: Mapping[str, str]) -> None:
         path = environ.get(STATUS_FILE)
         self._path = Path(path) if path else None
-        self._is_first = self._has_begun = False
+        self._is_rank_0 = self._is_reset = False
         self.num_done: int | None = None
 
     def reset(self, is_rank_0: bool) -> None:
-        """What an earlier attempt left is no longer true; only rank 0 (`is_first`) does something here.
+        """Remove what an earlier attempt left, on rank 0. From now on, only rank 0 writes by `write`.
 
         Raises:
-            DpgenError: the file can't be written; better now than after a day.
+            DpgenError: the file can't be written, which is better known now than after a day.
         """
-        self._is_first, self._has_begun = is_rank_0, True
+        self._is_rank_0, self._is_reset = is_rank_0, True
         if self._path is None or not is_rank_0:
             return
         try:
@@ -45,27 +46,27 @@ class StatusFile:
             raise DpgenError(f"{STATUS_FILE}={self._path} can't be written: {error.strerror}") from None
 
     def write(self, exit_status: int) -> None:
-        """On rank 0: how the run has ended. Other ranks leave that to it, once it has begun."""
-        if not self._has_begun:  # and a rank that fails before that ends all of them
+        """Write how the run ended, on rank 0; on other ranks only before `reset`, when one failure ends all ranks."""
+        if not self._is_reset:
             self.write_once(exit_status)
-        if self._path is None or not self._is_first:
+        if self._path is None or not self._is_rank_0:
             return
         temporary = self._path.with_name(f"{self._path.name}.tmp")
         try:
             temporary.write_text(self._format(exit_status), encoding="utf-8")
             temporary.replace(self._path)
-        except OSError:  # whoever reads it takes no word for a failure, which is the safe reading
+        except OSError:  # the reader takes a missing file for a failure, which is safe
             temporary.unlink(missing_ok=True)
 
     def write_once(self, exit_status: int) -> None:
-        """On any rank: the same, where rank 0 is lost, or may not get to it; never instead of what it has told."""
+        """Write how the run ended, on any rank, unless a rank already has: for when rank 0 is lost or may not write."""
         if self._path is None:
             return
         try:
             with self._path.open("x", encoding="utf-8") as file:
                 file.write(self._format(exit_status))
         except OSError:
-            return  # it is told already, or can't be, which is a failure to whoever reads it
+            return  # the file exists, or can't be written, which the reader takes for a failure
 
     def _format(self, exit_status: int) -> str:
         return f"{exit_status} {'?' if self.num_done is None else self.num_done}\n"

@@ -1,5 +1,4 @@
-"""What notices that a rank, or the store's host, is no more: without processes (tests/jobs/test_hosts.py
-has real ones)."""
+"""Noticing a lost rank and a lost store, without processes; tests/jobs/test_hosts.py has real ones."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from helpers.clock import FakeClock
 from helpers.jobs import wait_for
 
 from dpgen.distributed.group import InMemoryStore
@@ -14,80 +14,73 @@ from dpgen.distributed.leases import Leases
 from dpgen.distributed.timeout_store import TimeoutStore
 
 
-class SilentStore(InMemoryStore):
-    """Answers until it is told to be silent."""
+class PausableStore(InMemoryStore):
+    """Answer only while `answers` is set; fail for the key "broken"."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.speaks = threading.Event()
-        self.speaks.set()
+        self.answers = threading.Event()
+        self.answers.set()
 
     def add(self, key: str, amount: int) -> int:
-        self.speaks.wait()
+        self.answers.wait()
         if key == "broken":
             raise RuntimeError("connection reset")
         return super().add(key, amount)
 
 
 @pytest.fixture
-def store() -> Iterator[SilentStore]:
-    silent = SilentStore()
-    yield silent
-    silent.speaks.set()
+def store() -> Iterator[PausableStore]:
+    pausable = PausableStore()
+    yield pausable
+    pausable.answers.set()
 
 
-def test_a_silent_store_is_given_up_once_and_for_all(store: SilentStore) -> None:
-    watched = TimeoutStore(store, limit_s=0.1)
-    assert watched.add("rows", 3) == 3
-    store.speaks.clear()
+def test_a_store_that_stops_answering_is_abandoned_for_good(store: PausableStore) -> None:
+    timeout_store = TimeoutStore(store, limit_s=0.1)
+    assert timeout_store.add("rows", 3) == 3
+    store.answers.clear()
     with pytest.raises(RuntimeError, match="has not answered"):
-        watched.add("rows", 1)
-    store.speaks.set()
+        timeout_store.add("rows", 1)
+    store.answers.set()
     with pytest.raises(RuntimeError, match="has not answered"):
-        watched.add("rows", 1)
+        timeout_store.add("rows", 1)
 
 
-def test_the_stores_own_error_is_raised(store: SilentStore) -> None:
-    watched = TimeoutStore(store, limit_s=10)
+def test_an_error_of_the_store_itself_is_raised_and_later_calls_work(store: PausableStore) -> None:
+    timeout_store = TimeoutStore(store, limit_s=10)
     with pytest.raises(RuntimeError, match="connection reset"):
-        watched.add("broken", 1)
-    assert watched.add("rows", 1) == 1
+        timeout_store.add("broken", 1)
+    assert timeout_store.add("rows", 1) == 1
 
 
-class FakeClock:
-    now_s = 0.0
+def test_a_rank_whose_main_thread_is_stuck_counts_as_lost_until_its_next_heartbeat() -> None:
+    store, clock = InMemoryStore(), FakeClock()
+    own = Leases(store, store, 1, interval_s=0.01, stuck_s=300, clock=clock)
 
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def test_a_rank_whose_main_thread_is_stuck_counts_as_lost_until_it_beats_again() -> None:
-    store, watch = InMemoryStore(), FakeClock()
-    own = Leases(store, store, 1, interval_s=0.01, stuck_s=300, clock=watch)
-
-    def renewals() -> int:
+    def count_renewals() -> int:
         return store.add("dpgen/lease/1", 0)
 
     def is_renewed() -> bool:
-        before = renewals()
+        before = count_renewals()
         threading.Event().wait(0.1)
-        return renewals() > before
+        return count_renewals() > before
 
-    wait_for(lambda: renewals() > 2)  # before the first beat nothing is expected of it
+    wait_for(lambda: count_renewals() > 2)
     own.heartbeat()
-    watch.now_s = 299
+    clock.now_s = 299
     assert is_renewed()
-    watch.now_s = 301
-    assert not is_renewed()
-    others = Leases(store, store, 0, interval_s=1000, clock=watch)
-    assert others.find_expired([1], 60) == []
-    watch.now_s += 60
-    assert others.find_expired([1], 60) == [1]
+    clock.now_s = 301
+    assert not is_renewed(), "the last heartbeat is more than 300 s old"
+    peer = Leases(store, store, 0, interval_s=1000, clock=clock)
+    assert peer.find_expired([1], 60) == [], "this peer has only begun to watch"
+    clock.now_s += 60
+    assert peer.find_expired([1], 60) == [1]
     own.heartbeat()
     wait_for(is_renewed)
-    assert others.find_expired([1], 60) == []
+    assert peer.find_expired([1], 60) == []
     own.pause_heartbeat()
-    watch.now_s += 10_000
-    assert is_renewed()
+    clock.now_s += 10_000
+    assert is_renewed(), "no heartbeat is expected during a pause"
     own.stop()
-    others.stop()
+    peer.stop()

@@ -1,4 +1,4 @@
-"""Ports that a SLURM job's script finds for torchrun."""
+"""Ports that the sbatch script finds for torchrun."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dpgen.errors import DpgenError
 JOB = 4711
 
 
-def test_it_is_the_first_port_of_the_job_that_is_free_here() -> None:
-    with bind_first_free(derive_job_ports(JOB, 0)) as stranger:
-        taken = stranger.getsockname()[1]
+def test_the_command_prints_a_port_of_the_job_that_is_free_here() -> None:
+    with bind_first_free(derive_job_ports(JOB, 0)) as listener:
+        taken = listener.getsockname()[1]
         printed = subprocess.run(
             [sys.executable, "-m", "dpgen.ports", str(JOB), "0"], capture_output=True, text=True, check=True
         )
@@ -24,10 +24,10 @@ def test_it_is_the_first_port_of_the_job_that_is_free_here() -> None:
     assert free != taken and free in derive_job_ports(JOB, 0)
 
 
-def test_where_none_is_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    with contextlib.ExitStack() as strangers:
+def test_if_no_port_is_free_the_error_says_what_to_set(capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.ExitStack() as listeners:
         for port in derive_job_ports(JOB, 1):
-            with contextlib.suppress(DpgenError):  # it is somebody's already
-                strangers.enter_context(bind_first_free([port]))
+            with contextlib.suppress(DpgenError):  # another process listens on this port
+                listeners.enter_context(bind_first_free([port]))
         assert main([str(JOB), "1"]) == 1
     assert "set MASTER_PORT" in capsys.readouterr().err

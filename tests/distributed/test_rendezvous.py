@@ -1,4 +1,4 @@
-"""Ranks that gather around a store which other ranks have used before them."""
+"""Ranks that meet at a store which ranks of earlier rounds have used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpgen.errors import DpgenError
 
 
 class SharedStore:
-    """The part of torch.distributed's Store that `join_rendezvous` uses."""
+    """Implement the part of torch.distributed's Store that `join_rendezvous` uses."""
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
@@ -38,29 +38,28 @@ class SharedStore:
             return int(self._values[key])
 
 
-def gather(store: SharedStore, order: list[int]) -> set[int]:
-    """The numbers that ranks find which come in this order."""
+def join_all(store: SharedStore, order: list[int]) -> set[int]:
+    """Let the ranks join in this order, and return the round numbers that they receive."""
     with ThreadPoolExecutor(len(order)) as pool:
-        return {
-            each.result() for each in [pool.submit(join_rendezvous, store, rank, len(order), 10.0) for rank in order]
-        }
+        joining = [pool.submit(join_rendezvous, store, rank, len(order), 10.0) for rank in order]
+        return {future.result() for future in joining}
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
-def test_each_gathering_has_a_number_of_its_own(order: list[int]) -> None:
+def test_all_ranks_of_a_round_receive_the_same_new_number(order: list[int]) -> None:
     store = SharedStore()
-    assert [gather(store, order) for _ in range(5)] == [{1}, {2}, {3}, {4}, {5}]
+    assert [join_all(store, order) for _ in range(5)] == [{1}, {2}, {3}, {4}, {5}]
 
 
-def test_what_a_rank_left_that_never_met_the_others_is_nobodys() -> None:
+def test_a_token_left_by_a_rank_that_never_joined_is_ignored() -> None:
     store = SharedStore()
-    store.set("dpgen/came/1", "a rank that was killed while it waited")
-    store.set("dpgen/came/5", "one of a larger world")
-    assert gather(store, [0, 1, 2]) == {1}
+    store.set("dpgen/arrived/1", "token of a rank that was killed while it waited")
+    store.set("dpgen/arrived/5", "token of a rank of a larger world")
+    assert join_all(store, [0, 1, 2]) == {1}
 
 
-def test_ranks_that_do_not_come_are_named() -> None:
+def test_the_error_names_the_ranks_that_did_not_start() -> None:
     store = SharedStore()
-    store.set("dpgen/came/2", "killed")
-    with pytest.raises(DpgenError, match="2 of 3 ranks have not come within 0 s: 1, 2"):
+    store.set("dpgen/arrived/2", "token of a rank that was killed")
+    with pytest.raises(DpgenError, match=r"2 of 3 ranks did not start within 0 s \(missing: 1, 2\)"):
         join_rendezvous(store, 0, 3, timeout_s=0.1)

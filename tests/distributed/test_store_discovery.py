@@ -1,4 +1,4 @@
-"""Finding rank 0's store among ports that may be anybody's."""
+"""Discovering rank 0's store on ports that other processes may have taken."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ JOB = "SLURM job 7, step 0, restart 0"
 
 
 @contextlib.contextmanager
-def stranger(says: bytes | None) -> Iterator[int]:
-    """Somebody else's port; it answers with `says` to whoever connects, or with nothing at all."""
+def foreign_port(response: bytes | None) -> Iterator[int]:
+    """Yield a port of another process, which sends `response` to every client, or never answers if it is None."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -27,9 +27,9 @@ def stranger(says: bytes | None) -> Iterator[int]:
                 while True:
                     connection, _ = listener.accept()
                     with connection:
-                        connection.sendall(says or b"")
+                        connection.sendall(response or b"")
 
-        if says is not None:
+        if response is not None:
             threading.Thread(target=serve, daemon=True).start()
         try:
             yield listener.getsockname()[1]
@@ -39,7 +39,7 @@ def stranger(says: bytes | None) -> Iterator[int]:
 
 
 @pytest.mark.parametrize(
-    "says",
+    "response",
     [
         None,
         b"",
@@ -49,45 +49,45 @@ def stranger(says: bytes | None) -> Iterator[int]:
         b"dpgen SLURM job 7, step 0, restart 1 store 41234\n",
         b"dpgen SLURM job 7, step 0, restart 0 store 4123",
     ],
-    ids=["silent", "closes", "http", "binary", "another job", "another restart", "half an answer"],
+    ids=["silent", "closes", "http", "binary", "another job", "another restart", "half a response"],
 )
-def test_a_strangers_port_is_passed_by(says: bytes | None) -> None:
-    with stranger(says) as taken:
+def test_a_port_of_another_process_is_skipped(response: bytes | None) -> None:
+    with foreign_port(response) as taken:
         ports = [taken, free_port(), free_port()]
-        with StoreAdvertiser(ports, JOB, 41234) as beacon:
-            assert beacon.port == ports[1], "the first one that is free"
+        with StoreAdvertiser(ports, JOB, 41234) as advertiser:
+            assert advertiser.port == ports[1], "rank 0 takes the first free port"
             assert discover_store("127.0.0.1", ports, JOB, 30) == 41234
         with pytest.raises(DpgenError, match=f"rank 0 of {JOB} did not answer on 127.0.0.1, ports {taken}, "):
             discover_store("127.0.0.1", ports, JOB, 0)
 
 
-def test_rank_0_may_come_last() -> None:
-    ports, found = [free_port()], []
-    asking = threading.Thread(target=lambda: found.append(discover_store("localhost", ports, JOB, 30)))
-    asking.start()
+def test_rank_0_may_start_last() -> None:
+    ports, discovered = [free_port()], []
+    client = threading.Thread(target=lambda: discovered.append(discover_store("localhost", ports, JOB, 30)))
+    client.start()
     time.sleep(1)
     with StoreAdvertiser(ports, JOB, 5):
-        asking.join(30)
-    assert found == [5]
+        client.join(30)
+    assert discovered == [5]
 
 
-def test_many_ask_at_once_and_some_hang_up() -> None:
-    ports, found = [free_port()], []
-    with StoreAdvertiser(ports, JOB, 5) as beacon:
+def test_many_ranks_query_at_once_and_some_disconnect() -> None:
+    ports, discovered = [free_port()], []
+    with StoreAdvertiser(ports, JOB, 5) as advertiser:
         for _ in range(50):
-            socket.create_connection(("127.0.0.1", beacon.port)).close()
-        asking = [
-            threading.Thread(target=lambda: found.append(discover_store("127.0.0.1", ports, JOB, 30)))
+            socket.create_connection(("127.0.0.1", advertiser.port)).close()
+        clients = [
+            threading.Thread(target=lambda: discovered.append(discover_store("127.0.0.1", ports, JOB, 30)))
             for _ in range(50)
         ]
-        for each in asking:
-            each.start()
-        for each in asking:
-            each.join(30)
-    assert found == [5] * 50
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join(30)
+    assert discovered == [5] * 50
 
 
-def test_where_every_port_is_taken_rank_0_says_what_to_do() -> None:
-    with stranger(None) as first, stranger(None) as second:
+def test_if_every_port_is_taken_the_error_of_rank_0_says_what_to_set() -> None:
+    with foreign_port(None) as first, foreign_port(None) as second:
         with pytest.raises(DpgenError, match=rf"the ports {first}, {second} is free .* set MASTER_PORT"):
             StoreAdvertiser([first, second], JOB, 5)

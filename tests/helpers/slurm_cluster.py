@@ -1,4 +1,4 @@
-"""A SLURM cluster of two nodes on this machine: munge, a controller and two slurmd, all of this process's own."""
+"""Start a SLURM cluster of two nodes on this machine: munge, a controller and two slurmd."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from helpers.jobs import REPO, free_port, wait_for
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "taskset")
 
-# Short times, so that the tests are short: `cred_expire` is also what a requeued job waits for before it starts again.
-# Long ones for what this machine does itself: on a busy one a slurmd that answers late is no lost node, whose jobs
-# SLURM would requeue.
+# Short times keep the tests short: a requeued job waits for `cred_expire` before it starts again. The time limits for
+# this machine's own daemons are long: SLURM must not take a slurmd that answers late, on a busy machine, for a lost
+# node and requeue its jobs.
 _CONFIGURATION = """\
 ClusterName=dpgen-test
 SlurmctldHost={host}(127.0.0.1)
@@ -57,19 +57,19 @@ PartitionName=high Nodes=n0,n1 PriorityTier=9
 """
 
 
-def missing() -> str:
-    """Why a cluster can't be started here; "" if it can."""
+def find_missing_requirement() -> str | None:
+    """Return why a cluster can't be started here; None if it can."""
     if os.geteuid() != 0:
         return "SLURM's daemons need root"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
-    return f"{', '.join(absent)} not found: apt-get install munge slurm-wlm" if absent else ""
+    return f"there is no {', '.join(absent)} here (Debian packages: munge, slurm-wlm)" if absent else None
 
 
 class Cluster:
-    """Started by `start`, ended by `stop`; every process by its own id.
+    """Start the daemons by `start` and end them by `stop`, each by its own id.
 
     Args:
-        folder: for all files of the daemons.
+        folder: receives all files of the daemons.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,7 +80,7 @@ class Cluster:
             "PYTHONPATH": str(REPO),
             "HF_HUB_OFFLINE": "1",
             "DPGEN_PYTHON": sys.executable,
-            "MASTER_ADDR": "127.0.0.1",  # the two nodes are one host, and their names no host's
+            "MASTER_ADDR": "127.0.0.1",  # both nodes are this host, and their names resolve to no address
         }
         self._daemons: list[subprocess.Popen[bytes]] = []
 
@@ -100,14 +100,14 @@ class Cluster:
         self._spawn("slurmctld", "-D")
         cores = sorted(os.sched_getaffinity(0))
         for index, node in enumerate(("n0", "n1")):
-            # A node has cores of its own: engines that both compute on all of them are ten times as slow.
+            # Each node has its own cores: two engines that both compute on all cores are ten times as slow.
             own = ",".join(map(str, cores[index::2] or cores))
             self._spawn("taskset", "--cpu-list", own, "slurmd", "-D", "-N", node)
         states = ("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T")
         wait_for(lambda: self.run(*states, check=False).split() == ["idle", "idle"])
 
     def stop(self) -> None:
-        """Ends the jobs, and then the daemons, which could not end them any more."""
+        """End the jobs first, which the daemons must do, and then the daemons."""
         with contextlib.suppress(AssertionError, subprocess.CalledProcessError):
             jobs = self.run("squeue", "-h", "-o", "%A").split()
             if jobs:
@@ -135,7 +135,7 @@ class Cluster:
         text: str | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> str:
-        """What a command of SLURM's prints."""
+        """Run a command of SLURM, and return its output."""
         done = subprocess.run(
             command,
             env={**self.environment, **(environment or {})},
@@ -149,7 +149,7 @@ class Cluster:
 
 
 class SlurmJob:
-    """One job, submitted from `folder`, where its logs lie."""
+    """One job, submitted from `folder`, which holds its logs."""
 
     def __init__(self, cluster: Cluster, folder: Path, job_id: str) -> None:
         self.cluster, self.folder, self.id = cluster, folder, job_id
@@ -158,17 +158,17 @@ class SlurmJob:
     def submit(
         cluster: Cluster, folder: Path, script: str, *arguments: str, options: Sequence[str] = (), **environment: str
     ) -> SlurmJob:
-        """`sbatch OPTIONS launch/SCRIPT ARGUMENTS`, on two nodes."""
+        """Run `sbatch OPTIONS launch/SCRIPT ARGUMENTS` for two nodes."""
         command = ["sbatch", "--parsable", "--nodes=2", *options, str(REPO / "launch" / script), *arguments]
         return SlurmJob(cluster, folder, cluster.run(*command, folder=folder, environment=environment).strip())
 
     def describe(self) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """Return the fields of `scontrol show job`."""
         shown = self.cluster.run("scontrol", "--oneliner", "show", "job", self.id)
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
     def limit(self, seconds: int) -> None:
-        """Has its time end so soon from now. SLURM looks every half a minute, so the signal of --signal comes first."""
+        """End the job's time in this many seconds; SLURM checks every 30 s, so the signal of --signal comes first."""
         self.cluster.run("scontrol", "update", f"JobId={self.id}", f"EndTime=now+{seconds}seconds")
 
     @property
@@ -180,29 +180,29 @@ class SlurmJob:
         return int(self.describe()["Restarts"])
 
     def attempt(self, number: int) -> Path:
-        """The folder with an attempt's logs."""
+        """Return the directory with an attempt's logs."""
         return self.folder / f"dpgen-{self.id}" / f"attempt-{number}"
 
     @property
     def output(self) -> str:
-        """Everything that it has printed, for a failed test's report."""
+        """All output of the job, for the report of a failed test."""
         logs = [self.folder / f"dpgen-{self.id}.log", *sorted((self.folder / f"dpgen-{self.id}").rglob("*.log"))]
         return "".join(f"--- {log.name}\n{log.read_text(errors='replace')}" for log in logs if log.exists())
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
         deadline_s = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline_s, f"waited in vain; job {self.describe()} printed\n{self.output}"
+            assert time.monotonic() < deadline_s, f"not within {timeout_s} s; job {self.describe()}\n{self.output}"
             time.sleep(0.1)
 
     def wait(self, timeout_s: float = 240) -> str:
-        """The state in which it ends, for good."""
-        going_on = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"}
-        self.wait_for(lambda: self.state not in going_on, timeout_s)
+        """Return the final state."""
+        unfinished = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"}
+        self.wait_for(lambda: self.state not in unfinished, timeout_s)
         return self.state
 
     def rank_pid(self, rank: int) -> int:
-        """The process of one srun task."""
+        """Return the process id of one srun task."""
         wanted = {f"SLURM_JOB_ID={self.id}".encode(), f"SLURM_PROCID={rank}".encode()}
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):

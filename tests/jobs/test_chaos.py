@@ -1,4 +1,4 @@
-"""The chaos harness, for as long as a test may take; `python tests/chaos.py --kills 1000` runs it longer."""
+"""Run a short series of random kills; `python tests/chaos.py --kills 1000` runs a long one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.multi, pytest.mark.slow]
     ("engine", "kills", "rows"),
     [("fake", 40, 600), pytest.param("vllm", 3, 200, marks=pytest.mark.vllm)],
 )
-def test_random_kills_lose_double_and_change_nothing(
+def test_random_kills_lose_duplicate_and_change_no_row(
     launcher: Launcher, tmp_path: Path, engine: str, kills: int, rows: int
 ) -> None:
     arguments = ["--engine", engine, "--kills", str(kills), "--rows", str(rows)]

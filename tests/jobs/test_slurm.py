@@ -1,6 +1,6 @@
-"""The shipped sbatch scripts on a real SLURM of two nodes: runs that complete, and all that can come between.
+"""Run the shipped sbatch scripts on a real SLURM of two nodes: complete runs, and runs that are stopped on the way.
 
-Where SLURM can't be started the tests are skipped; with DPGEN_REQUIRE_SLURM or CI set they fail instead.
+If SLURM can't be started here, the tests are skipped; with DPGEN_REQUIRE_SLURM or CI set they fail instead.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.jobs import REPO, SHORT_LEASE, Launcher, load_result, make_numbered_rows, write_into
-from helpers.slurm_cluster import Cluster, SlurmJob, missing
+from helpers.jobs import REPO, SHORT_LEASE, Launcher, WriteConfig, load_result, make_numbered_rows, write_into
+from helpers.requirements import skip_or_fail
+from helpers.results import count_journal_bytes, load_all_rows, run_undisturbed
+from helpers.slurm_cluster import Cluster, SlurmJob, find_missing_requirement
 from helpers.tiny_model import ENGINE, save_tiny_model
 
 from dpgen.distributed.ports import bind_first_free, derive_job_ports
@@ -26,19 +28,17 @@ pytestmark = [
     pytest.mark.xdist_group("slurm"),  # there is one cluster
 ]
 
-WriteConfig = Callable[..., str]
 SCRIPTS = ["slurm.sbatch", "slurm_torchrun.sbatch"]
-SLOW = {"step_s": 0.4, "max_num_seqs": 1}  # minutes in all: no test waits for the end of such a run
+SLOW = {"step_s": 0.4, "max_num_seqs": 1}  # minutes in all: no test waits until such a run ends
 STEADY = {"step_s": 0.06, "max_num_seqs": 2}  # half a minute
 FAST = {"step_s": 0.0, "max_num_seqs": 2}
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    lacking = missing()
-    if lacking:
-        required = os.environ.get("DPGEN_REQUIRE_SLURM") or os.environ.get("CI")
-        (pytest.fail if required else pytest.skip)(f"no SLURM: {lacking}")
+    reason = find_missing_requirement()
+    if reason is not None:
+        skip_or_fail(reason, "DPGEN_REQUIRE_SLURM", "CI")
     started = Cluster(tmp_path_factory.mktemp("slurm"))
     try:
         started.start()
@@ -49,7 +49,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def write(write_config: WriteConfig, tmp_path: Path) -> Callable[[str, dict[str, Any]], str]:
-    """Writes the configuration of one of several runs over the same 60 rows, NAME.yaml in NAME/run."""
+    """Write the configuration of one of several runs over the same 60 rows: NAME.yaml, with run directory NAME/run."""
 
     def config(name: str, engine: dict[str, Any]) -> str:
         return write_config(
@@ -59,8 +59,11 @@ def write(write_config: WriteConfig, tmp_path: Path) -> Callable[[str, dict[str,
     return config
 
 
-class Real:
-    """Runs on real vLLM over the same rows, NAME/conf.yaml in NAME/run, as slow or as fast as `max_num_seqs` has it."""
+class RealRuns:
+    """Configure runs on real vLLM over the same rows: NAME/conf.yaml, with run directory NAME/run.
+
+    The fewer `max_num_seqs`, the slower the run.
+    """
 
     NUM_ROWS = 400
 
@@ -81,7 +84,7 @@ class Real:
         )
 
     def expected(self) -> list[dict[str, Any]]:
-        """The rows of a run that nothing happens to."""
+        """Return the rows of an undisturbed run."""
         if not self._expected:
             launcher = Launcher(self.folder)
             job = launcher.dpgen("run", self.write(self.folder / "undisturbed", 32))
@@ -94,28 +97,26 @@ class Real:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
-    return Real(tmp_path_factory.mktemp("real"))
+def real(tmp_path_factory: pytest.TempPathFactory) -> RealRuns:
+    return RealRuns(tmp_path_factory.mktemp("real"))
 
 
 def results(tmp_path: Path, name: str, count: int = 60) -> list[dict[str, Any]]:
-    """A finished run's rows: each once, in order, without an error."""
-    rows = load_result(tmp_path / name / "run")
-    assert [row["row_id"] for row in rows] == list(range(count))
+    """Return the rows of a finished run, after checking that each is there once, in order, without an error."""
+    rows = load_all_rows(tmp_path / name / "run", count)
     assert all(row["error"] is None for row in rows)
     return rows
 
 
 def undisturbed(launcher: Launcher, conf: str, tmp_path: Path) -> list[dict[str, Any]]:
-    """The rows of a run with the same configuration that nothing happens to."""
-    job = launcher.dpgen("run", conf, f"run.dir={tmp_path / 'undisturbed' / 'run'}", "engine.step_s=0")
-    assert job.wait() == 0, job.output
+    """Return the rows of an undisturbed run with the same configuration."""
+    run_undisturbed(launcher, conf, tmp_path / "undisturbed" / "run")
     return results(tmp_path, "undisturbed")
 
 
 def is_generating(tmp_path: Path, name: str) -> bool:
-    """Whether rows have come."""
-    return sum(path.stat().st_size for path in (tmp_path / name / "run").glob("journal/*.journal")) > 400
+    """Return True once the journals hold rows."""
+    return count_journal_bytes(tmp_path / name / "run") > 400
 
 
 # ---- complete runs
@@ -124,25 +125,25 @@ def is_generating(tmp_path: Path, name: str) -> bool:
 @pytest.mark.vllm
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_complete_run_on_two_nodes_with_a_real_engine(cluster: Cluster, tmp_path: Path, script: str) -> None:
-    """The first port on which the ranks, or their torchruns, would meet is a stranger's."""
+    """Another process has taken the first port on which the ranks, or their torchruns, would meet."""
     paths = [f"model={REPO / 'conf/demo/model'}", f"data.path={REPO / 'conf/demo/questions.jsonl'}"]
     run_dir = tmp_path / "demo" / "run"
     arguments = [str(REPO / "conf/demo.yaml"), *paths, "data.limit=64", f"run.dir={run_dir}"]
     job = SlurmJob.submit(cluster, tmp_path, script, *arguments, options=["--hold"])
-    with bind_first_free(derive_job_ports(int(job.id), 0)):  # and says nothing
+    with bind_first_free(derive_job_ports(int(job.id), 0)):  # a listener that never answers
         cluster.run("scontrol", "release", job.id)
         assert job.wait() == "COMPLETED", job.output
     questions = (REPO / "conf/demo/questions.jsonl").read_text().splitlines()[:64]
     rows = load_result(run_dir)
     assert [row["question"] for row in rows] == [json.loads(line)["question"] for line in questions]
-    right = [str(row["answer"]).split()[-1] in (row["generated_text"] or "") for row in rows]
-    assert sum(right) >= 60, "the demo's model can add"
+    is_correct = [str(row["answer"]).split()[-1] in (row["generated_text"] or "") for row in rows]
+    assert sum(is_correct) >= 60, "the demo's model can add"
     assert "2 ranks" in job.output and "dpgen: the run is complete" in job.output
     assert job.num_restarts == 0
 
 
 @pytest.mark.parametrize("options", [[], ["--torchrun"]])
-def test_dpgen_slurm_submits_a_script_that_runs_as_it_is(
+def test_dpgen_slurm_submits_a_script_that_runs_unchanged(
     cluster: Cluster,
     write: Callable[..., str],
     launcher: Launcher,
@@ -162,19 +163,19 @@ def test_dpgen_slurm_submits_a_script_that_runs_as_it_is(
     assert len(list(job.attempt(0).glob("*.log"))) == (2 if options else 4)
 
 
-# ---- runs that are cut, and go on
+# ---- runs that are stopped, and resume
 
 
 @pytest.mark.vllm
-def test_runs_that_a_time_limit_cuts_are_requeued_until_they_are_complete(
-    cluster: Cluster, write: Callable[..., str], real: Real, launcher: Launcher, tmp_path: Path
+def test_runs_stopped_by_a_time_limit_are_requeued_until_they_are_complete(
+    cluster: Cluster, write: Callable[..., str], real: RealRuns, launcher: Launcher, tmp_path: Path
 ) -> None:
-    """Four jobs at once, since SLURM counts in minutes: both scripts, one that no --signal warns, and real vLLM.
+    """Four jobs at once, since SLURM counts in minutes: both scripts, one without a usable --signal, and real vLLM.
 
-    Their time is cut short once they generate, so that a busy machine, where that takes long, changes nothing.
+    Their time limit is shortened once they generate, so a busy machine, which starts slowly, does not matter.
     """
     warnings = {"slurm.sbatch": "USR1@20", "slurm_torchrun.sbatch": "TERM@20", "real": "USR1@20"}
-    warnings["unwarned"] = "CONT@20"  # the last: it goes on until its time is over
+    warnings["unwarned"] = "CONT@20"  # SIGCONT does nothing, so this job runs until SLURM ends it
     jobs = {}
     for name, warning in warnings.items():
         script = name if name.endswith(".sbatch") else "slurm.sbatch"
@@ -192,7 +193,7 @@ def test_runs_that_a_time_limit_cuts_are_requeued_until_they_are_complete(
             continue
         real.write(tmp_path / name, 32)
         job.wait_for(lambda job=job: job.num_restarts == 1)
-        # To load its model again, and finish: if it hasn't by now.
+        # Time to load its model again and finish, unless it has finished by now.
         cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=20", check=False)
     expected = dict.fromkeys(warnings, undisturbed(launcher, write("expected", FAST), tmp_path))
     expected["real"] = real.expected()
@@ -205,7 +206,7 @@ def test_runs_that_a_time_limit_cuts_are_requeued_until_they_are_complete(
         assert results(tmp_path, name, len(expected[name])) == expected[name]
 
 
-def test_a_preempted_run_goes_on_by_itself(
+def test_a_preempted_run_is_requeued_and_completes(
     cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
 ) -> None:
     options = ["--partition=low", "--exclusive"]
@@ -221,10 +222,10 @@ def test_a_preempted_run_goes_on_by_itself(
 
 
 @pytest.mark.vllm
-def test_a_lost_node_is_done_without_under_srun_and_waited_for_under_torchrun(
-    cluster: Cluster, write: Callable[..., str], real: Real, launcher: Launcher, tmp_path: Path
+def test_a_run_continues_without_a_lost_node_under_srun_and_is_requeued_under_torchrun(
+    cluster: Cluster, write: Callable[..., str], real: RealRuns, launcher: Launcher, tmp_path: Path
 ) -> None:
-    """Real vLLM under srun."""
+    """The job under srun has real vLLM."""
     confs = {"slurm.sbatch": real.write(tmp_path / "slurm.sbatch", 16)}
     confs["slurm_torchrun.sbatch"] = write("slurm_torchrun.sbatch", STEADY)
     jobs = {script: SlurmJob.submit(cluster, tmp_path, script, conf, **SHORT_LEASE) for script, conf in confs.items()}
@@ -233,8 +234,8 @@ def test_a_lost_node_is_done_without_under_srun_and_waited_for_under_torchrun(
         job.wait_for(lambda script=script: is_generating(tmp_path, script))
     cluster.run("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
     torchrun.wait_for(lambda: torchrun.num_restarts == 1)  # SLURM's own requeueing
-    srun.wait_for(lambda: "going on without it" in srun.output)
-    cluster.run("scontrol", "update", "NodeName=n1", "State=RESUME", check=False)  # it may have come back by itself
+    srun.wait_for(lambda: "continuing with the remaining ranks" in srun.output)
+    cluster.run("scontrol", "update", "NodeName=n1", "State=RESUME", check=False)  # the node may be back already
     conf = write("slurm_torchrun.sbatch", FAST)
     assert torchrun.wait() == "COMPLETED", torchrun.output
     assert srun.wait() == "COMPLETED", srun.output
@@ -244,25 +245,25 @@ def test_a_lost_node_is_done_without_under_srun_and_waited_for_under_torchrun(
 
 
 @pytest.mark.vllm
-def test_a_run_whose_task_is_killed_completes_without_it(cluster: Cluster, real: Real, tmp_path: Path) -> None:
+def test_a_run_continues_without_a_killed_task_and_completes(cluster: Cluster, real: RealRuns, tmp_path: Path) -> None:
     job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", real.write(tmp_path / "run-of-two", 16), **SHORT_LEASE)
     job.wait_for(lambda: is_generating(tmp_path, "run-of-two"))
     os.kill(job.rank_pid(1), signal.SIGKILL)
     assert job.wait() == "COMPLETED", job.output
-    assert "task 1: Killed" in job.output and "going on without it" in job.output
+    assert "task 1: Killed" in job.output and "continuing with the remaining ranks" in job.output
     assert "2 ranks" in job.output and "dpgen: the run is complete" in job.output
     assert job.num_restarts == 0
     assert results(tmp_path, "run-of-two", real.NUM_ROWS) == real.expected()
 
 
-# ---- runs that must not go on by themselves
+# ---- runs that must not be requeued
 
 
 @pytest.mark.vllm
-def test_cancelled_runs_stay_cancelled_and_keep_what_they_have(
-    cluster: Cluster, write: Callable[..., str], real: Real, launcher: Launcher, tmp_path: Path
+def test_cancelled_runs_stay_cancelled_and_can_be_resumed_by_hand(
+    cluster: Cluster, write: Callable[..., str], real: RealRuns, launcher: Launcher, tmp_path: Path
 ) -> None:
-    """Real vLLM under torchrun."""
+    """The job under torchrun has real vLLM."""
     confs = {"slurm.sbatch": write("slurm.sbatch", SLOW)}
     confs["slurm_torchrun.sbatch"] = real.write(tmp_path / "slurm_torchrun.sbatch", 1)
     jobs = {script: SlurmJob.submit(cluster, tmp_path, script, conf) for script, conf in confs.items()}
@@ -292,13 +293,15 @@ def test_runs_that_fail_are_not_requeued(cluster: Cluster, write: Callable[..., 
     assert [job.wait() for job in jobs] == ["FAILED"] * 4
     assert [job.describe()["ExitCode"] for job in jobs] == list(jobs.values())
     assert [job.num_restarts for job in jobs] == [0] * 4
-    assert all("the run failed, so it is not requeued" in job.output for job in jobs)
+    assert all("the run failed and is not requeued" in job.output for job in jobs)
 
 
-def test_a_run_that_does_not_get_on_is_given_up(cluster: Cluster, write: Callable[..., str], tmp_path: Path) -> None:
+def test_a_run_without_progress_is_not_requeued_for_ever(
+    cluster: Cluster, write: Callable[..., str], tmp_path: Path
+) -> None:
     conf = write("run", SLOW)
     job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", conf, "run.time_limit=0", DPGEN_MAX_FRUITLESS="2")
     assert job.wait() == "FAILED"
     assert job.describe()["ExitCode"] == "75:0"
     assert job.num_restarts == 1
-    assert "2 attempts in a row have ended without a new row" in job.output
+    assert "2 attempts in a row ended without a new row" in job.output

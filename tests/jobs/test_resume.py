@@ -1,0 +1,102 @@
+"""Resuming a run: at another world size, with other settings, and with failed rows retried."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from helpers.jobs import Launcher, WriteConfig, make_numbered_rows, wait_for
+from helpers.results import count_journal_bytes, load_all_rows, run_undisturbed
+
+pytestmark = pytest.mark.multi
+
+
+@pytest.mark.slow
+def test_an_unfinished_run_resumes_at_any_world_size(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(make_numbered_rows(150), engine={"step_s": 0.02, "max_num_seqs": 4})
+    done = 0
+    for ranks in (2, 1, 3):
+        job = launcher.dpgen("run", conf, ranks=ranks)
+        before = count_journal_bytes(tmp_path / "run")
+        wait_for(lambda before=before: count_journal_bytes(tmp_path / "run") > before + 1500)
+        job.end()
+        reported = re.search(r"attempt \d: (\d+) of 150 rows are done", job.output)
+        assert reported is None or int(reported[1]) > done
+        done = int(reported[1]) if reported else done
+    job = launcher.dpgen("run", conf, "engine.step_s=0")
+    assert job.wait() == 0, job.output
+    assert load_all_rows(tmp_path / "run", 150) == run_undisturbed(launcher, conf, tmp_path / "undisturbed" / "run")
+
+
+def test_resume_never_rejects_a_directory_that_is_not_empty(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(make_numbered_rows(5))
+    (tmp_path / "run").mkdir()
+    first = launcher.dpgen("run", conf, "run.resume=never")
+    assert first.wait() == 0, first.output
+    marker = (tmp_path / "run" / "_SUCCESS").stat().st_mtime_ns
+    for other in ([], ["sampling.max_tokens=3"]):
+        again = launcher.dpgen("run", conf, "run.resume=never", *other)
+        assert again.wait() == 2, "even if the same run is finished there"
+        assert "is not empty" in again.output
+    assert (tmp_path / "run" / "_SUCCESS").stat().st_mtime_ns == marker
+
+
+def test_resume_force_resumes_with_other_settings_and_keeps_done_rows(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(make_numbered_rows(60), engine={"step_s": 0.02, "max_num_seqs": 4}, sampling={"max_tokens": 5})
+    job = launcher.dpgen("run", conf)
+    wait_for(lambda: count_journal_bytes(tmp_path / "run") > 500)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 75, job.output
+    rejected = launcher.dpgen("run", conf, "sampling.max_tokens=3")
+    assert rejected.wait() == 2
+    assert "sampling.max_tokens: 5 → 3" in rejected.output and "run.resume=force" in rejected.output
+    forced = launcher.dpgen("run", conf, "sampling.max_tokens=3", "run.resume=force")
+    assert forced.wait() == 0, forced.output
+    reported = re.search(r"attempt 2: (\d+) of 60 rows are done, (\d+) remain", forced.output)
+    assert reported, forced.output
+    lengths = [row["num_generated_tokens"] for row in load_all_rows(tmp_path / "run", 60)]
+    assert sorted(set(lengths)) == [3, 5]
+    assert [lengths.count(5), lengths.count(3)] == [int(reported[1]), int(reported[2])], "done rows stay as they were"
+    assert "finished result already" in launcher_output(launcher, conf, "sampling.max_tokens=3"), (
+        "the run now has the new settings"
+    )
+
+
+def test_resume_force_rejects_another_input(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    assert launcher.dpgen("run", write_config(make_numbered_rows(5))).wait() == 0
+    job = launcher.dpgen("run", write_config(make_numbered_rows(6)), "run.resume=force")
+    assert job.wait() == 2, job.output
+    assert "results of another input" in job.output
+    assert len(load_all_rows(tmp_path / "run", 5)) == 5
+
+
+@pytest.mark.parametrize(("retry", "left"), [("true", []), ("[poison_row]", [2]), ("[bad_sampling]", [7])])
+def test_failed_rows_are_retried_all_or_by_type(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, retry: str, left: list[int]
+) -> None:
+    rows = [{"prompt": f"row number {index}", "budget": 3} for index in range(10)]
+    conf = write_config(rows, sampling={"from_columns": {"max_tokens": "budget"}})
+    job = launcher.dpgen("run", conf, "engine.raise_on=number 7", "engine.refuse_on=number 2")
+    assert job.wait() == 0, job.output
+    assert {row["row_id"]: row["error"]["type"] for row in load_all_rows(tmp_path / "run", 10) if row["error"]} == {
+        2: "bad_sampling",
+        7: "poison_row",
+    }
+    assert "finished result already" in launcher_output(launcher, conf)
+    again = launcher.dpgen("run", conf, f"run.retry_errors={retry}")
+    assert again.wait() == 0, again.output
+    assert [row["row_id"] for row in load_all_rows(tmp_path / "run", 10) if row["error"]] == left
+
+
+def launcher_output(launcher: Launcher, *arguments: str) -> str:
+    job = launcher.dpgen("run", *arguments)
+    assert job.wait() == 0, job.output
+    return job.output

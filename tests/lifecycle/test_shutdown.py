@@ -1,0 +1,100 @@
+"""Stopping by a signal or a deadline, within one process; tests/jobs/test_recovery.py stops whole jobs."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from helpers.clock import FakeClock
+from helpers.jobs import REPO
+
+from dpgen.errors import Interrupted
+from dpgen.lifecycle.shutdown import ShutdownMonitor, find_deadline
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@pytest.fixture
+def restored_handlers() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("restored_handlers")
+def test_a_signal_interrupts_a_run_until_it_is_complete() -> None:
+    running, complete = ShutdownMonitor(), ShutdownMonitor()
+    running.install_handlers()
+    with pytest.raises(Interrupted, match=r"interrupted by SIGTERM\. Rerun the same command to resume"):
+        signal.raise_signal(signal.SIGTERM)
+    complete.install_handlers()
+    complete.ignore_signals()
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
+    assert complete.reason is None
+
+
+@pytest.mark.usefixtures("restored_handlers")
+def test_a_deferred_signal_is_a_reason_to_stop_and_does_not_raise() -> None:
+    monitor = ShutdownMonitor()
+    monitor.install_handlers()
+    with monitor.defer_signals():
+        signal.raise_signal(signal.SIGUSR1)
+        assert monitor.reason == "interrupted by SIGUSR1. Rerun the same command to resume"
+
+
+def test_a_deadline_is_a_reason_to_stop_once_it_is_reached() -> None:
+    clock = FakeClock(99.0)
+    monitor = ShutdownMonitor(100.0, "run.time_limit=90", clock)
+    assert monitor.reason is None
+    clock.now_s = 100.0
+    assert monitor.reason == "run.time_limit=90 is near. Rerun the same command to resume"
+
+
+@pytest.mark.parametrize(
+    ("time_limit", "end", "expected"),
+    [
+        (None, "", (None, "")),
+        ("90", "", (1090.0, "run.time_limit=90")),
+        ("0:01:30", "", (1090.0, "run.time_limit=0:01:30")),
+        (None, "2000", (1880.0, "SLURM's time limit")),
+        ("90", "2000", (1090.0, "run.time_limit=90")),
+        ("1:00:00", "2000", (1880.0, "SLURM's time limit")),
+    ],
+)
+def test_the_earlier_of_both_limits_is_the_deadline(
+    time_limit: str | None, end: str, expected: tuple[float | None, str]
+) -> None:
+    environ = {"SLURM_JOB_END_TIME": end} if end else {}
+    assert find_deadline(time_limit, 120.0, environ, started_s=1000.0) == expected
+
+
+# `before_exit` needs a lock that the interrupted main thread holds, as any store or log call may.
+PROGRAM = """
+import os, signal, sys, threading, time
+from dpgen.lifecycle.shutdown import exit_on_signal
+
+lock = threading.Lock()
+
+def write_status():
+    with lock:
+        print("status written", flush=True)
+
+exit_on_signal(write_status, is_announced=sys.argv[1] == "announced")
+with lock:
+    os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("argument", ["announced", "by torchrun"])
+def test_before_the_run_a_signal_ends_the_process_resumable_whatever_lock_it_holds(argument: str) -> None:
+    command = [sys.executable, "-c", PROGRAM, argument]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (75, "status written\n")
+    line = "dpgen: stopped: interrupted by SIGTERM before the run started. Rerun the same command to resume\n"
+    assert done.stderr == (line if argument == "announced" else "")
