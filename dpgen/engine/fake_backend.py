@@ -1,7 +1,7 @@
-"""An engine without a model: the same protocol, made-up text. For trying a configuration, for tests and simulations.
+"""Stand in for vLLM without a model: same messages, made-up text. For trying a configuration, tests and simulations.
 
-What it writes depends on the prompt, the seed and max_tokens alone, as a real engine's text should. Its options
-(`FakeOptions`) can make it slow, small, or broken in each way that real engines break.
+- The text depends only on the prompt, the seed and max_tokens, as a real engine's text should.
+- Its options (`FakeOptions`) make it slow, small, or broken in each way that real engines break.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpgen.config.schema import unknown_key_error
-from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig, UndecodedRow
+from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused
-from dpgen.records import Completion, Request, RowResult
+from dpgen.records import Completion, Request, RowResult, UndecodedRow
 
 _BLOCK_TOKENS = 16
 _BYTES_PER_TOKEN = 64
@@ -26,15 +26,15 @@ _BYTES_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class FakeOptions:
-    """The fake engine's `engine.*` keys. Texts in `*_on` are looked for in the prompt.
+    """List the fake engine's `engine.*` keys. An option `*_on` applies to rows whose prompt contains its text.
 
     Attributes:
-        step_s: duration of one step, in which every running row gains a token.
-        load_s: duration of loading.
-        kv_cache_memory_bytes: memory it pretends to have free.
+        step_s: seconds of one step, in which every running row gains a token.
+        load_s: seconds of loading.
+        kv_cache_memory_bytes: bytes reported as free.
         load_error: fail to load, with this message.
-        crash_on, hang_on, raise_on: a row on which it kills itself, stops for good, or raises.
-        refuse_on: a row that it refuses.
+        crash_on, hang_on, raise_on: kill the engine process, hang for good, or raise.
+        refuse_on: reject the row.
     """
 
     max_num_seqs: int = 16
@@ -53,7 +53,7 @@ _SAMPLING_FIELDS = {"n", "temperature", "top_p", "max_tokens", "seed", "stop", "
 
 
 class FakeTokenizer:
-    """One token a byte of UTF-8."""
+    """Make one token of each byte of UTF-8."""
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -63,13 +63,13 @@ class FakeTokenizer:
 class _Running:
     request: Request
     text: str
-    budget: int
+    max_tokens: int
     num_samples: int
     num_tokens: int = 0
 
 
 class FakeBackend:
-    """See `Backend`."""
+    """Implement `Backend` without a model."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
@@ -78,21 +78,21 @@ class FakeBackend:
         self._num_tokens = 0
 
     def check_options(self) -> tuple[str, ...]:
-        fields = {each.name for each in dataclasses.fields(FakeOptions)}
+        fields = {field.name for field in dataclasses.fields(FakeOptions)}
         for name in self._spec.options:
             if name not in fields:
                 raise unknown_key_error("engine", name, fields)
-        for section, name in self._spec.sampling_names():
+        for section, name in self._spec.iter_sampling_names():
             if name not in _SAMPLING_FIELDS:
                 raise unknown_key_error(section, name, _SAMPLING_FIELDS)
         self._options = FakeOptions(**self._spec.options)
         for name in ("max_num_seqs", "max_model_len"):
             value = getattr(self._options, name)
-            if not isinstance(value, int) or value < 1:  # with none at a time the run would never end
-                raise ConfigError(f"engine.{name}={value!r}: it must be a whole number from 1")
+            if not isinstance(value, int) or value < 1:  # with 0 the run would never end
+                raise ConfigError(f"engine.{name}={value!r}: must be a whole number of at least 1")
         return ()
 
-    def load(self, agree_kv: AgreeKvFn, text: EngineTextConfig) -> EngineInfo:
+    def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:
         time.sleep(self._options.load_s)
         if self._options.load_error is not None:
             raise RuntimeError(self._options.load_error)
@@ -109,18 +109,19 @@ class FakeBackend:
         assert request.prompt_token_ids is not None
         num_prompt_tokens = len(request.prompt_token_ids)
         if num_prompt_tokens >= self._options.max_model_len:
-            raise RowRefused("prompt_too_long", f"{num_prompt_tokens} tokens, of at most {self._options.max_model_len}")
+            limit = self._options.max_model_len
+            raise RowRefused("prompt_too_long", f"the prompt has {num_prompt_tokens} tokens, max_model_len={limit}")
         prompt = bytes(request.prompt_token_ids).decode("utf-8", "replace")
         self._inject_fault(prompt)
         sampling: dict[str, Any] = {**self._spec.sampling, **request.sampling}
         digest = hashlib.blake2b(f"{prompt}/{sampling.get('seed')}".encode(), digest_size=8)
-        budget = sampling.get("max_tokens")
-        if budget is None:
-            budget = 1 + digest.digest()[0] % 32
-        if not isinstance(budget, int) or budget < 1:
-            raise RowRefused("bad_sampling", f"max_tokens must be at least 1, got {budget!r}")
-        budget = min(budget, self._options.max_model_len - num_prompt_tokens)
-        self._rows[request.row] = _Running(request, digest.hexdigest(), budget, int(sampling.get("n") or 1))
+        max_tokens = sampling.get("max_tokens")
+        if max_tokens is None:
+            max_tokens = 1 + digest.digest()[0] % 32
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise RowRefused("bad_sampling", f"max_tokens={max_tokens!r}: must be at least 1")
+        max_tokens = min(max_tokens, self._options.max_model_len - num_prompt_tokens)
+        self._rows[request.row] = _Running(request, digest.hexdigest(), max_tokens, int(sampling.get("n") or 1))
 
     def step(self) -> list[RowResult | UndecodedRow]:
         time.sleep(self._options.step_s)
@@ -128,9 +129,9 @@ class FakeBackend:
         for row, running in list(self._rows.items())[: self._options.max_num_seqs]:
             running.num_tokens += 1
             self._num_tokens += running.num_samples
-            if running.num_tokens >= running.budget:
+            if running.num_tokens >= running.max_tokens:
                 del self._rows[row]
-                results.append(self._result(running))
+                results.append(self._make_result(running))
         return results
 
     def has_unfinished_requests(self) -> bool:
@@ -143,10 +144,10 @@ class FakeBackend:
     def close(self) -> None:
         return
 
-    def _result(self, running: _Running) -> RowResult:
-        token_ids = list(range(running.budget)) if self._spec.token_ids else None
+    def _make_result(self, running: _Running) -> RowResult:
+        token_ids = list(range(running.max_tokens)) if self._spec.token_ids else None
         completions = tuple(
-            Completion(f"{running.text}-{sample} {running.budget}", "length", running.budget, token_ids)
+            Completion(f"{running.text}-{sample} {running.max_tokens}", "length", running.max_tokens, token_ids)
             for sample in range(running.num_samples)
         )
         assert running.request.prompt_token_ids is not None
@@ -155,11 +156,11 @@ class FakeBackend:
     def _inject_fault(self, prompt: str) -> None:
         options = self._options
         if options.refuse_on is not None and options.refuse_on in prompt:
-            raise RowRefused("bad_sampling", f"told to refuse {options.refuse_on!r}")
+            raise RowRefused("bad_sampling", f"rejected by engine.refuse_on={options.refuse_on!r}")
         if options.crash_on is not None and options.crash_on in prompt:
             os.kill(os.getpid(), signal.SIGKILL)
         if options.hang_on is not None and options.hang_on in prompt:
             while True:
                 time.sleep(3600)
         if options.raise_on is not None and options.raise_on in prompt:
-            raise RuntimeError(f"told to fail on {options.raise_on!r}")
+            raise RuntimeError(f"raised by engine.raise_on={options.raise_on!r}")

@@ -1,7 +1,12 @@
-"""From a configuration and a place in the job to an engine process: its spec, its devices, its prompts."""
+"""Prepare this rank's engine: its spec, its devices and environment, and the work on text around it.
+
+- Takes the whole `Config`, and gives each collaborator the part that it needs.
+- Never loads CUDA: GPUs are counted by CUDA_VISIBLE_DEVICES, or by their device files.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,20 +14,22 @@ from pathlib import Path
 
 from dpgen.config.schema import Config
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
-from dpgen.data.render import PromptRenderer, TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer
-from dpgen.data.tokenizer import looks_like_path
+from dpgen.data.render import PromptRenderer, RenderFn
+from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer, looks_like_path
 from dpgen.distributed.group import RankGroup
-from dpgen.distributed.layout import EngineWorld
+from dpgen.distributed.layout import EngineWorld, Layout, build_engine_world
 from dpgen.distributed.topology import Topology, assign_cores, assign_gpus
+from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineTextConfig
 from dpgen.engine.process import EngineProcess, build_engine_env
+from dpgen.engine.supervisor import EngineLimits, EngineSupervisor
 from dpgen.errors import ConfigError
-from dpgen.log import setup_logging
-from dpgen.scheduling.request_source import RenderFn
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | None) -> EngineSpec:
-    """What this rank's engine is made from."""
+    """Return the spec of this rank's engine."""
     return EngineSpec(
         kind=config.run.engine,
         model=_expand_model_path(config),
@@ -40,41 +47,57 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
 
 
 def make_engine_factory(
-    config: Config, topology: Topology, group: RankGroup, world: EngineWorld | None
+    config: Config, topology: Topology, group: RankGroup, world: EngineWorld | None, log: EngineLog
 ) -> Callable[[EngineSpec], EngineProcess]:
-    """What starts an engine on this rank's own share of its node's devices. Collective.
+    """Return a function that starts an engine on this rank's share of its node's devices. Collective.
 
     Raises:
-        ConfigError: the model's folder isn't there, or the node has too few GPUs for its ranks.
+        ConfigError: the model's folder is not there, or the node has too few GPUs for its ranks.
     """
     group.run_on_all_ranks(lambda: _check_model(config))
     affinities = group.all_gather_object((topology.node, frozenset(os.sched_getaffinity(0))))
     on_node = [cores for node, cores in affinities if node == topology.node]
-    visible = visible_gpus(os.environ) if config.run.engine == "vllm" else []
+    visible = _list_visible_gpus(os.environ) if config.run.engine == "vllm" else []
     share = config.parallel.share_devices
     gpus = group.run_on_all_ranks(
         lambda: assign_gpus(topology, visible, config.gpus_per_rank, share=share) if visible else None
     )
     if gpus and world is not None:
-        gpus = visible  # its neighbours' too: vLLM takes the one of its LOCAL_RANK, and reaches the others directly
+        gpus = visible  # the neighbours' GPUs too: vLLM takes that of its LOCAL_RANK, and reaches the others directly
     cores = None if gpus else assign_cores(on_node, min(topology.local_rank, len(on_node) - 1))
-    environment = build_engine_env(os.environ, gpus=gpus, num_cores=len(cores or ()), log_level=config.run.log_level)
+    env = build_engine_env(os.environ, gpus=gpus, num_cores=len(cores or ()), log_level=config.run.log_level)
     if world is not None:
-        environment |= world.to_env()
-        if len(visible) == 1:  # the launcher has bound each process to a GPU of its own
-            environment["LOCAL_RANK"] = "0"
-    say = setup_logging(topology.dp_rank, "engine")
-    return lambda spec: EngineProcess(spec, environment, cores, say)
+        env |= world.to_env()
+        if len(visible) == 1:  # the launcher has bound each process to one GPU
+            env["LOCAL_RANK"] = "0"
+    return lambda spec: EngineProcess(spec, env, cores, log)
+
+
+def start_engine(
+    config: Config, topology: Topology, layout: Layout, group: RankGroup, log: EngineLog
+) -> EngineSupervisor:
+    """Start this rank's engine process, which checks its options and then waits to load the model. Collective.
+
+    Raises:
+        ConfigError: see `make_engine_factory`.
+    """
+    world = build_engine_world(topology, layout, group)
+    return EngineSupervisor(
+        make_engine_factory(config, topology, group, world, log),
+        build_engine_spec(config, topology, world),
+        EngineLimits.from_config(config.run),
+        can_restart=world is None,
+    )
 
 
 @dataclass(frozen=True)
 class TextPipeline:
-    """The work on text, as it is shared out between the rank and its engine.
+    """Divide the work on text between the rank and its engine.
 
     Attributes:
-        render: makes a row's prompt: token ids, or what the engine is to tokenize.
-        detokenizer: makes the text of finished rows; None where the engine does it all.
-        in_engine: what is left to the engine.
+        render: makes a row's prompt: token ids, or the text or messages that the engine tokenizes.
+        detokenizer: makes the text of finished rows; None where the engine does so.
+        engine_text_config: the engine's part.
     """
 
     render: RenderFn
@@ -82,30 +105,40 @@ class TextPipeline:
     engine_text_config: EngineTextConfig = field(default_factory=EngineTextConfig)
 
 
-def build_text_pipeline(config: Config, tell: Callable[[str], None]) -> TextPipeline:
-    """Loads what makes prompts into tokens, and tokens into text.
+def build_text_pipeline(config: Config) -> TextPipeline:
+    """Load the tokenizer, and decide which process tokenizes and which one detokenizes.
 
     Raises:
-        ConfigError: the tokenizer can't be loaded, or a chat has no chat template.
+        ConfigError: the tokenizer cannot be loaded, or prompts are chats and there is no chat template.
     """
-    settings = config.prompt
+    prompt = config.prompt
     if config.run.engine == "fake":
         from dpgen.engine.fake_backend import FakeTokenizer
 
-        fake, text_of = FakeTokenizer(), PromptRenderer(settings, None)
-        return TextPipeline(lambda row: (fake.encode(str(text_of.build_prompt(row))), None))
-    which = TokenizerConfig.from_engine(_expand_model_path(config), config.engine)
-    reason = find_reason_to_tokenize_in_engine(which)
+        fake, text_renderer = FakeTokenizer(), PromptRenderer(prompt, None)
+        return TextPipeline(lambda row: (fake.encode(str(text_renderer.build_prompt(row))), None))
+    tokenizer_config = TokenizerConfig.from_engine(_expand_model_path(config), config.engine)
+    reason = find_reason_to_tokenize_in_engine(tokenizer_config)
     if reason is not None:
-        tell(f"prompts are tokenized in the engine process: {reason}")
-        raw = PromptRenderer(settings, None)
-        return TextPipeline(lambda row: (None, raw.build_prompt(row)), engine_text_config=EngineTextConfig(settings))
-    tokenizer = load_tokenizer(which)
-    renderer, fast = PromptRenderer(settings, tokenizer), fast_tokenizer(tokenizer)
+        logger.info(f"prompts are tokenized in the engine process: {reason}")
+        text_renderer = PromptRenderer(prompt, None)
+        engine_part = EngineTextConfig(prompt_config=prompt)
+        return TextPipeline(lambda row: (None, text_renderer.build_prompt(row)), engine_text_config=engine_part)
+    tokenizer = load_tokenizer(tokenizer_config)
+    renderer, fast = PromptRenderer(prompt, tokenizer), fast_tokenizer(tokenizer)
     return TextPipeline(
         lambda row: (renderer.tokenize_row(row), None),
         None if fast is None else Detokenizer(fast),
         EngineTextConfig(skip_detokenize=fast is not None),
+    )
+
+
+def has_cold_caches(config: Config, environ: Mapping[str, str]) -> bool:
+    """Return True if loading would fill a cache that the node's ranks share: of weights, or of compiled code."""
+    if config.run.engine != "vllm":
+        return False
+    return not _has_weights(config.model) or (
+        not config.engine.get("enforce_eager") and not _is_populated(_find_compile_cache(environ))
     )
 
 
@@ -114,18 +147,18 @@ def _expand_model_path(config: Config) -> str:
 
 
 def _check_model(config: Config) -> None:
-    """Refuses a folder that isn't there: vLLM would take its name for one on the Hub, and complain about that."""
+    """Reject a folder that is not there: vLLM would look for its name on the Hub, and report an error about that."""
     if config.run.engine == "vllm" and looks_like_path(config.model) and not os.path.exists(_expand_model_path(config)):
-        raise ConfigError(f"model={config.model}: there is no such folder")
+        raise ConfigError(f"model={config.model}: there is no such directory")
 
 
-def has_cold_caches(config: Config, environ: Mapping[str, str]) -> bool:
-    """Whether loading the model would fill a cache that the ranks of a node share: of weights, or of compiled code."""
-    if config.run.engine != "vllm":
-        return False
-    return not _has_weights(config.model) or (
-        not config.engine.get("enforce_eager") and not _is_populated(_compile_cache(environ))
-    )
+def _list_visible_gpus(environ: Mapping[str, str]) -> list[str]:
+    """Return the GPUs that this process may use, as CUDA names them, without loading CUDA here."""
+    names = environ.get("CUDA_VISIBLE_DEVICES")
+    if names is not None:
+        return [name.strip() for name in names.split(",") if name.strip() not in ("", "-1")]
+    device_files = [name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()]
+    return [str(index) for index in range(len(device_files))]
 
 
 def _has_weights(model: str) -> bool:
@@ -137,19 +170,10 @@ def _has_weights(model: str) -> bool:
     return any(isinstance(try_to_load_from_cache(model, name), str) for name in names)
 
 
-def _compile_cache(environ: Mapping[str, str]) -> Path:
+def _find_compile_cache(environ: Mapping[str, str]) -> Path:
     root = environ.get("VLLM_CACHE_ROOT") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vllm"
     return Path(root) / "torch_compile_cache"
 
 
 def _is_populated(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
-
-
-def visible_gpus(environ: Mapping[str, str]) -> list[str]:
-    """The GPUs that this process may use, as CUDA names them, without loading CUDA here."""
-    named = environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [each.strip() for each in named.split(",") if each.strip() not in ("", "-1")]
-    nodes = [name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()]
-    return [str(index) for index in range(len(nodes))]

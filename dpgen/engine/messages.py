@@ -1,36 +1,38 @@
-"""What the rank process and its engine process say to each other over their pipe, as pickled objects.
+"""Messages between a rank process and its engine process, pickled over one pipe.
 
-Down go `Load`, `SetKvBytes`, lists of `Request`, and `Stop`. Up come `OptionsChecked`, then `KvBytesMeasured`, then `Ready`, then
-`Finished` and `Stats` for as long as there is work; `Failed` ends it. Only finished rows come up: nothing is sent
-per token.
+- Rank to engine: `LoadModel`, `SetKvBytes`, lists of `Request`, and `Shutdown`.
+- Engine to rank: `OptionsChecked`, `KvBytesMeasured` and `EngineReady`, in this order, then `RowsFinished` and
+  `EngineStats` while there is work. `EngineFailed` is always the last message.
+- Only finished rows are sent to the rank: nothing is sent per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dpgen.config.prompt import PromptConfig
 from dpgen.distributed.layout import EngineWorld
-from dpgen.records import Request, RowResult
+from dpgen.records import Request, RowResult, UndecodedRow
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an engine is made from.
+    """Describe the engine that a process is to start.
 
     Attributes:
         kind: "vllm" or "fake".
         model: a folder or Hub name.
         options: fields of vLLM's EngineArgs.
         sampling: fields of SamplingParams, the same for every row.
-        sampling_columns: fields of SamplingParams that rows give themselves.
-        sampling_by_rank: for checking; a request brings the fields of its row's entry along.
+        sampling_columns: fields of SamplingParams that each row takes from its columns.
+        sampling_by_rank: only checked here; a request carries the fields of its row's entry.
         tensor_parallel_size, pipeline_parallel_size: devices of this one engine.
         local_size: engines on this node, which share its memory where they run on the CPU.
-        enable_expert_parallel: whether a mixture of experts is split over the devices.
-        world: the processes that this one makes an engine with; None where it is alone.
-        token_ids: whether results carry the generated token ids.
+        enable_expert_parallel: split a mixture of experts over the devices.
+        world: the processes that form one engine, or step together, with this one; None for an engine of its own.
+        token_ids: return the generated token ids with each result.
     """
 
     kind: str
@@ -46,8 +48,8 @@ class EngineSpec:
     world: EngineWorld | None = None
     token_ids: bool = False
 
-    def sampling_names(self) -> Iterator[tuple[str, str]]:
-        """Every field of SamplingParams that the configuration names, as (section, field)."""
+    def iter_sampling_names(self) -> Iterator[tuple[str, str]]:
+        """Yield every field of SamplingParams that the configuration names, as (section, field)."""
         yield from (("sampling", name) for name in (*self.sampling, *self.sampling_columns))
         for index, entry in enumerate(self.sampling_by_rank):
             yield from ((f"sampling_by_rank[{index}]", name) for name in entry)
@@ -55,24 +57,24 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class EngineTextConfig:
-    """What the engine process does of the work on text; the rank process does the rest, while the engine steps.
+    """Divide the work on text: the engine process does this part, and the rank does the rest while the engine steps.
 
     Attributes:
-        prompt_settings: how to render prompts, for tokenizers that only vLLM knows; None where the rank renders.
-        leaves_text: whether the rank makes the text of finished rows, where the engine need not.
+        prompt_config: how to render prompts, for tokenizers that only vLLM knows; None where the rank renders.
+        skip_detokenize: leave the text of finished rows to the rank, except where the engine itself needs it.
     """
 
-    prompt_settings: Any = None
+    prompt_config: PromptConfig | None = None
     skip_detokenize: bool = False
 
 
 @dataclass(frozen=True)
 class LoadModel:
-    """Down: load the model now.
+    """Ask the engine to load the model now. Rank to engine.
 
     Attributes:
-        text: which work on text comes with it.
-        kv_bytes: imposes a KV cache size (bytes a device) that was agreed before.
+        text_config: the engine's part of the work on text.
+        kv_bytes: KV cache bytes per device, as agreed in an earlier life; None to measure and ask.
     """
 
     text_config: EngineTextConfig = field(default_factory=EngineTextConfig)
@@ -81,19 +83,24 @@ class LoadModel:
 
 @dataclass(frozen=True)
 class SetKvBytes:
-    """Down: allocate so many bytes of KV cache a device."""
+    """Ask the engine to allocate this many bytes of KV cache per device. Rank to engine."""
 
     num_bytes: int
 
 
 @dataclass(frozen=True)
 class Shutdown:
-    """Down: drop what is in flight and end."""
+    """Ask the engine to drop the rows in flight and end. Rank to engine."""
 
 
 @dataclass(frozen=True)
 class OptionsChecked:
-    """Up: the options are legal (`problem` is None) or not, before anything is loaded; `notes` are for the log."""
+    """Report the check of the options, before anything is loaded. Engine to rank.
+
+    Attributes:
+        problem: the illegal option; None if all are legal.
+        notes: lines for the log.
+    """
 
     problem: str | None = None
     notes: tuple[str, ...] = ()
@@ -101,19 +108,19 @@ class OptionsChecked:
 
 @dataclass(frozen=True)
 class KvBytesMeasured:
-    """Up: bytes of memory a device that this engine has free for its KV cache; a `SetKvBytes` must follow."""
+    """Report the bytes per device that are free for the KV cache; `SetKvBytes` must follow. Engine to rank."""
 
     num_bytes: int
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What a loaded engine is like.
+    """Describe a loaded engine.
 
     Attributes:
-        max_num_seqs: sequences that it runs at a time.
+        max_num_seqs: sequences that run at a time.
         max_model_len: tokens of prompt and completion together.
-        num_kv_blocks, kv_block_tokens: size of its KV cache.
+        num_kv_blocks, kv_block_tokens: size of the KV cache.
         versions: package → version.
         device: "cpu", "cuda", ...
     """
@@ -128,51 +135,34 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class EngineReady:
-    """Up: the model is loaded; requests may come."""
+    """Report that the model is loaded and requests may come. Engine to rank."""
 
     info: EngineInfo
 
 
-@dataclass(frozen=True, slots=True)
-class UndecodedRow:
-    """A row that is through but for its text, which its rank makes.
-
-    Attributes:
-        result: its completions' texts are "".
-        token_ids: of each completion, those that its text is made of.
-        skip_special_tokens: whether special tokens are left out of the text.
-        prompt_token_ids: the row's prompt; the rank has it, so that it need not come back.
-    """
-
-    result: RowResult
-    token_ids: tuple[list[int], ...]
-    skip_special_tokens: bool
-    prompt_token_ids: Sequence[int] = ()
-
-
 @dataclass(frozen=True)
 class RowsFinished:
-    """Up: rows that are through, with completions or an error."""
+    """Report finished rows, with completions or an error. Engine to rank."""
 
     results: list[RowResult]
     undecoded: list[UndecodedRow] = field(default_factory=list)
 
     @property
     def rows(self) -> Iterator[int]:
-        """The rows, whether decoded or not."""
+        """Indices of the rows, decoded or not."""
         yield from (result.row for result in self.results)
-        yield from (each.result.row for each in self.undecoded)
+        yield from (undecoded.result.row for undecoded in self.undecoded)
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Up, about once a second while there is work: a sign of life with numbers since the start.
+    """Report that the engine is alive, with counts since its start; once a second while it has work. Engine to rank.
 
     Attributes:
-        num_generated_tokens: of all rows, those still running included.
+        num_generated_tokens: of all rows, running ones included.
         num_running, num_waiting: sequences now.
-        num_preemptions: sequences that were set back for want of KV blocks.
-        num_cached_tokens: of finished rows' prompts, those that were in the prefix cache.
+        num_preemptions: sequences preempted because the KV cache was full.
+        num_cached_tokens: prompt tokens of finished rows that were in the prefix cache.
     """
 
     num_generated_tokens: int = 0
@@ -182,7 +172,7 @@ class EngineStats:
     num_cached_tokens: int = 0
 
     def add_counts(self, earlier: EngineStats) -> EngineStats:
-        """These numbers, with the counts of an earlier engine's life added."""
+        """Return these numbers plus the counts of the engine's earlier lives."""
         return EngineStats(
             earlier.num_generated_tokens + self.num_generated_tokens,
             self.num_running,
@@ -194,7 +184,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class EngineFailed:
-    """Up, last: the engine can't go on."""
+    """Report that the engine cannot continue. Engine to rank, and its last message."""
 
     message: str
 
@@ -203,39 +193,39 @@ Event = OptionsChecked | KvBytesMeasured | EngineReady | RowsFinished | EngineSt
 
 
 class AgreeKvFn(Protocol):
-    """Asks the rank process for the KV cache size: measured bytes in, agreed bytes out."""
+    """Ask the rank process for the KV cache size: measured bytes in, agreed bytes out."""
 
     def __call__(self, measured_bytes: int) -> int: ...
 
 
 class Backend(Protocol):
-    """An engine inside the engine process."""
+    """Run an engine inside the engine process."""
 
     def check_options(self) -> tuple[str, ...]:
-        """Checks the options without loading; gives notes for the log.
+        """Check the options without loading the model, and return notes for the log.
 
         Raises:
-            ConfigError: an illegal option, with its nearest legal neighbour.
+            ConfigError: an option is illegal; the nearest legal one is named.
         """
 
     def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:
-        """Loads the model and makes the engine ready; see `Load`."""
+        """Load the model and prepare the engine for requests; see `LoadModel`."""
 
     def add_request(self, request: Request) -> None:
-        """Takes a row in.
+        """Add a row.
 
         Raises:
-            RowRefused: this row can't be generated.
+            RowRefused: this row cannot be generated.
         """
 
     def step(self) -> list[RowResult | UndecodedRow]:
-        """Runs the model once; gives the rows that this finished."""
+        """Run the model once and return the rows that finished."""
 
     def has_unfinished_requests(self) -> bool:
-        """Whether a step would do anything."""
+        """Return True if a step would do anything."""
 
     def stats(self) -> EngineStats:
-        """The numbers so far."""
+        """Return the counts so far."""
 
     def close(self) -> None:
-        """Ends in good order: worker processes, shared memory."""
+        """Free what would outlive this process: worker processes, shared memory."""

@@ -1,4 +1,10 @@
-"""The rank's side of its engine: a child process, a pipe, and certainty about whether it lives."""
+"""Start and end one engine process, and exchange messages with it: the rank's side of the pipe.
+
+- Neither side ever blocks the other: sending has a thread of its own, and so has reading the engine's output.
+- A death is noticed at the next `poll`: by the end of the pipe, an `EngineFailed` message, or the exit status.
+- Messages sent before the death are delivered first.
+- The engine and all its child processes form one process group, and end with it.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +17,18 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 
+from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineFailed, EngineSpec, EngineTextConfig, Event, LoadModel, SetKvBytes, Shutdown
 from dpgen.errors import EngineError
 from dpgen.records import Request
 
-_TAIL_LINES = 10
+_MAX_LAST_LINES = 10
 _CLOSE_TIMEOUT_S = 10.0
-# The launcher's world belongs to the rank process. vLLM reads the same names and would join it.
+# These variables describe the launcher's world, which belongs to the rank process; vLLM would read them and join it.
 _LAUNCHER_PREFIXES = (
     "TORCHELASTIC_",
     "TORCH_NCCL_",
@@ -44,21 +52,17 @@ _LAUNCHER_NAMES = {
 
 
 class EngineProcess:
-    """One engine process; `poll` gives what it says.
+    """Start one engine process; `poll` returns its messages.
 
     Args:
-        spec: what to make.
-        environment: its whole environment; see `build_engine_env`.
-        cores: the CPU cores it may run on; None for all of this process's.
-        say: takes each line that it, or vLLM in it, prints.
+        spec: the engine to start.
+        environment: all its environment variables; see `build_engine_env`.
+        cores: CPU cores that it may run on; None for all cores of this process.
+        log: receives each line that the process, or vLLM in it, prints.
     """
 
     def __init__(
-        self,
-        spec: EngineSpec,
-        environment: Mapping[str, str],
-        cores: Sequence[int] | None,
-        say: Callable[[str], None],
+        self, spec: EngineSpec, environment: Mapping[str, str], cores: Sequence[int] | None, log: EngineLog
     ) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
@@ -69,16 +73,18 @@ class EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is the rank's to handle, and the whole tree ends by its group
+                start_new_session=True,  # the rank handles Ctrl-C; and the group's id ends the whole process tree
             )
         if cores is not None:
             os.sched_setaffinity(self._process.pid, cores)
         self._pipe: Connection = Connection(ours.detach())
-        self._last_lines: deque[str] = deque(maxlen=_TAIL_LINES)
-        self._log_thread = threading.Thread(target=self._read_lines, args=(say,), daemon=True)
+        self._log = log
+        log.start_life(self._process.pid)
+        self._last_lines: deque[str] = deque(maxlen=_MAX_LAST_LINES)
+        self._log_thread = threading.Thread(target=self._read_lines, daemon=True)
         self._log_thread.start()
-        # Sending has a thread of its own: if both sides filled the pipe at once, each would wait for the other to
-        # read. A failed send is noticed by the reader, as the end of the pipe.
+        # A thread sends: if both sides filled the pipe at once, each would wait for the other to read. `poll` notices
+        # a failed send, as the end of the pipe.
         self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._sender = threading.Thread(target=self._send_all, daemon=True)
         self._sender.start()
@@ -89,23 +95,28 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def load_model(self, text: EngineTextConfig, kv_bytes: int | None = None) -> None:
-        """Has the model loaded (see `Load`); `Ready` will come, after `KvBytesMeasured` unless `kv_bytes` is given."""
-        self._outbox.put(LoadModel(text, kv_bytes))
+    @property
+    def log_path(self) -> Path | None:
+        """File with the engine's output; None where it is not kept."""
+        return self._log.path
+
+    def load_model(self, text_config: EngineTextConfig, kv_bytes: int | None = None) -> None:
+        """Request `LoadModel`. `EngineReady` follows, after `KvBytesMeasured` unless `kv_bytes` is given."""
+        self._outbox.put(LoadModel(text_config, kv_bytes))
 
     def set_kv_bytes(self, num_bytes: int) -> None:
-        """Answers `KvBytesMeasured`."""
+        """Answer `KvBytesMeasured`."""
         self._outbox.put(SetKvBytes(num_bytes))
 
     def submit(self, requests: list[Request]) -> None:
-        """Puts rows into the engine's queue."""
+        """Add rows to the engine's queue."""
         self._outbox.put(requests)
 
     def poll(self, timeout_s: float) -> list[Event]:
-        """What the engine has said, waiting up to `timeout_s` for a first word.
+        """Return the engine's messages, after waiting up to `timeout_s` for the first.
 
         Raises:
-            EngineError: it died, or said that it can't go on.
+            EngineError: the engine died, or reported that it cannot continue.
         """
         events: list[Event] = []
         if self._failure is not None:
@@ -118,29 +129,28 @@ class EngineProcess:
                     break
                 events.append(event)
         except (EOFError, OSError):
-            if not events:  # what it said before it died is still good
+            if not events:  # messages sent before the death are delivered first
                 raise self._make_death_error() from None
-        if not events and self._failure is not None:  # what it finished before it failed came first
-            self.kill()
-            raise EngineError(f"the engine failed: {self._failure}")
-        if not events and self._process.poll() is not None:  # a worker of its may still hold the pipe open
+        if not events and self._failure is not None:  # rows finished before the failure are delivered first
+            raise self._make_failure_error(self._failure)
+        if not events and self._process.poll() is not None:  # a worker of the dead engine may hold the pipe open
             raise self._make_death_error()
         return events
 
     def stop(self) -> None:
-        """Has the engine end, in good order, once it hears of it; `close` waits for that."""
+        """Ask the engine to shut down; `close` waits for the end."""
         self._outbox.put(Shutdown())
 
     def close(self) -> None:
-        """Ends the engine, in good order if it listens, and its whole process tree in any case."""
+        """End the engine and its process tree: by a request first, by force after ten seconds."""
         self.stop()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it is deaf; `kill` sees to the rest
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the engine hangs; `kill` ends it
             self._process.wait(timeout=_CLOSE_TIMEOUT_S)
         self.kill()
 
     def kill(self) -> None:
-        """Ends the engine and its whole process tree at once; safe to call twice."""
-        with contextlib.suppress(ProcessLookupError):  # the tree is gone already
+        """End the engine and its process tree immediately; safe to call twice."""
+        with contextlib.suppress(ProcessLookupError):  # the process tree is gone already
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._outbox.put(None)
@@ -149,57 +159,60 @@ class EngineProcess:
         self._pipe.close()
 
     def _send_all(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the engine is gone, or the pipe was closed here
+        with contextlib.suppress(OSError, ValueError):  # the engine is gone, or `kill` has closed the pipe
             while (message := self._outbox.get()) is not None:
                 self._pipe.send(message)
+
+    def _make_failure_error(self, message: str) -> EngineError:
+        self.kill()
+        # The traceback is in the log file. Without one, its end is all that the user gets.
+        last_lines = [] if self.log_path is not None else self._last_lines
+        return EngineError(f"the engine failed: {message}", log_path=self.log_path, last_lines=last_lines)
 
     def _make_death_error(self) -> EngineError:
         self.kill()
         status = self._process.returncode
         number = signal.Signals(-status) if status < 0 else None
-        how = f"was ended by {number.name}" if number else f"exited with status {status}"
-        said = "".join(f"\n    {line}" for line in self._last_lines)
-        message = f"the engine process {how}"
-        if said and number not in (signal.SIGKILL, signal.SIGTERM):  # of those its own lines know nothing
-            message += f"; its last lines:{said}"
-        return EngineError(message, signal=number)
+        how = f"was killed by {number.name}" if number else f"exited with status {status}"
+        # Nothing that the engine printed explains a kill from outside.
+        last_lines = [] if number in (signal.SIGKILL, signal.SIGTERM) else self._last_lines
+        return EngineError(f"the engine process {how}", signal=number, log_path=self.log_path, last_lines=last_lines)
 
-    def _read_lines(self, say: Callable[[str], None]) -> None:
+    def _read_lines(self) -> None:
         assert self._process.stdout is not None
         for raw in self._process.stdout:
             line = raw.decode("utf-8", "replace").rstrip()
             if line:
                 self._last_lines.append(line)
-                with contextlib.suppress(OSError):  # nobody reads ours any more; go on reading, or the engine blocks
-                    say(line)
+                self._log.write(line)
 
 
 def build_engine_env(
     environ: Mapping[str, str], *, gpus: Sequence[str] | None, num_cores: int, log_level: str
 ) -> dict[str, str]:
-    """The engine process's environment: the rank's, without the launcher's world, with its share of devices.
+    """Return the engine process's environment: the rank's, without the launcher's world, with its share of devices.
 
     Args:
-        gpus: what CUDA_VISIBLE_DEVICES is to name; None where the engine runs on the CPU.
-        num_cores: threads for an engine on the CPU.
-        log_level: of vLLM's own lines.
+        gpus: entries of CUDA_VISIBLE_DEVICES; None for an engine on the CPU.
+        num_cores: threads of an engine on the CPU.
+        log_level: `run.log_level`. vLLM logs at INFO at least, since all lines go to the engine's log file; `EngineLog`
+            decides what the terminal shows.
     """
-    kept = {
+    env = {
         name: value
         for name, value in environ.items()
         if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
     }
-    kept["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its subprocess client hangs for good when the engine is killed
-    kept["VLLM_LOGGING_LEVEL"] = log_level.upper()
-    kept["PYTHONUNBUFFERED"] = "1"
-    # The engine imports what its rank does, not what lies in the working directory (hence -P above, too).
-    kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    if log_level in ("warning", "error"):  # the libraries' chatter that vLLM's level doesn't govern
-        kept.setdefault("PYTHONWARNINGS", "ignore")
-        kept.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM's subprocess client hangs for good when the engine is killed
+    env["VLLM_LOGGING_LEVEL"] = "DEBUG" if log_level == "debug" else "INFO"
+    env["PYTHONUNBUFFERED"] = "1"
+    # The engine imports the rank's packages, not modules from the working directory (hence -P above, too).
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    if log_level in ("warning", "error"):
+        env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ warnings mean nothing to a user
     if gpus is not None:
-        kept["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     else:
-        kept["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the affinity is set from outside, and vLLM's would override it
-        kept["OMP_NUM_THREADS"] = str(num_cores)
-    return kept
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the rank sets the affinity, and vLLM would override it
+        env["OMP_NUM_THREADS"] = str(num_cores)
+    return env

@@ -1,7 +1,9 @@
-"""The engine process: checks, loads, then admits and steps for as long as its rank keeps the pipe open.
+"""Run the engine process: check the options, load the model, then admit rows and step until the rank shuts it down.
 
-Started by `dpgen.engine.process` as ``python -m dpgen.engine.server FD PARENT``: its end of the pipe, and
-the rank's process id.
+- `dpgen.engine.process` starts it as ``python -m dpgen.engine.server FD PARENT``: its end of the pipe, and the rank's
+  process id.
+- It ends with its rank: at the end of the pipe, and by SIGKILL when the rank process dies.
+- Every exception becomes an `EngineFailed` message, and its traceback goes to stderr, hence to the engine's log file.
 """
 
 from __future__ import annotations
@@ -20,39 +22,38 @@ from dpgen.engine.messages import (
     EngineFailed,
     EngineReady,
     EngineSpec,
-    EngineStats,
     KvBytesMeasured,
     LoadModel,
     OptionsChecked,
     RowsFinished,
     SetKvBytes,
     Shutdown,
-    UndecodedRow,
 )
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.imports import imports_without_gc
 from dpgen.lifecycle.parent_death import set_parent_death_signal
-from dpgen.records import Request, RowResult, make_rejected_result
+from dpgen.records import Request, RowResult, UndecodedRow, make_rejected_result
 
 if TYPE_CHECKING:
     from dpgen.engine.lockstep import LockstepGroup
 
 _STATS_INTERVAL_S = 1.0
-_IDLE_S = 0.005  # between rounds of processes that go round together and have nothing to do
+_IDLE_S = 0.005  # sleep between two rounds of lockstep processes that have no work
 
 
 def main() -> None:
+    """Serve the rank whose pipe and process id the command line names."""
     set_parent_death_signal(signal.SIGKILL, int(sys.argv[2]))  # a killed rank leaves no engine holding a GPU
-    # A batch system signals every process of a job, whatever its session; when the engine ends is its rank's to say.
+    # A batch system signals every process of a job, in every session. The rank decides when its engine ends.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     pipe: Connection = Connection(int(sys.argv[1]))
     try:
         _serve(pipe)
         sys.stdout.flush()
-        os._exit(0)  # all is closed; to take down what vLLM has imported takes Python longer than a second
+        os._exit(0)  # all is closed; Python's own teardown of vLLM's modules would take longer than a second
     except (EOFError, ConnectionError):
-        return  # the rank is gone, and with it whoever wanted these rows
+        return  # the rank is gone, and nobody else wants these rows
     except Exception as error:  # noqa: BLE001 - the process boundary: everything becomes a message to the rank
         traceback.print_exc()
         _try_send(pipe, EngineFailed(f"{type(error).__name__}: {error}"))
@@ -88,35 +89,35 @@ def _serve(pipe: Connection) -> None:
     else:
         from dpgen.engine.lockstep import LockstepGroup
 
-        crew = LockstepGroup(spec.world)
+        lockstep_group = LockstepGroup(spec.world)
         pipe.send(EngineReady(info))
-        _generate_lockstep(pipe, backend, crew)
+        _generate_lockstep(pipe, backend, lockstep_group)
     backend.close()
 
 
 def _generate(pipe: Connection, backend: Backend) -> None:
-    """Admits whatever has arrived, steps, sends what is finished; sleeps only when there is no work."""
-    report = _EventSender(pipe, backend)
+    """Admit the rows that have arrived, step, send the finished rows; sleep only when there is no work."""
+    sender = _EventSender(pipe, backend)
     while True:
         finished: list[RowResult | UndecodedRow] = []
         while pipe.poll(0 if backend.has_unfinished_requests() or finished else None):
             message = pipe.recv()
             if isinstance(message, Shutdown):
                 return
-            report.num_in_flight += len(message)
+            sender.num_in_flight += len(message)
             finished += _add_requests(backend, message)
         if backend.has_unfinished_requests():
             finished += backend.step()
-        report.send(finished)
+        sender.send(finished)
 
 
-def _generate_lockstep(pipe: Connection, backend: Backend, crew: LockstepGroup) -> None:
-    """The same in lock-step with other processes: all admit the same before the same step; the leader reports.
+def _generate_lockstep(pipe: Connection, backend: Backend, group: LockstepGroup) -> None:
+    """Generate in lockstep with other processes: all admit the same rows before the same step; the leader reports.
 
-    Goes round until all were told to stop, since none can step, or stop, alone. `has_work` agrees with the other
-    groups and so is asked once a round, whatever comes of it.
+    Continues until every process was asked to shut down, since none can step, or stop, alone. With mixtures of
+    experts `has_unfinished_requests` is a collective of all groups, so each round calls it exactly once.
     """
-    report = _EventSender(pipe, backend)
+    sender = _EventSender(pipe, backend)
     stop_requested = False
     while True:
         requests: list[Request] = []
@@ -126,52 +127,51 @@ def _generate_lockstep(pipe: Connection, backend: Backend, crew: LockstepGroup) 
                 stop_requested = True
             else:
                 requests += message
-        requests, is_over = crew.exchange(requests, stop_requested)
+        requests, is_over = group.exchange(requests, stop_requested)
         if is_over:
             return
-        report.num_in_flight += len(requests)
+        sender.num_in_flight += len(requests)
         finished = _add_requests(backend, requests)
         if backend.has_unfinished_requests():
             finished += backend.step()
         elif not requests:
             time.sleep(_IDLE_S)
-        if crew.is_leader:
-            report.send(finished)
+        if group.is_leader:
+            sender.send(finished)
 
 
 def _add_requests(backend: Backend, requests: list[Request]) -> list[RowResult | UndecodedRow]:
-    """Admits rows; the results of those that are refused."""
+    """Admit rows, and return results for the rejected ones."""
     results: list[RowResult | UndecodedRow] = []
     for request in requests:
         try:
             backend.add_request(request)
-        except RowRefused as why:
-            results.append(make_rejected_result(request.row, why))
+        except RowRefused as rejection:
+            results.append(make_rejected_result(request.row, rejection))
     return results
 
 
 class _EventSender:
-    """What goes up: finished rows at once, numbers now and then, and before the last row.
+    """Send finished rows to the rank immediately, and stats once a second and before the last row.
 
     Attributes:
-        num_inside: rows that have come and not been sent back.
+        num_in_flight: rows received and not yet sent back.
     """
 
     def __init__(self, pipe: Connection, backend: Backend) -> None:
-        self._pipe, self._build_backend = pipe, backend
+        self._pipe, self._backend = pipe, backend
         self._next_stats_s = 0.0
         self.num_in_flight = 0
 
     def send(self, finished: list[RowResult | UndecodedRow]) -> None:
         self.num_in_flight -= len(finished)
-        is_last = bool(finished) and self.num_in_flight == 0  # after it the rank may be through, and read no more
+        is_last = bool(finished) and self.num_in_flight == 0  # the rank may stop reading after it
         if is_last or time.monotonic() >= self._next_stats_s:
             self._next_stats_s = time.monotonic() + _STATS_INTERVAL_S
-            stats: EngineStats = self._build_backend.stats()
-            self._pipe.send(stats)
+            self._pipe.send(self._backend.stats())
         if finished:
-            results = [each for each in finished if isinstance(each, RowResult)]
-            self._pipe.send(RowsFinished(results, [each for each in finished if isinstance(each, UndecodedRow)]))
+            results = [row for row in finished if isinstance(row, RowResult)]
+            self._pipe.send(RowsFinished(results, [row for row in finished if isinstance(row, UndecodedRow)]))
 
 
 def _build_backend(spec: EngineSpec) -> Backend:
@@ -179,9 +179,9 @@ def _build_backend(spec: EngineSpec) -> Backend:
         from dpgen.engine.fake_backend import FakeBackend
 
         return FakeBackend(spec)
-    # The CPU build says so at every start, whatever its log level is: that its Triton is made for GPUs is no news.
-    at_import = logging.getLogger("vllm.triton_utils.importing")
-    at_import.addFilter(lambda record: "doesn't include CPU backend" not in record.getMessage())
+    # The CPU build warns at every start that its Triton is made for GPUs. No user can act on this.
+    import_logger = logging.getLogger("vllm.triton_utils.importing")
+    import_logger.addFilter(lambda record: "doesn't include CPU backend" not in record.getMessage())
     with imports_without_gc():
         from dpgen.engine.vllm_backend import VllmBackend
 
@@ -192,7 +192,7 @@ def _try_send(pipe: Connection, message: EngineFailed) -> None:
     try:
         pipe.send(message)
     except (OSError, ValueError):
-        return  # nobody is listening any more
+        return  # the rank is gone
 
 
 if __name__ == "__main__":

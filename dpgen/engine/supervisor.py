@@ -1,18 +1,28 @@
-"""An engine that comes back: watches one engine process, starts it anew when it dies or hangs, and finds poison rows.
+"""Supervise one rank's engine: restart it when it dies or hangs, and isolate the rows that kill it.
 
-The rows given to an engine stay in this process's hands until they are finished, so a dead engine loses nothing:
-its rows go to its successor. A row that was in flight at two deaths is tried alone, and one that kills its engine
-when alone is recorded as a poison row. An engine that dies again and again without finishing a row is given up.
+- A row stays in this process until its result arrives. A dead engine loses no row: the next life gets them all.
+- A row is in one place: in flight (the engine has it), waiting, or quarantined.
+- A row that was in flight at two deaths is quarantined: it runs alone, before all waiting rows.
+- A row that kills the engine while alone is finished with the error `poison_row`. Kills from outside count only at
+  the fourth, all while alone; running out of memory never counts.
+- Every life uses the KV cache size that the ranks agreed on, or less once memory ran out.
+- An engine is abandoned after `max_deaths` deaths in a row without a finished row; other ranks claim its rows.
+- Only start-up waits for the engine. `submit` returns immediately, `poll` after its timeout.
+
+Limits: an engine that steps together with others is not restarted. Its death ends the run, resumable.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Protocol, TypeVar
 
+from dpgen.config.schema import RunConfig
 from dpgen.engine.messages import (
     EngineInfo,
     EngineReady,
@@ -23,23 +33,27 @@ from dpgen.engine.messages import (
     KvBytesMeasured,
     OptionsChecked,
     RowsFinished,
-    UndecodedRow,
 )
 from dpgen.errors import ConfigError, EngineError, LockstepEngineLost
 from dpgen.formatting import format_count
-from dpgen.records import Request, RowError, RowResult
+from dpgen.records import Request, RowError, RowResult, UndecodedRow
+
+logger = logging.getLogger(__name__)
 
 E = TypeVar("E", OptionsChecked, KvBytesMeasured, EngineReady)
 
 _ISOLATE_AFTER_DEATHS = 2
-_MAX_ISOLATED_KILLS = 4  # a row is hardly to blame for one SIGKILL; for so many, all while it was alone, it is
-_START_WAIT_S = 0.2  # between looks at the other ranks while an engine starts
+_MAX_ISOLATED_KILLS = 4  # one SIGKILL is hardly the row's fault; four, each while it was alone, are
+_START_WAIT_S = 0.2  # while an engine starts, the other ranks are checked this often
 
 
 class EngineHandle(Protocol):
-    """What the supervisor needs of an engine process; see `dpgen.engine.process.EngineProcess`."""
+    """Interface of one engine process, as the supervisor uses it; see `dpgen.engine.process.EngineProcess`."""
 
-    def load_model(self, text: EngineTextConfig, kv_bytes: int | None = None) -> None: ...
+    @property
+    def log_path(self) -> Path | None: ...
+
+    def load_model(self, text_config: EngineTextConfig, kv_bytes: int | None = None) -> None: ...
 
     def set_kv_bytes(self, num_bytes: int) -> None: ...
 
@@ -54,56 +68,68 @@ class EngineHandle(Protocol):
     def kill(self) -> None: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineLimits:
+    """Limit how long an engine may be silent, and how often it may die.
+
+    Attributes:
+        timeout_s: seconds without a message, while it has work, after which an engine counts as hung.
+        start_timeout_s: the same while it starts: for the check of its options, and again for loading the model.
+        max_deaths: deaths in a row, without a finished row between them, after which the engine is abandoned.
+    """
+
+    timeout_s: float
+    start_timeout_s: float
+    max_deaths: int
+
+    @classmethod
+    def from_config(cls, run: RunConfig) -> EngineLimits:
+        """Return the limits that the configuration sets."""
+        return cls(run.engine_timeout_s, run.engine_start_timeout_s, run.max_engine_deaths)
+
+
 class EngineSupervisor:
-    """One rank's engine, through all its lives.
+    """Run one rank's engine through all its lives.
 
     Args:
         start: starts a process from a spec.
-        spec: what to start; adapted when memory runs out.
-        say: prints a line.
-        timeout_s: how long an engine with work may be silent before it counts as hung.
-        start_timeout_s: the same, from a process's start until it has loaded the model.
-        max_deaths: deaths in a row, without a finished row between them, after which the engine is given up.
-        stands_alone: whether a new process can take a dead one's place; one that steps together with others can't be
-            replaced alone, and its death ends the run, resumable.
+        spec: the engine to start; adapted when memory runs out.
+        limits: when the engine counts as hung, and when it is abandoned.
+        can_restart: False for an engine that steps together with others: its death ends the run, resumable.
+        clock: seconds that only increase.
     """
 
     def __init__(
         self,
         start: Callable[[EngineSpec], EngineHandle],
         spec: EngineSpec,
-        say: Callable[[str], None],
+        limits: EngineLimits,
         *,
-        timeout_s: float,
-        start_timeout_s: float,
-        max_deaths: int,
         can_restart: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._start, self._spec, self._say, self._clock = start, spec, say, clock
-        self._max_deaths = max_deaths
-        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
-        self._stands_alone = can_restart
+        self._start, self._spec, self._limits, self._clock = start, spec, limits, clock
+        self._can_restart = can_restart
         self._process: EngineHandle | None = start(spec)
         self._info: EngineInfo | None = None
         self._kv_bytes: int | None = None
-        self._text = EngineTextConfig()
+        self._text_config = EngineTextConfig()
         self._is_ready = False
         self._last_event_s = clock()
         self._in_flight: dict[int, Request] = {}  # rows that the engine has
-        self._waiting: deque[Request] = deque()  # rows for it, while it can't take them
-        self._quarantined: deque[Request] = deque()  # rows to be tried alone
+        self._waiting: deque[Request] = deque()  # rows that the engine gets as soon as it can take them
+        self._quarantined: deque[Request] = deque()  # rows that the engine gets one at a time
         self._deaths_of_row: Counter[int] = Counter()
         self._isolated_deaths: Counter[int] = Counter()
         self._deaths_in_a_row = 0
         self.num_deaths = 0
-        self._earlier_stats = EngineStats()  # the counts of earlier lives
+        self._earlier_stats = EngineStats()  # counts of earlier lives
         self._stats = EngineStats()
 
     # ---- start-up: the caller waits, since nothing can be generated yet
 
     def check_options(self, on_wait: Callable[[], None]) -> tuple[str, ...]:
-        """The engine's word on its options: notes for the log.
+        """Wait for the engine's check of its options, and return notes for the log.
 
         Raises:
             ConfigError: an option is illegal.
@@ -123,27 +149,28 @@ class EngineSupervisor:
         self,
         agree_kv: Callable[[int], int],
         on_wait: Callable[[], None],
-        text: EngineTextConfig = EngineTextConfig(),  # noqa: B008 - frozen
+        text_config: EngineTextConfig = EngineTextConfig(),  # noqa: B008 - frozen
     ) -> EngineInfo:
-        """Loads the model; with less, if memory runs out.
+        """Load the model, with lower limits if memory runs out.
 
         Args:
-            agree_kv: measured bytes of free KV memory → the bytes to use.
-            text: which work on text comes with it.
+            agree_kv: measured bytes of free KV memory → the bytes to use; called once, whatever the number of lives.
+            on_wait: called again and again while the engine loads.
+            text_config: the engine's part of the work on text.
 
         Raises:
-            EngineError: it can't be loaded.
+            EngineError: the model cannot be loaded.
         """
-        self._text = text
+        self._text_config = text_config
         while self._info is None:
             try:
                 assert self._process is not None
                 self._last_event_s = self._clock()
-                self._process.load_model(text)
+                self._process.load_model(text_config)
                 measured = self._wait_for(KvBytesMeasured, on_wait).num_bytes
                 if self._kv_bytes is None:  # agreed once: the other ranks do not ask again
                     self._kv_bytes = agree_kv(measured)
-                    self._last_event_s = self._clock()  # it was the other ranks that were waited for
+                    self._last_event_s = self._clock()  # the wait for other ranks is not the engine's silence
                 self._process.set_kv_bytes(min(self._kv_bytes, measured))
                 self._info = self._wait_for(EngineReady, on_wait).info
             except EngineError as error:
@@ -154,49 +181,25 @@ class EngineSupervisor:
         self._last_event_s = self._clock()
         return self._info
 
-    def _restart_or_raise(self, error: EngineError) -> None:
-        """After a death before the engine was ready: worth another start, or a fault that will be there again?"""
-        if not self._stands_alone:
-            raise error
-        self.num_deaths += 1
-        self._deaths_in_a_row += 1
-        smaller = error.is_out_of_memory and self._reduce_memory(error)
-        if not (smaller or error.signal) or self._has_no_restarts_left:
-            raise error
-        self._say(f"{error} while it was starting; starting it again")
-        self._last_event_s = self._clock()
-        self._process = self._start(self._spec)
-
-    def _wait_for(self, kind: type[E], on_wait: Callable[[], None]) -> E:
-        assert self._process is not None
-        while True:
-            on_wait()
-            for event in self._process.poll(_START_WAIT_S):
-                if isinstance(event, kind):
-                    self._last_event_s = self._clock()
-                    return event
-                raise EngineError(f"the engine said {type(event).__name__} where {kind.__name__} was due")
-            self._raise_if_hung()
-
     # ---- generating: nothing here waits for an engine
 
     @property
     def max_num_seqs(self) -> int:
-        """Sequences that the engine runs at a time; 0 once it is lost."""
+        """Sequences that the engine runs at a time; 0 once it is abandoned."""
         return 0 if self._info is None or self.is_abandoned else self._info.max_num_seqs
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether the engine was given up; its unfinished rows are whoever's who takes them."""
+        """True once the engine is abandoned; other ranks then claim its unfinished rows."""
         return self._process is None
 
     def submit(self, requests: list[Request]) -> None:
-        """Gives rows to the engine, now or as soon as it can take them."""
+        """Give rows to the engine, now or as soon as it can take them."""
         self._waiting.extend(requests)
         self._submit_waiting()
 
     def poll(self, timeout_s: float) -> list[Event]:
-        """Finished rows and numbers, waiting up to `timeout_s` for a first one; starts a dead engine anew."""
+        """Return finished rows and stats, after waiting up to `timeout_s` for the first; restart a dead engine."""
         if self._process is None:
             time.sleep(timeout_s)
             return []
@@ -211,23 +214,32 @@ class EngineSupervisor:
         return events
 
     def stop(self) -> None:
-        """Has the engine end while its rank goes on, if there is one; `close` waits for it."""
+        """Let the engine end while its rank continues; `close` waits for the end."""
         if self._process is not None:
             self._process.stop()
 
     def close(self) -> None:
-        """Ends the engine, if there is one."""
+        """End the engine."""
         if self._process is not None:
             self._process.close()
 
     def kill(self) -> None:
-        """Ends the engine at once, if there is one."""
+        """End the engine immediately."""
         if self._process is not None:
             self._process.kill()
 
-    def _attach_prompt(self, undecoded: UndecodedRow) -> UndecodedRow:
-        request = self._in_flight.pop(undecoded.result.row)
-        return dataclasses.replace(undecoded, prompt_token_ids=request.prompt_token_ids or ())
+    # ---- messages from the engine
+
+    def _wait_for(self, kind: type[E], on_wait: Callable[[], None]) -> E:
+        assert self._process is not None
+        while True:
+            on_wait()
+            for event in self._process.poll(_START_WAIT_S):
+                if isinstance(event, kind):
+                    self._last_event_s = self._clock()
+                    return event
+                raise self._make_error(f"the engine sent {type(event).__name__} instead of {kind.__name__}")
+            self._raise_if_hung()
 
     def _handle_event(self, event: Event) -> Iterable[Event]:
         self._last_event_s = self._clock()
@@ -235,22 +247,41 @@ class EngineSupervisor:
             self._deaths_in_a_row = 0
             for result in event.results:
                 self._in_flight.pop(result.row)
-            yield RowsFinished(event.results, [self._attach_prompt(each) for each in event.undecoded])
+            yield RowsFinished(event.results, [self._attach_prompt(undecoded) for undecoded in event.undecoded])
         elif isinstance(event, EngineStats):
             self._stats = event
             yield event.add_counts(self._earlier_stats)
         elif isinstance(event, OptionsChecked):
             assert self._process is not None
             if event.problem is not None:
-                raise EngineError(f"the engine refused its options: {event.problem}")
-            self._process.load_model(self._text, self._kv_bytes)
+                raise self._make_error(f"the engine rejected its options: {event.problem}")
+            self._process.load_model(self._text_config, self._kv_bytes)
         elif isinstance(event, EngineReady):
             self._info = event.info
             self._is_ready = True
-            self._say(f"the engine is back, with {format_count(self._num_unfinished, 'row')} to go on with")
+            logger.warning(f"engine restarted, resuming {format_count(self._num_unfinished, 'row')}")
+
+    def _attach_prompt(self, undecoded: UndecodedRow) -> UndecodedRow:
+        request = self._in_flight.pop(undecoded.result.row)
+        return dataclasses.replace(undecoded, prompt_token_ids=request.prompt_token_ids or ())
+
+    def _raise_if_hung(self) -> None:
+        silent_s = self._clock() - self._last_event_s
+        if self._is_ready:
+            limit_s, phase = self._limits.timeout_s, "while it had work (run.engine_timeout_s"
+        else:
+            limit_s, phase = self._limits.start_timeout_s, "while it was starting (run.engine_start_timeout_s"
+        if silent_s > limit_s and (self._in_flight or not self._is_ready):
+            raise self._make_error(f"the engine sent no message for {silent_s:.0f} s {phase}={limit_s:g})")
+
+    def _make_error(self, cause: str) -> EngineError:
+        assert self._process is not None
+        return EngineError(cause, log_path=self._process.log_path)
+
+    # ---- rows to the engine
 
     def _submit_waiting(self) -> None:
-        """Gives the engine what waits for it; rows under suspicion go in alone, before all others."""
+        """Submit rows that wait; quarantined rows go first, each alone."""
         if not self._is_ready or self._process is None:
             return
         try:
@@ -266,7 +297,7 @@ class EngineSupervisor:
     def _submit_now(self, requests: list[Request]) -> None:
         assert self._process is not None
         if not self._in_flight:
-            self._last_event_s = self._clock()  # an idle engine says nothing, and that is no silence
+            self._last_event_s = self._clock()  # an idle engine sends nothing; its silence counts from now on
         self._in_flight |= {request.row: request for request in requests}
         self._process.submit(requests)
 
@@ -278,52 +309,59 @@ class EngineSupervisor:
     def _num_unfinished(self) -> int:
         return len(self._in_flight) + len(self._waiting) + len(self._quarantined)
 
-    def _raise_if_hung(self) -> None:
-        silent_s = self._clock() - self._last_event_s
-        if self._is_ready:
-            limit_s, what = self._timeout_s, "while it had work (run.engine_timeout_s)"
-        else:
-            limit_s, what = self._start_timeout_s, "while it was starting (run.engine_start_timeout_s)"
-        if silent_s > limit_s and (self._in_flight or not self._is_ready):
-            raise EngineError(f"the engine said nothing for {silent_s:.0f} s {what}")
+    # ---- deaths
+
+    def _restart_or_raise(self, error: EngineError) -> None:
+        """Restart an engine that died before it was ready, unless the cause would only repeat."""
+        if not self._can_restart:
+            raise error
+        self.num_deaths += 1
+        self._deaths_in_a_row += 1
+        change = self._reduce_memory() if error.is_out_of_memory else ""
+        if not (change or error.signal) or self._has_no_restarts_left:
+            raise error
+        logger.warning(error.describe(f"retrying its start-up{change}"))
+        self._last_event_s = self._clock()
+        self._process = self._start(self._spec)
 
     def _handle_death(self, error: EngineError) -> list[Event]:
-        """After a death: blames, starts a successor, and gives the result of a row that is now known as poison."""
+        """Attribute the death and restart or abandon the engine; return the result of a row found to be poison."""
         assert self._process is not None
         self._process.kill()
-        if not self._stands_alone:
-            raise LockstepEngineLost(error.first_line)
+        if not self._can_restart:
+            raise LockstepEngineLost(error.summarize())
         self.num_deaths += 1
         self._deaths_in_a_row += 1
         self._earlier_stats, self._stats = self._stats.add_counts(self._earlier_stats), EngineStats()
         poison = self._attribute_death(error)
         if self._has_no_restarts_left:
-            self._say(f"{error}; given up after {format_count(self._deaths_in_a_row, 'death')} in a row")
+            deaths = f"{format_count(self._deaths_in_a_row, 'death')} in a row"
+            rows = format_count(self._num_unfinished, "row")
+            logger.warning(error.describe(f"abandoning it after {deaths}, leaving {rows} to other ranks"))
             self._process = None
             return poison
-        self._say(f"{error}; starting it again")
-        if error.is_out_of_memory:
-            self._reduce_memory(error)
+        change = self._reduce_memory() if error.is_out_of_memory else ""
+        logger.warning(error.describe(f"restarting it{change}"))
         self._is_ready = False
         self._last_event_s = self._clock()
         self._process = self._start(self._spec)
         return poison
 
     def _attribute_death(self, error: EngineError) -> list[Event]:
-        was_alone = self._is_isolating_row
-        inside, self._in_flight = list(self._in_flight.values()), {}
-        if was_alone and not error.is_out_of_memory:
-            [poison] = inside
+        was_isolated = self._is_isolating_row
+        suspects, self._in_flight = list(self._in_flight.values()), {}
+        if was_isolated and not error.is_out_of_memory:
+            [poison] = suspects
             self._isolated_deaths[poison.row] += 1
             if error.is_external_kill and self._isolated_deaths[poison.row] < _MAX_ISOLATED_KILLS:
-                self._quarantined.append(poison)  # behind the others, to be tried again
+                self._quarantined.append(poison)  # behind the other quarantined rows
                 return []
-            self._deaths_in_a_row = 0  # something was found out
-            self._say(f"row {poison.row} kills its engine, also when it is alone there; it is recorded as an error")
-            message = f"this row killed its engine, alone: {error.first_line}"
+            self._deaths_in_a_row = 0  # the cause is found and will not repeat
+            logger.warning(f"row {poison.row} killed its engine while it ran alone, recording error poison_row")
+            message = f"this row killed its engine while it ran alone: {error.first_line}"
             return [RowsFinished([RowResult(poison.row, error=RowError("poison_row", message))])]
-        self._deaths_of_row.update(request.row for request in inside)
-        for request in reversed(inside):
+        self._deaths_of_row.update(request.row for request in suspects)
+        for request in reversed(suspects):
             if self._deaths_of_row[request.row] >= _ISOLATE_AFTER_DEATHS and not error.is_out_of_memory:
                 self._quarantined.appendleft(request)
             else:
@@ -332,26 +370,30 @@ class EngineSupervisor:
 
     @property
     def _has_no_restarts_left(self) -> bool:
-        return self._deaths_in_a_row >= self._max_deaths
+        return self._deaths_in_a_row >= self._limits.max_deaths
 
-    def _reduce_memory(self, error: EngineError) -> bool:
-        """Makes the next life smaller: fewer sequences first, then less of the GPU's memory. False if it can't."""
+    def _reduce_memory(self) -> str:
+        """Lower a limit of the next life: sequences at the first two deaths in a row, then memory.
+
+        Returns:
+            the new limit as " with NAME=VALUE"; "" if there is nothing left to lower.
+        """
         options = dict(self._spec.options)
         num_seqs = options.get("max_num_seqs") or (self._info.max_num_seqs if self._info else 256)
         if self._deaths_in_a_row <= 2 and num_seqs > 1:
             options["max_num_seqs"] = max(1, num_seqs // 2)
-            self._say(f"out of memory ({error.first_line}); going on with max_num_seqs={options['max_num_seqs']}")
+            change = f"max_num_seqs={options['max_num_seqs']}"
         elif self._kv_bytes is not None:
             self._kv_bytes = self._kv_bytes * 8 // 10
-            self._say(f"out of memory ({error.first_line}); going on with a KV cache of {self._kv_bytes >> 20} MiB")
+            change = f"a KV cache of {self._kv_bytes >> 20:,} MiB"
         elif "kv_cache_memory_bytes" in options:
             options["kv_cache_memory_bytes"] = options["kv_cache_memory_bytes"] * 8 // 10
-            self._say(f"out of memory ({error.first_line}); going on with kv_cache_memory_bytes a fifth lower")
+            change = f"kv_cache_memory_bytes={options['kv_cache_memory_bytes']}"
         else:
-            share = round(float(options.get("gpu_memory_utilization", 0.9)) - 0.1, 2)
-            if share <= 0:
-                return False
-            options["gpu_memory_utilization"] = share
-            self._say(f"out of memory ({error.first_line}); going on with gpu_memory_utilization={share}")
+            fraction = round(float(options.get("gpu_memory_utilization", 0.9)) - 0.1, 2)
+            if fraction <= 0:
+                return ""
+            options["gpu_memory_utilization"] = fraction
+            change = f"gpu_memory_utilization={fraction}"
         self._spec = dataclasses.replace(self._spec, options=options)
-        return True
+        return f" with {change}"

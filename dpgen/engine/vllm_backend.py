@@ -1,7 +1,10 @@
-"""Real vLLM: its engine in this process, asked one step at a time. Home of `vllm`; runs in the engine process only.
+"""Run vLLM's engine inside the engine process, one step at a time. The only module that drives `vllm`.
 
-Used of vLLM, alike in 0.26 to 0.32: `EngineArgs`, `LLMEngine.from_vllm_config`, `add_request`, `step`, custom
-executor classes. `LLM.generate` is not used: it raises on the first bad prompt, and it drains between calls.
+- The same parts of vLLM 0.26 to 0.32 are used: `EngineArgs`, `LLMEngine`, `add_request`, `step`, custom executor
+  classes.
+- `LLM.generate` is not used: it raises on the first bad prompt, and its batch drains between calls.
+- An error that vLLM raises over one row's own values rejects that row; all other rows are generated.
+- The ranks agree on the KV cache size between vLLM's measurement and its allocation (`_SyncKvMixin`).
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import psutil
 import pydantic
 import torch
 import vllm
-from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs.engine import tokens_input
@@ -29,16 +31,16 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
 
 from dpgen.config.schema import unknown_key_error
-from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig, UndecodedRow
+from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused
-from dpgen.records import Completion, Request, RowError, RowResult
+from dpgen.records import Completion, Request, RowError, RowResult, UndecodedRow
 
 # Fields of SamplingParams that belong to dpgen: how results come back, and vLLM's own bookkeeping.
 _RESERVED_SAMPLING_FIELDS = {"output_kind", "skip_clone", "output_text_buffer_length", "stream_interval"}
 
 
 class VllmBackend:
-    """See `Backend`."""
+    """Implement `Backend` with vLLM's `LLMEngine`."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
@@ -47,10 +49,10 @@ class VllmBackend:
         self._engine: LLMEngine | None = None
         self._sampling: dict[str, Any] = {}
         self._render: Callable[[Any], list[int]] | None = None
-        self._leaves_text = False
+        self._skip_detokenize = False
         self._undecoded: dict[int, SamplingParams] = {}  # rows whose text the rank makes
         self._num_finished_tokens = self._num_cached_tokens = 0
-        self._preemptions: dict[str, int] = {}  # running sequences that were set back, and how often
+        self._preemptions: dict[str, int] = {}  # preemptions of each running sequence that was preempted
         self._num_preemptions = 0
 
     def check_options(self) -> tuple[str, ...]:
@@ -61,7 +63,7 @@ class VllmBackend:
         if self._spec.world is not None:
             options["data_parallel_size"] = self._spec.world.num_groups
         options.setdefault("disable_log_stats", True)
-        options.setdefault("use_tqdm_on_load", envs.VLLM_LOGGING_LEVEL in ("INFO", "DEBUG"))
+        options.setdefault("use_tqdm_on_load", False)  # in a log file a progress bar is one long line
         try:
             args = EngineArgs(
                 model=self._spec.model,
@@ -72,33 +74,33 @@ class VllmBackend:
                 **options,
             )
             self._config = args.create_engine_config(UsageContext.LLM_CLASS)
-        except Exception as error:  # noqa: BLE001 - its errors have no common base
-            raise ConfigError(f"vLLM refuses the model or an engine.* key: {_summarize_error(error)}") from None
-        self._sampling = self._default_sampling()
+        except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
+            raise ConfigError(f"vLLM rejects the model or an engine.* key: {_summarize_error(error)}") from None
+        self._sampling = self._build_default_sampling()
         entries = {f"sampling_by_rank[{index}]": entry for index, entry in enumerate(self._spec.sampling_by_rank)}
         for section, entry in {"sampling": {}, **entries}.items():
             try:
                 self._params.validate_python({**self._sampling, **entry})
-            except Exception as error:  # noqa: BLE001 - its errors have no common base
-                raise ConfigError(f"vLLM refuses a {section}.* key: {_summarize_error(error)}") from None
+            except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
+                raise ConfigError(f"vLLM rejects a {section}.* key: {_summarize_error(error)}") from None
         return tuple(notes)
 
-    def load(self, agree_kv: AgreeKvFn, text: EngineTextConfig) -> EngineInfo:
+    def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:
         assert self._config is not None
-        self._leaves_text = text.skip_detokenize
+        self._skip_detokenize = text_config.skip_detokenize
         _SyncKvMixin.agree_kv = agree_kv
-        # By its constructor, which takes the executor's class: in its configuration vLLM wants one of its own names,
-        # for pipelines and external launchers at least.
+        # The constructor takes our executor class. The configuration takes only vLLM's own names, at least for
+        # pipelines and external launchers.
         self._engine = LLMEngine(
             vllm_config=self._config,
             executor_class=self._executor,
             log_stats=False,
             usage_context=UsageContext.LLM_CLASS,
         )
-        if text.prompt_settings is not None:
+        if text_config.prompt_config is not None:
             from dpgen.engine.vllm_render import VllmRenderer
 
-            self._render = VllmRenderer(self._engine, text.prompt_settings).render
+            self._render = VllmRenderer(self._engine, text_config.prompt_config).render
         config = self._engine.vllm_config
         return EngineInfo(
             max_num_seqs=config.scheduler_config.max_num_seqs,
@@ -116,20 +118,19 @@ class VllmBackend:
         if token_ids is None:
             assert self._render is not None
             token_ids = self._render(request.prompt)
-        params.skip_clone = True  # they are this row's alone; copying them takes longer than all else here
-        # Without stop strings nobody needs the text before the end. vLLM alone knows how to space special tokens.
-        is_spaced = params.skip_special_tokens or params.spaces_between_special_tokens
-        if self._leaves_text and params.detokenize and not params.stop and is_spaced:
+        params.skip_clone = True  # no other row shares them, and a copy takes longer than all else here
+        # Only stop strings need the text before the row's end. Only vLLM can leave out spaces between special tokens.
+        has_plain_spacing = params.skip_special_tokens or params.spaces_between_special_tokens
+        if self._skip_detokenize and params.detokenize and not params.stop and has_plain_spacing:
             params.detokenize = False
             self._undecoded[request.row] = params
         try:
             self._engine.add_request(str(request.row), tokens_input(token_ids), params)
         except Exception as error:  # noqa: BLE001 - foreign code over a row's own values: one bad row costs one row
             self._undecoded.pop(request.row, None)
-            self._engine.abort_request([str(request.row)])  # it may have got halfway in
-            raise RowRefused(
-                _classify_rejection(error, len(token_ids), self._max_model_len), _summarize_error(error)
-            ) from None
+            self._engine.abort_request([str(request.row)])  # vLLM may have added a part of it
+            error_type = _classify_rejection(error, len(token_ids), self._max_model_len)
+            raise RowRefused(error_type, _summarize_error(error)) from None
 
     def step(self) -> list[RowResult | UndecodedRow]:
         assert self._engine is not None
@@ -145,12 +146,7 @@ class VllmBackend:
         num_running_tokens = sum(s.detokenizer.num_output_tokens() for s in states if s.detokenizer is not None)
         scheduler = self._engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
         num_running, num_waiting = scheduler.get_request_counts()
-        # vLLM counts them for its own log only; what a sequence still met after our last look at it goes uncounted.
-        before, self._preemptions = self._preemptions, {}
-        for name, request in scheduler.requests.items():
-            if request.num_preemptions:
-                self._preemptions[name] = request.num_preemptions
-                self._num_preemptions += request.num_preemptions - before.get(name, 0)
+        self._count_preemptions(scheduler.requests)
         return EngineStats(
             self._num_finished_tokens + num_running_tokens,
             num_running,
@@ -161,14 +157,14 @@ class VllmBackend:
 
     def close(self) -> None:
         assert self._config is not None
-        # With one device, and caches nowhere else, all of it is in this process and ends with it; vLLM's own way there
-        # looks through all of the heap for a second.
-        caches_elsewhere = self._config.kv_transfer_config or self._config.ec_transfer_config
-        if self._engine is not None and (self._executor is not SyncKvUniProcExecutor or caches_elsewhere):
+        # With one device and no external cache, everything is in this process and ends with it. vLLM's own shutdown
+        # would scan the heap for a second.
+        has_external_cache = self._config.kv_transfer_config or self._config.ec_transfer_config
+        if self._engine is not None and (self._executor is not SyncKvUniProcExecutor or has_external_cache):
             self._engine.engine_core.shutdown()
 
     @property
-    def _executor(self) -> Any:  # a class; to mypy vLLM's are of any type
+    def _executor(self) -> Any:  # a class; mypy takes vLLM's for Any
         if self._spec.world is not None:
             return SyncKvExternalExecutor
         num_devices = self._spec.tensor_parallel_size * self._spec.pipeline_parallel_size
@@ -179,21 +175,31 @@ class VllmBackend:
         assert self._engine is not None
         return int(self._engine.vllm_config.model_config.max_model_len)
 
+    def _count_preemptions(self, requests: dict[str, Any]) -> None:
+        """Add preemptions since the last call; those of a sequence between this call and its end stay uncounted.
+
+        vLLM itself counts them only for its own log.
+        """
+        before, self._preemptions = self._preemptions, {}
+        for name, request in requests.items():
+            if request.num_preemptions:
+                self._preemptions[name] = request.num_preemptions
+                self._num_preemptions += request.num_preemptions - before.get(name, 0)
+
     def _check_names(self) -> None:
-        engine_fields = {each.name for each in dataclasses.fields(EngineArgs)}
+        engine_fields = {field.name for field in dataclasses.fields(EngineArgs)}
         for name in self._spec.options:
             if name not in engine_fields:
                 raise unknown_key_error("engine", name, engine_fields)
         _check_types(self._spec.options)
-        sampling_fields = {
-            f for f in SamplingParams.__struct_fields__ if not f.startswith("_")
-        } - _RESERVED_SAMPLING_FIELDS
-        for section, name in self._spec.sampling_names():
+        public_fields = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
+        sampling_fields = public_fields - _RESERVED_SAMPLING_FIELDS
+        for section, name in self._spec.iter_sampling_names():
             if name not in sampling_fields:
                 raise unknown_key_error(section, name, sampling_fields)
 
-    def _default_sampling(self) -> dict[str, Any]:
-        """The model's generation config, as `LLM.get_default_sampling_params` takes it, under the run's sampling."""
+    def _build_default_sampling(self) -> dict[str, Any]:
+        """Return the run's sampling over the model's generation config (as in `LLM.get_default_sampling_params`)."""
         assert self._config is not None
         defaults = {"max_tokens": None, **self._config.model_config.get_diff_sampling_param()}
         return {**defaults, **self._spec.sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
@@ -201,7 +207,7 @@ class VllmBackend:
     def _build_params(self, request: Request) -> SamplingParams:
         try:
             params = self._params.validate_python({**self._sampling, **request.sampling})
-        except Exception as error:  # noqa: BLE001 - as in `add`
+        except Exception as error:  # noqa: BLE001 - as in `add_request`
             raise RowRefused("bad_sampling", _summarize_error(error)) from None
         assert isinstance(params, SamplingParams)
         return params
@@ -210,38 +216,37 @@ class VllmBackend:
         row = int(output.request_id)
         num_prompt_tokens = len(output.prompt_token_ids or ())
         self._num_cached_tokens += output.num_cached_tokens or 0
-        outputs = sorted(output.outputs, key=lambda each: each.index)
-        self._num_finished_tokens += sum(len(each.token_ids) for each in outputs)
+        samples = sorted(output.outputs, key=lambda sample: sample.index)
+        self._num_finished_tokens += sum(len(sample.token_ids) for sample in samples)
         undecoded = self._undecoded.pop(row, None)
-        if any(each.finish_reason in ("error", "abort") for each in outputs):
-            return RowResult(
-                row, num_prompt_tokens, error=RowError("engine_refused", "vLLM gave the row up while it ran")
-            )
+        if any(sample.finish_reason in ("error", "abort") for sample in samples):
+            error = RowError("engine_refused", "vLLM aborted the row while it ran")
+            return RowResult(row, num_prompt_tokens, error=error)
         completions = tuple(
             Completion(
-                each.text,
-                each.finish_reason,
-                len(each.token_ids),
-                list(each.token_ids) if self._spec.token_ids else None,
+                sample.text,
+                sample.finish_reason,
+                len(sample.token_ids),
+                list(sample.token_ids) if self._spec.token_ids else None,
             )
-            for each in outputs
+            for sample in samples
         )
         result = RowResult(row, num_prompt_tokens, completions)
         if undecoded is None:
             return result
-        # What ends a row (its last token, since it has no stop strings) is no part of its text.
-        shows_stop = undecoded.include_stop_str_in_output
-        ids = [list(o.token_ids[:-1] if o.finish_reason == "stop" and not shows_stop else o.token_ids) for o in outputs]
+        # A stop token (these rows have no stop strings) is no part of the text.
+        keep_stop = undecoded.include_stop_str_in_output
+        ids = [list(s.token_ids[:-1] if s.finish_reason == "stop" and not keep_stop else s.token_ids) for s in samples]
         return UndecodedRow(result, tuple(ids), undecoded.skip_special_tokens)
 
 
 class _SyncKvMixin:
-    """Asks the ranks how large the KV cache is to be, at the point where vLLM has measured what is free.
+    """Agree on the KV cache size with the other ranks, between vLLM's measurement and its allocation.
 
-    vLLM makes the executor itself, from its class: the question goes through a class attribute.
+    vLLM creates the executor from its class, so the function that asks the ranks is a class attribute.
 
     Attributes:
-        backend: vLLM's name for the executor that it adds to.
+        backend: vLLM's name of the executor that a subclass extends.
     """
 
     agree_kv: ClassVar[AgreeKvFn]
@@ -254,36 +259,36 @@ class _SyncKvMixin:
 
 
 class SyncKvUniProcExecutor(_SyncKvMixin, UniProcExecutor):
-    """One device, its worker in this process."""
+    """Drive one device, with its worker in this process."""
 
     backend = "uni"
 
 
 class SyncKvExternalExecutor(_SyncKvMixin, ExecutorWithExternalLauncher):
-    """One device of several that torchrun's processes drive, a worker in each."""
+    """Drive one of several devices; torchrun's other processes drive the others."""
 
     backend = "external_launcher"
 
     def _distributed_args(self) -> tuple[str, int, int]:
-        # Not "env://" as vLLM has it: on the CPU it names shared memory after the end of this, and two groups of one
-        # node would share it.
+        # Not vLLM's "env://": on the CPU vLLM names shared memory after the end of this address, and two groups of one
+        # node would then use the same memory.
         _, rank, local_rank = super()._distributed_args()
         return f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", rank, local_rank
 
 
 class SyncKvMultiprocExecutor(_SyncKvMixin, MultiprocExecutor):
-    """Several devices, a worker process each."""
+    """Drive several devices, with a worker process for each."""
 
     backend = "mp"
 
 
 def _check_types(options: dict[str, Any]) -> None:
-    """Refuses what is no number or flag where one belongs; vLLM would trip over it deep inside, naming no key."""
-    types = {each.name: each.type for each in dataclasses.fields(EngineArgs)}
+    """Reject a value of the wrong type where a number or flag belongs; vLLM would fail later, and name no key."""
+    types = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
     for name, value in options.items():
         expected = types[name]
         if not set(typing.get_args(expected) or (expected,)) <= {int, float, bool, type(None)}:
-            continue  # vLLM takes more than the type says: names of enum members, dicts for its own objects
+            continue  # vLLM takes more than the type allows: names of enum members, dicts for its own objects
         try:
             pydantic.TypeAdapter[Any](expected).validate_python(value)  # type: ignore[arg-type]
         except pydantic.ValidationError as error:
@@ -291,20 +296,22 @@ def _check_types(options: dict[str, Any]) -> None:
 
 
 def _apply_cpu_defaults(options: dict[str, Any], local_size: int) -> list[str]:
-    """Steps around what vLLM can't do on the CPU, unless the user asked for it; gives a note for each step."""
+    """Set options that work on the CPU, unless the user has set them, and return a note for each."""
     notes = []
     if "enable_chunked_prefill" not in options:
         options["enable_chunked_prefill"] = False
-        notes.append("no chunked prefill, which crashes seeded sampling there")
+        notes.append("vLLM on the CPU: no chunked prefill, because it crashes seeded sampling")
     if "kv_cache_memory_bytes" not in options and "gpu_memory_utilization" not in options:
         num_bytes = min(4 << 30, psutil.virtual_memory().available // (4 * local_size))
         options["kv_cache_memory_bytes"] = num_bytes
-        notes.append(f"a KV cache of {num_bytes >> 20} MiB, since its default asks for more memory than is free")
-    return [f"vLLM on the CPU: {'; '.join(notes)}"] if notes else []
+        notes.append(
+            f"vLLM on the CPU: KV cache of {num_bytes >> 20:,} MiB, because vLLM's default exceeds free memory"
+        )
+    return notes
 
 
 def _classify_rejection(error: Exception, num_prompt_tokens: int, max_model_len: int) -> str:
-    """The error type of a row that `add_request` refused; vLLM itself tells only by its message."""
+    """Return the error type of a row that vLLM's `add_request` rejected; vLLM itself gives only a message."""
     if num_prompt_tokens == 0:
         return "empty_prompt"
     if num_prompt_tokens >= max_model_len:
@@ -315,13 +322,13 @@ def _classify_rejection(error: Exception, num_prompt_tokens: int, max_model_len:
 
 
 def _summarize_error(error: Exception) -> str:
-    """An error of vLLM or pydantic in one line."""
+    """Return an error of vLLM or pydantic as one line."""
     if isinstance(error, pydantic.ValidationError):
         parts = []
-        for each in error.errors(include_url=False, include_context=False):
-            place = [str(p) for p in each["loc"] if "[" not in str(p)]
-            if each["type"] != "is_instance_of":
-                parts.append(f"{'.'.join(place)}: {each['msg']}" if place else str(each["msg"]))
+        for problem in error.errors(include_url=False, include_context=False):
+            path = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))
+            if problem["type"] != "is_instance_of":
+                parts.append(f"{path}: {problem['msg']}" if path else str(problem["msg"]))
         if parts:
             return "; ".join(parts)
     lines = str(error).strip().splitlines()

@@ -1,8 +1,8 @@
-"""Prompts → token ids by vLLM's own renderer, for tokenizers that only vLLM knows. In the engine process.
+"""Tokenize prompts with vLLM's own renderer, for tokenizers that only vLLM knows. Runs in the engine process.
 
-It calls what LLM.generate and LLM.chat call (`vllm/entrypoints/common/offline.py`, in vLLM 0.26
-`vllm/entrypoints/offline_utils.py`), with one difference to 0.26: chat prompts of multi-modal models get no
-second BOS, as since vllm#55197.
+- Calls the functions that LLM.generate and LLM.chat call (`vllm/entrypoints/common/offline.py`, in vLLM 0.26
+  `vllm/entrypoints/offline_utils.py`), so the token ids are the same.
+- One difference to 0.26: chat prompts of multi-modal models get no second BOS, as since vllm#55197.
 """
 
 from __future__ import annotations
@@ -10,30 +10,31 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from dpgen.config.prompt import PromptConfig
 from dpgen.data.chat import Message
-from dpgen.data.render import PromptConfig
+from dpgen.data.render import load_chat_template
 from dpgen.errors import ConfigError, RowRefused
 
 
 class VllmRenderer:
-    """Renders the prompts that `PromptRenderer.prompt` made.
+    """Tokenize the prompts that `PromptRenderer.build_prompt` made.
 
     Args:
-        engine: vLLM's `LLMEngine`, or a renderer of it.
-        settings: how rows become prompts.
+        engine: vLLM's `LLMEngine`, or its renderer.
+        config: how rows become prompts.
 
     Raises:
-        ConfigError: a chat without a chat template: no row could be rendered.
+        ConfigError: the prompts are chats and the tokenizer has no chat template, so no row could be rendered.
     """
 
-    def __init__(self, engine: Any, settings: PromptConfig) -> None:
+    def __init__(self, engine: Any, config: PromptConfig) -> None:
         self._renderer = getattr(engine, "renderer", engine)
-        if settings.is_chat:
-            self._chat_params = _chat_params(self._renderer, settings)
+        if config.is_chat:
+            self._chat_params = _build_chat_params(self._renderer, config)
             self._require_chat_template()
 
     def render(self, prompt: str | list[Message]) -> list[int]:
-        """The prompt's token ids, at least one.
+        """Return the prompt's token ids, at least one.
 
         Raises:
             RowRefused: `prompt_too_long`, `invalid_text`, `chat_template_failed`, `tokenizer_failed`,
@@ -41,10 +42,10 @@ class VllmRenderer:
         """
         is_text = isinstance(prompt, str)
         try:
-            ids = self._text_ids(prompt) if isinstance(prompt, str) else self._chat_ids(prompt)
+            ids = self._tokenize_text(prompt) if isinstance(prompt, str) else self._tokenize_chat(prompt)
         except UnicodeEncodeError as error:
             raise RowRefused("invalid_text", str(error)) from error
-        except Exception as error:  # foreign code and templates; one bad row costs one row
+        except Exception as error:  # foreign code and templates: one bad row costs one row
             reason = str(error) or type(error).__name__
             if getattr(error, "parameter", None) in ("input_text", "input_tokens"):
                 raise RowRefused("prompt_too_long", reason) from error
@@ -53,7 +54,7 @@ class VllmRenderer:
             raise RowRefused("empty_prompt", "the prompt has no tokens")
         return list(ids)
 
-    def _text_ids(self, text: str) -> list[int]:
+    def _tokenize_text(self, text: str) -> list[int]:
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
         text.encode("utf-8")
@@ -62,9 +63,9 @@ class VllmRenderer:
         ids: list[int] = rendered["prompt_token_ids"]
         return ids
 
-    def _chat_ids(self, messages: list[Message]) -> list[int]:
+    def _tokenize_chat(self, messages: list[Message]) -> list[int]:
         params = self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
-        # vLLM parses tool arguments in place.
+        # A copy, because vLLM parses tool arguments in place.
         conversations = [copy.deepcopy(messages)]
         _, (rendered,) = self._renderer.render_chat(conversations, self._chat_params, params)
         ids: list[int] = rendered["prompt_token_ids"]
@@ -72,23 +73,23 @@ class VllmRenderer:
 
     def _require_chat_template(self) -> None:
         try:
-            self._chat_ids([{"role": "user", "content": "warmup"}])
+            self._tokenize_chat([{"role": "user", "content": "warmup"}])
         except Exception as error:
-            # By name: the class has moved between modules. Any other trouble the rows will meet, and report.
+            # By name, because the class has moved between modules. Rows meet any other error again, and report it.
             if type(error).__name__ == "ChatTemplateResolutionError":
                 raise ConfigError("the tokenizer has no chat template; set data.chat_template") from error
 
 
-def _chat_params(renderer: Any, settings: PromptConfig) -> Any:
+def _build_chat_params(renderer: Any, config: PromptConfig) -> Any:
     from vllm.renderers import ChatParams
     from vllm.utils.mistral import is_mistral_tokenizer
 
-    # mistral-common goes from messages to tokens in one step; there is no text between.
+    # mistral-common turns messages into tokens in one step, without a text between them.
     tokenize = is_mistral_tokenizer(renderer.tokenizer) or renderer.model_config.enable_prompt_embeds
     own = {
-        "add_generation_prompt": settings.add_generation_prompt,
-        "continue_final_message": settings.continue_final_message,
+        "add_generation_prompt": config.add_generation_prompt,
+        "continue_final_message": config.continue_final_message,
         "tokenize": tokenize,
     }
-    kwargs = {**settings.chat_template_kwargs, **own}
-    return ChatParams(chat_template=settings.load_chat_template(), chat_template_kwargs=kwargs)
+    kwargs = {**config.chat_template_kwargs, **own}
+    return ChatParams(chat_template=load_chat_template(config), chat_template_kwargs=kwargs)

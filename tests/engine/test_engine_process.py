@@ -1,4 +1,4 @@
-"""The pipe between a rank and its engine, under loads that would block a careless one."""
+"""The pipe between a rank and its engine, under loads at which a careless one would block."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from helpers.jobs import wait_for
 
+from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import (
     EngineReady,
     EngineSpec,
     EngineStats,
     EngineTextConfig,
+    Event,
     KvBytesMeasured,
     OptionsChecked,
     RowsFinished,
@@ -29,30 +32,38 @@ from dpgen.records import Request
 pytestmark = pytest.mark.multi
 
 
-@pytest.fixture
-def engine() -> Iterator[EngineProcess]:
-    options = {"max_model_len": 1 << 20, "max_num_seqs": 512}
+def start(log: EngineLog, **options: object) -> EngineProcess:
     spec = EngineSpec("fake", "none", options, {"max_tokens": 2000}, token_ids=True)
     environment = build_engine_env(os.environ, gpus=None, num_cores=1, log_level="warning")
-    process = EngineProcess(spec, environment, None, lambda line: None)
-    heard: list[type] = []
-    while EngineReady not in heard:
-        for event in process.poll(1.0):
-            heard.append(type(event))
+    return EngineProcess(spec, environment, None, log)
+
+
+def load(process: EngineProcess) -> None:
+    """Answer the engine's messages until it is ready."""
+    events: list[Event] = []
+    while not any(isinstance(event, EngineReady) for event in events):
+        events = process.poll(1.0)
+        for event in events:
             if isinstance(event, OptionsChecked):
                 process.load_model(EngineTextConfig())
             elif isinstance(event, KvBytesMeasured):
                 process.set_kv_bytes(event.num_bytes)
+
+
+@pytest.fixture
+def engine() -> Iterator[EngineProcess]:
+    process = start(EngineLog("warning"), max_model_len=1 << 20, max_num_seqs=512)
+    load(process)
     yield process
     process.kill()
 
 
 def test_both_sides_may_send_more_than_the_pipe_holds_at_once(engine: EngineProcess) -> None:
-    batch = 100  # about 10 MB down and 4 MB up, at a time
-    for start in range(0, 5 * batch, batch):
-        engine.submit([Request(row, [7] * 50_000) for row in range(start, start + batch)])
-        if start == 0:
-            wait_for(lambda: unread_bytes(engine) > 100_000)  # it sends more than the pipe holds, and nobody reads
+    batch = 100  # about 10 MB to the engine and 4 MB back
+    for first in range(0, 5 * batch, batch):
+        engine.submit([Request(row, [7] * 50_000) for row in range(first, first + batch)])
+        if first == 0:
+            wait_for(lambda: count_unread_bytes(engine) > 100_000)  # more than the pipe holds, and nobody reads it
     rows: set[int] = set()
     deadline_s = time.monotonic() + 120
     while len(rows) < 5 * batch:
@@ -63,36 +74,56 @@ def test_both_sides_may_send_more_than_the_pipe_holds_at_once(engine: EngineProc
     assert rows == set(range(5 * batch))
 
 
-def test_the_numbers_come_before_the_last_row(engine: EngineProcess) -> None:
-    """After it nobody may listen any more."""
+def test_stats_come_before_the_last_row(engine: EngineProcess) -> None:
     num_tokens = 0
     for num_rows in (3, 1, 2):
         engine.submit([Request(row, [7], None, {"max_tokens": 5 + row}) for row in range(num_rows)])
         num_tokens += sum(5 + row for row in range(num_rows))
-        told, rows = 0, 0
-        while rows < num_rows:
+        num_reported_tokens, num_finished = 0, 0
+        while num_finished < num_rows:
             for event in engine.poll(1.0):
                 if isinstance(event, EngineStats):
-                    told = event.num_generated_tokens
+                    num_reported_tokens = event.num_generated_tokens
                 elif isinstance(event, RowsFinished):
-                    rows += len(event.results)
-        assert told == num_tokens
+                    num_finished += len(event.results)
+        assert num_reported_tokens == num_tokens, "after the last row nobody may read any more"
 
 
-def unread_bytes(engine: EngineProcess) -> int:
+def count_unread_bytes(engine: EngineProcess) -> int:
     count = bytearray(4)
     fcntl.ioctl(engine._pipe.fileno(), termios.FIONREAD, count)
     return int.from_bytes(count, sys.byteorder)
 
 
-def test_a_killed_engine_is_seen_at_once_with_the_signal(engine: EngineProcess) -> None:
+def test_a_killed_engine_is_noticed_at_once_with_the_signal(engine: EngineProcess) -> None:
     os.kill(engine.pid, signal.SIGKILL)
-    with pytest.raises(EngineError, match="was ended by SIGKILL") as raised:
-        listen(engine)
+    with pytest.raises(EngineError, match="was killed by SIGKILL") as raised:
+        poll_for_ten_seconds(engine)
     assert raised.value.signal is signal.SIGKILL
 
 
-def listen(engine: EngineProcess) -> None:
+def test_a_failure_names_the_log_file_which_holds_the_traceback(tmp_path: Path) -> None:
+    log = EngineLog("warning")
+    log.open(tmp_path / "rank-3.engine.log")
+    process = start(log, load_error="no such device")
+    with pytest.raises(EngineError) as raised:
+        load(process)
+    assert str(raised.value) == f"the engine failed: RuntimeError: no such device, see {log.path}"
+    lines = (tmp_path / "rank-3.engine.log").read_text().splitlines()
+    assert lines[0].endswith(f"engine life 1 of this attempt, pid {process.pid}")
+    assert lines[1] == "Traceback (most recent call last):" and lines[-1] == "RuntimeError: no such device"
+
+
+def test_a_failure_before_the_log_file_is_open_shows_the_last_lines() -> None:
+    process = start(EngineLog("warning"), load_error="no such device")
+    with pytest.raises(EngineError) as raised:
+        load(process)
+    first, *last_lines = str(raised.value).splitlines()
+    assert first == "the engine failed: RuntimeError: no such device, its last lines:"
+    assert last_lines[-1] == "    RuntimeError: no such device", last_lines
+
+
+def poll_for_ten_seconds(engine: EngineProcess) -> None:
     for _ in range(100):
         engine.poll(0.1)
 
@@ -104,3 +135,13 @@ def test_the_environment_of_the_launcher_stays_out_of_the_engine() -> None:
     assert kept["HOME"] == "/h" and kept["CUDA_VISIBLE_DEVICES"] == "2,3" and "OMP_NUM_THREADS" not in kept
     on_cpu = build_engine_env({}, gpus=None, num_cores=4, log_level="info")
     assert on_cpu["OMP_NUM_THREADS"] == "4" and on_cpu["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
+@pytest.mark.parametrize(
+    ("log_level", "vllm_level"), [("error", "INFO"), ("warning", "INFO"), ("info", "INFO"), ("debug", "DEBUG")]
+)
+def test_vllm_logs_for_the_file_whatever_the_terminal_shows(log_level: str, vllm_level: str) -> None:
+    environment = build_engine_env({"VLLM_LOGGING_LEVEL": "ERROR"}, gpus=None, num_cores=1, log_level=log_level)
+    assert environment["VLLM_LOGGING_LEVEL"] == vllm_level
+    assert ("TORCH_CPP_LOG_LEVEL" in environment) == (log_level in ("warning", "error"))
+    assert "PYTHONWARNINGS" not in environment, "Python's warnings go to the file, and only there"

@@ -1,13 +1,17 @@
-"""The supervisor alone: blame, restarts and giving up, with processes that do as they are told."""
+"""The supervisor alone, with scripted processes: restarts, the rows to blame, and abandoning an engine."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import signal
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pytest
+from helpers.clock import FakeClock
 
+from dpgen.config.schema import RunConfig
 from dpgen.engine.messages import (
     EngineInfo,
     EngineReady,
@@ -18,24 +22,30 @@ from dpgen.engine.messages import (
     OptionsChecked,
     RowsFinished,
 )
-from dpgen.engine.supervisor import EngineSupervisor
-from dpgen.errors import EngineError
+from dpgen.engine.supervisor import EngineLimits, EngineSupervisor
+from dpgen.errors import EngineError, LockstepEngineLost
 from dpgen.records import Completion, Request, RowResult
 
 OOM = "the engine failed: OutOfMemoryError: CUDA out of memory"
+LIMITS = EngineLimits(timeout_s=60.0, start_timeout_s=600.0, max_deaths=8)
+LOG_PATH = Path("run/logs/rank-3.engine.log")
+
+CauseFn = Callable[[set[int]], str | None]
 
 
 class FakeProcess:
-    """Answers at once; `dies(rows)` says whether, and of what, it dies on the rows it was given."""
+    """Answer immediately; `find_cause(rows)` returns what the process dies of with these rows, or None."""
 
-    def __init__(self, spec: EngineSpec, dies: Callable[[set[int]], str | None]) -> None:
-        self.spec, self._dies = spec, dies
+    log_path: Path | None = LOG_PATH
+
+    def __init__(self, spec: EngineSpec, find_cause: CauseFn) -> None:
+        self.spec, self._find_cause = spec, find_cause
         self._events: list[Event] = [OptionsChecked()]
         self._rows: list[int] = []
         self.kv_bytes: int | None = None
         self.killed = False
 
-    def load_model(self, text: EngineTextConfig, kv_bytes: int | None = None) -> None:
+    def load_model(self, text_config: EngineTextConfig, kv_bytes: int | None = None) -> None:
         if kv_bytes is None:
             self._events.append(KvBytesMeasured(1000))
         else:
@@ -56,9 +66,9 @@ class FakeProcess:
             events, self._events = self._events, []
             return events
         if self._rows:
-            cause = self._dies(set(self._rows))
+            cause = self._find_cause(set(self._rows))
             if cause is not None:
-                raise EngineError(cause)
+                raise EngineError(cause, log_path=self.log_path)
             rows, self._rows = self._rows, []
             return [RowsFinished([RowResult(row, 1, (Completion("x", "stop", 1),)) for row in rows])]
         return []
@@ -74,140 +84,170 @@ class FakeProcess:
 
 
 class SupervisorHarness:
-    def __init__(self, dies: Callable[[set[int]], str | None], **settings: Any) -> None:
-        self.now = 0.0
-        self.said: list[str] = []
+    """A supervisor with a loaded engine, its processes so far, and the clock that it reads."""
+
+    def __init__(self, find_cause: CauseFn, limits: EngineLimits = LIMITS, can_restart: bool = True) -> None:
+        self.clock = FakeClock()
         self.processes: list[FakeProcess] = []
 
         def start(spec: EngineSpec) -> FakeProcess:
-            self.processes.append(FakeProcess(spec, dies))
+            self.processes.append(FakeProcess(spec, find_cause))
             return self.processes[-1]
 
-        defaults: dict[str, Any] = {"timeout_s": 60.0, "start_timeout_s": 600.0, "max_deaths": 8}
         self.engine = EngineSupervisor(
-            start, EngineSpec("fake", "m"), self.said.append, clock=lambda: self.now, **{**defaults, **settings}
+            start, EngineSpec("fake", "m"), limits, can_restart=can_restart, clock=self.clock
         )
         self.engine.check_options(lambda: None)
         self.engine.load_model(lambda measured: measured - 100, lambda: None)
 
-    def run(self, rows: range, polls: int = 200) -> dict[int, RowResult]:
+    def run(self, rows: range, num_polls: int = 200) -> dict[int, RowResult]:
         self.engine.submit([Request(row, [1]) for row in rows])
-        found: dict[int, RowResult] = {}
-        for _ in range(polls):
+        results: dict[int, RowResult] = {}
+        for _ in range(num_polls):
             for event in self.engine.poll(0):
                 assert isinstance(event, RowsFinished)
                 for result in event.results:
-                    assert result.row not in found, "a row is finished once"
-                    found[result.row] = result
-            self.now += 1
-        return found
+                    assert result.row not in results, "a row is finished once"
+                    results[result.row] = result
+            self.clock.now_s += 1
+        return results
 
 
-def test_a_dead_engines_rows_go_to_its_successor_with_the_agreed_kv_size() -> None:
-    deaths = iter(["killed", *[None] * 100])
-    rig = SupervisorHarness(lambda rows: next(deaths))
-    found = rig.run(range(10))
-    assert sorted(found) == list(range(10)) and not any(result.error for result in found.values())
-    assert [process.kv_bytes for process in rig.processes] == [900, 900]
-    assert rig.processes[0].killed, "the first one's process tree is ended"
+def test_limits_are_those_of_the_configuration() -> None:
+    run = RunConfig(dir="x", engine_timeout_s=1, engine_start_timeout_s=2, max_engine_deaths=3)
+    assert EngineLimits.from_config(run) == EngineLimits(timeout_s=1, start_timeout_s=2, max_deaths=3)
+
+
+def test_a_dead_engines_rows_go_to_its_next_life_with_the_agreed_kv_size(caplog: pytest.LogCaptureFixture) -> None:
+    causes = iter(["the engine process was killed by SIGKILL", *[None] * 100])
+    harness = SupervisorHarness(lambda rows: next(causes))
+    results = harness.run(range(10))
+    assert sorted(results) == list(range(10)) and not any(result.error for result in results.values())
+    assert [process.kv_bytes for process in harness.processes] == [900, 900]
+    assert harness.processes[0].killed, "the first life's process tree is ended"
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2, "every rank shows them"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the engine process was killed by SIGKILL, restarting it, see {LOG_PATH}",
+        "engine restarted, resuming 10 rows",
+    ]
 
 
 @pytest.mark.parametrize("poison", [{3}, {0, 9}])
-def test_a_poison_row_is_found_recorded_and_costs_no_other_row(poison: set[int]) -> None:
-    rig = SupervisorHarness(lambda rows: "the engine process was ended by SIGSEGV" if rows & poison else None)
-    found = rig.run(range(10))
-    assert sorted(found) == list(range(10))
-    assert {row for row, result in found.items() if result.error} == poison
+def test_a_poison_row_is_found_and_recorded_and_costs_no_other_row(poison: set[int]) -> None:
+    harness = SupervisorHarness(lambda rows: "the engine process was killed by SIGSEGV" if rows & poison else None)
+    results = harness.run(range(10))
+    assert sorted(results) == list(range(10))
+    assert {row for row, result in results.items() if result.error} == poison
     for row in poison:
-        error = found[row].error
+        error = results[row].error
         assert error is not None and error.type == "poison_row" and "SIGSEGV" in error.message
-    assert not rig.engine.is_abandoned
+        assert str(LOG_PATH) not in error.message, "a row's result does not depend on the rank that generated it"
+    assert not harness.engine.is_abandoned
 
 
 def test_a_row_is_not_blamed_for_a_kill_from_outside() -> None:
-    deaths = iter([*[signal.SIGKILL] * 5, *[None] * 100])
+    signals = iter([*[signal.SIGKILL] * 5, *[None] * 100])
 
-    def dies(rows: set[int]) -> str | None:
-        number = next(deaths)
+    def die(rows: set[int]) -> str | None:
+        number = next(signals)
         if number is not None:
-            raise EngineError("the engine process was ended by SIGKILL", signal=number)
+            raise EngineError("the engine process was killed by SIGKILL", signal=number)
         return None
 
-    found = SupervisorHarness(dies).run(range(1))
-    assert found[0].error is None
+    results = SupervisorHarness(die).run(range(1))
+    assert results[0].error is None
 
 
-def test_rows_in_flight_at_one_death_are_not_suspected() -> None:
-    deaths = iter(["killed", *[None] * 100])
-    rig = SupervisorHarness(lambda rows: next(deaths))
-    rig.run(range(10))
-    assert len(rig.processes) == 2, "nobody was tried alone"
+def test_rows_in_flight_at_one_death_are_not_quarantined() -> None:
+    causes = iter(["killed", *[None] * 100])
+    harness = SupervisorHarness(lambda rows: next(causes))
+    harness.run(range(10))
+    assert len(harness.processes) == 2, "no row was tried alone"
 
 
-def test_an_engine_that_never_comes_back_is_given_up() -> None:
-    rig = SupervisorHarness(lambda rows: "dead on arrival" if len(rows) else None, max_deaths=2)
-    found = rig.run(range(3))
-    assert rig.engine.is_abandoned and not found
-    assert rig.engine.max_num_seqs == 0
-    assert "given up after 2 deaths in a row" in rig.said[-1]
-
-
-def test_a_silent_engine_with_work_counts_as_hung() -> None:
-    rig = SupervisorHarness(lambda rows: None, timeout_s=60)
-    rig.engine.submit([Request(0, [1])])
-    silent = rig.processes[0]
-    silent.poll = lambda timeout_s: []  # type: ignore[method-assign]
-    for _ in range(61):
-        rig.now += 1
-        assert rig.engine.poll(0) == []
-    assert len(rig.processes) == 2 and "said nothing for 61 s while it had work" in rig.said[0]
-    assert sorted(rig.run(range(1, 3))) == [0, 1, 2]
-
-
-def test_an_engine_that_never_loads_is_not_waited_for_for_ever() -> None:
-    rig = SupervisorHarness(lambda rows: None, start_timeout_s=600)
-    hung = FakeProcess(EngineSpec("fake", "m"), lambda rows: None)
-    hung.load_model = lambda text, kv_bytes=None: None  # type: ignore[method-assign]
-    supervisor = EngineSupervisor(
-        lambda spec: hung,
-        EngineSpec("fake", "m"),
-        rig.said.append,
-        timeout_s=60,
-        start_timeout_s=600,
-        max_deaths=8,
-        clock=lambda: rig.now,
+def test_an_engine_that_dies_again_and_again_is_abandoned(caplog: pytest.LogCaptureFixture) -> None:
+    limits = dataclasses.replace(LIMITS, max_deaths=2)
+    harness = SupervisorHarness(lambda rows: "dead on arrival" if len(rows) else None, limits)
+    results = harness.run(range(3))
+    assert harness.engine.is_abandoned and not results
+    assert harness.engine.max_num_seqs == 0
+    assert caplog.messages[-1] == (
+        f"dead on arrival, abandoning it after 2 deaths in a row, leaving 3 rows to other ranks, see {LOG_PATH}"
     )
 
+
+def test_the_death_of_an_engine_that_steps_together_ends_the_run_and_names_the_log() -> None:
+    harness = SupervisorHarness(lambda rows: "the engine process was killed by SIGKILL", can_restart=False)
+    with pytest.raises(LockstepEngineLost, match=f"was killed by SIGKILL, see {LOG_PATH}"):
+        harness.run(range(3))
+    assert harness.processes[0].killed
+
+
+def test_a_silent_engine_with_work_counts_as_hung(caplog: pytest.LogCaptureFixture) -> None:
+    harness = SupervisorHarness(lambda rows: None)
+    harness.engine.submit([Request(0, [1])])
+    silent = harness.processes[0]
+    silent.poll = lambda timeout_s: []  # type: ignore[method-assign]
+    for _ in range(61):
+        harness.clock.now_s += 1
+        assert harness.engine.poll(0) == []
+    assert len(harness.processes) == 2
+    assert caplog.messages[0] == (
+        "the engine sent no message for 61 s while it had work (run.engine_timeout_s=60), "
+        f"restarting it, see {LOG_PATH}"
+    )
+    assert sorted(harness.run(range(1, 3))) == [0, 1, 2]
+
+
+def test_an_engine_that_never_loads_is_not_waited_for_forever() -> None:
+    clock = FakeClock()
+    hung = FakeProcess(EngineSpec("fake", "m"), lambda rows: None)
+    hung.load_model = lambda text_config, kv_bytes=None: None  # type: ignore[method-assign]
+    supervisor = EngineSupervisor(lambda spec: hung, EngineSpec("fake", "m"), LIMITS, clock=clock)
+
     def wait() -> None:
-        rig.now += 1
+        clock.now_s += 1
 
     supervisor.check_options(wait)
-    rig.now += 5000  # the input is read
-    began_s = rig.now
-    with pytest.raises(
-        EngineError, match=r"said nothing for 601 s while it was starting \(run.engine_start_timeout_s\)"
-    ):
+    clock.now_s += 5000  # meanwhile the input is read
+    began_s = clock.now_s
+    with pytest.raises(EngineError) as raised:
         supervisor.load_model(lambda measured: measured, wait)
-    assert rig.now - began_s == 601
+    assert str(raised.value) == (
+        f"the engine sent no message for 601 s while it was starting (run.engine_start_timeout_s=600), see {LOG_PATH}"
+    )
+    assert clock.now_s - began_s == 601
 
 
 def test_an_idle_engine_may_be_silent() -> None:
-    rig = SupervisorHarness(lambda rows: None, timeout_s=60)
-    rig.run(range(1), polls=500)
-    assert sorted(rig.run(range(1, 3))) == [1, 2]
-    assert len(rig.processes) == 1
+    harness = SupervisorHarness(lambda rows: None)
+    harness.run(range(1), num_polls=500)
+    assert sorted(harness.run(range(1, 3))) == [1, 2]
+    assert len(harness.processes) == 1
 
 
-def test_out_of_memory_goes_on_with_less_and_blames_no_row() -> None:
-    limit = [8]
+def test_out_of_memory_restarts_with_lower_limits_and_blames_no_row(caplog: pytest.LogCaptureFixture) -> None:
+    specs: list[EngineSpec] = []
 
-    def dies(rows: set[int]) -> str | None:
-        size = rig.processes[-1].spec.options.get("max_num_seqs", 8)
-        return OOM if size > limit[0] // 4 else None
+    def die(rows: set[int]) -> str | None:
+        specs[:] = [process.spec for process in harness.processes]
+        return OOM if specs[-1].options.get("max_num_seqs", 8) > 2 else None
 
-    rig = SupervisorHarness.__new__(SupervisorHarness)
-    rig.__init__(dies)  # type: ignore[misc]
-    found = rig.run(range(10))
-    assert sorted(found) == list(range(10)) and not any(result.error for result in found.values())
-    assert [process.spec.options.get("max_num_seqs") for process in rig.processes] == [None, 4, 2]
-    assert "going on with max_num_seqs=2" in rig.said[-2]
+    harness = SupervisorHarness(die)
+    results = harness.run(range(10))
+    assert sorted(results) == list(range(10)) and not any(result.error for result in results.values())
+    assert [spec.options.get("max_num_seqs") for spec in specs] == [None, 4, 2]
+    assert f"{OOM}, restarting it with max_num_seqs=2, see {LOG_PATH}" in caplog.messages
+
+
+def test_an_engines_last_lines_stand_below_what_happened(caplog: pytest.LogCaptureFixture) -> None:
+    def die(rows: set[int]) -> str | None:
+        if len(harness.processes) == 1:
+            raise EngineError("the engine process exited with status 1", log_path=LOG_PATH, last_lines=["one", "two"])
+        return None
+
+    harness = SupervisorHarness(die)
+    harness.run(range(1))
+    assert caplog.messages[0] == (
+        f"the engine process exited with status 1, restarting it, see {LOG_PATH}, its last lines:\n    one\n    two"
+    )

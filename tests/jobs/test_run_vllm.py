@@ -1,4 +1,4 @@
-"""Whole runs on real vLLM (its CPU build): what ranks generate together is what one generates alone, row by row."""
+"""Whole runs on real vLLM (its CPU build): any number of ranks generates the same result, row by row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from helpers.tiny_model import ENGINE, save_tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.multi]
 
-# Twelve kinds of bad row, and the error that each gets.
+# Twelve kinds of bad row, and the type of the error that each gets.
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": "word " * 400}]}, "prompt_too_long"),
     ({"messages": None}, "wrong_type"),
@@ -34,8 +34,8 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
 WORDS = "the quick brown fox jumps over the lazy dog hello world there user tool system"
 
 
-def mixed_rows(count: int) -> list[dict[str, Any]]:
-    """Greedy and seeded rows, one turn and several, short and long, with the bad ones in between."""
+def make_mixed_rows(count: int) -> list[dict[str, Any]]:
+    """Return greedy and seeded rows, with one turn and several, short and long, and all bad rows in between."""
     empty = {
         "temperature": None,
         "max_tokens": None,
@@ -88,10 +88,10 @@ FROM_COLUMNS = {name: name for name in ("temperature", "max_tokens", "top_p", "t
 
 
 @pytest.mark.slow
-def test_two_and_three_ranks_give_row_by_row_what_one_gives(
+def test_two_and_three_ranks_generate_row_by_row_what_one_rank_generates(
     launcher: Launcher, write: Callable[..., str], tmp_path: Path
 ) -> None:
-    rows = mixed_rows(208)
+    rows = make_mixed_rows(208)
     for row in rows:
         row["structured_outputs"] = None if row["regex"] is None else {"regex": row["regex"]}
     conf = write(rows, sampling={"from_columns": {**FROM_COLUMNS, "structured_outputs": "structured_outputs"}})
@@ -101,22 +101,22 @@ def test_two_and_three_ranks_give_row_by_row_what_one_gives(
         job = launcher.dpgen("run", conf, f"run.dir={run_dir}", ranks=ranks)
         assert job.wait() == 0, job.output
         results[ranks] = load_result(run_dir)
-    for found in results.values():
-        assert [row["row_id"] for row in found] == list(range(len(rows)))
+    for result in results.values():
+        assert [row["row_id"] for row in result] == list(range(len(rows)))
     alone = list(map(repr, results[1]))  # as text: a NaN in the input is not equal to itself
     assert list(map(repr, results[2])) == alone
     assert list(map(repr, results[3])) == alone
 
     errors = {row["row_id"]: row["error"] for row in results[1] if row["error"]}
-    assert [each["type"] for each in errors.values()] == [kind for _, kind in BAD_ROWS], errors
-    assert all(each["message"] for each in errors.values())
+    assert [error["type"] for error in errors.values()] == [kind for _, kind in BAD_ROWS], errors
+    assert all(error["message"] for error in errors.values())
     good = [row for row in results[1] if not row["error"]]
     assert len(good) == 208
     assert all(row["num_generated_tokens"] <= row["max_tokens"] for row in good)
-    assert len({row["generated_text"] for row in good}) > 150, "rows of their own, not one text over and over"
+    assert len({row["generated_text"] for row in good}) > 150, "rows have texts of their own"
 
 
-def test_it_generates_what_llm_generate_does(
+def test_a_run_generates_what_llm_generate_does(
     launcher: Launcher, write: Callable[..., str], tmp_path: Path, model: Path
 ) -> None:
     prompts = [" ".join(WORDS.split()[: 1 + index]) for index in range(8)]
@@ -128,7 +128,7 @@ def test_it_generates_what_llm_generate_does(
     )
     job = launcher.dpgen("run", conf)
     assert job.wait() == 0, job.output
-    found = load_result(tmp_path / "run")
+    rows = load_result(tmp_path / "run")
     peer = tmp_path / "peer.py"
     peer.write_text(
         "import json, sys\n"
@@ -137,7 +137,7 @@ def test_it_generates_what_llm_generate_does(
         "    engine = json.loads(sys.argv[2])\n"
         "    llm = LLM(sys.argv[1], enable_chunked_prefill=False, **engine)\n"
         "    outputs = llm.generate(json.loads(sys.argv[3]), SamplingParams(temperature=0, max_tokens=12))\n"
-        "    print('FOUND ' + json.dumps([[list(o.outputs[0].token_ids), o.outputs[0].text] for o in outputs]))\n"
+        "    print('RESULT ' + json.dumps([[list(o.outputs[0].token_ids), o.outputs[0].text] for o in outputs]))\n"
     )
     alone = launcher.start(
         [launcher.python, str(peer), str(model), json.dumps(ENGINE), json.dumps(prompts)],
@@ -145,17 +145,17 @@ def test_it_generates_what_llm_generate_does(
         VLLM_CPU_OMP_THREADS_BIND="nobind",
     )
     assert alone.wait() == 0, alone.output
-    told = next(line for line in alone.output.splitlines() if line.startswith("FOUND "))
-    expected = json.loads(told.removeprefix("FOUND "))
-    assert [[row["generated_token_ids"], row["generated_text"]] for row in found] == expected
+    line = next(line for line in alone.output.splitlines() if line.startswith("RESULT "))
+    expected = json.loads(line.removeprefix("RESULT "))
+    assert [[row["generated_token_ids"], row["generated_text"]] for row in rows] == expected
 
 
 def test_two_ranks_and_one_row_under_slurms_environment(
     launcher: Launcher, write: Callable[..., str], tmp_path: Path
 ) -> None:
     conf = write([{"messages": [{"role": "user", "content": "hello"}]}], sampling={"ignore_eos": True})
-    # Ranks with unequal memory for their KV cache: the smaller is everyone's.
-    jobs = launcher.start_like_srun("run", conf, each=[[], ["engine.kv_cache_memory_bytes=33554432"]])
+    # The ranks have unequal memory for their KV cache; all get the smaller one.
+    jobs = launcher.start_like_srun("run", conf, rank_arguments=[[], ["engine.kv_cache_memory_bytes=33554432"]])
     assert [job.wait() for job in jobs] == [0, 0], "".join(job.output for job in jobs)
     [row] = load_result(tmp_path / "run")
     assert row["finish_reason"] == "length"
@@ -165,18 +165,18 @@ def test_two_ranks_and_one_row_under_slurms_environment(
     engine = json.loads((tmp_path / "run" / "run.json").read_text())["engine"]
     per_block_bytes = 2 * 2 * 4 * 32 * 4 * engine["kv_block_tokens"]  # K and V, layers, heads, head_dim, float32
     assert engine["num_kv_blocks"] == (32 << 20) // per_block_bytes
-    assert "on every rank (32 MiB; 64 MiB free here)" in jobs[0].output
+    assert "on every rank (32 MiB of 64 MiB free here)" in jobs[0].output
     assert "vLLM on the CPU: no chunked prefill" in jobs[0].output
-    assert all("Triton" not in job.output for job in jobs), "nothing is wrong, and vLLM is not to say so once a rank"
+    assert all("Triton" not in job.output for job in jobs), "a warning that no user can act on stays off the terminal"
 
 
-def test_where_the_kv_cache_is_short_fewer_rows_are_admitted(
+def test_fewer_rows_are_admitted_where_the_kv_cache_is_short(
     launcher: Launcher, write: Callable[..., str], tmp_path: Path
 ) -> None:
     conf = write(
         [{"prompt": f"hello {index}"} for index in range(160)],
         data={"prompt_column": "prompt"},
-        # 16 blocks of 128 tokens: 16 sequences fit while they are short, and half of them when they are long.
+        # 16 blocks of 128 tokens: 16 short sequences fit, and 8 long ones.
         engine={**ENGINE, "max_num_seqs": 16, "kv_cache_memory_bytes": 4 << 20},
         sampling={"ignore_eos": True, "max_tokens": 200},
     )
@@ -188,7 +188,7 @@ def test_where_the_kv_cache_is_short_fewer_rows_are_admitted(
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["engine"]["num_kv_blocks"] == 16
     assert re.search(r"KV cache is short.* \d+ sequences", job.output), job.output
-    # Without fewer rows at a time nearly every one would be set back once, and most more than once.
+    # If dpgen kept 16 sequences running, nearly every row would be preempted, most of them more than once.
     assert 0 < facts["manifests"][0]["num_preemptions"] < 80, facts["manifests"]
 
 
@@ -208,13 +208,15 @@ def test_sampling_starts_from_the_models_generation_config(
     job = launcher.dpgen("run", conf)
     assert job.wait() == 0, job.output
     rows = load_result(tmp_path / "run")
-    assert [row["num_generated_tokens"] for row in rows] == [[7] * 4, [3] * 4, [20] * 4], "a row's own value goes first"
+    assert [row["num_generated_tokens"] for row in rows] == [[7] * 4, [3] * 4, [20] * 4], (
+        "a row's own value has precedence"
+    )
     for row in rows:
         first, *others = row["generated_token_ids"]
         assert others == [first] * 3, "with top_k=1 however hot samples are the same"
 
 
-def test_the_demo_adds_right(launcher: Launcher, tmp_path: Path) -> None:
+def test_the_demo_model_adds_correctly(launcher: Launcher, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = launcher.dpgen("run", "conf/demo.yaml", f"run.dir={run_dir}", ranks=2)
     assert job.wait() == 0, job.output
