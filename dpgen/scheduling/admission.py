@@ -1,6 +1,10 @@
-"""How many rows an engine holds: always a few more than it runs, and fewer where its KV cache is short.
+"""Limit the rows in an engine: always a few more than it runs, and fewer where its KV cache is short.
 
-Pure arithmetic with the caller's clock: the same code admits rows to real engines and in virtual time.
+- Rows beyond those that the engine runs wait there, and no other rank can start these. So the reserve shrinks with the
+  rows that remain to be claimed.
+- A rank never has more rows in flight than its fair share.
+- Where vLLM preempts sequences, no more are admitted than the KV cache held, until a quiet time allows more.
+- Pure arithmetic with the caller's clock: the same code admits rows to real engines and in virtual time.
 """
 
 from __future__ import annotations
@@ -10,29 +14,28 @@ from collections.abc import Iterator
 from dpgen.records import Request, RowResult
 from dpgen.scheduling.request_source import RequestSource
 
-_MAX_REJECTED_PER_CALL = (
-    50  # rows that could not be rendered, in one go: a file of bad rows keeps nobody from other duties
-)
-_PREEMPTION_THRESHOLD = 0.05  # of the running sequences preempted between two looks: the KV cache is too small for them
-_RECOVERY_S = 5.0  # without preemptions, before one more is tried than fitted
+# Rows rejected in one call, at most: a file of bad rows must not keep the loop from its other duties.
+_MAX_REJECTED_PER_CALL = 50
+# Preemptions between two updates, per running sequence. Above that the KV cache is too small for these sequences.
+_PREEMPTION_THRESHOLD = 0.05
+_RECOVERY_S = 5.0  # time without preemptions before the limit rises
 
 
 class AdmissionController:
-    """What one engine has in hand, and whether it may have more. It counts sequences: a row has one for each sample.
+    """Decide how many rows one engine gets, and keep track of those it has.
 
-    Rows that wait in an engine are rows that nobody else can start. So its reserve, beyond what it runs, shrinks
-    with what is left to claim.
+    Counts sequences: a row has one for each sample.
 
     Args:
-        reserve_rows: sequences kept waiting in the engine beyond those it runs, so that it never runs short.
-        num_samples: a row's sequences, where the row itself doesn't say.
+        reserve_rows: sequences kept waiting in the engine beyond those it runs, so that it never runs out.
+        num_samples: sequences of a row that does not give a number of its own.
     """
 
     def __init__(self, reserve_rows: int, num_samples: int = 1) -> None:
         self._reserve_rows, self._num_samples = reserve_rows, num_samples
-        self._in_flight: dict[int, tuple[float, int]] = {}  # row → when it was admitted, its sequences; oldest first
+        self._in_flight: dict[int, tuple[float, int]] = {}  # row → (time of admission, sequences), oldest first
         self._num_seqs = 0
-        self._seq_limit: int | None = None  # sequences that the KV cache has room for, where it is short
+        self._seq_limit: int | None = None
         self._num_preemptions = 0
         self._stable_since_s = 0.0
 
@@ -40,80 +43,68 @@ class AdmissionController:
         return len(self._in_flight)
 
     def __iter__(self) -> Iterator[int]:
-        """The rows in hand."""
+        """Iterate over the rows in flight, the oldest first."""
         return iter(self._in_flight)
 
     @property
     def oldest_admitted_s(self) -> float | None:
-        """When the row that has been in hand for longest was admitted."""
+        """Time at which the oldest row in flight was admitted; None if no row is in flight."""
         return next(iter(self._in_flight.values()))[0] if self._in_flight else None
 
     @property
     def seq_limit(self) -> int | None:
-        """How many sequences are admitted at most because the KV cache is short; None where it isn't."""
+        """Sequences admitted at most because the KV cache is short; None where it is not."""
         return self._seq_limit
 
-    def admit(self, feed: RequestSource, max_num_seqs: int, now_s: float) -> tuple[list[Request], list[RowResult]]:
-        """Takes as many rows as the engine should be given now: requests for it, and rows that could not be rendered.
+    def admit(self, source: RequestSource, max_num_seqs: int, now_s: float) -> tuple[list[Request], list[RowResult]]:
+        """Take as many rows from `source` as the engine should get now; return their requests, and rejected rows.
 
         Args:
-            max_num_seqs: sequences that the engine runs at a time; 0 where it can't run any.
+            max_num_seqs: sequences that the engine runs at a time; 0 where it can run none.
         """
-        feed.max_num_seqs, feed.num_in_flight = max_num_seqs, len(self._in_flight)
+        source.max_num_seqs, source.num_in_flight = max_num_seqs, len(self._in_flight)
         requests: list[Request] = []
-        refused: list[RowResult] = []
-        while len(refused) < _MAX_REJECTED_PER_CALL and self._has_room(max_num_seqs, feed):
-            row = feed.next_request()
-            if row is None:
+        rejected: list[RowResult] = []
+        while len(rejected) < _MAX_REJECTED_PER_CALL and self._has_room(max_num_seqs, source):
+            request = source.next_request()
+            if request is None:
                 break
-            if isinstance(row, RowResult):
-                refused.append(row)
+            if isinstance(request, RowResult):
+                rejected.append(request)
                 continue
-            num_seqs = row.sampling.get("n", self._num_samples)
-            self._in_flight[row.row] = (now_s, num_seqs if isinstance(num_seqs, int) else 1)
-            self._num_seqs += self._in_flight[row.row][1]
-            requests.append(row)
-            feed.num_in_flight = len(self._in_flight)
-        if max_num_seqs and not self._has_room(max_num_seqs, feed):
-            feed.num_in_flight_when_full = len(self._in_flight)
-        return requests, refused
-
-    def _has_room(self, max_num_seqs: int, feed: RequestSource) -> bool:
-        # No more than a fair share: the first rank to be ready must not take what the others could start.
-        if len(self._in_flight) >= feed.fair_share:
-            return False
-        if self._seq_limit is not None:  # without a reserve: vLLM would start it as soon as a few blocks are free
-            return self._num_seqs < min(self._seq_limit, max_num_seqs)
-        return max_num_seqs > 0 and self._num_seqs < max_num_seqs + min(self._reserve_rows, feed.max_waiting)
+            num_seqs = request.sampling.get("n", self._num_samples)
+            self._in_flight[request.row] = (now_s, num_seqs if isinstance(num_seqs, int) else 1)
+            self._num_seqs += self._in_flight[request.row][1]
+            requests.append(request)
+            source.num_in_flight = len(self._in_flight)
+        if max_num_seqs and not self._has_room(max_num_seqs, source):
+            source.num_in_flight_when_full = len(self._in_flight)
+        return requests, rejected
 
     def release(self, row: int) -> None:
-        """Notes that a row is through."""
+        """Remove a row that the engine has finished."""
         self._num_seqs -= self._in_flight.pop(row)[1]
 
     def clear(self) -> None:
-        """Notes that the engine has nothing any more."""
+        """Remove all rows: the engine that had them is gone."""
         self._in_flight.clear()
         self._num_seqs = 0
 
     def update_limit(self, num_running: int, num_preemptions: int, max_num_seqs: int, now_s: float) -> bool:
-        """Takes what the engine said of its KV cache, about once a second; whether this brought the number down.
+        """Adapt the limit to the engine's preemptions, about once a second; return True if the limit came down.
 
-        A sequence that vLLM preempts for want of KV blocks is computed again from its start. When preemptions climb
-        no more sequences are admitted than ran, and from then on one sixteenth more whenever that was calm for a while
-        (additive increase would take minutes at some hundred sequences).
+        vLLM computes a sequence again from its start after a preemption, which happens where the KV cache has too few
+        blocks. When preemptions rise, the limit falls to the number of running sequences. It rises by a sixteenth
+        after each 5 s without preemptions (an additive increase would take minutes at some hundred sequences).
 
         Args:
-            num_running: sequences that ran.
-            num_preemptions: since the engine's start.
+            num_running: sequences that the engine runs.
+            num_preemptions: preemptions since the engine's start.
         """
-        num_new = max(0, num_preemptions - self._num_preemptions)  # fewer than before: it is another engine
+        num_new = max(0, num_preemptions - self._num_preemptions)  # a smaller count comes from another engine
         self._num_preemptions = num_preemptions
         if num_new > max(1, _PREEMPTION_THRESHOLD * num_running):
-            self._stable_since_s = now_s
-            fitting = max(1, min(num_running, self._seq_limit or max_num_seqs))
-            came_down = self._seq_limit is None or fitting < self._seq_limit
-            self._seq_limit = fitting
-            return came_down
+            return self._lower_limit(num_running, max_num_seqs, now_s)
         if num_new:
             self._stable_since_s = now_s
         elif self._seq_limit is not None and now_s - self._stable_since_s > _RECOVERY_S:
@@ -122,3 +113,18 @@ class AdmissionController:
             if self._seq_limit >= max_num_seqs:
                 self._seq_limit = None
         return False
+
+    def _has_room(self, max_num_seqs: int, source: RequestSource) -> bool:
+        # No more than a fair share: the first rank that is ready must not take rows that the others could start.
+        if len(self._in_flight) >= source.fair_share:
+            return False
+        if self._seq_limit is not None:  # no reserve: vLLM would start a waiting row once a few blocks are free
+            return self._num_seqs < min(self._seq_limit, max_num_seqs)
+        return max_num_seqs > 0 and self._num_seqs < max_num_seqs + min(self._reserve_rows, source.max_waiting)
+
+    def _lower_limit(self, num_running: int, max_num_seqs: int, now_s: float) -> bool:
+        self._stable_since_s = now_s
+        limit = max(1, min(num_running, self._seq_limit or max_num_seqs))
+        came_down = self._seq_limit is None or limit < self._seq_limit
+        self._seq_limit = limit
+        return came_down

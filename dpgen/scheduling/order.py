@@ -1,10 +1,12 @@
-"""Which rows first, and which together: the order of work, chosen from what a look at the data shows.
+"""Choose the order of work from the data: which rows run first, and which rows run together.
 
-A job takes as long as its slowest rank. Long rows that start last leave one engine nearly empty and the others idle, so
-where something tells which rows are long they go first (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969).
-Rows that share long beginnings go to one rank, one after the other, where its prefix cache still has them.
+- Every rank computes the same order from the same rows.
+- An order changes how fast results come, never the results.
+- Long rows go first where a hint predicts their length: long rows that start last leave one engine nearly empty and
+  the other ranks idle (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969).
+- Rows that share long prefixes go to one rank, one after the other, while its prefix cache still holds the prefix.
 
-Every rank computes the same order from the same rows. It changes how fast results come, never what they are.
+Limits: the choice rests on a sample of 20,000 rows; prompts are compared as text, not as tokens.
 """
 
 from __future__ import annotations
@@ -16,41 +18,64 @@ from typing import Any
 
 import numpy as np
 
-from dpgen.config.schema import Config
+from dpgen.config.prompt import PromptConfig
+from dpgen.config.schema import WorkConfig
 from dpgen.data.input_rows import InputRows
+from dpgen.data.render import select_prompt_columns
 from dpgen.formatting import format_count
 from dpgen.scheduling.prefix_groups import PrefixGroups, group_by_prefix
 from dpgen.scheduling.prompt_groups import LengthTracker, PromptGroups, RankState, group_by_prompt
 
-_SAMPLE_ROWS = 20_000  # the quick look
-_MIN_HINT_TAIL_RATIO = 2.0  # of longest_first by hints: the longest hundredth against the middle
-_MIN_PROMPT_TAIL_RATIO = 4.0  # ... by the prompts' lengths, which say less of how long the answers get
-_LONG_PROMPT_CHARS = 1_000  # shorter ones cost little, whatever their order
-_MIN_SHARED_FRACTION = 0.25  # of all prompt text that is shared, from which on sharing is worth an order of its own
+_SAMPLE_ROWS = 20_000
+# longest_first needs values that vary: the 99th percentile over the median, at least. Prompt lengths predict completion
+# lengths less well than hints do.
+_MIN_HINT_TAIL_RATIO = 2.0
+_MIN_PROMPT_TAIL_RATIO = 4.0
+_LONG_PROMPT_CHARS = 1_000  # shorter prompts cost little in any order
+_MIN_SHARED_FRACTION = 0.25  # of all prompt text, from which on shared prefixes are worth an order of their own
+_MIN_GROUPED_FRACTION = 0.5  # of all rows, from which on rows with the same prompt are worth probes
 _CHARS_PER_TOKEN = 4
-_MIN_CHUNKS_PER_SHARD = 32  # claims that a shard of groups is made of, at least
-_MIN_GROUPED_FRACTION = (
-    0.5  # of all rows that have the same prompt as another, from which on the first of them go first
-)
-_ASSUMED_OUTPUT_TOKENS = 256  # what a row is taken to generate, to weigh it against its prompt
+_MIN_CHUNKS_PER_SHARD = 32  # of a shard of prefix groups
+_ASSUMED_OUTPUT_TOKENS = 256  # of a row without a hint, to weigh its completion against its prompt
+_ORDER_NAMES = {"dataset": "dataset order", "longest_first": "longest first", "prefix": "grouped by prefix"}
 
 PromptTextFn = Callable[[Mapping[str, Any]], str]
 
 
 @dataclass(frozen=True)
-class RowOrder:
-    """Rows in order of work, and how they are split into shards.
+class OrderConfig:
+    """Settings that decide the order of work.
 
     Attributes:
-        rows: row indices, int64.
+        max_tokens_column: column of each row's own `max_tokens`; None where rows have none.
+        prefix_caching: whether the engines cache prefixes.
+    """
+
+    work: WorkConfig
+    prompt: PromptConfig
+    max_tokens_column: str | None
+    prefix_caching: bool
+
+    @property
+    def hint_column(self) -> str | None:
+        """Return the column that best predicts the rows' lengths; None where there is none."""
+        return self.work.hint_column or self.max_tokens_column
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """Rows in order of work.
+
+    Attributes:
+        rows: row indices, int64[num_rows].
         kind: "dataset", "longest_first" or "prefix".
-        reason: why this order, as the end of a sentence.
-        groups: of "prefix": where each group of rows that belong together begins in `rows`.
-        weights: of "prefix": each row's work, in arbitrary units.
-        siblings: which rows have the same prompt, where their lengths are to be learnt from each other.
-        num_leaders: rows at the front whose lengths tell those of others: when half of them are through it is time
-            to deal what is left anew, by `order_by_measured_lengths`.
-        lessons: makes what a rank is to learn before that.
+        reason: why or by what, to follow the name of the kind in a log line; may be empty.
+        groups: positions in `rows` where each prefix group begins, int64[num_groups]; None unless `kind` is "prefix".
+        weights: each row's work in arbitrary units, float64[num_rows]; None unless `kind` is "prefix".
+        prompt_groups: rows with the same prompt, where lengths are measured on probes; None where they are not.
+        num_probes: rows at the front that are probes. Once half of them are finished, the remaining rows are
+            resharded by `order_by_measured_lengths`.
+        make_tracker: makes the tracker of one rank's measured lengths until the next plan; it may return None.
     """
 
     rows: np.ndarray
@@ -62,35 +87,34 @@ class RowOrder:
     num_probes: int = 0
     make_tracker: Callable[[], LengthTracker | None] = lambda: None
 
+    @property
+    def description(self) -> str:
+        """Return kind and reason: ``longest first by prompt length (min 1, median 20, max 300 characters)``."""
+        return f"{_ORDER_NAMES[self.kind]} {self.reason}".rstrip()
+
     def __str__(self) -> str:
-        return f"order of work: {self.kind}" + (f"; {self.reason}" if self.reason else "")
+        return f"order of work: {self.description}"
 
     def shard(self, num_shards: int, max_rows: int) -> ShardSpec:
-        """Deals the rows to shards.
+        """Split the rows into shards.
 
-        Rows one by one are dealt round-robin, so that a shard has its share of the first and of the last: neighbours
-        in a file tend to be alike. Groups are dealt whole, the heaviest first, each to the shard that has least; only
-        those that would be half a shard are cut before.
+        Single rows go to the shards in turn, so that each shard gets its part of the first and of the last rows:
+        neighbours in a file tend to be similar. Prefix groups stay whole: the heaviest group goes first, each to the
+        shard with the least work. Only groups of more than half a shard are split first.
 
         Args:
-            most_rows: the most rows that a rank is to take at a time.
+            max_rows: the most rows of one claim.
         """
         if self.groups is None or self.weights is None:
             return ShardSpec([len(range(shard, len(self.rows), num_shards)) for shard in range(num_shards)])
-        parts = _split_groups(self.groups, len(self.rows), len(self.rows) // (2 * num_shards))
-        weights = np.add.reduceat(self.weights, parts)
-        dealt: list[list[int]] = [[] for _ in range(num_shards)]
-        loads = [(0.0, shard) for shard in range(num_shards)]
-        for part in np.argsort(-weights, kind="stable").tolist():
-            load, shard = heapq.heappop(loads)
-            dealt[shard].append(part)
-            heapq.heappush(loads, (load + float(weights[part]), shard))
-        # Taken in pieces that get no smaller towards the end, so small ones: another rank may need to help.
-        piece_rows = min(max_rows, len(self.rows) // (_MIN_CHUNKS_PER_SHARD * num_shards))
-        rows = np.split(self.rows, parts[1:])
-        shards = [_prefill_heads_early([rows[part] for part in sorted(mine)]) for mine in dealt]
-        groups = [_to_chunks(shard, piece_rows) for shard in shards]
-        return ShardSpec([len(starts) - 1 for _, starts in groups], groups)
+        starts = _split_groups(self.groups, len(self.rows), len(self.rows) // (2 * num_shards))
+        assigned = _balance(np.add.reduceat(self.weights, starts), num_shards)
+        # The size of a chunk doesn't shrink towards the end, so chunks are small: another rank may have to steal some.
+        chunk_rows = min(max_rows, len(self.rows) // (_MIN_CHUNKS_PER_SHARD * num_shards))
+        groups = np.split(self.rows, starts[1:])
+        shards = [_prefill_heads_early([groups[group] for group in sorted(numbers)]) for numbers in assigned]
+        chunks = [_to_chunks(shard, chunk_rows) for shard in shards]
+        return ShardSpec([len(chunk_starts) - 1 for _, chunk_starts in chunks], chunks)
 
 
 @dataclass(frozen=True)
@@ -98,177 +122,204 @@ class ShardSpec:
     """Shards of an order.
 
     Attributes:
-        sizes: how many things there are to claim in each: rows, or pieces of groups.
-        groups: each shard's rows and where the pieces begin in them; None where shards are every n-th row.
+        sizes: positions to claim in each shard: rows, or chunks of prefix groups.
+        groups: of each shard, its rows (int64[num_rows]) and where its chunks begin in them, with their end
+            (int64[num_chunks + 1]); None where shard i of n holds every n-th row from row i on.
     """
 
     sizes: list[int]
     groups: list[tuple[np.ndarray, np.ndarray]] | None = None
 
 
-def _prefill_heads_early(parts: list[np.ndarray]) -> list[np.ndarray]:
-    """The same rows, each part's first one in the part before.
-
-    Rows that are computed in one step do not find each other's beginning in the prefix cache: so the first row of a
-    part is through when the others of it come.
-    """
-    leaders = [part[:1] for part in [*parts[1:], parts[0][:0]]] if parts else []
-    moved = [np.concatenate([leader, part[1:]]) for leader, part in zip(leaders, parts, strict=True)]
-    return [part for part in [*(first[:1] for first in parts[:1]), *moved] if len(part)]
-
-
-def _to_chunks(parts: list[np.ndarray], max_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """A shard's rows, and where the pieces that are claimed begin in them, with their number at the end."""
-    rows = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
-    begins = np.cumsum([0, *map(len, parts)])[:-1].astype(np.int64)
-    return rows, np.append(_split_groups(begins, len(rows), max_rows), len(rows))
-
-
-def _split_groups(begins: np.ndarray, num_rows: int, max_rows: int) -> np.ndarray:
-    """Where parts of at most so many rows begin, given where the whole groups do."""
-    within: np.ndarray = np.arange(num_rows) - np.repeat(begins, np.diff(begins, append=num_rows))
-    return np.flatnonzero(within % max(1, max_rows) == 0)
-
-
-def order_rows(config: Config, rows: InputRows, todo: np.ndarray, text_of: PromptTextFn) -> RowOrder:
-    """The order in which to generate rows.
+def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:
+    """Return the order in which to generate rows.
 
     Args:
-        todo: indices of the rows to generate, int64, ascending.
-        text_of: a row's prompt as text; only compared with other rows', and measured. May raise: then the row has none.
+        remaining: indices of the rows to generate, int64[num_remaining], ascending.
+        text_of: returns a row's prompt as text, to compare and to measure. Where it raises, the row has no prompt.
     """
-    hint = _hint_column(config)
-    if config.work.order == "dataset" or len(todo) < 2:
-        return RowOrder(todo)
+    if config.work.order == "dataset" or len(remaining) < 2:
+        return RowOrder(remaining)
     if config.work.order == "prefix":
-        prefixes = group_by_prefix(rows, todo, config.prompt.columns(rows.columns), text_of)
+        prefixes = _group_by_prefix(config, rows, remaining, text_of)
         if prefixes.num_groups == 0:
-            return RowOrder(todo, reason="no prompts begin alike")
-        return _prefix_order(rows, todo, prefixes, hint)
+            return RowOrder(remaining, reason="because no prompts share a prefix")
+        return _order_by_prefix(config, rows, remaining, prefixes)
     if config.work.order == "longest_first":
-        return _longest_first(config, rows, todo, hint, text_of)
-    return _choose_order(config, rows, todo, hint, text_of)
+        return _order_longest_first(config, rows, remaining, text_of)
+    return _choose_order(config, rows, remaining, text_of)
 
 
-def _choose_order(
-    config: Config, rows: InputRows, todo: np.ndarray, hint: str | None, text_of: PromptTextFn
-) -> RowOrder:
-    """What a look at some of the rows suggests."""
-    sample = _sample(todo)
-    columns = config.prompt.columns(rows.columns)
-    seen = group_by_prefix(rows, sample, columns, text_of)
-    caches = config.engine.get("enable_prefix_caching", True)
-    if hint is None and (seen.lengths.mean() < _LONG_PROMPT_CHARS or not caches):
-        _, num_with_siblings = group_by_prompt(len(rows), sample, seen.prompt_hashes)
-        # Of a part of the rows only neighbours, which are half of it, show their siblings.
-        share = _MIN_GROUPED_FRACTION if len(sample) == len(todo) else _MIN_GROUPED_FRACTION / 2
-        if num_with_siblings >= share * len(sample):
-            by_siblings = _longest_first(config, rows, todo, None, text_of)
-            if by_siblings.prompt_groups is not None:
-                return by_siblings
-    if caches and seen.shared_fraction >= _MIN_SHARED_FRACTION:
-        prefixes = seen if len(sample) == len(todo) else group_by_prefix(rows, todo, columns, text_of)
-        return _prefix_order(rows, todo, prefixes, hint)
-    if hint is not None:
-        values = rows.read_numbers(hint, sample)
-        if _compute_tail_ratio(values) >= _MIN_HINT_TAIL_RATIO:
-            return _longest_first(config, rows, todo, hint, text_of)
-        return RowOrder(todo, reason=f"{hint} differs little from row to row")
-    if _compute_tail_ratio(seen.lengths) >= _MIN_PROMPT_TAIL_RATIO and seen.lengths.mean() >= _LONG_PROMPT_CHARS:
-        return _longest_first(config, rows, todo, None, text_of)
-    return RowOrder(todo, reason="nothing tells which rows are long, and their prompts begin differently")
+def order_by_measured_lengths(remaining: np.ndarray, prompt_groups: PromptGroups, counts: np.ndarray) -> RowOrder:
+    """Return the remaining rows longest first, by the measured lengths of their prompt groups.
 
+    See `PromptGroups.sort` for rows of unmeasured groups.
 
-def _longest_first(
-    config: Config, rows: InputRows, todo: np.ndarray, hint: str | None, text_of: PromptTextFn
-) -> RowOrder:
-    if hint is None:
-        prompts = group_by_prefix(rows, todo, config.prompt.columns(rows.columns), text_of)
-        prompt_groups, num_with_siblings = group_by_prompt(len(rows), todo, prompts.prompt_hashes)
-        if num_with_siblings >= _MIN_GROUPED_FRACTION * len(todo):
-            return order_by_measured_lengths(todo, prompt_groups, prompt_groups.count(RankState()))
-        lengths = prompts.lengths.astype(np.float64)
-        what = "the prompts' lengths"
+    Args:
+        remaining: row indices, int64[num_remaining], ascending.
+        counts: `PromptGroups.count`, summed over all ranks.
+    """
+    ordered, num_probes = prompt_groups.sort(remaining, counts)
+    lengths = prompt_groups.estimate_lengths(remaining, counts)
+    measured = lengths[np.isfinite(lengths)]
+    if len(measured):
+        detail = f"({_format_range(measured, 'tokens')})"
+        if num_running := int(np.isposinf(lengths).sum()):
+            detail += f", after {format_count(num_running, 'row')} of prompt groups that still run their first rows"
+    elif num_probes:
+        detail = f"({format_count(num_probes, 'probe row')} first, one of each unmeasured prompt group)"
     else:
-        lengths = rows.read_numbers(hint, todo)
-        what = hint if hint == config.work.hint_column else f"max_tokens ({hint})"
-    known = lengths[~np.isnan(lengths)]
-    # A row that says nothing may be as long as any.
-    lengths = np.where(np.isnan(lengths), known.max() if len(known) else 0, lengths)
-    low, middle, high = _compute_min_median_max(known) if len(known) else (0, 0, 0)
-    reason = f"by {what}: {low:,.0f} to {high:,.0f}, half of them below {middle:,.0f}"
-    return RowOrder(todo[np.argsort(-lengths, kind="stable")], "longest_first", reason)
-
-
-def order_by_measured_lengths(todo: np.ndarray, prompt_groups: PromptGroups, counts: np.ndarray) -> RowOrder:
-    """Longest first, by what the ranks have learnt of rows with the same prompts; see `PromptGroups.sort`."""
-    ordered, num_probes = prompt_groups.sort(todo, counts)
-    expected = prompt_groups.estimate_lengths(todo, counts)
-    known = expected[np.isfinite(expected)]
-    if len(known):
-        low, middle, high = _compute_min_median_max(known)
-        reason = (
-            f"by what rows with the same prompt have taken: {low:,.0f} to {high:,.0f} tokens, half of them below "
-            f"{middle:,.0f}; {format_count(int(np.isposinf(expected).sum()), 'row')} of prompts that are "
-            "still running first"
-        )
-    elif num_probes == 0:
-        reason = "what is left has siblings that still run, or none"
-    else:
-        reason = (
-            f"{format_count(prompt_groups.num_groups, 'prompt')} have several rows each: one of each goes first, and "
-            "tells how long the others get"
-        )
+        detail = "(no prompt group of a remaining row is measured yet)"
     return RowOrder(
         ordered,
         "longest_first",
-        reason,
+        f"by measured length {detail}",
         prompt_groups=prompt_groups,
         num_probes=num_probes,
-        make_tracker=lambda: prompt_groups.make_tracker(todo, counts),
+        make_tracker=lambda: prompt_groups.make_tracker(remaining, counts),
     )
 
 
-def _prefix_order(rows: InputRows, todo: np.ndarray, prefixes: PrefixGroups, hint: str | None) -> RowOrder:
-    order, groups = prefixes.sort_by_group()
-    tokens = np.full(len(todo), float(_ASSUMED_OUTPUT_TOKENS))
+def _choose_order(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:
+    """Return the order that a sample of the rows suggests."""
+    sample, hint = _sample(remaining), config.hint_column
+    is_whole = len(sample) == len(remaining)
+    prompts = _group_by_prefix(config, rows, sample, text_of)
+    has_long_prompts = prompts.lengths.mean() >= _LONG_PROMPT_CHARS
+    if hint is None and not (has_long_prompts and config.prefix_caching):
+        _, num_grouped = group_by_prompt(len(rows), sample, prompts.prompt_hashes)
+        # In a sample only the neighbours, half of it, show which rows have the same prompt.
+        min_fraction = _MIN_GROUPED_FRACTION if is_whole else _MIN_GROUPED_FRACTION / 2
+        if num_grouped >= min_fraction * len(sample):
+            order = _order_by_prompts(config, rows, remaining, text_of)
+            if order.prompt_groups is not None:
+                return order
+    if config.prefix_caching and prompts.shared_fraction >= _MIN_SHARED_FRACTION:
+        prefixes = prompts if is_whole else _group_by_prefix(config, rows, remaining, text_of)
+        return _order_by_prefix(config, rows, remaining, prefixes)
     if hint is not None:
-        values = rows.read_numbers(hint, todo)
+        if _compute_tail_ratio(rows.read_numbers(hint, sample)) >= _MIN_HINT_TAIL_RATIO:
+            return _order_by_hint(config, rows, remaining, hint)
+        return RowOrder(remaining, reason=f"because column {hint} varies too little to sort by")
+    if has_long_prompts and _compute_tail_ratio(prompts.lengths) >= _MIN_PROMPT_TAIL_RATIO:
+        return _order_by_prompts(config, rows, remaining, text_of)
+    return RowOrder(remaining, reason="because no hint predicts the rows' lengths and prompts share few prefixes")
+
+
+def _order_longest_first(
+    config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn
+) -> RowOrder:
+    if config.hint_column is not None:
+        return _order_by_hint(config, rows, remaining, config.hint_column)
+    return _order_by_prompts(config, rows, remaining, text_of)
+
+
+def _order_by_hint(config: OrderConfig, rows: InputRows, remaining: np.ndarray, hint: str) -> RowOrder:
+    values = rows.read_numbers(hint, remaining)
+    hints = values[~np.isnan(values)]
+    # A row without a hint may be as long as the longest one.
+    lengths = np.where(np.isnan(values), hints.max() if len(hints) else 0, values)
+    if hint == config.work.hint_column:
+        reason = f"by hint column {hint} ({_format_range(hints)})"
+    else:
+        reason = f"by max_tokens from column {hint} ({_format_range(hints, 'tokens')})"
+    return _sort_by_length(remaining, lengths, reason)
+
+
+def _order_by_prompts(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:
+    """Return the order by measured lengths where most rows share their prompt with others, else by prompt length."""
+    prompts = _group_by_prefix(config, rows, remaining, text_of)
+    prompt_groups, num_grouped = group_by_prompt(len(rows), remaining, prompts.prompt_hashes)
+    if num_grouped >= _MIN_GROUPED_FRACTION * len(remaining):
+        return order_by_measured_lengths(remaining, prompt_groups, prompt_groups.count(RankState()))
+    reason = f"by prompt length ({_format_range(prompts.lengths, 'characters')})"
+    return _sort_by_length(remaining, prompts.lengths.astype(np.float64), reason)
+
+
+def _sort_by_length(remaining: np.ndarray, lengths: np.ndarray, reason: str) -> RowOrder:
+    return RowOrder(remaining[np.argsort(-lengths, kind="stable")], "longest_first", reason)
+
+
+def _order_by_prefix(config: OrderConfig, rows: InputRows, remaining: np.ndarray, prefixes: PrefixGroups) -> RowOrder:
+    positions, groups = prefixes.sort_by_group()
+    tokens = np.full(len(remaining), float(_ASSUMED_OUTPUT_TOKENS))
+    if config.hint_column is not None:
+        values = rows.read_numbers(config.hint_column, remaining)
         tokens = np.where(np.isnan(values), tokens, values)
     weights = tokens + prefixes.uncached_chars / _CHARS_PER_TOKEN
     reason = (
-        f"{prefixes.num_grouped_rows:,} of {len(todo):,} prompts begin as others do, in "
-        f"{format_count(prefixes.num_groups, 'group')}; {100 * prefixes.shared_fraction:.0f} % of all prompt text need "
-        "not be computed twice"
+        f"({prefixes.num_grouped_rows:,} of {len(remaining):,} prompts share a prefix in "
+        f"{format_count(prefixes.num_groups, 'group')}, {100 * prefixes.shared_fraction:.0f} % of all prompt text can "
+        "come from the prefix cache)"
     )
-    return RowOrder(todo[order], "prefix", reason, groups, weights[order])
+    return RowOrder(remaining[positions], "prefix", reason, groups, weights[positions])
 
 
-def _hint_column(config: Config) -> str | None:
-    """The column that says most of how long rows get."""
-    return config.work.hint_column or config.sampling_columns.get("max_tokens")
+def _group_by_prefix(config: OrderConfig, rows: InputRows, row_ids: np.ndarray, text_of: PromptTextFn) -> PrefixGroups:
+    return group_by_prefix(rows, row_ids, select_prompt_columns(config.prompt, rows.columns), text_of)
 
 
-def _sample(todo: np.ndarray) -> np.ndarray:
-    """Some of the rows: half of them neighbours, since what belongs together often stands together."""
-    if len(todo) <= _SAMPLE_ROWS:
-        return todo
-    blocks = np.linspace(0, len(todo) - 500, _SAMPLE_ROWS // 1000).astype(np.int64)
+def _sample(remaining: np.ndarray) -> np.ndarray:
+    """Return some of the rows: half of them neighbours, since related rows often stand together."""
+    if len(remaining) <= _SAMPLE_ROWS:
+        return remaining
+    blocks = np.linspace(0, len(remaining) - 500, _SAMPLE_ROWS // 1000).astype(np.int64)
     together = (blocks[:, None] + np.arange(500)).ravel()
-    apart = np.random.default_rng(0).choice(len(todo), _SAMPLE_ROWS // 2, replace=False)
-    sample: np.ndarray = todo[np.unique(np.concatenate([together, apart]))]
+    apart = np.random.default_rng(0).choice(len(remaining), _SAMPLE_ROWS // 2, replace=False)
+    sample: np.ndarray = remaining[np.unique(np.concatenate([together, apart]))]
     return sample
 
 
+def _balance(weights: np.ndarray, num_shards: int) -> list[list[int]]:
+    """Assign groups to shards, the heaviest group first, each to the shard with the least weight."""
+    assigned: list[list[int]] = [[] for _ in range(num_shards)]
+    loads = [(0.0, shard) for shard in range(num_shards)]
+    for group in np.argsort(-weights, kind="stable").tolist():
+        load, shard = heapq.heappop(loads)
+        assigned[shard].append(group)
+        heapq.heappush(loads, (load + float(weights[group]), shard))
+    return assigned
+
+
+def _prefill_heads_early(groups: list[np.ndarray]) -> list[np.ndarray]:
+    """Move each group's first row to the front of the group before.
+
+    Rows computed in one step do not find each other's prefix in the cache. So the first row of a group must be
+    computed before the other rows of the group start.
+    """
+    heads = [group[:1] for group in [*groups[1:], groups[0][:0]]] if groups else []
+    moved = [np.concatenate([head, group[1:]]) for head, group in zip(heads, groups, strict=True)]
+    return [group for group in [*(first[:1] for first in groups[:1]), *moved] if len(group)]
+
+
+def _to_chunks(groups: list[np.ndarray], max_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a shard's rows, and where its chunks begin in them, with their end; see `ShardSpec.groups`."""
+    rows = np.concatenate([np.zeros(0, dtype=np.int64), *groups])
+    starts = np.cumsum([0, *map(len, groups)])[:-1].astype(np.int64)
+    return rows, np.append(_split_groups(starts, len(rows), max_rows), len(rows))
+
+
+def _split_groups(starts: np.ndarray, num_rows: int, max_rows: int) -> np.ndarray:
+    """Return where parts of at most `max_rows` rows begin, given where whole groups begin."""
+    within: np.ndarray = np.arange(num_rows) - np.repeat(starts, np.diff(starts, append=num_rows))
+    return np.flatnonzero(within % max(1, max_rows) == 0)
+
+
 def _compute_tail_ratio(values: np.ndarray) -> float:
-    """How much longer the longest hundredth is than the middle."""
-    known = values[~np.isnan(values)] if values.dtype.kind == "f" else values
-    if not len(known):
+    """Return the 99th percentile over the median."""
+    if values.dtype.kind == "f":
+        values = values[~np.isnan(values)]
+    if not len(values):
         return 1.0
-    middle, high = np.quantile(known, [0.5, 0.99])
-    return float(high / max(middle, 1))
+    median, high = np.quantile(values, [0.5, 0.99])
+    return float(high / max(median, 1))
+
+
+def _format_range(values: np.ndarray, unit: str = "") -> str:
+    low, median, high = _compute_min_median_max(values) if len(values) else (0, 0, 0)
+    return f"min {low:,.0f}, median {median:,.0f}, max {high:,.0f} {unit}".rstrip()
 
 
 def _compute_min_median_max(values: np.ndarray) -> tuple[float, float, float]:
-    low, middle, high = np.quantile(values, [0.0, 0.5, 1.0])
-    return float(low), float(middle), float(high)
+    low, median, high = np.quantile(values, [0.0, 0.5, 1.0])
+    return float(low), float(median), float(high)

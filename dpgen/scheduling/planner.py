@@ -1,147 +1,206 @@
-"""Dealing rows: what is still to do, split into shards, with a cursor each; anew when an engine or a rank is lost."""
+"""Plan the remaining rows: find, order and shard the rows, at the start of an attempt and at each reshard.
+
+- All ranks plan together: `plan` makes the same collectives in the same order on every rank.
+- A plan covers exactly the rows that no rank has finished or is running. So no row is lost or generated twice,
+  although claims of the previous plan are dropped.
+- Every plan has new cursors, named after the attempt, the group's shrinks and the plan. All cursors exist before any
+  rank claims.
+- Order and shards are the same on every rank: computed from the same rows, or from counts summed over all ranks.
+- After a loss of ranks, the journals tell which of their rows are finished. A journal counts only if the first rank of
+  a remaining node can read it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
-from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows, Shard
 from dpgen.data.render import make_prompt_text_fn
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import NoEngineLeft
-from dpgen.formatting import format_count
 from dpgen.journal.reader import JournalReader, index_journal
-from dpgen.journal.run_dir import RunDir
 from dpgen.scheduling.claims import ShardClaimer
-from dpgen.scheduling.order import RowOrder, ShardSpec, order_by_measured_lengths, order_rows
+from dpgen.scheduling.order import OrderConfig, RowOrder, ShardSpec, order_by_measured_lengths, order_rows
 from dpgen.scheduling.prompt_groups import RankState
-from dpgen.scheduling.request_source import RenderFn, RequestSource
+from dpgen.scheduling.request_source import RequestBuilder, RequestSource
+from dpgen.scheduling.sources import SourceMaker
+
+_NO_ENGINE_LEFT = (
+    "no rank has a working engine left: each crashed repeatedly (see the engine errors above). "
+    "Fix the cause, then rerun the same command to resume"
+)
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """Settings of a `ShardPlanner`.
+
+    Attributes:
+        order: settings of the order of rows.
+        retry_errors: True to generate all failed rows of earlier attempts again, or the error types to retry.
+        columns: input columns that generating reads; others may be large, or slow to decode.
+        lockstep: engines step together, so no rank is faster than another.
+        claims_rows: this process claims rows; False for one that follows another process's engine.
+        attempt: number of the attempt; part of every cursor's name, so that no two attempts share a cursor.
+    """
+
+    order: OrderConfig
+    retry_errors: bool | list[str]
+    columns: tuple[str, ...]
+    lockstep: bool
+    claims_rows: bool
+    attempt: int
 
 
 class ShardPlanner:
-    """Makes every rank's `RequestSource`. All ranks deal together, each time.
-
-    Attributes:
-        num_todo, order: of the last deal.
+    """Plan one rank's part of the rows, together with all other ranks.
 
     Args:
-        group: the ranks; its size may have shrunk between two deals.
-        attempt: names the cursors, so that no two attempts share one.
-        render: a row's prompt; see `RequestSource`.
-        claims_rows: whether this process claims rows; those that follow another's engine don't.
-        in_lock_step: whether the engines step together, none faster than another.
-        tell: prints what one rank says for all.
+        rows: the input.
+        journal_dir: this rank's journal directory.
+        group: the ranks; may have shrunk between two plans.
+        builder: builds the requests of every source.
+
+    Attributes:
+        order: rows of the last plan, in order.
+        num_remaining_rows: number of these rows.
     """
 
     def __init__(
-        self,
-        config: Config,
-        rows: InputRows,
-        folder: RunDir,
-        group: RankGroup,
-        attempt: int,
-        render: RenderFn,
-        *,
-        claims_rows: bool = True,
-        in_lockstep: bool = False,
-        tell: Callable[[str], None] = lambda line: None,
+        self, config: PlannerConfig, rows: InputRows, journal_dir: Path, group: RankGroup, builder: RequestBuilder
     ) -> None:
-        self._config, self._rows, self._folder, self._group = config, rows, folder, group
-        self._render, self._tell = render, tell
-        self._claims_rows, self._in_lockstep = claims_rows, in_lockstep
-        self._attempt, self._epoch, self._num_plans = attempt, -1, 0
+        self._config, self._rows, self._journal_dir = config, rows, journal_dir
+        self._group, self._builder = group, builder
+        self._num_shrinks, self._num_plans = -1, 0
         self._journaled = np.zeros(len(rows), dtype=bool)
         self.num_remaining_rows = 0
         self.order = RowOrder(np.zeros(0, dtype=np.int64))
 
-    def plan(self, state: RankState | None = None, can_generate: bool = True) -> RequestSource:
-        """A feed over what no rank has finished or holds.
+    def plan(self, state: RankState | None = None, *, has_engine: bool = True) -> RequestSource:
+        """Shard the rows that no rank has finished or is running, and return this rank's source. Collective.
 
         Args:
-            hand: what this rank has finished in this attempt, and does now; None where it has just begun.
-            can_generate: whether this rank has an engine; one that hasn't gets an empty feed.
+            state: rows that this rank has finished or is running in this attempt; None before the first row.
+            has_engine: False once this rank's engine was abandoned; its source is then empty.
 
         Raises:
-            NoEngineLeft: rows are left, and no rank can generate; on all ranks.
+            NoEngineLeft: rows remain but no rank has an engine. Raised on every rank.
         """
-        config, group = self._config, self._group
-        state, can_claim = state or RankState(), can_generate and self._claims_rows
-        is_first = self._epoch < 0
-        if self._epoch != group.num_shrinks:  # at first, and when a rank was lost: its journal is all that it has left
-            found = self._scan_journaled_rows() if group.is_node_leader else np.zeros(0, dtype=np.int64)
-            self._journaled = group.all_reduce_any(self._mask(found[found < len(self._rows)]))
-            self._epoch, self._num_plans = group.num_shrinks, 0
+        state = state or RankState()
+        self._rescan_journal_if_group_changed()  # all-reduce: rows in any node's journal
+        cursor_prefix = self._create_cursor()  # before the gather, so that all cursors exist after it
+        peers = self._gather_peers(state, can_claim=has_engine and self._config.claims_rows)
+        rows = self._find_remaining_rows(state)  # all-reduce: without rows finished or running anywhere
+        if len(rows) and not peers.claiming_ranks:
+            raise NoEngineLeft(_NO_ENGINE_LEFT)
+        self.order = self._order_rows(rows, state, peers)  # sums measured lengths, or computes the same on every rank
+        return self._build_source(self.order, peers, cursor_prefix)
+
+    def _rescan_journal_if_group_changed(self) -> None:
+        """Read the journals at the first plan, and after each loss of ranks: only journals hold a lost rank's rows."""
+        if self._num_shrinks == self._group.num_shrinks:
+            return
+        journaled = np.zeros(0, dtype=np.int64)
+        if self._group.is_node_leader:
+            journaled = _read_journaled_rows(self._journal_dir, self._config.retry_errors)
+        self._journaled = self._group.all_reduce_any(self._mask(journaled[journaled < len(self._rows)]))
+        self._num_shrinks, self._num_plans = self._group.num_shrinks, 0
+
+    def _create_cursor(self) -> str:
+        """Create this rank's cursor, and return the prefix of all ranks' cursors."""
         self._num_plans += 1
-        cursor_prefix = f"dpgen/cursor/{self._attempt}/{self._epoch}/{self._num_plans}"
-        group.checked_store.add(f"{cursor_prefix}/{group.rank}", 0)  # it is there once all have come together, below
-        # A deal that a loss has cut short may have come further on one rank than on another: they compare notes.
-        ranks = group.all_gather_object((can_claim, self.order.prompt_groups is not None, len(state.running)))
-        claiming_ranks = [rank for rank, (takes, _, _) in enumerate(ranks) if takes]
-        todo = np.flatnonzero(~(self._journaled | group.all_reduce_any(self._mask(state.finished, state.running))))
-        self.num_remaining_rows = len(todo)
-        if len(todo) and not claiming_ranks:
-            raise NoEngineLeft("every engine was given up; mend what killed them, then run the same command again")
-        siblings = self.order.prompt_groups
-        if siblings is None or not all(knows_siblings for _, knows_siblings, _ in ranks):
-            self.order = group.run_on_all_ranks(
-                lambda: order_rows(config, self._rows, todo, make_prompt_text_fn(config.prompt))
-            )
-        else:
-            self.order = order_by_measured_lengths(todo, siblings, group.all_reduce_sum(siblings.count(state)))
-        if not is_first:
-            self._tell(f"dealt anew: {format_count(len(todo), 'row')} to begin; {self.order}")
-        split = self.order.shard(max(1, len(claiming_ranks)), config.work.claim_rows)
-        claims = None
-        if can_claim:
-            claims = ShardClaimer(
-                group.checked_store,
-                [f"{cursor_prefix}/{rank}" for rank in claiming_ranks],
-                split.sizes,
-                claiming_ranks.index(group.rank),
-                steal=config.work.steal,
-                max_size=config.work.claim_rows if split.groups is None else 1,
-                adaptive=split.groups is None and not self._in_lockstep,
-            )
-        return RequestSource(
-            claims,
-            cache(lambda shard: self._open_shard(split, shard)),  # few of them, where all ranks go equally fast
-            self._render,
-            run_seed=config.run.seed,
-            sampling_columns=config.sampling_columns,
-            sampling_by_rank=config.sampling_by_rank,
-            # With what is in hand already, which counts against it.
-            fair_share=-(-(len(todo) + sum(num_running for _, _, num_running in ranks)) // max(1, len(claiming_ranks))),
-            num_probes=self.order.num_probes,
-            length_tracker=self.order.make_tracker(),
+        cursor_prefix = f"dpgen/cursor/{self._config.attempt}/{self._num_shrinks}/{self._num_plans}"
+        self._group.checked_store.add(f"{cursor_prefix}/{self._group.rank}", 0)
+        return cursor_prefix
+
+    def _gather_peers(self, state: RankState, *, can_claim: bool) -> _Peers:
+        has_prompt_groups = self.order.prompt_groups is not None
+        states = self._group.all_gather_object((can_claim, has_prompt_groups, len(state.running)))
+        return _Peers(
+            claiming_ranks=[rank for rank, (can_claim, _, _) in enumerate(states) if can_claim],
+            all_have_prompt_groups=all(has_prompt_groups for _, has_prompt_groups, _ in states),
+            num_running=sum(num_running for _, _, num_running in states),
         )
 
-    def _open_shard(self, split: ShardSpec, shard: int) -> Shard:
-        # The columns that generating reads: others may be large, or slow to decode.
-        columns = {*self._config.prompt.columns(self._rows.columns), *self._config.sampling_columns.values()}
-        if split.groups is None:
-            return self._rows.shard(self.order.rows, len(split.sizes), shard, sorted(columns))
-        return self._rows.shard_in_chunks(*split.groups[shard], sorted(columns))
+    def _find_remaining_rows(self, state: RankState) -> np.ndarray:
+        """Return the rows to plan, int64, ascending."""
+        begun = self._group.all_reduce_any(self._mask(state.finished, state.running))
+        remaining = np.flatnonzero(~(self._journaled | begun))
+        self.num_remaining_rows = len(remaining)
+        return remaining
+
+    def _order_rows(self, rows: np.ndarray, state: RankState, peers: _Peers) -> RowOrder:
+        prompt_groups, config = self.order.prompt_groups, self._config.order
+        # If a peer died during the previous plan, only some ranks may hold its prompt groups. Use them only if all
+        # ranks do.
+        if prompt_groups is not None and peers.all_have_prompt_groups:
+            return order_by_measured_lengths(
+                rows, prompt_groups, self._group.all_reduce_sum(prompt_groups.count(state))
+            )
+        return self._group.run_on_all_ranks(
+            lambda: order_rows(config, self._rows, rows, make_prompt_text_fn(config.prompt))
+        )
+
+    def _build_source(self, order: RowOrder, peers: _Peers, cursor_prefix: str) -> RequestSource:
+        ranks, rank = peers.claiming_ranks, self._group.rank
+        maker = SourceMaker(
+            order,
+            self._config.order.work,
+            len(ranks),
+            num_running=peers.num_running,
+            lockstep=self._config.lockstep,
+        )
+        claimer = None
+        if rank in ranks:
+            cursors = [f"{cursor_prefix}/{claiming_rank}" for claiming_rank in ranks]
+            claimer = maker.make_claimer(ShardClaimer, self._group.checked_store, cursors, ranks.index(rank))
+        # A rank opens few shards where all ranks are equally fast.
+        open_shard = cache(lambda index: self._open_shard(order, maker.shards, index))
+        return maker.make_source(claimer, open_shard, self._builder)
+
+    def _open_shard(self, order: RowOrder, shards: ShardSpec, index: int) -> Shard:
+        columns = self._config.columns
+        if shards.groups is None:
+            return self._rows.shard(order.rows, len(shards.sizes), index, columns)
+        return self._rows.shard_in_chunks(*shards.groups[index], columns)
 
     def _mask(self, *rows: np.ndarray) -> np.ndarray:
         mask = np.zeros(len(self._rows), dtype=bool)
         mask[np.concatenate(rows)] = True
         return mask
 
-    def _scan_journaled_rows(self) -> np.ndarray:
-        """Rows that this node's journals hold, without the failed ones that are to be tried again."""
-        index, retry = index_journal(self._folder.journal), self._config.run.retry_errors
-        if len(index) and index.error.all():
-            return index.row[:0]  # nothing has ever come out: such a run starts over, whatever was wrong with it
-        if not retry:
-            return index.row
-        again = index.error.copy()
-        if isinstance(retry, list):
-            with JournalReader(index) as reader:
-                for entry in np.flatnonzero(index.error):
-                    error = reader.result(int(entry)).error
-                    again[entry] = error is not None and error.type in retry
-        kept: np.ndarray = index.row[~again]
-        return kept
+
+@dataclass(frozen=True)
+class _Peers:
+    """State of all ranks as a plan starts, the same on every rank.
+
+    Attributes:
+        claiming_ranks: ranks that claim rows.
+        all_have_prompt_groups: every rank holds the prompt groups of the previous plan.
+        num_running: rows that all ranks together are running.
+    """
+
+    claiming_ranks: list[int]
+    all_have_prompt_groups: bool
+    num_running: int
+
+
+def _read_journaled_rows(journal_dir: Path, retry_errors: bool | list[str]) -> np.ndarray:
+    """Return the rows in this node's journals, int64, without the failed ones that are to be generated again."""
+    index = index_journal(journal_dir)
+    if len(index) and index.error.all():
+        return index.row[:0]  # no row has ever succeeded, so the run starts over, whatever the errors were
+    if not retry_errors:
+        return index.row
+    is_retried = index.error.copy()
+    if isinstance(retry_errors, list):
+        with JournalReader(index) as reader:
+            for entry in np.flatnonzero(index.error):
+                error = reader.result(int(entry)).error
+                is_retried[entry] = error is not None and error.type in retry_errors
+    journaled: np.ndarray = index.row[~is_retried]
+    return journaled

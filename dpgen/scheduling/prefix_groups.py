@@ -1,7 +1,7 @@
-"""Rows whose prompts begin alike: found by hashes of their first 256, 1,024, ... characters, not by their tokens.
+"""Group rows whose prompts share a prefix of 256, 512, ... or 65,536 characters.
 
-Text, because tokenizing a whole dataset takes longer than it saves. A hash of 32 bits may put two rows together that
-have nothing in common: that costs a little time, and changes no result.
+- Prefixes are compared by hashes of the text: tokenizing a whole dataset takes longer than a good order saves.
+- A collision of two 32-bit hashes groups rows that share nothing. That costs a little time and changes no result.
 """
 
 from __future__ import annotations
@@ -14,50 +14,50 @@ import numpy as np
 
 from dpgen.data.input_rows import InputRows
 
-MIN_PREFIX_CHARS = 256  # shorter beginnings are not worth an order: a few blocks of a prefix cache
+MIN_PREFIX_CHARS = 256  # shorter prefixes are not worth an order: they fill a few blocks of a prefix cache
 _LEVELS = tuple(MIN_PREFIX_CHARS * 2**power for power in range(9))  # up to 65,536 characters
-_MIN_GROUPS = 8  # beginnings that more than an eighth of all rows share stay cached in any order
+_MIN_GROUPS = 8  # a prefix that more than an eighth of all rows share stays cached in any order
 
 
 class PrefixGroups:
-    """Which rows' prompts begin alike.
+    """Group rows by the prefixes of their prompts.
 
-    Two rows are of one group where they share the shortest beginning that not too many rows have in common: what more
-    than an eighth of all rows share (a system prompt) stays cached in any order, and says nothing.
+    Two rows are in one group if they share the shortest prefix that at most an eighth of all rows have in common. A
+    prefix of more rows (a system prompt) stays cached in any order, so it makes no group.
 
     Args:
-        lengths: characters of each prompt, int64; 0 where a row has none.
-        hashes: for each level (a number of characters), a hash of each prompt's beginning of that length, uint32 of
-            shape (levels, rows). Prompts shorter than a level share nothing at it.
-        whole: a hash of each whole prompt, int64; 0 where a row has none.
+        lengths: characters of each prompt, int64[num_rows]; 0 for a row without a prompt.
+        hashes: for each level (a number of characters), a hash of each prompt's prefix of that length,
+            uint32[num_levels, num_rows]. A prompt shorter than a level shares nothing at this level.
+        prompt_hashes: a hash of each whole prompt, int64[num_rows]; 0 for a row without a prompt.
 
     Attributes:
-        own_chars: characters of each prompt that are to be computed if the groups stay together: those beyond what
-            it shares, and its part of the shared ones; float64.
+        uncached_chars: characters of each prompt that must be computed if groups stay together: those beyond the
+            shared prefix, and the row's part of the prefix; float64[num_rows].
     """
 
     def __init__(self, lengths: np.ndarray, hashes: np.ndarray, prompt_hashes: np.ndarray) -> None:
         self.lengths, self._hashes, self.prompt_hashes = lengths, hashes, prompt_hashes
         num_rows = len(lengths)
         self._group = np.full(num_rows, -1, dtype=np.int64)
-        saved = np.zeros(num_rows)
-        most = max(2, num_rows // _MIN_GROUPS)
-        num_groups = width_before = 0
+        cached_chars = np.zeros(num_rows)
+        max_rows = max(2, num_rows // _MIN_GROUPS)
+        num_groups = shorter = 0
         for level, width in enumerate(_LEVELS):
-            here = np.flatnonzero(lengths >= width)
-            _, found, counts = np.unique(hashes[level][here], return_inverse=True, return_counts=True)
-            size = counts[found]
-            new = (self._group[here] < 0) & (size > 1) & (size <= most)
-            self._group[here[new]] = num_groups + found[new]
+            rows = np.flatnonzero(lengths >= width)
+            _, prefix, counts = np.unique(hashes[level][rows], return_inverse=True, return_counts=True)
+            size = counts[prefix]
+            is_new = (self._group[rows] < 0) & (size > 1) & (size <= max_rows)
+            self._group[rows[is_new]] = num_groups + prefix[is_new]
             num_groups += len(counts)
-            grouped = self._group[here] >= 0
-            saved[here] += np.where(grouped, (width - width_before) * (1 - 1 / size), 0)
-            width_before = width
-        self.uncached_chars = lengths - saved
+            is_grouped = self._group[rows] >= 0
+            cached_chars[rows] += np.where(is_grouped, (width - shorter) * (1 - 1 / size), 0)
+            shorter = width
+        self.uncached_chars = lengths - cached_chars
 
     @property
     def shared_fraction(self) -> float:
-        """What need not be computed if the groups stay together, as a share of all prompts' characters."""
+        """Return the fraction of all prompts' characters that need not be computed if groups stay together."""
         return float(1 - self.uncached_chars.sum() / max(1, self.lengths.sum()))
 
     @property
@@ -69,45 +69,45 @@ class PrefixGroups:
         return int((self._group >= 0).sum())
 
     def sort_by_group(self) -> tuple[np.ndarray, np.ndarray]:
-        """Places of the rows such that groups stand together, and where each group begins there.
+        """Return the rows' positions sorted by group, int64[num_rows], and where groups begin there, int64[num_groups].
 
-        Groups come in the order of their first rows, and within a group rows that share still more are neighbours. A
-        row of no group is one by itself.
+        Groups come in the order of their first rows. Within a group, rows that share longer prefixes are neighbours. A
+        row without a group is a group of its own.
         """
-        row_ids = np.arange(len(self.lengths))
-        group = np.where(self._group < 0, self._group.max(initial=-1) + 1 + row_ids, self._group)
+        positions = np.arange(len(self.lengths))
+        group = np.where(self._group < 0, self._group.max(initial=-1) + 1 + positions, self._group)
         _, first, group = np.unique(group, return_index=True, return_inverse=True)
-        order = np.lexsort((row_ids, *self._hashes[::-1], first[group]))
+        order = np.lexsort((positions, *self._hashes[::-1], first[group]))
         return order, np.flatnonzero(np.diff(first[group][order], prepend=-1))
 
 
 def group_by_prefix(
     rows: InputRows, row_ids: np.ndarray, columns: Sequence[str], text_of: Callable[[Mapping[str, Any]], str]
 ) -> PrefixGroups:
-    """Reads the prompts of some rows.
+    """Read the prompts of some rows and group them.
 
     Args:
-        places: indices of the rows.
-        columns: the columns that a prompt is made of.
-        text_of: a row's prompt; where it raises, the row counts as one without a prompt.
+        row_ids: indices of the rows, int64[num_rows].
+        columns: columns that `text_of` reads.
+        text_of: returns a row's prompt. Where it raises, the row has no prompt.
     """
     lengths = np.zeros(len(row_ids), dtype=np.int64)
     hashes = np.zeros((len(_LEVELS), len(row_ids)), dtype=np.uint32)
     prompt_hashes = np.zeros(len(row_ids), dtype=np.int64)
-    for place, row in enumerate(rows.iter_rows(row_ids, columns)):
+    for position, row in enumerate(rows.iter_rows(row_ids, columns)):
         try:
             text = text_of(row)
-        except Exception:  # noqa: BLE001 - a template is a program; the row is refused later, with its reason
+        except Exception:  # noqa: BLE001 - a template is a program; rendering rejects the row later, with the reason
             continue
-        lengths[place] = len(text)
+        lengths[position] = len(text)
         value = start = 0
         for level, stop in enumerate(_LEVELS):
             if len(text) < stop:
                 break
             value = _hash(text[start:stop], value)
-            hashes[level, place] = value
+            hashes[level, position] = value
             start = stop
-        prompt_hashes[place] = _hash(text[start:], value) + (len(text) << 32)
+        prompt_hashes[position] = _hash(text[start:], value) + (len(text) << 32)
     return PrefixGroups(lengths, hashes, prompt_hashes)
 
 

@@ -1,9 +1,10 @@
-"""Lengths learnt while running: of rows with the same prompt, the first tells how long the others get.
+"""Measure completion lengths while running: in a group of rows with the same prompt, the first row is the probe.
 
-Samples of one prompt, written as rows of their own (rollouts, best of n), get about as long as each other. So one row
-of each prompt goes first, its leader; when half of the leaders are through, what is left is dealt anew, longest first
-by what they took, and again whenever half of the others are. A leader that is still running says most by that: its
-siblings may be longer than all.
+- Samples of one prompt, written as rows of their own (rollouts, best of n), get similar lengths.
+- One row of each prompt group runs first, its probe. Once half of the probes are finished, the remaining rows are
+  resharded, longest first by measured length. They are resharded again whenever half of the other groups are measured.
+- A probe that is still running is evidence, too: the rest of its group may be longer than all others, so it comes
+  first.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_NEGLIGIBLE_FRACTION = 1 / 64  # of the groups, that need not be learnt
+_NEGLIGIBLE_FRACTION = 1 / 64  # of all groups: as few unmeasured ones are not worth a reshard
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class RankState:
-    """What one rank has done of the run so far, and does now.
+    """Rows that one rank has finished or is running in this attempt.
 
     Attributes:
-        finished: rows that it has finished in this attempt, int64.
-        lengths: tokens that it generated for each of them, int64; 0 for one that came to nothing.
-        running: rows that it has begun and will finish, int64.
+        finished: row indices, int64[num_finished].
+        lengths: generated tokens of each finished row, int64[num_finished]; 0 for a failed row.
+        running: rows that the rank has started and will finish, int64[num_running].
     """
 
     finished: np.ndarray = field(default_factory=lambda: _NO_ROWS)
@@ -32,100 +33,105 @@ class RankState:
 
 
 class PromptGroups:
-    """Which rows have the same prompt.
+    """Group rows that have the same prompt.
 
     Args:
-        group: of each row of the dataset, int64, counted from 0; -1 for a row whose prompt no other has.
+        group: each row's group, int64[num_dataset_rows], counted from 0; -1 for a row whose prompt no other row has.
     """
 
     def __init__(self, group: np.ndarray) -> None:
         self._group = group
         self.num_groups = int(group.max(initial=-1)) + 1
 
-    def count(self, hand: RankState) -> np.ndarray:
-        """What a rank knows of each group: finished rows, their tokens, running rows; int64 of shape (3, groups).
+    def count(self, state: RankState) -> np.ndarray:
+        """Return one rank's finished rows, their tokens and its running rows, by group: int64[3, num_groups].
 
-        The ranks' counts are to be summed.
+        The sum over all ranks is the `counts` of the other methods.
         """
         counts = np.zeros((3, self.num_groups), dtype=np.int64)
-        finished, running = self._group[hand.finished], self._group[hand.running]
-        known = (finished >= 0) & (hand.lengths > 0)
-        np.add.at(counts[0], finished[known], 1)
-        np.add.at(counts[1], finished[known], hand.lengths[known])
+        finished, running = self._group[state.finished], self._group[state.running]
+        is_measured = (finished >= 0) & (state.lengths > 0)
+        np.add.at(counts[0], finished[is_measured], 1)
+        np.add.at(counts[1], finished[is_measured], state.lengths[is_measured])
         np.add.at(counts[2], running[running >= 0], 1)
         return counts
 
     def estimate_lengths(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Tokens that each of some rows is expected to get: the mean of its siblings; inf where only running ones are
-        known, NaN where nothing is. Float64."""
+        """Return the tokens that each row is expected to generate, float64[num_rows]: the mean of its group.
+
+        inf for a group of which rows run and none is finished; NaN for a group without either, and for a row without a
+        group.
+        """
         finished, tokens, running = counts
-        of_group = np.where(finished > 0, tokens / np.maximum(1, finished), np.where(running > 0, np.inf, np.nan))
-        of_group = np.append(of_group, np.nan)  # of rows without siblings, whose group is -1
-        found: np.ndarray = of_group[self._group[rows]]
-        return found
+        mean = np.where(finished > 0, tokens / np.maximum(1, finished), np.where(running > 0, np.inf, np.nan))
+        mean = np.append(mean, np.nan)  # of rows without a group: index -1
+        lengths: np.ndarray = mean[self._group[rows]]
+        return lengths
 
-    def make_tracker(self, todo: np.ndarray, counts: np.ndarray) -> LengthTracker:
-        """What is to be learnt of the groups that rows are left of."""
+    def make_tracker(self, remaining: np.ndarray, counts: np.ndarray) -> LengthTracker:
+        """Return the tracker of the groups that have remaining rows and no finished one."""
         has_rows = np.zeros(self.num_groups + 1, dtype=bool)
-        has_rows[self._group[todo]] = True  # the last entry is that of rows without siblings
-        return LengthTracker(len(todo), self._group, has_rows[:-1] & (counts[0] == 0))
+        has_rows[self._group[remaining]] = True  # the last entry stands for rows without a group
+        return LengthTracker(len(remaining), self._group, has_rows[:-1] & (counts[0] == 0))
 
-    def sort(self, todo: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
-        """Rows in order of work, and how many leaders there are at its front.
+    def sort(self, remaining: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
+        """Return the rows in order of work, and the number of probes at their front.
 
-        After the leaders, of groups that nothing is known of, come those whose siblings still run, then rows without
-        siblings, which may be as long as any, and then the others, the longest first.
+        First come the probes: one of each group that has several remaining rows and none finished or running. Then rows
+        of groups that still run their first rows. Then rows that may be as long as any: those without a group, or in
+        the group of a probe. Then all others, the longest first.
 
         Args:
-            todo: rows to order, int64, ascending.
-            counts: as `count` gives them, summed over all ranks.
+            remaining: rows to sort, int64[num_remaining], ascending.
+            counts: `count`, summed over all ranks.
         """
-        expected, group = self.estimate_lengths(todo, counts), self._group[todo]
-        unknown = np.flatnonzero(np.isnan(expected) & (group >= 0))
-        _, first, size = np.unique(group[unknown], return_index=True, return_counts=True)
-        probes = np.sort(unknown[first[size > 1]])
-        others = np.setdiff1d(np.arange(len(todo)), probes, assume_unique=True)
-        long = np.where(np.isnan(expected[others]), np.finfo(np.float64).max, expected[others])
-        others = others[np.argsort(-long, kind="stable")]
-        return todo[np.concatenate([probes, others])], len(probes)
+        lengths, group = self.estimate_lengths(remaining, counts), self._group[remaining]
+        unmeasured = np.flatnonzero(np.isnan(lengths) & (group >= 0))
+        _, first, size = np.unique(group[unmeasured], return_index=True, return_counts=True)
+        probes = np.sort(unmeasured[first[size > 1]])
+        others = np.setdiff1d(np.arange(len(remaining)), probes, assume_unique=True)
+        sort_lengths = np.where(np.isnan(lengths[others]), np.finfo(np.float64).max, lengths[others])
+        others = others[np.argsort(-sort_lengths, kind="stable")]
+        return remaining[np.concatenate([probes, others])], len(probes)
 
 
 class LengthTracker:
-    """What one rank still learns of, since a deal: groups of which no row was through then.
+    """Count the groups that one rank has measured since a plan, of those without a finished row at that time.
 
     Args:
-        num_rows: dealt to all ranks.
-        group: of each row of the dataset.
-        is_open: of each group, whether it is to be learnt.
+        num_rows: planned rows of all ranks.
+        group: each row's group, int64[num_dataset_rows].
+        is_unmeasured: whether each group is to be measured, bool[num_groups]; modified.
 
     Attributes:
-        num_open: groups to learn, of all ranks, at the deal.
-        num_learnt: those that this rank has since learnt of; for the ranks to sum.
+        num_unmeasured: groups to measure, over all ranks, at the time of the plan; 0 if they are negligibly few.
+        num_measured: groups that this rank has measured since, for the ranks to sum.
     """
 
-    def __init__(self, num_rows: int, group: np.ndarray, is_open: np.ndarray) -> None:
-        self.num_rows, self._group, self._is_open = num_rows, group, is_open
-        self.num_unmeasured = int(is_open.sum()) if is_open.sum() > _NEGLIGIBLE_FRACTION * len(is_open) else 0
+    def __init__(self, num_rows: int, group: np.ndarray, is_unmeasured: np.ndarray) -> None:
+        self.num_rows, self._group, self._is_unmeasured = num_rows, group, is_unmeasured
+        num_unmeasured, num_groups = int(is_unmeasured.sum()), len(is_unmeasured)
+        self.num_unmeasured = num_unmeasured if num_unmeasured > _NEGLIGIBLE_FRACTION * num_groups else 0
         self.num_measured = 0
 
     def record_finished(self, row: int) -> None:
-        """Notes that a row is through."""
+        """Count the row's group as measured; later rows of the group change nothing."""
         group = self._group[row]
-        if group >= 0 and self._is_open[group]:
-            self._is_open[group] = False
+        if group >= 0 and self._is_unmeasured[group]:
+            self._is_unmeasured[group] = False
             self.num_measured += 1
 
 
-def group_by_prompt(num_rows: int, places: np.ndarray, prompts: np.ndarray) -> tuple[PromptGroups, int]:
-    """Rows whose prompts are the same, and how many rows have such siblings.
+def group_by_prompt(num_rows: int, row_ids: np.ndarray, prompt_hashes: np.ndarray) -> tuple[PromptGroups, int]:
+    """Return the prompt groups of some rows, and how many of these rows are in a group.
 
     Args:
-        num_rows: of the whole dataset.
-        places: indices of the rows looked at.
-        prompts: a number for each of their prompts, the same where they are the same; 0 for none.
+        num_rows: rows of the whole dataset.
+        row_ids: indices of the rows to group, int64[n].
+        prompt_hashes: a hash of each of their prompts, int64[n]; 0 for a row without a prompt.
     """
-    _, found, counts = np.unique(prompts, return_inverse=True, return_counts=True)
-    has = (counts[found] > 1) & (prompts != 0)
+    _, prompt, counts = np.unique(prompt_hashes, return_inverse=True, return_counts=True)
+    is_grouped = (counts[prompt] > 1) & (prompt_hashes != 0)
     group = np.full(num_rows, -1, dtype=np.int64)
-    _, group[places[has]] = np.unique(found[has], return_inverse=True)
-    return PromptGroups(group), int(has.sum())
+    _, group[row_ids[is_grouped]] = np.unique(prompt[is_grouped], return_inverse=True)
+    return PromptGroups(group), int(is_grouped.sum())

@@ -1,12 +1,20 @@
-"""From claims to requests: claim rows, read them, render their prompts, in small steps that never block for long."""
+"""Turn claims into requests: claim rows, read them, build their requests, in steps that never block for long.
+
+- A claimed row leaves a source exactly once, as a request or as the result of a row that was rejected.
+- At most one claim's rows are read ahead, and at most as many requests are built ahead as the engine runs sequences.
+- A request depends on the row and the run's settings alone: not on the rank that builds the request, the world size,
+  the order, or a restart.
+- All ranks come to the same answer in `should_reshard`, since every input of the answer is a sum over all ranks.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dpgen.data.input_rows import Shard
+from dpgen.data.render import RenderFn
 from dpgen.errors import RowRefused
 from dpgen.records import Request, RowResult, derive_row_seed, make_rejected_result
 from dpgen.scheduling.claims import Claim
@@ -14,7 +22,7 @@ from dpgen.scheduling.prompt_groups import LengthTracker
 
 
 class Claimer(Protocol):
-    """What gives claims."""
+    """Interface of a claimer, as a source uses it; see `ShardClaimer`."""
 
     num_remaining: int
     slowdown: float
@@ -29,167 +37,192 @@ class Claimer(Protocol):
     def claim(self, limit: int) -> Claim | None: ...
 
 
-RenderFn = Callable[[Mapping[str, Any]], tuple[list[int] | None, Any]]
+class ShardReader(Protocol):
+    """Interface of a shard, as a source uses it; see `dpgen.data.input_rows.Shard`."""
+
+    def read_positions(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (row index, column → value) for each row at positions start..stop."""
+
+
+@dataclass(frozen=True)
+class RequestBuilder:
+    """Build a row's request: its prompt, and the sampling parameters that are its own.
+
+    Attributes:
+        render: returns a row's (prompt token ids, None), or (None, prompt) where the engine has to tokenize.
+        run_seed: every row's seed is derived from this one; None leaves sampling unseeded.
+        sampling_columns: field of SamplingParams → column.
+        sampling_by_rank: entries with fields of SamplingParams. Row i takes entry i modulo the number of entries. In
+            dataset order shards are strided, so with as many ranks as entries each rank's shard has one entry. A row
+            that another rank steals keeps its entry.
+    """
+
+    render: RenderFn
+    run_seed: int | None
+    sampling_columns: Mapping[str, str]
+    sampling_by_rank: Sequence[Mapping[str, Any]] = ()
+
+    def build(self, row: int, columns: Mapping[str, Any]) -> Request:
+        """Return the request of a row.
+
+        Raises:
+            RowRefused: the prompt could not be made.
+        """
+        entries = self.sampling_by_rank
+        sampling: dict[str, Any] = dict(entries[row % len(entries)]) if entries else {}
+        if self.run_seed is not None:
+            sampling["seed"] = derive_row_seed(self.run_seed, row)
+        for name, column in self.sampling_columns.items():
+            if columns[column] is not None:  # a null keeps the value of the run or of the entry
+                sampling[name] = columns[column]
+        token_ids, prompt = self.render(columns)
+        return Request(row, token_ids, prompt, sampling)
 
 
 class RequestSource:
-    """The rows of this rank, one request after the other.
+    """Provide one rank's requests, one after the other.
 
     Args:
-        claims: which rows; None for no row at all.
-        shard: gives the shard of a number, to read from.
-        render: a row's (prompt token ids, None), or (None, prompt) where the engine's tokenizer must do it.
-        run_seed: what the rows' own seeds come from; None for none.
-        sampling_columns: field of SamplingParams → column.
-        sampling_by_rank: fields of SamplingParams, of which row i takes entry i modulo their number. In dataset order
-            shards are strided, so as many ranks start with an entry each; a row that moves to another keeps its own.
-        fair_share: rows that this rank would do if all ranks did the same number.
-        num_leaders: how many rows, of all ranks', go first to tell how long the others get.
-        lessons: what they tell; None for nothing.
+        claimer: claims positions; None for a rank that gets no rows.
+        open_shard: returns the shard with a given index.
+        builder: builds the requests.
+        fair_share: rows in flight on this rank, at most: its part if all ranks generated equally many.
+        num_probes: probe rows over all ranks; their lengths estimate those of other rows.
+        length_tracker: counts the measured prompt groups; None where no lengths are measured.
 
     Attributes:
-        max_num_seqs: sequences that the engine runs at a time: a rank needs to hold no more than that back.
-        num_held, num_held_when_full: rows that the engine has, and had when it could take no more.
+        max_num_seqs: sequences that the engine runs at a time; the source holds back no more rows than that.
+        num_in_flight: rows that the engine has. num_in_flight_when_full: rows it had when it could take no more.
     """
 
     def __init__(
         self,
-        claims: Claimer | None,
-        shard: Callable[[int], Shard],
-        render: RenderFn,
+        claimer: Claimer | None,
+        open_shard: Callable[[int], ShardReader],
+        builder: RequestBuilder,
         *,
-        run_seed: int | None,
-        sampling_columns: Mapping[str, str],
-        sampling_by_rank: Sequence[Mapping[str, Any]] = (),
         fair_share: int = 1 << 30,
         num_probes: int = 0,
         length_tracker: LengthTracker | None = None,
     ) -> None:
-        self._claims, self._shard, self._render = claims, shard, render
-        self._run_seed, self._sampling_columns = run_seed, sampling_columns
-        self._sampling_by_rank = sampling_by_rank
+        self._claimer, self._open_shard, self._builder = claimer, open_shard, builder
         self._claimed: deque[tuple[int, dict[str, Any]]] = deque()
         self._ready: deque[Request | RowResult] = deque()
-        self._shards_exhausted = claims is None
-        self.fair_share = fair_share
-        self._num_leaders, self._lessons = num_probes, length_tracker
+        self._shards_exhausted = claimer is None
+        self._num_probes, self._length_tracker = num_probes, length_tracker
         self._num_unclaimed = 0 if length_tracker is None else length_tracker.num_rows
+        self.fair_share = fair_share
         self.max_num_seqs, self.num_in_flight, self.num_in_flight_when_full = 1, 0, 0
+
+    # ---- requests
+
+    @property
+    def is_exhausted(self) -> bool:
+        """True once the source holds no row and will get none."""
+        return self._shards_exhausted and not self._claimed and not self._ready
 
     @property
     def should_prefetch(self) -> bool:
-        """Whether `prepare` should be called when there is time: fewer rows are ready than may be held back."""
-        # As many as the engine runs: rows of one length are all finished at once.
-        fair_size = 0 if self._claims is None else self._claims.fair_claim_size
+        """True while fewer requests are built than may be held back, so that `prefetch` is worth a call."""
+        # As many as the engine runs: rows of one length all finish at once.
+        fair_size = 0 if self._claimer is None else self._claimer.fair_claim_size
         return len(self._ready) < min(self.max_num_seqs, 1 + fair_size)
 
     @property
     def num_unrendered(self) -> int:
-        """Rows that are claimed and not rendered yet: so many can be prepared without another claim."""
+        """Rows that are claimed and not built yet: `prefetch` makes no claim for these."""
         return len(self._claimed)
-
-    def refresh_own_remaining(self) -> int:
-        """What nobody has claimed of this rank's own shard; for the ranks to sum."""
-        return 0 if self._claims is None else self._claims.refresh_own_remaining()
-
-    def update(self, num_unclaimed: int, slowness: float) -> None:
-        """Takes what the ranks have agreed on.
-
-        Args:
-            num_unclaimed: what nobody has claimed, over all shards.
-            slowness: how many times as long as the other ranks this one takes.
-        """
-        self._num_unclaimed = num_unclaimed
-        if self._claims is not None:
-            self._claims.num_remaining, self._claims.slowdown = num_unclaimed, slowness
-
-    def stop_yielding(self) -> None:
-        """Leaves nothing to others any more: nothing is heard of them."""
-        if self._claims is not None:
-            self._claims.slowdown = 1.0
-
-    def record_finished(self, row: int) -> None:
-        """Notes that a row is through, and what it tells of others."""
-        if self._lessons is not None:
-            self._lessons.record_finished(row)
-
-    @property
-    def num_groups_measured(self) -> int:
-        """Of how many groups this rank has learnt since the deal; for the ranks to sum."""
-        return 0 if self._lessons is None else self._lessons.num_measured
-
-    def should_reshard(self, num_learnt: int) -> bool:
-        """Whether it is time to deal what is left anew.
-
-        That is when as many rows have begun as there are leaders, and half of what is open was learnt. A group that
-        several ranks learn of counts several times: the deal then comes a little sooner.
-
-        All ranks come to the same answer, those without an engine included: they deal together.
-
-        Args:
-            num_learnt: the ranks' sum.
-        """
-        if self._lessons is None or not self._lessons.num_unmeasured or not self._num_unclaimed:
-            return False
-        num_begun = self._lessons.num_rows - self._num_unclaimed
-        return num_begun >= self._num_leaders and 2 * num_learnt >= self._lessons.num_unmeasured
 
     @property
     def max_waiting(self) -> int:
-        """How many rows this rank may hold back, given what is left and how fast they go; see `ShardClaimer.fair_size`."""
-        if self._claims is None:
+        """Rows that this rank may hold back, given what remains and how fast it is; see `fair_claim_size`."""
+        if self._claimer is None:
             return 0
-        # While there is much to learn few: what is held back keeps its place when the others are dealt anew.
-        learns = self._lessons is not None and self._lessons.num_unmeasured > 0
-        return min(self._claims.fair_claim_size, 1 + self._max_claim_size // 8 if learns else self._max_claim_size)
-
-    @property
-    def _max_claim_size(self) -> int:
-        """Rows that keep an engine busy until there are more: as many as it runs, if they are all through at once."""
-        return max(1, self.max_num_seqs)
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether there is no row left to take and none will come."""
-        return self._shards_exhausted and not self._claimed and not self._ready
+        # Few while lengths are being measured: a row that waits in the engine keeps its place in a reshard.
+        is_measuring = self._length_tracker is not None and self._length_tracker.num_unmeasured > 0
+        limit = 1 + self._max_claim_size // 8 if is_measuring else self._max_claim_size
+        return min(self._claimer.fair_claim_size, limit)
 
     def prefetch(self) -> bool:
-        """Renders one more row ahead; False if there is none to render now."""
+        """Build one more request ahead; return False if no row is available now."""
         if not self._claimed and not self._claim_more():
             return False
         row, columns = self._claimed.popleft()
         try:
-            self._ready.append(self._build_request(row, columns))
-        except RowRefused as why:
-            self._ready.append(make_rejected_result(row, why))
+            self._ready.append(self._builder.build(row, columns))
+        except RowRefused as error:
+            self._ready.append(make_rejected_result(row, error))
         return True
 
     def next_request(self) -> Request | RowResult | None:
-        """The next request, or the result of a row that could not be rendered; None if there is none now."""
+        """Return the next request, or the result of a rejected row; None if no row is available now."""
         if not self._ready and not self.prefetch():
             return None
         return self._ready.popleft()
 
+    # ---- coordination with the other ranks
+
+    def refresh_own_remaining(self) -> int:
+        """Return the unclaimed positions of this rank's own shard, for the ranks to sum."""
+        return 0 if self._claimer is None else self._claimer.refresh_own_remaining()
+
+    def update(self, num_unclaimed: int, slowdown: float) -> None:
+        """Store the result of a sync of totals.
+
+        Args:
+            num_unclaimed: unclaimed positions over all shards.
+            slowdown: the other ranks' mean tokens/s over this rank's; 1 where unknown.
+        """
+        self._num_unclaimed = num_unclaimed
+        if self._claimer is not None:
+            self._claimer.num_remaining, self._claimer.slowdown = num_unclaimed, slowdown
+
+    def stop_yielding(self) -> None:
+        """Yield no rows until the next sync of totals: the last one is too old to rely on the other ranks."""
+        if self._claimer is not None:
+            self._claimer.slowdown = 1.0
+
+    def record_finished(self, row: int) -> None:
+        """Count the row's prompt group as measured."""
+        if self._length_tracker is not None:
+            self._length_tracker.record_finished(row)
+
+    @property
+    def num_groups_measured(self) -> int:
+        """Prompt groups that this rank has measured since the plan, for the ranks to sum."""
+        return 0 if self._length_tracker is None else self._length_tracker.num_measured
+
+    def should_reshard(self, num_groups_measured: int) -> bool:
+        """Return True once the remaining rows should be sorted again, by measured lengths.
+
+        That is when as many rows are claimed as there are probes, and half of the unmeasured groups are measured. A
+        group that several ranks measure counts several times, so a reshard may come a little sooner.
+
+        The answer is the same on all ranks, those without an engine included, since all ranks plan together.
+
+        Args:
+            num_groups_measured: summed over all ranks.
+        """
+        tracker = self._length_tracker
+        if tracker is None or not tracker.num_unmeasured or not self._num_unclaimed:
+            return False
+        num_claimed = tracker.num_rows - self._num_unclaimed
+        return num_claimed >= self._num_probes and 2 * num_groups_measured >= tracker.num_unmeasured
+
+    @property
+    def _max_claim_size(self) -> int:
+        # Enough to refill the engine if all of its rows finish at once.
+        return max(1, self.max_num_seqs)
+
     def _claim_more(self) -> bool:
-        if self._shards_exhausted or self._claims is None:
+        if self._shards_exhausted or self._claimer is None:
             return False
         num_in_flight = self.num_in_flight + len(self._claimed) + len(self._ready)
-        if self._claims.should_yield(max(self.num_in_flight_when_full, num_in_flight)):
+        if self._claimer.should_yield(max(self.num_in_flight_when_full, num_in_flight)):
             return False
-        claim = self._claims.claim(self._max_claim_size)
+        claim = self._claimer.claim(self._max_claim_size)
         if claim is None:
             self._shards_exhausted = True
             return False
-        self._claimed.extend(self._shard(claim.shard).read_positions(claim.start, claim.stop))
+        self._claimed.extend(self._open_shard(claim.shard).read_positions(claim.start, claim.stop))
         return True
-
-    def _build_request(self, row: int, columns: Mapping[str, Any]) -> Request:
-        entries = self._sampling_by_rank
-        sampling: dict[str, Any] = dict(entries[row % len(entries)]) if entries else {}
-        if self._run_seed is not None:
-            sampling["seed"] = derive_row_seed(self._run_seed, row)
-        for name, column in self._sampling_columns.items():
-            if columns[column] is not None:  # a null leaves the value of the run or the entry
-                sampling[name] = columns[column]
-        token_ids, prompt = self._render(columns)
-        return Request(row, token_ids, prompt, sampling)

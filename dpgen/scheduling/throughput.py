@@ -1,4 +1,4 @@
-"""How fast each rank goes, and which ones are slow: told by the ranks themselves along with their totals."""
+"""Measure each rank's throughput and find stragglers; each rank shares its own rate along with its totals."""
 
 from __future__ import annotations
 
@@ -7,56 +7,58 @@ from collections.abc import Sequence
 from statistics import median
 
 _WINDOW_S = 10.0
-_STRAGGLER_FRACTION = 0.7  # of the other ranks' median; below it a rank is called slow
+_STRAGGLER_FRACTION = 0.7  # of the other ranks' median; a rank below it is a straggler
 UNKNOWN_RATE = -1
 
 
 class ThroughputMeter:
-    """One rank's generated tokens per second, over the last ten seconds or so."""
+    """Measure one rank's generated tokens per second over the last ten seconds, or a little more."""
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, int]] = deque()
+        self._samples: deque[tuple[float, int]] = deque()  # (time in seconds, generated tokens so far)
 
     def record(self, now_s: float, num_generated_tokens: int) -> None:
-        """Takes the rank's tokens so far, about once a second while it generates."""
-        if self._seen and now_s - self._seen[-1][0] > _WINDOW_S:
-            self._seen.clear()  # its engine was started anew, or had nothing to do: that was no pace
-        self._seen.append((now_s, num_generated_tokens))
-        while len(self._seen) > 2 and now_s - self._seen[1][0] >= _WINDOW_S:
-            self._seen.popleft()
+        """Add the rank's generated tokens so far; call about once a second while the rank generates."""
+        if self._samples and now_s - self._samples[-1][0] > _WINDOW_S:
+            self._samples.clear()  # the engine restarted or was idle meanwhile, which is no measure of its speed
+        self._samples.append((now_s, num_generated_tokens))
+        while len(self._samples) > 2 and now_s - self._samples[1][0] >= _WINDOW_S:
+            self._samples.popleft()
 
     def reset(self) -> None:
-        """Forgets all: the rank has no work, and its rate means nothing."""
-        self._seen.clear()
+        """Drop all samples, since an idle rank's rate is no measure of its speed."""
+        self._samples.clear()
 
     def get_tokens_per_s(self, now_s: float) -> int:
-        """Whole tokens/s; `UNKNOWN_RATE` where there is nothing to say: it has not worked for long enough, or not lately."""
-        if not self._seen or self._seen[-1][0] - self._seen[0][0] < _WINDOW_S or now_s - self._seen[-1][0] > _WINDOW_S:
+        """Return whole tokens/s; `UNKNOWN_RATE` if the rank has not generated for long enough, or not lately."""
+        if not self._samples:
             return UNKNOWN_RATE
-        (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
-        return round((last - first) / (last_s - first_s))
+        (first_s, first_tokens), (last_s, last_tokens) = self._samples[0], self._samples[-1]
+        if last_s - first_s < _WINDOW_S or now_s - last_s > _WINDOW_S:
+            return UNKNOWN_RATE
+        return round((last_tokens - first_tokens) / (last_s - first_s))
 
 
 def find_straggler(rates: Sequence[int]) -> tuple[int, float] | None:
-    """The rank that is well under the others' median, and its share of that; None where none is.
+    """Return the slowest rank and its rate as a fraction of the others' median; None if no rank is a straggler.
 
     Args:
-        rates: by rank; `UNKNOWN_RATE` for those that are not to be judged.
+        rates: tokens/s by rank; `UNKNOWN_RATE` excludes a rank.
     """
     working = [rank for rank, rate in enumerate(rates) if rate != UNKNOWN_RATE]
     if len(working) < 2:
         return None
-    rank = min(working, key=rates.__getitem__)
-    others = median(rates[other] for other in working if other != rank)
-    share = rates[rank] / others if others else 1.0
-    return (rank, share) if share < _STRAGGLER_FRACTION else None
+    slowest = min(working, key=rates.__getitem__)
+    others = median(rates[rank] for rank in working if rank != slowest)
+    fraction = rates[slowest] / others if others else 1.0
+    return (slowest, fraction) if fraction < _STRAGGLER_FRACTION else None
 
 
 def compute_slowdowns(rates: Sequence[int]) -> list[float]:
-    """How many times as long as the others, on average, each rank takes; 1 for those that are not to be judged.
+    """Return the mean rate of the other ranks over each rank's own rate; 1 for a rank whose rate is unknown.
 
     Args:
-        rates: by rank, as for `find_straggler`.
+        rates: tokens/s by rank, as for `find_straggler`.
     """
     working = [rate for rate in rates if rate != UNKNOWN_RATE]
     if len(working) < 2:

@@ -1,0 +1,6 @@
+"""Simulate runs in virtual time with the real scheduling code and modelled engines.
+
+In: an `EngineCostModel` (given, or measured by `calibration`), a `Workload` (lengths may come from `lengths`), a number
+of ranks and the `work` section. Out: a `SimulationResult` with times, claims and preemptions.
+Never imports torch, vLLM, the journal or monitoring; only `dpgen.commands.simulate` imports this wing.
+"""

@@ -1,12 +1,13 @@
-"""The same claims and admission as a real run's, in virtual time: how long would it take, and on how many ranks?
+"""Simulate a run in virtual time: how long it takes on a number of ranks.
 
-Real are `ShardClaimer`, `RequestSource`, `AdmissionController` and `RowOrder`. Made up are the engines: a step that generates one token for each
-of b sequences with k tokens in the KV cache takes A + C·b + K·k seconds (weights are read once a step, the KV cache
-token by token), plus P for each prompt token that it computes; and what the KV cache has no room for is set back and
-computed again, as vLLM does it.
+- Real: `SourceMaker` with its claimers and sources, `AdmissionController`, `RowOrder`, `ThroughputMeter`.
+- Modelled: the engines. A step that generates one token for each of b sequences with k tokens in the KV cache takes
+  A + C·b + K·k seconds (weights are read once per step, the KV cache token by token), plus P for each prompt token
+  that it computes. Sequences that don't fit in the KV cache are preempted and recomputed, as in vLLM.
+- The same arguments always give the same result.
 
-Limits: no speculative decoding, no prefix cache, the same engine on every rank but for a factor; talking to the store
-takes no time (`benchmarks/coordination.py` measures that).
+Limits: no speculative decoding; no prefix cache; the same engine on every rank, but for a factor; the store answers
+in no time (`benchmarks/coordination.py` measures how long it takes).
 """
 
 from __future__ import annotations
@@ -23,27 +24,28 @@ import numpy as np
 from dpgen.config.schema import WorkConfig
 from dpgen.distributed.group import InMemoryStore
 from dpgen.scheduling.admission import AdmissionController
-from dpgen.scheduling.claims import ShardClaimer
+from dpgen.scheduling.claims import Claim, ShardClaimer
 from dpgen.scheduling.order import RowOrder, ShardSpec, order_by_measured_lengths
 from dpgen.scheduling.prompt_groups import RankState
-from dpgen.scheduling.request_source import RequestSource
+from dpgen.scheduling.request_source import RequestBuilder, RequestSource
+from dpgen.scheduling.sources import SourceMaker
 from dpgen.scheduling.throughput import ThroughputMeter, compute_slowdowns
 
-_AGREE_INTERVAL_S = 1.0  # as in `dpgen.scheduling.generation_loop`
+_SYNC_INTERVAL_S = 1.0  # as in `dpgen.scheduling.generation_loop`
 _STATS_INTERVAL_S = 1.0  # as in `dpgen.engine.server`
-_FAR_FROM_END_CLAIMS = 8  # claims from the end on, in which what is left everywhere decides nothing
+_FAR_FROM_END_CLAIMS = 8  # largest claims of every rank; while more remains, fresh totals change no decision
 
 
 @dataclass(frozen=True)
 class EngineCostModel:
-    """How fast an engine is.
+    """Costs of an engine's step.
 
     Attributes:
-        step_s: A, of a step whatever it computes.
-        seq_s: C, for each sequence that gains a token in it.
-        kv_s: K, for each token that those sequences have in the KV cache.
-        prefill_s: P, for each prompt token that it computes.
-        max_num_seqs: sequences at a time.
+        step_s: A, seconds per step.
+        seq_s: C, seconds per sequence that gains a token in the step.
+        kv_s: K, seconds per token that these sequences have in the KV cache.
+        prefill_s: P, seconds per prompt token that is computed.
+        max_num_seqs: sequences that run at a time.
         kv_tokens: tokens, of prompts and completions, that the KV cache holds; None for no limit.
     """
 
@@ -57,27 +59,43 @@ class EngineCostModel:
     def compute_lower_bounds_s(
         self, lengths: np.ndarray, prompt_lengths: np.ndarray, num_ranks: int
     ) -> tuple[float, float]:
-        """What no schedule can beat: all work at full batches over all ranks, and the longest row by itself; seconds.
+        """Return two times in seconds that no schedule can beat: all work in full batches, and the longest row alone.
 
         Args:
-            lengths, prompt_lengths: tokens to generate, and of the prompt, of each row.
+            lengths: tokens to generate of each row, int64[num_rows].
+            prompt_lengths: prompt tokens of each row, int64[num_rows].
         """
-        read = lengths * prompt_lengths + lengths * (lengths + 1) / 2  # tokens that the KV cache gives, over all steps
-        own_s = lengths * self.seq_s + read * self.kv_s + prompt_lengths * self.prefill_s
-        work_s = (own_s.sum() + lengths.sum() * self.step_s / self.max_num_seqs) / num_ranks
-        return float(work_s), float((own_s + lengths * self.step_s).max(initial=0))
+        kv_reads = lengths * prompt_lengths + lengths * (lengths + 1) / 2  # tokens, summed over a row's steps
+        row_s = lengths * self.seq_s + kv_reads * self.kv_s + prompt_lengths * self.prefill_s
+        work_s = (row_s.sum() + lengths.sum() * self.step_s / self.max_num_seqs) / num_ranks
+        return float(work_s), float((row_s + lengths * self.step_s).max(initial=0))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Rows of a simulated run.
+
+    Attributes:
+        lengths: tokens to generate of each row, int64[num_dataset_rows].
+        prompt_lengths: prompt tokens of each row, int64[num_dataset_rows].
+        order: rows to run, in order of work.
+    """
+
+    lengths: np.ndarray
+    prompt_lengths: np.ndarray
+    order: RowOrder
 
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """What came of a simulated run.
+    """Times and counts of a simulated run.
 
     Attributes:
-        wall_s: until the last rank was through.
-        busy_s: of each rank, until its last row was finished.
-        bound_s: no schedule can beat this.
-        num_claims: claims over all ranks.
-        num_preemptions: sequences that were set back.
+        wall_s: time until the last rank is finished.
+        busy_s: time until each rank's last row is finished, float64[num_ranks].
+        bound_s: the larger of the two times that no schedule can beat.
+        num_claims: claims, over all ranks.
+        num_preemptions: preempted sequences, over all ranks.
     """
 
     wall_s: float
@@ -88,270 +106,271 @@ class SimulationResult:
 
     @property
     def efficiency(self) -> float:
-        """The bound over the time that it took."""
+        """Return the bound over the time taken."""
         return self.bound_s / self.wall_s if self.wall_s else 1.0
 
     @property
     def balance(self) -> float:
-        """The mean of the ranks' busy times over the longest."""
+        """Return the mean over the maximum of the ranks' busy times."""
         return float(self.busy_s.mean() / self.busy_s.max()) if self.wall_s else 1.0
 
 
 def simulate(
     model: EngineCostModel,
-    lengths: np.ndarray,
-    prompt_lengths: np.ndarray,
-    order: RowOrder,
+    workload: Workload,
     num_ranks: int,
     work: WorkConfig,
     slowdown: Mapping[int, float] | None = None,
 ) -> SimulationResult:
-    """One run over all rows of `order`.
+    """Simulate one run over all rows of `workload.order`.
 
     Args:
-        lengths, prompt_lengths: tokens to generate, and of the prompt, of each row, int64.
-        work: how rows are dealt; its `order` is not looked at.
-        slowness: how many times as long as the model says some ranks take.
+        work: settings of claims and admission; its `order` is ignored.
+        slowdown: rank → factor on all times of its engine; 1 for a rank that is not in it.
     """
-    ranks = []
-    for rank, claims_and_feed in enumerate(_plan_shards(order, num_ranks, work)):
-        factor = (slowdown or {}).get(rank, 1.0)
-        admission = AdmissionController(work.reserve_rows)
-        ranks.append(_SimulatedRank(model, *claims_and_feed, admission, lengths, prompt_lengths, factor))
+    order, factors = workload.order, slowdown or {}
+    ranks = [
+        _SimulatedRank(model, workload, claimer, source, work.reserve_rows, factors.get(rank, 1.0))
+        for rank, (claimer, source) in enumerate(_plan_shards(order, num_ranks, work))
+    ]
     wall_s = _run_events(ranks, work, order)
-    bound_s = max(model.compute_lower_bounds_s(lengths[order.rows], prompt_lengths[order.rows], num_ranks))
+    bounds_s = model.compute_lower_bounds_s(
+        workload.lengths[order.rows], workload.prompt_lengths[order.rows], num_ranks
+    )
     return SimulationResult(
         wall_s,
-        np.array([each.busy_s for each in ranks]),
-        bound_s,
-        sum(each.claims.num_claims for each in ranks),
-        sum(each.num_preemptions for each in ranks),
+        np.array([rank.busy_s for rank in ranks]),
+        max(bounds_s),
+        sum(rank.claimer.num_claims for rank in ranks),
+        sum(rank.num_preemptions for rank in ranks),
     )
 
 
 def _plan_shards(
     order: RowOrder, num_ranks: int, work: WorkConfig, num_running: int = 0
-) -> Iterator[tuple[_CountingClaimer, RequestSource]]:
-    """Every rank's claims and feed, as `dpgen.scheduling.planner` makes them."""
-    split = order.shard(num_ranks, work.claim_rows)
-    store = InMemoryStore()
-    cursors = [f"cursor/{rank}" for rank in range(num_ranks)]
+) -> list[tuple[_CountingClaimer, RequestSource]]:
+    """Return every rank's claimer and source, as `dpgen.scheduling.planner` makes them."""
+    store, cursors = InMemoryStore(), [f"cursor/{rank}" for rank in range(num_ranks)]
     for cursor in cursors:
         store.add(cursor, 0)
-    shards = cache(lambda shard: _SimulatedShard(order, split, shard))
-    for rank in range(num_ranks):
-        max_size = work.claim_rows if split.groups is None else 1
-        claims = _CountingClaimer(
-            store,
-            cursors,
-            split.sizes,
-            rank,
-            steal=work.steal,
-            max_size=max_size,
-            adaptive=split.groups is None,
-        )
-        feed = RequestSource(
-            claims,
-            shards,  # type: ignore[arg-type]
-            _render_nothing,
-            run_seed=None,
-            sampling_columns={},
-            fair_share=-(-(len(order.rows) + num_running) // num_ranks),
-            num_probes=order.num_probes,
-            length_tracker=order.make_tracker(),
-        )
-        yield claims, feed
+    maker = SourceMaker(order, work, num_ranks, num_running=num_running)
+    open_shard = cache(lambda index: _SimulatedShard(order, maker.shards, index))
+    builder = RequestBuilder(_render_nothing, None, {})
+    claimers = [maker.make_claimer(_CountingClaimer, store, cursors, rank) for rank in range(num_ranks)]
+    return [(claimer, maker.make_source(claimer, open_shard, builder)) for claimer in claimers]
 
 
 def _run_events(ranks: Sequence[_SimulatedRank], work: WorkConfig, order: RowOrder) -> float:
-    """Lets the rank whose clock is furthest behind go on, until all are through; seconds."""
+    """Advance the rank whose clock is furthest behind, until all are finished; return the time in seconds."""
     due = [(0.0, rank) for rank in range(len(ranks))]
-    next_agreement_s = 0.0
-    far = _FAR_FROM_END_CLAIMS * work.claim_rows * len(ranks)
+    next_sync_s = 0.0
+    far_from_end = _FAR_FROM_END_CLAIMS * work.claim_rows * len(ranks)
     while due:
         now_s, rank = heapq.heappop(due)
-        if now_s >= next_agreement_s:
-            num_left = sum(each.feed.refresh_own_remaining() for each in ranks)
-            for each, slow in zip(ranks, compute_slowdowns([each.rate() for each in ranks]), strict=True):
-                each.feed.update(num_left, slow)
-            if ranks[rank].feed.should_reshard(sum(each.feed.num_groups_measured for each in ranks)):
+        if now_s >= next_sync_s:
+            num_unclaimed = _sync_totals(ranks)
+            if ranks[rank].source.should_reshard(sum(other.source.num_groups_measured for other in ranks)):
                 _reshard(ranks, work, order)
-                for through in set(range(len(ranks))) - {rank, *(other for _, other in due)}:
-                    ranks[through].now_s = max(now_s, ranks[through].now_s)
-                    heapq.heappush(due, (ranks[through].now_s, through))
-            # All ranks together are looked at, which takes as long as thousands of rows: seldom, far from the end.
-            next_agreement_s = now_s + (_AGREE_INTERVAL_S if num_left < far else 10 * _AGREE_INTERVAL_S)
+                _wake_idle_ranks(ranks, due, rank, now_s)
+            # A sync visits every rank, which takes as long as simulating thousands of rows: few while far from the end.
+            next_sync_s = now_s + (_SYNC_INTERVAL_S if num_unclaimed < far_from_end else 10 * _SYNC_INTERVAL_S)
         if ranks[rank].advance():
             heapq.heappush(due, (ranks[rank].now_s, rank))
-    return max(each.busy_s for each in ranks)
+    return max(rank.busy_s for rank in ranks)
+
+
+def _sync_totals(ranks: Sequence[_SimulatedRank]) -> int:
+    """Share totals and rates, as `dpgen.scheduling.generation_loop` does; return the number of unclaimed positions."""
+    num_unclaimed = sum(rank.source.refresh_own_remaining() for rank in ranks)
+    slowdowns = compute_slowdowns([rank.get_tokens_per_s() for rank in ranks])
+    for rank, slowdown in zip(ranks, slowdowns, strict=True):
+        rank.source.update(num_unclaimed, slowdown)
+    return num_unclaimed
 
 
 def _reshard(ranks: Sequence[_SimulatedRank], work: WorkConfig, order: RowOrder) -> None:
-    """Deals what no rank has finished or runs, by the lengths that were learnt; as `dpgen.scheduling.planner` does."""
+    """Plan rows that no rank has finished or is running, by measured lengths, as `dpgen.scheduling.planner` does."""
     assert order.prompt_groups is not None
-    states = [each.get_state() for each in ranks]
-    begun = np.concatenate([rows for hand in states for rows in (hand.finished, hand.running)])
-    todo = np.setdiff1d(order.rows, begun, assume_unique=True)
-    counts = np.sum([order.prompt_groups.count(hand) for hand in states], axis=0)
-    learnt = order_by_measured_lengths(np.sort(todo), order.prompt_groups, counts)
-    num_running = sum(len(hand.running) for hand in states)
-    for rank, (claims, feed) in zip(ranks, _plan_shards(learnt, len(ranks), work, num_running), strict=True):
-        claims.num_claims = rank.claims.num_claims
-        rank.claims, rank.feed = claims, feed
+    states = [rank.get_state() for rank in ranks]
+    begun = np.concatenate([rows for state in states for rows in (state.finished, state.running)])
+    remaining = np.setdiff1d(order.rows, begun, assume_unique=True)
+    counts = np.sum([order.prompt_groups.count(state) for state in states], axis=0)
+    new_order = order_by_measured_lengths(np.sort(remaining), order.prompt_groups, counts)
+    num_running = sum(len(state.running) for state in states)
+    for rank, (claimer, source) in zip(ranks, _plan_shards(new_order, len(ranks), work, num_running), strict=True):
+        claimer.num_claims = rank.claimer.num_claims
+        rank.claimer, rank.source = claimer, source
+
+
+def _wake_idle_ranks(ranks: Sequence[_SimulatedRank], due: list[tuple[float, int]], current: int, now_s: float) -> None:
+    """Make ranks that had no rows left due again, since a reshard gave them some."""
+    for rank in set(range(len(ranks))) - {current, *(rank for _, rank in due)}:
+        ranks[rank].now_s = max(now_s, ranks[rank].now_s)
+        heapq.heappush(due, (ranks[rank].now_s, rank))
 
 
 class _CountingClaimer(ShardClaimer):
+    """Count the claims of a `ShardClaimer`."""
+
     num_claims = 0
 
-    def claim(self, limit: int) -> Any:
+    def claim(self, limit: int) -> Claim | None:
         self.num_claims += 1
         return super().claim(limit)
 
 
 class _SimulatedShard:
-    """The rows of a shard, for `RequestSource`; they have no columns."""
+    """Provide the rows of a shard to a `RequestSource`, without columns."""
 
-    def __init__(self, order: RowOrder, split: ShardSpec, shard: int) -> None:
-        if split.groups is None:
-            self._rows, self._starts = order.rows[shard :: len(split.sizes)], None
+    def __init__(self, order: RowOrder, shards: ShardSpec, index: int) -> None:
+        if shards.groups is None:
+            self._rows, self._chunk_starts = order.rows[index :: len(shards.sizes)], None
         else:
-            self._rows, self._starts = split.groups[shard]
+            self._rows, self._chunk_starts = shards.groups[index]
 
     def read_positions(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        if self._starts is not None:
-            start, stop = int(self._starts[start]), int(self._starts[stop])
+        if self._chunk_starts is not None:
+            start, stop = int(self._chunk_starts[start]), int(self._chunk_starts[stop])
         for row in self._rows[start:stop].tolist():
             yield row, {}
 
 
-def _render_nothing(row: Mapping[str, Any]) -> tuple[list[int], None]:
+def _render_nothing(columns: Mapping[str, Any]) -> tuple[list[int], None]:
     return [], None
 
 
 class _SimulatedRank:
-    """One rank and its engine. Its clock runs ahead of others' only between two claims."""
+    """Simulate one rank and its engine. Its clock runs ahead of the others' only between two claims.
+
+    Args:
+        factor: multiplies all times of the engine.
+    """
 
     def __init__(
         self,
         model: EngineCostModel,
-        claims: _CountingClaimer,
-        feed: RequestSource,
-        admission: AdmissionController,
-        lengths: np.ndarray,
-        prompt_lengths: np.ndarray,
+        workload: Workload,
+        claimer: _CountingClaimer,
+        source: RequestSource,
+        reserve_rows: int,
         factor: float,
     ) -> None:
-        self.feed, self.claims = feed, claims
-        self._model, self._admission = model, admission
-        self._lengths, self._prompt_lengths = lengths, prompt_lengths
-        self._step_s, self._seq_s, self._kv_s, self._prefill_s = (
-            factor * each for each in (model.step_s, model.seq_s, model.kv_s, model.prefill_s)
-        )
+        self.claimer, self.source = claimer, source
         self.now_s = self.busy_s = 0.0
         self.num_preemptions = 0
+        self._max_num_seqs, self._kv_tokens = model.max_num_seqs, model.kv_tokens
+        self._step_s, self._seq_s, self._kv_s, self._prefill_s = (
+            factor * cost_s for cost_s in (model.step_s, model.seq_s, model.kv_s, model.prefill_s)
+        )
+        self._lengths, self._prompt_lengths = workload.lengths, workload.prompt_lengths
+        self._admission = AdmissionController(reserve_rows)
         self._step = 0
-        self._waiting: deque[tuple[int, int, int]] = deque()  # (row, tokens to compute first, tokens to generate)
-        self._running: list[tuple[int, int, int, int]] = []  # a heap: (last step, row, first step, tokens before it)
-        self._num_kv_tokens = 0  # those of the running sequences, at this step
+        self._waiting: deque[tuple[int, int, int]] = deque()  # (row, tokens to prefill, tokens to generate)
+        self._running: list[tuple[int, int, int, int]] = []  # a heap: (last step, row, first step, prefilled tokens)
+        self._num_kv_tokens = 0  # of the running sequences, at this step
         self._num_to_prefill = 0
         self._next_stats_s = _STATS_INTERVAL_S
         self._finished: list[int] = []
-        self._pace, self._num_tokens, self._next_note_s = ThroughputMeter(), 0, 0.0
+        self._throughput, self._num_tokens, self._next_sample_s = ThroughputMeter(), 0, 0.0
 
     def get_state(self) -> RankState:
-        """What it has done so far, and does now."""
         finished = np.array(self._finished, dtype=np.int64)
         return RankState(finished, self._lengths[finished], np.fromiter(self._admission, dtype=np.int64))
 
-    def rate(self) -> int:
-        """Its tokens/s lately, as it tells the others."""
-        if self.feed.is_exhausted and not self._running:
-            self._pace.reset()
-        return self._pace.get_tokens_per_s(self.now_s)
+    def get_tokens_per_s(self) -> int:
+        """Return the rank's rate as the other ranks see it."""
+        if self.source.is_exhausted and not self._running:
+            self._throughput.reset()
+        return self._throughput.get_tokens_per_s(self.now_s)
 
     def advance(self) -> bool:
-        """Goes on until it has to claim rows, or a second while it claims none; False once it is through."""
+        """Run until the rank has to claim rows, or for a second while it yields; return False once it is finished."""
         while True:
             self._admit()
             self._start_waiting()
-            if not self._running and self.feed.is_exhausted:
+            if not self._running and self.source.is_exhausted:
                 return False
-            if not self._running:  # it leaves what is left to others: until they have claimed it, or it is slow no more
-                self.now_s += _AGREE_INTERVAL_S
+            if not self._running:  # yields, until the others have claimed the remaining rows or it is slow no more
+                self.now_s += _SYNC_INTERVAL_S
                 return True
             num_finished = self._advance_to_next_finish()
-            # So many may now be prepared in their place: claims belong in the order of all ranks' clocks.
-            if not self.feed.is_exhausted and self.feed.num_unrendered <= num_finished:
+            # As many rows may be prefetched in their place, which may take a claim. Claims must come in the order of
+            # all ranks' clocks.
+            if not self.source.is_exhausted and self.source.num_unrendered <= num_finished:
                 return True
 
     def _admit(self) -> None:
-        requests, _ = self._admission.admit(self.feed, self._model.max_num_seqs, self.now_s)
+        requests, _ = self._admission.admit(self.source, self._max_num_seqs, self.now_s)
         for request in requests:
             row = request.row
             self._waiting.append((row, int(self._prompt_lengths[row]), int(self._lengths[row])))
-        while self.feed.should_prefetch and self.feed.prefetch():
+        while self.source.should_prefetch and self.source.prefetch():
             pass
 
     def _start_waiting(self) -> None:
-        limit = self._model.kv_tokens
-        while self._waiting and len(self._running) < self._model.max_num_seqs:
-            row, num_before, num_left = self._waiting[0]
-            if limit is not None and self._running and self._num_kv_tokens + num_before > limit:
+        limit = self._kv_tokens
+        while self._waiting and len(self._running) < self._max_num_seqs:
+            row, num_prefill, num_tokens = self._waiting[0]
+            if limit is not None and self._running and self._num_kv_tokens + num_prefill > limit:
                 return
             self._waiting.popleft()
-            heapq.heappush(self._running, (self._step + max(1, num_left), row, self._step, num_before))
-            self._num_kv_tokens += num_before
-            self._num_to_prefill += num_before
+            heapq.heappush(self._running, (self._step + max(1, num_tokens), row, self._step, num_prefill))
+            self._num_kv_tokens += num_prefill
+            self._num_to_prefill += num_prefill
 
     def _advance_to_next_finish(self) -> int:
-        """Lets the engine step until a row is finished, or the KV cache is full; how many rows were finished."""
+        """Step the engine until a row is finished or the KV cache is full; return the number of finished rows."""
         num_running = len(self._running)
         num_steps = self._running[0][0] - self._step
-        limit = self._model.kv_tokens
-        if limit is not None and num_running > 1:
-            num_steps = min(num_steps, max(1, (limit - self._num_kv_tokens) // num_running))
+        if self._kv_tokens is not None and num_running > 1:
+            num_steps = min(num_steps, max(1, (self._kv_tokens - self._num_kv_tokens) // num_running))
         self._step += num_steps
         started_s, num_tokens = self.now_s, num_steps * num_running
-        read = num_steps * self._num_kv_tokens + num_running * num_steps * (num_steps + 1) // 2
-        self.now_s += num_steps * (self._step_s + self._seq_s * num_running) + read * self._kv_s
+        kv_reads = num_steps * self._num_kv_tokens + num_running * num_steps * (num_steps + 1) // 2
+        self.now_s += num_steps * (self._step_s + self._seq_s * num_running) + kv_reads * self._kv_s
         self.now_s += self._prefill_s * self._num_to_prefill
         self._num_to_prefill = 0
         self._num_kv_tokens += num_tokens
         self._record_throughput(started_s, num_tokens)
+        num_finished = self._release_finished()
+        if self._kv_tokens is not None:
+            self._preempt(self._kv_tokens)
+        return num_finished
+
+    def _release_finished(self) -> int:
         num_finished = 0
         while self._running and self._running[0][0] <= self._step:
-            _, row, first, num_before = heapq.heappop(self._running)
-            self._num_kv_tokens -= num_before + self._step - first
+            _, row, first_step, num_prefill = heapq.heappop(self._running)
+            self._num_kv_tokens -= num_prefill + self._step - first_step
             self._admission.release(row)
             self._finished.append(row)
             self.busy_s = self.now_s
-            self.feed.record_finished(row)
+            self.source.record_finished(row)
             num_finished += 1
-        if limit is not None:
-            self._preempt(limit)
         return num_finished
 
     def _record_throughput(self, started_s: float, num_tokens: int) -> None:
-        """Notes how many tokens there were at every second since `started_s`; a pace is of some ten seconds."""
-        note_s, took_s = max(self._next_note_s, self.now_s - 12 * _STATS_INTERVAL_S), self.now_s - started_s
-        while note_s <= self.now_s:
-            share = (note_s - started_s) / took_s if took_s else 1.0
-            self._pace.record(note_s, self._num_tokens + round(share * num_tokens))
-            note_s += _STATS_INTERVAL_S
-        self._next_note_s = note_s
+        """Record the tokens at every second since `started_s`; only the last 12 s, since a rate covers about ten."""
+        sample_s = max(self._next_sample_s, self.now_s - 12 * _STATS_INTERVAL_S)
+        took_s = self.now_s - started_s
+        while sample_s <= self.now_s:
+            fraction = (sample_s - started_s) / took_s if took_s else 1.0
+            self._throughput.record(sample_s, self._num_tokens + round(fraction * num_tokens))
+            sample_s += _STATS_INTERVAL_S
+        self._next_sample_s = sample_s
         self._num_tokens += num_tokens
 
     def _preempt(self, limit: int) -> None:
-        """Sets back the sequences that were started last, for as long as the next step would not fit."""
+        """Preempt the sequences that started last, as long as the next step would exceed `limit` tokens."""
         while len(self._running) > 1 and self._num_kv_tokens + len(self._running) > limit:
-            last = max(self._running, key=lambda each: (each[2], each[1]))
-            self._running.remove(last)
-            end, row, first, num_before = last
-            num_tokens = num_before + self._step - first
-            self._waiting.appendleft((row, num_tokens, end - self._step))
+            newest = max(self._running, key=lambda sequence: (sequence[2], sequence[1]))
+            self._running.remove(newest)
+            last_step, row, first_step, num_prefill = newest
+            num_tokens = num_prefill + self._step - first_step
+            self._waiting.appendleft((row, num_tokens, last_step - self._step))
             self._num_kv_tokens -= num_tokens
             self.num_preemptions += 1
             heapq.heapify(self._running)
         if self.now_s >= self._next_stats_s:
             self._next_stats_s = self.now_s + _STATS_INTERVAL_S
-            self._admission.update_limit(len(self._running), self.num_preemptions, self._model.max_num_seqs, self.now_s)
+            self._admission.update_limit(len(self._running), self.num_preemptions, self._max_num_seqs, self.now_s)

@@ -1,4 +1,4 @@
-"""Claims: each position once, whatever the ranks' speeds, and help for the fullest shard."""
+"""Claims: each position once, whatever the ranks' speeds, and steals from the fullest shard."""
 
 from __future__ import annotations
 
@@ -9,117 +9,128 @@ from collections.abc import Sequence
 import pytest
 
 from dpgen.distributed.group import InMemoryStore
-from dpgen.scheduling.claims import ShardClaimer
+from dpgen.scheduling.claims import ClaimPolicy, ShardClaimer
 
 
-def claims_of(sizes: list[int], *, steal: bool = True, max_size: int = 8) -> list[ShardClaimer]:
-    store = InMemoryStore()
+def make_claimers(
+    sizes: list[int],
+    *,
+    steal: bool = True,
+    max_size: int = 8,
+    adaptive: bool = True,
+    store: InMemoryStore | None = None,
+) -> list[ShardClaimer]:
+    """Make the claimers of all ranks, one per shard."""
+    store = store or InMemoryStore()
     cursors = [f"cursor/{rank}" for rank in range(len(sizes))]
     for cursor in cursors:
         store.add(cursor, 0)
-    return [ShardClaimer(store, cursors, sizes, rank, steal=steal, max_size=max_size) for rank in range(len(sizes))]
+    policy = ClaimPolicy(steal=steal, max_size=max_size, adaptive=adaptive)
+    return [ShardClaimer(store, cursors, sizes, rank, policy) for rank in range(len(sizes))]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_position_is_claimed_once_at_any_interleaving(seed: int) -> None:
     choose = random.Random(seed)
     sizes = [choose.choice([0, 1, 3, 50, 200]) for _ in range(choose.choice([1, 2, 5, 6, 150]))]
-    ranks = claims_of(sizes)
-    busy = list(ranks)
-    seen: Counter[tuple[int, int]] = Counter()
+    claimers = make_claimers(sizes)
+    busy = list(claimers)
+    positions: Counter[tuple[int, int]] = Counter()
     while busy:
-        one = choose.choice(busy)
-        if choose.random() < 0.1:  # what the ranks agree on is of a second ago at best, and never too little
-            one.num_remaining = sum(each.refresh_own_remaining() for each in ranks)
-        claim = one.claim(64)
+        claimer = choose.choice(busy)
+        if choose.random() < 0.1:  # a sync is at best a second old, and its number never too small
+            claimer.num_remaining = sum(other.refresh_own_remaining() for other in claimers)
+        claim = claimer.claim(64)
         if claim is None:
-            busy.remove(one)
+            busy.remove(claimer)
         else:
-            seen.update((claim.shard, position) for position in range(claim.start, claim.stop))
-    assert seen == Counter((shard, position) for shard, size in enumerate(sizes) for position in range(size))
+            positions.update((claim.shard, position) for position in range(claim.start, claim.stop))
+    assert positions == Counter((shard, position) for shard, size in enumerate(sizes) for position in range(size))
 
 
-def test_without_stealing_a_rank_takes_its_own_shard_alone() -> None:
-    ranks = claims_of([5, 20], steal=False)
-    while (claim := ranks[0].claim(64)) is not None:
+def test_without_stealing_a_rank_claims_from_its_own_shard_only() -> None:
+    claimers = make_claimers([5, 20], steal=False)
+    while (claim := claimers[0].claim(64)) is not None:
         assert claim.shard == 0
-    assert ranks[1].claim(64) is not None
+    assert claimers[1].claim(64) is not None
 
 
-def test_the_fullest_shard_is_helped_first() -> None:
-    ranks = claims_of([0, 10, 90])
-    claim = ranks[0].claim(64)
+def test_a_rank_steals_from_the_fullest_shard_first() -> None:
+    claimers = make_claimers([0, 10, 90])
+    claim = claimers[0].claim(64)
     assert claim is not None and claim.shard == 2
 
 
-def test_a_slow_rank_sees_what_helpers_have_taken_from_its_shard() -> None:
-    slow, quick = claims_of([100, 0], max_size=64)
+def test_a_slow_rank_sees_what_others_have_stolen_from_its_shard() -> None:
+    slow, fast = make_claimers([100, 0], max_size=64)
     assert slow.claim(64) is not None and slow.refresh_own_remaining() == 75
-    while quick.claim(64) is not None:
+    while fast.claim(64) is not None:
         pass
-    assert slow.fair_claim_size == 25, "as far as it knows"
+    assert slow.fair_claim_size == 25, "as of its last look at the cursor"
     assert slow.refresh_own_remaining() == 0
 
 
-def test_a_slow_rank_leaves_the_end_to_the_others() -> None:
-    slow, *_ = claims_of([1000, 1000, 1000])
+def test_a_slow_rank_yields_the_end_to_the_others() -> None:
+    slow, *_ = make_claimers([1000, 1000, 1000])
     slow.num_remaining = 100
     assert not slow.should_yield(64)
-    slow.slowdown = 1.5  # while one of its 64 rows is done, the others do 2 x 64 that they run, and 64 more
+    slow.slowdown = 1.5  # while one of its 64 rows finishes, the others finish 2 x 64 that they run, and 64 more
     assert not slow.should_yield(64)
     slow.num_remaining = 63
     assert slow.should_yield(64)
-    slow.num_remaining = 0  # there is nothing to leave: it has to see that it is through
+    slow.num_remaining = 0  # nothing is left to yield: the rank must find out that it has no more work
     assert not slow.should_yield(64)
     slow.num_remaining, slow.slowdown = 10, 1.05
     assert not slow.should_yield(64), "that may be chance"
-    alone, *_ = claims_of([1000])
+    alone, *_ = make_claimers([1000])
     alone.slowdown = 2.0
     assert not alone.should_yield(64)
-    plain, *_ = claims_of([100, 100], steal=False)
-    plain.slowdown = 9.0
-    assert not plain.should_yield(64), "nobody else would take them"
+    without_stealing, *_ = make_claimers([100, 100], steal=False)
+    without_stealing.slowdown = 9.0
+    assert not without_stealing.should_yield(64), "no other rank would claim them"
 
 
-def test_a_helper_heeds_what_it_sees_before_the_ranks_agree_again() -> None:
-    quick, slow = claims_of([0, 100], max_size=64)
+def test_a_stealing_rank_uses_what_it_sees_before_the_next_sync() -> None:
+    fast, slow = make_claimers([0, 100], max_size=64)
     while slow.refresh_own_remaining() > 20:
         slow.claim(1)
-    assert quick.num_remaining == 100, "of some time ago"
-    claim = quick.claim(64)
+    assert fast.num_remaining == 100, "as of the last sync"
+    claim = fast.claim(64)
     assert claim is not None and claim.stop - claim.start == 5, "a quarter of the 20 that it found"
-    assert quick.fair_claim_size == 5
+    assert fast.fair_claim_size == 5
 
 
 def test_claims_shrink_towards_the_end() -> None:
-    ranks = claims_of([1000], max_size=64)
+    claimers = make_claimers([1000], max_size=64)
     sizes = []
-    while (claim := ranks[0].claim(64)) is not None:
+    while (claim := claimers[0].claim(64)) is not None:
         sizes.append(claim.stop - claim.start)
     assert sizes[0] == 64 and sizes[-1] == 1
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_no_claim_once_there_are_none() -> None:
-    ranks = claims_of([1, 0])
-    assert ranks[1].claim(64) is not None
-    assert ranks[0].claim(64) is None
-    assert ranks[1].claim(64) is None
+def test_no_rank_gets_a_claim_once_all_shards_are_exhausted() -> None:
+    claimers = make_claimers([1, 0])
+    assert claimers[1].claim(64) is not None
+    assert claimers[0].claim(64) is None
+    assert claimers[1].claim(64) is None
 
 
-def test_what_little_is_left_is_taken_one_by_one() -> None:
-    ranks = claims_of([100, 100, 100, 100], max_size=64)
-    assert ranks[0].fair_claim_size == 50
-    ranks[0].num_remaining = 20  # the others are nearly through
-    claim = ranks[0].claim(64)
+def test_the_last_rows_are_claimed_one_by_one() -> None:
+    claimers = make_claimers([100, 100, 100, 100], max_size=64)
+    assert claimers[0].fair_claim_size == 50
+    claimers[0].num_remaining = 20  # the other ranks have nearly finished
+    claim = claimers[0].claim(64)
     assert claim is not None and claim.stop - claim.start == 2
-    ranks[0].num_remaining = 5
-    claim = ranks[0].claim(64)
+    claimers[0].num_remaining = 5
+    claim = claimers[0].claim(64)
     assert claim is not None and claim.stop - claim.start == 1
-    assert ranks[0].fair_claim_size == 0
+    assert claimers[0].fair_claim_size == 0
 
 
 class CountingStore(InMemoryStore):
+    """Count the calls to the store."""
+
     def __init__(self) -> None:
         super().__init__()
         self.num_calls = 0
@@ -133,49 +144,43 @@ class CountingStore(InMemoryStore):
         return super().get_many(keys)
 
 
-def test_a_thousand_ranks_ask_the_store_little() -> None:
+def test_a_thousand_ranks_make_few_calls_to_the_store() -> None:
     num_ranks, num_rows = 1024, 64
-    store, cursors = CountingStore(), [str(rank) for rank in range(num_ranks)]
-    for cursor in cursors:
-        store.add(cursor, 0)
-    sizes = [num_rows] * num_ranks
-    ranks = [ShardClaimer(store, cursors, sizes, rank, steal=True, max_size=64) for rank in range(num_ranks)]
+    store = CountingStore()
+    claimers = make_claimers([num_rows] * num_ranks, max_size=64, store=store)
     store.num_calls = 0
     busy = list(range(num_ranks))
     random.Random(0).shuffle(busy)
     num_positions = 0
     while busy:
         for rank in list(busy):
-            claim = ranks[rank].claim(64)
+            claim = claimers[rank].claim(64)
             if claim is None:
                 busy.remove(rank)
             else:
                 num_positions += claim.stop - claim.start
     assert num_positions == num_ranks * num_rows
-    assert store.num_calls / num_ranks < 100, "a look at every shard by every rank would be 1,024"
+    assert store.num_calls / num_ranks < 100, "reading every cursor on every rank would take 1,024"
 
 
-def test_a_shard_that_is_behind_is_helped_before_the_own_one_is_used_up() -> None:
-    quick, slow = claims_of([100, 100])
+def test_a_rank_that_is_ahead_steals_before_its_own_shard_is_exhausted() -> None:
+    fast, slow = make_claimers([100, 100])
     shards = []
-    while quick.num_remaining > 100:
-        claim = quick.claim(8)
+    while fast.num_remaining > 100:
+        claim = fast.claim(8)
         assert claim is not None
         shards.append(claim.shard)
-        quick.num_remaining -= claim.stop - claim.start
-    assert 1 in shards and quick.refresh_own_remaining() > 20
-    assert abs(quick.refresh_own_remaining() - slow.refresh_own_remaining()) < 50
+        fast.num_remaining -= claim.stop - claim.start
+    assert 1 in shards and fast.refresh_own_remaining() > 20
+    assert abs(fast.refresh_own_remaining() - slow.refresh_own_remaining()) < 50
 
 
-def test_groups_are_helped_only_when_the_own_ones_are_used_up() -> None:
-    store, cursors = InMemoryStore(), ["0", "1"]
-    for cursor in cursors:
-        store.add(cursor, 0)
-    claims = ShardClaimer(store, cursors, [20, 20], 0, steal=True, max_size=1, adaptive=False)
-    claims.slowdown = 5.0
-    assert not claims.should_yield(1000)
-    taken = []
-    while (claim := claims.claim(64)) is not None:
-        taken.append(claim.shard)
-        claims.num_remaining -= 1
-    assert taken == [0] * 20 + [1] * 20
+def test_groups_are_stolen_only_once_the_own_shard_is_exhausted() -> None:
+    claimer, _ = make_claimers([20, 20], max_size=1, adaptive=False)
+    claimer.slowdown = 5.0
+    assert not claimer.should_yield(1000)
+    shards = []
+    while (claim := claimer.claim(64)) is not None:
+        shards.append(claim.shard)
+        claimer.num_remaining -= 1
+    assert shards == [0] * 20 + [1] * 20

@@ -1,202 +1,221 @@
-"""The order of work: every row once, long ones first, those that begin alike together, and a choice that says why."""
+"""Test the order of work: every row once, long rows first, shared prefixes together, and a choice with its reason."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 
-from dpgen.config.schema import Config, DataConfig, RunConfig, WorkConfig
+from dpgen.config.prompt import PromptConfig
+from dpgen.config.schema import WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.render import make_prompt_text_fn
-from dpgen.scheduling.order import RowOrder, order_rows
+from dpgen.scheduling.order import OrderConfig, RowOrder, order_rows
 
 DOCUMENTS = ["".join(random.Random(seed).choices("abcdefgh ", k=900 + 300 * seed)) for seed in range(20)]
-FROM_COLUMN = {"from_columns": {"max_tokens": "budget"}}
 
 
-def config_of(order: str = "auto", sampling: dict[str, Any] | None = None, **more: Any) -> Config:
-    work = {key: more.pop(key) for key in list(more) if key in ("hint_column", "claim_rows")}
-    data = DataConfig(path="x", **{"prompt_column": "prompt", **more.pop("data", {})})
-    return Config(
-        run=RunConfig(dir="x"),
-        model="m",
-        data=data,
-        work=WorkConfig(order=order, **work),
-        sampling=sampling or {},
-        **more,
-    )
+def make_config(
+    order: str = "auto",
+    *,
+    hint_column: str | None = None,
+    max_tokens_column: str | None = None,
+    prompt: PromptConfig | None = None,
+    prefix_caching: bool = True,
+) -> OrderConfig:
+    work = WorkConfig(order=order, hint_column=hint_column)
+    return OrderConfig(work, prompt or PromptConfig(prompt_column="prompt"), max_tokens_column, prefix_caching)
 
 
-def ordered(config: Config, rows: list[dict[str, Any]], todo: list[int] | None = None) -> RowOrder:
-    opened = InputRows(datasets.Dataset.from_list(rows))
-    which = np.arange(len(rows)) if todo is None else np.array(todo)
-    order = order_rows(config, opened, which, make_prompt_text_fn(config.prompt))
-    assert sorted(order.rows) == sorted(which), "every row once, and no other"
+def find_order(config: OrderConfig, rows: list[dict[str, Any]], remaining: list[int] | None = None) -> RowOrder:
+    row_ids = np.arange(len(rows)) if remaining is None else np.array(remaining)
+    input_rows = InputRows(datasets.Dataset.from_list(rows))
+    order = order_rows(config, input_rows, row_ids, make_prompt_text_fn(config.prompt))
+    assert sorted(order.rows) == sorted(row_ids), "every row once, and no other"
     return order
 
 
-def questions(num_each: int, shuffled: bool = True) -> list[dict[str, Any]]:
-    rows = [{"prompt": f"{text} Q{n}", "document": d} for d, text in enumerate(DOCUMENTS) for n in range(num_each)]
+def make_questions(num_per_document: int, shuffled: bool = True) -> list[dict[str, Any]]:
+    rows = [
+        {"prompt": f"{text} Q{number}", "document": document}
+        for document, text in enumerate(DOCUMENTS)
+        for number in range(num_per_document)
+    ]
     if shuffled:
         random.Random(0).shuffle(rows)
     return rows
 
 
+def count_changes(documents: list[int]) -> int:
+    return sum(first != second for first, second in itertools.pairwise(documents))
+
+
 def test_long_rows_come_first_by_their_own_max_tokens() -> None:
     rows = [{"prompt": "x", "budget": budget} for budget in [5, 900, None, 7, 900, 30]]
-    order = ordered(config_of(sampling=FROM_COLUMN), rows)
-    assert order.rows.tolist() == [1, 2, 4, 5, 3, 0], "one that says nothing may be as long as any"
+    order = find_order(make_config(max_tokens_column="budget"), rows)
+    assert order.rows.tolist() == [1, 2, 4, 5, 3, 0], "a row without a value may be as long as any"
     assert order.kind == "longest_first"
-    assert order.reason == "by max_tokens (budget): 5 to 900, half of them below 30"
+    assert order.reason == "by max_tokens from column budget (min 5, median 30, max 900 tokens)"
 
 
-def test_a_hint_column_goes_before_max_tokens() -> None:
+def test_a_hint_column_takes_precedence_over_max_tokens() -> None:
     rows = [{"prompt": "x", "budget": 10 - n, "expected": str(n * n)} for n in range(8)]
-    order = ordered(config_of(sampling=FROM_COLUMN, hint_column="expected"), rows, todo=[1, 2, 6, 7])
+    config = make_config(hint_column="expected", max_tokens_column="budget")
+    order = find_order(config, rows, remaining=[1, 2, 6, 7])
     assert order.rows.tolist() == [7, 6, 2, 1]
+    assert order.reason == "by hint column expected (min 1, median 20, max 49)"
 
 
-def test_budgets_that_are_all_alike_say_nothing() -> None:
-    order = ordered(config_of(sampling=FROM_COLUMN), [{"prompt": "x", "budget": 100 + n} for n in range(8)])
+def test_hints_that_hardly_vary_are_ignored() -> None:
+    config = make_config(max_tokens_column="budget")
+    order = find_order(config, [{"prompt": "x", "budget": 100 + n} for n in range(8)])
     assert (order.kind, order.rows.tolist()) == ("dataset", list(range(8)))
-    assert order.reason == "budget differs little from row to row"
+    assert order.reason == "because column budget varies too little to sort by"
 
 
-def test_prompts_lengths_are_the_last_hint() -> None:
+def test_prompt_length_is_the_last_hint() -> None:
     rows = [{"prompt": chr(97 + n) * n**4} for n in range(20)]
-    assert ordered(config_of("longest_first"), rows).rows.tolist() == list(range(19, -1, -1))
-    assert ordered(config_of(), rows).kind == "longest_first"
-    short = [{"prompt": chr(97 + n) * n * n} for n in range(20)]
-    assert ordered(config_of(), short).kind == "dataset", "short prompts cost little in any order"
+    assert find_order(make_config("longest_first"), rows).rows.tolist() == list(range(19, -1, -1))
+    assert find_order(make_config(), rows).kind == "longest_first"
+    short_prompts = [{"prompt": chr(97 + n) * n * n} for n in range(20)]
+    assert find_order(make_config(), short_prompts).kind == "dataset", "short prompts cost little in any order"
 
 
-def test_of_rows_with_the_same_prompt_one_goes_first_and_tells_of_the_others() -> None:
+def test_one_row_of_each_prompt_group_goes_first_as_a_probe() -> None:
     rows = [{"prompt": f"solve {n % 10}", "document": 0} for n in range(80)]
-    order = ordered(config_of(), rows)
+    order = find_order(make_config(), rows)
     assert (order.kind, order.num_probes) == ("longest_first", 10)
     assert order.rows[:10].tolist() == list(range(10))
-    assert order.reason.startswith("10 prompts have several rows each: one of each goes first")
-    # Where prompts are long the prefix cache saves more than an order by length; and a hint says more than siblings.
-    assert ordered(config_of(), [{"prompt": f"{DOCUMENTS[n % 10]}!"} for n in range(80)]).kind == "prefix"
-    hinted = [{"prompt": f"solve {n % 10}", "budget": n * n} for n in range(80)]
-    assert ordered(config_of(sampling=FROM_COLUMN), hinted).prompt_groups is None
+    assert order.reason == "by measured length (10 probe rows first, one of each unmeasured prompt group)"
+
+
+def test_a_prefix_cache_or_a_hint_is_worth_more_than_probes() -> None:
+    long_prompts = [{"prompt": f"{DOCUMENTS[n % 10]}!"} for n in range(80)]
+    assert find_order(make_config(), long_prompts).kind == "prefix"
+    with_hints = [{"prompt": f"solve {n % 10}", "budget": n * n} for n in range(80)]
+    assert find_order(make_config(max_tokens_column="budget"), with_hints).prompt_groups is None
 
 
 @pytest.mark.parametrize("shuffled", [True, False])
-def test_rows_that_begin_alike_go_together(shuffled: bool) -> None:
-    rows = questions(6, shuffled)
-    order = ordered(config_of(), rows)
+def test_rows_that_share_a_prefix_stand_together(shuffled: bool) -> None:
+    rows = make_questions(6, shuffled)
+    order = find_order(make_config(), rows)
     assert order.kind == "prefix", order.reason
     documents = [rows[row]["document"] for row in order.rows]
-    changes = sum(a != b for a, b in itertools.pairwise(documents))
-    assert changes == len(DOCUMENTS) - 1, "each document's questions stand together"
-    assert "120 of 120 prompts begin as others do, in 20 groups" in order.reason
+    assert count_changes(documents) == len(DOCUMENTS) - 1, "each document's questions stand together"
+    assert "(120 of 120 prompts share a prefix in 20 groups, " in order.reason
 
 
-def test_groups_are_dealt_whole_and_shards_weigh_the_same() -> None:
-    rows = questions(6)
-    order = ordered(config_of("prefix"), rows)
-    split = order.shard(4, max_rows=64)
-    assert split.groups is not None
-    home: dict[int, int] = {}
+def test_a_description_is_one_line_without_semicolons() -> None:
+    assert RowOrder(np.arange(2)).description == "dataset order"
+    order = find_order(make_config("longest_first"), [{"prompt": "abc"}, {"prompt": "a"}])
+    assert order.description == "longest first by prompt length (min 1, median 2, max 3 characters)"
+    assert str(order) == f"order of work: {order.description}"
+    order = find_order(make_config(), make_questions(6))
+    assert order.description.startswith("grouped by prefix (120 of 120 prompts"), "kind and reason read as one phrase"
+
+
+def test_prefix_groups_stay_whole_and_shards_weigh_the_same() -> None:
+    rows = make_questions(6)
+    shards = find_order(make_config("prefix"), rows).shard(4, max_rows=64)
+    assert shards.groups is not None
+    shard_of_document: dict[int, int] = {}
     weights = []
-    for shard, (row_ids, starts) in enumerate(split.groups):
+    for shard, (row_ids, chunk_starts) in enumerate(shards.groups):
         for row in row_ids:
-            assert home.setdefault(rows[row]["document"], shard) == shard, "a document is one rank's"
-        assert starts[0] == 0 and starts[-1] == len(row_ids) and (np.diff(starts) > 0).all()
-        assert split.sizes[shard] == len(starts) - 1
-        weights.append(sum(len(DOCUMENTS[d]) for d in {rows[row]["document"] for row in row_ids}))
-    assert sorted(row for row_ids, _ in split.groups for row in row_ids) == list(range(120))
+            document = rows[row]["document"]
+            assert shard_of_document.setdefault(document, shard) == shard, "one rank has all rows of a document"
+        assert chunk_starts[0] == 0 and chunk_starts[-1] == len(row_ids) and (np.diff(chunk_starts) > 0).all()
+        assert shards.sizes[shard] == len(chunk_starts) - 1
+        weights.append(sum(len(DOCUMENTS[document]) for document in {rows[row]["document"] for row in row_ids}))
+    assert sorted(row for row_ids, _ in shards.groups for row in row_ids) == list(range(120))
     assert min(weights) > 0.8 * max(weights)
 
 
-def test_a_groups_first_row_is_through_before_the_others_come() -> None:
-    rows = questions(6)
-    split = ordered(config_of("prefix"), rows).shard(1, max_rows=64)
-    assert split.groups is not None
-    [(row_ids, _)] = split.groups
-    places: dict[int, list[int]] = {}
-    for place, row in enumerate(row_ids):
-        places.setdefault(rows[row]["document"], []).append(place)
-    first, *others = sorted(places.values())
+def test_a_groups_first_row_is_computed_before_the_others_start() -> None:
+    rows = make_questions(6)
+    shards = find_order(make_config("prefix"), rows).shard(1, max_rows=64)
+    assert shards.groups is not None
+    [(row_ids, _)] = shards.groups
+    positions_of_document: dict[int, list[int]] = {}
+    for position, row in enumerate(row_ids):
+        positions_of_document.setdefault(rows[row]["document"], []).append(position)
+    first, *others = sorted(positions_of_document.values())
     assert first == [0, *range(2, 7)]
-    assert all(each[1] - each[0] >= 6 and each[-1] - each[1] == 4 for each in others)
+    for positions in others:
+        assert positions[1] - positions[0] >= 6, "the first row stands in the group before"
+        assert positions[-1] - positions[1] == 4, "the others stand together"
 
 
-def test_a_group_of_half_a_shard_is_cut() -> None:
+def test_a_group_of_more_than_half_a_shard_is_split() -> None:
     rows = [{"prompt": DOCUMENTS[row == 0] + str(row)} for row in range(100)]
     rows += [{"prompt": f"{n}"} for n in range(900)]
-    split = ordered(config_of("prefix"), rows).shard(20, max_rows=64)
-    assert split.groups is not None
-    with_document = [sum(0 < row < 100 for row in row_ids) for row_ids, _ in split.groups]
-    assert max(with_document) <= 50 and sum(with_document) == 99
+    shards = find_order(make_config("prefix"), rows).shard(20, max_rows=64)
+    assert shards.groups is not None
+    num_grouped = [sum(0 < row < 100 for row in row_ids) for row_ids, _ in shards.groups]
+    assert max(num_grouped) <= 50 and sum(num_grouped) == 99
 
 
-def test_a_beginning_that_all_rows_share_is_no_group() -> None:
+def test_a_prefix_that_all_rows_share_makes_no_group() -> None:
     system = "You are a helpful assistant. " * 40
     rows = [{"prompt": f"{system}{n} {chr(97 + n % 26) * 50}"} for n in range(100)]
-    assert ordered(config_of(), rows).kind == "dataset"
-    assert ordered(config_of("prefix"), rows).reason == "no prompts begin alike"
+    assert find_order(make_config(), rows).kind == "dataset"
+    assert find_order(make_config("prefix"), rows).reason == "because no prompts share a prefix"
 
 
-def test_below_a_beginning_that_all_share_groups_are_found() -> None:
-    rows = [{**row, "prompt": "You are a helpful assistant. " * 40 + row["prompt"]} for row in questions(6)]
-    order = ordered(config_of(), rows)
-    documents = [rows[row]["document"] for row in order.rows]
-    assert sum(a != b for a, b in itertools.pairwise(documents)) == len(DOCUMENTS) - 1
+def test_groups_are_found_behind_a_prefix_that_all_rows_share() -> None:
+    rows = [{**row, "prompt": "You are a helpful assistant. " * 40 + row["prompt"]} for row in make_questions(6)]
+    order = find_order(make_config(), rows)
+    assert count_changes([rows[row]["document"] for row in order.rows]) == len(DOCUMENTS) - 1
 
 
-def test_without_a_prefix_cache_there_is_no_order_for_it() -> None:
-    assert ordered(config_of(engine={"enable_prefix_caching": False}), questions(6)).kind != "prefix"
+def test_without_a_prefix_cache_rows_are_not_grouped_by_prefix() -> None:
+    assert find_order(make_config(prefix_caching=False), make_questions(6)).kind != "prefix"
 
 
 @pytest.mark.parametrize(
-    ("data", "row_of"),
+    ("prompt", "make_row"),
     [
-        ({"prompt_column": None, "template": "{{ text }}?"}, lambda text: {"text": text}),
+        (PromptConfig(template="{{ text }}?"), lambda text: {"text": text}),
         (
-            {"prompt_column": None, "messages_column": "m", "system_prompt": "be brief"},
+            PromptConfig(messages_column="m", system_prompt="be brief"),
             lambda text: {"m": [{"role": "user", "content": text}]},
         ),
-        ({"as_chat": True}, lambda text: {"prompt": text}),
+        (PromptConfig(prompt_column="prompt", as_chat=True), lambda text: {"prompt": text}),
     ],
 )
-def test_prompts_of_every_kind_are_compared(data: dict[str, Any], row_of: Callable[[str], dict[str, Any]]) -> None:
-    rows = [row_of(row["prompt"]) for row in questions(6)]
-    assert ordered(config_of(data=data), rows).kind == "prefix"
+def test_prompts_of_every_kind_are_compared(prompt: PromptConfig, make_row: Callable[[str], dict[str, Any]]) -> None:
+    rows = [make_row(row["prompt"]) for row in make_questions(6)]
+    assert find_order(make_config(prompt=prompt), rows).kind == "prefix"
 
 
-def test_rows_without_a_prompt_are_no_obstacle() -> None:
-    rows = [*questions(6), {"prompt": None, "document": -1}, {"prompt": "", "document": -1}]
-    assert ordered(config_of(), rows).kind == "prefix"
-    assert ordered(config_of("longest_first"), [{"prompt": None}, {"prompt": "abc"}]).rows.tolist() == [1, 0]
+def test_rows_without_a_prompt_are_ordered_too() -> None:
+    rows = [*make_questions(6), {"prompt": None, "document": -1}, {"prompt": "", "document": -1}]
+    assert find_order(make_config(), rows).kind == "prefix"
+    assert find_order(make_config("longest_first"), [{"prompt": None}, {"prompt": "abc"}]).rows.tolist() == [1, 0]
 
 
-def test_a_large_dataset_is_only_looked_at(tmp_path: Path) -> None:
+def test_only_a_sample_of_a_large_dataset_is_read() -> None:
     rows = [{"prompt": f"{n}", "budget": n % 50} for n in range(30_000)]
-    read: list[int] = []
+    num_read: list[int] = []
 
-    class Watched(InputRows):
+    class RecordingRows(InputRows):
         def iter_rows(self, row_ids: np.ndarray, columns: Any) -> Any:
-            read.append(len(row_ids))
+            num_read.append(len(row_ids))
             return super().iter_rows(row_ids, columns)
 
-    config = config_of(sampling=FROM_COLUMN)
-    order = order_rows(
-        config, Watched(datasets.Dataset.from_list(rows)), np.arange(30_000), make_prompt_text_fn(config.prompt)
-    )
-    assert order.kind == "longest_first" and len(read) == 1 and read[0] <= 20_000
+    config = make_config(max_tokens_column="budget")
+    input_rows = RecordingRows(datasets.Dataset.from_list(rows))
+    order = order_rows(config, input_rows, np.arange(30_000), make_prompt_text_fn(config.prompt))
+    assert order.kind == "longest_first" and len(num_read) == 1 and num_read[0] <= 20_000
     assert [rows[row]["budget"] for row in order.rows] == sorted((row["budget"] for row in rows), reverse=True)
 
 
-def test_a_shard_has_its_share_of_the_longest() -> None:
-    order = RowOrder(np.arange(100))
-    split = order.shard(7, max_rows=64)
-    assert split.groups is None and split.sizes == [15, 15, 14, 14, 14, 14, 14]
+def test_every_shard_has_its_part_of_the_longest_rows() -> None:
+    shards = RowOrder(np.arange(100)).shard(7, max_rows=64)
+    assert shards.groups is None and shards.sizes == [15, 15, 14, 14, 14, 14, 14]

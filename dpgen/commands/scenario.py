@@ -1,0 +1,204 @@
+"""Build what `dpgen simulate` simulates from its options: rows with lengths, their order of work, and an engine model.
+
+- Rows come from a configuration's dataset, or their lengths are sampled from a distribution.
+- The engine model comes from options, or is calibrated with the configuration's engine.
+- Nothing here joins other ranks or writes to a run directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpgen.config.schema import Config, WorkConfig
+from dpgen.data.input_rows import InputRows
+from dpgen.errors import ConfigError, suggest_name
+from dpgen.log import setup_logging
+from dpgen.scheduling.order import OrderConfig, RowOrder, order_by_measured_lengths
+from dpgen.scheduling.prompt_groups import PromptGroups, RankState
+from dpgen.simulation.lengths import sample_lengths
+from dpgen.simulation.simulator import EngineCostModel, Workload
+
+logger = logging.getLogger(__name__)
+
+_CHARS_PER_TOKEN = 4
+_ROWS_PER_SEQ = 16  # default number of sampled rows, for each sequence that can run
+_LENGTHS_UNKNOWN = "the rows' lengths are unknown: pass --lengths KIND, or a configuration with --length-column COLUMN"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Everything that `dpgen simulate` simulates, but for the number of ranks."""
+
+    workload: Workload
+    work: WorkConfig
+    model: EngineCostModel
+    gpus_per_rank: int = 1
+
+
+def build_scenario(options: argparse.Namespace) -> Scenario:
+    """Return the scenario that the options of `dpgen simulate` describe.
+
+    Raises:
+        ConfigError: an option or a key of the configuration is wrong, or the rows' lengths are unknown.
+        DpgenError: the engine could not be calibrated.
+    """
+    config = _load_config(options)
+    _check_options(options, config)
+    model = _calibrate_model(config) if config is not None and options.calibrate else _build_model(options)
+    random = np.random.default_rng(options.seed + 1)
+    if config is None or options.rows is not None:
+        num_rows = options.rows or _ROWS_PER_SEQ * max(parse_ranks(options.ranks)) * model.max_num_seqs
+        workload = _sample_workload(options, num_rows, random)
+    else:
+        workload = _load_workload(options, config)
+    if options.prompt_tokens is not None:
+        workload = dataclasses.replace(workload, prompt_lengths=np.full(len(workload.lengths), options.prompt_tokens))
+    if options.hint_noise is not None:
+        workload = dataclasses.replace(workload, order=_order_by_noisy_hints(workload.lengths, options, random))
+    work = config.work if config else WorkConfig()
+    return Scenario(workload, work, model, config.gpus_per_rank if config else 1)
+
+
+def parse_ranks(text: str) -> list[int]:
+    """Return the numbers of ranks in ``1,8,64``, ascending.
+
+    Raises:
+        ConfigError: the text holds anything else.
+    """
+    try:
+        ranks = sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        ranks = []
+    if not ranks or ranks[0] < 1:
+        raise ConfigError(f"--ranks={text}: must be numbers of at least 1, separated by commas")
+    return ranks
+
+
+def _load_config(options: argparse.Namespace) -> Config | None:
+    if not options.configuration:
+        if options.calibrate or options.length_column:
+            raise ConfigError("--calibrate and --length-column need a configuration: dpgen simulate CONFIG.yaml ...")
+        return None
+    from dpgen.config.loader import load_from_args
+
+    return load_from_args(options.configuration)
+
+
+def _check_options(options: argparse.Namespace, config: Config | None) -> None:
+    for name in ("hint_noise", "group_noise"):
+        value = getattr(options, name)
+        if value is not None and value < 0:
+            raise ConfigError(f"--{name.replace('_', '-')}={value:g}: must be at least 0")
+    if config is None or options.rows is not None:
+        if options.lengths is None:
+            raise ConfigError(_LENGTHS_UNKNOWN)
+        if options.group_rows < 1:
+            raise ConfigError(f"--group-rows={options.group_rows}: must be at least 1")
+    elif options.group_rows > 1:
+        raise ConfigError(f"--group-rows={options.group_rows}: only for sampled rows. Pass --lengths and --rows, too")
+
+
+def _sample_workload(options: argparse.Namespace, num_rows: int, random: np.random.Generator) -> Workload:
+    """Return rows without a dataset, their lengths sampled, in the order of work that a run would take."""
+    group_rows, rows = options.group_rows, np.arange(num_rows)
+    prompt_lengths = np.zeros(num_rows, dtype=np.int64)
+    if group_rows == 1:
+        return Workload(sample_lengths(options.lengths, num_rows, options.seed), prompt_lengths, RowOrder(rows))
+    group = rows // group_rows
+    lengths = sample_lengths(options.lengths, -(-num_rows // group_rows), options.seed)[group]
+    lengths = np.maximum(1, lengths * random.lognormal(0.0, options.group_noise, num_rows)).astype(np.int64)
+    prompt_groups = PromptGroups(group)
+    order = order_by_measured_lengths(rows, prompt_groups, prompt_groups.count(RankState()))
+    return Workload(lengths, prompt_lengths, order)
+
+
+def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
+    """Return the rows of a configuration's dataset, in the order of work that a run would take."""
+    from dpgen.data.input_rows import load_input
+    from dpgen.data.render import check_prompt_columns, make_prompt_text_fn, select_prompt_columns
+    from dpgen.scheduling.order import order_rows
+    from dpgen.scheduling.prefix_groups import group_by_prefix
+
+    rows = load_input(config.data)
+    check_prompt_columns(config.prompt, rows.columns)
+    row_ids, text_of = np.arange(len(rows)), make_prompt_text_fn(config.prompt)
+    lengths = _read_lengths(options, config, rows)
+    prompts = group_by_prefix(rows, row_ids, select_prompt_columns(config.prompt, rows.columns), text_of)
+    order_config = OrderConfig(
+        work=config.work,
+        prompt=config.prompt,
+        max_tokens_column=config.sampling_columns.get("max_tokens"),
+        prefix_caching=config.engine.get("enable_prefix_caching", True),
+    )
+    return Workload(lengths, prompts.lengths // _CHARS_PER_TOKEN, order_rows(order_config, rows, row_ids, text_of))
+
+
+def _read_lengths(options: argparse.Namespace, config: Config, rows: InputRows) -> np.ndarray:
+    if options.lengths is not None:
+        return sample_lengths(options.lengths, len(rows), options.seed)
+    column = options.length_column or config.work.hint_column or config.sampling_columns.get("max_tokens")
+    if column is None:
+        raise ConfigError(_LENGTHS_UNKNOWN)
+    if column not in rows.columns:
+        raise ConfigError(f"{column!r} is no column of the dataset{suggest_name(column, rows.columns, 'columns')}")
+    values = np.nan_to_num(rows.read_numbers(column, np.arange(len(rows))), nan=1)
+    lengths: np.ndarray = np.maximum(1, values).astype(np.int64)
+    return lengths
+
+
+def _order_by_noisy_hints(lengths: np.ndarray, options: argparse.Namespace, random: np.random.Generator) -> RowOrder:
+    hints = lengths * random.lognormal(0.0, options.hint_noise, len(lengths))
+    reason = f"by hints with a typical error of a factor of {np.exp(options.hint_noise):.1f}"
+    return RowOrder(np.argsort(-hints, kind="stable"), "longest_first", reason)
+
+
+def _build_model(options: argparse.Namespace) -> EngineCostModel:
+    for name in ("step_ms", "seq_us", "kv_ns", "prefill_us"):
+        if getattr(options, name) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name):g}: must be at least 0")
+    for name in ("max_num_seqs", "kv_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}={value}: must be at least 1")
+    return EngineCostModel(
+        options.step_ms / 1e3,
+        options.seq_us / 1e6,
+        options.kv_ns / 1e9,
+        options.prefill_us / 1e6,
+        options.max_num_seqs,
+        options.kv_tokens,
+    )
+
+
+def _calibrate_model(config: Config) -> EngineCostModel:
+    """Measure the constants of the configuration's engine on this machine."""
+    from dpgen.distributed.group import SingleRankGroup
+    from dpgen.distributed.topology import read_topology
+    from dpgen.engine.launch import build_engine_spec, make_engine_factory
+    from dpgen.engine.log_file import EngineLog
+    from dpgen.engine.supervisor import EngineLimits, EngineSupervisor
+    from dpgen.simulation.calibration import calibrate
+
+    def do_nothing() -> None: ...
+
+    setup_logging(0, config.run.log_format)
+    topology, group = read_topology({}), SingleRankGroup()
+    sampling = {key: value for key, value in config.sampling.items() if key in ("temperature", "top_p", "top_k")}
+    config = dataclasses.replace(config, sampling=sampling, sampling_by_rank=[])
+    engine = EngineSupervisor(
+        make_engine_factory(config, topology, group, None, EngineLog(config.run.log_level)),
+        build_engine_spec(config, topology, None),
+        dataclasses.replace(EngineLimits.from_config(config.run), max_deaths=1),
+    )
+    try:
+        for note in engine.check_options(do_nothing):
+            logger.info(note)
+        info = engine.load_model(lambda measured_bytes: measured_bytes, do_nothing)
+        return calibrate(engine, info)
+    finally:
+        engine.kill()

@@ -1,0 +1,46 @@
+"""Sum the ranks' numbers with one all-reduce: they end the run, show its progress, and start a reshard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class Totals:
+    """Numbers of one rank, or their sums over all ranks, since the start of the attempt.
+
+    Attributes:
+        num_generated_tokens: of all rows, those still running included.
+        num_cached_tokens: prompt tokens that the engines had in their prefix caches.
+        num_preemptions: sequences that the engines preempted.
+        num_unclaimed: rows, or chunks of rows, that no rank has claimed.
+        num_reshard_requests: ranks whose engine was abandoned while they had rows.
+        num_groups_measured: see `RequestSource.should_reshard`.
+        num_ranks_generating: ranks with a row in the engine for too long to be rejected.
+        rates: generated tokens/s by rank; see `ThroughputMeter.get_tokens_per_s`.
+    """
+
+    num_unfinished_ranks: int = 0
+    num_rows: int = 0
+    num_errors: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_unclaimed: int = 0
+    num_reshard_requests: int = 0
+    num_groups_measured: int = 0
+    num_ranks_generating: int = 0
+    rates: tuple[int, ...] = ()
+
+    def as_list(self, rank: int, num_ranks: int, rate: int) -> list[int]:
+        """Return the numbers to sum over all ranks: counts, then one rate per rank, of which a rank fills its own."""
+        counts = [getattr(self, field.name) for field in fields(self) if field.name != "rates"]
+        return [*counts, *(rate if other == rank else 0 for other in range(num_ranks))]
+
+    @staticmethod
+    def from_list(values: Sequence[int]) -> Totals:
+        """Make totals from sums of `as_list`."""
+        num_counts = len(fields(Totals)) - 1
+        return Totals(*values[:num_counts], tuple(values[num_counts:]))  # type: ignore[call-arg, arg-type]

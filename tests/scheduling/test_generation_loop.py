@@ -1,0 +1,222 @@
+"""The generation loop, with fakes: reshards, lost ranks, failing rows, and results that the rank decodes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from dpgen.config.schema import WorkConfig
+from dpgen.distributed.group import PeerLost, PendingReduce, SingleRankGroup
+from dpgen.engine.messages import Event, RowsFinished
+from dpgen.errors import DpgenError, Interrupted, NoEngineLeft
+from dpgen.records import Completion, RankManifest, Request, RowError, RowResult, UndecodedRow
+from dpgen.scheduling.claims import ShardClaimer
+from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
+from dpgen.scheduling.order import RowOrder
+from dpgen.scheduling.prompt_groups import RankState
+from dpgen.scheduling.request_source import RequestBuilder, RequestSource
+from dpgen.scheduling.result_recorder import ResultRecorder
+from dpgen.scheduling.sources import SourceMaker
+
+DEFAULTS = LoopConfig()
+
+
+class FakeShard:
+    """Rows with their own number as the only column."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self._rows = rows
+
+    def read_positions(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        yield from ((row, {"row": row}) for row in self._rows[start:stop].tolist())
+
+
+class FakePlanner:
+    """Plan the rows that are neither finished nor running, for one rank."""
+
+    def __init__(self, num_rows: int, group: SingleRankGroup) -> None:
+        self._num_rows, self._group = num_rows, group
+        self.states: list[RankState] = []
+        self.order = RowOrder(np.zeros(0, dtype=np.int64))
+        self.num_remaining_rows = 0
+
+    def plan(self, state: RankState | None = None, *, has_engine: bool = True) -> RequestSource:
+        state = state or RankState()
+        self.states.append(state)
+        rows = np.setdiff1d(np.arange(self._num_rows), np.concatenate([state.finished, state.running]))
+        self.order, self.num_remaining_rows = RowOrder(rows), len(rows)
+        if len(rows) and not has_engine:
+            raise NoEngineLeft("no rank has a working engine left")
+        cursor = f"cursor/{len(self.states)}"
+        self._group.store.add(cursor, 0)
+        maker = SourceMaker(self.order, WorkConfig(), 1)
+        claimer = maker.make_claimer(ShardClaimer, self._group.store, [cursor], 0)
+        builder = RequestBuilder(lambda columns: ([columns["row"]], None), None, {})
+        return maker.make_source(claimer, lambda shard: FakeShard(rows), builder)
+
+
+class FakeEngine:
+    """Finish every row at the poll after its submission; rows of `failing` as errors."""
+
+    def __init__(self, max_num_seqs: int = 4, failing: Sequence[int] = ()) -> None:
+        self.max_num_seqs, self.is_abandoned = max_num_seqs, False
+        self._failing, self._requests = set(failing), list[Request]()
+
+    def submit(self, requests: list[Request]) -> None:
+        self._requests += requests
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        rows, self._requests = [request.row for request in self._requests], []
+        return [RowsFinished([self._finish(row) for row in rows])] if rows else []
+
+    def _finish(self, row: int) -> RowResult:
+        if row in self._failing:
+            return RowResult(row, error=RowError("prompt_too_long", "600 tokens"))
+        return RowResult(row, 1, (Completion("text", "stop", 3),))
+
+
+class FakeJournal:
+    """Keep results in a list."""
+
+    def __init__(self) -> None:
+        self.results: list[RowResult] = []
+
+    def append(self, result: RowResult) -> None:
+        self.results.append(result)
+
+    def raise_if_failed(self) -> None:
+        return
+
+
+class FakeDetokenizer:
+    """Make a text of every row."""
+
+    def decode_row(self, undecoded: UndecodedRow) -> RowResult:
+        [completion] = undecoded.result.completions
+        decoded = Completion(f"decoded {undecoded.token_ids}", completion.finish_reason, completion.num_tokens)
+        return RowResult(undecoded.result.row, undecoded.result.num_prompt_tokens, (decoded,))
+
+
+class LossyGroup(SingleRankGroup):
+    """Lose a peer at the first all-reduces, as often as `losses` say; the launcher lets the others continue or not."""
+
+    def __init__(self, losses: Sequence[str], can_shrink: bool = True) -> None:
+        super().__init__()
+        self._losses, self.can_shrink, self.num_shrink_calls = list(losses), can_shrink, 0
+
+    def all_reduce_async(self, values: Sequence[int], op: Literal["sum", "min"]) -> PendingReduce:
+        if self._losses:
+            raise PeerLost(self._losses.pop(0))
+        return super().all_reduce_async(values, op)
+
+    def shrink(self) -> None:
+        self.num_shrink_calls += 1
+        if self._losses:
+            raise PeerLost(self._losses.pop(0))
+
+
+def make_loop(
+    num_rows: int,
+    engine: FakeEngine | None = None,
+    group: SingleRankGroup | None = None,
+    config: LoopConfig = DEFAULTS,
+    stop_reason: str | None = None,
+) -> tuple[GenerationLoop, FakePlanner, FakeJournal]:
+    group = group or SingleRankGroup()
+    planner, journal = FakePlanner(num_rows, group), FakeJournal()
+    recorder = ResultRecorder(journal)  # type: ignore[arg-type]
+    loop = GenerationLoop(planner, engine or FakeEngine(), recorder, group, config, lambda: stop_reason)
+    return loop, planner, journal
+
+
+def test_every_row_is_recorded_once_and_counted() -> None:
+    loop, planner, journal = make_loop(50, FakeEngine(failing=[7]))
+    progress: list[int] = []
+    totals = loop.run(planner.plan(), lambda totals: progress.append(totals.num_rows))
+    assert sorted(result.row for result in journal.results) == list(range(50))
+    assert (totals.num_rows, totals.num_errors, totals.num_generated_tokens) == (50, 1, 3 * 49)
+    assert progress[-1] == 50, "progress shows the end, too"
+    manifest = loop.fill_manifest(RankManifest(0, "node"))
+    assert (manifest.num_prompt_tokens, manifest.num_generated_tokens) == (49, 3 * 49)
+
+
+def test_a_lost_rank_is_a_warning_and_the_remaining_rows_are_resharded(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    group = LossyGroup(["lost rank 3 (no heartbeat for 60 s)"])
+    loop, planner, journal = make_loop(50, group=group)
+    loop.run(planner.plan())
+    assert group.num_shrink_calls == 1
+    [warning] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.getMessage() == "lost rank 3 (no heartbeat for 60 s), continuing with the remaining ranks"
+    state = planner.states[1]
+    begun = len(state.finished) + len(state.running)
+    assert 0 < begun < 50, "the loss was to be noticed while the loop was at work"
+    assert f"resharded {50 - begun} remaining rows: {planner.order.description}" in caplog.messages
+    assert sorted(result.row for result in journal.results) == list(range(50)), "no row is lost or generated twice"
+
+
+def test_a_rank_that_is_lost_while_the_group_shrinks_is_removed_as_well(caplog: pytest.LogCaptureFixture) -> None:
+    group = LossyGroup(["lost rank 3", "lost another rank while regrouping"])
+    loop, planner, journal = make_loop(20, group=group)
+    loop.run(planner.plan())
+    assert group.num_shrink_calls == 2
+    assert caplog.messages == [
+        "lost rank 3, continuing with the remaining ranks",
+        "lost another rank while regrouping, continuing with the remaining ranks",
+    ]
+    assert len(journal.results) == 20
+
+
+def test_a_lost_rank_ends_the_loop_where_the_launcher_ends_all_ranks(caplog: pytest.LogCaptureFixture) -> None:
+    loop, planner, journal = make_loop(20, group=LossyGroup(["lost rank 3"], can_shrink=False))
+    with pytest.raises(PeerLost, match="lost rank 3"):
+        loop.run(planner.plan())
+    assert not caplog.messages, "no rank continues"
+    assert journal.results, "rows that the engine has finished are recorded"
+
+
+def test_an_abandoned_engine_ends_the_loop_where_no_other_rank_has_one() -> None:
+    engine = FakeEngine()
+    loop, planner, _ = make_loop(20, engine)
+    source = planner.plan()
+    engine.is_abandoned, engine.max_num_seqs = True, 0
+    with pytest.raises(NoEngineLeft, match="no rank has a working engine left"):
+        loop.run(source)
+
+
+def test_an_interrupted_loop_records_the_rows_that_the_engine_has_finished() -> None:
+    loop, planner, journal = make_loop(20, stop_reason="interrupted by SIGTERM")
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM"):
+        loop.run(planner.plan())
+    assert journal.results
+
+
+def test_rows_that_all_fail_abort_the_run_and_the_error_names_the_key_and_the_first_row() -> None:
+    config = LoopConfig(max_leading_errors=10)
+    loop, planner, _ = make_loop(20, FakeEngine(failing=range(20)), config=config)
+    with pytest.raises(DpgenError) as caught:
+        loop.run(planner.plan())
+    assert str(caught.value) == (
+        "the first 20 rows all failed (run.max_leading_errors=10), so the cause is probably in the configuration. "
+        "Fix it, or set run.max_leading_errors=0 to continue regardless. Row 0 failed with prompt_too_long: 600 tokens"
+    )
+
+
+def test_one_good_row_keeps_a_run_of_failing_rows_going() -> None:
+    config = LoopConfig(max_leading_errors=10)
+    loop, planner, _ = make_loop(20, FakeEngine(failing=range(19)), config=config)
+    assert loop.run(planner.plan()).num_errors == 19
+
+
+def test_a_recorder_decodes_only_the_rows_that_the_engine_did_not() -> None:
+    journal = FakeJournal()
+    recorder = ResultRecorder(journal, FakeDetokenizer())  # type: ignore[arg-type]
+    decoded = RowResult(0, 1, (Completion("text", "stop", 2),))
+    assert recorder.add(decoded) is decoded
+    undecoded = UndecodedRow(RowResult(1, 1, (Completion("", "stop", 2),)), ([5, 6],), skip_special_tokens=True)
+    assert recorder.add(undecoded).completions[0].text == "decoded ([5, 6],)"
+    assert [result.row for result in journal.results] == [0, 1]

@@ -1,0 +1,114 @@
+"""Plans of one rank: they cover the rows that no journal holds and no rank has begun, with new cursors each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from dpgen.config.prompt import PromptConfig
+from dpgen.config.schema import WorkConfig
+from dpgen.data.input_rows import InputRows
+from dpgen.distributed.group import InMemoryStore, SingleRankGroup
+from dpgen.errors import NoEngineLeft
+from dpgen.journal.writer import JournalWriter
+from dpgen.records import Completion, Request, RowError, RowResult
+from dpgen.scheduling.order import OrderConfig
+from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
+from dpgen.scheduling.prompt_groups import RankState
+from dpgen.scheduling.request_source import RequestBuilder, RequestSource
+
+NUM_ROWS = 20
+
+
+def make_planner(
+    journal_dir: Path, group: SingleRankGroup, retry_errors: bool | list[str] = False, claims_rows: bool = True
+) -> ShardPlanner:
+    columns = {"prompt": [f"row number {row}" for row in range(NUM_ROWS)], "budget": [None, 5] * (NUM_ROWS // 2)}
+    rows = InputRows(datasets.Dataset.from_dict(columns))
+    order = OrderConfig(WorkConfig(), PromptConfig(prompt_column="prompt"), None, prefix_caching=True)
+    config = PlannerConfig(
+        order, retry_errors, ("budget", "prompt"), lockstep=False, claims_rows=claims_rows, attempt=3
+    )
+    builder = RequestBuilder(lambda row: (None, row["prompt"]), None, {"max_tokens": "budget"}, [{"max_tokens": 2}])
+    return ShardPlanner(config, rows, journal_dir, group, builder)
+
+
+def write_journal(journal_dir: Path, succeeded: list[int], failed: dict[int, str]) -> None:
+    journal_dir.mkdir(parents=True, exist_ok=True)
+    journal = JournalWriter(journal_dir, 1, 0)
+    for row in succeeded:
+        journal.append(RowResult(row, 1, (Completion("text", "stop", 1),)))
+    for row, error_type in failed.items():
+        journal.append(RowResult(row, error=RowError(error_type, "reason")))
+    journal.close()
+
+
+def take_requests(source: RequestSource) -> list[Request]:
+    requests = []
+    while (request := source.next_request()) is not None:
+        assert isinstance(request, Request)
+        requests.append(request)
+    return requests
+
+
+def take_rows(source: RequestSource) -> list[int]:
+    return sorted(request.row for request in take_requests(source))
+
+
+@pytest.mark.parametrize(
+    ("retry_errors", "retried"),
+    [(False, []), (True, [4, 5]), (["poison_row"], [5]), (["wrong_type", "poison_row"], [4, 5])],
+)
+def test_a_plan_covers_the_rows_that_no_journal_holds_and_failed_ones_to_retry(
+    tmp_path: Path, retry_errors: bool | list[str], retried: list[int]
+) -> None:
+    write_journal(tmp_path, [0, 1, 2], {4: "wrong_type", 5: "poison_row"})
+    planner = make_planner(tmp_path, SingleRankGroup(), retry_errors)
+    rows = take_rows(planner.plan())
+    assert rows == sorted(set(range(NUM_ROWS)) - {0, 1, 2, 4, 5} | set(retried))
+    assert planner.num_remaining_rows == len(rows)
+
+
+def test_a_run_without_any_success_starts_over(tmp_path: Path) -> None:
+    write_journal(tmp_path, [], {4: "wrong_type"})
+    assert take_rows(make_planner(tmp_path, SingleRankGroup()).plan()) == list(range(NUM_ROWS))
+
+
+def test_a_reshard_leaves_out_rows_that_are_finished_or_running_and_has_new_cursors(tmp_path: Path) -> None:
+    group = SingleRankGroup()
+    store = group.store
+    planner = make_planner(tmp_path, group)
+    first = planner.plan()
+    assert first.next_request() is not None, "some rows are claimed, and return to the next plan"
+    state = RankState(np.array([0, 1]), np.array([5, 5]), np.array([2]))
+    assert take_rows(planner.plan(state)) == list(range(3, NUM_ROWS))
+    assert isinstance(store, InMemoryStore)
+    claimed = store.get_many(["dpgen/cursor/3/0/1/0", "dpgen/cursor/3/0/2/0"])
+    assert all(claimed), "cursors are named after attempt, shrinks, plan and rank"
+
+
+def test_requests_carry_the_rows_own_sampling(tmp_path: Path) -> None:
+    requests = {request.row: request for request in take_requests(make_planner(tmp_path, SingleRankGroup()).plan())}
+    assert (requests[0].prompt, requests[0].sampling) == ("row number 0", {"max_tokens": 2}), "a null keeps the entry's"
+    assert (requests[1].prompt, requests[1].sampling) == ("row number 1", {"max_tokens": 5})
+
+
+def test_rows_without_any_engine_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    planner = make_planner(tmp_path, SingleRankGroup())
+    with pytest.raises(NoEngineLeft) as caught:
+        planner.plan(has_engine=False)
+    assert str(caught.value) == (
+        "no rank has a working engine left: each crashed repeatedly (see the engine errors above). "
+        "Fix the cause, then rerun the same command to resume"
+    )
+    assert caught.value.exit_status == 75
+
+
+def test_a_rank_without_work_needs_no_engine(tmp_path: Path) -> None:
+    write_journal(tmp_path, list(range(NUM_ROWS)), {})
+    planner = make_planner(tmp_path, SingleRankGroup(), claims_rows=False)
+    assert planner.plan(has_engine=False).is_exhausted
+    assert planner.num_remaining_rows == 0
