@@ -1,9 +1,14 @@
-"""What passes between the rooms: requests down to the engine, results up from it, and their form in the journal."""
+"""Define the records that pass between the wings: requests to the engine, results from it, and their journal form.
+
+- A row's index in the input identifies the row everywhere.
+- Classes and fields of results keep their names: hashes in the `_SUCCESS` files of older runs depend on them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +17,14 @@ from dpgen.errors import RowRefused
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One row, ready to generate.
+    """Hold one row that is ready to generate.
 
     Attributes:
-        row: the row's index in the input; a row's identity, everywhere.
-        prompt_token_ids: the prompt; None where only the engine's own tokenizer can make it from `prompt`.
-        prompt: the text, or the chat messages, where `prompt_token_ids` is None.
-        sampling: fields of SamplingParams that are this row's own (of its entry of sampling_by_rank, its seed, and
-            those taken from columns).
+        row: the row's index in the input.
+        prompt_token_ids: the prompt; None if only the engine's own tokenizer can make the tokens from `prompt`.
+        prompt: the text or the chat messages if `prompt_token_ids` is None.
+        sampling: SamplingParams fields of this row only: from its entry of sampling_by_rank, its seed, and values
+            taken from columns.
     """
 
     row: int
@@ -30,13 +35,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sample of a row.
+    """Hold one sample of a row.
 
     Attributes:
         text: the generated text.
-        finish_reason: vLLM's word: "stop", "length", ...
-        num_tokens: how many tokens were generated.
-        token_ids: those tokens, where they were asked for.
+        finish_reason: vLLM's value: "stop", "length", ...
+        num_tokens: number of generated tokens.
+        token_ids: the generated tokens; None unless output.token_ids asks for them.
     """
 
     text: str
@@ -47,7 +52,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """Why a row has no completion: a stable word to filter by, and a sentence for a person."""
+    """Say why a row has no completion: a stable snake_case type to filter by, and a sentence for a person."""
 
     type: str
     message: str
@@ -55,7 +60,11 @@ class RowError:
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """What became of a row: completions (one a sample), or an error."""
+    """Hold a row's result: one completion per sample, or an error.
+
+    Attributes:
+        num_prompt_tokens: None if the row failed before the engine counted its prompt.
+    """
 
     row: int
     num_prompt_tokens: int | None = None
@@ -64,16 +73,64 @@ class RowResult:
 
     @property
     def num_generated_tokens(self) -> int:
-        return sum(each.num_tokens for each in self.completions)
+        return sum(completion.num_tokens for completion in self.completions)
+
+
+@dataclass(frozen=True, slots=True)
+class UndecodedRow:
+    """Hold a finished row without text; its rank decodes the tokens.
+
+    Attributes:
+        result: the result, with "" as the text of each completion.
+        token_ids: for each completion, the tokens to decode.
+        skip_special_tokens: True if the text leaves special tokens out.
+        prompt_token_ids: the row's prompt. The engine sends none, since the rank has the prompt already.
+    """
+
+    result: RowResult
+    token_ids: tuple[list[int], ...]
+    skip_special_tokens: bool
+    prompt_token_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class RankManifest:
+    """Summarize one rank's part of an attempt; `run.json` holds the fields under these names.
+
+    Attributes:
+        sees_rank_0: True if this rank and rank 0 share one run directory.
+        num_rows: rows in this rank's journal.
+        num_bytes: bytes of this rank's journal.
+        num_prompt_tokens: prompt tokens of these rows.
+        num_generated_tokens: generated tokens of these rows.
+        num_cached_tokens: prompt tokens that the engine found in its prefix cache.
+        num_preemptions: sequences that the engine preempted because the KV cache was full.
+        busy_s: seconds from the first row submitted to the engine to the last row finished.
+    """
+
+    rank: int
+    node: str
+    sees_rank_0: bool = True
+    num_rows: int = 0
+    num_bytes: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    busy_s: float = 0.0
 
 
 def make_rejected_result(row: int, why: RowRefused) -> RowResult:
-    """The result of a row that was refused."""
+    """Return the result of a rejected row."""
     return RowResult(row, error=RowError(why.type, why.message))
 
 
 def encode_result(result: RowResult) -> bytes:
-    """A result as one journal record: JSON in UTF-8, short keys, one object."""
+    """Return a result as one journal record: a JSON object in ASCII on one line, with short keys.
+
+    `_SUCCESS` holds a hash over these bytes. A field that is added later must therefore be left out of the record
+    when it has its default value, so that records of older runs keep their bytes when decoded and encoded again.
+    """
     record: dict[str, Any] = {"row": result.row}
     if result.num_prompt_tokens is not None:
         record["prompt_tokens"] = result.num_prompt_tokens
@@ -81,27 +138,27 @@ def encode_result(result: RowResult) -> bytes:
         record["error"] = [result.error.type, result.error.message]
     if result.completions:
         record["out"] = [[c.text, c.finish_reason, c.num_tokens, c.token_ids] for c in result.completions]
-    # ASCII escapes carry anything a str can hold, lone surrogates too, which UTF-8 would refuse.
+    # ASCII escapes can represent any str, including lone surrogates, which UTF-8 rejects.
     return json.dumps(record, separators=(",", ":")).encode("ascii")
 
 
 def decode_result(record: bytes) -> RowResult:
-    """The result that `encode_result` wrote.
+    """Return the result from a record of `encode_result`.
 
     Raises:
-        ValueError, KeyError, TypeError: bytes that `encode_result` did not write.
+        ValueError, KeyError, TypeError: `encode_result` did not write these bytes.
     """
-    found = json.loads(record)
-    error = RowError(*found["error"]) if "error" in found else None
-    completions = tuple(Completion(*each) for each in found.get("out", ()))
-    return RowResult(found["row"], found.get("prompt_tokens"), completions, error)
+    fields = json.loads(record)
+    error = RowError(*fields["error"]) if "error" in fields else None
+    completions = tuple(Completion(*completion) for completion in fields.get("out", ()))
+    return RowResult(fields["row"], fields.get("prompt_tokens"), completions, error)
 
 
 def derive_row_seed(run_seed: int, row: int) -> int:
-    """The seed that a row's sampling starts from: a 62-bit hash of (run seed, row index).
+    """Return the seed of a row's sampling: a 62-bit hash of (run seed, row index).
 
-    vLLM gives sample i of a request the seed plus i, so that each sample's seed is a function of (run seed, row
-    index, sample index) and of nothing else: not of the world size, the order, or a restart.
+    vLLM gives sample i of a request the seed plus i. Each sample's seed therefore depends only on (run seed, row
+    index, sample index), not on the world size, the order or a restart.
     """
     digest = hashlib.blake2b(b"%d/%d" % (run_seed, row), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2

@@ -1,15 +1,17 @@
-"""A journal segment, byte by byte.
+"""Encode and decode a journal segment, byte by byte.
 
     segment  = header frame* [index trailer]
     header   = magic (16 bytes), the segment's random id (8)
     frame    = CRC-32 (of all that follows), payload length, row index, flags, payload
-    index    = a frame whose flags say so, its row field the number of frames, its payload
+    index    = a frame with the index flag, its row field the number of frames, its payload
                id, rows int64[n], lengths uint32[n], flags uint8[n]
-    trailer  = mark (8 bytes), where the index begins, CRC-32 of those two
+    trailer  = mark (8 bytes), offset of the index, CRC-32 of those two
 
-All little-endian. A segment without index and trailer is one that is being written, or whose writer died: its frames
-are read one by one, up to the first that isn't sound. With them it is sealed: which rows it holds is known without
-reading a payload. An index counts only if its checksum, its id and the sum of its lengths fit the segment.
+- All numbers are little-endian.
+- A segment without index and trailer is being written, or its writer died. Its frames are read one by one, up to the
+  first unsound one.
+- A segment with index and trailer is sealed: its rows are known without reading a payload. An index counts only if
+  its checksum, its id and the sum of its lengths fit the segment.
 """
 
 from __future__ import annotations
@@ -26,47 +28,50 @@ MAGIC = b"dpgen journal 2\n"
 ID_BYTES = 8
 HEADER_BYTES = len(MAGIC) + ID_BYTES
 FRAME_HEADER = struct.Struct("<IIqB")  # CRC-32, payload length, row index, flags
-_BODY = struct.Struct("<IqB")  # the same after its checksum
-TRAILER = struct.Struct("<8sQI")  # mark, offset of the index, CRC-32 of those two
+_BODY = struct.Struct("<IqB")  # FRAME_HEADER without the CRC-32
+TRAILER = struct.Struct("<8sQI")  # mark, offset of the index, CRC-32 of mark and offset
 FLAG_ERROR = 1
 _FLAG_INDEX = 0x80
 _CRC_BYTES = 4
-_MARK = b"\x89dpgenix"  # not ASCII, so no payload ends like it
+_MARK = b"\x89dpgenix"  # not ASCII, so that no payload can end like a trailer
 _INDEX_ROW_BYTES = 8 + 4 + 1
-_MAX_CANDIDATES = 100_000  # places tried as a frame's start in a damaged segment; random bytes hold few
+_MAX_CANDIDATES = 100_000  # offsets tried as a frame's start in a damaged segment; random bytes hold few candidates
 _NAME = re.compile(r"attempt-(\d{4,})-rank-(\d{5,})-part-(\d{4,})\.journal")
 
 
 def segment_name(attempt: int, rank: int, part: int) -> str:
+    """Return the file name of a segment; names sort by attempt, rank and part."""
     return f"attempt-{attempt:04d}-rank-{rank:05d}-part-{part:04d}.journal"
 
 
 def parse_name(name: str) -> tuple[int, int, int] | None:
-    """(attempt, rank, part); None if it is no segment's name."""
+    """Return (attempt, rank, part) of a segment's file name; None for any other name."""
     match = _NAME.fullmatch(name)
     return None if match is None else (int(match[1]), int(match[2]), int(match[3]))
 
 
 def encode_segment_header(segment_id: bytes) -> bytes:
+    """Return the bytes that a segment begins with."""
     assert len(segment_id) == ID_BYTES
     return MAGIC + segment_id
 
 
 def encode_frame(row: int, flags: int, payload: bytes) -> bytes:
+    """Return one frame: checksum, payload length, row, flags and payload."""
     body = _BODY.pack(len(payload), row, flags) + payload
     return zlib.crc32(body).to_bytes(_CRC_BYTES, "little") + body
 
 
-def decode_payload(found: bytes, row: int) -> bytes | None:
-    """The payload of a frame read from where an index says that `row` has one; None if it isn't sound."""
-    checksum, length, its_row, _ = FRAME_HEADER.unpack_from(found)
-    if its_row != row or length != len(found) - FRAME_HEADER.size or zlib.crc32(found[_CRC_BYTES:]) != checksum:
+def decode_payload(frame: bytes, row: int) -> bytes | None:
+    """Return the payload of a frame read from the offset that an index gives for `row`; None if it is not sound."""
+    checksum, length, frame_row, _ = FRAME_HEADER.unpack_from(frame)
+    if frame_row != row or length != len(frame) - FRAME_HEADER.size or zlib.crc32(frame[_CRC_BYTES:]) != checksum:
         return None
-    return found[FRAME_HEADER.size :]
+    return frame[FRAME_HEADER.size :]
 
 
 def encode_index(segment_id: bytes, rows: array[int], lengths: array[int], flags: bytes | bytearray, end: int) -> bytes:
-    """Index and trailer of a segment whose frames end at byte `end`."""
+    """Return index and trailer of a segment whose frames end at byte `end`."""
     payload = b"".join(
         [
             segment_id,
@@ -81,11 +86,13 @@ def encode_index(segment_id: bytes, rows: array[int], lengths: array[int], flags
 
 @dataclass(frozen=True, eq=False)
 class Frames:
-    """The frames of one segment, in the order they stand: arrays of one length.
+    """Describe the frames of one segment in file order, as arrays of one length.
 
     Attributes:
-        row: int64. length: uint32, of the payload. error: bool.
-        offset: int64: where the payload starts.
+        row: int64[num_frames], row indices.
+        offset: int64[num_frames], where in the file each payload starts.
+        length: uint32[num_frames], bytes of each payload.
+        error: bool[num_frames], True if the result is an error.
     """
 
     row: np.ndarray
@@ -103,14 +110,8 @@ class Frames:
 NO_FRAMES = Frames(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint32), np.empty(0, bool))
 
 
-def _contiguous(row: np.ndarray, length: np.ndarray, flags: np.ndarray) -> Frames:
-    """Frames that follow each other from the header on."""
-    ends = HEADER_BYTES + np.cumsum(length + np.int64(FRAME_HEADER.size))
-    return Frames(row, ends - length, length, (flags & FLAG_ERROR).astype(bool))
-
-
 def index_offset(trailer: bytes, size: int) -> int | None:
-    """Where the index of a segment of `size` bytes starts, from its last bytes; None if they are no trailer."""
+    """Return where the index of a segment of `size` bytes starts, given its last bytes; None if they are no trailer."""
     if len(trailer) != TRAILER.size:
         return None
     mark, offset, checksum = TRAILER.unpack(trailer)
@@ -119,33 +120,33 @@ def index_offset(trailer: bytes, size: int) -> int | None:
     return int(offset) if HEADER_BYTES <= offset <= size - TRAILER.size - FRAME_HEADER.size else None
 
 
-def read_index(found: bytes, start: int, segment_id: bytes) -> Frames | None:
-    """The frames that an index lists; None unless it is sound, and of this segment.
+def read_index(frame: bytes, start: int, segment_id: bytes) -> Frames | None:
+    """Return the frames that an index lists; None unless the index is sound and belongs to this segment.
 
     Args:
-        found: the index's frame, all of it.
-        start: where in the segment it begins.
+        frame: the whole frame of the index.
+        start: its offset in the segment.
     """
-    checksum, length, count, flags = FRAME_HEADER.unpack_from(found)
-    payload = memoryview(found)[FRAME_HEADER.size :]
+    checksum, length, count, flags = FRAME_HEADER.unpack_from(frame)
+    payload = memoryview(frame)[FRAME_HEADER.size :]
     if (
         flags != _FLAG_INDEX
         or length != len(payload)
         or length != ID_BYTES + count * _INDEX_ROW_BYTES
         or payload[:ID_BYTES] != segment_id
-        or zlib.crc32(memoryview(found)[_CRC_BYTES:]) != checksum
+        or zlib.crc32(memoryview(frame)[_CRC_BYTES:]) != checksum
     ):
         return None
     rows = np.frombuffer(payload, "<i8", count, ID_BYTES)
     lengths = np.frombuffer(payload, "<u4", count, ID_BYTES + 8 * count)
-    its_flags = np.frombuffer(payload, np.uint8, count, ID_BYTES + 12 * count)
+    row_flags = np.frombuffer(payload, np.uint8, count, ID_BYTES + 12 * count)
     if HEADER_BYTES + int(lengths.sum(dtype=np.int64)) + count * FRAME_HEADER.size != start:
         return None
-    return _contiguous(rows, lengths, its_flags)
+    return _make_contiguous_frames(rows, lengths, row_flags)
 
 
 def scan_frames(data: bytes) -> tuple[Frames, int]:
-    """The frames of a segment up to the first that isn't sound (an index ends them, too), and where they end."""
+    """Return the frames of a segment up to the first unsound frame or the index, and the offset where they end."""
     if data[: len(MAGIC)] != MAGIC or len(data) < HEADER_BYTES:
         return NO_FRAMES, 0
     view, offset, size = memoryview(data), HEADER_BYTES, len(data)
@@ -159,27 +160,35 @@ def scan_frames(data: bytes) -> tuple[Frames, int]:
         lengths.append(length)
         all_flags.append(flags)
         offset = end
-    found = _contiguous(np.array(rows, np.int64), np.array(lengths, np.uint32), np.frombuffer(all_flags, np.uint8))
-    return found, offset
+    frames = _make_contiguous_frames(
+        np.array(rows, np.int64), np.array(lengths, np.uint32), np.frombuffer(all_flags, np.uint8)
+    )
+    return frames, offset
 
 
 def has_frame_after(data: bytes, offset: int) -> bool:
-    """Whether a sound frame begins somewhere after `offset`: then what is unsound there was not torn off by a crash.
+    """Return True if a sound frame starts after `offset`: then no crash tore the bytes at `offset` off.
 
-    Candidates are places where a row below 2**40 and known flags could stand; a crash leaves zeros, which are none.
+    Candidates are offsets with a row index below 2**40 and known flags. A crash leaves zeros, which are no candidates.
     """
     raw = np.frombuffer(data, np.uint8)[offset + 1 :]
     count = len(raw) - FRAME_HEADER.size + 1
     if count <= 0:
         return False
-    head = [raw[place : place + count] for place in range(FRAME_HEADER.size)]
-    small_row = (head[13] | head[14] | head[15]) == 0
-    known_flags = (head[16] & ~np.uint8(FLAG_ERROR | _FLAG_INDEX)) == 0
-    summed = (head[0] | head[1] | head[2] | head[3]) != 0
-    for start in np.flatnonzero(small_row & known_flags & summed)[:_MAX_CANDIDATES]:
-        begin = offset + 1 + int(start)
-        checksum, length, _, _ = FRAME_HEADER.unpack_from(data, begin)
-        end = begin + FRAME_HEADER.size + length
-        if end <= len(data) and zlib.crc32(memoryview(data)[begin + _CRC_BYTES : end]) == checksum:
+    head = [raw[byte : byte + count] for byte in range(FRAME_HEADER.size)]
+    has_small_row = (head[13] | head[14] | head[15]) == 0
+    has_known_flags = (head[16] & ~np.uint8(FLAG_ERROR | _FLAG_INDEX)) == 0
+    has_checksum = (head[0] | head[1] | head[2] | head[3]) != 0
+    for candidate in np.flatnonzero(has_small_row & has_known_flags & has_checksum)[:_MAX_CANDIDATES]:
+        start = offset + 1 + int(candidate)
+        checksum, length, _, _ = FRAME_HEADER.unpack_from(data, start)
+        end = start + FRAME_HEADER.size + length
+        if end <= len(data) and zlib.crc32(memoryview(data)[start + _CRC_BYTES : end]) == checksum:
             return True
     return False
+
+
+def _make_contiguous_frames(row: np.ndarray, length: np.ndarray, flags: np.ndarray) -> Frames:
+    """Return frames that follow each other without gaps after the header."""
+    ends = HEADER_BYTES + np.cumsum(length + np.int64(FRAME_HEADER.size))
+    return Frames(row, ends - length, length, (flags & FLAG_ERROR).astype(bool))

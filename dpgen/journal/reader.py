@@ -1,7 +1,10 @@
-"""Reading journals back: which rows they hold, where, and whether every byte is still what was written.
+"""Read journals: which rows they hold, where each row is, and whether all bytes are still as written.
 
-`index_journal` believes the index of a sealed segment, and reads payloads only where there is none; a payload is checked
-when it is read (`Reader`). Of a segment that can't be read to its end, what is sound before the damage counts.
+- `index_journal` trusts the index of a sealed segment. It reads payloads only of segments without an index.
+- `JournalReader` checks a payload's checksum when it reads the payload.
+- If a segment is damaged, the sound frames before the damage count.
+- A row with several results counts once: a completion before an error, then the earlier attempt, the lower rank, the
+  earlier position.
 """
 
 from __future__ import annotations
@@ -24,28 +27,32 @@ _MAX_OPEN_FILES = 64
 
 
 class DamagedRecord(DpgenError):
-    """A record whose checksum is wrong: it was written and synced, and the disk gives back something else.
+    """Report a record with a wrong checksum: it was written and synced, but the disk returns other bytes.
 
     Attributes:
-        path, row: its segment, and the row it was to hold.
+        path: the segment.
+        row: the row of the record.
     """
 
     def __init__(self, path: Path, row: int) -> None:
         super().__init__(
-            f"the journal {path} is damaged: the checksum of row {row}'s record is wrong; "
-            "'dpgen verify' names all that is damaged"
+            f"the journal {path} is damaged: the record of row {row} has a wrong checksum. "
+            "'dpgen verify' lists all damaged records"
         )
         self.path, self.row = path, row
 
 
 @dataclass(frozen=True)
 class JournalIndex:
-    """Where each finished row stands: arrays of one length, sorted by row, one entry a row. 25 bytes a row.
+    """Locate the result of each finished row: arrays of one length, sorted by row, one entry and 25 bytes per row.
 
     Attributes:
-        files: the segments, in the order that `file` counts them.
-        row, offset: int64: row index, and where its payload starts. length: uint32, of the payload.
-        file: int32. error: bool: whether the row's result is an error.
+        files: the segments that `file` refers to.
+        row: int64[num_done], row indices.
+        file: int32[num_done], index into `files`.
+        offset: int64[num_done], where in the file the payload starts.
+        length: uint32[num_done], bytes of the payload.
+        error: bool[num_done], True if the result is an error.
     """
 
     files: tuple[Path, ...]
@@ -61,13 +68,13 @@ class JournalIndex:
 
 @dataclass(frozen=True)
 class SegmentContents:
-    """One segment, as it was found.
+    """Describe one segment as read from disk.
 
     Attributes:
         frames: its sound frames.
-        is_sealed: whether it was closed in order, so that every byte of it is meant to be there.
-        torn_bytes: at its end, what a crash cut short; harmless, since it was never synced.
-        damage: what is wrong with it beyond that; None if nothing is, or if nobody looked (`check`).
+        is_sealed: True if its writer closed it in order, so that every byte is meant to be there.
+        torn_bytes: bytes at its end that a crash cut short; harmless, since they were never synced.
+        damage: what else is wrong; None if nothing is, or if `read_segment` did not check.
     """
 
     path: Path
@@ -77,73 +84,40 @@ class SegmentContents:
     damage: str | None = None
 
 
-def index_journal(folder: Path) -> JournalIndex:
-    """Reads which rows a journal folder holds.
-
-    A row that stands in the journal twice (a second attempt at it) counts once: a completion before an error, then
-    the earlier attempt, the lower rank, the earlier place.
+def index_journal(journal_dir: Path) -> JournalIndex:
+    """Return an index over the rows of a journal directory.
 
     Raises:
         DpgenError: a segment can't be read.
     """
-    files = list_segments(folder)
+    files = list_segments(journal_dir)
     return _merge(files, [read_segment(path).frames for path in files])
 
 
-def list_segments(folder: Path) -> list[Path]:
-    """The segments in a journal folder, by attempt, rank and part; none if it isn't there."""
-    if not folder.is_dir():
+def list_segments(journal_dir: Path) -> list[Path]:
+    """Return the segments of a journal directory by attempt, rank and part; none if the directory does not exist."""
+    if not journal_dir.is_dir():
         return []
-    named = ((fmt.parse_name(path.name), path) for path in folder.iterdir())
+    named = ((fmt.parse_name(path.name), path) for path in journal_dir.iterdir())
     return [path for key, path in sorted((key, path) for key, path in named if key is not None)]
 
 
-def last_attempt(folder: Path) -> int:
-    """The highest attempt that wrote here; 0 if none did."""
-    return max((_key(path)[0] for path in list_segments(folder)), default=0)
+def last_attempt(journal_dir: Path) -> int:
+    """Return the highest attempt with a segment in the directory; 0 if there is none."""
+    return max((_get_sort_key(path)[0] for path in list_segments(journal_dir)), default=0)
 
 
-def _key(path: Path) -> tuple[int, int, int]:
-    key = fmt.parse_name(path.name)
-    assert key is not None
-    return key
-
-
-def merge_segments(found: Sequence[SegmentContents]) -> JournalIndex:
-    """One index over segments, in any order."""
-    ordered = sorted(found, key=lambda each: _key(each.path))
-    return _merge([each.path for each in ordered], [each.frames for each in ordered])
-
-
-def _merge(files: Sequence[Path], frames: list[Frames]) -> JournalIndex:
-    """One index over segments in their order; empties `frames` as it goes, to spare memory."""
-    count = sum(map(len, frames))
-    key, offset = np.empty(count, np.int64), np.empty(count, np.int64)
-    length, file, error = np.empty(count, np.uint32), np.empty(count, np.int32), np.empty(count, bool)
-    stop = count
-    while frames:
-        each = frames.pop()
-        part = slice(stop - len(each), stop)
-        key[part] = each.row * 2 + each.error
-        offset[part], length[part], file[part], error[part] = each.offset, each.length, len(frames), each.error
-        stop = part.start
-    # A stable sort: by row, completions first, then the order of reading.
-    order = np.argsort(key, kind="stable")
-    key = key[order]
-    key >>= 1
-    keep = np.ones(count, dtype=bool)
-    keep[1:] = key[1:] != key[:-1]
-    row, order = key[keep], order[keep]
-    del key
-    offset = offset[order]
-    return JournalIndex(tuple(files), row, file[order], offset, length[order], error[order])
+def merge_segments(segments: Sequence[SegmentContents]) -> JournalIndex:
+    """Return one index over segments, which may come in any order."""
+    ordered = sorted(segments, key=lambda segment: _get_sort_key(segment.path))
+    return _merge([segment.path for segment in ordered], [segment.frames for segment in ordered])
 
 
 def read_segment(path: Path, *, check: bool = False) -> SegmentContents:
-    """The sound frames of a segment.
+    """Return the sound frames of a segment.
 
     Args:
-        check: read every payload, also where an index would do, and say what is damaged.
+        check: read every payload, even if there is an index, and describe the damage.
 
     Raises:
         DpgenError: the file can't be read.
@@ -163,51 +137,127 @@ def read_segment(path: Path, *, check: bool = False) -> SegmentContents:
     return _read_sealed(path, data, indexed) if indexed is not None else _read_unsealed(path, data)
 
 
+class JournalReader:
+    """Read and check the results that an index points to; a context manager.
+
+    At most 64 files are open at a time, for any number of segments.
+    """
+
+    def __init__(self, index: JournalIndex) -> None:
+        self._index = index
+        self._open: OrderedDict[int, int] = OrderedDict()  # index into `files` → descriptor, least recently used first
+
+    def __enter__(self) -> JournalReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def result(self, position: int) -> RowResult:
+        """Return the result that entry `position` of the index points to.
+
+        Raises:
+            DamagedRecord: its checksum is wrong.
+            DpgenError: the segment can't be read.
+        """
+        index = self._index
+        row, file = int(index.row[position]), int(index.file[position])
+        start = int(index.offset[position]) - fmt.FRAME_HEADER.size
+        try:
+            frame = _read_at(self._get_fd(file), start, fmt.FRAME_HEADER.size + int(index.length[position]))
+        except OSError as error:
+            raise _make_read_error(index.files[file], error) from None
+        payload = fmt.decode_payload(frame, row) if len(frame) >= fmt.FRAME_HEADER.size else None
+        if payload is None:
+            raise DamagedRecord(index.files[file], row)
+        return decode_result(payload)
+
+    def _get_fd(self, file: int) -> int:
+        if file in self._open:
+            self._open.move_to_end(file)
+        else:
+            if len(self._open) >= _MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[file] = os.open(self._index.files[file], os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[file]
+
+
+def _get_sort_key(path: Path) -> tuple[int, int, int]:
+    key = fmt.parse_name(path.name)
+    assert key is not None
+    return key
+
+
+def _merge(files: Sequence[Path], frames: list[Frames]) -> JournalIndex:
+    """Return one index over segments in their order; empties `frames` on the way to save memory."""
+    count = sum(map(len, frames))
+    key, offset = np.empty(count, np.int64), np.empty(count, np.int64)
+    length, file, error = np.empty(count, np.uint32), np.empty(count, np.int32), np.empty(count, bool)
+    stop = count
+    while frames:
+        last = frames.pop()
+        part = slice(stop - len(last), stop)
+        key[part] = last.row * 2 + last.error
+        offset[part], length[part], file[part], error[part] = last.offset, last.length, len(frames), last.error
+        stop = part.start
+    # A stable sort: by row, completions first, then the order of segments and frames.
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    key >>= 1
+    keep = np.ones(count, dtype=bool)
+    keep[1:] = key[1:] != key[:-1]
+    row, order = key[keep], order[keep]
+    del key
+    offset = offset[order]
+    return JournalIndex(tuple(files), row, file[order], offset, length[order], error[order])
+
+
 def _read_sealed(path: Path, data: bytes, indexed: Frames) -> SegmentContents:
-    """A segment whose index is sound: every frame is where it says, or is damaged."""
-    walked, _ = fmt.scan_frames(data)
-    if len(walked) == len(indexed):
+    """Check a segment with a sound index: each frame is sound where the index locates it, or is damaged."""
+    scanned, _ = fmt.scan_frames(data)
+    if len(scanned) == len(indexed):
         return SegmentContents(path, indexed, is_sealed=True)
     starts = (indexed.offset - fmt.FRAME_HEADER.size).tolist()
     ends = (indexed.offset + indexed.length).tolist()
-    sound = np.array(
+    is_sound = np.array(
         [
             fmt.decode_payload(data[start:end], row) is not None
             for start, end, row in zip(starts, ends, indexed.row.tolist(), strict=True)
         ],
         dtype=bool,
     )
-    bad = np.flatnonzero(~sound)
+    unsound = np.flatnonzero(~is_sound)
     damage = "its first bytes are damaged"
-    if len(bad):
-        first = bad[0]
+    if len(unsound):
+        first = unsound[0]
         damage = (
-            f"{format_count(len(bad), 'damaged record')}, the first at byte {starts[first]} (row {indexed.row[first]})"
+            f"{format_count(len(unsound), 'damaged record')}, "
+            f"the first at byte {starts[first]} (row {indexed.row[first]})"
         )
-    return SegmentContents(path, indexed.select(sound), is_sealed=True, damage=damage)
+    return SegmentContents(path, indexed.select(is_sound), is_sealed=True, damage=damage)
 
 
 def _read_unsealed(path: Path, data: bytes) -> SegmentContents:
-    """A segment without an index to believe: its frames up to the first that isn't sound."""
+    """Check a segment without a sound index: its frames count up to the first unsound one."""
     frames, end = fmt.scan_frames(data)
-    rest = len(data) - end
     was_sealed = fmt.index_offset(data[-fmt.TRAILER.size :], len(data)) is not None
     if was_sealed or fmt.has_frame_after(data, end):
         return SegmentContents(path, frames, damage=f"unsound from byte {end} of {len(data)}")
-    return SegmentContents(path, frames, torn_bytes=rest)
+    return SegmentContents(path, frames, torn_bytes=len(data) - end)
 
 
 def _read_index(fd: int, size: int) -> Frames | None:
     start = fmt.index_offset(_read_at(fd, max(0, size - fmt.TRAILER.size), fmt.TRAILER.size), size)
     if start is None:
         return None
-    begin = _read_at(fd, 0, fmt.HEADER_BYTES)
-    found = _read_at(fd, start, size - fmt.TRAILER.size - start)
-    return fmt.read_index(found, start, begin[len(fmt.MAGIC) :])
+    header = _read_at(fd, 0, fmt.HEADER_BYTES)
+    frame = _read_at(fd, start, size - fmt.TRAILER.size - start)
+    return fmt.read_index(frame, start, header[len(fmt.MAGIC) :])
 
 
 def _read_at(fd: int, offset: int, length: int) -> bytes:
-    """`length` bytes, or fewer where the file ends before."""
+    """Read `length` bytes, or fewer if the file ends before."""
     first = os.pread(fd, length, offset)
     if len(first) == length or not first:
         return first
@@ -220,54 +270,8 @@ def _read_at(fd: int, offset: int, length: int) -> bytes:
     return b"".join(parts)
 
 
-class JournalReader:
-    """Reads the results that an index points to, each checked; a context manager.
-
-    Few files are open at a time, however many segments there are.
-    """
-
-    def __init__(self, index: JournalIndex) -> None:
-        self._index = index
-        self._open: OrderedDict[int, int] = OrderedDict()
-
-    def __enter__(self) -> JournalReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def result(self, position: int) -> RowResult:
-        """The result that entry `position` of the index points to.
-
-        Raises:
-            DamagedRecord: its checksum is wrong.
-            DpgenError: the segment can't be read.
-        """
-        index = self._index
-        row, number = int(index.row[position]), int(index.file[position])
-        start = int(index.offset[position]) - fmt.FRAME_HEADER.size
-        try:
-            found = _read_at(self._fd(number), start, fmt.FRAME_HEADER.size + int(index.length[position]))
-        except OSError as error:
-            raise _make_read_error(index.files[number], error) from None
-        payload = fmt.decode_payload(found, row) if len(found) >= fmt.FRAME_HEADER.size else None
-        if payload is None:
-            raise DamagedRecord(index.files[number], row)
-        return decode_result(payload)
-
-    def _fd(self, number: int) -> int:
-        if number in self._open:
-            self._open.move_to_end(number)
-        else:
-            if len(self._open) >= _MAX_OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[number] = os.open(self._index.files[number], os.O_RDONLY | os.O_CLOEXEC)
-        return self._open[number]
-
-
 def _make_read_error(path: Path, error: OSError) -> DpgenError:
     return DpgenError(
-        f"the journal {path} can't be read: {error.strerror}; its rows may be safe still: mend the disk or the "
-        "permissions, then run the same command again"
+        f"the journal {path} can't be read: {error.strerror}. Its rows may be intact: fix the disk or the permissions, "
+        "then rerun the same command to resume"
     )

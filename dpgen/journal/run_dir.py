@@ -1,8 +1,14 @@
-"""The run folder: where everything of a run lies, and whether a run may go on in it.
+"""Name the paths of a run directory, keep its small files, and decide whether a run may resume in it.
 
-config.yaml   resolved, secrets removed      run.json    what the run is, and what it found out
-journal/      each rank attempt's own        dataset/    the final rows, in input order
-_SUCCESS      written last
+    config.yaml   the resolved configuration, without secrets
+    run.json      the run's identity, its attempt, the engine's limits, the ranks' manifests
+    journal/      every finished row, in segments of one attempt of one rank each
+    logs/         what each rank's engine printed
+    dataset/      the final rows, in input order
+    _SUCCESS      counts and a hash of the results, written last
+
+- A run resumes only in a directory of the same identity: input, model, prompt, sampling, seed, output format.
+- Nothing is ever deleted that the journal can't rebuild.
 """
 
 from __future__ import annotations
@@ -20,8 +26,8 @@ from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.files import atomic_write_text
 from dpgen.journal.reader import index_journal
 
-# Engine options that change how fast rows come, not what they are: a resumed run may differ in them. Whatever
-# isn't named here counts as changing results.
+# Engine options that change the speed but not the results: a resumed run may change them. Every option that is not
+# listed here counts as changing results.
 _RESULT_NEUTRAL_ENGINE_KEYS = frozenset(
     [
         "max_num_seqs",
@@ -58,13 +64,18 @@ _RESULT_NEUTRAL_ENGINE_KEYS = frozenset(
 )
 
 
+# "ranks" is of older versions. Hidden files (.lock, .dataset.tmp) are ignored.
+_RUN_FILES = frozenset(["journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs"])
+
+
 class RunDir:
-    """The paths of a run, and the reading and writing of its small files."""
+    """Hold the paths of a run, and read and write its small files."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path).expanduser()
         self.journal = self.path / "journal"
         self.dataset = self.path / "dataset"
+        self.logs = self.path / "logs"
         self.success = self.path / "_SUCCESS"
         self._run_json = self.path / "run.json"
 
@@ -73,10 +84,10 @@ class RunDir:
         return self.success.exists()
 
     def lock(self) -> None:
-        """Takes the folder for this run, for as long as this process lives; rank 0 does it.
+        """Reserve the directory for this run until this process ends. Only rank 0 calls this.
 
         Raises:
-            ConfigError: another run that is alive has it.
+            ConfigError: another live run holds the lock.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -87,96 +98,105 @@ class RunDir:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise ConfigError(f"run.dir={self.path}: another run is at work there; wait for it, or end it") from None
-        except OSError:  # a file system without locks: then nobody can tell
+            raise ConfigError(
+                f"run.dir={self.path} is in use by another live run: wait for that run, end it, or choose another "
+                "directory"
+            ) from None
+        except OSError:  # the file system has no locks, so another run can't be detected
             os.close(fd)
             return
         self._lock_fd = fd
 
     def create(self) -> None:
-        """Makes the folder, where it isn't there.
+        """Create the directory unless it exists.
 
         Raises:
-            ConfigError: it can't be made or written to.
+            ConfigError: the directory can't be created or is not writable.
         """
         try:
             self.journal.mkdir(parents=True, exist_ok=True)
-            writable = os.access(self.journal, os.W_OK | os.X_OK)
+            is_writable = os.access(self.journal, os.W_OK | os.X_OK)
         except OSError as error:
-            raise ConfigError(f"run.dir={self.path} can't be made: {error.strerror}") from None
-        if not writable:
-            raise ConfigError(f"run.dir={self.path} can't be written to")
+            raise ConfigError(f"run.dir={self.path} can't be created: {error.strerror}") from None
+        if not is_writable:
+            raise ConfigError(f"run.dir={self.path} is not writable: fix its permissions, or choose another directory")
 
     def check_resumable(self, identity: Mapping[str, Any], resume: str) -> None:
-        """Refuses a folder that holds something else than this run.
+        """Reject a directory that holds anything but this run.
+
+        Args:
+            identity: this run's, from `compute_run_identity`.
+            resume: `run.resume`. "never" rejects any file, "force" accepts other settings (but not another input).
 
         Raises:
-            ConfigError: a run of another identity (what differs is named), a folder of other files, or any files at
-                all where `resume` is "never".
+            ConfigError: the directory holds files of no run, or rows of another identity; names what differs.
         """
         if not self.path.exists():
             return
         if not self.path.is_dir():
-            raise ConfigError(f"run.dir={self.path} is a file; name a folder")
-        known = {"journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", ".dataset.tmp"}
-        found = {each.name for each in self.path.iterdir() if not each.name.startswith(".")}
-        if resume == "never" and found:
+            raise ConfigError(f"run.dir={self.path} is a file: must be a directory")
+        names = {path.name for path in self.path.iterdir() if not path.name.startswith(".")}
+        if resume == "never" and names:
             raise ConfigError(
-                f"run.resume=never, and run.dir={self.path} is not empty; name another folder (nothing is deleted)"
+                f"run.resume=never: run.dir={self.path} is not empty. Choose another directory (dpgen deletes nothing)"
             )
-        before = self.read_metadata()
-        if not before and len(index_journal(self.journal)) and resume != "force":
+        metadata = self.read_metadata()
+        if not metadata and len(index_journal(self.journal)) and resume != "force":
             raise ConfigError(
-                f"run.dir={self.path} holds journals, but no run.json says what they are; name another folder"
+                f"run.dir={self.path} holds journals, but no run.json that says which run wrote them. "
+                "Choose another directory, or resume anyway with run.resume=force"
             )
-        if not before:
-            if found - known:
+        if not metadata:
+            if names - _RUN_FILES:
                 raise ConfigError(
-                    f"run.dir={self.path} holds files that are no run's ({', '.join(sorted(found - known)[:3])}); "
-                    "name another folder"
+                    f"run.dir={self.path} holds files that no run wrote ({', '.join(sorted(names - _RUN_FILES)[:3])}). "
+                    "Choose another directory"
                 )
             return
-        differing = diff_identities(before.get("identity", {}), identity)
-        if not differing or not len(index_journal(self.journal)):
-            return  # the same run, or one that has not come to a single row
-        other_input = [each for each in differing if each.startswith("input.")]
-        if other_input:
-            raise ConfigError(
-                f"run.dir={self.path} holds results of another input: {'; '.join(other_input)}. Name another folder"
-            )
-        if resume != "force":
-            raise ConfigError(
-                f"run.dir={self.path} holds a run that would give other results: {'; '.join(differing)}. "
-                "Name another folder, or go on regardless with run.resume=force"
-            )
+        self._check_identity(diff_identities(metadata.get("identity", {}), identity), resume)
 
     def read_metadata(self) -> dict[str, Any]:
-        """What run.json holds; empty where there is none.
+        """Return the content of run.json; empty if there is none.
 
         Raises:
-            DpgenError: it is damaged.
+            DpgenError: run.json can't be read or holds no JSON object.
         """
         try:
-            found = json.loads(self._run_json.read_bytes())
+            metadata = json.loads(self._run_json.read_bytes())
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
             raise DpgenError(f"{self._run_json} can't be read: {error}") from None
-        if not isinstance(found, dict):
-            raise DpgenError(f"{self._run_json} is damaged: it does not hold an object")
-        return found
+        if not isinstance(metadata, dict):
+            raise DpgenError(f"{self._run_json} is damaged: must hold a JSON object")
+        return metadata
 
-    def update_metadata(self, **facts: Any) -> None:
-        """Adds facts to run.json."""
-        atomic_write_text(self._run_json, json.dumps({**self.read_metadata(), **facts}, indent=2) + "\n")
+    def update_metadata(self, **fields: Any) -> None:
+        """Add or replace fields of run.json."""
+        atomic_write_text(self._run_json, json.dumps({**self.read_metadata(), **fields}, indent=2) + "\n")
 
     def write_config(self, config: Config) -> None:
-        """Writes the resolved configuration, without secrets."""
+        """Write the resolved configuration, without secrets."""
         atomic_write_text(self.path / "config.yaml", to_yaml(config))
+
+    def _check_identity(self, differences: list[str], resume: str) -> None:
+        if not differences or not len(index_journal(self.journal)):
+            return  # the same run, or one without a single finished row
+        input_differences = [line for line in differences if line.startswith("input.")]
+        if input_differences:
+            raise ConfigError(
+                f"run.dir={self.path} holds results of another input: {'; '.join(input_differences)}. "
+                "Choose another directory"
+            )
+        if resume != "force":
+            raise ConfigError(
+                f"run.dir={self.path} holds results of other settings: {'; '.join(differences)}. "
+                "Choose another directory, or resume anyway with run.resume=force"
+            )
 
 
 def compute_run_identity(config: Config, input_fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides what the results are, for comparing runs; as JSON gives it back."""
+    """Return everything that determines the results, as JSON gives it back; equal for runs that may share results."""
     engine = {key: value for key, value in config.engine.items() if key not in _RESULT_NEUTRAL_ENGINE_KEYS}
     identity: dict[str, Any] = {
         "input": dict(input_fingerprint),
@@ -188,26 +208,26 @@ def compute_run_identity(config: Config, input_fingerprint: Mapping[str, Any]) -
         "columns": config.data.columns,
         "output": {"format": config.output.format, "token_ids": config.output.token_ids},
     }
-    if config.sampling_by_rank:  # run folders of before it are the same without it
+    if config.sampling_by_rank:  # older run directories lack the key, so an empty list must leave it out
         identity["sampling_by_rank"] = config.sampling_by_rank
     round_trip: dict[str, Any] = json.loads(json.dumps(redact_secrets(identity), default=str))
     return round_trip
 
 
 def diff_identities(before: Any, now: Any, path: str = "") -> list[str]:
-    """Where two identities differ, as ``key: before → now``; keys are the configuration's, `input.*` the data's."""
+    """Return the differences as ``key: before → now``, with configuration keys, or `input.*` for the data."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        found = []
+        differences = []
         for key in sorted(set(before) | set(now)):
-            found += diff_identities(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-        return found
+            differences += diff_identities(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+        return differences
     return [] if before == now else [f"{_to_config_key(path)}: {_truncate_json(before)} → {_truncate_json(now)}"]
 
 
 def _to_config_key(path: str) -> str:
-    """The configuration key that a place in an identity stands for: what the user can change."""
-    named = {"seed": "run.seed", "columns": "data.columns", "engine.kind": "run.engine"}
-    return named.get(path, f"data.{path.removeprefix('prompt.')}" if path.startswith("prompt.") else path)
+    """Return the configuration key behind a path in an identity, which is what the user can change."""
+    renamed = {"seed": "run.seed", "columns": "data.columns", "engine.kind": "run.engine"}
+    return renamed.get(path, f"data.{path.removeprefix('prompt.')}" if path.startswith("prompt.") else path)
 
 
 def _truncate_json(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""One segment of a journal: written group by group, sealed with its index, and mended where the disk has damaged it."""
+"""Write one segment of a journal batch by batch, seal it with its index, and repair it if the disk damaged it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from pathlib import Path
 from dpgen.errors import EXIT_RESUMABLE, DpgenError
 from dpgen.journal import format as fmt
 from dpgen.journal.files import FileSystem
+from dpgen.journal.format import Frames
 from dpgen.journal.reader import read_segment
 
 
 class WriteBatch:
-    """Frames that are written and synced together."""
+    """Collect frames that are written and synced together.
+
+    Attributes:
+        data: the encoded frames.
+        rows, lengths, flags: of each frame, its row index, payload bytes and flags.
+        first_append_s: monotonic time of the first frame.
+    """
 
     __slots__ = ("data", "first_append_s", "flags", "lengths", "rows")
 
@@ -34,30 +41,35 @@ class WriteBatch:
 
 
 class SegmentWriter:
-    """One segment being written. Every method raises OSError, after which only `abandon` may follow."""
+    """Write one segment. Every method raises OSError; afterwards only `abandon` may be called.
 
-    def __init__(self, path: Path, files: FileSystem, wrote: Callable[[int], None]) -> None:
-        self._path, self._files, self._wrote = path, files, wrote
+    Args:
+        on_write: called with the number of bytes after each write.
+    """
+
+    def __init__(self, path: Path, files: FileSystem, on_write: Callable[[int], None]) -> None:
+        self._path, self._files, self._on_write = path, files, on_write
         self._id = os.urandom(fmt.ID_BYTES)
-        self._index = WriteBatch()  # its data stays empty
+        self._index = WriteBatch()  # collects rows, lengths and flags; its data stays empty
         self.num_bytes = 0
         self._fd = files.create(path)
         try:
-            files.sync_folder(path.parent)  # or a crash could take the name, and with it all that was synced
+            # Without this sync a crash could remove the file's name, and with it every row that was synced.
+            files.sync_directory(path.parent)
         except OSError:
             self.abandon()
             raise
 
-    def write(self, group: WriteBatch) -> None:
-        """Writes and syncs a group."""
-        self._write(fmt.encode_segment_header(self._id) + group.data if not self.num_bytes else group.data)
+    def write(self, batch: WriteBatch) -> None:
+        """Write and sync a batch."""
+        self._write(fmt.encode_segment_header(self._id) + batch.data if not self.num_bytes else batch.data)
         self._files.sync(self._fd)
-        self._index.rows += group.rows
-        self._index.lengths += group.lengths
-        self._index.flags += group.flags
+        self._index.rows += batch.rows
+        self._index.lengths += batch.lengths
+        self._index.flags += batch.flags
 
     def seal(self) -> None:
-        """Ends the segment with its index, if it has any rows, and closes it."""
+        """Write and sync the index if the segment has any rows, then close the file."""
         index = self._index
         if index.rows:
             self._write(fmt.encode_index(self._id, index.rows, index.lengths, index.flags, self.num_bytes))
@@ -66,82 +78,86 @@ class SegmentWriter:
         self._files.close(fd)
 
     def abandon(self) -> None:
-        """Closes the file as it is."""
+        """Close the file as it is."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             try:
                 self._files.close(fd)
             except OSError:
-                return  # nothing counts on what was not synced
+                return  # unsynced rows count nowhere, so nothing is lost
 
     def _write(self, data: bytes | bytearray) -> None:
         view = memoryview(data)
         while view:
-            written = self._files.write(self._fd, view)
-            if written <= 0:
-                raise OSError(f"the system wrote {written} of {len(view)} bytes")
-            self.num_bytes += written
-            self._wrote(written)
-            view = view[written:]
+            num_written = self._files.write(self._fd, view)
+            if num_written <= 0:
+                raise OSError(f"the system wrote {num_written} of {len(view)} bytes")
+            self.num_bytes += num_written
+            self._on_write(num_written)
+            view = view[num_written:]
 
 
 class RowsLost(DpgenError):
-    """A segment was damaged; it is mended, and some of its rows are to be generated again."""
+    """Report a damaged segment that was repaired; its lost rows must be generated again."""
 
     exit_status = EXIT_RESUMABLE
 
     def __init__(self, path: Path, rows: list[int]) -> None:
         super().__init__(
-            f"the journal {path} was damaged after it was written: the disk gave back something else. Rows lost with "
-            f"that: {len(rows)}{f' (the first is row {rows[0]})' if rows else ''}. They count as missing now: run the "
-            "same command again to generate them"
+            f"the journal {path} was damaged on disk after it was written. "
+            f"Rows lost: {len(rows):,}{f' (first: row {rows[0]})' if rows else ''}. "
+            "They count as missing now: rerun the same command to generate them again"
         )
 
 
 def repair_segment(path: Path, files: FileSystem | None = None) -> list[int]:
-    """Replaces a sealed segment that is damaged by one with its sound records; the old one stays as ``NAME.damaged``.
+    """Replace a damaged sealed segment by one with its sound records; the damaged file stays as ``NAME.damaged``.
 
-    The rows lost with the others then count as missing, so that the next attempt generates them.
+    The lost rows then count as missing, so that the next attempt generates them.
 
     Returns:
-        the rows whose records were damaged, in ascending order: none if the segment is sound, or was never sealed
-        (reading that one stops at the damage of itself).
+        the rows with damaged records, ascending. Empty if the segment is sound or was never sealed: of an unsealed
+        segment only the rows before the damage count anyway.
 
     Raises:
-        DpgenError: it can't be read, or its replacement can't be written.
+        DpgenError: the segment can't be read, or its replacement can't be written.
     """
     files = files or FileSystem()
-    found = read_segment(path, check=True)
+    checked = read_segment(path, check=True)
     indexed = read_segment(path)
-    if found.damage is None or not indexed.is_sealed:
+    if checked.damage is None or not indexed.is_sealed:
         return []
     temporary = path.with_name(f".{path.name}.mended")
-    old = path.with_name(f"{path.name}.damaged")
+    damaged = path.with_name(f"{path.name}.damaged")
     try:
-        temporary.unlink(missing_ok=True)  # of an earlier try
-        group = WriteBatch()
-        with path.open("rb") as file:
-            for row, offset, length, error in zip(
-                found.frames.row, found.frames.offset, found.frames.length, found.frames.error, strict=True
-            ):
-                file.seek(offset)
-                group.add(int(row), int(error), file.read(length))
-        mended = SegmentWriter(temporary, files, lambda num_bytes: None)
-        mended.write(group)
-        mended.seal()
-        if not old.exists():
-            files.link(path, old)
+        temporary.unlink(missing_ok=True)  # left by an earlier repair that failed
+        batch = _read_batch(path, checked.frames)
+        replacement = SegmentWriter(temporary, files, lambda num_bytes: None)
+        replacement.write(batch)
+        replacement.seal()
+        if not damaged.exists():
+            files.link(path, damaged)
         files.replace(temporary, path)
-        files.sync_folder(path.parent)
+        files.sync_directory(path.parent)
     except OSError as error:
         raise DpgenError(format_write_error(path, error)) from None
-    return sorted(set(indexed.frames.row.tolist()) - set(found.frames.row.tolist()))
+    return sorted(set(indexed.frames.row.tolist()) - set(checked.frames.row.tolist()))
 
 
 def format_write_error(path: Path, cause: OSError | str) -> str:
-    """The message for whoever must mend the disk."""
+    """Return the message for a journal file that can't be written."""
     reason = cause if isinstance(cause, str) else cause.strerror or str(cause)
     return (
-        f"the journal {path} can't be written: {reason}; nothing that was synced is lost: "
-        "make room or mend the disk, then run the same command again"
+        f"the journal {path} can't be written: {reason}. No synced row is lost: "
+        "free space or fix the disk, then rerun the same command to resume"
     )
+
+
+def _read_batch(path: Path, frames: Frames) -> WriteBatch:
+    """Read frames of a segment into one batch."""
+    batch = WriteBatch()
+    with path.open("rb") as file:
+        for row, offset, length, error in zip(frames.row, frames.offset, frames.length, frames.error, strict=True):
+            file.seek(offset)
+            batch.add(int(row), int(error), file.read(length))
+    return batch

@@ -1,8 +1,11 @@
-"""The journal: every finished row, appended and synced within a second, in segments that one attempt of one rank owns.
+"""Append every finished row to the journal and sync it within a second.
 
-Nothing is ever appended to another attempt's segment. A thread beside the caller writes what has come together and
-syncs it as one group; what is appended meanwhile makes the next. A segment that has grown large is sealed and the
-next begun: see `journal_segment` for its writing, `journal_format` for its bytes, `journal_read` for reading it back.
+- A segment belongs to one attempt of one rank; no other attempt ever appends to it.
+- A thread writes the queued rows as one batch and syncs it. Rows appended meanwhile form the next batch.
+- A segment that has grown large is sealed, and the next one is opened.
+- After a failed write or sync nothing more is written.
+
+`segment` writes one segment, `format` defines its bytes, `reader` reads the rows back.
 """
 
 from __future__ import annotations
@@ -20,34 +23,35 @@ from dpgen.records import RowResult, encode_result
 
 SEGMENT_BYTES = 64 << 20
 SYNC_INTERVAL_S = 0.5
-_BATCH_BYTES = 8 << 20  # a group of this size is written at once
-_MAX_QUEUED_BYTES = 64 << 20  # then the caller waits: a slow disk must not fill the memory
+_BATCH_BYTES = 8 << 20  # a batch of this size is written at once
+_MAX_QUEUED_BYTES = 64 << 20  # `append` blocks above this size, so that a slow disk does not fill the memory
 _STALLED_S = 300.0
 
 
 class JournalWriter:
-    """Appends this attempt's results. A result is safe once it counts in `num_synced_rows`: within a second.
+    """Append this attempt's results. A result is safe, within a second, once `num_synced_rows` counts it.
 
-    After a write or sync has failed nothing more is written, least of all the same again: the kernel may have dropped
-    the pages of a failed sync and would report the next one as done
+    After a write or sync has failed, nothing is written again, least of all the same data: the kernel may have dropped
+    the pages of a failed sync and would report the next sync as successful
     (Rebello et al., "Can Applications Recover from fsync Failures?", USENIX ATC 2020).
 
     Args:
-        segment_bytes: a segment is sealed once it is as large; it may exceed that by one group.
+        segment_bytes: a segment is sealed at this size; its last batch may exceed it.
         sync_interval_s: how long a result waits for others to share its sync.
 
     Attributes:
         paths: this attempt's segments so far; `path` is the last.
-        num_rows: results appended. num_synced_rows: of those, from the first on, the ones that are safe.
-        num_bytes: bytes written to the segments, their indices included.
+        num_rows: results appended.
+        num_synced_rows: results that are safe; the first ones, in the order of appending.
+        num_bytes: bytes written to the segments, indices included.
 
     Raises:
-        DpgenError: from any method, once something could not be written: the run must stop, and can be resumed.
+        DpgenError: from every method, once something could not be written. The run must stop, and can be resumed.
     """
 
     def __init__(
         self,
-        folder: Path,
+        journal_dir: Path,
         attempt: int,
         rank: int,
         *,
@@ -57,11 +61,11 @@ class JournalWriter:
     ) -> None:
         self.num_rows = self.num_synced_rows = self.num_bytes = 0
         self.paths: list[Path] = []
-        self._folder, self._attempt, self._rank = folder, attempt, rank
+        self._journal_dir, self._attempt, self._rank = journal_dir, attempt, rank
         self._files = files or FileSystem()
         self._segment_bytes, self._sync_interval_s = segment_bytes, sync_interval_s
-        self._condition = threading.Condition()  # guards all below
-        self._waiting = WriteBatch()
+        self._condition = threading.Condition()  # guards all attributes below
+        self._queued = WriteBatch()
         self._writing_since_s: float | None = None
         self._flush_requested = self._closing = self._closed = False
         self._error: str | None = None
@@ -69,49 +73,49 @@ class JournalWriter:
             self._segment: SegmentWriter | None = self._open_next()
         except OSError as error:
             raise DpgenError(format_write_error(self.path, error)) from None
-        # A daemon: a thread that hangs in a dead disk's sync must not keep the process from ending.
-        self._writer = threading.Thread(target=self._write_all, name="journal", daemon=True)
-        self._writer.start()
+        # A daemon: a thread that hangs in the sync of a dead disk must not keep the process alive.
+        self._thread = threading.Thread(target=self._write_all, name="journal", daemon=True)
+        self._thread.start()
 
     @property
     def path(self) -> Path:
         return self.paths[-1]
 
     def append(self, result: RowResult) -> None:
-        """Takes a result; waits only where the disk is far behind."""
+        """Queue a result; blocks only if the disk is far behind."""
         payload = encode_result(result)
         flags = fmt.FLAG_ERROR if result.error is not None else 0
         with self._condition:
-            self._wait_until(lambda: len(self._waiting.data) < _MAX_QUEUED_BYTES)
+            self._wait_until(lambda: len(self._queued.data) < _MAX_QUEUED_BYTES)
             assert not self._closing
-            is_first = not self._waiting.rows
-            self._waiting.add(result.row, flags, payload)
+            is_first = not self._queued.rows
+            self._queued.add(result.row, flags, payload)
             self.num_rows += 1
-            if is_first or len(self._waiting.data) >= _BATCH_BYTES:
+            if is_first or len(self._queued.data) >= _BATCH_BYTES:
                 self._condition.notify_all()
 
     def raise_if_failed(self) -> None:
-        """Raises what has gone wrong beside the caller; writing needs no tick."""
+        """Raise the thread's error, if any. Rows are written without this call, too."""
         with self._condition:
             self._raise_error()
 
     def sync(self) -> None:
-        """Waits until everything appended so far is safe."""
+        """Wait until everything appended so far is safe."""
         with self._condition:
-            wanted = self.num_rows
+            num_rows = self.num_rows
             self._flush_requested = True
             self._condition.notify_all()
-            self._wait_until(lambda: self.num_synced_rows >= wanted)
+            self._wait_until(lambda: self.num_synced_rows >= num_rows)
 
     def close(self) -> None:
-        """Writes, syncs and seals everything; does nothing the second time."""
+        """Write, sync and seal everything. A second call does nothing."""
         with self._condition:
             if self._closing:
                 return
             self._closing = True
             self._condition.notify_all()
             self._wait_until(lambda: self._closed)
-        self._writer.join()
+        self._thread.join()
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         self._raise_error()
@@ -123,17 +127,17 @@ class JournalWriter:
         if self._error is None and self._writing_since_s is not None:
             stalled_s = time.monotonic() - self._writing_since_s
             if stalled_s > _STALLED_S:
-                self._error = format_write_error(self.path, f"the disk has not answered for {stalled_s:.0f} s")
+                self._error = format_write_error(self.path, f"the disk has not responded for {stalled_s:.0f} s")
         if self._error is not None:
             raise DpgenError(self._error)
 
-    # ---- beside the caller
+    # ---- in the thread
 
     def _write_all(self) -> None:
-        """The writer's life: group after group, until all is written or one can't be."""
+        """Write batch after batch until the journal is closed or a batch can't be written."""
         try:
-            while (group := self._next_batch()) is not None:
-                self._write(group)
+            while (batch := self._next_batch()) is not None:
+                self._write(batch)
             if self._error is None:
                 self._seal()
         except OSError as error:
@@ -145,37 +149,37 @@ class JournalWriter:
             self._condition.notify_all()
 
     def _next_batch(self) -> WriteBatch | None:
-        """Waits for a group that is due; None when there will be no more."""
+        """Wait for a batch that is due, and return it; None if no batch will follow."""
         with self._condition:
             self._writing_since_s = None
             while True:
                 now_s = time.monotonic()
-                group = self._waiting
-                due_s = group.first_append_s + self._sync_interval_s
-                is_due = self._closing or self._flush_requested or len(group.data) >= _BATCH_BYTES or now_s >= due_s
-                if self._error is not None or (self._closing and not group.rows):
+                batch = self._queued
+                due_s = batch.first_append_s + self._sync_interval_s
+                is_due = self._closing or self._flush_requested or len(batch.data) >= _BATCH_BYTES or now_s >= due_s
+                if self._error is not None or (self._closing and not batch.rows):
                     return None
-                if group.rows and is_due:
-                    self._waiting, self._flush_requested, self._writing_since_s = WriteBatch(), False, now_s
+                if batch.rows and is_due:
+                    self._queued, self._flush_requested, self._writing_since_s = WriteBatch(), False, now_s
                     self._condition.notify_all()
-                    return group
-                self._condition.wait(due_s - now_s if group.rows else None)
+                    return batch
+                self._condition.wait(due_s - now_s if batch.rows else None)
 
-    def _write(self, group: WriteBatch) -> None:
+    def _write(self, batch: WriteBatch) -> None:
         if self._segment is None:
             self._segment = self._open_next()
-        self._segment.write(group)
+        self._segment.write(batch)
         with self._condition:
-            self.num_synced_rows += len(group.rows)
+            self.num_synced_rows += len(batch.rows)
             self._condition.notify_all()
         if self._segment.num_bytes >= self._segment_bytes:
             self._seal()
 
     def _open_next(self) -> SegmentWriter:
-        self.paths.append(self._folder / fmt.segment_name(self._attempt, self._rank, len(self.paths)))
-        return SegmentWriter(self.path, self._files, self._wrote)
+        self.paths.append(self._journal_dir / fmt.segment_name(self._attempt, self._rank, len(self.paths)))
+        return SegmentWriter(self.path, self._files, self._count_bytes)
 
-    def _wrote(self, num_bytes: int) -> None:
+    def _count_bytes(self, num_bytes: int) -> None:
         self.num_bytes += num_bytes
 
     def _seal(self) -> None:

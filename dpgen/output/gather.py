@@ -1,6 +1,7 @@
-"""Bringing rows to rank 0: journal segments travel by `gather_object`, in rounds that rank 0's memory can hold.
+"""Send journal segments to rank 0 by `gather_object`, in rounds that fit in rank 0's memory.
 
-What arrives is the journal itself, file by file: whatever reads a journal then needs no second way to read rows.
+- Segments travel as files, byte for byte, so that rank 0 reads gathered rows like any other journal.
+- A received segment gets its name only once all of it is on rank 0's disk.
 """
 
 from __future__ import annotations
@@ -15,94 +16,98 @@ from dpgen.errors import DpgenError
 from dpgen.journal.files import FileSystem
 from dpgen.journal.segment import RowsLost, format_write_error, repair_segment
 
+_Chunk = tuple[str, int, bytes]  # segment name, offset, bytes
 
-def gather_segments(group: RankGroup, journal: Path, segments: list[Path], gather_bytes: int) -> int:
-    """Copies journal segments from ranks whose run folder rank 0 doesn't see into rank 0's.
+
+def gather_segments(group: RankGroup, journal_dir: Path, segments: list[Path], gather_bytes: int) -> int:
+    """Copy journal segments from ranks that don't share rank 0's run directory to rank 0. Collective.
 
     Args:
-        journal: the journal folder, on rank 0 the one to copy into.
-        sending: this rank's segments to send; none where rank 0 sees them.
-        gather_bytes: the most bytes of rows that rank 0 takes in one round, over all ranks. `gather_object` pads
-            every rank's object to the largest, so each rank's share is a `size`-th of that.
+        journal_dir: this rank's journal directory; rank 0's is the target.
+        segments: this rank's segments to send; none if rank 0 has them already.
+        gather_bytes: bytes that rank 0 receives in one round at most, over all ranks. `gather_object` pads every
+            rank's object to the largest one, so each rank may send a `size`-th of the bytes.
 
     Returns:
-        how many rounds it took: 0 where nothing had to be sent.
+        the number of rounds; 0 if no rank had anything to send.
 
     Raises:
-        DpgenError: rank 0's disk refuses, or a segment can't be read.
+        DpgenError: rank 0 can't write, or a segment can't be read.
+        RowsLost: a segment is damaged.
     """
-    chunks = _chunks(segments, max(1, gather_bytes // group.size))
-    rounds = 0
+    chunks = _read_chunks(segments, max(1, gather_bytes // group.size))
+    num_rounds = 0
     while True:
         chunk = group.run_on_all_ranks(lambda: next(chunks, None))
         if not any(group.all_gather_object(chunk is not None)):
             break
-        rounds += 1
+        num_rounds += 1
         received = group.gather_object(chunk)
-        group.run_on_all_ranks(partial(_write_received, journal, received))
-    if rounds:
-        group.run_on_all_ranks(lambda: _publish_received(journal) if group.rank == 0 else None)
-    return rounds
+        group.run_on_all_ranks(partial(_write_received, journal_dir, received))
+    if num_rounds:
+        group.run_on_all_ranks(lambda: _publish_received(journal_dir) if group.rank == 0 else None)
+    return num_rounds
 
 
-def shares_run_dir(group: RankGroup, folder: Path) -> bool:
-    """Whether this rank's run folder is rank 0's: rank 0 leaves a file of a random name there, and the others look.
+def shares_run_dir(group: RankGroup, run_dir: Path) -> bool:
+    """Return True if this rank's run directory is rank 0's. Collective.
 
-    Collective. The file is gone when this returns.
+    Rank 0 creates a file with a random name, and every other rank looks for the file. The file is removed at the end.
     """
     name: str = group.all_gather_object(f".rank-0-{uuid.uuid4().hex}" if group.rank == 0 else None)[0]
-    mark: Path = folder / name
+    marker: Path = run_dir / name
     if group.rank == 0:
-        mark.touch()
-    group.all_gather_object(None)  # nobody looks before it is there
-    seen = mark.exists()
-    group.all_gather_object(None)  # nor is it removed before all have looked
+        marker.touch()
+    group.all_gather_object(None)  # a barrier: no rank looks before the file exists
+    is_shared = marker.exists()
+    group.all_gather_object(None)  # a barrier: rank 0 removes the file after every rank has looked
     if group.rank == 0:
-        mark.unlink()
-    return seen
+        marker.unlink()
+    return is_shared
 
 
-def _write_received(journal: Path, received: list[tuple[str, int, bytes] | None] | None) -> None:
-    for each in received or ():
-        if each is not None:
-            name, offset, data = each
-            part = journal / f".{name}.part"
-            try:
-                with part.open("wb" if offset == 0 else "r+b") as file:
-                    file.seek(offset)
-                    file.write(data)
-            except OSError as error:
-                raise DpgenError(format_write_error(part, error)) from None
-
-
-def _chunks(paths: list[Path], size: int) -> Iterator[tuple[str, int, bytes]]:
-    """(segment name, offset, bytes) of all paths, at most `size` bytes at a time.
+def _read_chunks(paths: list[Path], max_bytes: int) -> Iterator[_Chunk]:
+    """Yield the content of all paths in chunks of at most `max_bytes`.
 
     Raises:
-        RowsLost: a segment is damaged. It is mended here, where its rows count as missing from now on; rank 0 could
-            mend its copy only, and this node would send the damaged one again and again.
+        RowsLost: a segment is damaged. This rank repairs the segment, and its lost rows count as missing from now on.
+            Rank 0 could repair only its own copy, and this node would send the damaged segment again and again.
     """
     for path in paths:
-        if lost := repair_segment(path):
-            raise RowsLost(path, lost)
+        if lost_rows := repair_segment(path):
+            raise RowsLost(path, lost_rows)
         with path.open("rb") as file:
             offset = 0
-            while data := file.read(size):
+            while data := file.read(max_bytes):
                 yield path.name, offset, data
                 offset += len(data)
 
 
-def _publish_received(journal: Path) -> None:
-    """Gives what was received its real name, unless that is there already and is as long."""
+def _write_received(journal_dir: Path, received: list[_Chunk | None] | None) -> None:
+    for chunk in received or ():
+        if chunk is None:
+            continue
+        name, offset, data = chunk
+        part = journal_dir / f".{name}.part"
+        try:
+            with part.open("wb" if offset == 0 else "r+b") as file:
+                file.seek(offset)
+                file.write(data)
+        except OSError as error:
+            raise DpgenError(format_write_error(part, error)) from None
+
+
+def _publish_received(journal_dir: Path) -> None:
+    """Give each received file its segment name, unless a segment of that name is there and at least as long."""
     files = FileSystem()
     try:
-        for part in journal.glob(".*.part"):
+        for part in journal_dir.glob(".*.part"):
             files.sync_path(part)
-            final = journal / part.name[1 : -len(".part")]
+            final = journal_dir / part.name[1 : -len(".part")]
             if final.exists() and final.stat().st_size >= part.stat().st_size:
                 part.unlink()
             else:
                 files.replace(part, final)
-        files.sync_folder(journal)
+        files.sync_directory(journal_dir)
     except OSError as error:
-        raise DpgenError(format_write_error(journal, error)) from None
+        raise DpgenError(format_write_error(journal_dir, error)) from None

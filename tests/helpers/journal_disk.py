@@ -1,4 +1,4 @@
-"""A disk that fails on demand and forgets what was never synced, under the journal's file operations."""
+"""Provide a disk under the journal's system calls that fails on demand and forgets unsynced data."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dpgen.journal.files import FileSystem
 
 
 class Crash(BaseException):
-    """The machine has lost its power; nothing runs after it."""
+    """Stand for a power failure: nothing runs afterwards."""
 
 
 class FailingDisk(FileSystem):
-    """The real disk, until call number `at`.
+    """Behave like the real disk until call number `at`.
 
     Args:
-        how: "ENOSPC" and the like: that call fails so, and does nothing; "short": it writes half of what it should;
-            "before", "after": power is lost before or after it; None: nothing happens.
+        how: an errno's name such as "ENOSPC": the call fails with it and does nothing. "short": the call writes half
+            of its data. "before", "after": power is lost before or after the call. None: nothing happens.
     """
 
     def __init__(self, at: int = -1, how: str | None = None) -> None:
@@ -30,7 +30,12 @@ class FailingDisk(FileSystem):
         self._synced_names: set[Path] = set()
 
     def lose_power(self, kept: float, filler: bytes | None = None) -> None:
-        """What the disk holds after a crash: a part of what was written but not synced, or other bytes in its place."""
+        """Leave on the disk what a crash may leave.
+
+        Args:
+            kept: the fraction of the unsynced bytes that survives.
+            filler: what those bytes are replaced with; None to keep them as written.
+        """
         self.is_off = True
         for path, synced in self._synced_bytes.items():
             if path not in self._synced_names:
@@ -63,7 +68,7 @@ class FailingDisk(FileSystem):
 
     def close(self, fd: int) -> None:
         if self.is_off:
-            return super().close(fd)  # the tidying of a process that is no more
+            return super().close(fd)  # cleaning up after a process that is dead
         self._begin("close")
         super().close(fd)
         return self._end()
@@ -73,9 +78,9 @@ class FailingDisk(FileSystem):
         super().sync_path(path)
         self._end()
 
-    def remove_folder(self, folder: Path) -> None:
-        self._begin("remove_folder")
-        super().remove_folder(folder)
+    def remove_directory(self, directory: Path) -> None:
+        self._begin("remove_directory")
+        super().remove_directory(directory)
         self._end()
 
     def link(self, path: Path, other: Path) -> None:
@@ -86,15 +91,15 @@ class FailingDisk(FileSystem):
     def replace(self, path: Path, final: Path) -> None:
         self._begin("replace")
         super().replace(path, final)
-        if path in self._synced_bytes:  # a rename reaches the disk late or early; the test's callers bear both
+        if path in self._synced_bytes:  # a rename may reach the disk early or late; callers survive both
             self._synced_bytes[final] = self._synced_bytes.pop(path)
             self._synced_names.add(final)
         self._end()
 
-    def sync_folder(self, folder: Path) -> None:
-        self._begin("sync_folder")
-        super().sync_folder(folder)
-        self._synced_names |= {path for path in self._synced_bytes if path.parent == folder}
+    def sync_directory(self, directory: Path) -> None:
+        self._begin("sync_directory")
+        super().sync_directory(directory)
+        self._synced_names |= {path for path in self._synced_bytes if path.parent == directory}
         self._end()
 
     def _begin(self, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What is written whole or not at all: each system call failed in turn, and power lost around each."""
+"""Test that files are written in full or not at all, whichever system call fails or loses power."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dpgen.journal.writer import JournalWriter
 from dpgen.output.gather import gather_segments
 from dpgen.records import Completion, RowResult
 
-HOWS = ["ENOSPC", "EIO", "EROFS", "before", "after"]
+FAILURES = ["ENOSPC", "EIO", "EROFS", "before", "after"]
 
 
-def each_call_failed(act: Callable[[FailingDisk], None], check: Callable[[bool], None]) -> None:
-    """Does `act` once for every call that it makes and every way to fail it; `check(whether it claimed success)`."""
+def fail_each_call(act: Callable[[FailingDisk], None], check: Callable[[bool], None]) -> None:
+    """Run `act` for every call that it makes and every way to fail the call, then `check(has_succeeded)`."""
     calls = FailingDisk()
     act(calls)
     assert len(calls.calls) > 4
     for at in range(len(calls.calls)):
-        for how in HOWS:
+        for how in FAILURES:
             disk = FailingDisk(at, how)
             try:
                 act(disk)
@@ -38,7 +38,7 @@ def each_call_failed(act: Callable[[FailingDisk], None], check: Callable[[bool],
                 check(True)
 
 
-def test_a_small_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+def test_a_small_file_has_its_old_or_its_new_content(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     old, new = "old" * 100, "new" * 200
 
@@ -46,20 +46,20 @@ def test_a_small_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
         atomic_write_text(path, old)
         atomic_write_text(path, new, disk)
 
-    def check(claimed: bool) -> None:
-        assert path.read_text() in ([new] if claimed else [old, new])
+    def check(has_succeeded: bool) -> None:
+        assert path.read_text() in ([new] if has_succeeded else [old, new])
 
-    each_call_failed(act, check)
+    fail_each_call(act, check)
 
 
-def test_a_short_write_of_a_small_file_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_short_write_of_a_small_file_is_continued(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     disk = FailingDisk(1, "short")
     atomic_write_text(path, "0123456789", disk)
     assert path.read_text() == "0123456789" and disk.calls.count("write") == 2
 
 
-def test_a_published_folder_is_whole_wherever_it_has_its_name(tmp_path: Path) -> None:
+def test_a_published_directory_is_complete_under_its_name(tmp_path: Path) -> None:
     final = tmp_path / "dataset"
 
     def act(disk: FailingDisk) -> None:
@@ -69,40 +69,40 @@ def test_a_published_folder_is_whole_wherever_it_has_its_name(tmp_path: Path) ->
             (temporary / name).write_text("rows")
         publish_directory(temporary, final, disk)
 
-    def check(claimed: bool) -> None:
-        there = sorted(path.name for path in final.iterdir()) if final.exists() else []
-        assert there in ([["train-0", "train-1"]] if claimed else [[], ["train-0", "train-1"]])
+    def check(has_succeeded: bool) -> None:
+        names = sorted(path.name for path in final.iterdir()) if final.exists() else []
+        assert names in ([["train-0", "train-1"]] if has_succeeded else [[], ["train-0", "train-1"]])
 
-    each_call_failed(act, check)
+    fail_each_call(act, check)
     act(FailingDisk())
     check(True)
 
 
-def journal_of(folder: Path, count: int) -> Path:
-    folder.mkdir()
-    journal = JournalWriter(folder, 1, 0)
+def write_journal(journal_dir: Path, count: int) -> Path:
+    journal_dir.mkdir()
+    journal = JournalWriter(journal_dir, 1, 0)
     for row in range(count):
         journal.append(RowResult(row, 3, (Completion(f"text {row}", "stop", 2),)))
     journal.close()
     return journal.path
 
 
-def test_a_damaged_segment_is_mended_where_it_lies_before_it_is_sent(tmp_path: Path) -> None:
-    path = journal_of(tmp_path / "there", 100)
-    home = tmp_path / "home"
-    home.mkdir()
+def test_a_damaged_segment_is_repaired_on_its_own_node_before_it_is_sent(tmp_path: Path) -> None:
+    path = write_journal(tmp_path / "node 1", 100)
+    rank_0_dir = tmp_path / "rank 0"
+    rank_0_dir.mkdir()
     data = bytearray(path.read_bytes())
     data[data.index(b"text 41")] ^= 1
     path.write_bytes(data)
-    with pytest.raises(RowsLost, match=r"lost with that: 1 \(the first is row 41\).* run the same") as lost:
-        gather_segments(SingleRankGroup(), home, [path], 1 << 20)
+    with pytest.raises(RowsLost, match=r"Rows lost: 1 \(first: row 41\).* rerun the same command") as lost:
+        gather_segments(SingleRankGroup(), rank_0_dir, [path], 1 << 20)
     assert lost.value.exit_status == 75
     assert 41 not in index_journal(path.parent).row, "this node generates it again"
-    assert gather_segments(SingleRankGroup(), home, [path], 1 << 10) > 1
-    assert len(index_journal(home)) == 99
+    assert gather_segments(SingleRankGroup(), rank_0_dir, [path], 1 << 10) > 1
+    assert len(index_journal(rank_0_dir)) == 99
 
 
-def test_a_disk_that_is_full_where_rows_are_gathered_is_an_error(tmp_path: Path) -> None:
-    path = journal_of(tmp_path / "there", 10)
-    with pytest.raises(DpgenError, match=r"can't be written.*make room"):
-        gather_segments(SingleRankGroup(), tmp_path / "no such folder", [path], 1 << 20)
+def test_a_disk_that_is_full_while_rows_are_gathered_is_an_error(tmp_path: Path) -> None:
+    path = write_journal(tmp_path / "node 1", 10)
+    with pytest.raises(DpgenError, match=r"can't be written.*free space"):
+        gather_segments(SingleRankGroup(), tmp_path / "no such directory", [path], 1 << 20)

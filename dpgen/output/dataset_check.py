@@ -1,0 +1,209 @@
+"""Compare RUN_DIR/dataset with the journal and with the input, row by row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpgen.data.input_rows import InputRows
+from dpgen.formatting import format_count
+from dpgen.journal.reader import JournalIndex, JournalReader
+from dpgen.output.dataset_writer import replace_nan_with_null, result_columns
+from dpgen.output.result_stats import ResultStats
+from dpgen.output.row_ranges import format_rows
+from dpgen.records import RowResult
+
+_BATCH_ROWS = 2_000
+
+
+class ResultLookup:
+    """Look up the journal's results by row."""
+
+    def __init__(self, index: JournalIndex, reader: JournalReader) -> None:
+        self.index = index
+        self._reader = reader
+
+    def get_many(self, rows: Iterable[int]) -> Iterator[RowResult | None]:
+        """Yield the result of each row; None if the journal has none."""
+        wanted = np.fromiter(rows, np.int64)
+        positions = np.searchsorted(self.index.row, wanted)
+        for row, position in zip(wanted, positions, strict=True):
+            is_present = position < len(self.index) and self.index.row[position] == row
+            yield self._reader.result(int(position)) if is_present else None
+
+
+@dataclass(frozen=True)
+class DatasetFormat:
+    """Describe how a run writes its dataset.
+
+    Attributes:
+        has_samples: True if a sample's columns are lists.
+        token_ids: True if there is a column of token ids.
+        file_format: "parquet" or "jsonl".
+        kept_columns: the input columns in the dataset; None for all.
+    """
+
+    has_samples: bool
+    token_ids: bool
+    file_format: str
+    kept_columns: list[str] | None
+
+    @classmethod
+    def from_identity(cls, identity: Mapping[str, Any]) -> DatasetFormat:
+        """Return the format that the identity in run.json implies."""
+        sampling, output = identity.get("sampling") or {}, identity.get("output") or {}
+        return cls(
+            has_samples=sampling.get("n", 1) != 1 or "n" in (sampling.get("from_columns") or {}),
+            token_ids=bool(output.get("token_ids")),
+            file_format=str(output.get("format", "parquet")),
+            kept_columns=identity.get("columns"),
+        )
+
+
+@dataclass
+class DatasetFindings:
+    """Report what a dataset holds.
+
+    Attributes:
+        num_rows: rows in the files that can be read.
+        problems: one sentence each.
+        stats: of the journal's results; None unless the dataset holds every row once and in input order.
+    """
+
+    num_rows: int = 0
+    problems: list[str] = field(default_factory=list)
+    stats: ResultStats | None = None
+
+
+class DatasetCheck:
+    """Check the files of a dataset; call `run` once.
+
+    Args:
+        num_rows: rows of the input.
+        rows: the input to compare with; None to leave the input out.
+        stats: collects the journal's results in the order of the dataset.
+    """
+
+    def __init__(
+        self,
+        dataset_dir: Path,
+        dataset_format: DatasetFormat,
+        num_rows: int,
+        results: ResultLookup,
+        rows: InputRows | None,
+        stats: ResultStats,
+    ) -> None:
+        self._dataset_dir, self._format, self._results, self._rows = dataset_dir, dataset_format, results, rows
+        self._num_seen = np.zeros(num_rows, np.int64)  # how often the dataset holds each row
+        self._last_row = -1
+        self._differing_rows: dict[str, list[int]] = {}  # what differs → in which rows
+        self._stats = stats
+        self._is_ordered = True
+        self._findings = DatasetFindings()
+
+    def run(self) -> DatasetFindings:
+        """Read and compare all files."""
+        findings = self._findings
+        for path in self._list_files():
+            try:
+                for batch in _iter_batches(path):
+                    self._check_batch(path, batch)
+            except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's own are OSError or ValueError
+                findings.problems.append(f"dataset/{path.name} can't be read: {_get_first_line(error)}")
+        for verb, is_wrong in (("lacks", self._num_seen == 0), ("holds more than once", self._num_seen > 1)):
+            if is_wrong.any():
+                findings.problems.append(f"the dataset {verb} rows: {format_rows(np.flatnonzero(is_wrong))}")
+        for difference, rows in self._differing_rows.items():
+            findings.problems.append(f"the dataset's {difference}: {format_rows(np.array(rows))}")
+        if self._is_ordered and (self._num_seen == 1).all():
+            findings.stats = self._stats
+        return findings
+
+    def _list_files(self) -> list[Path]:
+        pattern = f"train-*.{self._format.file_format}"
+        files = sorted(self._dataset_dir.glob(pattern)) if self._dataset_dir.is_dir() else []
+        expected = int(files[0].stem.rpartition("-")[2]) if files and files[0].stem[-5:].isdigit() else None
+        if len(files) != expected:
+            self._findings.problems.append(
+                f"dataset/ holds {format_count(len(files), 'file')} of {expected or 'an unknown number'}"
+            )
+        return files
+
+    def _check_batch(self, path: Path, batch: dict[str, list[Any]]) -> None:
+        row_ids = np.array(batch["row_id"], np.int64)
+        if not len(row_ids):
+            return
+        self._findings.num_rows += len(row_ids)
+        if ((row_ids < 0) | (row_ids >= len(self._num_seen))).any():
+            raise ValueError("it holds a row_id that the input does not have")
+        np.add.at(self._num_seen, row_ids, 1)
+        if (np.diff(row_ids, prepend=self._last_row) <= 0).any():
+            self._findings.problems.append(f"dataset/{path.name} is not in input order")
+            self._is_ordered = False
+        self._last_row = int(row_ids[-1])
+        self._compare_results(row_ids, batch)
+        if self._rows is not None and not self._rows.is_empty:
+            self._compare_input(self._rows, row_ids, batch)
+
+    def _compare_results(self, row_ids: np.ndarray, batch: dict[str, list[Any]]) -> None:
+        journaled = list(self._results.get_many(row_ids))
+        positions = [position for position, result in enumerate(journaled) if result is not None]
+        results = [result for result in journaled if result is not None]
+        for result in results:
+            self._stats.add(result)
+        columns = result_columns(results, self._format.has_samples, self._format.token_ids)
+        for name, values in columns.items():
+            actual = [batch[name][position] for position in positions]
+            self._compare(f"{name} differs from the journal's", row_ids[positions], values.to_pylist(), actual)
+
+    def _compare_input(self, rows: InputRows, row_ids: np.ndarray, batch: dict[str, list[Any]]) -> None:
+        kept_columns = rows.columns if self._format.kept_columns is None else self._format.kept_columns
+        table = rows.dataset.select_columns(list(kept_columns)).with_format("arrow")[row_ids.tolist()]
+        for name in kept_columns:
+            expected = table[name].to_pylist()
+            if self._format.file_format == "jsonl":
+                expected = replace_nan_with_null(expected)
+            self._compare(f"{name} differs from the input's", row_ids, expected, batch[name])
+
+    def _compare(self, difference: str, row_ids: np.ndarray, expected: list[Any], actual: list[Any]) -> None:
+        """Note the rows in which two columns differ."""
+        if _to_canonical_json(expected) == _to_canonical_json(actual):
+            return
+        for row, one, other in zip(row_ids.tolist(), expected, actual, strict=True):
+            if _to_canonical_json(one) != _to_canonical_json(other):
+                self._differing_rows.setdefault(difference, []).append(row)
+
+
+def _iter_batches(path: Path) -> Iterator[dict[str, list[Any]]]:
+    """Yield the rows of one file of the dataset as columns, in batches."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_BATCH_ROWS):
+                yield batch.to_pydict()
+        return
+    with path.open(encoding="utf-8") as lines:
+        rows: list[dict[str, Any]] = []
+        for line in lines:
+            rows.append(json.loads(line))
+            if len(rows) == _BATCH_ROWS:
+                yield {name: [row[name] for row in rows] for name in rows[0]}
+                rows = []
+        if rows:
+            yield {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _to_canonical_json(value: Any) -> str:
+    """Return a form in which equal values are equal, including NaN and values that JSON can't represent."""
+    return json.dumps(value, default=str)
+
+
+def _get_first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,99 @@
+"""Bring the result home: gather manifests and segments, then let rank 0 write the final dataset. Collective."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpgen.config.schema import OutputConfig
+from dpgen.data.input_rows import InputRows
+from dpgen.distributed.group import RankGroup
+from dpgen.formatting import format_count
+from dpgen.journal.reader import list_segments
+from dpgen.journal.run_dir import RunDir
+from dpgen.journal.writer import JournalWriter
+from dpgen.output.dataset_writer import write_dataset
+from dpgen.output.gather import gather_segments, shares_run_dir
+from dpgen.records import RankManifest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResultConfig:
+    """What the final dataset is like.
+
+    Attributes:
+        kept_columns: the input's columns to keep; None for all.
+        has_samples: whether a row has several samples, so that a sample's columns are lists.
+    """
+
+    output: OutputConfig
+    kept_columns: list[str] | None
+    has_samples: bool
+
+
+def gather_results(
+    group: RankGroup, run_dir: RunDir, journal: JournalWriter, manifest: RankManifest, config: OutputConfig
+) -> list[RankManifest] | None:
+    """Gather every rank's manifest, and its rows where rank 0 doesn't see them. Collective.
+
+    Args:
+        journal: this rank's, closed.
+
+    Returns:
+        the manifests, by rank, on rank 0; None on the others.
+    """
+    is_shared = shares_run_dir(group, run_dir.path)
+    manifests = group.gather_object(
+        replace(
+            manifest,
+            rank=group.rank,
+            sees_rank_0=is_shared,
+            num_rows=journal.num_rows,
+            num_bytes=journal.num_bytes,
+        )
+    )
+    is_sender = not is_shared if config.gather == "auto" else config.gather == "always"
+    segments = []
+    if is_sender and group.rank > 0:
+        # Besides its own, a node's first rank sends what earlier attempts left there.
+        stored = list_segments(run_dir.journal) if group.is_node_leader and not is_shared else []
+        this_attempt = journal.path.name.partition("-rank-")[0] + "-"
+        earlier = [path for path in stored if not path.name.startswith(this_attempt)]
+        segments = sorted({*earlier, *journal.paths})
+    num_rounds = gather_segments(group, run_dir.journal, segments, config.gather_bytes)
+    if num_rounds:
+        logger.info(f"gathered rows to rank 0 in {format_count(num_rounds, 'round')}")
+
+    def record() -> None:
+        if manifests is not None:
+            run_dir.update_metadata(manifests=[vars(rank) for rank in manifests], gather_rounds=num_rounds)
+
+    group.run_on_all_ranks(record)
+    return manifests
+
+
+def write_result(group: RankGroup, rows: InputRows, run_dir: RunDir, config: ResultConfig) -> None:
+    """Write RUN_DIR/dataset and _SUCCESS on rank 0; the other ranks wait for it. Collective.
+
+    Raises:
+        DpgenError: a row has no result, or the disk refuses.
+    """
+
+    def write() -> None:
+        if group.rank > 0:
+            return
+        summary = write_dataset(rows, run_dir, config.output, config.kept_columns, config.has_samples)
+        _log_summary(summary, run_dir)
+
+    group.run_on_all_ranks(write)
+
+
+def _log_summary(summary: dict[str, Any], run_dir: RunDir) -> None:
+    if summary["num_errors"]:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in summary["errors"].items())
+        logger.info(f"rows with an error: {kinds} (first: {summary['first_error']})")
+    num_rows = format_count(summary["num_rows"], "row")
+    logger.info(f"done: {num_rows}, {summary['num_errors']:,} with an error, in {run_dir.dataset}")
