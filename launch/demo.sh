@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# The demo, on a CPU and in a few minutes: two ranks answer 512 questions, and five of the answers are shown.
+# Run the demo on a CPU: two ranks answer 512 questions, and five of the answers are shown.
 #
 #     launch/demo.sh [key=value ...]
 #
-# Run it again and it finds its run finished; delete runs/demo to start over, or name another folder: run.dir=DIR.
+# A second call finds the run complete. Delete runs/demo to start over, or name another directory: run.dir=DIR.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh cpu
 bin=${DPGEN_VENV:-.venv}/bin
 
-export CUDA_VISIBLE_DEVICES=               # the demo is the same everywhere: no GPU, even where there is one
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's own choice, made aloud so that it does not warn
+export CUDA_VISIBLE_DEVICES=               # the demo is the same everywhere, so a GPU is not used
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's default, set here so that it does not warn
 
-run_dir=runs/demo # as conf/demo.yaml has it
+run_dir=runs/demo # the default in conf/demo.yaml
 for argument in "$@"; do
     [[ $argument != run.dir=* ]] || run_dir=${argument#run.dir=}
 done

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Every check and test there is:  launch/test.sh [--fast] [pytest arguments]
+# Run all checks and tests:  launch/test.sh [--fast] [pytest arguments]
 #
-# --fast leaves out the tests that need an engine, SLURM or network namespaces, and the slow ones. Stops at the first
-# step that fails, naming it. `-n 0` among the pytest arguments runs one test at a time, in this process.
+# --fast skips slow tests, and tests that need an engine, SLURM or network namespaces. The script stops at the first
+# step that fails, and names it. `-n 0` among the pytest arguments runs one test at a time, in this process.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,7 +30,7 @@ bin=${DPGEN_VENV:-.venv}/bin
 step "ruff check"
 "$bin/ruff" check .
 
-step "ruff format (mend with: ruff format .)"
+step "ruff format (repair with: ruff format .)"
 "$bin/ruff" format --check .
 
 step "mypy"
@@ -42,6 +42,6 @@ for script in "${scripts[@]}"; do bash -n "$script"; done
 "$bin/shellcheck" "${scripts[@]}"
 
 step "pytest"
-trap - EXIT # pytest says itself what failed, and its closing line is to be the last
-# Three at a time, since most tests start processes and wait for them; of those with real engines two (conftest.py).
+trap - EXIT # pytest reports its failures itself, and its summary must be the last line
+# Three tests at a time, since most tests wait for processes; at most two of them with real engines (conftest.py).
 exec "$bin/python" -m pytest -n 3 --dist loadgroup "${select[@]}" "$@"

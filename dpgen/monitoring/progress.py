@@ -1,83 +1,105 @@
-"""Live numbers: one global bar on a terminal, a line now and then where there is none."""
+"""Show a run's progress: one global bar on a terminal, or a log line from time to time."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dpgen.formatting import format_count, format_duration
-from dpgen.scheduling.generation_loop import Totals
 from dpgen.scheduling.throughput import find_straggler
+from dpgen.scheduling.totals import Totals
+
+if TYPE_CHECKING:
+    from dpgen.monitoring.progress_bar import TerminalBar
+
+logger = logging.getLogger(__name__)
+
+_RATE_WINDOW_S = 5.0
 
 
 class ProgressDisplay:
-    """Rank 0's view of the whole run.
+    """Show the whole run's progress on rank 0.
 
     Args:
-        num_rows: of the whole run.
-        num_before: of those, how many an earlier attempt has finished.
-        say: prints a line.
-        interval_s: between lines where there is no terminal.
+        num_rows: rows of the whole run.
+        num_before: rows that earlier attempts have finished.
+        interval_s: seconds between log lines where there is no terminal.
     """
 
     def __init__(
         self,
         num_rows: int,
         num_before: int,
-        say: Callable[[str], None],
         interval_s: float,
+        *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._num_rows, self._num_before = num_rows, num_before
-        self._say, self._interval_s, self._clock = say, interval_s, clock
+        self._interval_s, self._clock = interval_s, clock
         self._start_s = clock()
         self._next_line_s = self._start_s + interval_s
-        self._last = (self._start_s, 0)
-        self._bar: Any = None
+        self._window_start = (self._start_s, 0)  # (time in seconds, generated tokens by then)
+        self._bar: TerminalBar | None = None
 
     def open_bar(self) -> None:
-        """Shows a bar from now on, if there is a terminal."""
-        if sys.stderr.isatty():
-            from tqdm import tqdm
+        """Show a bar from now on, if stderr is a terminal."""
+        if not sys.stderr.isatty():
+            return
+        from dpgen.monitoring.progress_bar import TerminalBar, can_draw
 
-            self._bar = tqdm(total=self._num_rows, initial=self._num_before, unit="row", smoothing=0.1, leave=True)
+        if can_draw():
+            self._bar = TerminalBar(self._num_rows, self._num_before)
 
     def update(self, totals: Totals) -> None:
-        """Takes the totals of all ranks."""
-        now = self._clock()
+        """Show the totals of all ranks; never blocks."""
+        now_s = self._clock()
         if self._bar is not None:
-            self._bar.set_postfix_str(self._format_rates(totals, now), refresh=False)
-            self._bar.update(max(0, self._num_before + totals.num_rows - self._bar.n))  # less after a rank's loss
-            self._bar.refresh()  # also where no row has come: the clock and the tokens go on
-        elif now >= self._next_line_s:
-            self._next_line_s = now + self._interval_s
-            self._say(self.format_line(totals, now))
+            self._bar.show(self._num_before + totals.num_rows, self._format_bar_text(totals, now_s))
+        elif now_s >= self._next_line_s:
+            self._next_line_s = now_s + self._interval_s
+            logger.info(self.format_line(totals, now_s))
 
     def close(self) -> None:
-        """Ends the bar; safe to call twice."""
+        """Close the bar; safe to call twice."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def format_line(self, totals: Totals, now: float) -> str:
-        """``120 of 200 rows (60 %), 5,312 tokens/s, 14 s left, 2 errors``."""
-        done = self._num_before + totals.num_rows
-        share = f"{100 * done / self._num_rows:.0f} %" if self._num_rows else "100 %"
-        elapsed_s = now - self._start_s
-        if totals.num_rows and elapsed_s > 0:
-            left = format_duration((self._num_rows - done) * elapsed_s / totals.num_rows) + " left"
-        else:
-            left = "time left unknown"
-        return f"{done:,} of {self._num_rows:,} rows ({share}), {self._format_rates(totals, now)}, {left}"
+    def format_line(self, totals: Totals, now_s: float) -> str:
+        """Return ``120 of 200 rows (60 %), 5,312 tokens/s, 2 errors, 14 s left``."""
+        num_done = self._num_before + totals.num_rows
+        percent = 100 * num_done / self._num_rows if self._num_rows else 100
+        return (
+            f"{num_done:,} of {self._num_rows:,} rows ({percent:.0f} %), {self._format_rates(totals, now_s)}, "
+            f"{self._format_time_left(totals, now_s)}"
+        )
 
-    def _format_rates(self, totals: Totals, now: float) -> str:
-        since_s, tokens = self._last
-        rate = (totals.num_generated_tokens - tokens) / (now - since_s) if now > since_s else 0.0
-        if now - since_s >= min(5.0, self._interval_s):
-            self._last = (now, totals.num_generated_tokens)
-        shown = f"{rate:,.0f} tokens/s, {format_count(totals.num_errors, 'error')}"
-        # Towards the end engines run out of rows, and their rates say nothing of them.
-        slow = find_straggler(totals.rates) if totals.num_unclaimed else None
-        return shown if slow is None else f"{shown}, rank {slow[0]} is slow ({100 * slow[1]:.0f} % of the others)"
+    def _format_bar_text(self, totals: Totals, now_s: float) -> str:
+        elapsed_s = now_s - self._start_s
+        rows_per_s = totals.num_rows / elapsed_s if elapsed_s > 0 else 0.0
+        rates, time_left = self._format_rates(totals, now_s), self._format_time_left(totals, now_s)
+        return f"{rows_per_s:,.1f} rows/s, {rates}, {time_left}"
+
+    def _format_time_left(self, totals: Totals, now_s: float) -> str:
+        elapsed_s = now_s - self._start_s
+        if not totals.num_rows or elapsed_s <= 0:
+            return "time left unknown"
+        num_remaining = self._num_rows - self._num_before - totals.num_rows
+        return f"{format_duration(num_remaining * elapsed_s / totals.num_rows)} left"
+
+    def _format_rates(self, totals: Totals, now_s: float) -> str:
+        start_s, num_tokens = self._window_start
+        window_s = now_s - start_s
+        tokens_per_s = (totals.num_generated_tokens - num_tokens) / window_s if window_s > 0 else 0.0
+        if window_s >= min(_RATE_WINDOW_S, self._interval_s):
+            self._window_start = (now_s, totals.num_generated_tokens)
+        rates = f"{tokens_per_s:,.0f} tokens/s, {format_count(totals.num_errors, 'error')}"
+        # Once all rows are claimed, engines run out of rows, and their rates no longer show how fast they are.
+        straggler = find_straggler(totals.rates) if totals.num_unclaimed else None
+        if straggler is None:
+            return rates
+        rank, fraction = straggler
+        return f"{rates}, rank {rank} is slow ({100 * fraction:.0f} % of the other ranks' median)"

@@ -1,17 +1,17 @@
-"""`dpgen slurm` and what becomes of a job after its step: without SLURM. tests/jobs/test_slurm.py is with it."""
+"""`dpgen slurm` and requeueing, without SLURM; tests/jobs/test_slurm.py runs both under SLURM."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.jobs import REPO, make_numbered_rows
+from helpers.jobs import REPO, WriteConfig, make_numbered_rows
 
-from dpgen.commands.slurm import main, script_for
+from dpgen.cli import main
+from dpgen.commands.slurm import script_for
 from dpgen.errors import ConfigError
 from dpgen.lifecycle import requeue
 from dpgen.lifecycle.requeue import AttemptStatus, count_attempts_without_progress, find_reason_not_to_requeue
@@ -19,7 +19,6 @@ from dpgen.lifecycle.requeue import AttemptStatus, count_attempts_without_progre
 GOLDEN = REPO / "tests" / "golden"
 CONF = str(REPO / "conf" / "jsonl.yaml")
 CONF_TP4 = str(REPO / "conf" / "70b_tp4.yaml")
-WriteConfig = Callable[..., str]
 
 
 # ---- the script
@@ -35,7 +34,7 @@ WriteConfig = Callable[..., str]
         ),
     ],
 )
-def test_the_script_is_the_golden_one(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_is_the_recorded_one(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     script, submit = script_for(["conf/jsonl.yaml", *arguments], python="/opt/venv/bin/python")
     assert not submit
@@ -43,8 +42,8 @@ def test_the_script_is_the_golden_one(name: str, arguments: list[str], monkeypat
     if os.environ.get("DPGEN_RECORD"):
         golden.write_text(script)
     assert script == golden.read_text(), (
-        "`dpgen slurm` writes another script than tests/golden holds. If that is meant, record it anew: "
-        "DPGEN_RECORD=1 python -m pytest tests/commands/test_slurm_command.py; and read the difference: "
+        "`dpgen slurm` prints another script than tests/golden holds. If that is intended, record it again: "
+        "DPGEN_RECORD=1 python -m pytest tests/commands/test_slurm_command.py; then read the difference: "
         "git diff tests/golden"
     )
 
@@ -55,7 +54,7 @@ def test_there_is_one_copy_of_each_script(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.sbatch")), ids=lambda path: path.name)
-def test_sbatch_and_bash_can_read_it(path: Path) -> None:
+def test_bash_parses_the_script_and_sbatch_reads_all_its_directives(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
     lines = path.read_text().splitlines()
     body = next(number for number, line in enumerate(lines) if not line.startswith("#"))
@@ -78,7 +77,7 @@ def test_sbatch_and_bash_can_read_it(path: Path) -> None:
         (CONF, [], "1"),
     ],
 )
-def test_the_ranks_of_a_node_follow_from_its_gpus(conf: str, options: list[str], ranks: str) -> None:
+def test_the_number_of_ranks_on_a_node_follows_from_its_gpus(conf: str, options: list[str], ranks: str) -> None:
     assert f"#SBATCH --ntasks-per-node={ranks}\n" in script_for([conf, *options])[0]
 
 
@@ -95,20 +94,45 @@ def test_the_ranks_of_a_node_follow_from_its_gpus(conf: str, options: list[str],
         (["nowhere.yaml"], "no such configuration file"),
     ],
 )
-def test_wrong_usage_is_refused_before_anything_waits_in_a_queue(arguments: list[str], words: str) -> None:
+def test_wrong_usage_is_rejected_before_a_job_waits_in_a_queue(arguments: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         script_for(arguments)
 
 
-def test_a_flag_takes_no_value_from_the_word_after_it() -> None:
+def test_a_flag_takes_no_value_from_the_argument_after_it() -> None:
     assert f"set -- {CONF}\n" in script_for(["--exclusive", CONF])[0]
 
 
-def test_submitting_where_there_is_no_slurm_says_so(
+def test_the_command_takes_files_keys_and_any_option_of_sbatch_in_any_order(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--signal", "USR1@30", "run.seed=-1", "--torchrun", "--site-plugin=on", CONF, "--nodes", "4", "--hold"]
+    assert main(["slurm", *arguments, "run.dir=-x"]) == 2, "run.seed must not be negative"
+    assert "run.seed" in capsys.readouterr().err
+    arguments.remove("run.seed=-1")
+    assert main(["slurm", *arguments, "run.dir=-x"]) == 0
+    script = capsys.readouterr().out
+    assert "torch.distributed.run" in script and f"set -- {CONF} run.dir=-x\n" in script
+    for directive in ("--signal=USR1@30", "--site-plugin=on", "--nodes=4", "--hold"):
+        assert f"#SBATCH {directive}\n" in script
+
+
+def test_a_script_is_submitted_with_the_answer_and_status_of_sbatch(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for status, expected in ((0, 0), (3, 1)):
+        fake_program(tmp_path, "sbatch", f"cat > {tmp_path}/script; echo Submitted batch job 7; exit {status}")
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        assert main(["slurm", CONF, "--submit", "--nodes=4"]) == expected
+        assert capfd.readouterr().out == "Submitted batch job 7\n"
+        assert "#SBATCH --nodes=4\n" in (tmp_path / "script").read_text()
+
+
+def test_without_slurm_submitting_fails_with_advice(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert main([CONF, "--submit"]) == 1
+    assert main(["slurm", CONF, "--submit"]) == 1
     assert "there is no sbatch here" in capsys.readouterr().err
 
 
@@ -118,10 +142,10 @@ def fake_program(folder: Path, name: str, body: str) -> None:
     path.chmod(0o755)
 
 
-def test_the_script_runs_the_configuration_it_was_made_for(
+def test_the_script_runs_its_configuration(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By bash alone, with a stand-in for srun that runs one task."""
+    """The script runs in bash, with a stand-in for srun that runs one task."""
     monkeypatch.chdir(tmp_path)
     script, _ = script_for([write_config(make_numbered_rows(5)), "run.dir=runs/it's mine"])
     fake_program(tmp_path, "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
@@ -139,23 +163,23 @@ def test_the_script_runs_the_configuration_it_was_made_for(
     assert (tmp_path / "dpgen-7" / "attempt-0" / "status").read_text() == "0 5\n"
 
 
-# ---- what becomes of the job
+# ---- requeueing
 
 
-def words(*numbers: int | None) -> list[AttemptStatus | None]:
-    """Resumable ends after so many rows."""
+def resumable(*numbers: int | None) -> list[AttemptStatus | None]:
+    """Return statuses of resumable attempts with these numbers of done rows."""
     return [AttemptStatus(75, number) for number in numbers]
 
 
 @pytest.mark.parametrize(
     ("history", "expected"),
     [
-        (words(5), 0),
-        (words(0), 1),
-        (words(None, None), 2),
-        (words(5, 9, 9, 8), 2),
-        (words(5, 5, 5, 6), 0),
-        ([*words(5, 5), None, None, *words(5)], 2),
+        (resumable(5), 0),
+        (resumable(0), 1),
+        (resumable(None, None), 2),
+        (resumable(5, 9, 9, 8), 2),
+        (resumable(5, 5, 5, 6), 0),
+        ([*resumable(5, 5), None, None, *resumable(5)], 2),
     ],
 )
 def test_attempts_without_a_new_row_are_counted(history: list[AttemptStatus | None], expected: int) -> None:
@@ -168,23 +192,25 @@ RUNNING = {"JobState": "RUNNING", "Reason": "None"}
 @pytest.mark.parametrize(
     ("history", "job", "expected"),
     [
-        (words(5), RUNNING, ""),
-        (words(5), {"JobState": "COMPLETING", "Reason": "TimeLimit"}, ""),
-        (words(5), {"JobState": "COMPLETING", "Reason": "None"}, "SLURM is ending the job"),
-        (words(5), {}, "state unknown"),
-        (words(5, 5, 5, 5), RUNNING, "3 attempts in a row have ended without a new row"),
-        (words(*range(1, 12)), RUNNING, "requeued 10 times"),
+        (resumable(5), RUNNING, ""),
+        (resumable(5), {"JobState": "COMPLETING", "Reason": "TimeLimit"}, ""),
+        (resumable(5), {"JobState": "COMPLETING", "Reason": "None"}, "SLURM is ending the job"),
+        (resumable(5), {}, "state unknown"),
+        (resumable(5, 5, 5, 5), RUNNING, "3 attempts in a row ended without a new row"),
+        (resumable(*range(1, 12)), RUNNING, "requeued 10 times"),
     ],
 )
-def test_when_a_job_is_requeued(history: list[AttemptStatus | None], job: dict[str, str], expected: str) -> None:
-    found = find_reason_not_to_requeue(history, job, max_requeues=10, max_fruitless=3)
-    assert expected in found and bool(found) == bool(expected)
+def test_a_job_is_requeued_only_if_it_runs_makes_progress_and_is_below_the_limit(
+    history: list[AttemptStatus | None], job: dict[str, str], expected: str
+) -> None:
+    reason = find_reason_not_to_requeue(history, job, max_requeues=10, max_without_progress=3)
+    assert expected in reason and bool(reason) == bool(expected)
 
 
 @pytest.mark.parametrize(
-    ("word", "step_status", "expected", "requeued"),
+    ("status", "step_status", "expected", "requeued"),
     [
-        ("0 9\n", 137, 0, False),  # one rank was killed, the others completed the run
+        ("0 9\n", 137, 0, False),  # one rank was killed, and the others completed the run
         ("75 9\n", 1, 75, True),
         ("1 9\n", 1, 1, False),
         ("2 ?\n", 2, 2, False),
@@ -193,26 +219,26 @@ def test_when_a_job_is_requeued(history: list[AttemptStatus | None], job: dict[s
         ("damaged", 143, 143, False),
     ],
 )
-def test_only_a_run_that_says_that_it_can_go_on_is_requeued(
+def test_only_a_run_whose_status_is_resumable_is_requeued(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    word: str | None,
+    status: str | None,
     step_status: int,
     expected: int,
     requeued: bool,
 ) -> None:
-    asked = tmp_path / "asked"
-    fake_program(tmp_path, "scontrol", f'echo "$@" >> {asked}; echo "JobId=7 JobState=RUNNING Reason=None"')
+    calls = tmp_path / "calls"
+    fake_program(tmp_path, "scontrol", f'echo "$@" >> {calls}; echo "JobId=7 JobState=RUNNING Reason=None"')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     log_dir = tmp_path / "attempt-0"
     log_dir.mkdir()
-    if word is not None:
-        (log_dir / "status").write_text(word)
+    if status is not None:
+        (log_dir / "status").write_text(status)
     assert requeue.main([str(log_dir), str(step_status)], {"SLURM_JOB_ID": "7"}) == expected
-    assert ("requeue 7" in asked.read_text() if asked.exists() else False) == requeued
+    assert ("requeue 7" in calls.read_text() if calls.exists() else False) == requeued
 
 
-def test_a_site_that_does_not_requeue_is_told_of(
+def test_if_slurm_refuses_to_requeue_the_job_log_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fake_program(tmp_path, "scontrol", '[[ $1 != requeue ]] && echo "JobState=RUNNING Reason=None"')
@@ -220,10 +246,10 @@ def test_a_site_that_does_not_requeue_is_told_of(
     (tmp_path / "attempt-1").mkdir()
     (tmp_path / "attempt-1" / "status").write_text("75 3\n")
     assert requeue.main([str(tmp_path / "attempt-1"), "75"], {"SLURM_JOB_ID": "7"}) == 75
-    assert "SLURM does not requeue job 7" in capfd.readouterr().out
+    assert "SLURM refused to requeue job 7" in capfd.readouterr().out
 
 
-def test_it_is_called_as_the_scripts_call_it(tmp_path: Path) -> None:
+def test_the_module_runs_as_the_scripts_call_it(tmp_path: Path) -> None:
     (tmp_path / "attempt-0").mkdir()
     (tmp_path / "attempt-0" / "status").write_text("0 3\n")
     command = [sys.executable, "-m", "dpgen.requeue", str(tmp_path / "attempt-0"), "0"]

@@ -1,0 +1,216 @@
+"""Run `dpgen run` in one process: load the configuration, join the ranks, generate, and report an error.
+
+- Each rank loads its configuration before it joins the others, so that its first log line has the format that
+  `run.log_format` chooses. An error waits until the group exists.
+- An error on any rank ends all ranks. It is reported once, by the first rank to fail.
+- Where a configuration can't be loaded, its log format is unknown: the error is text, or JSON if the command line has
+  `run.log_format=json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import signal
+import textwrap
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from dpgen.commands.parser import CommandParser, complete_files
+from dpgen.errors import (
+    EXIT_OK,
+    EXIT_RESUMABLE,
+    ConfigError,
+    DpgenError,
+    PeerFailed,
+    find_nearest_name,
+)
+from dpgen.imports import imports_without_gc
+from dpgen.lifecycle.shutdown import exit_on_signal
+from dpgen.lifecycle.status_file import StatusFile
+from dpgen.log import LogFormat, flush_logging, setup_logging, write_to_stderr
+from dpgen.monitoring.startup import StartupTimer
+
+if TYPE_CHECKING:
+    from dpgen.config.schema import Config
+    from dpgen.distributed.group import RankGroup
+    from dpgen.distributed.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+_USAGE = "dpgen run CONFIG.yaml [MORE.yaml ...] [key=value ...]"
+
+_DESCRIPTION = """\
+Generate every row of a dataset that has no result yet, and write the final dataset.
+
+  torchrun --nproc-per-node N -m dpgen run ...    N ranks on this machine
+  srun -n N python -m dpgen run ...               N ranks from SLURM
+  dpgen run ...                                   one rank
+
+YAML files are merged from left to right, then key=value. The same command resumes an unfinished run, on any number of
+ranks.
+
+exit status: 0 done, 2 wrong usage or configuration, 75 stopped but resumable, 1 anything else
+"""
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Declare the command line of `dpgen run`."""
+    parser.usage, parser.description = _USAGE, _DESCRIPTION
+    parser.make_epilog = format_config_help
+    parser.set_defaults(accepts_unknown=True)  # and reports unknown options once for all ranks
+    complete_files(
+        parser.add_argument(
+            "configuration",
+            nargs="*",
+            metavar="CONFIG.yaml | key=value",
+            help="YAML files, and keys with their values; a key may be given in either",
+        )
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run this process's rank and return its exit status."""
+    from dpgen.distributed.group import SingleRankGroup
+    from dpgen.distributed.topology import fill_local_rank, read_topology
+
+    group: RankGroup = SingleRankGroup()
+    startup, status_file = StartupTimer(), StatusFile(os.environ)
+    started_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    exit_on_signal(
+        lambda: status_file.write_once(group.first_failure_status() or EXIT_RESUMABLE),
+        is_announced=not started_by_torchrun,  # torchrun itself reports that it ends its ranks, and why
+    )
+    if started_by_torchrun:
+        from dpgen.lifecycle.parent_death import set_parent_death_signal
+
+        set_parent_death_signal(signal.SIGTERM)  # a killed torchrun leaves no ranks waiting for its store
+    log_format: LogFormat = "text"
+    try:
+        loaded = _try_load_config(options)
+        log_format = _find_log_format(loaded, options.arguments)
+        setup_logging(0, log_format)  # until the rank is known
+        topology = read_topology(os.environ)
+        setup_logging(topology.dp_rank, log_format)
+        if topology.dp_size > 1:
+            group = _join_ranks(topology)
+            topology = fill_local_rank(topology, group.nodes)
+            startup.mark("rendezvous")
+        group.run_on_all_ranks(lambda: status_file.reset(topology.is_rank_0))
+        config = group.run_on_all_ranks(lambda: _get_config(loaded))
+
+        with imports_without_gc():
+            from dpgen.run import run
+
+        run(config, topology, group, status_file, startup)
+        status_file.write(EXIT_OK)
+        return EXIT_OK
+    except KeyboardInterrupt:
+        return 130
+    except DpgenError as error:
+        return _report_failure(group, status_file, error, log_format)
+    except Exception as error:  # the process boundary: a fault of dpgen's, or of a library's
+        logger.error("unexpected error", exc_info=error)
+        message = f"{type(error).__name__}: {error} (a fault in dpgen or a library; see above)"
+        return _report_failure(group, status_file, DpgenError(message), log_format)
+    finally:
+        group.close()
+
+
+def format_config_help() -> str:
+    """Return every configuration key with its default and meaning, one section after the other."""
+    from dpgen.config.schema import MISSING, legal_keys
+
+    lines = []
+    section = ""
+    for name, default, help in legal_keys():
+        if name.partition(".")[0] != section:
+            section = name.partition(".")[0]
+            lines.append("")
+        lines.append(f"  {name}  ({'required' if default == MISSING else json.dumps(default)})")
+        lines += textwrap.wrap(help, width=100, initial_indent="      ", subsequent_indent="      ")
+    return "keys, with their defaults:\n" + "\n".join(lines)
+
+
+def _try_load_config(options: argparse.Namespace) -> Config | Exception:
+    try:
+        if options.unknown:
+            raise ConfigError(_describe_unknown_option(options.unknown))
+        if not options.configuration:
+            raise ConfigError(f"no configuration; usage: {_USAGE}")
+        from dpgen.config.loader import load_from_args
+
+        return load_from_args(options.configuration)
+    except Exception as error:  # noqa: BLE001 - raised again by `_get_config`, once the group exists
+        return error
+
+
+def _get_config(loaded: Config | Exception) -> Config:
+    if isinstance(loaded, Exception):
+        raise loaded
+    return loaded
+
+
+def _find_log_format(loaded: Config | Exception, arguments: Sequence[str]) -> LogFormat:
+    if isinstance(loaded, Exception):
+        return "json" if "run.log_format=json" in arguments else "text"
+    return loaded.run.log_format
+
+
+def _describe_unknown_option(unknown: Iterable[str]) -> str:
+    """Return the error for an option: `dpgen run` has none but --help, so a configuration key is likely meant."""
+    from dpgen.config.schema import legal_keys
+
+    option = next(argument for argument in unknown if argument.startswith("-"))
+    nearest = find_nearest_name(option.strip("-").partition("=")[0], [name for name, _, _ in legal_keys()])
+    hint = f", did you mean {nearest}=VALUE?" if nearest else ";"
+    return f"unknown option {option}{hint} see dpgen run --help"
+
+
+def _join_ranks(topology: Topology) -> RankGroup:
+    """Return the group of all ranks. Collective."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # dpgen reports lost peers itself, without C++ frames
+    with imports_without_gc():
+        from dpgen.distributed.gloo import GlooGroup  # imports torch, which a world of one does not need
+
+    return GlooGroup(topology)
+
+
+def _report_failure(group: RankGroup, status_file: StatusFile, error: DpgenError, log_format: LogFormat) -> int:
+    """Announce the error to the other ranks, report it if no other rank has, and return the exit status."""
+    from dpgen.distributed.group import PeerLost, StoreLost
+
+    if isinstance(error, (PeerLost, StoreLost)):
+        status_file.write_once(error.exit_status)  # if rank 0 is the one that was lost, no other rank writes the file
+    is_reported_by_peer = type(error) is PeerFailed
+    if not is_reported_by_peer and group.announce_failure(str(error), error.exit_status):
+        _write_error(error, log_format)
+    # A rank that torchrun stops because another one failed exits as resumable, which the run is not.
+    status_file.write(group.first_failure_status() or error.exit_status)
+    return error.exit_status
+
+
+def _write_error(error: DpgenError, log_format: LogFormat) -> None:
+    """Report why the run ended: as a JSON record, else in torchrun's report, else on stderr, after all log lines.
+
+    torchrun's report is the last thing on the screen. It shows a worker's message if the file that torchrun names holds
+    one (torch.distributed.elastic's error file protocol); without a message it prints "To enable traceback see ...".
+    """
+    is_resumable = error.exit_status == EXIT_RESUMABLE
+    message = f"dpgen: {'stopped' if is_resumable else 'error'}: {error}"
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if log_format == "json":
+        logger.log(logging.WARNING if is_resumable else logging.ERROR, str(error))
+    elif not path:
+        write_to_stderr(message)
+    flush_logging()
+    if path:
+        # torchrun takes the earliest failure for the root cause, in whole seconds. Ranks that only follow end within
+        # the same second, so this one is dated a second back.
+        info = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()) - 1)}}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": info}, file)

@@ -1,0 +1,310 @@
+"""The command line: help, wrong usage, shell completion, and what `dpgen run` does around a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.jobs import REPO, Launcher, WriteConfig, make_numbered_rows
+
+from dpgen.cli import COMMANDS, build_parser, main
+from dpgen.config import schema
+
+HEAVY = {"torch", "datasets", "vllm", "transformers", "numpy", "omegaconf", "yaml", "rich", "pyarrow", "shtab"}
+# A bare interpreter has about 60; argparse, json, logging and dpgen's own modules make about 150 with it.
+MAX_MODULES = 250
+
+COUNT_MODULES = (
+    "import sys; from dpgen.cli import main; status = main(sys.argv[1:]); "
+    "print(*sys.modules, file=sys.stderr); sys.exit(status)"
+)
+
+
+def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m dpgen`, without a launcher's variables."""
+    return subprocess.run(
+        [sys.executable, "-m", "dpgen", *arguments],
+        cwd=REPO,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# ---- help
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["--version"]], ids=" ".join
+)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    """The number of modules stands for the time, which a busy machine would blur: 0.1 s on an idle one."""
+    done = subprocess.run([sys.executable, "-c", COUNT_MODULES, *arguments], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    modules = set(done.stderr.split())
+    assert not modules & HEAVY
+    assert len(modules) < MAX_MODULES, sorted(modules)
+
+
+def test_a_command_imports_no_other_command() -> None:
+    done = subprocess.run([sys.executable, "-c", COUNT_MODULES, "run", "--help"], capture_output=True, text=True)
+    commands = {name for name in done.stderr.split() if name.startswith("dpgen.commands.")}
+    assert commands == {"dpgen.commands.run", "dpgen.commands.parser"}
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, status in ((["--help"], 0), (["help"], 0), ([], 2)):
+        assert main(arguments) == status
+        output = capsys.readouterr().out
+        assert all(re.search(rf"^ +{name} +{text[:20]}", output, re.MULTILINE) for name, text in COMMANDS.items())
+        assert "exit status: 0 done, 2 wrong usage or configuration, 75 stopped but resumable" in output
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help_wherever_the_option_stands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["-h"], ["some.yaml", "a=b", "--help"]):
+        assert main([name, *arguments]) == 0
+        output = capsys.readouterr().out
+        assert output.startswith(f"usage: dpgen {name} "), output
+
+
+def test_help_of_run_has_every_key_with_its_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--help"]) == 0
+    output = capsys.readouterr().out
+    for name, default, help in schema.legal_keys():
+        shown = "required" if default == schema.MISSING else json.dumps(default)
+        [entry] = re.findall(rf"^  {re.escape(name)}  \((.*)\)\n((?:      .*\n)+)", output, re.MULTILINE)
+        assert entry[0] == shown
+        assert " ".join(entry[1].split()) == help
+
+
+def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"dpgen \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+# ---- wrong usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["rnu"], "dpgen: unknown command rnu, did you mean run? see dpgen --help"),
+        (["--versoin"], "dpgen: unknown option --versoin, did you mean --version? see dpgen --help"),
+        (["-N", "4"], "dpgen: unknown option -N; see dpgen --help"),
+        (["--json", "verify", "x"], "dpgen: unknown option --json; see dpgen --help"),
+        (["verify", "x", "--jsn"], "dpgen verify: unknown option --jsn, did you mean --json? see dpgen verify --help"),
+        (["verify", "--js", "x"], "dpgen verify: unknown option --js, did you mean --json? see dpgen verify --help"),
+        (["verify", "x", "y"], "dpgen verify: unexpected argument 'y'; see dpgen verify --help"),
+        (["simulate", "--rank=3"], "unknown option --rank, did you mean --ranks? see dpgen simulate --help"),
+        (["simulate", "--rows", "many"], "argument --rows: invalid int value: 'many'; see dpgen simulate --help"),
+        (["slurm", "x.yaml", "--submitt"], "--submitt=VALUE, or did you mean --submit? see dpgen slurm --help"),
+        (["slurm", "x.yaml", "-N", "4"], "-N: write sbatch's options in their long form, as --nodes for -N"),
+        (["run", "x.yaml", "--foo"], "dpgen: error: unknown option --foo; see dpgen run --help"),
+        (["run", "--run.dir=x"], "unknown option --run.dir=x, did you mean run.dir=VALUE? see dpgen run --help"),
+        (["run", "--foo", "a=b", "x.yaml"], "dpgen: error: unknown option --foo; see dpgen run --help"),
+        (["run"], "no configuration; usage: dpgen run CONFIG.yaml"),
+        (["--print-completion", "perl"], "--print-completion: invalid choice: 'perl'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_wrong_usage_ends_with_status_2_and_one_line(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments[0] == "run":  # it takes the process's signals
+        done = run_cli(*arguments)
+        status, output, error = done.returncode, done.stdout, done.stderr
+    else:
+        status = main(arguments)
+        output, error = capsys.readouterr()
+    assert status == 2, error
+    assert line in error and error.count("\n") == 1 and not output, error
+
+
+def test_files_options_and_keys_stand_in_any_order() -> None:
+    parser = build_parser("simulate")[1]["simulate"]
+    options, unknown = parser.parse_known_intermixed_args(["a.yaml", "--ranks", "8", "run.seed=-1", "--json", "b.yaml"])
+    assert options.configuration == ["a.yaml", "run.seed=-1", "b.yaml"]
+    assert options.ranks == "8" and options.json and not unknown
+
+
+@pytest.mark.parametrize("key", ["run.seed=-1", "data.template=--flag", "data.system_prompt=- a list"])
+def test_a_value_may_start_with_a_dash(key: str, write_config: WriteConfig) -> None:
+    """The configuration is loaded, and the error, if any, is about the key."""
+    options, unknown = build_parser("run")[1]["run"].parse_known_intermixed_args(["conf.yaml", key])
+    assert options.configuration == ["conf.yaml", key] and not unknown
+    done = run_cli("run", write_config(make_numbered_rows(1)), key, "data.path=nowhere.jsonl")
+    assert done.returncode == 2
+    assert "unknown option" not in done.stderr and "argument" not in done.stderr
+
+
+def test_help_is_printed_into_a_pipe_that_is_closed_early() -> None:
+    command = f"{sys.executable} -m dpgen run --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: dpgen run ")
+    assert "Exception ignored" not in done.stderr
+
+
+# ---- shell completion
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_covers_every_command_and_option(shell: str) -> None:
+    done = run_cli("--print-completion", shell)
+    assert done.returncode == 0, done.stderr
+    for word in (*COMMANDS, "--no-input", "--torchrun", "--ranks"):
+        assert word.lstrip("-") in done.stdout
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
+
+
+def test_bash_completes_commands_and_their_options() -> None:
+    script = run_cli("--print-completion", "bash").stdout
+    complete = f"""{script}
+COMP_WORDS=(dpgen "$@"); COMP_CWORD=$#
+_shtab_dpgen 2>/dev/null; echo "${{COMPREPLY[*]}}"
+"""
+
+    def complete_words(*words: str) -> set[str]:
+        done = subprocess.run(["bash", "-s", "--", *words], input=complete, capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    assert complete_words("s") == {"slurm", "simulate"}
+    assert complete_words("verify", "--") >= {"--json", "--no-input", "--help"}
+
+
+def test_without_shtab_completion_tells_how_to_install_it(tmp_path: Path) -> None:
+    (tmp_path / "shtab.py").write_text("raise ImportError('not here')")
+    done = run_cli("--print-completion", "bash", PYTHONPATH=f"{tmp_path}:{REPO}")
+    assert done.returncode == 2
+    assert done.stderr == "dpgen: --print-completion needs shtab: pip install 'dpgen[completion]'\n"
+
+
+# ---- dpgen run
+
+
+@pytest.mark.multi
+def test_with_log_format_json_every_line_of_every_rank_is_one_json_object(
+    launcher: Launcher, write_config: WriteConfig
+) -> None:
+    rows = [*make_numbered_rows(20), {"prompt": None}]
+    conf = write_config(rows, run={"log_format": "json", "log_level": "debug"})
+    jobs = launcher.start_like_srun("run", conf, rank_arguments=[[], []])
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].output
+    records = [json.loads(line) for line in jobs[0].output.splitlines()]
+    assert all(list(record) == ["time", "level", "rank", "logger", "message"] for record in records)
+    assert any(record["message"].startswith("ready after ") for record in records)
+    assert any(record["message"].startswith("done: 21 rows, 1 with an error") for record in records)
+    assert all(json.loads(line)["rank"] == 1 for line in jobs[1].output.splitlines())
+
+
+@pytest.mark.multi
+def test_with_log_format_json_the_error_is_one_record_for_all_ranks(
+    launcher: Launcher, write_config: WriteConfig
+) -> None:
+    conf = write_config(make_numbered_rows(2), run={"log_format": "json"})
+    jobs = launcher.start_like_srun("run", conf, "data.prompt_column=promt", rank_arguments=[[], []])
+    assert [job.wait() for job in jobs] == [2, 2]
+    records = [json.loads(line) for job in jobs for line in job.output.splitlines()]
+    [error] = [record for record in records if record["level"] == "ERROR"]
+    assert error["rank"] == 0 and "did you mean 'prompt'" in error["message"]
+    assert error == records[-1]
+
+
+@pytest.mark.multi
+def test_under_torchrun_a_json_error_is_a_record_and_in_torchrun_s_report(
+    launcher: Launcher, write_config: WriteConfig
+) -> None:
+    conf = write_config(make_numbered_rows(2), run={"log_format": "json"})
+    job = launcher.dpgen("run", conf, "data.prompt_column=promt", ranks=2)
+    assert job.wait() == 1
+    lines = job.output.splitlines()
+    [record] = [json.loads(line) for line in lines if line.startswith("{")]
+    assert record["level"] == "ERROR" and "did you mean 'prompt'" in record["message"]
+    assert any("dpgen: error: " in line and "did you mean 'prompt'" in line for line in lines[-5:])
+
+
+@pytest.mark.multi
+def test_a_configuration_error_of_one_rank_is_reported_once_and_ends_all(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    """Each rank loads its configuration before it joins the others, and keeps an error until then."""
+    status = tmp_path / "status"
+    jobs = launcher.start_like_srun(
+        "run",
+        write_config(make_numbered_rows(2)),
+        rank_arguments=[[], ["--fast"]],
+        DPGEN_STATUS_FILE=str(status),
+    )
+    assert [job.wait() for job in jobs] == [2, 2], jobs[0].output
+    output = "".join(job.output for job in jobs)
+    assert output == "dpgen: error: unknown option --fast; see dpgen run --help\n"
+    assert status.read_text() == "2 ?\n"
+
+
+@pytest.mark.parametrize("where", ["file", "command line"])
+def test_the_error_of_a_broken_configuration_is_json_only_if_the_command_line_says_so(
+    where: str, write_config: WriteConfig
+) -> None:
+    conf = write_config(make_numbered_rows(2), run={"log_format": "json"})
+    done = run_cli("run", conf, "run.sed=3", *(["run.log_format=json"] if where == "command line" else []))
+    assert done.returncode == 2
+    if where == "command line":
+        record = json.loads(done.stderr)
+        assert record["level"] == "ERROR" and "did you mean 'run.seed'" in record["message"]
+    else:
+        assert done.stderr.startswith("dpgen: error: ")
+
+
+def test_a_wrong_launcher_environment_is_an_error_in_the_chosen_format(write_config: WriteConfig) -> None:
+    done = run_cli("run", write_config(make_numbered_rows(2)), "run.log_format=json", RANK="5", WORLD_SIZE="1")
+    assert done.returncode == 2
+    assert json.loads(done.stderr)["level"] == "ERROR"
+
+
+def test_an_interruption_is_a_warning_in_json(launcher: Launcher, write_config: WriteConfig) -> None:
+    conf = write_config(make_numbered_rows(50), engine={"step_s": 0.5}, run={"log_format": "json"})
+    job = launcher.dpgen("run", conf)
+    while "ready after" not in job.output:
+        assert job.process.poll() is None, job.output
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 75, job.output
+    last = json.loads(job.output.splitlines()[-1])
+    assert last["level"] == "WARNING" and "SIGTERM" in last["message"]
+
+
+BROKEN_RUN = """
+import sys
+import dpgen.run
+from dpgen.__main__ import main
+
+def run(*arguments):
+    raise ZeroDivisionError("a fault")
+
+dpgen.run.run = run
+main()
+"""
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_fault_of_dpgen_s_is_reported_with_its_traceback_and_status_1(
+    log_format: str, write_config: WriteConfig
+) -> None:
+    arguments = ["run", write_config(make_numbered_rows(2)), f"run.log_format={log_format}"]
+    done = subprocess.run([sys.executable, "-c", BROKEN_RUN, *arguments], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 1
+    message = "ZeroDivisionError: a fault (a fault in dpgen or a library; see above)"
+    if log_format == "json":
+        first, last = (json.loads(line) for line in done.stderr.splitlines())
+        assert "Traceback" in first["message"] and last["message"] == message
+        assert (first["level"], last["level"]) == ("ERROR", "ERROR")
+    else:
+        assert re.search(r"ERROR \[rank 0\] unexpected error\nTraceback ", done.stderr)
+        assert done.stderr.endswith(f"\ndpgen: error: {message}\n")
