@@ -1,352 +1,232 @@
-"""The main job, as a story: config → topology → rows → claim → engine → journal → gather → dataset."""
+"""Run the main job: config → topology → rows → claim → engine → journal → gather → dataset.
+
+`run` reads as this line. Each stage is a function or an object of its own wing; this module connects them.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 from dpgen.config.schema import Config
-from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.input_rows import InputRows
+from dpgen.data.render import check_prompt_columns, select_prompt_columns
+from dpgen.distributed.agreement import open_input
+from dpgen.distributed.attempt import begin_attempt
 from dpgen.distributed.group import RankGroup
-from dpgen.distributed.layout import Layout, build_engine_world, build_layout
+from dpgen.distributed.layout import Layout, build_layout
 from dpgen.distributed.topology import Topology
-from dpgen.engine.launch import build_engine_spec, build_text_pipeline, has_cold_caches, make_engine_factory
-from dpgen.engine.messages import EngineTextConfig
+from dpgen.engine.launch import TextPipeline, build_text_pipeline, has_cold_caches, start_engine
+from dpgen.engine.loading import ModelLoader
+from dpgen.engine.log_file import EngineLog
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE, ConfigError, suggest_name
 from dpgen.formatting import format_count, format_duration
-from dpgen.journal.reader import last_attempt, list_segments
 from dpgen.journal.run_dir import RunDir, compute_run_identity, diff_identities
 from dpgen.journal.writer import JournalWriter
 from dpgen.lifecycle.shutdown import ShutdownMonitor, find_deadline
 from dpgen.lifecycle.status_file import StatusFile
-from dpgen.log import setup_logging
 from dpgen.monitoring.progress import ProgressDisplay
-from dpgen.monitoring.run_report import RankManifest, summarize_run
-from dpgen.monitoring.startup import PeriodicLog, StartupTimer
-from dpgen.output.dataset_writer import check_output_columns, write_dataset
-from dpgen.output.gather import gather_segments, shares_run_dir
-from dpgen.scheduling.generation_loop import GenerationLoop, Totals
-from dpgen.scheduling.planner import ShardPlanner
+from dpgen.monitoring.run_report import summarize_run
+from dpgen.monitoring.startup import StartupTimer
+from dpgen.output.dataset_writer import check_output_columns
+from dpgen.output.result import ResultConfig, gather_results, write_result
+from dpgen.records import RankManifest
+from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
+from dpgen.scheduling.order import OrderConfig
+from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
+from dpgen.scheduling.request_source import RequestBuilder, RequestSource
+from dpgen.scheduling.result_recorder import ResultRecorder
+from dpgen.scheduling.totals import Totals
 
-_LOADED = "dpgen/loaded"  # in the store: how many ranks have loaded their models; below it, of each node
-_POLL_S = 0.1
+logger = logging.getLogger(__name__)
 
 
-def run(config: Config, topology: Topology, group: RankGroup, ending: StatusFile, phases: StartupTimer) -> None:
-    """Generates every row of `config.data` that has no result yet, and writes the final dataset.
+def run(config: Config, topology: Topology, group: RankGroup, status_file: StatusFile, startup: StartupTimer) -> None:
+    """Generate every row of `config.data` that has no result yet, and write the final dataset. Collective.
 
-    Collective: every rank of `group` calls it with the same configuration. Keeps `ending.num_done` current, and tells
-    what `phases` of its start-up took how long.
+    Keeps `status_file.num_done` current, and marks each phase of the start-up in `startup`.
 
     Raises:
-        ConfigError: something in the configuration or the input is wrong; no model was loaded.
-        Interrupted: told to stop; the same command goes on.
+        ConfigError: something in the configuration or the input is wrong. No model was loaded.
+        Interrupted: a signal or a time limit stopped the run. The same command resumes it.
         DpgenError: anything else that a user can mend; see its subclasses.
     """
-    say = setup_logging(topology.dp_rank)
-    tell = say if topology.is_rank_0 else _silence  # what one rank says for all
-    deadline_s, deadline_name = find_deadline(config.run.time_limit, config.run.stop_margin_s, os.environ, time.time())
-    stop = ShutdownMonitor(deadline_s, deadline_name, before_exit=lambda: ending.write_once(EXIT_RESUMABLE))
-    stop.install_handlers()
+    shutdown = _watch_for_shutdown(config, status_file)
     with ExitStack() as stack:
         layout = group.run_on_all_ranks(lambda: build_layout(topology, config.parallel))
-        engine = _start_engine(config, topology, layout, group, say)  # imports vLLM meanwhile
+        engine_log = EngineLog(config.run.log_level)
+        engine = start_engine(config, topology, layout, group, engine_log)  # vLLM is imported beside what follows
         stack.callback(engine.kill)
-        rows, folder, identity = _open_input(config, group)
-        phases.mark("input")
-        if group.all_gather_object(_is_already_complete(config, folder, identity))[0]:  # rank 0's folder is the one
-            tell(f"{folder.path} holds this run's finished result already; nothing to do")
+        rows, fingerprint = open_input(config.data, group, lambda columns: _check_columns(config, columns))
+        run_dir, identity = RunDir(config.run.dir), compute_run_identity(config, fingerprint)
+        startup.mark("input")
+        if _is_already_complete(config, group, run_dir, identity):
             return
-        if layout.lockstep and not config.parallel.enable_expert_parallel:
-            tell("parallel.lock_step=true: engines wait for each other at every step, which only costs here")
-        texts = group.run_on_all_ranks(lambda: build_text_pipeline(config, tell))
-        phases.mark("tokenizer")
-        for note in group.run_on_all_ranks(lambda: engine.check_options(group.raise_if_peer_failed)):
-            tell(note)
-        phases.mark("engine's options")
-        attempt = _begin_attempt(config, group, folder, identity)
-        own_journal = JournalWriter(folder.journal, attempt, topology.dp_rank)
-        stack.callback(own_journal.close)
+        text = group.run_on_all_ranks(lambda: build_text_pipeline(config))
+        startup.mark("tokenizer")
+        _check_engine_options(engine, config, group)
+        startup.mark("engine's options")
+        attempt = begin_attempt(config, group, run_dir, identity)
+        engine_log.open(run_dir.logs / f"rank-{topology.dp_rank}.engine.log")
+        journal = JournalWriter(run_dir.journal, attempt, topology.dp_rank)
+        stack.callback(journal.close)
 
-        dealer = ShardPlanner(
-            config,
-            rows,
-            folder,
-            group,
-            attempt,
-            texts.render,
-            claims_rows=layout.is_group_leader,
-            in_lockstep=layout.lockstep,
-            tell=tell,
-        )
-        feed = dealer.plan()
-        tell(_describe_plan(len(rows), dealer.num_remaining_rows, layout.num_engines, attempt))
-        ending.num_done = len(rows) - dealer.num_remaining_rows
-        own = RankManifest(group.rank, group.nodes[group.rank])
-        if dealer.num_remaining_rows:
-            tell(str(dealer.order))
-            phases.mark("rows to do")
-            _load_model(engine, texts.engine_text_config, config, layout, group, folder, phases, tell)
-            tell(str(phases))
-            generation = GenerationLoop(
-                feed,
-                engine,
-                own_journal,
-                group,
-                reshard=dealer.plan,
-                stop_reason=lambda: stop.reason,
-                detokenizer=texts.detokenizer,
-                reserve_rows=config.work.reserve_rows,
-                num_samples=config.sampling.get("n") or 1,
-                max_leading_errors=config.run.max_leading_errors,
-                say=say,
-            )
-            progress = ProgressDisplay(
-                len(rows), len(rows) - dealer.num_remaining_rows, tell, config.run.progress_interval_s
-            )
-            with stop.defer_signals():
-                _generate(generation, progress, ending, tell if topology.is_rank_0 else None)
-            own = generation.fill_manifest(own)
-        engine.stop()  # it frees the model's memory while the result is written
-        own_journal.close()
-        _write_result(config, group, rows, folder, own_journal, own, tell)
-        stop.ignore_signals()
+        job = _Job(config, group, layout, rows, run_dir, attempt)
+        planner = job.make_planner(text)
+        source = planner.plan()
+        job.report_plan(planner, status_file)
+        manifest = RankManifest(group.rank, group.nodes[group.rank])
+        if planner.num_remaining_rows:
+            startup.mark("rows to do")
+            job.load_model(engine, text, startup)
+            loop = job.make_loop(planner, engine, ResultRecorder(journal, text.detokenizer), shutdown)
+            with shutdown.defer_signals():
+                job.generate(loop, source, status_file)
+            manifest = loop.fill_manifest(manifest)
+        engine.stop()  # the engine frees the model's memory while the result is written
+        journal.close()
+        job.write(journal, manifest)
+        shutdown.ignore_signals()
         engine.close()
 
 
-def _is_already_complete(config: Config, folder: RunDir, identity: Mapping[str, Any]) -> bool:
-    """Whether this very run is finished, and nothing more is wanted of it."""
-    is_same = not diff_identities(folder.read_metadata().get("identity"), identity)
-    return folder.is_finished and is_same and not config.run.retry_errors and config.run.resume != "never"
+@dataclass(frozen=True)
+class _Job:
+    """Connect the stages of one attempt; each method is one of them.
 
+    Attributes:
+        rows: the input.
+        attempt: number of this attempt.
+    """
 
-def _start_engine(
-    config: Config, topology: Topology, layout: Layout, group: RankGroup, say: Callable[[str], None]
-) -> EngineSupervisor:
-    world = build_engine_world(topology, layout, group)
-    return EngineSupervisor(
-        make_engine_factory(config, topology, group, world),
-        build_engine_spec(config, topology, world),
-        say,
-        can_restart=world is None,
-        timeout_s=config.run.engine_timeout_s,
-        start_timeout_s=config.run.engine_start_timeout_s,
-        max_deaths=config.run.max_engine_deaths,
-    )
+    config: Config
+    group: RankGroup
+    layout: Layout
+    rows: InputRows
+    run_dir: RunDir
+    attempt: int
 
+    def make_planner(self, text: TextPipeline) -> ShardPlanner:
+        config = self.config
+        columns = {*select_prompt_columns(config.prompt, self.rows.columns), *config.sampling_columns.values()}
+        planner_config = PlannerConfig(
+            order=OrderConfig(
+                config.work,
+                config.prompt,
+                config.sampling_columns.get("max_tokens"),
+                bool(config.engine.get("enable_prefix_caching", True)),
+            ),
+            retry_errors=config.run.retry_errors,
+            columns=tuple(sorted(columns)),
+            lockstep=self.layout.lockstep,
+            claims_rows=self.layout.is_group_leader,
+            attempt=self.attempt,
+        )
+        builder = RequestBuilder(text.render, config.run.seed, config.sampling_columns, config.sampling_by_rank)
+        return ShardPlanner(planner_config, self.rows, self.run_dir.journal, self.group, builder)
 
-def _open_input(config: Config, group: RankGroup) -> tuple[InputRows, RunDir, dict[str, Any]]:
-    """The input and the run folder, both checked on all ranks, and what identifies the run."""
-
-    def read() -> tuple[InputRows, dict[str, Any] | None]:
-        with group.node_leader_first():
-            rows = load_input(config.data)
-            return rows, rows.fingerprint() if group.is_node_leader else None
-
-    rows, fingerprint = group.run_on_all_ranks(read)
-    fingerprints = [each for each in group.all_gather_object(fingerprint) if each is not None]
-
-    sizes = group.all_gather_object(len(rows))
-
-    def check() -> None:
-        if any(num_rows != len(rows) for num_rows in sizes):
-            raise ConfigError(f"data.path={config.data.path} gives other ranks another number of rows; is it growing?")
-        if any(each != fingerprints[0] for each in fingerprints):
-            raise ConfigError(f"data.path={config.data.path} holds other rows on one node than on another")
-        if rows.is_empty:
-            return  # and its columns may be unknown
-        config.prompt.check_columns(rows.columns)
-        for name, column in config.sampling_columns.items():
-            if column not in rows.columns:
-                raise ConfigError(
-                    f"sampling.from_columns: {name} is to come from {column!r}, which is no column of the dataset"
-                    f"{suggest_name(column, rows.columns, 'columns')}"
-                )
-        hint = config.work.hint_column
-        if hint is not None and hint not in rows.columns:
-            raise ConfigError(
-                f"work.hint_column: {hint!r} is no column of the dataset{suggest_name(hint, rows.columns, 'columns')}"
+    def report_plan(self, planner: ShardPlanner, status_file: StatusFile) -> None:
+        """Log what is left to do, and in which order."""
+        num_rows, num_remaining = len(self.rows), planner.num_remaining_rows
+        status_file.num_done = num_done = num_rows - num_remaining
+        ranks = format_count(self.layout.num_engines, "rank")
+        if self.attempt == 1:
+            logger.info(f"{format_count(num_rows, 'row')} over {ranks}")
+        else:
+            logger.info(
+                f"attempt {self.attempt}: {num_done:,} of {num_rows:,} rows are done, "
+                f"{num_remaining:,} remain over {ranks}"
             )
-        check_output_columns(rows.columns, config.data.columns, config.output.token_ids)
+        if num_remaining:
+            logger.info(str(planner.order))
 
-    group.run_on_all_ranks(check)
-    return rows, RunDir(config.run.dir), compute_run_identity(config, fingerprints[0])
+    def load_model(self, engine: EngineSupervisor, text: TextPipeline, startup: StartupTimer) -> None:
+        """Load the model on all ranks: the min-KV-cache all-reduce."""
+        loader = ModelLoader(self.config.parallel, self.layout, self.group, startup.mark)
+        loaded = loader.load(engine, text.engine_text_config, has_cold_caches(self.config, os.environ))
+        if self.group.rank == 0:
+            self.run_dir.update_metadata(engine={**vars(loaded.info), "kv_cache_bytes": loaded.agreed_kv_bytes})
+        logger.info(str(startup))
 
+    def make_loop(
+        self, planner: ShardPlanner, engine: EngineSupervisor, results: ResultRecorder, shutdown: ShutdownMonitor
+    ) -> GenerationLoop:
+        config = self.config
+        num_samples = config.sampling.get("n") or 1
+        loop_config = LoopConfig(config.work.reserve_rows, num_samples, config.run.max_leading_errors)
+        return GenerationLoop(planner, engine, results, self.group, loop_config, lambda: shutdown.reason)
 
-def _begin_attempt(config: Config, group: RankGroup, folder: RunDir, identity: Mapping[str, Any]) -> int:
-    """Checks and makes the folder; this attempt's number: one more than any that has written there."""
+    def generate(self, loop: GenerationLoop, source: RequestSource, status_file: StatusFile) -> None:
+        """Generate until no rank has unfinished work: the unfinished-work all-reduce. Rank 0 shows the progress."""
+        num_before, started_s = status_file.num_done or 0, time.monotonic()
+        progress = ProgressDisplay(len(self.rows), num_before, self.config.run.progress_interval_s)
 
-    def check() -> None:
-        folder.check_resumable(identity, config.run.resume)
-        if group.rank == 0:
-            folder.lock()
+        def on_progress(totals: Totals) -> None:
+            status_file.num_done = num_before + totals.num_rows
+            progress.update(totals)
 
-    def create() -> int:
-        with group.node_leader_first():
-            folder.create()
-        return last_attempt(folder.journal)
-
-    group.run_on_all_ranks(check)
-    attempt: int = 1 + max(group.all_gather_object(group.run_on_all_ranks(create)))
-
-    def record() -> None:
-        if group.rank == 0:
-            folder.success.unlink(missing_ok=True)  # failed rows of a finished run are tried again: it is unfinished
-            folder.write_config(config)
-            folder.update_metadata(identity=identity, attempt=attempt, dp_size=group.size)
-
-    def record_elsewhere() -> None:
-        if not folder.read_metadata():  # a folder that rank 0 doesn't see: it, too, knows what it holds
-            folder.update_metadata(identity=identity)
-
-    group.run_on_all_ranks(record)
-    group.run_on_all_ranks(record_elsewhere)
-    return attempt
-
-
-def _load_model(
-    engine: EngineSupervisor,
-    text: EngineTextConfig,
-    config: Config,
-    layout: Layout,
-    group: RankGroup,
-    folder: RunDir,
-    phases: StartupTimer,
-    tell: Callable[[str], None],
-) -> None:
-    """Loads the model; on the way the ranks agree on the KV cache's size: the min-KV-cache all-reduce."""
-    measured, agreed = 0, 0
-    waiting = PeriodicLog(
-        tell,
-        lambda: (
-            f"this rank's model is loaded, {group.store.add(_LOADED, 0)} of {group.size} are; the KV cache's size is "
-            "agreed with the last (parallel.sync_kv_cache=false does without)"
-        ),
-    )
-
-    def agree_kv(measured_bytes: int) -> int:
-        nonlocal measured, agreed
-        measured = agreed = measured_bytes
-        phases.mark("model")
-        group.store.add(f"{_LOADED}/{group.nodes[group.rank]}", 1)
-        if config.parallel.sync_kv_cache:
-            group.store.add(_LOADED, 1)
-            [agreed] = group.wait(group.all_reduce_async([measured_bytes], "min"), waiting)
-            phases.mark("other ranks' models")
-        return agreed
-
-    if _waits_for_node_leader(config, layout, group):
-        while group.store.add(f"{_LOADED}/{group.nodes[group.rank]}", 0) == 0:
-            group.raise_if_peer_failed()
-            time.sleep(_POLL_S)
-        phases.mark("the node's first model")
-    info = engine.load_model(agree_kv, group.raise_if_peer_failed, text)
-    phases.mark("KV cache")
-    tell(
-        f"KV cache: {info.num_kv_blocks:,} blocks of {info.kv_block_tokens} tokens"
-        f"{' on every rank' if config.parallel.sync_kv_cache else ''} ({agreed / 2**20:,.0f} MiB; "
-        f"{measured / 2**20:,.0f} MiB free here); {format_count(info.max_num_seqs, 'sequence')} at a time"
-    )
-    if group.rank == 0:
-        folder.update_metadata(engine={**vars(info), "kv_cache_bytes": agreed})
-
-
-def _generate(
-    generation: GenerationLoop, progress: ProgressDisplay, ending: StatusFile, tell: Callable[[str], None] | None
-) -> None:
-    """Generates until all ranks are through; the first rank shows how far they are, and `tell`s what came of it."""
-    num_before, started_s = ending.num_done or 0, time.monotonic()
-
-    def show(totals: Totals) -> None:
-        ending.num_done = num_before + totals.num_rows
-        progress.update(totals)
-
-    if tell is not None:
-        progress.open_bar()
-    try:
-        totals = generation.run(show)
-    finally:
-        progress.close()
-    if tell is not None:
-        tell(_describe_totals(totals, time.monotonic() - started_s))
-
-
-def _waits_for_node_leader(config: Config, layout: Layout, group: RankGroup) -> bool:
-    """Whether this rank waits until its node's first one has loaded its model. Collective."""
-    is_cold_here = group.all_gather_object(has_cold_caches(config, os.environ))
-    if layout.has_shared_engine or group.is_node_leader or config.parallel.load_first == "never":
-        return False  # processes that make an engine together load together
-    first = group.nodes.index(group.nodes[group.rank])
-    return config.parallel.load_first == "always" or is_cold_here[first]
-
-
-def _write_result(
-    config: Config,
-    group: RankGroup,
-    rows: InputRows,
-    folder: RunDir,
-    own_journal: JournalWriter,
-    own: RankManifest,
-    tell: Callable[[str], None],
-) -> None:
-    """Gathers manifests, and rows where they are elsewhere; rank 0 writes the result."""
-    seen = shares_run_dir(group, folder.path)
-    own = replace(
-        own, rank=group.rank, sees_rank_0=seen, num_rows=own_journal.num_rows, num_bytes=own_journal.num_bytes
-    )
-    manifests = group.gather_object(own)
-    elsewhere = not seen if config.output.gather == "auto" else config.output.gather == "always"
-    sending = []
-    if elsewhere and group.rank > 0:
-        # Besides its own, a node's first rank sends what earlier attempts left there.
-        left = list_segments(folder.journal) if group.is_node_leader and not seen else []
-        this_attempt = own_journal.path.name.partition("-rank-")[0] + "-"
-        earlier = [path for path in left if not path.name.startswith(this_attempt)]
-        sending = sorted({*earlier, *own_journal.paths})
-    rounds = gather_segments(group, folder.journal, sending, config.output.gather_bytes)
-    if rounds:
-        tell(f"rows gathered to rank 0 in {format_count(rounds, 'round')}")
-
-    def write() -> None:
-        if manifests is None:  # not rank 0
-            return
-        folder.update_metadata(manifests=[vars(each) for each in manifests], gather_rounds=rounds)
-        for finding in summarize_run(manifests):
-            tell(finding)
-        has_samples = config.sampling.get("n", 1) != 1 or "n" in config.sampling_columns
-        facts = write_dataset(rows, folder, config.output, config.data.columns, has_samples)
-        if facts["num_errors"]:
-            kinds = ", ".join(f"{number:,} {kind}" for kind, number in facts["errors"].items())
-            tell(f"rows with an error: {kinds}; the first is {facts['first_error']}")
-        tell(
-            f"done: {format_count(facts['num_rows'], 'row')}, {facts['num_errors']:,} with an error, "
-            f"in {folder.dataset}"
+        if self.group.rank == 0:
+            progress.open_bar()
+        try:
+            totals = loop.run(source, on_progress)
+        finally:
+            progress.close()
+        elapsed_s = time.monotonic() - started_s
+        logger.info(
+            f"generated {format_count(totals.num_rows, 'row')}, {format_count(totals.num_generated_tokens, 'token')} "
+            f"in {format_duration(elapsed_s)} ({totals.num_generated_tokens / max(elapsed_s, 1e-9):,.0f} tokens/s)"
         )
 
-    group.run_on_all_ranks(write)
+    def write(self, journal: JournalWriter, manifest: RankManifest) -> None:
+        """Gather rows and manifests, and write the final dataset on rank 0."""
+        config = self.config
+        manifests = gather_results(self.group, self.run_dir, journal, manifest, config.output)
+        for finding in summarize_run(manifests or []):
+            logger.info(finding)
+        has_samples = config.sampling.get("n", 1) != 1 or "n" in config.sampling_columns
+        result_config = ResultConfig(config.output, config.data.columns, has_samples)
+        write_result(self.group, self.rows, self.run_dir, result_config)
 
 
-def _describe_plan(num_rows: int, num_todo: int, num_ranks: int, attempt: int) -> str:
-    ranks = format_count(num_ranks, "rank")
-    if attempt == 1:
-        return f"{format_count(num_rows, 'row')} over {ranks}"
-    done = num_rows - num_todo
-    return f"attempt {attempt}: {done:,} of {num_rows:,} rows are done, {num_todo:,} to go over {ranks}"
+def _watch_for_shutdown(config: Config, status_file: StatusFile) -> ShutdownMonitor:
+    deadline_s, deadline_name = find_deadline(config.run.time_limit, config.run.stop_margin_s, os.environ, time.time())
+    shutdown = ShutdownMonitor(deadline_s, deadline_name, before_exit=lambda: status_file.write_once(EXIT_RESUMABLE))
+    shutdown.install_handlers()
+    return shutdown
 
 
-def _describe_totals(totals: Totals, elapsed_s: float) -> str:
-    rate = totals.num_generated_tokens / elapsed_s if elapsed_s > 0 else 0.0
-    return (
-        f"generated {format_count(totals.num_rows, 'row')}, {format_count(totals.num_generated_tokens, 'token')} "
-        f"in {format_duration(elapsed_s)} "
-        f"({rate:,.0f} tokens/s)"
-    )
+def _check_columns(config: Config, columns: Sequence[str]) -> None:
+    """Raise ConfigError for the first column that the configuration names and the input lacks."""
+    check_prompt_columns(config.prompt, columns)
+    named = {f"sampling.from_columns.{field}": column for field, column in config.sampling_columns.items()}
+    if config.work.hint_column is not None:
+        named["work.hint_column"] = config.work.hint_column
+    for key, column in named.items():
+        if column not in columns:
+            hint = suggest_name(column, columns, "columns")
+            raise ConfigError(f"{key}: {column!r} is no column of the dataset{hint}")
+    check_output_columns(list(columns), config.data.columns, config.output.token_ids)
 
 
-def _silence(line: str) -> None:
-    """What the other ranks do where rank 0 speaks for all."""
+def _is_already_complete(config: Config, group: RankGroup, run_dir: RunDir, identity: Mapping[str, Any]) -> bool:
+    """Return True if rank 0's run directory holds this run's result, and nothing is to be retried. Collective."""
+    is_same = not diff_identities(run_dir.read_metadata().get("identity"), identity)
+    wants_more = bool(config.run.retry_errors) or config.run.resume == "never"
+    is_complete: bool = group.all_gather_object(run_dir.is_finished and is_same and not wants_more)[0]
+    if is_complete:
+        logger.info(f"{run_dir.path} holds this run's finished result already, nothing to do")
+    return is_complete
+
+
+def _check_engine_options(engine: EngineSupervisor, config: Config, group: RankGroup) -> None:
+    """Raise ConfigError if vLLM rejects an option, before a model loads. Collective."""
+    if config.parallel.lock_step and not config.parallel.enable_expert_parallel:
+        logger.info("parallel.lock_step=true: engines wait for each other at every step, which only costs time here")
+    for note in group.run_on_all_ranks(lambda: engine.check_options(group.raise_if_peer_failed)):
+        logger.info(note)
