@@ -1,4 +1,4 @@
-"""Which tests run when, and the fixtures that all of them share."""
+"""Order of the tests, slots for real engines, and the fixtures that all tests share."""
 
 from __future__ import annotations
 
@@ -15,85 +15,90 @@ from typing import IO, Any
 import pytest
 from helpers.jobs import Launcher, write_into
 
-
-def has(item: pytest.Item, mark: str) -> bool:
-    return item.get_closest_marker(mark) is not None
+_NUM_ENGINE_SLOTS = 2
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-xdist's, which marks groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no worker ends with them while the others are through.
+    """Sort the tests, longest first, so that no worker is still in a long test when the others are finished.
 
-    First of all SLURM's tests, which run one after the other and mostly wait: whatever runs beside them has the cores.
-    Of the others one with a real engine and one without alternate, since only so many engines run at a time.
+    - SLURM's tests run first of all: they run one after the other and mostly wait, so other tests get the cores.
+    - Of the others, tests with and without a real engine alternate, since few engines run at a time.
     """
-
-    def alternating(some: list[pytest.Item]) -> list[pytest.Item]:
-        real = [item for item in some if has(item, "vllm")]
-        real.sort(key=lambda item: not has(item, "xdist_group"))  # a group is one worker's, and long
-        light = sorted((item for item in some if not has(item, "vllm")), key=lambda item: not has(item, "multi"))
-        return [item for pair in zip_longest(real, light) for item in pair if item is not None]
-
-    slurm = sorted((item for item in items if has(item, "slurm")), key=lambda item: not has(item, "vllm"))
-    others = [item for item in items if not has(item, "slurm")]
-    slow, quick = [], []
-    for item in others:
-        (slow if has(item, "slow") else quick).append(item)
-    items[:] = [*slurm, *alternating(slow), *alternating(quick)]
+    slurm = sorted((item for item in items if has_mark(item, "slurm")), key=lambda item: not has_mark(item, "vllm"))
+    others = [item for item in items if not has_mark(item, "slurm")]
+    slow = [item for item in others if has_mark(item, "slow")]
+    quick = [item for item in others if not has_mark(item, "slow")]
+    items[:] = [*slurm, *_alternate_engines(slow), *_alternate_engines(quick)]
     for item in items:
-        if has(item, "xdist_group") and item.config.getoption("loadgroup", False) and "@" not in item.nodeid:
-            raise pytest.UsageError("pytest-xdist does not heed xdist_group any more; which pytest is this?")
+        if has_mark(item, "xdist_group") and item.config.getoption("loadgroup", False) and "@" not in item.nodeid:
+            raise pytest.UsageError("pytest-xdist ignores the mark xdist_group: install the pytest of setup.cfg")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Of several tests at a time, no more than two have real engines: three of those thrash two cores.
+    """Let at most two tests have real engines at a time: three engines thrash two cores.
 
-    Outside of all else, so that the wait for a place is no part of a test's time limit.
+    Outermost of all wrappers, so that waiting for a slot takes nothing off a test's time limit.
     """
-    if not has(item, "vllm"):
+    if not has_mark(item, "vllm"):
         return (yield)
-    with reserve_engine_slot() as place:
-        Launcher.place = place
+    with reserve_engine_slot() as slot:
+        Launcher.engine_slot = slot
         try:
             return (yield)
         finally:
-            Launcher.place = None
+            Launcher.engine_slot = None
+
+
+def has_mark(item: pytest.Item, mark: str) -> bool:
+    return item.get_closest_marker(mark) is not None
 
 
 @contextlib.contextmanager
 def reserve_engine_slot() -> Iterator[int]:
-    """One of two, 0 or 1, that this test has for itself among all that run at the same time."""
+    """Wait for a slot (0 or 1), and hold it against all tests that run at the same time."""
     name = f"dpgen-tests-{os.getuid()}-{os.environ.get('PYTEST_XDIST_TESTRUNUID', 'alone')}"
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context((Path(tempfile.gettempdir()) / f"{name}-{place}").open("w")) for place in (0, 1)]
-        while (taken := next(filter(_locks, files), None)) is None:
+        paths = [Path(tempfile.gettempdir()) / f"{name}-{slot}" for slot in range(_NUM_ENGINE_SLOTS)]
+        files = [stack.enter_context(path.open("w")) for path in paths]
+        while (locked := next(filter(_try_lock, files), None)) is None:
             time.sleep(0.2)
-        yield files.index(taken)
-
-
-def _locks(file: IO[str]) -> bool:
-    """Tries to lock the file; it stays so until it is closed."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        yield files.index(locked)
 
 
 @pytest.fixture
 def launcher(tmp_path: Path) -> Iterator[Launcher]:
-    started = Launcher(tmp_path)
-    yield started
-    for job in started.jobs:
+    """Start jobs, and end those that still run after the test."""
+    launcher = Launcher(tmp_path)
+    yield launcher
+    for job in launcher.jobs:
         job.end()
 
 
 @pytest.fixture
 def write_config(tmp_path: Path) -> Callable[..., str]:
-    """Writes a configuration for the fake engine over `rows`, changed by section; gives its path."""
+    """Write a configuration for the fake engine over `rows`, changed by section, and return its path."""
 
     def write(rows: Sequence[Mapping[str, Any]], name: str = "conf.yaml", **sections: Any) -> str:
         return write_into(tmp_path, rows, name, **sections)
 
     return write
+
+
+def _alternate_engines(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the tests in turn from those with a real engine and those without."""
+    real = [item for item in items if has_mark(item, "vllm")]
+    real.sort(key=lambda item: not has_mark(item, "xdist_group"))  # one worker runs a whole group, which takes long
+    light = [item for item in items if not has_mark(item, "vllm")]
+    light.sort(key=lambda item: not has_mark(item, "multi"))
+    return [item for pair in zip_longest(real, light) for item in pair if item is not None]
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Return True if the file is now locked; closing the file unlocks it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,4 +1,7 @@
-"""What the tests share: inputs, and processes that are started, awaited and ended by their own ids."""
+"""Jobs as users start them: input, launcher processes, and their results.
+
+Every process is started, awaited and ended by its own id.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,25 @@ import yaml
 
 REPO = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240
-# For tests in which the others wait for a lost rank's lease: the real one, of a minute, is waited for in test_recovery.
+# For tests in which ranks wait until a lost rank's lease expires. One test in test_recovery.py waits the real minute.
 SHORT_LEASE = {"DPGEN_LEASE_S": "24"}
+
+WriteConfig = Callable[..., str]
 
 
 class Job:
-    """One launcher process (torchrun, or python) and what it printed, to a file or to a terminal."""
+    """One launcher process (torchrun, or python) and its output, to a file or to a terminal."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, terminal: bool) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], log: Path, terminal: bool, cwd: Path
+    ) -> None:
         self.log = log
         self._file = log.open("wb", buffering=0)
         self._watcher: threading.Thread | None = None
         screen = self._open_terminal() if terminal else None
         self.process = subprocess.Popen(
             list(command),
-            cwd=REPO,
+            cwd=cwd,
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=self._file if screen is None else screen,
@@ -50,10 +57,11 @@ class Job:
 
     @property
     def output(self) -> str:
+        """Output so far of the launcher and its children."""
         return self.log.read_bytes().decode(errors="replace")  # a terminal's carriage returns included
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> int:
-        """The exit status; on a time-out the job is ended and its output shown."""
+        """Return the exit status. After the time limit, end the job and fail the test with the job's output."""
         try:
             status = self.process.wait(timeout_s)
             if self._watcher is not None:
@@ -61,10 +69,10 @@ class Job:
             return status
         except subprocess.TimeoutExpired:
             self.end()
-            pytest.fail(f"still running after {timeout_s} s; it printed:\n{self.output}")
+            pytest.fail(f"the job still ran after {timeout_s} s; its output:\n{self.output}")
 
     def end(self) -> None:
-        """Ends the launcher and its children (each engine ends with its rank)."""
+        """Kill the launcher and its children; each engine ends with its rank."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -73,43 +81,44 @@ class Job:
         self._file.close()
 
     def _open_terminal(self) -> int:
-        """A terminal of 24 lines by 160 columns for the process; what it shows goes to the log."""
-        ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
+        """Return the process's end of a terminal of 24 lines by 160 columns; its output goes to the log."""
+        test_end, process_end = pty.openpty()
+        fcntl.ioctl(process_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
 
         def watch() -> None:
-            with contextlib.suppress(OSError):  # how a terminal says that the last process has left it
-                while shown := os.read(ours, 1 << 16):
-                    self._file.write(shown)
-            os.close(ours)
+            with contextlib.suppress(OSError):  # a terminal raises it once the last process has closed its end
+                while output := os.read(test_end, 1 << 16):
+                    self._file.write(output)
+            os.close(test_end)
 
         self._watcher = threading.Thread(target=watch, daemon=True)
         self._watcher.start()
-        return theirs
+        return process_end
 
 
 class Launcher:
-    """Starts jobs and ends whatever a test left running.
+    """Start jobs, and remember them so that a test can end those that still run.
 
     Attributes:
-        place: a real engine's among those of other tests: it is the number of the core that a job of one process gets.
-            Two engines that both compute on all cores are several times as slow: their threads wait for each other.
+        engine_slot: slot of the running test if it has a real engine, and the core that its one-process jobs run on.
+            Two engines that compute on all cores are several times as slow: their threads wait for each other.
     """
 
-    place: ClassVar[int | None] = None
+    engine_slot: ClassVar[int | None] = None
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, cwd: Path = REPO) -> None:
+        self.folder, self.cwd = folder, cwd
         self.python = sys.executable
         self.jobs: list[Job] = []
 
     def start(self, command: Sequence[str], terminal: bool = False, **environment: str) -> Job:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
-        kept |= {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-        job = Job(command, kept, self.folder / f"job-{len(self.jobs)}.log", terminal)
-        if self.place is not None and command[0] == self.python and "torch.distributed.run" not in command:
+        """Start a command in `cwd` (the repository), without the variables of a launcher around the tests."""
+        variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
+        variables |= {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+        job = Job(command, variables, self.folder / f"job-{len(self.jobs)}.log", terminal, self.cwd)
+        if self.engine_slot is not None and command[0] == self.python and "torch.distributed.run" not in command:
             cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(job.process.pid, {cores[self.place % len(cores)]})
+            os.sched_setaffinity(job.process.pid, {cores[self.engine_slot % len(cores)]})
         self.jobs.append(job)
         return job
 
@@ -122,23 +131,27 @@ class Launcher:
         terminal: bool = False,
         **environment: str,
     ) -> Job:
-        """`python -m dpgen ARGUMENTS` for one rank, `torchrun ... -m dpgen ARGUMENTS` for more."""
+        """Start `python -m dpgen ARGUMENTS` for one rank, `torchrun ... -m dpgen ARGUMENTS` for more."""
         command = [sys.executable]
         if ranks > 1 or torchrun:
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *torchrun]
         return self.start([*command, *program, *arguments], terminal, **environment)
 
-    def start_like_srun(self, *arguments: str, each: Sequence[Sequence[str]], **environment: str) -> list[Job]:
-        """One process a rank, with arguments of its own, the variables that srun sets, and a free port.
+    def start_like_srun(
+        self, *arguments: str, rank_arguments: Sequence[Sequence[str]], **environment: str
+    ) -> list[Job]:
+        """Start one process per rank, with the variables that srun sets and a free MASTER_PORT.
 
         Args:
-            environment: over those; MASTER_PORT="" for none.
+            arguments: for every rank.
+            rank_arguments: one list per rank, for that rank alone.
+            environment: overrides the variables of srun; MASTER_PORT="" unsets the port.
         """
-        ranks = len(each)
+        num_ranks = len(rank_arguments)
         shared = {
-            "SLURM_STEP_NUM_TASKS": str(ranks),
+            "SLURM_STEP_NUM_TASKS": str(num_ranks),
             "SLURM_STEP_NODELIST": "localhost",
-            "SLURM_STEP_TASKS_PER_NODE": str(ranks),
+            "SLURM_STEP_TASKS_PER_NODE": str(num_ranks),
             "SLURM_JOB_ID": "1",
             "SLURM_STEP_ID": "0",
             "MASTER_PORT": str(free_port()),
@@ -146,23 +159,24 @@ class Launcher:
         }
         return [
             self.start(
-                [sys.executable, "-m", "dpgen", *arguments, *each[rank]],
+                [sys.executable, "-m", "dpgen", *arguments, *rank_arguments[rank]],
                 SLURM_PROCID=str(rank),
                 SLURM_LOCALID=str(rank),
                 **shared,
             )
-            for rank in range(ranks)
+            for rank in range(num_ranks)
         ]
 
 
 def free_port() -> int:
+    """Return a TCP port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def write_into(folder: Path, rows: Sequence[Mapping[str, Any]], name: str = "conf.yaml", **sections: Any) -> str:
-    """The same in any folder."""
+    """Write rows and a configuration for the fake engine over them, changed by section, and return its path."""
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     conf: dict[str, Any] = {
@@ -177,34 +191,35 @@ def write_into(folder: Path, rows: Sequence[Mapping[str, Any]], name: str = "con
     return str(path)
 
 
-# A user's command, one after the other in one process, since starting it takes longer than refusing what it is given.
+# Runs `dpgen run` with each list of arguments, one after the other in one process: starting a process takes longer
+# than rejecting its arguments. Reports the exit status and stderr of each.
 EACH_IN_TURN = """
 import contextlib, io, json, sys
 from dpgen.cli import main
 
-for words in json.loads(sys.argv[1]):
-    with contextlib.redirect_stderr(io.StringIO()) as told:
-        status = main(["run", *words])
-    print("TOLD " + json.dumps([status, told.getvalue()]), flush=True)
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        status = main(["run", *arguments])
+    print("REPORT " + json.dumps([status, stderr.getvalue()]), flush=True)
 """
 
 
 def run_each_command(launcher: Launcher, program: str, commands: list[list[str]]) -> list[Any]:
-    """What a program told of each of the commands."""
+    """Return the program's report on each of the commands: the JSON after "REPORT " in its output."""
     job = launcher.start([launcher.python, "-c", program, json.dumps(commands)])
     assert job.wait() == 0, job.output
-    found = [json.loads(line[5:]) for line in job.output.splitlines() if line.startswith("TOLD ")]
-    assert len(found) == len(commands), job.output
-    return found
+    lines = [line for line in job.output.splitlines() if line.startswith("REPORT ")]
+    assert len(lines) == len(commands), job.output
+    return [json.loads(line.removeprefix("REPORT ")) for line in lines]
 
 
 def make_numbered_rows(count: int) -> list[dict[str, Any]]:
-    """So many rows with a prompt of their own each."""
+    """Return `count` rows whose prompts differ."""
     return [{"prompt": f"row number {index}"} for index in range(count)]
 
 
 def load_result(run_dir: Path) -> list[dict[str, Any]]:
-    """The final dataset's rows, as a user loads them."""
+    """Load the rows of the final dataset as a user does."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -212,34 +227,39 @@ def load_result(run_dir: Path) -> list[dict[str, Any]]:
     return list(datasets.load_dataset(str(run_dir / "dataset"), split="train", cache_dir=str(cache)))
 
 
+def read_run_json(run_dir: Path) -> dict[str, Any]:
+    run: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+    return run
+
+
 def find_engine_pids(job: Job) -> list[int]:
-    """Ids of engine processes that the job's ranks have started and that still run."""
+    """Return the ids of engine processes that the job's ranks have started and that still run."""
     return descendants(job.process.pid, b"dpgen.engine.server")
 
 
 def descendants(ancestor: int, words: bytes) -> list[int]:
-    """Ids of the processes below `ancestor` whose command line (its words separated by NUL) holds `words`."""
-    found = []
+    """Return the ids of processes below `ancestor` whose command line (words separated by NUL) contains `words`."""
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if words in (entry / "cmdline").read_bytes() and _ancestor(entry.name, ancestor):
-                    found.append(int(entry.name))
-    return sorted(found)
+                if words in (entry / "cmdline").read_bytes() and _is_below(entry.name, ancestor):
+                    pids.append(int(entry.name))
+    return sorted(pids)
 
 
-def _ancestor(pid: str, ancestor: int) -> bool:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Wait until the condition holds; fail the test if it does not in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"the condition did not hold within {timeout_s} s"
+        time.sleep(0.05)
+
+
+def _is_below(pid: str, ancestor: int) -> bool:
     while int(pid) > 1:
         stat = Path(f"/proc/{pid}/stat").read_text()
         pid = stat.rpartition(")")[2].split()[1]
         if int(pid) == ancestor:
             return True
     return False
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Returns once the condition holds; fails the test if it doesn't in time."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.05)

@@ -1,0 +1,50 @@
+"""Rows that fail: one bad row costs one row, and a run in which all rows fail stops early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.jobs import Launcher, WriteConfig, load_result
+
+pytestmark = pytest.mark.multi
+
+
+def test_a_bad_row_gets_a_typed_error_and_the_other_rows_are_generated(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "good", "budget": 3} for _ in range(12)]
+    rows[2]["prompt"] = "x" * 600
+    rows[5]["budget"] = -1
+    rows[7]["prompt"] = None
+    conf = write_config(rows, sampling={"from_columns": {"max_tokens": "budget"}})
+    job = launcher.dpgen("run", conf, ranks=2)
+    assert job.wait() == 0
+    assert "1 bad_sampling, 1 prompt_too_long, 1 wrong_type (first: row 2: prompt_too_long" in job.output
+    results = load_result(tmp_path / "run")
+    assert {row["row_id"]: row["error"]["type"] for row in results if row["error"]} == {
+        2: "prompt_too_long",
+        5: "bad_sampling",
+        7: "wrong_type",
+    }
+    assert all(row["num_generated_tokens"] == 3 for row in results if not row["error"])
+    assert all(row["generated_text"] is None for row in results if row["error"])
+
+
+def test_a_run_whose_rows_all_fail_stops_and_shows_why(launcher: Launcher, write_config: WriteConfig) -> None:
+    rows = [{"prompt": "x" * 600} for _ in range(300)]
+    job = launcher.dpgen("run", write_config(rows), "run.max_leading_errors=100", ranks=2)
+    assert job.wait() == 1
+    assert job.output.count("rows all failed") == 1, job.output
+    assert "prompt_too_long" in job.output
+
+
+def test_rows_that_fail_first_do_not_stop_a_run_whose_good_rows_are_still_running(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    rows = [{"prompt": None if index % 2 else "good"} for index in range(400)]
+    conf = write_config(rows, engine={"max_num_seqs": 400, "step_s": 0.2})
+    job = launcher.dpgen("run", conf)
+    assert job.wait() == 0, job.output
+    assert sum(row["error"] is None for row in load_result(tmp_path / "run")) == 200

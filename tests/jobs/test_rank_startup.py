@@ -1,0 +1,126 @@
+"""Start-up of the ranks: how they join, share the prepared data and the KV cache size, and fail together."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers.jobs import Launcher, WriteConfig, load_result, make_numbered_rows, read_run_json
+
+from dpgen.distributed.ports import derive_job_ports
+from dpgen.distributed.store_discovery import discover_store
+
+pytestmark = pytest.mark.multi
+
+
+def test_ranks_read_their_place_from_the_variables_of_slurm(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    jobs = launcher.start_like_srun("run", write_config(make_numbered_rows(20)), rank_arguments=[[], [], []])
+    assert [job.wait() for job in jobs] == [0, 0, 0], jobs[0].output
+    assert len(load_result(tmp_path / "run")) == 20
+    assert "20 rows over 3 ranks" in jobs[0].output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_join_even_if_another_program_listens_on_the_first_port_of_their_job(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, late: int
+) -> None:
+    with occupy_first_port() as (job_id, second_port):
+        conf = write_config(make_numbered_rows(20))
+        jobs = launcher.start_like_srun("run", conf, rank_arguments=[[], []], SLURM_JOB_ID=job_id, MASTER_PORT="")
+        jobs[late].process.send_signal(signal.SIGSTOP)  # before this rank has started to join
+        if late == 0:
+            time.sleep(5)  # rank 1 has queried in vain
+        else:  # rank 0 waits for rank 1 now, and answers queries
+            assert discover_store("localhost", [second_port], f"SLURM job {job_id}, step 0, restart 0", 60) > 0
+        jobs[late].process.send_signal(signal.SIGCONT)
+        assert [job.wait(90) for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
+    assert len(load_result(tmp_path / "run")) == 20
+    assert "20 rows over 2 ranks" in jobs[0].output
+    assert "[W" not in jobs[1].output and "Exception" not in jobs[1].output
+
+
+@contextmanager
+def occupy_first_port() -> Iterator[tuple[str, int]]:
+    """Listen on the first port of a SLURM job without ever answering; yield the job's id and its second port."""
+    for job in range(os.getpid(), os.getpid() + 100):
+        first, second = derive_job_ports(job, 0)[:2]
+        try:
+            server = socket.create_server(("127.0.0.1", first))
+        except OSError:
+            continue
+        with server:
+            yield str(job), second
+            return
+    pytest.fail("no job found whose first port is free")
+
+
+def test_every_rank_gets_the_smallest_kv_cache(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    sizes = [[f"engine.kv_cache_memory_bytes={number << 20}"] for number in (8, 2, 4)]
+    jobs = launcher.start_like_srun("run", write_config(make_numbered_rows(5)), rank_arguments=sizes)
+    assert [job.wait() for job in jobs] == [0, 0, 0], jobs[0].output
+    assert read_run_json(tmp_path / "run")["engine"]["num_kv_blocks"] == 2048
+    assert "KV cache: 2,048 blocks of 16 tokens on every rank (2 MiB of 8 MiB free here)" in jobs[0].output
+
+
+# A rank that prints whether it finds its data in the cache of `datasets`, and takes a second to prepare it.
+SLOW_TO_PREPARE = """
+import os, sys, time
+from pathlib import Path
+import datasets
+
+load = datasets.load_dataset
+
+def slow_load(*args, **kwargs):
+    is_ready = any(Path(os.environ["HF_DATASETS_CACHE"]).rglob("*.arrow"))
+    if not is_ready:
+        time.sleep(1)
+    sys.stderr.write(f"rank {os.environ['RANK']}: {'finds it ready' if is_ready else 'prepares it'}\\n")
+    return load(*args, **kwargs)
+
+datasets.load_dataset = slow_load
+from dpgen.__main__ import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_one_rank_per_node_prepares_the_data_while_the_others_wait(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    program = tmp_path / "slow_to_prepare.py"
+    program.write_text(SLOW_TO_PREPARE)
+    job = launcher.dpgen(
+        "run",
+        write_config(make_numbered_rows(30)),
+        ranks=3,
+        program=[str(program)],
+        HF_DATASETS_CACHE=str(tmp_path / "cache"),
+    )
+    assert job.wait() == 0, job.output
+    reports = sorted(re.findall(r"rank \d: (?:prepares it|finds it ready)", job.output))
+    assert reports == ["rank 0: prepares it", "rank 1: finds it ready", "rank 2: finds it ready"], job.output
+
+
+def test_a_rank_whose_engine_fails_to_start_ends_all_ranks_with_its_cause(
+    launcher: Launcher, write_config: WriteConfig
+) -> None:
+    started_s = time.monotonic()
+    jobs = launcher.start_like_srun(
+        "run",
+        write_config(make_numbered_rows(50)),
+        rank_arguments=[[], ["engine.load_error=no such device"], ["engine.load_s=2"]],
+    )
+    assert [job.wait(60) for job in jobs] == [1, 1, 1]
+    assert time.monotonic() - started_s < 60
+    assert "the engine failed: RuntimeError: no such device" in jobs[1].output
+    assert all("dpgen: error" not in jobs[rank].output for rank in (0, 2)), "the first cause is reported once"
