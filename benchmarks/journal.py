@@ -1,15 +1,15 @@
-"""What the journal costs: while a run writes it, and when a run resumes from it.
+"""Measure the journal's cost while a run writes it, and the time to resume from it.
 
-    python benchmarks/journal.py [--rows 10000000] [--seconds 30] [--dir FOLDER]
+    python benchmarks/journal.py [--rows 10000000] [--seconds 30] [--dir DIRECTORY]      # on a real disk
 
-1. Cost: 10,000 rows/s of ordinary size, with a disk that is really synced; processor time of the journal, its thread
-   included, above that of the same loop without a journal. Target: under 3 % of a core per 1,000 rows/s.
+1. Cost: 10,000 rows/s of ordinary size on a disk with real syncs. CPU time of the journal, its thread included, on top
+   of the same loop without a journal. Target: under 3 % of a core per 1,000 rows/s.
 2. Memory: of a process that appends a million rows, after a tenth of them and at the end.
-3. Resume: N finished rows with tiny payloads, in shuffled order, in the journals of 8 ranks; then `index_journal` in a process
-   of its own, the median of three: all sealed, and then with one rank's last segment unsealed, as a kill leaves it.
-   The page cache holds what is read.
+3. Resume: N finished rows with tiny payloads, in shuffled order, in the journals of 8 ranks. `index_journal` runs in a
+   process of its own, the median of three: all segments sealed, then with one rank's last segment unsealed, as a kill
+   leaves it. The page cache holds all files.
 
-A table for people, and one JSON line last.
+Prints a table for people, and one JSON line last.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import make_parser
 
 from dpgen.journal.reader import index_journal, list_segments, read_segment
 from dpgen.journal.writer import JournalWriter
@@ -37,64 +38,63 @@ ORDINARY_TEXT = "The quick brown fox jumps over the lazy dog, and says why. " * 
 
 
 def main() -> None:
-    options = _options()
-    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-        path = Path(folder)
-        found: dict[str, Any] = {"rows": options.rows, "python": platform.python_version(), "numpy": np.__version__}
-        found |= _cost(path / "cost", options.seconds)
-        found |= _child("memory", path / "memory")
-        found |= _fill(path / "resume", options.rows)
-        found |= _median_scan("scan", path / "resume")
+    options = _parse_options()
+    with tempfile.TemporaryDirectory(dir=options.dir) as directory:
+        path = Path(directory)
+        measured: dict[str, Any] = {"rows": options.rows, "python": platform.python_version(), "numpy": np.__version__}
+        measured |= _measure_cost(path / "cost", options.seconds)
+        measured |= _run_child("memory", path / "memory")
+        measured |= _fill_journals(path / "resume", options.rows)
+        measured |= _measure_scan("scan", path / "resume")
         _unseal(list_segments(path / "resume")[-1])
-        found |= _median_scan("scan_after_kill", path / "resume")
-    for name, value in found.items():
+        measured |= _measure_scan("scan_after_kill", path / "resume")
+    for name, value in measured.items():
         print(f"{name:<45} {value:>14,.2f}" if isinstance(value, float) else f"{name:<45} {value!s:>14}")
-    print(json.dumps(found))
+    print(json.dumps(measured))
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parse_options() -> argparse.Namespace:
+    parser = make_parser(__doc__)
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--dir", help="where to write (a real disk); the system's temporary folder by default")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        name, folder = options.child
-        print(json.dumps({"scan": _scan, "memory": _memory}[name](Path(folder))))
+        name, directory = options.child
+        print(json.dumps({"scan": _scan, "memory": _append}[name](Path(directory))))
         sys.exit()
     return options
 
 
-def _child(name: str, folder: Path) -> dict[str, Any]:
-    """One measurement in a process of its own, whose memory is nobody else's."""
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", name, str(folder)], check=True, stdout=subprocess.PIPE, text=True
+def _run_child(name: str, directory: Path) -> dict[str, Any]:
+    """Measure in a process of its own, so that its memory holds nothing else."""
+    directory.mkdir(exist_ok=True)
+    child = subprocess.run(
+        [sys.executable, __file__, "--child", name, str(directory)], check=True, stdout=subprocess.PIPE, text=True
     )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    measured: dict[str, Any] = json.loads(child.stdout)
+    return measured
 
 
-def _median_scan(name: str, folder: Path) -> dict[str, Any]:
-    tries = sorted((_child("scan", folder) for _ in range(3)), key=lambda each: float(each["seconds"]))
-    return {f"{name}_{key}": value for key, value in tries[1].items()}
+def _measure_scan(name: str, directory: Path) -> dict[str, Any]:
+    scans = sorted((_run_child("scan", directory) for _ in range(3)), key=lambda scan: float(scan["seconds"]))
+    return {f"{name}_{key}": value for key, value in scans[1].items()}
 
 
-def _cost(folder: Path, seconds: float) -> dict[str, Any]:
-    folder.mkdir()
-    bare_s = _paced(None, seconds)
-    journal = JournalWriter(folder, 1, 0)
-    cost_s = _paced(journal, seconds)
+def _measure_cost(directory: Path, seconds: float) -> dict[str, Any]:
+    directory.mkdir()
+    baseline_s = _make_results(None, seconds)
+    journal = JournalWriter(directory, 1, 0)
+    journal_s = _make_results(journal, seconds)
     started_s = time.process_time()
     journal.close()
-    cost_s += time.process_time() - started_s
-    percent = 100 * (cost_s - bare_s) / seconds / (RATE / 1000)
+    journal_s += time.process_time() - started_s
+    percent = 100 * (journal_s - baseline_s) / seconds / (RATE / 1000)
     return {"core_percent_per_1000_rows_per_s": percent, "bytes_a_row": journal.num_bytes / journal.num_rows}
 
 
-def _paced(journal: JournalWriter | None, seconds: float) -> float:
-    """Processor seconds of making `RATE` results a second, and appending them where there is a journal."""
+def _make_results(journal: JournalWriter | None, seconds: float) -> float:
+    """Make `RATE` results per second, append them if there is a journal, and return the CPU seconds."""
     started_s, cpu_s = time.monotonic(), time.process_time()
     batch = RATE // 100
     for number in range(int(seconds * 100)):
@@ -108,38 +108,38 @@ def _paced(journal: JournalWriter | None, seconds: float) -> float:
     return time.process_time() - cpu_s
 
 
-def _memory(folder: Path) -> dict[str, Any]:
-    journal = JournalWriter(folder, 1, 0)
-    early = 0
+def _append(directory: Path) -> dict[str, Any]:
+    journal = JournalWriter(directory, 1, 0)
+    early_bytes = 0
     for row in range(1_000_000):
         journal.append(RowResult(row, 100, (Completion(ORDINARY_TEXT, "stop", 150),)))
         if row % 1000 == 0:
             journal.raise_if_failed()
             time.sleep(0.01)
         if row == 100_000:
-            early = _resident_bytes()
-    late = _resident_bytes()
+            early_bytes = _get_resident_bytes()
+    late_bytes = _get_resident_bytes()
     journal.close()
     return {
-        "append_mib_after_100_000_rows": early / 2**20,
-        "append_mib_after_1_000_000_rows": late / 2**20,
+        "append_mib_after_100_000_rows": early_bytes / 2**20,
+        "append_mib_after_1_000_000_rows": late_bytes / 2**20,
         "files_of_1_000_000_rows": len(journal.paths),
     }
 
 
-def _fill(folder: Path, num_rows: int) -> dict[str, Any]:
-    """Journals of finished rows in shuffled order: what many engines leave behind."""
-    folder.mkdir()
+def _fill_journals(directory: Path, num_rows: int) -> dict[str, Any]:
+    """Write journals of finished rows in shuffled order, as many engines do."""
+    directory.mkdir()
     rows = np.random.default_rng(0).permutation(num_rows)
     completions = (Completion("ok", "stop", 1),)
     cpu_s = time.process_time()
     for rank in range(RANKS):
-        journal = JournalWriter(folder, 1, rank)
+        journal = JournalWriter(directory, 1, rank)
         for row in rows[rank::RANKS].tolist():
             journal.append(RowResult(row, 1, completions))
         journal.close()
-    spent_s = time.process_time() - cpu_s
-    return {"append_microseconds_a_row": 1e6 * spent_s / num_rows, "scan_files": len(list_segments(folder))}
+    append_s = time.process_time() - cpu_s
+    return {"append_microseconds_a_row": 1e6 * append_s / num_rows, "scan_files": len(list_segments(directory))}
 
 
 def _unseal(path: Path) -> None:
@@ -147,27 +147,27 @@ def _unseal(path: Path) -> None:
     os.truncate(path, int(frames.offset[-1] + frames.length[-1]))
 
 
-def _scan(folder: Path) -> dict[str, Any]:
-    before = _resident_bytes()
+def _scan(directory: Path) -> dict[str, Any]:
+    before_bytes = _get_resident_bytes()
     started_s = time.monotonic()
-    index = index_journal(folder)
+    index = index_journal(directory)
     elapsed_s = time.monotonic() - started_s
     arrays = (index.row, index.file, index.offset, index.length, index.error)
     assert (np.diff(index.row) == 1).all()
     return {
         "seconds": elapsed_s,
         "rows_per_s": len(index) / elapsed_s,
-        "kept_bytes_a_row": sum(each.nbytes for each in arrays) / len(index),
-        "peak_bytes_a_row": (_peak_bytes() - before) / len(index),
+        "kept_bytes_a_row": sum(values.nbytes for values in arrays) / len(index),
+        "peak_bytes_a_row": (_get_peak_bytes() - before_bytes) / len(index),
     }
 
 
-def _resident_bytes() -> int:
+def _get_resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _peak_bytes() -> int:
-    [line] = [each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith("VmHWM")]
+def _get_peak_bytes() -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 

@@ -1,14 +1,17 @@
-"""What the benchmarks share: made-up models and inputs, paired measurements, and facts of the machine."""
+"""Share what all benchmarks need: options, a working directory, models, inputs, paired timings and the final record."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +20,8 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 REASONING = str(REPO / "benchmarks" / "reasoning_output_lengths.json")
 CHAT = "lognormal:250:0.7"
-# The tiny Llama of the tests: 5,000 to 7,000 tokens/s on one core.
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "hello", "world", "user", "tool", "system"]
+# Options for the tests' tiny Llama, which makes 5,000 to 7,000 tokens/s on one core.
 TINY_ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 2048,
@@ -29,37 +33,59 @@ TINY_ENGINE: dict[str, Any] = {
 }
 
 
-def tiny_model(folder: Path) -> Path:
-    """Writes the tests' random Llama of two layers, with a context of 2,048 tokens."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the one option that all benchmarks have: `--dir`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", help="where to write; the system's temporary directory by default")
+    return parser
+
+
+def run_benchmark(name: str, parent_dir: str | None, measure: Callable[[Path], Any], **settings: Any) -> None:
+    """Measure in a temporary directory, remove the directory, and print the record as one JSON line.
+
+    Args:
+        parent_dir: where the directory is made; None for the system's temporary directory.
+        measure: takes the directory and returns the record's `found`.
+        settings: further keys of the record.
+    """
+    work_dir = Path(tempfile.mkdtemp(dir=parent_dir))
+    try:
+        measured = measure(work_dir)
+    finally:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    print(json.dumps({"benchmark": name, **describe_machine(), **settings, "found": measured}))
+
+
+def make_tiny_model(work_dir: Path) -> Path:
+    """Write the tests' random Llama of two layers, with a context of 2,048 tokens; return its directory."""
     sys.path.insert(0, str(REPO / "tests"))
     from helpers.tiny_model import save_tiny_model
 
-    return save_tiny_model(folder / "model", max_model_len=TINY_ENGINE["max_model_len"])
+    return save_tiny_model(work_dir / "model", max_model_len=TINY_ENGINE["max_model_len"])
 
 
-def workload(kind: str, num_rows: int, longest: int, *, is_sorted: bool = False, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows with a prompt of their own of about 20 words, and the number of tokens to generate (`budget`).
+def make_rows(
+    kind: str, num_rows: int, max_tokens: int, *, is_sorted: bool = False, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Return rows with a prompt of their own of about 20 words, and the number of tokens to generate (`budget`).
 
     Args:
-        kind: see `dpgen.simulation.lengths`; "reasoning" and "chat" are scaled so that their longest row has `longest`
-            tokens.
-        is_sorted: by length, as a file that was written sorted.
+        kind: see `dpgen.simulation.lengths`; "reasoning" and "chat" are scaled so that their longest row has
+            `max_tokens` tokens.
+        is_sorted: sort the rows by length, as in a file that was written sorted.
     """
     from dpgen.simulation.lengths import sample_lengths
 
     lengths = sample_lengths({"reasoning": REASONING, "chat": CHAT}.get(kind, kind), num_rows, seed).astype(float)
     if kind in ("reasoning", "chat"):
-        lengths *= longest / (32768 if kind == "reasoning" else 250 * 10)
+        lengths *= max_tokens / (32768 if kind == "reasoning" else 250 * 10)
     if is_sorted:
         lengths.sort()
     words = random.Random(seed)
     return [
-        {"prompt": " ".join(words.choices(WORDS, k=20)) + f" {row}", "budget": max(1, min(longest, round(length)))}
+        {"prompt": " ".join(words.choices(WORDS, k=20)) + f" {row}", "budget": max(1, min(max_tokens, round(length)))}
         for row, length in enumerate(lengths)
     ]
-
-
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "hello", "world", "user", "tool", "system"]
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -68,44 +94,51 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def torchrun(num_ranks: int, arguments: Sequence[str], log: Path, **environment: str) -> float:
-    """A whole `torchrun -m dpgen run`; its seconds. Ends this program where it fails."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    return timed([*launcher, "-m", "dpgen", "run", *arguments], log, **environment)
+def build_torchrun_command(num_ranks: int) -> list[str]:
+    """Return the launcher's part of a command that starts ranks on this machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
 
 
-def timed(command: Sequence[str], log: Path, **environment: str) -> float:
-    """Seconds that a command takes. Ends this program, with what the command printed, where it fails."""
+def time_dpgen(num_ranks: int, arguments: Sequence[str], log: Path, **environment: str) -> float:
+    """Return the seconds of a whole `torchrun -m dpgen run`; see `time_command`."""
+    return time_command([*build_torchrun_command(num_ranks), "-m", "dpgen", "run", *arguments], log, **environment)
+
+
+def time_command(command: Sequence[str], log: Path, **environment: str) -> float:
+    """Return the seconds that a command takes. If it fails, exit and print its output."""
     path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **environment}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **environment}
     log.parent.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
     with log.open("wb") as out:
-        status = subprocess.run(command, env=own, stdout=out, stderr=subprocess.STDOUT, cwd=REPO).returncode
+        status = subprocess.run(command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=REPO).returncode
     if status != 0:
         sys.exit(f"{' '.join(command)}\n{log.read_text(errors='replace')}")
     return time.monotonic() - started_s
 
 
-def interleaved(ways: Mapping[str, Callable[[], float]], num_rounds: int) -> dict[str, list[float]]:
-    """Measures every way once a round, in turn, the first one first and last alternately; what they gave, by way."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+def measure_in_turn(ways: Mapping[str, Callable[[], float]], num_rounds: int) -> dict[str, list[float]]:
+    """Measure every way once per round, and return the measurements by way.
+
+    The first way comes first and last in turn, so that a drift of the machine favours none.
+    """
+    measured: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(num_rounds):
         for name in list(ways) if number % 2 == 0 else list(ways)[::-1]:
-            found[name].append(ways[name]())
-            print(f"  round {number + 1}: {name} {found[name][-1]:.2f}", file=sys.stderr, flush=True)
-    return found
+            measured[name].append(ways[name]())
+            print(f"  round {number + 1}: {name} {measured[name][-1]:.2f}", file=sys.stderr, flush=True)
+    return measured
 
 
-def ratio(of: Sequence[float], to: Sequence[float]) -> dict[str, float]:
-    """Of paired values: the median of the ratios, with the smallest and the largest."""
-    ratios = [a / b for a, b in zip(of, to, strict=True)]
-    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-    return {"median": round(middle, 3), "min": round(low, 3), "max": round(high, 3)}
+def compute_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
+    """Return the median, the minimum and the maximum of the ratios of paired values."""
+    ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    low, median, high = min(ratios), statistics.median(ratios), max(ratios)
+    return {"median": round(median, 3), "min": round(low, 3), "max": round(high, 3)}
 
 
-def machine() -> dict[str, Any]:
-    """What a record says of where it was taken."""
+def describe_machine() -> dict[str, Any]:
+    """Return a record's facts about the machine, the versions, the commit and the date."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
@@ -117,7 +150,7 @@ def machine() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True)
     return {
         "cores": os.cpu_count(),
-        "load": [round(each, 1) for each in os.getloadavg()],
+        "load": [round(load, 1) for load in os.getloadavg()],
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit.stdout.strip(),

@@ -1,9 +1,9 @@
-"""Writes a Llama's configuration and a tokenizer, without weights: for `engine.load_format=dummy`, on a GPU.
+"""Write a Llama's configuration and a tokenizer, without weights: for `engine.load_format=dummy`, on a GPU.
 
     python benchmarks/random_model.py DIR [--size 1b|8b]
 
-The tokenizer is byte-level BPE with 18,510 tokens (every pair and triple of letters), so that detokenizing costs what
-it costs with a real one.
+The tokenizer is byte-level BPE with 18,510 tokens (every pair and triple of letters), so that detokenizing costs as
+much as with a real tokenizer.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ SIZES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--size", choices=SIZES, default="1b")
     options = parser.parse_args()
-    save_random_model(options.folder, options.size)
+    save_random_model(options.directory, options.size)
 
 
-def save_random_model(folder: Path, size: str) -> Path:
+def save_random_model(directory: Path, size: str) -> Path:
+    """Write a model's configuration and tokenizer to a directory, and return it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     hidden, layers, heads, kv_heads, intermediate = SIZES[size]
     letters = string.ascii_lowercase
-    pairs = ["".join(each) for each in itertools.product(letters, repeat=2)]
-    triples = ["".join(each) for each in itertools.product(letters, repeat=3)]
-    pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *pairs, *triples]
+    pairs = ["".join(pair) for pair in itertools.product(letters, repeat=2)]
+    triples = ["".join(triple) for triple in itertools.product(letters, repeat=3)]
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *pairs, *triples]
     merges = [(pair[0], pair[1]) for pair in pairs] + [(triple[:2], triple[2]) for triple in triples]
-    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges))
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    folder.mkdir(parents=True, exist_ok=True)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    directory.mkdir(parents=True, exist_ok=True)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
     config = LlamaConfig(
-        vocab_size=len(pieces),
+        vocab_size=len(tokens),
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
@@ -56,8 +57,8 @@ def save_random_model(folder: Path, size: str) -> Path:
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
-    config.save_pretrained(folder)
-    return folder
+    config.save_pretrained(directory)
+    return directory
 
 
 if __name__ == "__main__":
