@@ -209,7 +209,8 @@ def test_without_a_terminal_rich_is_not_imported() -> None:
         "import sys; from dpgen.monitoring.progress import ProgressDisplay; "
         "ProgressDisplay(10, 0, 30.0).open_bar(); sys.exit('rich' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, stderr=subprocess.PIPE)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=REPO, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize(
