@@ -41,7 +41,6 @@ _RESULT_NEUTRAL_ENGINE_KEYS = frozenset(
         "swap_space",
         "cpu_offload_gb",
         "download_dir",
-        "load_format",
         "hf_token",
         "disable_log_stats",
         "disable_custom_all_reduce",
@@ -63,6 +62,23 @@ _RESULT_NEUTRAL_ENGINE_KEYS = frozenset(
     ]
 )
 
+# Values of engine.load_format that load a model's own weights and differ in how fast they do. Any other value gives
+# other weights (dummy: random ones) or may do so (a plugin's), so it is part of what a run is.
+_SAME_WEIGHTS_LOAD_FORMATS = (
+    None,
+    "auto",
+    "hf",
+    "safetensors",
+    "fastsafetensors",
+    "instanttensor",
+    "runai_streamer",
+    "runai_streamer_sharded",
+    "sharded_state",
+    "tensorizer",
+    "npcache",
+    "pt",
+    "mistral",
+)
 
 # "ranks" is of older versions. Hidden files (.lock, .dataset.tmp) are ignored.
 _RUN_FILES = frozenset(["journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs"])
@@ -195,14 +211,21 @@ class RunDir:
             )
 
 
+def select_result_options(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `engine` that may change results."""
+    options = {key: value for key, value in engine.items() if key not in _RESULT_NEUTRAL_ENGINE_KEYS}
+    if options.get("load_format") in _SAME_WEIGHTS_LOAD_FORMATS:
+        options.pop("load_format", None)
+    return options
+
+
 def compute_run_identity(config: Config, input_fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that determines the results, as JSON gives it back; equal for runs that may share results."""
-    engine = {key: value for key, value in config.engine.items() if key not in _RESULT_NEUTRAL_ENGINE_KEYS}
     identity: dict[str, Any] = {
         "input": dict(input_fingerprint),
         "prompt": dataclasses.asdict(config.prompt),
         "model": config.model,
-        "engine": {"kind": config.run.engine, **engine},
+        "engine": {"kind": config.run.engine, **select_result_options(config.engine)},
         "sampling": config.sampling,
         "seed": config.run.seed,
         "columns": config.data.columns,

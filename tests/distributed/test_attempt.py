@@ -1,0 +1,66 @@
+"""Test what run.json records of an attempt, and what an attempt reports of the earlier ones."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from dpgen.config.schema import Config, DataConfig, RunConfig
+from dpgen.distributed import attempt as attempt_module
+from dpgen.distributed.attempt import begin_attempt
+from dpgen.distributed.group import SingleRankGroup
+from dpgen.journal.run_dir import RunDir, compute_run_identity
+from dpgen.journal.writer import JournalWriter
+from dpgen.records import RowResult
+
+INPUT = {"num_rows": 1, "columns": ["prompt"], "content": "00"}
+
+
+@pytest.fixture(autouse=True)
+def attempts_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the lock out, which ends with its process: here several attempts are one process."""
+    monkeypatch.setattr(RunDir, "lock", lambda run_dir: None)
+
+
+def begin(run_dir: RunDir) -> int:
+    """Begin an attempt that journals one row, and return its number."""
+    config = Config(
+        run=RunConfig(dir=str(run_dir.path)), data=DataConfig(path="rows.jsonl", prompt_column="prompt"), model="m"
+    )
+    number = begin_attempt(config, SingleRankGroup(), run_dir, compute_run_identity(config, INPUT))
+    journal = JournalWriter(run_dir.journal, number, 0)
+    journal.append(RowResult(0))
+    journal.close()
+    return number
+
+
+def test_an_attempt_with_other_versions_than_an_earlier_one_warns_and_both_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    versions = {"dpgen": "0.1.0", "vllm": "0.31.0"}
+    monkeypatch.setattr(attempt_module, "read_versions", lambda: dict(versions))
+    caplog.set_level(logging.INFO, "dpgen")
+    run_dir = RunDir(str(tmp_path / "run"))
+    assert [begin(run_dir), begin(run_dir)] == [1, 2]
+    assert not caplog.records, "the same versions are not worth a line"
+    versions["vllm"] = "0.32.0"
+    assert begin(run_dir) == 3
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and "attempt 2" in warnings[0] and "vllm 0.31.0 → 0.32.0" in warnings[0], warnings
+    recorded = run_dir.read_metadata()["versions"]
+    assert [recorded[number]["vllm"] for number in ("1", "2", "3")] == ["0.31.0", "0.31.0", "0.32.0"]
+
+
+def test_a_run_json_of_an_older_version_names_no_versions_and_is_accepted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = RunDir(str(tmp_path / "run"))
+    begin(run_dir)
+    metadata = run_dir.read_metadata()
+    del metadata["versions"]
+    (run_dir.path / "run.json").unlink()
+    run_dir.update_metadata(**metadata)
+    assert begin(run_dir) == 2
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
