@@ -16,7 +16,7 @@ from typing import Any
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
 from dpgen.data.render import check_prompt_columns, select_prompt_columns
-from dpgen.distributed.agreement import open_input
+from dpgen.distributed.agreement import check_same_job, open_input
 from dpgen.distributed.attempt import begin_attempt
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout, build_layout
@@ -58,6 +58,7 @@ def run(config: Config, topology: Topology, group: RankGroup, status_file: Statu
         DpgenError: anything else that a user can mend; see its subclasses.
     """
     shutdown = _watch_for_shutdown(config, status_file)
+    check_same_job(config, group)
     with ExitStack() as stack:
         layout = group.run_on_all_ranks(lambda: build_layout(topology, config.parallel))
         engine_log = EngineLog(config.run.log_level)

@@ -1,18 +1,52 @@
-"""Agree on the input: every rank loads it, and all of them see the same rows.
+"""Agree on the job and on the input: all ranks do the same with the same rows.
 
 - A difference is a `ConfigError` on every rank, before a model loads.
+- The configurations are compared first, since the sections `parallel`, `work`, `run` and `output` also decide which
+  collectives the ranks make.
 - The contents are hashed once a node, by its first rank; the others load what that one has cached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from dpgen.config.schema import DataConfig
+import dpgen
+from dpgen.config.schema import Config, DataConfig, redact_secrets
 from dpgen.data.input_rows import InputRows, load_input
+from dpgen.distributed.environment import read_versions, select_result_variables
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import ConfigError
+from dpgen.journal.run_dir import select_result_options
+
+# Keys that ranks may set differently: places on a node's own disk, whose contents are compared elsewhere or are this
+# rank's own, and what only the terminal shows.
+_LOCAL_KEYS = frozenset(["run.dir", "run.log_level", "run.log_format", "run.progress_interval_s", "data.path"])
+
+
+def check_same_job(config: Config, group: RankGroup) -> None:
+    """Check that all ranks were started with the same job. Collective.
+
+    Compares the configuration but for `_LOCAL_KEYS` and engine options that only change the speed, the versions of
+    the packages, and the environment variables that may change results.
+
+    Raises:
+        ConfigError: a rank differs from rank 0. Names the rank and each differing key with both values.
+    """
+    values = _describe_job(config, os.environ)
+    digests = {key: _hash_json(value) for key, value in values.items()}
+    all_digests = group.all_gather_object(_hash_json(digests))
+    if len(set(all_digests)) == 1:
+        return
+    # Only now are the values sent, without secrets: which of them differ shows in their hashes.
+    shown = {key: json.dumps(redact_secrets(value, key.rpartition(".")[2])) for key, value in values.items()}
+    jobs = group.all_gather_object({key: [digest, shown[key]] for key, digest in digests.items()})
+    group.run_on_all_ranks(lambda: _raise_if_jobs_differ(jobs))
 
 
 def open_input(
@@ -48,3 +82,52 @@ def open_input(
 
     group.run_on_all_ranks(check)
     return rows, fingerprints[0]
+
+
+def _describe_job(config: Config, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return everything that must be the same on all ranks, by a name for the user."""
+    values: dict[str, Any] = {}
+    for section in dataclasses.fields(config):
+        body = getattr(config, section.name)
+        if section.name == "engine":
+            body = select_result_options(body)
+        elif dataclasses.is_dataclass(body) and not isinstance(body, type):
+            body = dataclasses.asdict(body)
+        if isinstance(body, Mapping):
+            values |= {f"{section.name}.{key}": value for key, value in body.items()}
+        else:
+            values[section.name] = body
+    values = {key: value for key, value in values.items() if key not in _LOCAL_KEYS}
+    values |= {f"version of {package}": version for package, version in read_versions().items()}
+    values["source files of dpgen"] = _hash_json(sorted(_list_source_files()))
+    return values | {f"variable {name}": value for name, value in select_result_variables(environment).items()}
+
+
+def _list_source_files() -> Iterable[tuple[str, int]]:
+    """Yield name and size of dpgen's files: two checkouts may have the same version."""
+    package = Path(dpgen.__file__).parent
+    for path in package.rglob("*.py"):
+        yield str(path.relative_to(package)), path.stat().st_size
+
+
+def _raise_if_jobs_differ(jobs: Sequence[Mapping[str, Sequence[str]]]) -> None:
+    """Raise ConfigError for the first rank whose job is not rank 0's."""
+    unset = ("", "not set")
+    for rank, job in enumerate(jobs):
+        keys = [key for key in {**jobs[0], **job} if jobs[0].get(key, unset)[0] != job.get(key, unset)[0]]
+        if not keys:
+            continue
+        others = sum(other != jobs[0] for other in jobs) - 1
+        also = f" (so do {others:,} more)" if others > 1 else " (so does 1 more)" if others else ""
+        raise ConfigError(
+            *(
+                f"rank {rank} differs from rank 0{also}: {key}: {jobs[0].get(key, unset)[1]} on rank 0, "
+                f"{job.get(key, unset)[1]} on rank {rank}. Start all ranks with the same configuration, versions and "
+                "environment"
+                for key in keys
+            )
+        )
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
