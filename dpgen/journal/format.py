@@ -36,11 +36,16 @@ _CRC_BYTES = 4
 _MARK = b"\x89dpgenix"  # not ASCII, so that no payload can end like a trailer
 _INDEX_ROW_BYTES = 8 + 4 + 1
 _MAX_CANDIDATES = 100_000  # offsets tried as a frame's start in a damaged segment; random bytes hold few candidates
+FIRST_FOREIGN_RANK = 90_000
 _NAME = re.compile(r"attempt-(\d{4,})-rank-(\d{5,})-part-(\d{4,})\.journal")
 
 
 def segment_name(attempt: int, rank: int, part: int) -> str:
-    """Return the file name of a segment; names sort by attempt, rank and part."""
+    """Return the file name of a segment; names sort by attempt, rank and part.
+
+    Two run directories that were apart may hold segments of the same attempt, rank and part. Where they meet, the
+    second one gets a rank from `FIRST_FOREIGN_RANK` on: its id, not its name, tells which segment it is.
+    """
     return f"attempt-{attempt:04d}-rank-{rank:05d}-part-{part:04d}.journal"
 
 
@@ -54,6 +59,13 @@ def encode_segment_header(segment_id: bytes) -> bytes:
     """Return the bytes that a segment begins with."""
     assert len(segment_id) == ID_BYTES
     return MAGIC + segment_id
+
+
+def decode_segment_id(header: bytes) -> bytes | None:
+    """Return the id of the segment that begins with these bytes; None if they are no header, as in an empty file."""
+    if len(header) < HEADER_BYTES or header[: len(MAGIC)] != MAGIC:
+        return None
+    return header[len(MAGIC) : HEADER_BYTES]
 
 
 def encode_frame(row: int, flags: int, payload: bytes) -> bytes:

@@ -133,7 +133,7 @@ def read_segment(path: Path, *, check: bool = False) -> SegmentContents:
         finally:
             os.close(fd)
     except OSError as error:
-        raise _make_read_error(path, error) from None
+        raise make_read_error(path, error) from None
     return _read_sealed(path, data, indexed) if indexed is not None else _read_unsealed(path, data)
 
 
@@ -167,7 +167,7 @@ class JournalReader:
         try:
             frame = _read_at(self._get_fd(file), start, fmt.FRAME_HEADER.size + int(index.length[position]))
         except OSError as error:
-            raise _make_read_error(index.files[file], error) from None
+            raise make_read_error(index.files[file], error) from None
         payload = fmt.decode_payload(frame, row) if len(frame) >= fmt.FRAME_HEADER.size else None
         if payload is None:
             raise DamagedRecord(index.files[file], row)
@@ -181,6 +181,14 @@ class JournalReader:
                 os.close(self._open.popitem(last=False)[1])
             self._open[file] = os.open(self._index.files[file], os.O_RDONLY | os.O_CLOEXEC)
         return self._open[file]
+
+
+def make_read_error(path: Path, error: OSError) -> DpgenError:
+    """Return the error for a segment that can't be read."""
+    return DpgenError(
+        f"the journal {path} can't be read: {error.strerror}. Its rows may be intact: fix the disk or the permissions, "
+        "then rerun the same command to resume"
+    )
 
 
 def _get_sort_key(path: Path) -> tuple[int, int, int]:
@@ -268,10 +276,3 @@ def _read_at(fd: int, offset: int, length: int) -> bytes:
         if not parts[-1]:
             break
     return b"".join(parts)
-
-
-def _make_read_error(path: Path, error: OSError) -> DpgenError:
-    return DpgenError(
-        f"the journal {path} can't be read: {error.strerror}. Its rows may be intact: fix the disk or the permissions, "
-        "then rerun the same command to resume"
-    )

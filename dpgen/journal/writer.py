@@ -40,6 +40,7 @@ class JournalWriter:
         sync_interval_s: how long a result waits for others to share its sync.
 
     Attributes:
+        attempt, rank: of the segments' names.
         paths: this attempt's segments so far; `path` is the last.
         num_rows: results appended.
         num_synced_rows: results that are safe; the first ones, in the order of appending.
@@ -61,7 +62,7 @@ class JournalWriter:
     ) -> None:
         self.num_rows = self.num_synced_rows = self.num_bytes = 0
         self.paths: list[Path] = []
-        self._journal_dir, self._attempt, self._rank = journal_dir, attempt, rank
+        self._journal_dir, self.attempt, self.rank = journal_dir, attempt, rank
         self._files = files or FileSystem()
         self._segment_bytes, self._sync_interval_s = segment_bytes, sync_interval_s
         self._condition = threading.Condition()  # guards all attributes below
@@ -176,7 +177,7 @@ class JournalWriter:
             self._seal()
 
     def _open_next(self) -> SegmentWriter:
-        self.paths.append(self._journal_dir / fmt.segment_name(self._attempt, self._rank, len(self.paths)))
+        self.paths.append(self._journal_dir / fmt.segment_name(self.attempt, self.rank, len(self.paths)))
         return SegmentWriter(self.path, self._files, self._count_bytes)
 
     def _count_bytes(self, num_bytes: int) -> None:

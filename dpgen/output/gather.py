@@ -2,6 +2,8 @@
 
 - Segments travel as files, byte for byte, so that rank 0 reads gathered rows like any other journal.
 - A received segment gets its name only once all of it is on rank 0's disk.
+- The id in its header tells which segment it is. One that rank 0 has already is not kept twice. One whose name belongs
+  to another segment gets a free name: no segment is overwritten, and none is dropped.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from pathlib import Path
 
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import DpgenError
+from dpgen.journal import format as fmt
 from dpgen.journal.files import FileSystem
+from dpgen.journal.reader import list_segments, make_read_error
 from dpgen.journal.segment import RowsLost, format_write_error, repair_segment
 
 _Chunk = tuple[str, int, bytes]  # segment name, offset, bytes
@@ -35,6 +39,7 @@ def gather_segments(group: RankGroup, journal_dir: Path, segments: list[Path], g
         DpgenError: rank 0 can't write, or a segment can't be read.
         RowsLost: a segment is damaged.
     """
+    group.run_on_all_ranks(lambda: _remove_unpublished(journal_dir) if group.rank == 0 else None)
     chunks = _read_chunks(segments, max(1, gather_bytes // group.size))
     num_rounds = 0
     while True:
@@ -70,25 +75,29 @@ def _read_chunks(paths: list[Path], max_bytes: int) -> Iterator[_Chunk]:
     """Yield the content of all paths in chunks of at most `max_bytes`.
 
     Raises:
+        DpgenError: a segment can't be read.
         RowsLost: a segment is damaged. This rank repairs the segment, and its lost rows count as missing from now on.
             Rank 0 could repair only its own copy, and this node would send the damaged segment again and again.
     """
     for path in paths:
         if lost_rows := repair_segment(path):
             raise RowsLost(path, lost_rows)
-        with path.open("rb") as file:
-            offset = 0
-            while data := file.read(max_bytes):
-                yield path.name, offset, data
-                offset += len(data)
+        try:
+            with path.open("rb") as file:
+                offset = 0
+                while data := file.read(max_bytes):
+                    yield path.name, offset, data
+                    offset += len(data)
+        except OSError as error:
+            raise make_read_error(path, error) from None
 
 
 def _write_received(journal_dir: Path, received: list[_Chunk | None] | None) -> None:
-    for chunk in received or ():
+    for sender, chunk in enumerate(received or ()):
         if chunk is None:
             continue
         name, offset, data = chunk
-        part = journal_dir / f".{name}.part"
+        part = journal_dir / f".{name}.from-{sender}.part"  # two ranks may send different segments of one name
         try:
             with part.open("wb" if offset == 0 else "r+b") as file:
                 file.seek(offset)
@@ -97,13 +106,23 @@ def _write_received(journal_dir: Path, received: list[_Chunk | None] | None) -> 
             raise DpgenError(format_write_error(part, error)) from None
 
 
-def _publish_received(journal_dir: Path) -> None:
-    """Give each received file its segment name, unless a segment of that name is there and at least as long."""
-    files = FileSystem()
+def _remove_unpublished(journal_dir: Path) -> None:
+    """Remove what a gather that was interrupted has left: its senders still have all of it."""
     try:
         for part in journal_dir.glob(".*.part"):
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise DpgenError(format_write_error(journal_dir, error)) from None
+
+
+def _publish_received(journal_dir: Path) -> None:
+    """Give each received file a segment name, unless that segment is there and at least as long."""
+    files = FileSystem()
+    try:
+        for part in sorted(journal_dir.glob(".*.part")):
             files.sync_path(part)
-            final = journal_dir / part.name[1 : -len(".part")]
+            name = part.name[1:].removesuffix(".part").rpartition(".from-")[0]
+            final = _find_place(journal_dir, name, _read_id(part))
             if final.exists() and final.stat().st_size >= part.stat().st_size:
                 part.unlink()
             else:
@@ -111,3 +130,28 @@ def _publish_received(journal_dir: Path) -> None:
         files.sync_directory(journal_dir)
     except OSError as error:
         raise DpgenError(format_write_error(journal_dir, error)) from None
+
+
+def _find_place(journal_dir: Path, name: str, segment_id: bytes | None) -> Path:
+    """Return where the segment `segment_id` is, or else a free name for it: `name` if possible."""
+    key = fmt.parse_name(name)
+    assert key is not None
+    attempt, _, part = key
+    named = {path: fmt.parse_name(path.name) or key for path in list_segments(journal_dir)}
+    taken = [
+        path
+        for path, (other_attempt, rank, other_part) in named.items()
+        if (other_attempt, other_part) == (attempt, part) and (path.name == name or rank >= fmt.FIRST_FOREIGN_RANK)
+    ]
+    for path in taken:
+        if _read_id(path) == segment_id:
+            return path
+    place, rank = journal_dir / name, fmt.FIRST_FOREIGN_RANK
+    while place in taken:
+        place, rank = journal_dir / fmt.segment_name(attempt, rank, part), rank + 1
+    return place
+
+
+def _read_id(path: Path) -> bytes | None:
+    with path.open("rb") as file:
+        return fmt.decode_segment_id(file.read(fmt.HEADER_BYTES))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dpgen.config.schema import OutputConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.distributed.group import RankGroup
 from dpgen.formatting import format_count
+from dpgen.journal.format import parse_name
 from dpgen.journal.reader import list_segments
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.writer import JournalWriter
@@ -56,13 +59,11 @@ def gather_results(
         )
     )
     is_sender = not is_shared if config.gather == "auto" else config.gather == "always"
+    senders = {(journal.attempt, rank) for rank in group.all_gather_object(journal.rank)}
     segments = []
     if is_sender and group.rank > 0:
-        # Besides its own, a node's first rank sends what earlier attempts left there.
         stored = list_segments(run_dir.journal) if group.is_node_leader and not is_shared else []
-        this_attempt = journal.path.name.partition("-rank-")[0] + "-"
-        earlier = [path for path in stored if not path.name.startswith(this_attempt)]
-        segments = sorted({*earlier, *journal.paths})
+        segments = sorted({*_select_orphans(stored, senders), *journal.paths})
     num_rounds = gather_segments(group, run_dir.journal, segments, config.gather_bytes)
     if num_rounds:
         logger.info(f"gathered rows to rank 0 in {format_count(num_rounds, 'round')}")
@@ -73,6 +74,18 @@ def gather_results(
 
     group.run_on_all_ranks(record)
     return manifests
+
+
+def _select_orphans(stored: Sequence[Path], senders: Collection[tuple[int, int]]) -> list[Path]:
+    """Return the segments that no rank sends as its own: a node's first rank sends them.
+
+    They are of earlier attempts, or of ranks that were lost in this one: their rows count as done.
+
+    Args:
+        senders: attempt and rank in the names of the living ranks' segments.
+    """
+    keys = {path: parse_name(path.name) for path in stored}
+    return [path for path, key in keys.items() if key is not None and key[:2] not in senders]
 
 
 def write_result(group: RankGroup, rows: InputRows, run_dir: RunDir, config: ResultConfig) -> None:

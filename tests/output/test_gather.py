@@ -1,0 +1,76 @@
+"""Test that gathering keeps every segment once, whatever the segments are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpgen.distributed.group import SingleRankGroup
+from dpgen.journal.reader import index_journal, list_segments
+from dpgen.journal.writer import JournalWriter
+from dpgen.output.gather import gather_segments
+from dpgen.records import Completion, RowResult
+
+
+def write_segment(journal_dir: Path, rows: range) -> Path:
+    """Write the segment of attempt 1, rank 0: its name is the same in every directory."""
+    journal_dir.mkdir()
+    journal = JournalWriter(journal_dir, 1, 0)
+    for row in rows:
+        journal.append(RowResult(row, 3, (Completion(f"text {row}", "stop", 2),)))
+    journal.close()
+    return journal.path
+
+
+def read_all(journal_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in journal_dir.iterdir()}
+
+
+@pytest.mark.parametrize("num_foreign", [5, 200], ids=["shorter", "longer"])
+def test_another_segment_of_the_same_name_is_kept_beside_the_first(tmp_path: Path, num_foreign: int) -> None:
+    home, foreign = tmp_path / "home", write_segment(tmp_path / "foreign", range(100, 100 + num_foreign))
+    own = write_segment(home, range(50))
+    before = own.read_bytes()
+    gather_segments(SingleRankGroup(), home, [foreign], 1 << 16)
+    assert own.read_bytes() == before, "a journaled row was overwritten"
+    assert index_journal(home).row.tolist() == [*range(50), *range(100, 100 + num_foreign)]
+    files = read_all(home)
+    assert sorted(files.values()) == sorted([before, foreign.read_bytes()])
+    gather_segments(SingleRankGroup(), home, [foreign], 1 << 16)
+    assert read_all(home) == files, "gathering again adds nothing"
+
+
+def test_a_segment_that_has_grown_since_it_was_gathered_is_replaced(tmp_path: Path) -> None:
+    home, foreign = tmp_path / "home", write_segment(tmp_path / "foreign", range(100, 130))
+    write_segment(home, range(50))
+    whole = foreign.read_bytes()
+    foreign.write_bytes(whole[:300])  # as its writer had left it by then
+    gather_segments(SingleRankGroup(), home, [foreign], 1 << 16)
+    foreign.write_bytes(whole)
+    gather_segments(SingleRankGroup(), home, [foreign], 1 << 16)
+    assert index_journal(home).row.tolist() == [*range(50), *range(100, 130)]
+    assert len(list_segments(home)) == 2
+
+
+def test_two_senders_of_one_name_do_not_mix_their_bytes(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    first, second = (write_segment(tmp_path / str(start), range(start, start + 40)) for start in (0, 40))
+
+    class TwoSenders(SingleRankGroup):
+        def gather_object(self, value: Any) -> list[Any] | None:
+            name, offset, data = value
+            return [None, value, (name, offset, second.read_bytes()[offset : offset + len(data)])]
+
+    gather_segments(TwoSenders(), home, [first], 1 << 9)
+    assert index_journal(home).row.tolist() == list(range(80))
+
+
+def test_a_piece_that_an_interrupted_gather_left_is_no_segment(tmp_path: Path) -> None:
+    home, foreign = tmp_path / "home", write_segment(tmp_path / "foreign", range(30))
+    home.mkdir()
+    (home / ".attempt-0001-rank-00007-part-0000.journal.from-3.part").write_bytes(foreign.read_bytes()[:100])
+    gather_segments(SingleRankGroup(), home, [foreign], 1 << 16)
+    assert [path.name for path in home.iterdir()] == [foreign.name]
