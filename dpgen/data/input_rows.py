@@ -72,10 +72,8 @@ class InputRows:
             columns: the columns to read; None for all.
         """
         dataset = self.dataset if columns is None else self.dataset.select_columns(list(columns))
-        if len(order) != len(dataset) or (np.diff(order) != 1).any():
-            dataset = dataset.select(order)
-        dataset = dataset.shard(num_shards=num_shards, index=index, contiguous=False)
-        return Shard(dataset, order[index::num_shards])
+        row_ids = order[index::num_shards]  # before selecting: selecting all 10 M rows of a resumed run takes 2.5 s
+        return Shard(dataset.select(row_ids), row_ids)
 
     def shard_in_chunks(self, row_ids: np.ndarray, starts: np.ndarray, columns: Sequence[str]) -> Shard:
         """Return a shard whose rows are claimed in chunks; see `Shard` for `row_ids` and `starts`."""

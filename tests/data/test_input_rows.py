@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -135,6 +136,25 @@ def test_shards_hold_each_row_once_with_its_index(jsonl: Path, num_shards: int) 
         assert all(row == {"size": row_id} for row_id, row in rows_read), "a row's index stays with its content"
         row_ids += [row_id for row_id, _ in rows_read]
     assert sorted(row_ids) == sorted(order)
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_opening_a_shard_selects_only_its_own_rows(
+    jsonl: Path, monkeypatch: pytest.MonkeyPatch, is_resumed: bool
+) -> None:
+    rows = load(str(jsonl))
+    order = np.delete(np.arange(len(rows)), 3) if is_resumed else np.arange(len(rows))
+    num_selected: list[int] = []
+    select = type(rows.dataset).select
+
+    def count(dataset: Any, indices: Any, *arguments: Any, **options: Any) -> Any:
+        num_selected.append(len(indices))
+        return select(dataset, indices, *arguments, **options)
+
+    monkeypatch.setattr(type(rows.dataset), "select", count)
+    shard = rows.shard(order, 4, 1, ["size"])
+    assert sum(num_selected) <= len(shard), f"{num_selected} rows selected for {len(shard)}"
+    assert [row_id for row_id, _ in shard.read_positions(0, len(shard))] == order[1::4].tolist()
 
 
 def test_the_fingerprint_depends_on_the_contents_not_on_the_files(tmp_path: Path, jsonl: Path) -> None:
