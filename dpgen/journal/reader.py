@@ -1,7 +1,8 @@
 """Read journals: which rows they hold, where each row is, and whether all bytes are still as written.
 
 - `index_journal` trusts the index of a sealed segment. It reads payloads only of segments without an index.
-- `JournalReader` checks a payload's checksum when it reads the payload.
+- `JournalReader` checks a payload's checksum when it reads the payload. It reads many results in batches that are
+  bounded by rows and by bytes, and opens each file at most once for a batch.
 - If a segment is damaged, the sound frames before the damage count.
 - A row with several results counts once: a completion before an error, then the earlier attempt, the lower rank, the
   earlier position.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from dpgen.journal import format as fmt
 from dpgen.journal.format import Frames
 from dpgen.records import RowResult, decode_result
 
+BATCH_ROWS = 2_000
+BATCH_BYTES = 64 << 20  # of encoded results; their Python objects take a few times as much
 _MAX_OPEN_FILES = 64
 
 
@@ -153,6 +156,32 @@ class JournalReader:
     def __exit__(self, *_: object) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
+
+    def iter_batches(self, positions: np.ndarray) -> Iterator[list[RowResult]]:
+        """Yield the results that entries of the index point to, in the order given, in batches.
+
+        Rows that follow each other are in the segments of different ranks. So a batch is read segment by segment and
+        put back in order: one open() for each file and batch, not for each row.
+
+        Args:
+            positions: int64[num_results], entries of the index.
+
+        Raises:
+            DamagedRecord: the checksum of a result is wrong.
+            DpgenError: a segment can't be read.
+        """
+        index = self._index
+        ends = np.cumsum(index.length[positions], dtype=np.int64)
+        start = num_bytes = 0
+        while start < len(positions):
+            stop = int(np.searchsorted(ends, num_bytes + BATCH_BYTES, side="right"))
+            stop = min(max(stop, start + 1), start + BATCH_ROWS, len(positions))
+            batch = positions[start:stop]
+            results: dict[int, RowResult] = {}
+            for entry in np.lexsort((index.offset[batch], index.file[batch])).tolist():
+                results[entry] = self.result(int(batch[entry]))
+            yield [results[entry] for entry in range(len(batch))]
+            start, num_bytes = stop, int(ends[stop - 1])
 
     def result(self, position: int) -> RowResult:
         """Return the result that entry `position` of the index points to.

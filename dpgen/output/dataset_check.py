@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,11 @@ import numpy as np
 
 from dpgen.data.input_rows import InputRows
 from dpgen.formatting import format_count
-from dpgen.journal.reader import JournalIndex, JournalReader
+from dpgen.journal.reader import BATCH_BYTES, BATCH_ROWS, JournalIndex, JournalReader
 from dpgen.output.dataset_writer import replace_nan_with_null, result_columns
 from dpgen.output.result_stats import ResultStats
 from dpgen.output.row_ranges import format_rows
 from dpgen.records import RowResult
-
-_BATCH_ROWS = 2_000
 
 
 class ResultLookup:
@@ -32,9 +31,11 @@ class ResultLookup:
         """Yield the result of each row; None if the journal has none."""
         wanted = np.fromiter(rows, np.int64)
         positions = np.searchsorted(self.index.row, wanted)
-        for row, position in zip(wanted, positions, strict=True):
-            is_present = position < len(self.index) and self.index.row[position] == row
-            yield self._reader.result(int(position)) if is_present else None
+        is_present = positions < len(self.index)
+        is_present[is_present] = self.index.row[positions[is_present]] == wanted[is_present]
+        results = chain.from_iterable(self._reader.iter_batches(positions[is_present]))
+        for has_result in is_present:
+            yield next(results) if has_result else None
 
 
 @dataclass(frozen=True)
@@ -185,18 +186,27 @@ def _iter_batches(path: Path) -> Iterator[dict[str, list[Any]]]:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_BATCH_ROWS):
+            for batch in file.iter_batches(_compute_batch_rows(file.metadata)):
                 yield batch.to_pydict()
         return
     with path.open(encoding="utf-8") as lines:
         rows: list[dict[str, Any]] = []
+        num_chars = 0
         for line in lines:
             rows.append(json.loads(line))
-            if len(rows) == _BATCH_ROWS:
+            num_chars += len(line)
+            if len(rows) == BATCH_ROWS or num_chars >= BATCH_BYTES:
                 yield {name: [row[name] for row in rows] for name in rows[0]}
-                rows = []
+                rows, num_chars = [], 0
         if rows:
             yield {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _compute_batch_rows(metadata: Any) -> int:
+    """Return how many rows of a Parquet file fit in a batch, by its group with the largest rows."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    bytes_per_row = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, bytes_per_row)))
 
 
 def _to_canonical_json(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Write the final dataset from the journals: every row once, in input order.
 
 - Files are written to a temporary directory, synced, then published by a rename. `_SUCCESS` is written last.
-- Memory stays flat: 25 bytes per row for the index, and one batch of rows.
+- Memory stays flat: 25 bytes per row for the index, and one batch of rows, bounded by rows and by bytes of results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError, DpgenError, suggest_name
 from dpgen.formatting import format_count
 from dpgen.journal.files import atomic_write_text, publish_directory
-from dpgen.journal.reader import DamagedRecord, JournalIndex, JournalReader, index_journal
+from dpgen.journal.reader import BATCH_ROWS, DamagedRecord, JournalIndex, JournalReader, index_journal
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.segment import RowsLost, repair_segment
 from dpgen.output.result_stats import ResultStats
@@ -29,8 +29,6 @@ from dpgen.records import Completion, RowResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_BATCH_ROWS = 2_000
 
 
 def check_output_columns(input_columns: list[str], kept_columns: list[str] | None, token_ids: bool) -> None:
@@ -163,10 +161,12 @@ def _write_files(
         reader = stack.enter_context(JournalReader(index))
         for start, table in _iter_input_batches(rows, kept_columns):
             # The index holds every row once, sorted: entry i is row i.
-            results = [reader.result(row) for row in range(start, start + table.num_rows)]
-            for result in results:
-                stats.add(result)
-            writer.write(table, results)
+            num_written = 0
+            for results in reader.iter_batches(np.arange(start, start + table.num_rows)):
+                for result in results:
+                    stats.add(result)
+                writer.write(table.slice(num_written, len(results)), results)
+                num_written += len(results)
     publish_directory(temporary, run_dir.dataset)
     return stats
 
@@ -175,7 +175,7 @@ def _iter_input_batches(rows: InputRows, kept_columns: list[str] | None) -> Iter
     """Yield (index of the first row, table) in input order."""
     start = 0
     # A table without columns has no rows either, so one column is read even if none is kept.
-    for table in rows.iter_tables(_BATCH_ROWS, rows.columns[:1] if kept_columns == [] else kept_columns):
+    for table in rows.iter_tables(BATCH_ROWS, rows.columns[:1] if kept_columns == [] else kept_columns):
         yield start, table
         start += table.num_rows
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -199,8 +200,7 @@ def _read_journaled_rows(journal_dir: Path, retry_errors: bool | list[str]) -> n
     is_retried = index.error.copy()
     if isinstance(retry_errors, list):
         with JournalReader(index) as reader:
-            for entry in np.flatnonzero(index.error):
-                error = reader.result(int(entry)).error
-                is_retried[entry] = error is not None and error.type in retry_errors
+            failed = chain.from_iterable(reader.iter_batches(np.flatnonzero(index.error)))
+            is_retried[index.error] = [bool(result.error and result.error.type in retry_errors) for result in failed]
     journaled: np.ndarray = index.row[~is_retried]
     return journaled

@@ -23,9 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpgen.errors import DpgenError, RowRefused
+from dpgen.journal import reader as reader_module
 from dpgen.journal import writer
 from dpgen.journal.files import FileSystem
 from dpgen.journal.reader import (
+    BATCH_ROWS,
     DamagedRecord,
     JournalReader,
     index_journal,
@@ -144,6 +146,43 @@ def test_at_most_64_files_are_open_at_a_time(tmp_path: Path) -> None:
         assert [reader.result(position).row for position in range(150)] == list(range(150))
         assert len(os.listdir("/proc/self/fd")) - num_open <= 64
         assert reader.result(0).row == 0
+
+
+def test_results_of_many_files_are_read_in_order_with_one_open_for_each_file_and_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_files, rows = 200, 3 * BATCH_ROWS
+    for rank in range(num_files):  # rows come round-robin over the ranks, as they do in a run
+        write_sealed(tmp_path, [result(row) for row in range(rank, rows, num_files)], rank=rank)
+    index = index_journal(tmp_path)
+    num_opens = 0
+    open_file = os.open
+
+    def count(*arguments: Any, **options: Any) -> int:
+        nonlocal num_opens
+        num_opens += 1
+        return open_file(*arguments, **options)
+
+    monkeypatch.setattr(os, "open", count)
+    with JournalReader(index) as reader:
+        batches = list(reader.iter_batches(np.arange(rows)))
+        backwards = [item.row for batch in reader.iter_batches(np.arange(50)[::-1]) for item in batch]
+    assert [item.row for batch in batches for item in batch] == list(range(rows))
+    assert backwards == list(range(50))[::-1], "in the order of the positions"
+    assert num_opens <= (len(batches) + 1) * num_files, f"{num_opens} opens for {len(batches)} batches"
+
+
+def test_a_batch_is_bounded_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sealed(tmp_path, [result(row) for row in range(100)])
+    index = index_journal(tmp_path)
+    max_bytes = 5 * int(index.length.max())
+    monkeypatch.setattr(reader_module, "BATCH_BYTES", max_bytes)
+    with JournalReader(index) as reader:
+        batches = list(reader.iter_batches(np.arange(100)))
+        assert [item.row for batch in batches for item in batch] == list(range(100))
+        assert all(sum(index.length[item.row] for item in batch) <= max_bytes for batch in batches)
+        monkeypatch.setattr(reader_module, "BATCH_BYTES", 1)
+        assert [len(batch) for batch in reader.iter_batches(np.arange(3))] == [1, 1, 1], "one row is a batch at least"
 
 
 # ---- torn and damaged records
