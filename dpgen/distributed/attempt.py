@@ -2,17 +2,23 @@
 
 An attempt is one start of the job on a run directory. Its number is part of the names of the segments that it writes,
 so that no attempt ever appends to another one's. run.json names the versions that each attempt ran with.
+
+A run directory's small files have one writer: rank 0, and where rank 0 doesn't see the directory, the first rank of
+that node.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from dpgen.config.schema import Config
 from dpgen.distributed.environment import read_versions
 from dpgen.distributed.group import RankGroup
+from dpgen.errors import DpgenError
 from dpgen.journal.reader import last_attempt
 from dpgen.journal.run_dir import RunDir
 
@@ -34,13 +40,18 @@ def begin_attempt(config: Config, group: RankGroup, run_dir: RunDir, identity: M
         if group.rank == 0:
             run_dir.lock()
 
-    def create() -> int:
+    def create() -> None:
         with group.node_leader_first():
             run_dir.create()
-        return last_attempt(run_dir.journal)
+
+    def find_last_attempt() -> int:
+        # At a thousand ranks and after many attempts, a listing by every rank is a load on a shared disk.
+        return last_attempt(run_dir.journal) if group.is_node_leader or not is_shared else 0
 
     group.run_on_all_ranks(check)
-    attempt: int = 1 + max(group.all_gather_object(group.run_on_all_ranks(create)))
+    group.run_on_all_ranks(create)
+    is_shared = shares_run_dir(group, run_dir.path)
+    attempt: int = 1 + max(group.all_gather_object(group.run_on_all_ranks(find_last_attempt)))
 
     def record() -> None:
         if group.rank == 0:
@@ -50,12 +61,50 @@ def begin_attempt(config: Config, group: RankGroup, run_dir: RunDir, identity: M
             run_dir.update_metadata(identity=identity, attempt=attempt, dp_size=group.size, versions=versions)
 
     def record_elsewhere() -> None:
-        if not run_dir.read_metadata():  # rank 0 doesn't see this directory, which needs to know what it holds
-            run_dir.update_metadata(identity=identity)
+        # A directory that rank 0 doesn't see needs to know what it holds, too. The first rank of its node writes that.
+        with group.node_leader_first():
+            if not is_shared and run_dir.read_metadata().get("identity") != identity:
+                run_dir.update_metadata(identity=identity)
 
     group.run_on_all_ranks(record)
     group.run_on_all_ranks(record_elsewhere)
     return attempt
+
+
+def shares_run_dir(group: RankGroup, run_dir: Path) -> bool:
+    """Return True if this rank's run directory is rank 0's. Collective.
+
+    Rank 0 creates a file with a random name, and every other rank looks for the file. The file is removed at the end.
+
+    Raises:
+        DpgenError: rank 0 can't create the file.
+    """
+    name: str = group.all_gather_object(f".rank-0-{uuid.uuid4().hex}" if group.rank == 0 else None)[0]
+    marker = run_dir / name
+
+    def create() -> None:
+        if group.rank == 0:
+            marker.touch()
+
+    def remove() -> None:
+        if group.rank == 0:
+            marker.unlink(missing_ok=True)
+
+    group.run_on_all_ranks(lambda: _translate_errors(create, run_dir))  # no rank looks before the file exists
+    is_shared = marker.exists()
+    group.all_gather_object(None)  # a barrier: rank 0 removes the file after every rank has looked
+    group.run_on_all_ranks(lambda: _translate_errors(remove, run_dir))
+    return is_shared
+
+
+def _translate_errors(action: Callable[[], None], run_dir: Path) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise DpgenError(
+            f"run.dir={run_dir} can't be written: {error.strerror}. No synced row is lost: free space or fix the disk, "
+            "then rerun the same command to resume"
+        ) from None
 
 
 def _record_versions(recorded: Any, attempt: int) -> dict[str, Any]:

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 from dpgen.errors import DpgenError
@@ -67,9 +69,9 @@ def atomic_write_text(path: Path, text: str, files: FileSystem | None = None) ->
         DpgenError: the file can't be written.
     """
     files = files or FileSystem()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # ranks of one node may write the same file
+    # Processes of several nodes may write the same file, and in containers they have the same process ids.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.unlink(missing_ok=True)  # left by a dead process that had the same id
         fd = files.create(temporary)
         try:
             rest = memoryview(text.encode("utf-8"))
@@ -81,6 +83,8 @@ def atomic_write_text(path: Path, text: str, files: FileSystem | None = None) ->
         files.replace(temporary, path)
         files.sync_directory(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise DpgenError(f"{path} can't be written: {error.strerror}") from None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+import uuid
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -127,10 +129,9 @@ def repair_segment(path: Path, files: FileSystem | None = None) -> list[int]:
     indexed = read_segment(path)
     if checked.damage is None or not indexed.is_sealed:
         return []
-    temporary = path.with_name(f".{path.name}.mended")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.mended")
     damaged = path.with_name(f"{path.name}.damaged")
     try:
-        temporary.unlink(missing_ok=True)  # left by an earlier repair that failed
         batch = _read_batch(path, checked.frames)
         replacement = SegmentWriter(temporary, files, lambda num_bytes: None)
         replacement.write(batch)
@@ -140,6 +141,8 @@ def repair_segment(path: Path, files: FileSystem | None = None) -> list[int]:
         files.replace(temporary, path)
         files.sync_directory(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise DpgenError(format_write_error(path, error)) from None
     return sorted(set(indexed.frames.row.tolist()) - set(checked.frames.row.tolist()))
 

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -52,23 +51,6 @@ def gather_segments(group: RankGroup, journal_dir: Path, segments: list[Path], g
     if num_rounds:
         group.run_on_all_ranks(lambda: _publish_received(journal_dir) if group.rank == 0 else None)
     return num_rounds
-
-
-def shares_run_dir(group: RankGroup, run_dir: Path) -> bool:
-    """Return True if this rank's run directory is rank 0's. Collective.
-
-    Rank 0 creates a file with a random name, and every other rank looks for the file. The file is removed at the end.
-    """
-    name: str = group.all_gather_object(f".rank-0-{uuid.uuid4().hex}" if group.rank == 0 else None)[0]
-    marker: Path = run_dir / name
-    if group.rank == 0:
-        marker.touch()
-    group.all_gather_object(None)  # a barrier: no rank looks before the file exists
-    is_shared = marker.exists()
-    group.all_gather_object(None)  # a barrier: rank 0 removes the file after every rank has looked
-    if group.rank == 0:
-        marker.unlink()
-    return is_shared
 
 
 def _read_chunks(paths: list[Path], max_bytes: int) -> Iterator[_Chunk]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dpgen.config.schema import OutputConfig
 from dpgen.data.input_rows import InputRows
+from dpgen.distributed.attempt import shares_run_dir
 from dpgen.distributed.group import RankGroup
 from dpgen.formatting import format_count
 from dpgen.journal.format import parse_name
@@ -17,7 +18,7 @@ from dpgen.journal.reader import list_segments
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.writer import JournalWriter
 from dpgen.output.dataset_writer import write_dataset
-from dpgen.output.gather import gather_segments, shares_run_dir
+from dpgen.output.gather import gather_segments
 from dpgen.records import RankManifest
 
 logger = logging.getLogger(__name__)

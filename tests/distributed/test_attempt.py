@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from dpgen.config.schema import Config, DataConfig, RunConfig
 from dpgen.distributed import attempt as attempt_module
 from dpgen.distributed.attempt import begin_attempt
 from dpgen.distributed.group import SingleRankGroup
+from dpgen.errors import DpgenError
 from dpgen.journal.run_dir import RunDir, compute_run_identity
 from dpgen.journal.writer import JournalWriter
 from dpgen.records import RowResult
@@ -24,11 +27,15 @@ def attempts_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunDir, "lock", lambda run_dir: None)
 
 
-def begin(run_dir: RunDir) -> int:
-    """Begin an attempt that journals one row, and return its number."""
-    config = Config(
+def make_config(run_dir: RunDir) -> Config:
+    return Config(
         run=RunConfig(dir=str(run_dir.path)), data=DataConfig(path="rows.jsonl", prompt_column="prompt"), model="m"
     )
+
+
+def begin(run_dir: RunDir) -> int:
+    """Begin an attempt that journals one row, and return its number."""
+    config = make_config(run_dir)
     number = begin_attempt(config, SingleRankGroup(), run_dir, compute_run_identity(config, INPUT))
     journal = JournalWriter(run_dir.journal, number, 0)
     journal.append(RowResult(0))
@@ -64,3 +71,35 @@ def test_a_run_json_of_an_older_version_names_no_versions_and_is_accepted(
     run_dir.update_metadata(**metadata)
     assert begin(run_dir) == 2
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+class SecondRank(SingleRankGroup):
+    """Be rank 1 of two on one node; rank 0 gives the same values."""
+
+    rank, size = 1, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes = ["node", "node"]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [value, value]
+
+    def node_leader_first(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_run_json_is_written_by_another_rank_only_where_rank_0_does_not_see_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_shared: bool
+) -> None:
+    monkeypatch.setattr(attempt_module, "shares_run_dir", lambda *_: is_shared)
+    run_dir = RunDir(str(tmp_path / "run"))
+    config = make_config(run_dir)
+    begin_attempt(config, SecondRank(), run_dir, compute_run_identity(config, INPUT))
+    assert bool(run_dir.read_metadata()) != is_shared, "rank 0's own may look absent for a while on NFS"
+
+
+def test_a_run_directory_that_rank_0_cannot_write_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(DpgenError, match=r"absent can't be written: No such file"):
+        attempt_module.shares_run_dir(SingleRankGroup(), tmp_path / "absent")

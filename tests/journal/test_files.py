@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,21 @@ def test_a_small_file_has_its_old_or_its_new_content(tmp_path: Path) -> None:
         assert path.read_text() in ([new] if has_succeeded else [old, new])
 
     fail_each_call(act, check)
+
+
+def test_writers_with_one_process_id_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"  # in containers, ranks of all nodes have the same process ids
+    contents = [letter * 1000 for letter in "abcd"]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: atomic_write_text(path, contents[number % 4]), range(200)))
+    assert path.read_text() in contents
+    assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
+
+
+def test_a_file_that_cannot_be_written_leaves_no_temporary_file(tmp_path: Path) -> None:
+    with pytest.raises(DpgenError, match="can't be written"):
+        atomic_write_text(tmp_path / "run.json", "text", FailingDisk(1, "ENOSPC"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_short_write_of_a_small_file_is_continued(tmp_path: Path) -> None:
