@@ -87,6 +87,25 @@ class RowOrder:
     num_probes: int = 0
     make_tracker: Callable[[], LengthTracker | None] = lambda: None
 
+    def select(self, is_remaining: np.ndarray) -> RowOrder | None:
+        """Return the remaining rows in the same order; None if the order lacks one of them.
+
+        Reads no row: sorting all prompts again would leave the engines idle for as long as at the start.
+
+        Args:
+            is_remaining: bool[num_dataset_rows].
+        """
+        is_kept = is_remaining[self.rows]
+        rows = self.rows[is_kept]
+        if len(rows) != np.count_nonzero(is_remaining):
+            return None
+        reason = "(as in the first plan)"
+        if self.groups is None or self.weights is None:
+            return RowOrder(rows, self.kind, reason)
+        sizes = np.diff(self.groups, append=len(self.rows))
+        group = np.repeat(np.arange(len(sizes)), sizes)[is_kept]
+        return RowOrder(rows, self.kind, reason, np.flatnonzero(np.diff(group, prepend=-1)), self.weights[is_kept])
+
     @property
     def description(self) -> str:
         """Return kind and reason: ``longest first by prompt length (min 1, median 20, max 300 characters)``."""

@@ -6,6 +6,8 @@
 - Every plan has new cursors, named after the attempt, the group's shrinks and the plan. All cursors exist before any
   rank claims.
 - Order and shards are the same on every rank: computed from the same rows, or from counts summed over all ranks.
+- Prompts are read once, for the first order. Later plans select from that order, or sort its prompt groups. All ranks
+  read again only where the order lacks a remaining row (a lost node's, of an earlier attempt), or a rank the order.
 - After a loss of ranks, the journals tell which of their rows are finished. A journal counts only if the first rank of
   a remaining node can read it.
 """
@@ -80,6 +82,9 @@ class ShardPlanner:
         self._journaled = np.zeros(len(rows), dtype=bool)
         self.num_remaining_rows = 0
         self.order = RowOrder(np.zeros(0, dtype=np.int64))
+        # The last order that was computed from the prompts, and the plan that it was computed for.
+        self._first_order: RowOrder | None = None
+        self._first_order_plan = ""
 
     def plan(self, state: RankState | None = None, *, has_engine: bool = True) -> RequestSource:
         """Shard the rows that no rank has finished or is running, and return this rank's source. Collective.
@@ -98,7 +103,7 @@ class ShardPlanner:
         rows = self._find_remaining_rows(state)  # all-reduce: without rows finished or running anywhere
         if len(rows) and not peers.claiming_ranks:
             raise NoEngineLeft(_NO_ENGINE_LEFT)
-        self.order = self._order_rows(rows, state, peers)  # sums measured lengths, or computes the same on every rank
+        self.order = self._order_rows(rows, state, peers, cursor_prefix)  # the same on every rank
         return self._build_source(self.order, peers, cursor_prefix)
 
     def _rescan_journal_if_group_changed(self) -> None:
@@ -119,11 +124,10 @@ class ShardPlanner:
         return cursor_prefix
 
     def _gather_peers(self, state: RankState, *, can_claim: bool) -> _Peers:
-        has_prompt_groups = self.order.prompt_groups is not None
-        states = self._group.all_gather_object((can_claim, has_prompt_groups, len(state.running)))
+        states = self._group.all_gather_object((can_claim, self._first_order_plan, len(state.running)))
         return _Peers(
             claiming_ranks=[rank for rank, (can_claim, _, _) in enumerate(states) if can_claim],
-            all_have_prompt_groups=all(has_prompt_groups for _, has_prompt_groups, _ in states),
+            have_same_first_order=len({first_order_plan for _, first_order_plan, _ in states}) == 1,
             num_running=sum(num_running for _, _, num_running in states),
         )
 
@@ -134,17 +138,21 @@ class ShardPlanner:
         self.num_remaining_rows = len(remaining)
         return remaining
 
-    def _order_rows(self, rows: np.ndarray, state: RankState, peers: _Peers) -> RowOrder:
-        prompt_groups, config = self.order.prompt_groups, self._config.order
-        # If a peer died during the previous plan, only some ranks may hold its prompt groups. Use them only if all
-        # ranks do.
-        if prompt_groups is not None and peers.all_have_prompt_groups:
-            return order_by_measured_lengths(
-                rows, prompt_groups, self._group.all_reduce_sum(prompt_groups.count(state))
-            )
-        return self._group.run_on_all_ranks(
+    def _order_rows(self, rows: np.ndarray, state: RankState, peers: _Peers, plan: str) -> RowOrder:
+        """Return the order of the rows to plan, the same on every rank. Collective."""
+        first_order, config = self._first_order, self._config.order
+        # If a peer died during an earlier plan, only some ranks may have finished its order.
+        if first_order is not None and peers.have_same_first_order:
+            if first_order.prompt_groups is not None:
+                counts = self._group.all_reduce_sum(first_order.prompt_groups.count(state))
+                return order_by_measured_lengths(rows, first_order.prompt_groups, counts)
+            if (order := first_order.select(self._mask(rows))) is not None:
+                return order
+        self._first_order = self._group.run_on_all_ranks(
             lambda: order_rows(config, self._rows, rows, make_prompt_text_fn(config.prompt))
         )
+        self._first_order_plan = plan
+        return self._first_order
 
     def _build_source(self, order: RowOrder, peers: _Peers, cursor_prefix: str) -> RequestSource:
         ranks, rank = peers.claiming_ranks, self._group.rank
@@ -181,12 +189,12 @@ class _Peers:
 
     Attributes:
         claiming_ranks: ranks that claim rows.
-        all_have_prompt_groups: every rank holds the prompt groups of the previous plan.
+        have_same_first_order: every rank holds the order of the same earlier plan, or none does.
         num_running: rows that all ranks together are running.
     """
 
     claiming_ranks: list[int]
-    all_have_prompt_groups: bool
+    have_same_first_order: bool
     num_running: int
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -34,6 +36,39 @@ def make_planner(
     )
     builder = RequestBuilder(lambda row: (None, row["prompt"]), None, {"max_tokens": "budget"}, [{"max_tokens": 2}])
     return ShardPlanner(config, rows, journal_dir, group, builder)
+
+
+class RecordingRows(InputRows):
+    """Count how often prompts are read to order rows."""
+
+    num_reads = 0
+
+    def iter_rows(self, row_ids: np.ndarray, columns: Any) -> Any:
+        self.num_reads += 1
+        return super().iter_rows(row_ids, columns)
+
+
+class ShrinkingGroup(SingleRankGroup):
+    """Shrink when a test says so, and let it change what the other ranks are said to have gathered."""
+
+    num_shrinks = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.change_gathered: Callable[[Any], list[Any]] = lambda value: [value]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return self.change_gathered(value)
+
+
+def make_ordering_planner(
+    journal_dir: Path, group: SingleRankGroup, order: str, prompts: list[str]
+) -> tuple[ShardPlanner, RecordingRows]:
+    rows = RecordingRows(datasets.Dataset.from_dict({"prompt": prompts}))
+    order_config = OrderConfig(WorkConfig(order=order), PromptConfig(prompt_column="prompt"), None, True)
+    config = PlannerConfig(order_config, False, ("prompt",), lockstep=False, claims_rows=True, attempt=1)
+    builder = RequestBuilder(lambda row: (None, row["prompt"]), None, {})
+    return ShardPlanner(config, rows, journal_dir, group, builder), rows
 
 
 def write_journal(journal_dir: Path, succeeded: list[int], failed: dict[int, str]) -> None:
@@ -112,3 +147,65 @@ def test_a_rank_without_work_needs_no_engine(tmp_path: Path) -> None:
     planner = make_planner(tmp_path, SingleRankGroup(), claims_rows=False)
     assert planner.plan(has_engine=False).is_exhausted
     assert planner.num_remaining_rows == 0
+
+
+LENGTHS = [7, 90, 30, 2, 55, 61, 18, 44]
+LONGEST_FIRST = [1, 5, 4, 7, 2, 6, 0, 3]
+
+
+def test_a_reshard_keeps_the_first_order_and_reads_no_prompt_again(tmp_path: Path) -> None:
+    prompts = [chr(97 + row) * length for row, length in enumerate(LENGTHS)]
+    planner, rows = make_ordering_planner(tmp_path, SingleRankGroup(), "longest_first", prompts)
+    planner.plan()
+    assert planner.order.rows.tolist() == LONGEST_FIRST
+    num_reads = rows.num_reads
+    planner.plan(RankState(np.array([1, 4]), np.array([3, 3]), np.array([2, 6])))
+    assert planner.order.rows.tolist() == [5, 7, 0, 3]
+    assert planner.order.description == "longest first (as in the first plan)"
+    planner.plan(RankState(np.array([1, 4, 5]), np.array([3, 3, 3])))
+    assert planner.order.rows.tolist() == [7, 2, 6, 0, 3], "rows that ran at the second plan may return in a later one"
+    assert rows.num_reads == num_reads, "reading all prompts again would leave the engines idle"
+
+
+def test_a_reshard_keeps_prefix_groups_together(tmp_path: Path) -> None:
+    prompts = [f"{chr(97 + row % 12) * 400}{row}" for row in range(60)]
+    planner, rows = make_ordering_planner(tmp_path, SingleRankGroup(), "prefix", prompts)
+    planner.plan()
+    first, num_reads = planner.order, rows.num_reads
+    done = np.array([*range(0, 36, 12), *range(1, 60, 12)])  # three rows of one group, and all of another
+    planner.plan(RankState(done, np.ones(len(done), dtype=np.int64)))
+    order = planner.order
+    assert order.groups is not None and order.weights is not None and first.weights is not None
+    assert [set(group % 12) for group in np.split(order.rows, order.groups[1:])] == [{0}, *({n} for n in range(2, 12))]
+    weight_of_row = dict(zip(first.rows.tolist(), first.weights.tolist(), strict=True))
+    assert order.weights.tolist() == [weight_of_row[row] for row in order.rows.tolist()]
+    assert sum(order.shard(2, 64).sizes) > 0
+    assert rows.num_reads == num_reads
+
+
+def test_rows_that_the_first_order_lacks_are_ordered_with_all_others(tmp_path: Path) -> None:
+    """The journal of a lost node held rows of an earlier attempt, and no remaining rank can read it."""
+    write_journal(tmp_path, [1, 2], {})
+    group = ShrinkingGroup()
+    prompts = [chr(97 + row) * length for row, length in enumerate(LENGTHS)]
+    planner, _ = make_ordering_planner(tmp_path, group, "longest_first", prompts)
+    planner.plan()
+    assert planner.order.rows.tolist() == [5, 4, 7, 6, 0, 3]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    group.num_shrinks = 1  # type: ignore[misc]
+    planner.plan(RankState(np.array([5]), np.array([3])))
+    assert planner.order.rows.tolist() == [1, 4, 7, 2, 6, 0, 3]
+
+
+def test_all_ranks_order_again_where_one_of_them_lacks_the_first_order(tmp_path: Path) -> None:
+    """A peer that died during the first plan left some ranks with its order, and others without."""
+    group = ShrinkingGroup()
+    prompts = [chr(97 + row) * length for row, length in enumerate(LENGTHS)]
+    planner, rows = make_ordering_planner(tmp_path, group, "longest_first", prompts)
+    planner.plan()
+    num_reads = rows.num_reads
+    group.change_gathered = lambda value: [value, (False, "", 0)] if isinstance(value, tuple) else [value, None]
+    planner.plan(RankState(np.array([1]), np.array([3])))
+    assert planner.order.rows.tolist() == LONGEST_FIRST[1:]
+    assert rows.num_reads > num_reads, "each rank must compute the same order, so all compute it from the prompts"
