@@ -76,7 +76,8 @@ class RunConfig:
     stop_margin_s: float = _option("seconds before SLURM's end time at which the run stops", 60.0, minimum=0)
     progress_interval_s: float = _option("seconds between progress lines where there is no terminal", 30.0, minimum=0.1)
     max_leading_errors: int = _option(
-        "stop the run if its first rows all fail, this many of them, since then the fault is not in the rows; 0: never",
+        "stop the run if its first rows all fail, this many of them and a few from the rest of the order, since then "
+        "the fault is not in the rows; 0: never; without effect once a row of the run has succeeded",
         100,
         minimum=0,
     )

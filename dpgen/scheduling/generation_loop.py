@@ -21,10 +21,11 @@ import numpy as np
 
 from dpgen.distributed.group import PeerLost, PendingReduce, RankGroup
 from dpgen.engine.messages import EngineStats, Event, RowsFinished
-from dpgen.errors import DpgenError, Interrupted, PeerFailed
+from dpgen.errors import Interrupted, PeerFailed
 from dpgen.formatting import format_count
-from dpgen.records import RankManifest, Request, RowError, RowResult, UndecodedRow
+from dpgen.records import RankManifest, Request, RowResult, UndecodedRow
 from dpgen.scheduling.admission import AdmissionController
+from dpgen.scheduling.leading_errors import LeadingErrorCheck
 from dpgen.scheduling.order import RowOrder
 from dpgen.scheduling.prompt_groups import RankState
 from dpgen.scheduling.request_source import RequestSource
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 _SYNC_INTERVAL_S = 1.0
 _STALE_SYNC_S = 5.0  # a sync that is this late is too old to leave rows to other ranks
 _REJECTION_WINDOW_S = 0.5  # an engine returns a row that it rejects within this time
-_FAILING_ROUNDS = 3  # syncs in a row with nothing but errors, before the run aborts
 _WAIT_S = 0.1  # the longest wait for an engine that has work
 _IDLE_WAIT_S = 0.01  # ... for one that has none, while other ranks still work
 
@@ -50,7 +50,12 @@ class Planner(Protocol):
     @property
     def num_remaining_rows(self) -> int: ...
 
-    def plan(self, state: RankState | None = None, *, has_engine: bool = True) -> RequestSource: ...
+    @property
+    def has_completions(self) -> bool: ...
+
+    def plan(
+        self, state: RankState | None = None, *, has_engine: bool = True, spread_first: bool = False
+    ) -> RequestSource: ...
 
 
 class Engine(Protocol):
@@ -84,7 +89,7 @@ class LoopConfig:
     Attributes:
         reserve_rows: sequences kept waiting in the engine beyond those that it runs.
         num_samples: sequences of a row that does not give a number of its own.
-        max_leading_errors: abort if this many rows are finished and all are errors; 0 never aborts.
+        max_leading_errors: stop if this many rows are finished and all are errors; see `LeadingErrorCheck`.
     """
 
     reserve_rows: int = 32
@@ -113,7 +118,7 @@ class GenerationLoop:
         stop_reason: Callable[[], str | None],
     ) -> None:
         self._planner, self._engine, self._results, self._group = planner, engine, results, group
-        self._max_leading_errors, self._stop_reason = config.max_leading_errors, stop_reason
+        self._leading_errors, self._stop_reason = LeadingErrorCheck(config.max_leading_errors), stop_reason
         self._admission = AdmissionController(config.reserve_rows, config.num_samples)
         self._throughput = ThroughputMeter()
         self._source: RequestSource
@@ -125,8 +130,6 @@ class GenerationLoop:
         self._global: Totals | None = None
         self._pending_sync: PendingReduce | None = None
         self._next_sync_s = 0.0
-        self._num_failing_rounds = 0
-        self._first_error: tuple[int, RowError] | None = None
         self._first_admitted_s: float | None = None
         self._last_finished_s = 0.0
 
@@ -239,9 +242,8 @@ class GenerationLoop:
         self._local.num_prompt_tokens += result.num_prompt_tokens or 0
         self._num_kept_tokens += result.num_generated_tokens
         self._local.num_generated_tokens = max(self._local.num_generated_tokens, self._num_kept_tokens)
-        if result.error is not None:
-            self._local.num_errors += 1
-            self._first_error = self._first_error or (result.row, result.error)
+        self._local.num_errors += result.error is not None
+        self._leading_errors.record(result)
 
     def _drain_finished(self) -> None:
         """Record what the engine has finished by now, so that a resumed run need not generate these rows again."""
@@ -289,6 +291,7 @@ class GenerationLoop:
         oldest_s = self._admission.oldest_admitted_s
         is_generating = oldest_s is not None and time.monotonic() - oldest_s > _REJECTION_WINDOW_S
         self._local.num_ranks_generating = int(is_generating)
+        self._local.num_tried = self._leading_errors.num_tried
         return self._local
 
     def _apply_totals(self, totals: Totals) -> None:
@@ -296,32 +299,18 @@ class GenerationLoop:
         self._global = totals
         self._source.update(totals.num_unclaimed, compute_slowdowns(totals.rates)[self._group.rank])
         self._on_progress(totals)
-        self._abort_if_all_rows_fail(totals)
-        if totals.num_reshard_requests or self._source.should_reshard(totals.num_groups_measured):
+        if self._leading_errors.needs_trial(totals, has_completions=self._planner.has_completions):
+            self._reshard(spread_first=True)
+            order = self._planner.order
+            self._leading_errors.start_trial(order.rows[: order.num_spread].tolist())
+            num_tried = format_count(order.num_spread, "row")
+            logger.info(f"no row has succeeded yet, trying {num_tried} from the rest of the order before stopping")
+        elif totals.num_reshard_requests or self._source.should_reshard(totals.num_groups_measured):
             self._reshard()
-
-    def _abort_if_all_rows_fail(self, totals: Totals) -> None:
-        """Raise on all ranks if every row so far is an error."""
-        if not 0 < self._max_leading_errors <= totals.num_errors == totals.num_rows:
-            self._num_failing_rounds = 0
-            return
-        # Rows that the engine got a moment ago have the time to succeed.
-        self._num_failing_rounds = 0 if totals.num_ranks_generating else self._num_failing_rounds + 1
-        if self._num_failing_rounds < _FAILING_ROUNDS and totals.num_unfinished_ranks:
-            return
-        problem = "the first row failed" if totals.num_rows == 1 else f"the first {totals.num_rows:,} rows all failed"
-        if self._first_error is None:
-            raise PeerFailed(problem)  # a rank that has seen an error reports it
-        row, error = self._first_error
-        raise DpgenError(
-            f"{problem} (run.max_leading_errors={self._max_leading_errors}), so the cause is probably in the "
-            "configuration. Fix it, or set run.max_leading_errors=0 to continue regardless. "
-            f"Row {row} failed with {error.type}: {error.message}"
-        )
 
     # ---- reshard
 
-    def _reshard(self) -> None:
+    def _reshard(self, *, spread_first: bool = False) -> None:
         """Plan again with all ranks. Rows that are claimed and not yet in the engine return to the plan. Collective."""
         if self._engine.is_abandoned:
             self._admission.clear()
@@ -330,7 +319,7 @@ class GenerationLoop:
             np.array(self._kept_tokens, dtype=np.int64),
             np.fromiter(self._admission, dtype=np.int64),
         )
-        self._source = self._planner.plan(state, has_engine=not self._engine.is_abandoned)
+        self._source = self._planner.plan(state, has_engine=not self._engine.is_abandoned, spread_first=spread_first)
         num_remaining = format_count(self._planner.num_remaining_rows, "remaining row")
         logger.info(f"resharded {num_remaining}: {self._planner.order.description}")
 
@@ -343,6 +332,7 @@ class GenerationLoop:
             try:
                 self._group.shrink()
                 self._pending_sync = None
+                self._leading_errors.drop_trial()
                 self._reshard()
                 return
             except PeerLost as another:  # lost while the group was shrinking

@@ -11,6 +11,7 @@ Limits: the choice rests on a sample of 20,000 rows; prompts are compared as tex
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class RowOrder:
         prompt_groups: rows with the same prompt, where lengths are measured on probes; None where they are not.
         num_probes: rows at the front that are probes. Once half of them are finished, the remaining rows are
             resharded by `order_by_measured_lengths`.
+        num_spread: rows at the front that `spread_first` has put there.
         make_tracker: makes the tracker of one rank's measured lengths until the next plan; it may return None.
     """
 
@@ -85,6 +87,7 @@ class RowOrder:
     weights: np.ndarray | None = None
     prompt_groups: PromptGroups | None = None
     num_probes: int = 0
+    num_spread: int = 0
     make_tracker: Callable[[], LengthTracker | None] = lambda: None
 
     def select(self, is_remaining: np.ndarray) -> RowOrder | None:
@@ -95,16 +98,44 @@ class RowOrder:
         Args:
             is_remaining: bool[num_dataset_rows].
         """
-        is_kept = is_remaining[self.rows]
-        rows = self.rows[is_kept]
-        if len(rows) != np.count_nonzero(is_remaining):
+        positions = np.flatnonzero(is_remaining[self.rows])
+        if len(positions) != np.count_nonzero(is_remaining):
             return None
-        reason = "(as in the first plan)"
+        groups, weights = self._regroup(positions)
+        return RowOrder(self.rows[positions], self.kind, "(as in the first plan)", groups, weights)
+
+    def spread_first(self) -> RowOrder:
+        """Return the order with a few rows from all of its parts at the front, the last row first.
+
+        Picks the last row, and those 2, 4, 8, ... positions from the end. So wherever some rows differ from those at
+        the front, one of them is likely to be picked: at the end, or before rows that differ from both.
+        """
+        num_rows = len(self.rows)
+        picked = num_rows - 2 ** np.arange(num_rows.bit_length())
+        groups, weights = self._regroup(
+            positions := np.append(picked, np.delete(np.arange(num_rows), picked)), len(picked)
+        )
+        return dataclasses.replace(
+            self,
+            rows=self.rows[positions],
+            groups=groups,
+            weights=weights,
+            num_probes=self.num_probes and self.num_probes + len(picked),
+            num_spread=len(picked),
+        )
+
+    def _regroup(self, positions: np.ndarray, num_single: int = 0) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Return `groups` and `weights` of an order with the rows at these positions.
+
+        Args:
+            num_single: rows at the front that become groups of their own.
+        """
         if self.groups is None or self.weights is None:
-            return RowOrder(rows, self.kind, reason)
+            return None, None
         sizes = np.diff(self.groups, append=len(self.rows))
-        group = np.repeat(np.arange(len(sizes)), sizes)[is_kept]
-        return RowOrder(rows, self.kind, reason, np.flatnonzero(np.diff(group, prepend=-1)), self.weights[is_kept])
+        group = np.repeat(np.arange(len(sizes)), sizes)[positions]
+        group[:num_single] = len(sizes) + 1 + np.arange(num_single)
+        return np.flatnonzero(np.diff(group, prepend=len(sizes))), self.weights[positions]
 
     @property
     def description(self) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from dpgen.data.input_rows import InputRows, Shard
 from dpgen.data.render import make_prompt_text_fn
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import NoEngineLeft
-from dpgen.journal.reader import JournalReader, index_journal
+from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
 from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.order import OrderConfig, RowOrder, ShardSpec, order_by_measured_lengths, order_rows
 from dpgen.scheduling.prompt_groups import RankState
@@ -71,6 +72,7 @@ class ShardPlanner:
     Attributes:
         order: rows of the last plan, in order.
         num_remaining_rows: number of these rows.
+        has_completions: whether, as of the last plan, a journal holds a row that succeeded; the same on every rank.
     """
 
     def __init__(
@@ -80,18 +82,22 @@ class ShardPlanner:
         self._group, self._builder = group, builder
         self._num_shrinks, self._num_plans = -1, 0
         self._journaled = np.zeros(len(rows), dtype=bool)
+        self.has_completions = False
         self.num_remaining_rows = 0
         self.order = RowOrder(np.zeros(0, dtype=np.int64))
         # The last order that was computed from the prompts, and the plan that it was computed for.
         self._first_order: RowOrder | None = None
         self._first_order_plan = ""
 
-    def plan(self, state: RankState | None = None, *, has_engine: bool = True) -> RequestSource:
+    def plan(
+        self, state: RankState | None = None, *, has_engine: bool = True, spread_first: bool = False
+    ) -> RequestSource:
         """Shard the rows that no rank has finished or is running, and return this rank's source. Collective.
 
         Args:
             state: rows that this rank has finished or is running in this attempt; None before the first row.
             has_engine: False once this rank's engine was abandoned; its source is then empty.
+            spread_first: put a few rows from all parts of the order first; see `RowOrder.spread_first`.
 
         Raises:
             NoEngineLeft: rows remain but no rank has an engine. Raised on every rank.
@@ -103,7 +109,9 @@ class ShardPlanner:
         rows = self._find_remaining_rows(state)  # all-reduce: without rows finished or running anywhere
         if len(rows) and not peers.claiming_ranks:
             raise NoEngineLeft(_NO_ENGINE_LEFT)
-        self.order = self._order_rows(rows, state, peers, cursor_prefix)  # the same on every rank
+        self.has_completions = peers.has_completions
+        order = self._order_rows(rows, state, peers, cursor_prefix)  # the same on every rank
+        self.order = order.spread_first() if spread_first else order
         return self._build_source(self.order, peers, cursor_prefix)
 
     def _rescan_journal_if_group_changed(self) -> None:
@@ -112,7 +120,9 @@ class ShardPlanner:
             return
         journaled = np.zeros(0, dtype=np.int64)
         if self._group.is_node_leader:
-            journaled = _read_journaled_rows(self._journal_dir, self._config.retry_errors)
+            index = index_journal(self._journal_dir)
+            self.has_completions |= not index.error.all()
+            journaled = _select_journaled_rows(index, self._config.retry_errors)
         self._journaled = self._group.all_reduce_any(self._mask(journaled[journaled < len(self._rows)]))
         self._num_shrinks, self._num_plans = self._group.num_shrinks, 0
 
@@ -124,11 +134,13 @@ class ShardPlanner:
         return cursor_prefix
 
     def _gather_peers(self, state: RankState, *, can_claim: bool) -> _Peers:
-        states = self._group.all_gather_object((can_claim, self._first_order_plan, len(state.running)))
+        own = (can_claim, self._first_order_plan, len(state.running), self.has_completions)
+        states = [_PeerState(*gathered) for gathered in self._group.all_gather_object(own)]
         return _Peers(
-            claiming_ranks=[rank for rank, (can_claim, _, _) in enumerate(states) if can_claim],
-            have_same_first_order=len({first_order_plan for _, first_order_plan, _ in states}) == 1,
-            num_running=sum(num_running for _, _, num_running in states),
+            claiming_ranks=[rank for rank, peer in enumerate(states) if peer.can_claim],
+            have_same_first_order=len({peer.first_order_plan for peer in states}) == 1,
+            num_running=sum(peer.num_running for peer in states),
+            has_completions=any(peer.has_completions for peer in states),
         )
 
     def _find_remaining_rows(self, state: RankState) -> np.ndarray:
@@ -183,6 +195,15 @@ class ShardPlanner:
         return mask
 
 
+class _PeerState(NamedTuple):
+    """State of one rank as a plan starts; see `_Peers`."""
+
+    can_claim: bool
+    first_order_plan: str
+    num_running: int
+    has_completions: bool
+
+
 @dataclass(frozen=True)
 class _Peers:
     """State of all ranks as a plan starts, the same on every rank.
@@ -191,16 +212,17 @@ class _Peers:
         claiming_ranks: ranks that claim rows.
         have_same_first_order: every rank holds the order of the same earlier plan, or none does.
         num_running: rows that all ranks together are running.
+        has_completions: some rank has found a row that succeeded in a journal.
     """
 
     claiming_ranks: list[int]
     have_same_first_order: bool
     num_running: int
+    has_completions: bool
 
 
-def _read_journaled_rows(journal_dir: Path, retry_errors: bool | list[str]) -> np.ndarray:
+def _select_journaled_rows(index: JournalIndex, retry_errors: bool | list[str]) -> np.ndarray:
     """Return the rows in this node's journals, int64, without the failed ones that are to be generated again."""
-    index = index_journal(journal_dir)
     if len(index) and index.error.all():
         return index.row[:0]  # no row has ever succeeded, so the run starts over, whatever the errors were
     if not retry_errors:

@@ -18,6 +18,7 @@ class Totals:
         num_reshard_requests: ranks whose engine was abandoned while they had rows.
         num_groups_measured: see `RequestSource.should_reshard`.
         num_ranks_generating: ranks with a row in the engine for too long to be rejected.
+        num_tried: see `LeadingErrorCheck`.
         rates: generated tokens/s by rank; see `ThroughputMeter.get_tokens_per_s`.
     """
 
@@ -32,6 +33,7 @@ class Totals:
     num_reshard_requests: int = 0
     num_groups_measured: int = 0
     num_ranks_generating: int = 0
+    num_tried: int = 0
     rates: tuple[int, ...] = ()
 
     def as_list(self, rank: int, num_ranks: int, rate: int) -> list[int]:

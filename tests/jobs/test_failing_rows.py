@@ -48,3 +48,27 @@ def test_rows_that_fail_first_do_not_stop_a_run_whose_good_rows_are_still_runnin
     job = launcher.dpgen("run", conf)
     assert job.wait() == 0, job.output
     assert sum(row["error"] is None for row in load_result(tmp_path / "run")) == 200
+
+
+def test_slow_rows_that_fail_first_do_not_stop_a_run_whose_good_rows_come_last(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    rows = [{"kind": "bad", "size": 9} for _ in range(300)] + [{"kind": "good", "size": 1} for _ in range(20)]
+    # Each bad row takes many milliseconds, so that syncs see nothing but errors for some seconds.
+    template = "{% for _ in range(90000) if kind == 'bad' %}{% endfor %}{{ kind if kind == 'good' else 1 / 0 }}"
+    work = {"order": "longest_first", "hint_column": "size"}
+    conf = write_config(rows, data={"prompt_column": None, "template": template}, work=work)
+    job = launcher.dpgen("run", conf, "run.max_leading_errors=10")
+    assert job.wait() == 0, job.output
+    assert [row["row_id"] for row in load_result(tmp_path / "run") if not row["error"]] == list(range(300, 320))
+
+
+def test_failed_rows_may_fail_again_in_a_finished_run(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config([{"prompt": None if row < 30 else "good"} for row in range(40)])
+    limit = "run.max_leading_errors=20"
+    assert launcher.dpgen("run", conf, limit).wait() == 0
+    job = launcher.dpgen("run", conf, limit, "run.retry_errors=true")
+    assert job.wait() == 0, job.output
+    assert sum(row["error"] is not None for row in load_result(tmp_path / "run")) == 30

@@ -42,13 +42,17 @@ class FakePlanner:
         self._num_rows, self._group = num_rows, group
         self.states: list[RankState] = []
         self.order = RowOrder(np.zeros(0, dtype=np.int64))
-        self.num_remaining_rows = 0
+        self.num_remaining_rows, self.has_completions = 0, False
 
-    def plan(self, state: RankState | None = None, *, has_engine: bool = True) -> RequestSource:
+    def plan(
+        self, state: RankState | None = None, *, has_engine: bool = True, spread_first: bool = False
+    ) -> RequestSource:
         state = state or RankState()
         self.states.append(state)
         rows = np.setdiff1d(np.arange(self._num_rows), np.concatenate([state.finished, state.running]))
         self.order, self.num_remaining_rows = RowOrder(rows), len(rows)
+        if spread_first:
+            self.order = self.order.spread_first()
         if len(rows) and not has_engine:
             raise NoEngineLeft("no rank has a working engine left")
         cursor = f"cursor/{len(self.states)}"
@@ -56,7 +60,7 @@ class FakePlanner:
         maker = SourceMaker(self.order, WorkConfig(), 1)
         claimer = maker.make_claimer(ShardClaimer, self._group.store, [cursor], 0)
         builder = RequestBuilder(lambda columns: ([columns["row"]], None), None, {})
-        return maker.make_source(claimer, lambda shard: FakeShard(rows), builder)
+        return maker.make_source(claimer, lambda shard: FakeShard(self.order.rows), builder)
 
 
 class FakeEngine:
@@ -112,6 +116,9 @@ class LossyGroup(SingleRankGroup):
         if self._losses:
             raise PeerLost(self._losses.pop(0))
         return super().all_reduce_async(values, op)
+
+    def lose(self, message: str) -> None:
+        self._losses.append(message)
 
     def shrink(self) -> None:
         self.num_shrink_calls += 1
@@ -210,6 +217,62 @@ def test_one_good_row_keeps_a_run_of_failing_rows_going() -> None:
     config = LoopConfig(max_leading_errors=10)
     loop, planner, _ = make_loop(20, FakeEngine(failing=range(19)), config=config)
     assert loop.run(planner.plan()).num_errors == 19
+
+
+@pytest.fixture
+def sync_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpgen.scheduling.generation_loop._SYNC_INTERVAL_S", 0.0)
+
+
+@pytest.mark.usefixtures("sync_in_every_round")
+@pytest.mark.parametrize("good_rows", [range(990, 1000), range(700, 800)], ids=["at the end", "before other bad rows"])
+def test_rows_that_fail_first_do_not_stop_a_run_whose_good_rows_come_later(
+    good_rows: range, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    failing = sorted(set(range(1000)) - set(good_rows))
+    loop, planner, journal = make_loop(1000, FakeEngine(failing=failing), config=LoopConfig(max_leading_errors=10))
+    assert loop.run(planner.plan()).num_errors == len(failing)
+    assert sorted(result.row for result in journal.results) == list(range(1000))
+    assert "no row has succeeded yet, trying 10 rows from the rest of the order before stopping" in caplog.messages
+
+
+@pytest.mark.usefixtures("sync_in_every_round")
+def test_a_run_stops_early_once_rows_from_the_whole_order_have_failed() -> None:
+    config = LoopConfig(max_leading_errors=10)
+    loop, planner, journal = make_loop(2000, FakeEngine(failing=range(2000)), config=config)
+    with pytest.raises(DpgenError, match=r"all failed, 11 rows from the rest of the order among them \(run\.max_lead"):
+        loop.run(planner.plan())
+    assert len(journal.results) < 1000
+    assert {1999, 1998, 1996, 1992} <= {result.row for result in journal.results}
+
+
+@pytest.mark.usefixtures("sync_in_every_round")
+def test_rows_that_all_fail_do_not_stop_a_run_that_has_had_success_before() -> None:
+    loop, planner, _ = make_loop(200, FakeEngine(failing=range(200)), config=LoopConfig(max_leading_errors=10))
+    source = planner.plan()
+    planner.has_completions = True
+    assert loop.run(source).num_errors == 200
+
+
+@pytest.mark.usefixtures("sync_in_every_round")
+def test_rows_are_tried_again_after_a_rank_was_lost_with_some_of_them() -> None:
+    config, group = LoopConfig(max_leading_errors=10), LossyGroup([])
+    loop, planner, _ = make_loop(2000, FakeEngine(failing=range(2000)), group, config)
+    plan, num_trials = planner.plan, 0
+
+    def plan_and_lose_a_rank(*args: Any, **kwargs: Any) -> RequestSource:
+        nonlocal num_trials
+        if kwargs.get("spread_first"):
+            num_trials += 1
+            if num_trials == 1:
+                group.lose("lost rank 3")
+        return plan(*args, **kwargs)
+
+    planner.plan = plan_and_lose_a_rank  # type: ignore[method-assign]
+    with pytest.raises(DpgenError, match="all failed"):
+        loop.run(planner.plan())
+    assert num_trials == 2, "the lost rank may have had rows of the first trial"
 
 
 def test_a_recorder_decodes_only_the_rows_that_the_engine_did_not() -> None:

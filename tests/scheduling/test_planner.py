@@ -51,7 +51,7 @@ class RecordingRows(InputRows):
 class ShrinkingGroup(SingleRankGroup):
     """Shrink when a test says so, and let it change what the other ranks are said to have gathered."""
 
-    num_shrinks = 0
+    num_shrinks = 0  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,9 +71,9 @@ def make_ordering_planner(
     return ShardPlanner(config, rows, journal_dir, group, builder), rows
 
 
-def write_journal(journal_dir: Path, succeeded: list[int], failed: dict[int, str]) -> None:
+def write_journal(journal_dir: Path, succeeded: list[int], failed: dict[int, str], rank: int = 0) -> None:
     journal_dir.mkdir(parents=True, exist_ok=True)
-    journal = JournalWriter(journal_dir, 1, 0)
+    journal = JournalWriter(journal_dir, 1, rank)
     for row in succeeded:
         journal.append(RowResult(row, 1, (Completion("text", "stop", 1),)))
     for row, error_type in failed.items():
@@ -105,6 +105,29 @@ def test_a_plan_covers_the_rows_that_no_journal_holds_and_failed_ones_to_retry(
     rows = take_rows(planner.plan())
     assert rows == sorted(set(range(NUM_ROWS)) - {0, 1, 2, 4, 5} | set(retried))
     assert planner.num_remaining_rows == len(rows)
+
+
+def test_a_plan_knows_if_a_row_of_the_run_has_succeeded_before(tmp_path: Path) -> None:
+    group = ShrinkingGroup()
+    planner = make_planner(tmp_path, group)
+    planner.plan()
+    assert not planner.has_completions
+    write_journal(tmp_path, [], {4: "wrong_type"})
+    group.num_shrinks += 1
+    planner.plan()
+    assert not planner.has_completions
+    write_journal(tmp_path, [5], {}, rank=1)
+    group.num_shrinks += 1
+    planner.plan()
+    assert planner.has_completions
+
+
+def test_another_node_may_hold_the_rows_that_have_succeeded(tmp_path: Path) -> None:
+    group = ShrinkingGroup()
+    group.change_gathered = lambda value: [value, (False, "", 0, True)] if isinstance(value, tuple) else [value, None]
+    planner = make_planner(tmp_path, group)
+    planner.plan()
+    assert planner.has_completions
 
 
 def test_a_run_without_any_success_starts_over(tmp_path: Path) -> None:
@@ -183,6 +206,33 @@ def test_a_reshard_keeps_prefix_groups_together(tmp_path: Path) -> None:
     assert rows.num_reads == num_reads
 
 
+def test_rows_from_all_parts_of_the_order_come_first_where_a_plan_asks_for_them(tmp_path: Path) -> None:
+    prompts = [chr(97 + row) * length for row, length in enumerate(LENGTHS)]
+    planner, _ = make_ordering_planner(tmp_path, SingleRankGroup(), "longest_first", prompts)
+    planner.plan()
+    source = planner.plan(RankState(np.array([1]), np.array([0])), spread_first=True)
+    assert planner.order.rows.tolist() == [3, 0, 2, 5, 4, 7, 6]
+    assert [request.row for request in take_requests(source)] == planner.order.rows.tolist()
+    assert planner.order.num_spread == 3, "the last row, and those 2 and 4 positions from the end"
+    planner.plan(RankState(np.array([1, 3]), np.array([0, 0])))
+    assert planner.order.rows.tolist() == [5, 4, 7, 2, 6, 0], "a later plan is in the first order again"
+
+
+def test_rows_from_all_parts_of_an_order_by_prefix_are_groups_of_their_own(tmp_path: Path) -> None:
+    prompts = [f"{chr(97 + row % 12) * 400}{row}" for row in range(60)]
+    planner, _ = make_ordering_planner(tmp_path, SingleRankGroup(), "prefix", prompts)
+    planner.plan()
+    planner.plan(RankState(np.array([0]), np.array([0])), spread_first=True)
+    order = planner.order
+    assert order.groups is not None
+    single, grouped = np.split(order.groups, [order.num_spread])
+    assert single.tolist() == [0, 1, 2, 3, 4, 5]
+    assert [set(rows % 12) for rows in np.split(order.rows[6:], grouped[1:] - 6)] == [{n} for n in range(12)]
+    assert sorted(order.rows) == list(range(1, 60))
+    for rows, _ in order.shard(2, 64).groups or []:
+        assert len(rows) and rows[0] in order.rows[:6], "each rank starts with one of them"
+
+
 def test_rows_that_the_first_order_lacks_are_ordered_with_all_others(tmp_path: Path) -> None:
     """The journal of a lost node held rows of an earlier attempt, and no remaining rank can read it."""
     write_journal(tmp_path, [1, 2], {})
@@ -193,7 +243,7 @@ def test_rows_that_the_first_order_lacks_are_ordered_with_all_others(tmp_path: P
     assert planner.order.rows.tolist() == [5, 4, 7, 6, 0, 3]
     for path in tmp_path.iterdir():
         path.unlink()
-    group.num_shrinks = 1  # type: ignore[misc]
+    group.num_shrinks = 1
     planner.plan(RankState(np.array([5]), np.array([3])))
     assert planner.order.rows.tolist() == [1, 4, 7, 2, 6, 0, 3]
 
@@ -205,7 +255,7 @@ def test_all_ranks_order_again_where_one_of_them_lacks_the_first_order(tmp_path:
     planner, rows = make_ordering_planner(tmp_path, group, "longest_first", prompts)
     planner.plan()
     num_reads = rows.num_reads
-    group.change_gathered = lambda value: [value, (False, "", 0)] if isinstance(value, tuple) else [value, None]
+    group.change_gathered = lambda value: [value, (False, "", 0, False)] if isinstance(value, tuple) else [value, None]
     planner.plan(RankState(np.array([1]), np.array([3])))
     assert planner.order.rows.tolist() == LONGEST_FIRST[1:]
     assert rows.num_reads > num_reads, "each rank must compute the same order, so all compute it from the prompts"
