@@ -1,10 +1,15 @@
-"""Record finished rows: add the text where the rank makes it, then append the result to the journal."""
+"""Record finished rows: add the text where the rank makes it, then append the result to the journal.
+
+One row that can't be decoded or encoded becomes an error of its own, `decode_failed`: it would fail again in every
+attempt, and end each of them.
+"""
 
 from __future__ import annotations
 
 from dpgen.data.detokenize import Detokenizer
+from dpgen.errors import DpgenError
 from dpgen.journal.writer import JournalWriter
-from dpgen.records import RowResult, UndecodedRow
+from dpgen.records import RowError, RowResult, UndecodedRow
 
 
 class ResultRecorder:
@@ -21,14 +26,22 @@ class ResultRecorder:
     def add(self, result: RowResult | UndecodedRow) -> RowResult:
         """Append a result to the journal and return it, decoded. Waits only where the disk is far behind.
 
+        Returns:
+            The result as the journal holds it: an error of type `decode_failed` where the row could not be decoded or
+            encoded.
+
         Raises:
             DpgenError: the journal could not be written.
         """
-        if isinstance(result, UndecodedRow):
-            assert self._detokenizer is not None, "only a rank with a detokenizer gets undecoded rows"
-            result = self._detokenizer.decode_row(result)
-        self._journal.append(result)
-        return result
+        decoded = self._decode(result) if isinstance(result, UndecodedRow) else result
+        try:
+            self._journal.append(decoded)
+        except DpgenError:
+            raise
+        except Exception as error:  # noqa: BLE001 - foreign values in the result, which JSON may not take
+            decoded = _make_decode_error(decoded, "encoding the result for the journal", error)
+            self._journal.append(decoded)
+        return decoded
 
     def raise_if_failed(self) -> None:
         """Raise what has failed in the journal's thread.
@@ -37,3 +50,18 @@ class ResultRecorder:
             DpgenError: the journal could not be written.
         """
         self._journal.raise_if_failed()
+
+    def _decode(self, undecoded: UndecodedRow) -> RowResult:
+        assert self._detokenizer is not None, "only a rank with a detokenizer gets undecoded rows"
+        try:
+            return self._detokenizer.decode_row(undecoded)
+        except Exception as error:  # noqa: BLE001 - foreign code: the tokenizers library raises no narrower class
+            return _make_decode_error(undecoded.result, "decoding the generated tokens", error)
+
+
+def _make_decode_error(result: RowResult, action: str, error: Exception) -> RowResult:
+    """Return the error that takes the place of a result; its tokens are lost with its text."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return RowResult(
+        result.row, result.num_prompt_tokens, error=RowError("decode_failed", f"{action} failed: {reason}")
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,8 @@ from dpgen.config.schema import WorkConfig
 from dpgen.distributed.group import PeerLost, PendingReduce, SingleRankGroup
 from dpgen.engine.messages import Event, RowsFinished
 from dpgen.errors import DpgenError, Interrupted, NoEngineLeft
+from dpgen.journal.reader import index_journal
+from dpgen.journal.writer import JournalWriter
 from dpgen.records import Completion, RankManifest, Request, RowError, RowResult, UndecodedRow
 from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
@@ -283,3 +286,47 @@ def test_a_recorder_decodes_only_the_rows_that_the_engine_did_not() -> None:
     undecoded = UndecodedRow(RowResult(1, 1, (Completion("", "stop", 2),)), ([5, 6],), skip_special_tokens=True)
     assert recorder.add(undecoded).completions[0].text == "decoded ([5, 6],)"
     assert [result.row for result in journal.results] == [0, 1]
+
+
+class BrokenDetokenizer(FakeDetokenizer):
+    """Fail at token 7."""
+
+    def decode_row(self, undecoded: UndecodedRow) -> RowResult:
+        if 7 in undecoded.token_ids[0]:
+            raise OverflowError("out of range integral type\nconversion attempted")
+        return super().decode_row(undecoded)
+
+
+def test_a_row_that_cannot_be_decoded_becomes_an_error_of_its_own() -> None:
+    journal = FakeJournal()
+    recorder = ResultRecorder(journal, BrokenDetokenizer())  # type: ignore[arg-type]
+    for row, token_id in enumerate([5, 7, 6]):
+        recorder.add(UndecodedRow(RowResult(row, 4, (Completion("", "stop", 1),)), ([token_id],), True))
+    assert [result.row for result in journal.results] == [0, 1, 2], "the other rows of the message are kept"
+    error = RowError(
+        "decode_failed", "decoding the generated tokens failed: out of range integral type conversion attempted"
+    )
+    assert journal.results[1] == RowResult(1, 4, error=error)
+    assert journal.results[2].completions[0].text == "decoded ([6],)"
+
+
+def test_a_row_that_cannot_be_encoded_becomes_an_error_of_its_own(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path, 1, 0)
+    recorder = ResultRecorder(journal)
+    recorder.add(RowResult(0, 4, (Completion("text", "stop", 1),)))
+    broken = recorder.add(RowResult(1, 4, (Completion(b"bytes", "stop", 1),)))  # type: ignore[arg-type]
+    recorder.add(RowResult(2, 4, (Completion("text", "stop", 1),)))
+    journal.close()
+    assert broken.error is not None and broken.error.type == "decode_failed"
+    assert broken.error.message.startswith("encoding the result for the journal failed: Object of type bytes is not")
+    index = index_journal(tmp_path)
+    assert (index.row.tolist(), index.error.tolist()) == ([0, 1, 2], [False, True, False])
+
+
+def test_a_journal_that_cannot_be_written_is_no_error_of_the_row() -> None:
+    class FullJournal(FakeJournal):
+        def append(self, result: RowResult) -> None:
+            raise DpgenError("No space left on device")
+
+    with pytest.raises(DpgenError, match="No space left on device"):
+        ResultRecorder(FullJournal()).add(RowResult(0, 4))  # type: ignore[arg-type]
