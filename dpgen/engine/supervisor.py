@@ -1,10 +1,7 @@
-"""Supervise one rank's engine: restart it when it dies or hangs, and isolate the rows that kill it.
+"""Supervise one rank's engine: restart it when it dies or hangs.
 
 - A row stays in this process until its result arrives. A dead engine loses no row: the next life gets them all.
-- A row is in one place: in flight (the engine has it), waiting, or quarantined.
-- A row that was in flight at two deaths is quarantined: it runs alone, before all waiting rows.
-- A row that kills the engine while alone is finished with the error `poison_row`. Kills from outside count only at
-  the fourth, all while alone; running out of memory never counts.
+- `dpgen.engine.blame` decides which rows the engine gets next, and finds the rows that kill it.
 - Every life uses the KV cache size that the ranks agreed on, or less once memory ran out.
 - An engine is abandoned after `max_deaths` deaths in a row without a finished row; other ranks claim its rows.
 - Only start-up waits for the engine. `submit` returns immediately, `poll` after its timeout.
@@ -17,12 +14,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from dpgen.config.schema import RunConfig
+from dpgen.engine.blame import BlameTracker
 from dpgen.engine.messages import (
     EngineInfo,
     EngineReady,
@@ -36,14 +33,12 @@ from dpgen.engine.messages import (
 )
 from dpgen.errors import ConfigError, EngineError, LockstepEngineLost
 from dpgen.formatting import format_count
-from dpgen.records import Request, RowError, RowResult, UndecodedRow
+from dpgen.records import Request, UndecodedRow
 
 logger = logging.getLogger(__name__)
 
 E = TypeVar("E", OptionsChecked, KvBytesMeasured, EngineReady)
 
-_ISOLATE_AFTER_DEATHS = 2
-_MAX_ISOLATED_KILLS = 4  # one SIGKILL is hardly the row's fault; four, each while it was alone, are
 _START_WAIT_S = 0.2  # while an engine starts, the other ranks are checked this often
 
 
@@ -116,11 +111,7 @@ class EngineSupervisor:
         self._text_config = EngineTextConfig()
         self._is_ready = False
         self._last_event_s = clock()
-        self._in_flight: dict[int, Request] = {}  # rows that the engine has
-        self._waiting: deque[Request] = deque()  # rows that the engine gets as soon as it can take them
-        self._quarantined: deque[Request] = deque()  # rows that the engine gets one at a time
-        self._deaths_of_row: Counter[int] = Counter()
-        self._isolated_deaths: Counter[int] = Counter()
+        self._blame = BlameTracker()
         self._deaths_in_a_row = 0
         self.num_deaths = 0
         self._earlier_stats = EngineStats()  # counts of earlier lives
@@ -195,7 +186,7 @@ class EngineSupervisor:
 
     def submit(self, requests: list[Request]) -> None:
         """Give rows to the engine, now or as soon as it can take them."""
-        self._waiting.extend(requests)
+        self._blame.add(requests)
         self._submit_waiting()
 
     def poll(self, timeout_s: float) -> list[Event]:
@@ -246,7 +237,7 @@ class EngineSupervisor:
         if isinstance(event, RowsFinished):
             self._deaths_in_a_row = 0
             for result in event.results:
-                self._in_flight.pop(result.row)
+                self._blame.finish(result.row)
             yield RowsFinished(event.results, [self._attach_prompt(undecoded) for undecoded in event.undecoded])
         elif isinstance(event, EngineStats):
             self._stats = event
@@ -259,10 +250,10 @@ class EngineSupervisor:
         elif isinstance(event, EngineReady):
             self._info = event.info
             self._is_ready = True
-            logger.warning(f"engine restarted, resuming {format_count(self._num_unfinished, 'row')}")
+            logger.warning(f"engine restarted, resuming {format_count(self._blame.num_unfinished, 'row')}")
 
     def _attach_prompt(self, undecoded: UndecodedRow) -> UndecodedRow:
-        request = self._in_flight.pop(undecoded.result.row)
+        request = self._blame.finish(undecoded.result.row)
         return dataclasses.replace(undecoded, prompt_token_ids=request.prompt_token_ids or ())
 
     def _raise_if_hung(self) -> None:
@@ -271,7 +262,7 @@ class EngineSupervisor:
             limit_s, phase = self._limits.timeout_s, "while it had work (run.engine_timeout_s"
         else:
             limit_s, phase = self._limits.start_timeout_s, "while it was starting (run.engine_start_timeout_s"
-        if silent_s > limit_s and (self._in_flight or not self._is_ready):
+        if silent_s > limit_s and (self._blame.in_flight or not self._is_ready):
             raise self._make_error(f"the engine sent no message for {silent_s:.0f} s {phase}={limit_s:g})")
 
     def _make_error(self, cause: str) -> EngineError:
@@ -281,33 +272,16 @@ class EngineSupervisor:
     # ---- rows to the engine
 
     def _submit_waiting(self) -> None:
-        """Submit rows that wait; quarantined rows go first, each alone."""
         if not self._is_ready or self._process is None:
             return
-        try:
-            if self._quarantined:
-                if not self._in_flight:
-                    self._submit_now([self._quarantined.popleft()])
-            elif self._waiting and not self._is_isolating_row:
-                self._submit_now(list(self._waiting))
-                self._waiting.clear()
-        except EngineError as error:
-            self._handle_death(error)
-
-    def _submit_now(self, requests: list[Request]) -> None:
-        assert self._process is not None
-        if not self._in_flight:
-            self._last_event_s = self._clock()  # an idle engine sends nothing; its silence counts from now on
-        self._in_flight |= {request.row: request for request in requests}
-        self._process.submit(requests)
-
-    @property
-    def _is_isolating_row(self) -> bool:
-        return len(self._in_flight) == 1 and self._deaths_of_row[next(iter(self._in_flight))] >= _ISOLATE_AFTER_DEATHS
-
-    @property
-    def _num_unfinished(self) -> int:
-        return len(self._in_flight) + len(self._waiting) + len(self._quarantined)
+        is_idle = not self._blame.in_flight
+        if batch := self._blame.take_batch():
+            if is_idle:
+                self._last_event_s = self._clock()  # an idle engine sends nothing; its silence counts from now on
+            try:
+                self._process.submit(batch)
+            except EngineError as error:
+                self._handle_death(error)
 
     # ---- deaths
 
@@ -333,10 +307,14 @@ class EngineSupervisor:
         self.num_deaths += 1
         self._deaths_in_a_row += 1
         self._earlier_stats, self._stats = self._stats.add_counts(self._earlier_stats), EngineStats()
-        poison = self._attribute_death(error)
+        result = self._blame.record_death(error)
+        poison: list[Event] = []
+        if result is not None:
+            self._deaths_in_a_row = 0  # the cause is found and will not repeat
+            poison.append(RowsFinished([result]))
         if self._has_no_restarts_left:
             deaths = f"{format_count(self._deaths_in_a_row, 'death')} in a row"
-            rows = format_count(self._num_unfinished, "row")
+            rows = format_count(self._blame.num_unfinished, "row")
             logger.warning(error.describe(f"abandoning it after {deaths}, leaving {rows} to other ranks"))
             self._process = None
             return poison
@@ -346,27 +324,6 @@ class EngineSupervisor:
         self._last_event_s = self._clock()
         self._process = self._start(self._spec)
         return poison
-
-    def _attribute_death(self, error: EngineError) -> list[Event]:
-        was_isolated = self._is_isolating_row
-        suspects, self._in_flight = list(self._in_flight.values()), {}
-        if was_isolated and not error.is_out_of_memory:
-            [poison] = suspects
-            self._isolated_deaths[poison.row] += 1
-            if error.is_external_kill and self._isolated_deaths[poison.row] < _MAX_ISOLATED_KILLS:
-                self._quarantined.append(poison)  # behind the other quarantined rows
-                return []
-            self._deaths_in_a_row = 0  # the cause is found and will not repeat
-            logger.warning(f"row {poison.row} killed its engine while it ran alone, recording error poison_row")
-            message = f"this row killed its engine while it ran alone: {error.first_line}"
-            return [RowsFinished([RowResult(poison.row, error=RowError("poison_row", message))])]
-        self._deaths_of_row.update(request.row for request in suspects)
-        for request in reversed(suspects):
-            if self._deaths_of_row[request.row] >= _ISOLATE_AFTER_DEATHS and not error.is_out_of_memory:
-                self._quarantined.appendleft(request)
-            else:
-                self._waiting.appendleft(request)
-        return []
 
     @property
     def _has_no_restarts_left(self) -> bool:
