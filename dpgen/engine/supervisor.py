@@ -33,7 +33,7 @@ from dpgen.engine.messages import (
 )
 from dpgen.errors import ConfigError, EngineError, LockstepEngineLost
 from dpgen.formatting import format_count
-from dpgen.records import Request, UndecodedRow
+from dpgen.records import Request, RowResult, UndecodedRow
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class EngineSupervisor:
                 events += self._handle_event(event)
             self._raise_if_hung()
         except EngineError as error:
-            events += self._handle_death(error)
+            self._handle_death(error)
         self._submit_waiting()
         return events
 
@@ -235,10 +235,7 @@ class EngineSupervisor:
     def _handle_event(self, event: Event) -> Iterable[Event]:
         self._last_event_s = self._clock()
         if isinstance(event, RowsFinished):
-            self._deaths_in_a_row = 0
-            for result in event.results:
-                self._blame.finish(result.row)
-            yield RowsFinished(event.results, [self._attach_prompt(undecoded) for undecoded in event.undecoded])
+            yield from self._handle_finished(event)
         elif isinstance(event, EngineStats):
             self._stats = event
             yield event.add_counts(self._earlier_stats)
@@ -252,9 +249,31 @@ class EngineSupervisor:
             self._is_ready = True
             logger.warning(f"engine restarted, resuming {format_count(self._blame.num_unfinished, 'row')}")
 
-    def _attach_prompt(self, undecoded: UndecodedRow) -> UndecodedRow:
-        request = self._blame.finish(undecoded.result.row)
-        return dataclasses.replace(undecoded, prompt_token_ids=request.prompt_token_ids or ())
+    def _handle_finished(self, event: RowsFinished) -> Iterable[Event]:
+        """Yield the rows without the canary's result, and the verdicts for which they are the witnesses."""
+        results: list[RowResult] = []
+        undecoded_rows: list[UndecodedRow] = []
+        for result in event.results:
+            if self._finish(result) is not None:
+                results.append(result)
+        for undecoded in event.undecoded:
+            request = self._finish(undecoded.result)
+            if request is not None:
+                prompt = request.prompt_token_ids or ()
+                undecoded_rows.append(dataclasses.replace(undecoded, prompt_token_ids=prompt))
+        results += self._blame.take_verdicts()
+        if results or undecoded_rows:
+            yield RowsFinished(results, undecoded_rows)
+
+    def _finish(self, result: RowResult) -> Request | None:
+        request = self._blame.finish(result)
+        if result.error is None:
+            self._deaths_in_a_row = 0
+        if request is None:  # the canary's tokens are no part of the result
+            counts = self._earlier_stats
+            num_tokens = counts.num_generated_tokens - result.num_generated_tokens
+            self._earlier_stats = dataclasses.replace(counts, num_generated_tokens=num_tokens)
+        return request
 
     def _raise_if_hung(self) -> None:
         silent_s = self._clock() - self._last_event_s
@@ -262,7 +281,7 @@ class EngineSupervisor:
             limit_s, phase = self._limits.timeout_s, "while it had work (run.engine_timeout_s"
         else:
             limit_s, phase = self._limits.start_timeout_s, "while it was starting (run.engine_start_timeout_s"
-        if silent_s > limit_s and (self._blame.in_flight or not self._is_ready):
+        if silent_s > limit_s and (self._blame.is_busy or not self._is_ready):
             raise self._make_error(f"the engine sent no message for {silent_s:.0f} s {phase}={limit_s:g})")
 
     def _make_error(self, cause: str) -> EngineError:
@@ -274,14 +293,11 @@ class EngineSupervisor:
     def _submit_waiting(self) -> None:
         if not self._is_ready or self._process is None:
             return
-        is_idle = not self._blame.in_flight
+        is_idle = not self._blame.is_busy
         if batch := self._blame.take_batch():
             if is_idle:
                 self._last_event_s = self._clock()  # an idle engine sends nothing; its silence counts from now on
-            try:
-                self._process.submit(batch)
-            except EngineError as error:
-                self._handle_death(error)
+            self._process.submit(batch)
 
     # ---- deaths
 
@@ -298,8 +314,8 @@ class EngineSupervisor:
         self._last_event_s = self._clock()
         self._process = self._start(self._spec)
 
-    def _handle_death(self, error: EngineError) -> list[Event]:
-        """Attribute the death and restart or abandon the engine; return the result of a row found to be poison."""
+    def _handle_death(self, error: EngineError) -> None:
+        """Restart the engine, or abandon it and leave its rows, unblamed, to the other ranks."""
         assert self._process is not None
         self._process.kill()
         if not self._can_restart:
@@ -307,23 +323,20 @@ class EngineSupervisor:
         self.num_deaths += 1
         self._deaths_in_a_row += 1
         self._earlier_stats, self._stats = self._stats.add_counts(self._earlier_stats), EngineStats()
-        result = self._blame.record_death(error)
-        poison: list[Event] = []
-        if result is not None:
-            self._deaths_in_a_row = 0  # the cause is found and will not repeat
-            poison.append(RowsFinished([result]))
+        self._blame.record_death(error)
+        reason = self._blame.sickness
         if self._has_no_restarts_left:
-            deaths = f"{format_count(self._deaths_in_a_row, 'death')} in a row"
+            reason = f"{format_count(self._deaths_in_a_row, 'death')} in a row"
+        if reason:
             rows = format_count(self._blame.num_unfinished, "row")
-            logger.warning(error.describe(f"abandoning it after {deaths}, leaving {rows} to other ranks"))
+            logger.warning(error.describe(f"abandoning it after {reason}, leaving {rows} to other ranks"))
             self._process = None
-            return poison
+            return
         change = self._reduce_memory() if error.is_out_of_memory else ""
         logger.warning(error.describe(f"restarting it{change}"))
         self._is_ready = False
         self._last_event_s = self._clock()
         self._process = self._start(self._spec)
-        return poison
 
     @property
     def _has_no_restarts_left(self) -> bool:

@@ -1,0 +1,176 @@
+"""Blame alone, over a simulated engine: how many deaths a poison row costs, and what counts as a witness."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from dpgen.engine.blame import BlameTracker
+from dpgen.errors import EngineError
+from dpgen.records import Completion, Request, RowError, RowResult
+
+RAISED = EngineError("the engine failed: RuntimeError: boom")
+KILLED = EngineError("the engine process was killed by SIGKILL", signal=signal.SIGKILL)
+OUT_OF_MEMORY = EngineError("the engine failed: OutOfMemoryError: CUDA out of memory")
+
+
+class SimulatedEngine:
+    """Run batches of a `BlameTracker` until nothing is left, or it finds the engine sick, or the deaths run out.
+
+    Args:
+        find_cause: returns what the engine dies of with these rows, or None. Otherwise it finishes all of them.
+
+    Attributes:
+        batches: rows of each batch, the canary included.
+        num_deaths_in_a_row: the largest number of deaths without a finished row between them.
+    """
+
+    def __init__(self, find_cause: Callable[[set[int]], EngineError | None], max_deaths: int = 100) -> None:
+        self.blame = BlameTracker()
+        self._find_cause, self._max_deaths = find_cause, max_deaths
+        self.batches: list[set[int]] = []
+        self.results: dict[int, RowResult] = {}
+        self.num_deaths = self.num_deaths_in_a_row = self._streak = 0
+
+    @property
+    def poison(self) -> set[int]:
+        return {row for row, result in self.results.items() if result.error is not None}
+
+    def run(self, num_rows: int, first: int = 0) -> None:
+        self.blame.add(Request(row, [1]) for row in range(first, first + num_rows))
+        while self.num_deaths < self._max_deaths and not self.blame.sickness:
+            batch = [request.row for request in self.blame.take_batch()]
+            if not batch:
+                assert self.blame.num_unfinished == 0, "rows are left that nobody runs"
+                return
+            self.batches.append(set(batch))
+            cause = self._find_cause(set(batch))
+            if cause is not None:
+                self.blame.record_death(cause)
+                self.num_deaths += 1
+                self._streak += 1
+                self.num_deaths_in_a_row = max(self._streak, self.num_deaths_in_a_row)
+                continue
+            self._streak = 0
+            for row in batch:
+                self._finish(row)
+
+    def _finish(self, row: int) -> None:
+        results = [RowResult(row, 1, (Completion("x", "stop", 1),))]
+        if self.blame.finish(results[0]) is None:
+            results = []
+        for result in [*results, *self.blame.take_verdicts()]:
+            assert result.row not in self.results, "a row gets one result"
+            self.results[result.row] = result
+
+
+def dies_of(poison: set[int], cause: EngineError = RAISED) -> Callable[[set[int]], EngineError | None]:
+    return lambda rows: cause if rows & poison else None
+
+
+@pytest.mark.parametrize("poison", [0, 100, 143, 144, 287])
+def test_one_poison_row_among_288_costs_about_ten_deaths(poison: int) -> None:
+    engine = SimulatedEngine(dies_of({poison}))
+    engine.run(288)
+    assert engine.poison == {poison} and len(engine.results) == 288
+    assert engine.num_deaths <= 2 + 1 + 10, "two deaths, the group of suspects, and one for each halving"
+    assert engine.num_deaths_in_a_row <= 4, "a half that survives comes between"
+
+
+@pytest.mark.parametrize("cause", [RAISED, KILLED])
+@pytest.mark.parametrize("poison", [{0}, {31}, {0, 1}, {3, 17, 30}])
+def test_every_poison_row_is_found_and_no_other(poison: set[int], cause: EngineError) -> None:
+    engine = SimulatedEngine(dies_of(poison, cause))
+    engine.run(32)
+    assert engine.poison == poison and len(engine.results) == 32
+    assert engine.num_deaths_in_a_row < 8, "the default of run.max_engine_deaths"
+
+
+def test_kills_from_outside_isolate_no_row() -> None:
+    deaths = iter([KILLED, KILLED, KILLED, *[None] * 100])
+    engine = SimulatedEngine(lambda rows: next(deaths))
+    engine.run(256)
+    assert engine.batches == [set(range(256))] * 4, "all rows run together again"
+    assert not engine.poison
+
+
+def test_a_lone_row_is_blamed_for_kills_only_after_four() -> None:
+    def find_cause(rows: set[int]) -> EngineError | None:
+        return KILLED if 7 in rows and kills_left.pop() else None
+
+    kills_left = [False] + [True] * 4
+    engine = SimulatedEngine(dies_of(set()))
+    engine.run(7)
+    engine._find_cause = find_cause
+    engine.run(1, first=7)
+    assert engine.poison == {7} and engine.num_deaths == 4
+
+
+def test_running_out_of_memory_blames_no_row() -> None:
+    deaths = iter([OUT_OF_MEMORY] * 5)
+    engine = SimulatedEngine(lambda rows: next(deaths, None))
+    engine.run(8)
+    assert engine.batches == [set(range(8))] * 6 and not engine.poison
+
+
+def test_a_verdict_follows_the_canary_whose_result_is_dropped() -> None:
+    engine = SimulatedEngine(dies_of({5}))
+    engine.run(4)
+    engine.run(4, first=4)
+    assert engine.poison == {5} and len(engine.results) == 8
+    row_alone = engine.batches.index({5})
+    assert engine.batches[row_alone + 1] == {0}, "a finished row runs again before the verdict"
+
+
+def test_an_engine_that_dies_of_its_canary_is_sick_and_blames_nobody() -> None:
+    is_sick = False
+    engine = SimulatedEngine(lambda rows: RAISED if is_sick else None)
+    engine.run(4)
+    is_sick = True
+    engine.run(1, first=4)
+    assert engine.blame.sickness == "3 deaths on a row that it had finished before"
+    assert not engine.poison and engine.blame.num_unfinished == 1
+    assert engine.num_deaths == 3 + 3
+
+
+def test_a_row_that_died_while_the_engine_was_sick_gets_another_trial() -> None:
+    causes = iter([None, *[RAISED] * 3, RAISED, None, None])  # the row alone, then its canary; then all is well
+    engine = SimulatedEngine(lambda rows: next(causes))
+    engine.run(1)
+    engine.run(1, first=1)
+    assert engine.batches == [{0}, {1}, {1}, {1}, {0}, {0}, {1}]
+    assert not engine.poison and len(engine.results) == 2
+
+
+def test_an_engine_that_has_finished_nothing_gives_no_verdict() -> None:
+    engine = SimulatedEngine(lambda rows: RAISED)
+    engine.run(4)
+    assert engine.blame.sickness == "3 rows killed it one by one and none was finished"
+    assert not engine.results and engine.blame.num_unfinished == 4
+
+
+def test_a_row_held_alone_is_tried_again_until_the_deaths_run_out() -> None:
+    engine = SimulatedEngine(lambda rows: RAISED, max_deaths=8)
+    engine.run(1)
+    assert engine.batches == [{0}] * 8 and not engine.results
+    assert engine.num_deaths_in_a_row == 8, "run.max_engine_deaths ends it"
+
+
+def test_a_held_row_becomes_poison_once_another_row_is_finished() -> None:
+    engine = SimulatedEngine(dies_of({0}), max_deaths=3)
+    engine.run(1)
+    assert not engine.results and engine.num_deaths == 3
+    engine._max_deaths = 100
+    engine.run(1, first=1)
+    assert engine.poison == {0} and set(engine.results) == {0, 1}
+
+
+def test_a_rejected_row_is_no_witness() -> None:
+    engine = SimulatedEngine(dies_of({0}), max_deaths=3)
+    engine.run(1)
+    engine.blame.add([Request(1, [1])])
+    assert [request.row for request in engine.blame.take_batch()] == [1]
+    engine.blame.finish(RowResult(1, error=RowError("prompt_too_long", "too long")))
+    assert engine.blame.take_verdicts() == [] and engine.blame.canary is None
