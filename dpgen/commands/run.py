@@ -100,7 +100,7 @@ def main(options: argparse.Namespace) -> int:
             group = _join_ranks(topology)
             topology = fill_local_rank(topology, group.nodes)
             startup.mark("rendezvous")
-        group.run_on_all_ranks(lambda: status_file.reset(topology.is_rank_0))
+        group.run_on_all_ranks(lambda: status_file.reset(topology.dp_rank))
         config = group.run_on_all_ranks(lambda: _get_config(loaded))
 
         with imports_without_gc():
@@ -185,7 +185,7 @@ def _report_failure(group: RankGroup, status_file: StatusFile, error: DpgenError
     from dpgen.distributed.group import PeerLost, StoreLost
 
     if isinstance(error, (PeerLost, StoreLost)):
-        status_file.write_once(error.exit_status)  # if rank 0 is the one that was lost, no other rank writes the file
+        status_file.write_once(error.exit_status)  # if rank 0 is the one that was lost, it writes no status
     is_reported_by_peer = type(error) is PeerFailed
     if not is_reported_by_peer and group.announce_failure(str(error), error.exit_status):
         _write_error(error, log_format)

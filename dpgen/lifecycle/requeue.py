@@ -2,7 +2,8 @@
 
 Called at the end of the sbatch scripts. The job requeues itself only if
 
-- the run can be resumed: status 75 in LOG_DIR/status (`dpgen.lifecycle.status_file`). A run without a status failed;
+- the run can be resumed: status 75 in LOG_DIR/status (`dpgen.lifecycle.status_file`), or without that file in those of
+  ranks that lost rank 0. A run without a status failed;
 - SLURM is not ending the job for another reason than its time limit, such as `scancel`;
 - resuming helps: not after several attempts in a row without a new row, since those were not stopped by a time limit.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE
 from dpgen.formatting import format_count
+from dpgen.lifecycle.status_file import find_rank_statuses
 
 MAX_REQUEUES = 100
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
@@ -33,12 +35,19 @@ class AttemptStatus:
 
 
 def read_status(log_dir: Path) -> AttemptStatus | None:
-    """Return the status of one attempt; None if it left none."""
-    try:
-        status, num_done = (log_dir / "status").read_text(encoding="utf-8").split()
-        return AttemptStatus(int(status), None if num_done == "?" else int(num_done))
-    except (OSError, ValueError):
+    """Return the status of one attempt, whose step has ended; None if it left none.
+
+    Rank 0's is final. Without it, rank 0 is dead, and the ranks that lost it say how the run ended.
+    """
+    final = _read_file(log_dir / "status")
+    if final is not None:
+        return final
+    statuses = [status for path in find_rank_statuses(log_dir / "status") if (status := _read_file(path)) is not None]
+    if not statuses:
         return None
+    failed = [status.exit_status for status in statuses if status.exit_status != EXIT_RESUMABLE]
+    counts = [status.num_done for status in statuses if status.num_done is not None]
+    return AttemptStatus(failed[0] if failed else EXIT_RESUMABLE, max(counts, default=None))
 
 
 def read_history(log_dir: Path) -> list[AttemptStatus | None]:
@@ -121,6 +130,14 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     if requeued.returncode != 0:
         print(f"dpgen: SLURM refused to requeue job {job_id}. Rerun the same sbatch command to resume")
     return EXIT_RESUMABLE
+
+
+def _read_file(path: Path) -> AttemptStatus | None:
+    try:
+        status, num_done = path.read_text(encoding="utf-8").split()
+        return AttemptStatus(int(status), None if num_done == "?" else int(num_done))
+    except (OSError, ValueError):
+        return None
 
 
 if __name__ == "__main__":

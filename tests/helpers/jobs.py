@@ -138,13 +138,18 @@ class Launcher:
         return self.start([*command, *program, *arguments], terminal, **environment)
 
     def start_like_srun(
-        self, *arguments: str, rank_arguments: Sequence[Sequence[str]], **environment: str
+        self,
+        *arguments: str,
+        rank_arguments: Sequence[Sequence[str]],
+        rank_environments: Mapping[int, Mapping[str, str]] | None = None,
+        **environment: str,
     ) -> list[Job]:
         """Start one process per rank, with the variables that srun sets and a free MASTER_PORT.
 
         Args:
             arguments: for every rank.
             rank_arguments: one list per rank, for that rank alone.
+            rank_environments: variables for single ranks, by rank.
             environment: overrides the variables of srun; MASTER_PORT="" unsets the port.
         """
         num_ranks = len(rank_arguments)
@@ -160,9 +165,12 @@ class Launcher:
         return [
             self.start(
                 [sys.executable, "-m", "dpgen", *arguments, *rank_arguments[rank]],
-                SLURM_PROCID=str(rank),
-                SLURM_LOCALID=str(rank),
-                **shared,
+                **{
+                    "SLURM_PROCID": str(rank),
+                    "SLURM_LOCALID": str(rank),
+                    **shared,
+                    **(rank_environments or {}).get(rank, {}),
+                },
             )
             for rank in range(num_ranks)
         ]

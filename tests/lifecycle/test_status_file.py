@@ -8,9 +8,12 @@ import socket
 from pathlib import Path
 
 import pytest
-from helpers.jobs import SHORT_LEASE, Launcher, WriteConfig, make_numbered_rows, wait_for
+from helpers.jobs import SHORT_LEASE, Launcher, WriteConfig, free_port, make_numbered_rows, wait_for
+from helpers.proxy import Proxy
 
 from dpgen.errors import DpgenError
+from dpgen.lifecycle.requeue import AttemptStatus
+from dpgen.lifecycle.requeue import read_status as read_attempt
 from dpgen.lifecycle.status_file import STATUS_FILE, StatusFile
 
 SLOW = {"step_s": 0.05, "max_num_seqs": 4}
@@ -26,30 +29,44 @@ def status_variable(tmp_path: Path) -> dict[str, str]:
     return {STATUS_FILE: str(tmp_path / "status")}
 
 
-def test_the_status_of_rank_0_replaces_those_of_other_ranks(tmp_path: Path) -> None:
+def test_only_the_status_of_rank_0_is_final(tmp_path: Path) -> None:
     rank_0, other = (StatusFile(status_variable(tmp_path)) for _ in range(2))
-    rank_0.reset(is_rank_0=True)
-    other.reset(is_rank_0=False)
+    rank_0.reset(0)
+    other.reset(1)
     other.write(0)
-    assert read_status(tmp_path) == []
-    rank_0.num_done = 7
+    assert not list(tmp_path.iterdir())
+    other.num_done = 3
     other.write_once(75)
-    assert read_status(tmp_path) == ["75", "?"]
+    assert read_status(tmp_path) == [], "the sbatch script ends the job soon after this file appears"
+    assert read_attempt(tmp_path) == AttemptStatus(75, 3), "rank 0 is dead if the step ends without its status"
+    rank_0.num_done = 7
     rank_0.write(0)
     other.write_once(75)
     assert read_status(tmp_path) == ["0", "7"]
-    StatusFile(status_variable(tmp_path)).reset(is_rank_0=True)
-    assert read_status(tmp_path) == [], "a new attempt removes the status of an earlier one"
+    assert read_attempt(tmp_path) == AttemptStatus(0, 7)
+    StatusFile(status_variable(tmp_path)).reset(0)
+    assert not list(tmp_path.iterdir()), "a new attempt removes the statuses of an earlier one"
+
+
+def test_the_ranks_that_lost_rank_0_agree_on_the_worst_status_and_the_most_rows(tmp_path: Path) -> None:
+    for rank, (status, num_done) in enumerate([(75, None), (75, 30), (75, 20)], start=1):
+        status_file = StatusFile(status_variable(tmp_path))
+        status_file.reset(rank)
+        status_file.num_done = num_done
+        status_file.write_once(status)
+    assert read_attempt(tmp_path) == AttemptStatus(75, 30)
+    (tmp_path / "status.rank-9").write_text("1 25\n")
+    assert read_attempt(tmp_path) == AttemptStatus(1, 30), "a run that failed is not requeued"
 
 
 def test_a_path_that_cannot_be_written_is_rejected_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(DpgenError, match=r"DPGEN_STATUS_FILE=.*nowhere/status can't be written: No such file"):
-        StatusFile({STATUS_FILE: str(tmp_path / "nowhere" / "status")}).reset(is_rank_0=True)
+        StatusFile({STATUS_FILE: str(tmp_path / "nowhere" / "status")}).reset(0)
 
 
 def test_without_the_variable_no_file_is_written(tmp_path: Path) -> None:
     status_file = StatusFile({})
-    status_file.reset(is_rank_0=True)
+    status_file.reset(0)
     status_file.write(0)
     status_file.write_once(0)
     assert not list(tmp_path.iterdir())
@@ -124,7 +141,35 @@ def test_a_run_that_lost_rank_0_is_resumable(launcher: Launcher, write_config: W
     wait_for(lambda: "KV cache" in jobs[0].output)
     os.kill(jobs[0].process.pid, signal.SIGKILL)
     assert [job.wait(60) for job in jobs] == [-signal.SIGKILL, 75, 75]
-    assert read_status(tmp_path)[0] == "75"
+    status = read_attempt(tmp_path)
+    assert status is not None and status.exit_status == 75
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_a_rank_that_alone_is_cut_off_from_rank_0_writes_no_status_of_the_run(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(make_numbered_rows(200), engine=SLOW)
+    port = free_port()
+    with Proxy(port) as proxy:
+        environment = {**SHORT_LEASE, **status_variable(tmp_path), "MASTER_ADDR": "127.0.0.1"}
+        jobs = launcher.start_like_srun(
+            "run",
+            conf,
+            rank_arguments=[[], [], []],
+            rank_environments={1: {"MASTER_PORT": str(proxy.port)}},
+            MASTER_PORT=str(port),
+            **environment,
+        )
+        wait_for(lambda: "KV cache" in jobs[0].output)
+        proxy.cut()
+        assert jobs[1].wait(120) == 75, jobs[1].output
+        assert "lost rank 0, which keeps the store" in jobs[1].output
+        assert (tmp_path / "status.rank-1").read_text().split()[0] == "75"
+        assert read_status(tmp_path) == [], "ranks 0 and 2 run on"
+    assert [jobs[0].wait(), jobs[2].wait()] == [0, 0], jobs[0].output
+    assert read_attempt(tmp_path) == AttemptStatus(0, 200)
 
 
 @pytest.mark.multi
