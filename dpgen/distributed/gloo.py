@@ -16,12 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from dpgen.distributed.group import PeerLost, PendingReduce, RankGroup, StoreLost
 from dpgen.distributed.leases import Leases
@@ -30,15 +28,15 @@ from dpgen.distributed.rendezvous import join_rendezvous
 from dpgen.distributed.store_discovery import StoreAdvertiser, discover_store
 from dpgen.distributed.timeout_store import TimeoutStore
 from dpgen.distributed.topology import Topology
+from dpgen.distributed.torch_world import add_prefix, connect_world, forget_world, open_store, summarize_error
 from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
 
 if TYPE_CHECKING:
     import numpy as np
 
-_NO_TIMEOUT = timedelta(days=20)  # gloo counts milliseconds in a signed 32-bit integer: 24.8 days at most
-_JOIN_TIMEOUT = timedelta(minutes=30)  # until every rank runs: a batch system may start them one by one
-_REJOIN_TIMEOUT = timedelta(seconds=30)  # every remaining rank has just entered the shrink
-_AGENT_TIMEOUT = timedelta(seconds=30)
+_JOIN_TIMEOUT_S = 1800.0  # until every rank runs: a batch system may start them one by one
+_REJOIN_TIMEOUT_S = 30.0  # every remaining rank has just entered the shrink
+_AGENT_TIMEOUT_S = 30.0
 _PEER_CHECK_INTERVAL_S = 0.5
 # A rank is lost if it has not renewed its lease for this long, the store if it has not answered for this long.
 # DPGEN_LEASE_S is for tests, which would otherwise wait a minute each. On a busy machine or network a short lease
@@ -51,8 +49,6 @@ _SHORT_POLL_S = 0.001
 _FAILURE = "dpgen/failure"  # store key: the first failure, as JSON
 _DEPARTED = "dpgen/left"  # store key: the number of ranks that no longer need the store
 _SHRINK = "dpgen/shrink"  # store key: each shrink, the ranks that entered it, and its members
-# Process groups whose collectives never end, kept until the process ends: destroying them would wait for those.
-_LEAKED_GROUPS: list[Any] = []
 
 
 class GlooGroup(RankGroup):
@@ -181,7 +177,7 @@ class GlooGroup(RankGroup):
         except DpgenError:
             raise
         except RuntimeError as error:  # torch.distributed's errors are all RuntimeErrors
-            raise self._make_peer_error(lost=_summarize_error(error)) from None
+            raise self._make_peer_error(lost=summarize_error(error)) from None
 
     # ---- shrinking and leaving
 
@@ -197,11 +193,11 @@ class GlooGroup(RankGroup):
         self.nodes = [self.nodes[self._members.index(member)] for member in members]
         self._members = members
         self.rank, self.size = members.index(self._initial_rank), len(members)
-        self._reset_torch_world()
+        forget_world()
         try:
             self._connect()
         except RuntimeError as error:
-            raise PeerLost(f"lost another rank while regrouping ({_summarize_error(error)})") from None
+            raise PeerLost(f"lost another rank while regrouping ({summarize_error(error)})") from None
 
     def close(self) -> None:
         if self._is_closed:
@@ -233,40 +229,33 @@ class GlooGroup(RankGroup):
         except (RuntimeError, ValueError) as error:
             raise DpgenError(
                 f"rank {self.rank} could not join the group of {self.size} ranks at "
-                f"{topology.master_addr}:{port}: {_summarize_error(error)}"
+                f"{topology.master_addr}:{port}: {summarize_error(error)}"
             ) from None
 
     def _open_store(self, address: Address, agent_keeps_store: bool) -> Any:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            *address,
-            None if agent_keeps_store else self.size,
-            is_master=self._hosts_store,
+        return open_store(
+            address,
+            num_ranks=None if agent_keeps_store else self.size,
+            is_host=self._hosts_store,
             # A launcher's store runs before its ranks do; rank 0's comes whenever rank 0 is started.
-            timeout=_AGENT_TIMEOUT if agent_keeps_store else _JOIN_TIMEOUT,
-            wait_for_workers=False,
-            multi_tenant=True,
+            connect_s=_AGENT_TIMEOUT_S if agent_keeps_store else _JOIN_TIMEOUT_S,
+            answer_s=_JOIN_TIMEOUT_S,
         )
-        store.set_timeout(_JOIN_TIMEOUT)
-        return store
 
     def _join_rendezvous(self, topology: Topology) -> int:
         """Return the number of this start: a restarted job may find the store of an earlier one, with its keys."""
         with ExitStack() as until_joined:
             if topology.discovery_ports and topology.is_rank_0:
                 until_joined.enter_context(StoreAdvertiser(topology.discovery_ports, topology.job, self._base.port))
-            return join_rendezvous(self._base, self.rank, self.size, _JOIN_TIMEOUT.total_seconds())
+            return join_rendezvous(self._base, self.rank, self.size, _JOIN_TIMEOUT_S)
 
     def _connect(self) -> None:
-        store = c10d.PrefixStore(f"epoch-{self._num_shrinks}", self._make_prefixed_store())
-        timeout = _JOIN_TIMEOUT if self._num_shrinks == 0 else _REJOIN_TIMEOUT
-        self._base.set_timeout(timeout)  # ranks find each other through the store, within its timeout
-        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=timeout)
-        # The timeout was for connecting; from now on slow ranks are waited for.
-        c10d._set_pg_timeout(_NO_TIMEOUT)
-        self._base.set_timeout(_NO_TIMEOUT)
+        store = add_prefix(self._make_prefixed_store(), f"epoch-{self._num_shrinks}")
+        timeout_s = _JOIN_TIMEOUT_S if self._num_shrinks == 0 else _REJOIN_TIMEOUT_S
+        connect_world(self._base, store, self.rank, self.size, timeout_s)
 
     def _make_prefixed_store(self) -> Any:
-        return c10d.PrefixStore(self._key_prefix, self._base)
+        return add_prefix(self._base, self._key_prefix)
 
     # ---- waiting
 
@@ -300,7 +289,7 @@ class GlooGroup(RankGroup):
                 return PeerFailed(f"rank {failure['rank']} failed: {failure['message']}", int(failure["exit_status"]))
         except RuntimeError as error:
             return StoreLost(
-                f"rank {self._initial_rank} lost rank 0, which keeps the store ({_summarize_error(error)}). "
+                f"rank {self._initial_rank} lost rank 0, which keeps the store ({summarize_error(error)}). "
                 "Rerun the same command to resume"
             )
         return PeerLost(f"rank {self._initial_rank} lost contact with another rank (killed or cut off: {lost})")
@@ -323,26 +312,6 @@ class GlooGroup(RankGroup):
             time.sleep(_POLL_S)
         members: list[int] = json.loads(self.store.get(f"{key}/members"))
         return members
-
-    def _reset_torch_world(self) -> None:
-        """Make torch.distributed forget its world, so that `init_process_group` may be called again.
-
-        Destroying the world instead would wait for collectives that never end, and torch 2.13 has no public way to
-        forget it.
-        """
-        world = c10d._world
-        _LEAKED_GROUPS.append(world.default_pg)
-        for table in (
-            world.pg_map,
-            world.pg_names,
-            world.pg_group_ranks,
-            world.pg_backend_config,
-            world.pg_to_tag,
-            world.tags_to_pg,
-            world.pg_coalesce_state,
-        ):
-            table.clear()
-        c10d._update_default_pg(None)
 
     def _keep_store_until_peers_leave(self, limit_s: float = 10.0) -> None:
         """Keep the store up until the other ranks have left, `limit_s` at most: they may still read from it."""
@@ -386,12 +355,5 @@ class _GlooReduce:
 def _find_store_port(topology: Topology) -> int:
     """Return the port of the store; 0 on rank 0 lets the kernel choose one."""
     if topology.discovery_ports and not topology.is_rank_0:
-        limit_s = _JOIN_TIMEOUT.total_seconds()
-        return discover_store(topology.master_addr, topology.discovery_ports, topology.job, limit_s)
+        return discover_store(topology.master_addr, topology.discovery_ports, topology.job, _JOIN_TIMEOUT_S)
     return topology.master_port
-
-
-def _summarize_error(error: Exception) -> str:
-    """Return the first line of a library's error, without its place in the source, its advice and its jokes."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return line.rpartition("] ")[2].partition(". This is typically")[0]

@@ -15,11 +15,13 @@ from helpers.source_code import find_imports, is_within, list_package_files, rea
 HOMES = {
     "torch": {
         "dpgen/distributed/gloo.py": "gloo exchanges tensors",
+        "dpgen/distributed/torch_world.py": "sets torch.distributed up",
         "dpgen/engine/lockstep.py": "the engine processes of one group exchange tensors",
         "dpgen/engine/vllm_backend.py": "run.json records torch's version next to vLLM's",
     },
     "torch.distributed": {
         "dpgen/distributed/gloo.py": "the group of all ranks",
+        "dpgen/distributed/torch_world.py": "joins and leaves torch.distributed's world",
         "dpgen/engine/lockstep.py": "engine processes that step together: a group of their own, apart from the ranks'",
     },
     "vllm": {
