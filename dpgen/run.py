@@ -76,6 +76,7 @@ def run(config: Config, topology: Topology, group: RankGroup, status_file: Statu
         attempt = begin_attempt(config, group, run_dir, identity)
         engine_log.open(run_dir.logs / f"rank-{topology.dp_rank}.engine.log")
         journal = JournalWriter(run_dir.journal, attempt, topology.dp_rank)
+        journal.before_first_write = run_dir.mark_unfinished
         stack.callback(journal.close)
 
         job = _Job(config, group, layout, rows, run_dir, attempt)

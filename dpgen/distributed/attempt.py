@@ -20,7 +20,7 @@ from dpgen.distributed.environment import read_versions
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import DpgenError
 from dpgen.journal.reader import last_attempt
-from dpgen.journal.run_dir import RunDir
+from dpgen.journal.run_dir import RunDir, diff_identities
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,13 @@ def begin_attempt(config: Config, group: RankGroup, run_dir: RunDir, identity: M
 
     def record() -> None:
         if group.rank == 0:
-            run_dir.success.unlink(missing_ok=True)  # failed rows of a finished run are retried: it is unfinished
+            metadata = run_dir.read_metadata()
+            # If failed rows are retried, the result stays finished until the first of them is journaled. With other
+            # settings (run.resume=force), it is no result of what run.json describes from now on.
+            if diff_identities(metadata.get("identity"), identity):
+                _translate_errors(run_dir.mark_unfinished, run_dir.path)
             run_dir.write_config(config)
-            versions = _record_versions(run_dir.read_metadata().get("versions"), attempt)
+            versions = _record_versions(metadata.get("versions"), attempt)
             run_dir.update_metadata(identity=identity, attempt=attempt, dp_size=group.size, versions=versions)
 
     def record_elsewhere() -> None:

@@ -99,6 +99,14 @@ class RunDir:
     def is_finished(self) -> bool:
         return self.success.exists()
 
+    def mark_unfinished(self) -> None:
+        """Remove `_SUCCESS`: from now on the journal or the dataset differ from the result that it describes.
+
+        Raises:
+            OSError: the file can't be removed.
+        """
+        self.success.unlink(missing_ok=True)
+
     def lock(self) -> None:
         """Reserve the directory for this run until this process ends. Only rank 0 calls this.
 

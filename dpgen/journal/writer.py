@@ -42,6 +42,8 @@ class JournalWriter:
     Attributes:
         attempt, rank: of the segments' names.
         paths: this attempt's segments so far; `path` is the last.
+        before_first_write: called once, in the thread, before the first rows are written; may raise OSError. Set it
+            before the first `append`.
         num_rows: results appended.
         num_synced_rows: results that are safe; the first ones, in the order of appending.
         num_bytes: bytes written to the segments, indices included.
@@ -65,6 +67,7 @@ class JournalWriter:
         self._journal_dir, self.attempt, self.rank = journal_dir, attempt, rank
         self._files = files or FileSystem()
         self._segment_bytes, self._sync_interval_s = segment_bytes, sync_interval_s
+        self.before_first_write: Callable[[], None] = lambda: None
         self._condition = threading.Condition()  # guards all attributes below
         self._queued = WriteBatch()
         self._writing_since_s: float | None = None
@@ -167,6 +170,8 @@ class JournalWriter:
                 self._condition.wait(due_s - now_s if batch.rows else None)
 
     def _write(self, batch: WriteBatch) -> None:
+        if not self.num_synced_rows:
+            self.before_first_write()
         if self._segment is None:
             self._segment = self._open_next()
         self._segment.write(batch)

@@ -167,6 +167,7 @@ def _write_files(
                     stats.add(result)
                 writer.write(table.slice(num_written, len(results)), results)
                 num_written += len(results)
+    run_dir.mark_unfinished()
     publish_directory(temporary, run_dir.dataset)
     return stats
 

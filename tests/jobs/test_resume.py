@@ -96,6 +96,37 @@ def test_failed_rows_are_retried_all_or_by_type(
     assert [row["row_id"] for row in load_all_rows(tmp_path / "run", 10) if row["error"]] == left
 
 
+def test_a_retry_that_fails_before_its_first_row_leaves_the_finished_result(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(make_numbered_rows(10), engine={"refuse_on": "number 2"})
+    launcher_output(launcher, conf)
+    success = (tmp_path / "run" / "_SUCCESS").read_text()
+    failed = launcher.dpgen("run", conf, "run.retry_errors=true", "engine.load_error=no such device")
+    assert failed.wait() != 0, failed.output
+    assert (tmp_path / "run" / "_SUCCESS").read_text() == success, "no row was generated, so nothing has changed"
+    assert "finished result already" in launcher_output(launcher, conf)
+    launcher_output(launcher, conf, "run.retry_errors=true", "engine.refuse_on=null")
+    assert (tmp_path / "run" / "_SUCCESS").read_text() != success
+    assert not [row for row in load_all_rows(tmp_path / "run", 10) if row["error"]]
+
+
+def test_a_retry_that_is_interrupted_after_its_first_row_leaves_an_unfinished_run(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(make_numbered_rows(60), engine={"refuse_on": "row", "max_num_seqs": 4})
+    launcher_output(launcher, conf)
+    before = count_journal_bytes(tmp_path / "run")
+    retry = ["run.retry_errors=true", "engine.refuse_on=null"]
+    job = launcher.dpgen("run", conf, *retry, "engine.step_s=0.05")
+    wait_for(lambda: count_journal_bytes(tmp_path / "run") > before)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 75, job.output
+    assert not (tmp_path / "run" / "_SUCCESS").exists(), "the journal holds rows that this result does not"
+    launcher_output(launcher, conf, *retry)
+    assert not [row for row in load_all_rows(tmp_path / "run", 60) if row["error"]]
+
+
 def launcher_output(launcher: Launcher, *arguments: str) -> str:
     job = launcher.dpgen("run", *arguments)
     assert job.wait() == 0, job.output
