@@ -85,6 +85,9 @@ def main(options: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"dpgen slurm: {error}", file=sys.stderr)
         return EXIT_USAGE
+    if keys := _find_secret_keys(options.arguments):
+        message = f"the script holds secrets in clear text: {', '.join(keys)}. Set variables (HF_TOKEN, ...) instead"
+        print(f"dpgen slurm: {message}", file=sys.stderr)
     if not submit:
         print(script, end="")
         return EXIT_OK
@@ -183,6 +186,24 @@ def fill_template(text: str, options: Mapping[str, str | None], configuration: S
             line += f"(($#)) || set -- {shlex.join(configuration)}\n"
         lines.append(line)
     return "".join(lines)
+
+
+def _find_secret_keys(arguments: Sequence[str]) -> list[str]:
+    """Return the keys of the command line whose values look like secrets."""
+    import yaml
+
+    from dpgen.config.secrets import has_secret
+
+    keys = []
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        if equals and not key.startswith("-") and has_secret(value, key.rpartition(".")[2]):
+            keys.append(key)
+    return keys
 
 
 def _gpus_per_node(options: Mapping[str, str | None]) -> int | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dpgen.config import checks
 from dpgen.config.prompt import PromptConfig
+from dpgen.config.secrets import redact_secrets
 from dpgen.errors import ConfigError, suggest_name
 
 MISSING = "???"  # OmegaConf's mark of a value that must be given
@@ -290,20 +290,6 @@ def to_yaml(config: Config) -> str:
 
     text: str = yaml.safe_dump(redact_secrets(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
     return text
-
-
-_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
-
-
-def redact_secrets(value: Any, key: str = "") -> Any:
-    """Return a copy of nested dicts and lists, with ``<removed>`` for the values of keys that look like secrets."""
-    if isinstance(value, Mapping):
-        return {str(k): redact_secrets(v, str(k)) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact_secrets(item, key) for item in value]
-    if _SECRET.search(key) and isinstance(value, str):
-        return "<removed>"
-    return value
 
 
 def _iter_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import dpgen
-from dpgen.config.schema import Config, DataConfig, redact_secrets
+from dpgen.config.schema import Config, DataConfig
+from dpgen.config.secrets import redact_secrets
 from dpgen.data.input_rows import InputRows, load_input
 from dpgen.distributed.environment import read_versions, select_result_variables
 from dpgen.distributed.group import RankGroup

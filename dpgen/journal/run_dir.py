@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpgen.config.schema import Config, redact_secrets, to_yaml
+from dpgen.config.schema import Config, to_yaml
+from dpgen.config.secrets import REMOVED, redact_secrets
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.files import atomic_write_text
 from dpgen.journal.reader import index_journal
@@ -252,7 +253,9 @@ def diff_identities(before: Any, now: Any, path: str = "") -> list[str]:
         for key in sorted(set(before) | set(now)):
             differences += diff_identities(before.get(key), now.get(key), f"{path}.{key}" if path else key)
         return differences
-    return [] if before == now else [f"{_to_config_key(path)}: {_truncate_json(before)} → {_truncate_json(now)}"]
+    # Other versions recognised other secrets: what one of them removed can't be compared.
+    is_same = before in (now, REMOVED) or redact_secrets(before) == now
+    return [] if is_same else [f"{_to_config_key(path)}: {_truncate_json(before)} → {_truncate_json(now)}"]
 
 
 def _to_config_key(path: str) -> str:

@@ -1,0 +1,81 @@
+"""Test which values are secrets: they reach no file, and other values are not touched."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from dpgen.commands import slurm
+from dpgen.config.secrets import REMOVED, has_secret, redact_secrets
+from dpgen.journal.run_dir import diff_identities
+
+HF_TOKEN = "hf_" + "a1B2" * 8
+AWS_KEY = "AKIA" + "Z" * 16
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("hf_token", "token", "HF-Token", "wandb_token", "api_key", "OPENAI_API_KEY", "password", "auth"),
+        *("aws_secret_access_key", "access_key", "secret", "client_secret", "credentials", "private_key"),
+    ],
+)
+def test_a_secret_is_recognised_by_its_key(key: str) -> None:
+    assert redact_secrets({"loader": {key: "xyz"}}) == {"loader": {key: REMOVED}}
+    assert has_secret({"loader": {key: "xyz"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "redacted"),
+    [
+        ("s3://me:pass@host/rows", f"s3://{REMOVED}@host/rows"),
+        (f"https://host/x?key={AWS_KEY}", f"https://host/x?key={REMOVED}"),
+        (f"Bearer {HF_TOKEN}", f"Bearer {REMOVED}"),
+        ("sk-proj-" + "a" * 30, REMOVED),
+        ("https://account.blob/x?sp=r&sig=a%2Fb&x=1", f"https://account.blob/x?sp=r&sig={REMOVED}&x=1"),
+    ],
+)
+def test_a_secret_is_recognised_by_its_form_under_any_key(text: str, redacted: str) -> None:
+    assert redact_secrets({"path": [text]}) == {"path": [redacted]}
+    assert has_secret(text)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
+        {"max_tokens": 5, "token": None, "stop_token_ids": [1]},
+        {"template": "risk-averse: {{ question }}", "path": "https://host:8080/rows", "author": "me"},
+    ],
+)
+def test_other_values_are_kept(value: dict[str, Any]) -> None:
+    assert redact_secrets(value) == value
+    assert not has_secret(value)
+
+
+def test_a_run_directory_of_a_version_that_recognised_other_secrets_is_the_same_run() -> None:
+    assert diff_identities({"bos_token": REMOVED}, {"bos_token": "<s>"}) == []
+    assert diff_identities({"path": "s3://me:pass@host"}, redact_secrets({"path": "s3://me:pass@host"})) == []
+    assert diff_identities({"path": "s3://one"}, {"path": "s3://other"}) != []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["engine.hf_token=abc"], "engine.hf_token"),
+        (["engine={hf_token: abc}"], "engine"),
+        (["data.path=https://me:pass@host/rows.jsonl"], "data.path"),
+        (["sampling.max_tokens=5"], None),
+    ],
+)
+def test_dpgen_slurm_warns_of_secrets_that_its_script_holds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], overrides: Sequence[str], key: str | None
+) -> None:
+    monkeypatch.setattr(slurm, "script_for", lambda arguments: ("script", False))
+    assert slurm.main(Namespace(arguments=["conf.yaml", *overrides])) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "script", "nothing is removed from the script"
+    assert captured.err == "" if key is None else f"in clear text: {key}. " in captured.err
