@@ -73,7 +73,7 @@ def run(config: Config, topology: Topology, group: RankGroup, status_file: Statu
         startup.mark("tokenizer")
         _check_engine_options(engine, config, group)
         startup.mark("engine's options")
-        attempt = begin_attempt(config, group, run_dir, identity)
+        attempt = begin_attempt(config, group, run_dir, identity, rows.fingerprint)
         engine_log.open(run_dir.logs / f"rank-{topology.dp_rank}.engine.log")
         journal = JournalWriter(run_dir.journal, attempt, topology.dp_rank)
         journal.before_first_write = run_dir.mark_unfinished

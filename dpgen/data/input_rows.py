@@ -92,12 +92,21 @@ class InputRows:
         chunks = [np.array([_to_float(value) for value in batch[column]]) for batch in selected.iter(_READ_BATCH_ROWS)]
         return np.concatenate([np.zeros(0), *chunks])
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the input: number of rows, columns, and a hash of all contents (blake2b)."""
+    def fingerprint(self, num_rows: int | None = None) -> dict[str, Any]:
+        """Return what identifies the input: number of rows, columns, and a hash of all contents (blake2b).
+
+        Args:
+            num_rows: of the first rows only, as if `data.limit` had cut the input there; None for all.
+        """
+        num_rows = len(self) if num_rows is None else num_rows
         digest = hashlib.blake2b(digest_size=16)
+        num_hashed = 0
         for table in self.iter_tables(_HASH_BATCH_ROWS):
-            digest.update(_canonical_bytes(table))
-        return {"num_rows": len(self), "columns": self.columns, "content": digest.hexdigest()}
+            if num_hashed >= num_rows:
+                break
+            digest.update(_canonical_bytes(table.slice(0, num_rows - num_hashed)))
+            num_hashed += table.num_rows
+        return {"num_rows": num_rows, "columns": self.columns, "content": digest.hexdigest()}
 
     def iter_tables(self, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield all rows in input order, as Arrow tables of `num_rows` rows (the last may be shorter)."""

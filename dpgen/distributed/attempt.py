@@ -20,23 +20,33 @@ from dpgen.distributed.environment import read_versions
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import DpgenError
 from dpgen.journal.reader import last_attempt
-from dpgen.journal.run_dir import RunDir, diff_identities
+from dpgen.journal.run_dir import RunDir, diff_identities, get_num_rows
 
 logger = logging.getLogger(__name__)
 
 
-def begin_attempt(config: Config, group: RankGroup, run_dir: RunDir, identity: Mapping[str, Any]) -> int:
+def begin_attempt(
+    config: Config,
+    group: RankGroup,
+    run_dir: RunDir,
+    identity: Mapping[str, Any],
+    fingerprint: Callable[[int], Mapping[str, Any]] | None = None,
+) -> int:
     """Return the number of this attempt: one more than the highest that any rank's run directory knows. Collective.
 
     Args:
         identity: what decides the results; see `dpgen.journal.run_dir.compute_run_identity`.
+        fingerprint: returns the fingerprint of the input's first rows, given their number, so that a run whose input
+            has grown at its end resumes; None to accept only the same input.
 
     Raises:
         ConfigError: the directory can't be used, holds something else, or another run is at work there.
     """
 
+    prefixes = _hash_earlier_inputs(group, run_dir, identity["input"]["num_rows"], fingerprint)
+
     def check() -> None:
-        run_dir.check_resumable(identity, config.run.resume)
+        run_dir.check_resumable(identity, config.run.resume, prefixes)
         if group.rank == 0:
             run_dir.lock()
 
@@ -99,6 +109,21 @@ def shares_run_dir(group: RankGroup, run_dir: Path) -> bool:
     group.all_gather_object(None)  # a barrier: rank 0 removes the file after every rank has looked
     group.run_on_all_ranks(lambda: _translate_errors(remove, run_dir))
     return is_shared
+
+
+def _hash_earlier_inputs(
+    group: RankGroup, run_dir: RunDir, num_rows: int, fingerprint: Callable[[int], Mapping[str, Any]] | None
+) -> dict[int, Mapping[str, Any]]:
+    """Return the fingerprint of the input's first rows for each smaller input that a run directory names. Collective.
+
+    Rank 0 hashes for all ranks, which have the same rows. If no input has grown, nothing is hashed.
+    """
+    stored = group.all_gather_object(group.run_on_all_ranks(lambda: get_num_rows(run_dir.read_metadata())))
+    sizes = sorted({size for size in stored if size is not None and size < num_rows})
+    if not sizes or fingerprint is None:
+        return {}
+    fingerprints = group.all_gather_object([fingerprint(size) for size in sizes] if group.rank == 0 else None)[0]
+    return dict(zip(sizes, fingerprints, strict=True))
 
 
 def _translate_errors(action: Callable[[], None], run_dir: Path) -> None:

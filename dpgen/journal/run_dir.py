@@ -8,6 +8,7 @@
     _SUCCESS      counts and a hash of the results, written last
 
 - A run resumes only in a directory of the same identity: input, model, prompt, sampling, seed, output format.
+- An input that has only grown at its end (a larger data.limit, one more file) is the same input: rows keep their index.
 - Nothing is ever deleted that the journal can't rebuild.
 """
 
@@ -146,11 +147,14 @@ class RunDir:
         if not is_writable:
             raise ConfigError(f"run.dir={self.path} is not writable: fix its permissions, or choose another directory")
 
-    def check_resumable(self, identity: Mapping[str, Any], resume: str) -> None:
+    def check_resumable(
+        self, identity: Mapping[str, Any], resume: str, prefixes: Mapping[int, Mapping[str, Any]] | None = None
+    ) -> None:
         """Reject a directory that holds anything but this run.
 
         Args:
             identity: this run's, from `compute_run_identity`.
+            prefixes: fingerprints of the input's first rows, by their number.
             resume: `run.resume`. "never" rejects any file, "force" accepts other settings (but not another input).
 
         Raises:
@@ -178,7 +182,11 @@ class RunDir:
                     "Choose another directory"
                 )
             return
-        self._check_identity(diff_identities(metadata.get("identity", {}), identity), resume)
+        stored = metadata.get("identity", {})
+        num_rows = get_num_rows(metadata)
+        if num_rows is not None and stored["input"] == (prefixes or {}).get(num_rows):
+            stored = {**stored, "input": identity["input"]}  # the input has only grown
+        self._check_identity(diff_identities(stored, identity), resume)
 
     def read_metadata(self) -> dict[str, Any]:
         """Return the content of run.json; empty if there is none.
@@ -218,6 +226,14 @@ class RunDir:
                 f"run.dir={self.path} holds results of other settings: {'; '.join(differences)}. "
                 "Choose another directory, or resume anyway with run.resume=force"
             )
+
+
+def get_num_rows(metadata: Mapping[str, Any]) -> int | None:
+    """Return the number of input rows that a run.json names; None if it names none."""
+    identity = metadata.get("identity")
+    input = identity.get("input") if isinstance(identity, Mapping) else None
+    num_rows = input.get("num_rows") if isinstance(input, Mapping) else None
+    return num_rows if isinstance(num_rows, int) else None
 
 
 def select_result_options(engine: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dpgen.config.schema import DataConfig
+from dpgen.data import input_rows
 from dpgen.data.input_rows import InputRows, load_input
 from dpgen.errors import ConfigError
 
@@ -173,6 +174,14 @@ def test_rows_beyond_the_limit_do_not_change_the_fingerprint(tmp_path: Path) -> 
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one, other = (load(str(tmp_path / f"{name}.jsonl"), limit=10).fingerprint() for name in "ab")
     assert one == other
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5, 10])
+def test_the_fingerprint_of_the_first_rows_is_that_of_the_smaller_input(
+    jsonl: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(input_rows, "_HASH_BATCH_ROWS", 3)
+    assert load(str(jsonl)).fingerprint(limit) == load(str(jsonl), limit=limit).fingerprint()
 
 
 @pytest.mark.parametrize("key", ["name", "revision"])

@@ -72,10 +72,30 @@ def test_resume_force_resumes_with_other_settings_and_keeps_done_rows(
 
 def test_resume_force_rejects_another_input(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
     assert launcher.dpgen("run", write_config(make_numbered_rows(5))).wait() == 0
-    job = launcher.dpgen("run", write_config(make_numbered_rows(6)), "run.resume=force")
+    job = launcher.dpgen("run", write_config(make_numbered_rows(6)[::-1]), "run.resume=force")
     assert job.wait() == 2, job.output
     assert "results of another input" in job.output
     assert len(load_all_rows(tmp_path / "run", 5)) == 5
+
+
+def test_a_larger_limit_continues_from_the_rows_of_the_smaller_one(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(make_numbered_rows(40))
+    launcher_output(launcher, conf, "data.limit=15")
+    output = launcher_output(launcher, conf)
+    assert "attempt 2: 15 of 40 rows are done, 25 remain" in output, output
+    assert load_all_rows(tmp_path / "run", 40) == run_undisturbed(launcher, conf, tmp_path / "undisturbed" / "run")
+    smaller = launcher.dpgen("run", conf, "data.limit=15")
+    assert smaller.wait() == 2 and "results of another input" in smaller.output, "the result would lose rows"
+
+
+def test_a_larger_input_with_other_first_rows_is_another_input(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    launcher_output(launcher, write_config(make_numbered_rows(15)))
+    job = launcher.dpgen("run", write_config([{"prompt": "new"}, *make_numbered_rows(15)]), "run.resume=force")
+    assert job.wait() == 2 and "results of another input" in job.output, job.output
 
 
 @pytest.mark.parametrize(("retry", "left"), [("true", []), ("[poison_row]", [2]), ("[bad_sampling]", [7])])
