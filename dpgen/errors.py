@@ -13,6 +13,7 @@
     │   ├── RowsLost                1   a journal write failed (`dpgen.journal.segment`)
     │   └── DamagedRecord           1   a journal record is corrupt (`dpgen.journal.reader`)
     └── RowRefused                  -   one row is rejected; it becomes a result with a typed error
+        └── RenderTimeout           -   rendering the row took too long
 
 The number is the exit status. It belongs to the type, so `__main__` needs no table:
 0 done, 2 wrong usage or configuration, 75 stopped but resumable, 1 anything else.
@@ -157,6 +158,13 @@ class RowRefused(Exception):
         super().__init__(message)
         self.type = type
         self.message = message
+
+
+class RenderTimeout(RowRefused):
+    """Reject one row because rendering its prompt took too long."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("render_timeout", message)
 
 
 def find_nearest_name(name: str, legal: Collection[str]) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
 from dpgen.data.render import check_prompt_columns, select_prompt_columns
+from dpgen.data.time_limit import limit_render_time
 from dpgen.distributed.agreement import check_same_job, open_input
 from dpgen.distributed.attempt import begin_attempt
 from dpgen.distributed.group import RankGroup
@@ -129,8 +130,10 @@ class _Job:
             lockstep=self.layout.lockstep,
             claims_rows=self.layout.is_group_leader,
             attempt=self.attempt,
+            render_timeout_s=config.data.render_timeout_s,
         )
-        builder = RequestBuilder(text.render, config.run.seed, config.sampling_columns, config.sampling_by_rank)
+        render = limit_render_time(text.render, config.data.render_timeout_s)
+        builder = RequestBuilder(render, config.run.seed, config.sampling_columns, config.sampling_by_rank)
         return ShardPlanner(planner_config, self.rows, self.run_dir.journal, self.group, builder)
 
     def report_plan(self, planner: ShardPlanner, status_file: StatusFile) -> None:

@@ -107,6 +107,9 @@ class DataConfig:
     )
     add_generation_prompt: bool = _option("end a chat prompt with the opening of the assistant's answer", True)
     continue_final_message: bool = _option("leave the last chat message open, for the model to continue", False)
+    render_timeout_s: float = _option(
+        "reject a row, as render_timeout, whose prompt takes longer than this many seconds to render", 60.0, minimum=0.1
+    )
     select: str | None = _option("a range of rows, start:stop or start:stop:step, counted from 0")
     limit: int | None = _option("the maximum number of rows, after select; a run resumes with a larger one", minimum=0)
     columns: list[str] | None = _option("the input columns kept in the result; all by default")

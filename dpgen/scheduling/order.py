@@ -124,6 +124,14 @@ class RowOrder:
             num_spread=len(picked),
         )
 
+    def append(self, rows: np.ndarray) -> RowOrder:
+        """Return the order with further rows at its end, each a group of its own where rows are grouped."""
+        groups, weights = self.groups, self.weights
+        if groups is not None and weights is not None:
+            groups = np.append(groups, len(self.rows) + np.arange(len(rows)))
+            weights = np.append(weights, np.full(len(rows), weights.mean()))
+        return dataclasses.replace(self, rows=np.append(self.rows, rows), groups=groups, weights=weights)
+
     def _regroup(self, positions: np.ndarray, num_single: int = 0) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Return `groups` and `weights` of an order with the rows at these positions.
 
@@ -187,6 +195,9 @@ def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text
     Args:
         remaining: indices of the rows to generate, int64[num_remaining], ascending.
         text_of: returns a row's prompt as text, to compare and to measure. Where it raises, the row has no prompt.
+
+    Raises:
+        SlowRow: `text_of` raised RenderTimeout.
     """
     if config.work.order == "dataset" or len(remaining) < 2:
         return RowOrder(remaining)

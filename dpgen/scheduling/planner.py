@@ -14,8 +14,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -24,15 +26,21 @@ import numpy as np
 
 from dpgen.data.input_rows import InputRows, Shard
 from dpgen.data.render import make_prompt_text_fn
+from dpgen.data.time_limit import RenderTimer
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import NoEngineLeft
+from dpgen.formatting import format_count
 from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
 from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.order import OrderConfig, RowOrder, ShardSpec, order_by_measured_lengths, order_rows
+from dpgen.scheduling.prefix_groups import SlowRow
 from dpgen.scheduling.prompt_groups import RankState
 from dpgen.scheduling.request_source import RequestBuilder, RequestSource
 from dpgen.scheduling.sources import SourceMaker
 
+logger = logging.getLogger(__name__)
+
+_MAX_SLOW_ROWS = 4  # each costs all ranks the time limit; with as many, the order of the dataset must do
 _NO_ENGINE_LEFT = (
     "no rank has a working engine left: each crashed repeatedly (see the engine errors above). "
     "Fix the cause, then rerun the same command to resume"
@@ -49,6 +57,7 @@ class PlannerConfig:
         columns: input columns that generating reads; others may be large, or slow to decode.
         lockstep: engines step together, so no rank is faster than another.
         claims_rows: this process claims rows; False for one that follows another process's engine.
+        render_timeout_s: seconds that rendering one prompt may take.
         attempt: number of the attempt; part of every cursor's name, so that no two attempts share a cursor.
     """
 
@@ -58,6 +67,7 @@ class PlannerConfig:
     lockstep: bool
     claims_rows: bool
     attempt: int
+    render_timeout_s: float = 60.0
 
 
 class ShardPlanner:
@@ -88,6 +98,7 @@ class ShardPlanner:
         # The last order that was computed from the prompts, and the plan that it was computed for.
         self._first_order: RowOrder | None = None
         self._first_order_plan = ""
+        self._slow_rows: set[int] = set()  # prompts that took too long to render on some rank; the same on every rank
 
     def plan(
         self, state: RankState | None = None, *, has_engine: bool = True, spread_first: bool = False
@@ -109,7 +120,7 @@ class ShardPlanner:
         rows = self._find_remaining_rows(state)  # all-reduce: without rows finished or running anywhere
         if len(rows) and not peers.claiming_ranks:
             raise NoEngineLeft(_NO_ENGINE_LEFT)
-        self.has_completions = peers.has_completions
+        self.has_completions, self._slow_rows = peers.has_completions, peers.slow_rows
         order = self._order_rows(rows, state, peers, cursor_prefix)  # the same on every rank
         self.order = order.spread_first() if spread_first else order
         return self._build_source(self.order, peers, cursor_prefix)
@@ -134,13 +145,14 @@ class ShardPlanner:
         return cursor_prefix
 
     def _gather_peers(self, state: RankState, *, can_claim: bool) -> _Peers:
-        own = (can_claim, self._first_order_plan, len(state.running), self.has_completions)
+        own = (can_claim, self._first_order_plan, len(state.running), self.has_completions, tuple(self._slow_rows))
         states = [_PeerState(*gathered) for gathered in self._group.all_gather_object(own)]
         return _Peers(
             claiming_ranks=[rank for rank, peer in enumerate(states) if peer.can_claim],
             have_same_first_order=len({peer.first_order_plan for peer in states}) == 1,
             num_running=sum(peer.num_running for peer in states),
             has_completions=any(peer.has_completions for peer in states),
+            slow_rows={row for peer in states for row in peer.slow_rows},
         )
 
     def _find_remaining_rows(self, state: RankState) -> np.ndarray:
@@ -152,7 +164,7 @@ class ShardPlanner:
 
     def _order_rows(self, rows: np.ndarray, state: RankState, peers: _Peers, plan: str) -> RowOrder:
         """Return the order of the rows to plan, the same on every rank. Collective."""
-        first_order, config = self._first_order, self._config.order
+        first_order = self._first_order
         # If a peer died during an earlier plan, only some ranks may have finished its order.
         if first_order is not None and peers.have_same_first_order:
             if first_order.prompt_groups is not None:
@@ -160,11 +172,36 @@ class ShardPlanner:
                 return order_by_measured_lengths(rows, first_order.prompt_groups, counts)
             if (order := first_order.select(self._mask(rows))) is not None:
                 return order
-        self._first_order = self._group.run_on_all_ranks(
-            lambda: order_rows(config, self._rows, rows, make_prompt_text_fn(config.prompt))
-        )
-        self._first_order_plan = plan
+        self._first_order, self._first_order_plan = self._compute_order(rows), plan
         return self._first_order
+
+    def _compute_order(self, rows: np.ndarray) -> RowOrder:
+        """Read the prompts and return the order that they suggest, slow rows last. Collective."""
+        limit = f"data.render_timeout_s={self._config.render_timeout_s:g}"
+        while len(self._slow_rows) < _MAX_SLOW_ROWS:
+            is_slow = np.isin(rows, list(self._slow_rows))
+            order = self._group.run_on_all_ranks(partial(self._try_order, rows[~is_slow]))
+            found = self._group.all_gather_object(order if isinstance(order, int) else None)
+            slow = sorted({row for row in found if row is not None})
+            if not slow and isinstance(order, RowOrder):
+                return order.append(rows[is_slow])
+            self._slow_rows |= set(slow)
+            if self._group.rank == 0:
+                names = ", ".join(map(str, slow))
+                logger.warning(
+                    f"rendering takes longer than {limit}, rejecting {format_count(len(slow), 'row')}: {names}"
+                )
+        return RowOrder(rows, reason=f"because rendering takes longer than {limit} for several rows")
+
+    def _try_order(self, rows: np.ndarray) -> RowOrder | int:
+        """Return the order of these rows, or the first row whose prompt takes too long to render."""
+        prompt_config = self._config.order.prompt
+        try:
+            with RenderTimer(self._config.render_timeout_s) as timer:
+                text_of = timer.limit(make_prompt_text_fn(prompt_config))
+                return order_rows(self._config.order, self._rows, rows, text_of)
+        except SlowRow as error:
+            return error.row
 
     def _build_source(self, order: RowOrder, peers: _Peers, cursor_prefix: str) -> RequestSource:
         ranks, rank = peers.claiming_ranks, self._group.rank
@@ -181,7 +218,8 @@ class ShardPlanner:
             claimer = maker.make_claimer(ShardClaimer, self._group.checked_store, cursors, ranks.index(rank))
         # A rank opens few shards where all ranks are equally fast.
         open_shard = cache(lambda index: self._open_shard(order, maker.shards, index))
-        return maker.make_source(claimer, open_shard, self._builder)
+        builder = dataclasses.replace(self._builder, slow_rows=frozenset(self._slow_rows))
+        return maker.make_source(claimer, open_shard, builder)
 
     def _open_shard(self, order: RowOrder, shards: ShardSpec, index: int) -> Shard:
         columns = self._config.columns
@@ -202,6 +240,7 @@ class _PeerState(NamedTuple):
     first_order_plan: str
     num_running: int
     has_completions: bool
+    slow_rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -213,12 +252,14 @@ class _Peers:
         have_same_first_order: every rank holds the order of the same earlier plan, or none does.
         num_running: rows that all ranks together are running.
         has_completions: some rank has found a row that succeeded in a journal.
+        slow_rows: rows that took some rank too long to render for an earlier order.
     """
 
     claiming_ranks: list[int]
     have_same_first_order: bool
     num_running: int
     has_completions: bool
+    slow_rows: set[int]
 
 
 def _select_journaled_rows(index: JournalIndex, retry_errors: bool | list[str]) -> np.ndarray:

@@ -13,10 +13,23 @@ from typing import Any
 import numpy as np
 
 from dpgen.data.input_rows import InputRows
+from dpgen.errors import RenderTimeout
 
 MIN_PREFIX_CHARS = 256  # shorter prefixes are not worth an order: they fill a few blocks of a prefix cache
 _LEVELS = tuple(MIN_PREFIX_CHARS * 2**power for power in range(9))  # up to 65,536 characters
 _MIN_GROUPS = 8  # a prefix that more than an eighth of all rows share stays cached in any order
+
+
+class SlowRow(Exception):
+    """Report a row whose prompt takes too long to render, so that the caller groups the other rows.
+
+    Other ranks may render the same row just in time. A rank that merely left out the prompt would order the rows
+    differently than these.
+    """
+
+    def __init__(self, row: int) -> None:
+        super().__init__(row)
+        self.row = row
 
 
 class PrefixGroups:
@@ -90,6 +103,9 @@ def group_by_prefix(
         row_ids: indices of the rows, int64[num_rows].
         columns: columns that `text_of` reads.
         text_of: returns a row's prompt. Where it raises, the row has no prompt.
+
+    Raises:
+        SlowRow: `text_of` raised RenderTimeout.
     """
     lengths = np.zeros(len(row_ids), dtype=np.int64)
     hashes = np.zeros((len(_LEVELS), len(row_ids)), dtype=np.uint32)
@@ -97,6 +113,8 @@ def group_by_prefix(
     for position, row in enumerate(rows.iter_rows(row_ids, columns)):
         try:
             text = text_of(row)
+        except RenderTimeout:
+            raise SlowRow(int(row_ids[position])) from None
         except Exception:  # noqa: BLE001 - a template is a program; rendering rejects the row later, with the reason
             continue
         lengths[position] = len(text)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dpgen.data.render import RenderFn
-from dpgen.errors import RowRefused
+from dpgen.errors import RenderTimeout, RowRefused
 from dpgen.records import Request, RowResult, derive_row_seed, make_rejected_result
 from dpgen.scheduling.claims import Claim
 from dpgen.scheduling.prompt_groups import LengthTracker
@@ -55,12 +55,14 @@ class RequestBuilder:
         sampling_by_rank: entries with fields of SamplingParams. Row i takes entry i modulo the number of entries. In
             dataset order shards are strided, so with as many ranks as entries each rank's shard has one entry. A row
             that another rank steals keeps its entry.
+        slow_rows: rows known to take too long to render; they are rejected without another try.
     """
 
     render: RenderFn
     run_seed: int | None
     sampling_columns: Mapping[str, str]
     sampling_by_rank: Sequence[Mapping[str, Any]] = ()
+    slow_rows: frozenset[int] = frozenset()
 
     def build(self, row: int, columns: Mapping[str, Any]) -> Request:
         """Return the request of a row.
@@ -68,6 +70,8 @@ class RequestBuilder:
         Raises:
             RowRefused: the prompt could not be made.
         """
+        if row in self.slow_rows:
+            raise RenderTimeout("rendering took longer than data.render_timeout_s when the rows were ordered")
         entries = self.sampling_by_rank
         sampling: dict[str, Any] = dict(entries[row % len(entries)]) if entries else {}
         if self.run_seed is not None:

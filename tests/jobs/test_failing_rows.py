@@ -72,3 +72,20 @@ def test_failed_rows_may_fail_again_in_a_finished_run(
     job = launcher.dpgen("run", conf, limit, "run.retry_errors=true")
     assert job.wait() == 0, job.output
     assert sum(row["error"] is not None for row in load_result(tmp_path / "run")) == 30
+
+
+@pytest.mark.parametrize("order", ["longest_first", "dataset"], ids=["rendered to order rows", "rendered to generate"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_row_whose_rendering_hangs_becomes_an_error_and_the_other_rows_are_generated(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, order: str, ranks: int
+) -> None:
+    rows = [{"text": "hang" if row == 3 else "good"} for row in range(8)]
+    loops = "{% for _ in range(99999) %}{% for _ in range(99999) %}{% endfor %}{% endfor %}"
+    template = f"{{% if text == 'hang' %}}{loops}{{% endif %}}{{{{ text }}}}"
+    data = {"prompt_column": None, "template": template, "render_timeout_s": 0.5}
+    job = launcher.dpgen("run", write_config(rows, data=data, work={"order": order}), ranks=ranks)
+    assert job.wait() == 0, job.output
+    errors = {row["row_id"]: row["error"] for row in load_result(tmp_path / "run")}
+    assert [row for row in errors if errors[row]] == [3]
+    assert errors[3]["type"] == "render_timeout"
+    assert "rendering took longer than data.render_timeout_s" in errors[3]["message"]

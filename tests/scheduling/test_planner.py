@@ -62,11 +62,13 @@ class ShrinkingGroup(SingleRankGroup):
 
 
 def make_ordering_planner(
-    journal_dir: Path, group: SingleRankGroup, order: str, prompts: list[str]
+    journal_dir: Path, group: SingleRankGroup, order: str, prompts: list[str], template: str = "{{ prompt }}"
 ) -> tuple[ShardPlanner, RecordingRows]:
     rows = RecordingRows(datasets.Dataset.from_dict({"prompt": prompts}))
-    order_config = OrderConfig(WorkConfig(order=order), PromptConfig(prompt_column="prompt"), None, True)
-    config = PlannerConfig(order_config, False, ("prompt",), lockstep=False, claims_rows=True, attempt=1)
+    order_config = OrderConfig(WorkConfig(order=order), PromptConfig(template=template), None, True)
+    config = PlannerConfig(
+        order_config, False, ("prompt",), lockstep=False, claims_rows=True, attempt=1, render_timeout_s=0.2
+    )
     builder = RequestBuilder(lambda row: (None, row["prompt"]), None, {})
     return ShardPlanner(config, rows, journal_dir, group, builder), rows
 
@@ -124,7 +126,9 @@ def test_a_plan_knows_if_a_row_of_the_run_has_succeeded_before(tmp_path: Path) -
 
 def test_another_node_may_hold_the_rows_that_have_succeeded(tmp_path: Path) -> None:
     group = ShrinkingGroup()
-    group.change_gathered = lambda value: [value, (False, "", 0, True)] if isinstance(value, tuple) else [value, None]
+    group.change_gathered = lambda value: (
+        [value, (False, "", 0, True, ())] if isinstance(value, tuple) else [value, None]
+    )
     planner = make_planner(tmp_path, group)
     planner.plan()
     assert planner.has_completions
@@ -255,7 +259,61 @@ def test_all_ranks_order_again_where_one_of_them_lacks_the_first_order(tmp_path:
     planner, rows = make_ordering_planner(tmp_path, group, "longest_first", prompts)
     planner.plan()
     num_reads = rows.num_reads
-    group.change_gathered = lambda value: [value, (False, "", 0, False)] if isinstance(value, tuple) else [value, None]
+    group.change_gathered = lambda value: (
+        [value, (False, "", 0, False, ())] if isinstance(value, tuple) else [value, None]
+    )
     planner.plan(RankState(np.array([1]), np.array([3])))
     assert planner.order.rows.tolist() == LONGEST_FIRST[1:]
     assert rows.num_reads > num_reads, "each rank must compute the same order, so all compute it from the prompts"
+
+
+LOOPS = "{% for _ in range(99999) %}{% for _ in range(99999) %}{% endfor %}{% endfor %}"
+HANGING = f"{{% if prompt.startswith('hang') %}}{LOOPS}{{% endif %}}{{{{ prompt }}}}"
+
+
+def test_a_row_that_takes_too_long_to_render_is_left_out_of_the_order_and_rejected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [chr(97 + row) * length for row, length in enumerate(LENGTHS)]
+    prompts[5] = "hang"
+    planner, _ = make_ordering_planner(tmp_path, SingleRankGroup(), "longest_first", prompts, HANGING)
+    source = planner.plan()
+    assert planner.order.rows.tolist() == [1, 4, 7, 2, 6, 0, 3, 5]
+    assert caplog.messages == ["rendering takes longer than data.render_timeout_s=0.2, rejecting 1 row: 5"]
+    results = [source.next_request() for _ in prompts]
+    [rejected] = [result for result in results if isinstance(result, RowResult)]
+    assert rejected.row == 5 and rejected.error is not None and rejected.error.type == "render_timeout"
+
+
+def test_a_row_that_is_slow_on_another_rank_is_left_out_of_this_ranks_order_too(tmp_path: Path) -> None:
+    group = ShrinkingGroup()
+    prompts = [chr(97 + row) * length for row, length in enumerate(LENGTHS)]
+    planner, _ = make_ordering_planner(tmp_path, group, "longest_first", prompts)
+    reports = iter([4, None])
+
+    def gather(value: Any) -> list[Any]:
+        return [value, next(reports)] if value is None and group.has_slow_peer else [value]
+
+    group.has_slow_peer, group.change_gathered = False, gather  # type: ignore[attr-defined]
+    compute_order = planner._try_order
+
+    def try_order(rows: np.ndarray) -> Any:
+        group.has_slow_peer = False  # type: ignore[attr-defined]
+        return compute_order(rows)
+
+    def run_on_all_ranks(action: Callable[[], Any]) -> Any:
+        order = action()
+        group.has_slow_peer = True  # type: ignore[attr-defined]
+        return order
+
+    planner._try_order, group.run_on_all_ranks = try_order, run_on_all_ranks  # type: ignore[method-assign]
+    planner.plan()
+    assert planner.order.rows.tolist() == [1, 5, 7, 2, 6, 0, 3, 4], "all ranks have the same order"
+
+
+def test_where_many_rows_take_too_long_to_render_the_order_is_that_of_the_dataset(tmp_path: Path) -> None:
+    prompts = [f"hang {row}" if row % 2 else "text" * row for row in range(12)]
+    planner, _ = make_ordering_planner(tmp_path, SingleRankGroup(), "longest_first", prompts, HANGING)
+    planner.plan()
+    assert planner.order.rows.tolist() == list(range(12))
+    assert planner.order.reason == "because rendering takes longer than data.render_timeout_s=0.2 for several rows"
