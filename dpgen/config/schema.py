@@ -59,7 +59,7 @@ class RunConfig:
         "of dpgen's log lines: text for people, json for one JSON object a line", "text"
     )
     engine_timeout_s: float = _option(
-        "restart an engine that has work but sends no message for this many seconds, since it hangs",
+        "restart an engine that has work but makes no progress for this many seconds, since it hangs",
         600.0,
         minimum=1,
     )

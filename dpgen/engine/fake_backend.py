@@ -22,6 +22,7 @@ from dpgen.records import Completion, Request, RowResult, UndecodedRow
 
 _BLOCK_TOKENS = 16
 _BYTES_PER_TOKEN = 64
+_LIVELOCK_STEP_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class FakeOptions:
         kv_cache_memory_bytes: bytes reported as free.
         load_error: fail to load, with this message.
         crash_on, hang_on, raise_on: kill the engine process, hang for good, or raise.
+        livelock_on: step on and on, and report stats, without a token for any row.
         refuse_on: reject the row.
     """
 
@@ -46,6 +48,7 @@ class FakeOptions:
     crash_on: str | None = None
     hang_on: str | None = None
     raise_on: str | None = None
+    livelock_on: str | None = None
     refuse_on: str | None = None
 
 
@@ -76,6 +79,7 @@ class FakeBackend:
         self._options = FakeOptions()
         self._rows: OrderedDict[int, _Running] = OrderedDict()
         self._num_tokens = 0
+        self._is_livelocked = False
 
     def check_options(self) -> tuple[str, ...]:
         fields = {field.name for field in dataclasses.fields(FakeOptions)}
@@ -126,6 +130,9 @@ class FakeBackend:
     def step(self) -> list[RowResult | UndecodedRow]:
         time.sleep(self._options.step_s)
         results: list[RowResult | UndecodedRow] = []
+        if self._is_livelocked:
+            time.sleep(_LIVELOCK_STEP_S)
+            return results
         for row, running in list(self._rows.items())[: self._options.max_num_seqs]:
             running.num_tokens += 1
             self._num_tokens += running.num_samples
@@ -162,5 +169,7 @@ class FakeBackend:
         if options.hang_on is not None and options.hang_on in prompt:
             while True:
                 time.sleep(3600)
+        if options.livelock_on is not None and options.livelock_on in prompt:
+            self._is_livelocked = True
         if options.raise_on is not None and options.raise_on in prompt:
             raise RuntimeError(f"raised by engine.raise_on={options.raise_on!r}")

@@ -156,13 +156,15 @@ class RowsFinished:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Report that the engine is alive, with counts since its start; once a second while it has work. Engine to rank.
+    """Report counts since the engine's start; once a second while it has work. Engine to rank.
 
     Attributes:
         num_generated_tokens: of all rows, running ones included.
         num_running, num_waiting: sequences now.
         num_preemptions: sequences preempted because the KV cache was full.
         num_cached_tokens: prompt tokens of finished rows that were in the prefix cache.
+        num_computed_tokens: tokens of all rows that are in the KV cache or were, prompts included; a preempted
+            sequence's count again from 0.
     """
 
     num_generated_tokens: int = 0
@@ -170,6 +172,12 @@ class EngineStats:
     num_waiting: int = 0
     num_preemptions: int = 0
     num_cached_tokens: int = 0
+    num_computed_tokens: int = 0
+
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """Return the counts of which at least one grows in an engine that gets somewhere."""
+        return self.num_generated_tokens, self.num_cached_tokens, self.num_computed_tokens
 
     def add_counts(self, earlier: EngineStats) -> EngineStats:
         """Return these numbers plus the counts of the engine's earlier lives."""
@@ -179,6 +187,7 @@ class EngineStats:
             self.num_waiting,
             earlier.num_preemptions + self.num_preemptions,
             earlier.num_cached_tokens + self.num_cached_tokens,
+            earlier.num_computed_tokens + self.num_computed_tokens,
         )
 
 

@@ -65,11 +65,12 @@ class EngineHandle(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class EngineLimits:
-    """Limit how long an engine may be silent, and how often it may die.
+    """Limit how long an engine may get nowhere, and how often it may die.
 
     Attributes:
-        timeout_s: seconds without a message, while it has work, after which an engine counts as hung.
-        start_timeout_s: the same while it starts: for the check of its options, and again for loading the model.
+        timeout_s: seconds without progress, while it has work, after which an engine counts as hung.
+        start_timeout_s: seconds without a message while it starts: for the check of its options, and again for loading
+            the model.
         max_deaths: deaths in a row, without a finished row between them, after which the engine is abandoned.
     """
 
@@ -110,7 +111,8 @@ class EngineSupervisor:
         self._kv_bytes: int | None = None
         self._text_config = EngineTextConfig()
         self._is_ready = False
-        self._last_event_s = clock()
+        self._last_event_s = self._last_progress_s = clock()
+        self._max_progress: tuple[int, ...] = EngineStats().progress  # the largest counts of this life
         self._blame = BlameTracker()
         self._deaths_in_a_row = 0
         self.num_deaths = 0
@@ -156,12 +158,12 @@ class EngineSupervisor:
         while self._info is None:
             try:
                 assert self._process is not None
-                self._last_event_s = self._clock()
+                self._mark_progress()
                 self._process.load_model(text_config)
                 measured = self._wait_for(KvBytesMeasured, on_wait).num_bytes
                 if self._kv_bytes is None:  # agreed once: the other ranks do not ask again
                     self._kv_bytes = agree_kv(measured)
-                    self._last_event_s = self._clock()  # the wait for other ranks is not the engine's silence
+                    self._mark_progress()  # the wait for other ranks is not the engine's silence
                 self._process.set_kv_bytes(min(self._kv_bytes, measured))
                 self._info = self._wait_for(EngineReady, on_wait).info
             except EngineError as error:
@@ -169,7 +171,7 @@ class EngineSupervisor:
                 self.check_options(on_wait)
         self._deaths_in_a_row = 0
         self._is_ready = True
-        self._last_event_s = self._clock()
+        self._mark_progress()
         return self._info
 
     # ---- generating: nothing here waits for an engine
@@ -227,17 +229,22 @@ class EngineSupervisor:
             on_wait()
             for event in self._process.poll(_START_WAIT_S):
                 if isinstance(event, kind):
-                    self._last_event_s = self._clock()
+                    self._mark_progress()
                     return event
                 raise self._make_error(f"the engine sent {type(event).__name__} instead of {kind.__name__}")
             self._raise_if_hung()
 
     def _handle_event(self, event: Event) -> Iterable[Event]:
         self._last_event_s = self._clock()
+        if not isinstance(event, EngineStats):
+            self._last_progress_s = self._last_event_s
         if isinstance(event, RowsFinished):
             yield from self._handle_finished(event)
         elif isinstance(event, EngineStats):
             self._stats = event
+            largest = tuple(map(max, event.progress, self._max_progress))
+            if largest != self._max_progress:
+                self._max_progress, self._last_progress_s = largest, self._last_event_s
             yield event.add_counts(self._earlier_stats)
         elif isinstance(event, OptionsChecked):
             assert self._process is not None
@@ -275,14 +282,19 @@ class EngineSupervisor:
             self._earlier_stats = dataclasses.replace(counts, num_generated_tokens=num_tokens)
         return request
 
+    def _mark_progress(self) -> None:
+        self._last_event_s = self._last_progress_s = self._clock()
+
     def _raise_if_hung(self) -> None:
-        silent_s = self._clock() - self._last_event_s
+        now_s = self._clock()
+        idle_s, silent_s = now_s - self._last_progress_s, now_s - self._last_event_s
         if self._is_ready:
             limit_s, phase = self._limits.timeout_s, "while it had work (run.engine_timeout_s"
         else:
             limit_s, phase = self._limits.start_timeout_s, "while it was starting (run.engine_start_timeout_s"
-        if silent_s > limit_s and (self._blame.is_busy or not self._is_ready):
-            raise self._make_error(f"the engine sent no message for {silent_s:.0f} s {phase}={limit_s:g})")
+        if idle_s > limit_s and (self._blame.is_busy or not self._is_ready):
+            what = f"sent no message for {silent_s:.0f}" if silent_s > limit_s else f"made no progress for {idle_s:.0f}"
+            raise self._make_error(f"the engine {what} s {phase}={limit_s:g})")
 
     def _make_error(self, cause: str) -> EngineError:
         assert self._process is not None
@@ -296,7 +308,7 @@ class EngineSupervisor:
         is_idle = not self._blame.is_busy
         if batch := self._blame.take_batch():
             if is_idle:
-                self._last_event_s = self._clock()  # an idle engine sends nothing; its silence counts from now on
+                self._mark_progress()  # an idle engine sends nothing; its silence counts from now on
             self._process.submit(batch)
 
     # ---- deaths
@@ -311,8 +323,7 @@ class EngineSupervisor:
         if not (change or error.signal) or self._has_no_restarts_left:
             raise error
         logger.warning(error.describe(f"retrying its start-up{change}"))
-        self._last_event_s = self._clock()
-        self._process = self._start(self._spec)
+        self._start_again()
 
     def _handle_death(self, error: EngineError) -> None:
         """Restart the engine, or abandon it and leave its rows, unblamed, to the other ranks."""
@@ -334,8 +345,12 @@ class EngineSupervisor:
             return
         change = self._reduce_memory() if error.is_out_of_memory else ""
         logger.warning(error.describe(f"restarting it{change}"))
+        self._start_again()
+
+    def _start_again(self) -> None:
         self._is_ready = False
-        self._last_event_s = self._clock()
+        self._max_progress = EngineStats().progress
+        self._mark_progress()
         self._process = self._start(self._spec)
 
     @property

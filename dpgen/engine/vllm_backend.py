@@ -52,6 +52,7 @@ class VllmBackend:
         self._skip_detokenize = False
         self._undecoded: dict[int, SamplingParams] = {}  # rows whose text the rank makes
         self._num_finished_tokens = self._num_cached_tokens = 0
+        self._num_finished_prompt_tokens = 0
         self._preemptions: dict[str, int] = {}  # preemptions of each running sequence that was preempted
         self._num_preemptions = 0
 
@@ -153,6 +154,9 @@ class VllmBackend:
             num_waiting,
             self._num_preemptions,
             self._num_cached_tokens,
+            self._num_finished_prompt_tokens
+            + self._num_finished_tokens
+            + sum(request.num_computed_tokens for request in scheduler.requests.values()),
         )
 
     def close(self) -> None:
@@ -216,6 +220,7 @@ class VllmBackend:
         row = int(output.request_id)
         num_prompt_tokens = len(output.prompt_token_ids or ())
         self._num_cached_tokens += output.num_cached_tokens or 0
+        self._num_finished_prompt_tokens += num_prompt_tokens * max(1, len(output.outputs))
         samples = sorted(output.outputs, key=lambda sample: sample.index)
         self._num_finished_tokens += sum(len(sample.token_ids) for sample in samples)
         undecoded = self._undecoded.pop(row, None)

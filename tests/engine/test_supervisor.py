@@ -16,6 +16,7 @@ from dpgen.engine.messages import (
     EngineInfo,
     EngineReady,
     EngineSpec,
+    EngineStats,
     EngineTextConfig,
     Event,
     KvBytesMeasured,
@@ -197,6 +198,48 @@ def test_a_silent_engine_with_work_counts_as_hung(caplog: pytest.LogCaptureFixtu
         f"restarting it, see {LOG_PATH}"
     )
     assert sorted(harness.run(range(1, 3))) == [0, 1, 2]
+
+
+def test_an_engine_that_reports_stats_and_gets_nowhere_counts_as_hung(caplog: pytest.LogCaptureFixture) -> None:
+    harness = SupervisorHarness(lambda rows: None)
+    harness.engine.submit([Request(0, [1])])
+    stuck = harness.processes[0]
+    stuck.poll = lambda timeout_s: [EngineStats(7, num_waiting=1)]  # type: ignore[method-assign]
+    for _ in range(62):
+        harness.clock.now_s += 1
+        harness.engine.poll(0)
+    assert len(harness.processes) == 2
+    assert caplog.messages[0] == (
+        "the engine made no progress for 61 s while it had work (run.engine_timeout_s=60), "
+        f"restarting it, see {LOG_PATH}"
+    )
+
+
+@pytest.mark.parametrize("count", ["num_generated_tokens", "num_computed_tokens", "num_cached_tokens"])
+def test_an_engine_whose_tokens_grow_in_number_is_not_hung(count: str) -> None:
+    harness = SupervisorHarness(lambda rows: None)
+    harness.engine.submit([Request(0, [1])])
+    numbers = iter(range(1000))
+    slow = harness.processes[0]
+    slow.poll = lambda timeout_s: [EngineStats(**{count: next(numbers) // 50})]  # type: ignore[method-assign]
+    for _ in range(500):
+        harness.clock.now_s += 1
+        harness.engine.poll(0)
+    assert len(harness.processes) == 1
+
+
+def test_a_sequence_preempted_again_and_again_is_no_progress() -> None:
+    harness = SupervisorHarness(lambda rows: None)
+    harness.engine.submit([Request(0, [1])])
+    numbers = iter(range(1000))
+    thrashing = harness.processes[0]
+    thrashing.poll = lambda timeout_s: [  # type: ignore[method-assign]
+        EngineStats(5, num_computed_tokens=next(numbers) % 10)
+    ]
+    for _ in range(80):
+        harness.clock.now_s += 1
+        harness.engine.poll(0)
+    assert len(harness.processes) == 2
 
 
 def test_an_engine_that_never_loads_is_not_waited_for_forever() -> None:

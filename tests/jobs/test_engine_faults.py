@@ -35,6 +35,23 @@ def test_one_rank_finds_its_only_poison_row(launcher: Launcher, write_config: Wr
     assert errors == {7: "poison_row"}
 
 
+def test_a_row_that_livelocks_its_engine_is_recorded_and_the_run_continues(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(
+        make_numbered_rows(12),
+        run={"engine_timeout_s": 2},
+        engine={"livelock_on": "number 7", "max_num_seqs": 1},
+        work={"reserve_rows": 1},
+    )
+    job = launcher.dpgen("run", conf)
+    assert job.wait() == 0, job.output
+    assert "the engine made no progress for" in job.output
+    errors = {row["row_id"]: row["error"] for row in load_result(tmp_path / "run") if row["error"]}
+    assert list(errors) == [7]
+    assert errors[7]["type"] == "poison_row" and "made no progress" in errors[7]["message"]
+
+
 @pytest.mark.slow
 def test_two_kills_from_outside_leave_all_rows_running_together(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
