@@ -32,6 +32,13 @@ EXIT_USAGE = 2
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
 
 _MAX_LISTED = 20
+# Texts of vLLM 0.32, torch and cuBLAS, in lower case.
+_MEMORY_STILL_HELD = "less than desired gpu memory utilization"
+_OUT_OF_MEMORY_ANYWHERE = ("no available memory for the cache", "alloc_failed", _MEMORY_STILL_HELD)
+_OUT_OF_MEMORY = ("out of memory", "outofmemory", *_OUT_OF_MEMORY_ANYWHERE)
+# In output that is only searched: harmless lines speak of "out of memory" too.
+_OUT_OF_MEMORY_IN_OUTPUT = ("cuda out of memory", "hip out of memory", "outofmemoryerror", *_OUT_OF_MEMORY_ANYWHERE)
+_CONTEXT_TOO_LONG = "larger than the available kv cache memory"
 
 
 class DpgenError(Exception):
@@ -92,7 +99,9 @@ class EngineError(DpgenError):
         cause: what happened, in the first line; further lines are details.
         signal: the signal that ended the process; None where the engine reported the error itself.
         log_path: the file with the engine's output; None where that is not kept.
-        last_lines: the end of that output, where it may explain the death.
+        last_lines: the end of that output, where it may explain the death; shown to the user.
+        output: more of that output, searched for the cause and not shown. With several devices the engine itself
+            reports only that a worker failed.
     """
 
     def __init__(
@@ -102,9 +111,11 @@ class EngineError(DpgenError):
         signal: signal.Signals | None = None,
         log_path: Path | None = None,
         last_lines: Sequence[str] = (),
+        output: Sequence[str] = (),
     ) -> None:
         super().__init__(cause)
         self.cause, self.signal, self.log_path, self.last_lines = cause, signal, log_path, list(last_lines)
+        self._reported, self._output = "\n".join([cause, *last_lines]).lower(), "\n".join(output).lower()
 
     def __str__(self) -> str:
         return self.describe()
@@ -124,12 +135,24 @@ class EngineError(DpgenError):
     @property
     def is_out_of_memory(self) -> bool:
         """Return True if the engine reported that it ran out of memory; one that the kernel killed reports nothing."""
-        text = "\n".join([self.cause, *self.last_lines]).lower()
-        return "out of memory" in text or "outofmemory" in text or "no available memory for the cache" in text
+        return any(text in self._reported for text in _OUT_OF_MEMORY) or any(
+            text in self._output for text in _OUT_OF_MEMORY_IN_OUTPUT
+        )
+
+    @property
+    def is_memory_still_held(self) -> bool:
+        """Return True if other processes held the memory at the start: often an ended engine, for some seconds."""
+        return _MEMORY_STILL_HELD in self._reported or _MEMORY_STILL_HELD in self._output
+
+    @property
+    def is_context_too_long(self) -> bool:
+        """Return True if the KV cache can't hold one sequence of max_model_len; fewer sequences would not help."""
+        return _CONTEXT_TOO_LONG in self._reported or _CONTEXT_TOO_LONG in self._output
 
     def summarize(self, action: str = "") -> str:
         """Return what happened, what dpgen does about it, and the log file, in one line."""
-        parts = [self.first_line, action, f"see {self.log_path}" if self.log_path else ""]
+        advice = "set a smaller engine.max_model_len" if self.is_context_too_long else ""
+        parts = [self.first_line, action or advice, f"see {self.log_path}" if self.log_path else ""]
         return ", ".join(part for part in parts if part)
 
     def describe(self, action: str = "") -> str:

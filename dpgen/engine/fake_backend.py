@@ -34,6 +34,7 @@ class FakeOptions:
         load_s: seconds of loading.
         kv_cache_memory_bytes: bytes reported as free.
         load_error: fail to load, with this message.
+        load_output: print this while loading.
         crash_on, hang_on, raise_on: kill the engine process, hang for good, or raise.
         livelock_on: step on and on, and report stats, without a token for any row.
         refuse_on: reject the row.
@@ -45,6 +46,7 @@ class FakeOptions:
     load_s: float = 0.0
     kv_cache_memory_bytes: int = 1 << 20
     load_error: str | None = None
+    load_output: str | None = None
     crash_on: str | None = None
     hang_on: str | None = None
     raise_on: str | None = None
@@ -98,6 +100,8 @@ class FakeBackend:
 
     def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:
         time.sleep(self._options.load_s)
+        if self._options.load_output is not None:
+            print(self._options.load_output, flush=True)
         if self._options.load_error is not None:
             raise RuntimeError(self._options.load_error)
         kv_bytes = agree_kv(self._options.kv_cache_memory_bytes)

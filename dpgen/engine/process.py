@@ -26,7 +26,8 @@ from dpgen.engine.messages import EngineFailed, EngineSpec, EngineTextConfig, Ev
 from dpgen.errors import EngineError
 from dpgen.records import Request
 
-_MAX_LAST_LINES = 10
+_MAX_LAST_LINES = 10  # shown to the user
+_MAX_SEARCHED_LINES = 200  # a worker's error, below which the engine prints tracebacks of its own
 _CLOSE_TIMEOUT_S = 10.0
 # These variables describe the launcher's world, which belongs to the rank process; vLLM would read them and join it.
 _LAUNCHER_PREFIXES = (
@@ -80,7 +81,7 @@ class EngineProcess:
         self._pipe: Connection = Connection(ours.detach())
         self._log = log
         log.start_life(self._process.pid)
-        self._last_lines: deque[str] = deque(maxlen=_MAX_LAST_LINES)
+        self._output: deque[str] = deque(maxlen=_MAX_SEARCHED_LINES)
         self._log_thread = threading.Thread(target=self._read_lines, daemon=True)
         self._log_thread.start()
         # A thread sends: if both sides filled the pipe at once, each would wait for the other to read. `poll` notices
@@ -167,7 +168,9 @@ class EngineProcess:
         self.kill()
         # The traceback is in the log file. Without one, its end is all that the user gets.
         last_lines = [] if self.log_path is not None else self._last_lines
-        return EngineError(f"the engine failed: {message}", log_path=self.log_path, last_lines=last_lines)
+        output = list(self._output)
+        cause = f"the engine failed: {message}"
+        return EngineError(cause, log_path=self.log_path, last_lines=last_lines, output=output)
 
     def _make_death_error(self) -> EngineError:
         self.kill()
@@ -176,14 +179,19 @@ class EngineProcess:
         how = f"was killed by {number.name}" if number else f"exited with status {status}"
         # Nothing that the engine printed explains a kill from outside.
         last_lines = [] if number in (signal.SIGKILL, signal.SIGTERM) else self._last_lines
-        return EngineError(f"the engine process {how}", signal=number, log_path=self.log_path, last_lines=last_lines)
+        cause, output = f"the engine process {how}", list(self._output) if last_lines else []
+        return EngineError(cause, signal=number, log_path=self.log_path, last_lines=last_lines, output=output)
+
+    @property
+    def _last_lines(self) -> list[str]:
+        return list(self._output)[-_MAX_LAST_LINES:]
 
     def _read_lines(self) -> None:
         assert self._process.stdout is not None
         for raw in self._process.stdout:
             line = raw.decode("utf-8", "replace").rstrip()
             if line:
-                self._last_lines.append(line)
+                self._output.append(line)
                 self._log.write(line)
 
 

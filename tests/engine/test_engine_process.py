@@ -123,6 +123,22 @@ def test_a_failure_before_the_log_file_is_open_shows_the_last_lines() -> None:
     assert last_lines[-1] == "    RuntimeError: no such device", last_lines
 
 
+def test_a_workers_error_in_the_output_counts_where_the_engine_reports_only_that_a_worker_failed(
+    tmp_path: Path,
+) -> None:
+    log = EngineLog("error")
+    log.open(tmp_path / "rank-3.engine.log")
+    process = start(
+        log,
+        load_output="(Worker_TP1 pid=7) ERROR torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        load_error="WorkerProc initialization failed due to an exception in a background process.",
+    )
+    with pytest.raises(EngineError) as raised:
+        load(process)
+    assert raised.value.is_out_of_memory
+    assert "CUDA" not in str(raised.value), "the log file is named instead"
+
+
 def poll_for_ten_seconds(engine: EngineProcess) -> None:
     for _ in range(100):
         engine.poll(0.1)
