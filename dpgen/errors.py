@@ -7,6 +7,7 @@
     │   ├── LockstepEngineLost     75   one of several engines that step together died
     │   ├── NoEngineLeft           75   no rank has a working engine
     │   ├── EngineError             1   an engine did not start, died, or broke its protocol
+    │   │   └── EngineStuck         1   an engine process can't be ended, and holds its GPU
     │   ├── PeerFailed              *   another rank failed: its exit status
     │   │   ├── PeerLost           75   a rank vanished (`dpgen.distributed.group`)
     │   │   └── StoreLost          75   the host of the store vanished (`dpgen.distributed.group`)
@@ -161,6 +162,10 @@ class EngineError(DpgenError):
         if self.last_lines:
             lines[-1] += ", its last lines:"
         return "\n".join([*lines, *(f"    {line}" for line in self.last_lines)])
+
+
+class EngineStuck(EngineError):
+    """Report an engine process that SIGKILL does not end; its devices stay occupied."""
 
 
 class NoEngineLeft(DpgenError):

@@ -23,12 +23,13 @@ from pathlib import Path
 
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineFailed, EngineSpec, EngineTextConfig, Event, LoadModel, SetKvBytes, Shutdown
-from dpgen.errors import EngineError
+from dpgen.errors import EngineError, EngineStuck
 from dpgen.records import Request
 
 _MAX_LAST_LINES = 10  # shown to the user
 _MAX_SEARCHED_LINES = 200  # a worker's error, below which the engine prints tracebacks of its own
 _CLOSE_TIMEOUT_S = 10.0
+_KILL_TIMEOUT_S = 30.0  # the kernel frees a GPU's memory meanwhile
 # These variables describe the launcher's world, which belongs to the rank process; vLLM would read them and join it.
 _LAUNCHER_PREFIXES = (
     "TORCHELASTIC_",
@@ -60,11 +61,18 @@ class EngineProcess:
         environment: all its environment variables; see `build_engine_env`.
         cores: CPU cores that it may run on; None for all cores of this process.
         log: receives each line that the process, or vLLM in it, prints.
+        kill_timeout_s: seconds that the process may take to end after SIGKILL.
     """
 
     def __init__(
-        self, spec: EngineSpec, environment: Mapping[str, str], cores: Sequence[int] | None, log: EngineLog
+        self,
+        spec: EngineSpec,
+        environment: Mapping[str, str],
+        cores: Sequence[int] | None,
+        log: EngineLog,
+        kill_timeout_s: float = _KILL_TIMEOUT_S,
     ) -> None:
+        self._kill_timeout_s, self._is_stuck = kill_timeout_s, False
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -150,10 +158,19 @@ class EngineProcess:
         self.kill()
 
     def kill(self) -> None:
-        """End the engine and its process tree immediately; safe to call twice."""
+        """End the engine and its process tree immediately; safe to call twice.
+
+        Raises:
+            EngineStuck: the process is still there: a driver that hangs holds it in the kernel.
+        """
         with contextlib.suppress(ProcessLookupError):  # the process tree is gone already
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        try:
+            self._process.wait(0 if self._is_stuck else self._kill_timeout_s)
+        except subprocess.TimeoutExpired:
+            self._is_stuck = True  # the next call does not wait again
+            cause = f"the engine process {self.pid} can't be ended (it runs {self._kill_timeout_s:g} s after SIGKILL)"
+            raise EngineStuck(cause, log_path=self.log_path) from None
         self._outbox.put(None)
         self._log_thread.join(timeout=1)
         self._sender.join(timeout=1)

@@ -31,7 +31,7 @@ from dpgen.engine.messages import (
     OptionsChecked,
     RowsFinished,
 )
-from dpgen.errors import ConfigError, EngineError, LockstepEngineLost
+from dpgen.errors import ConfigError, EngineError, EngineStuck, LockstepEngineLost
 from dpgen.formatting import format_count
 from dpgen.records import Request, RowResult, UndecodedRow
 
@@ -214,12 +214,12 @@ class EngineSupervisor:
     def close(self) -> None:
         """End the engine."""
         if self._process is not None:
-            self._process.close()
+            _warn_if_stuck(self._process.close)
 
     def kill(self) -> None:
         """End the engine immediately."""
         if self._process is not None:
-            self._process.kill()
+            _warn_if_stuck(self._process.kill)
 
     # ---- messages from the engine
 
@@ -315,7 +315,7 @@ class EngineSupervisor:
 
     def _restart_or_raise(self, error: EngineError) -> None:
         """Restart an engine that died before it was ready, unless the cause would only repeat."""
-        if not self._can_restart:
+        if not self._can_restart or isinstance(error, EngineStuck):
             raise error
         self.num_deaths += 1
         self._deaths_in_a_row += 1
@@ -328,19 +328,19 @@ class EngineSupervisor:
     def _handle_death(self, error: EngineError) -> None:
         """Restart the engine, or abandon it and leave its rows, unblamed, to the other ranks."""
         assert self._process is not None
-        self._process.kill()
+        try:
+            self._process.kill()
+        except EngineStuck as stuck:
+            error = stuck
         if not self._can_restart:
             raise LockstepEngineLost(error.summarize())
         self.num_deaths += 1
         self._deaths_in_a_row += 1
         self._earlier_stats, self._stats = self._stats.add_counts(self._earlier_stats), EngineStats()
         self._blame.record_death(error)
-        reason = self._blame.sickness
-        if self._has_no_restarts_left:
-            reason = f"{format_count(self._deaths_in_a_row, 'death')} in a row"
-        if reason:
+        if (reason := self._find_reason_to_abandon(error)) is not None:
             rows = format_count(self._blame.num_unfinished, "row")
-            logger.warning(error.describe(f"abandoning it after {reason}, leaving {rows} to other ranks"))
+            logger.warning(error.describe(f"abandoning it{reason}, leaving {rows} to other ranks"))
             self._process = None
             return
         change = self._reduce_memory() if error.is_out_of_memory else ""
@@ -352,6 +352,13 @@ class EngineSupervisor:
         self._max_progress = EngineStats().progress
         self._mark_progress()
         self._process = self._start(self._spec)
+
+    def _find_reason_to_abandon(self, error: EngineError) -> str | None:
+        if isinstance(error, EngineStuck):
+            return ", since it holds its devices"
+        if self._has_no_restarts_left:
+            return f" after {format_count(self._deaths_in_a_row, 'death')} in a row"
+        return f" after {self._blame.sickness}" if self._blame.sickness else None
 
     @property
     def _has_no_restarts_left(self) -> bool:
@@ -382,3 +389,10 @@ class EngineSupervisor:
             change = f"gpu_memory_utilization={fraction}"
         self._spec = dataclasses.replace(self._spec, options=options)
         return f" with {change}"
+
+
+def _warn_if_stuck(end: Callable[[], None]) -> None:
+    try:
+        end()
+    except EngineStuck as error:
+        logger.warning(error.summarize("leaving it to the kernel"))

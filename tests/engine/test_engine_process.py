@@ -26,7 +26,7 @@ from dpgen.engine.messages import (
     RowsFinished,
 )
 from dpgen.engine.process import EngineProcess, build_engine_env
-from dpgen.errors import EngineError
+from dpgen.errors import EngineError, EngineStuck
 from dpgen.records import Request
 
 pytestmark = pytest.mark.multi
@@ -100,6 +100,18 @@ def test_a_killed_engine_is_noticed_at_once_with_the_signal(engine: EngineProces
     with pytest.raises(EngineError, match="was killed by SIGKILL") as raised:
         poll_for_ten_seconds(engine)
     assert raised.value.signal is signal.SIGKILL
+
+
+def test_an_engine_that_sigkill_does_not_end_is_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = build_engine_env(os.environ, gpus=None, num_cores=1, log_level="warning")
+    process = EngineProcess(EngineSpec("fake", "none"), environment, None, EngineLog("warning"), kill_timeout_s=0.2)
+    with monkeypatch.context() as context:
+        context.setattr(os, "killpg", lambda group, number: None)  # as for a process that a driver holds
+        with pytest.raises(EngineStuck, match=rf"^the engine process {process.pid} can't be ended"):
+            process.kill()
+    os.killpg(process.pid, signal.SIGKILL)
+    process._process.wait()
+    process.kill()
 
 
 def test_a_failure_names_the_log_file_which_holds_the_traceback(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from dpgen.engine.messages import (
     RowsFinished,
 )
 from dpgen.engine.supervisor import EngineLimits, EngineSupervisor
-from dpgen.errors import EngineError, LockstepEngineLost
+from dpgen.errors import EngineError, EngineStuck, LockstepEngineLost
 from dpgen.records import Completion, Request, RowResult
 
 OOM = "the engine failed: OutOfMemoryError: CUDA out of memory"
@@ -175,6 +175,20 @@ def test_an_engine_that_dies_again_and_again_is_abandoned(caplog: pytest.LogCapt
     assert caplog.messages[-1] == (
         f"dead on arrival, abandoning it after 2 deaths in a row, leaving 3 rows to other ranks, see {LOG_PATH}"
     )
+
+
+def test_an_engine_that_cannot_be_ended_is_abandoned_without_a_successor(caplog: pytest.LogCaptureFixture) -> None:
+    def kill() -> None:
+        raise EngineStuck("the engine process 7 can't be ended (it runs 30 s after SIGKILL)", log_path=LOG_PATH)
+
+    harness = SupervisorHarness(lambda rows: "the engine sent no message")
+    harness.processes[0].kill = kill  # type: ignore[method-assign]
+    assert not harness.run(range(3))
+    assert harness.engine.is_abandoned and len(harness.processes) == 1
+    assert caplog.messages == [
+        "the engine process 7 can't be ended (it runs 30 s after SIGKILL), abandoning it, since it holds its devices, "
+        f"leaving 3 rows to other ranks, see {LOG_PATH}"
+    ]
 
 
 def test_the_death_of_an_engine_that_steps_together_ends_the_run_and_names_the_log() -> None:
