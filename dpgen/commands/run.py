@@ -97,7 +97,7 @@ def main(options: argparse.Namespace) -> int:
         topology = read_topology(os.environ)
         setup_logging(topology.dp_rank, log_format)
         if topology.dp_size > 1:
-            group = _join_ranks(topology)
+            group = _join_ranks(topology, status_file)
             topology = fill_local_rank(topology, group.nodes)
             startup.mark("rendezvous")
         group.run_on_all_ranks(lambda: status_file.reset(topology.dp_rank))
@@ -171,13 +171,13 @@ def _describe_unknown_option(unknown: Iterable[str]) -> str:
     return f"unknown option {option}{hint} see dpgen run --help"
 
 
-def _join_ranks(topology: Topology) -> RankGroup:
+def _join_ranks(topology: Topology, status_file: StatusFile) -> RankGroup:
     """Return the group of all ranks. Collective."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # dpgen reports lost peers itself, without C++ frames
     with imports_without_gc():
         from dpgen.distributed.gloo import GlooGroup  # imports torch, which a world of one does not need
 
-    return GlooGroup(topology)
+    return GlooGroup(topology, before_exit=lambda: status_file.write_once(EXIT_RESUMABLE))
 
 
 def _report_failure(group: RankGroup, status_file: StatusFile, error: DpgenError, log_format: LogFormat) -> int:

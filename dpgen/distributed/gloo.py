@@ -2,7 +2,7 @@
 
 - Every rank renews a lease in the store. A killed rank closes its connections; a rank that hangs or is cut off stops
   renewing. Either way the other ranks can continue without it (`GlooGroup.shrink`).
-- Rank 0 watches the leases, keeps the store (unless torchrun does) and leads every shrink.
+- Rank 0 watches the leases, keeps the store (unless torchrun does) and leads every shrink. The others watch rank 0's.
 - Limit: a group that lost rank 0 can't shrink; its ranks exit resumable.
 """
 
@@ -22,13 +22,24 @@ import torch
 import torch.distributed as dist
 
 from dpgen.distributed.group import PeerLost, PendingReduce, RankGroup, StoreLost
-from dpgen.distributed.leases import Leases
-from dpgen.distributed.network import Address, find_interface_to, raise_open_file_limit, wait_for_torchrun_store
+from dpgen.distributed.leases import Leases, end_stuck_process, read_lease_timing
+from dpgen.distributed.network import (
+    Address,
+    find_interface_to,
+    raise_open_file_limit,
+    wait_for_torchrun_store,
+)
 from dpgen.distributed.rendezvous import join_rendezvous
 from dpgen.distributed.store_discovery import StoreAdvertiser, discover_store
 from dpgen.distributed.timeout_store import TimeoutStore
 from dpgen.distributed.topology import Topology
-from dpgen.distributed.torch_world import add_prefix, connect_world, forget_world, open_store, summarize_error
+from dpgen.distributed.torch_world import (
+    add_prefix,
+    connect_world,
+    forget_world,
+    open_store,
+    summarize_error,
+)
 from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
 
 if TYPE_CHECKING:
@@ -38,11 +49,6 @@ _JOIN_TIMEOUT_S = 1800.0  # until every rank runs: a batch system may start them
 _REJOIN_TIMEOUT_S = 30.0  # every remaining rank has just entered the shrink
 _AGENT_TIMEOUT_S = 30.0
 _PEER_CHECK_INTERVAL_S = 0.5
-# A rank is lost if it has not renewed its lease for this long, the store if it has not answered for this long.
-# DPGEN_LEASE_S is for tests, which would otherwise wait a minute each. On a busy machine or network a short lease
-# takes slow ranks for lost.
-_LEASE_S = float(os.environ.get("DPGEN_LEASE_S") or 60.0)
-_BROKEN_LEASE_S = _LEASE_S / 4  # the limit once the group is known to be broken
 _ANNOUNCEMENT_TIMEOUT_S = 2.0
 _POLL_S = 0.05
 _SHORT_POLL_S = 0.001
@@ -56,13 +62,17 @@ class GlooGroup(RankGroup):
 
     store: TimeoutStore
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, before_exit: Callable[[], None] = lambda: None) -> None:
         """Join the group, and return once all ranks have joined. Collective.
+
+        Args:
+            before_exit: called, in another thread, before this process ends because its main thread is stuck.
 
         Raises:
             DpgenError: not all ranks joined within half an hour, or the store can't be reached.
         """
         raise_open_file_limit(64 + 4 * topology.dp_size)
+        self._timing = read_lease_timing(os.environ)
         self.rank, self.size = topology.dp_rank, topology.dp_size
         self._initial_rank = topology.dp_rank  # never changes; `rank` does when the group shrinks
         self._members = list(range(topology.dp_size))  # the initial ranks of the current members
@@ -74,8 +84,7 @@ class GlooGroup(RankGroup):
         self._hosts_store = topology.is_rank_0 and not agent_keeps_store
         # torchrun ends and restarts all ranks when one dies; srun can leave the others alone.
         self.can_shrink = topology.launcher == "slurm"
-        self._join(topology, agent_keeps_store)
-        self._leases = Leases(self.store, self._make_prefixed_store().clone(), self._initial_rank)
+        self._join(topology, agent_keeps_store, lambda: end_stuck_process(before_exit))
         self.nodes = self.all_gather_object(topology.node)
 
     @property
@@ -131,6 +140,7 @@ class GlooGroup(RankGroup):
     # ---- failures
 
     def raise_if_peer_failed(self) -> None:
+        self._leases.keep_alive()  # every wait for other ranks asks this
         now = time.monotonic()
         if now < self._next_peer_check_s:
             return
@@ -140,10 +150,12 @@ class GlooGroup(RankGroup):
             if self.store.check([f"{_SHRINK}/{self._num_shrinks + 1}"]):
                 raise PeerLost("lost another rank (reported by a peer)")
             if self.rank > 0:
-                return  # rank 0 watches for all: it leads every shrink, and the store serves N leases, not N x N
-            expired = self._leases.find_expired(self._members, _LEASE_S)
+                self._raise_if_rank_0_stuck()
+                return
+            # Rank 0 watches for all: it leads every shrink, and the store serves 2 N leases, not N x N.
+            expired = self._leases.find_expired(self._members, self._timing.lease_s)
         if expired:
-            raise PeerLost(f"lost rank {expired[0]} (no heartbeat for {_LEASE_S:.0f} s)")
+            raise PeerLost(f"lost rank {expired[0]} (no heartbeat for {self._timing.lease_s:.0f} s)")
 
     def announce_failure(self, message: str, exit_status: int) -> bool:
         try:
@@ -213,7 +225,7 @@ class GlooGroup(RankGroup):
 
     # ---- joining
 
-    def _join(self, topology: Topology, agent_keeps_store: bool) -> None:
+    def _join(self, topology: Topology, agent_keeps_store: bool, end_process: Callable[[], None]) -> None:
         address = (topology.master_addr, _find_store_port(topology))
         if agent_keeps_store:
             wait_for_torchrun_store(address)
@@ -224,7 +236,10 @@ class GlooGroup(RankGroup):
             self._base = self._open_store(address, agent_keeps_store)
             port = self._base.port
             self._key_prefix = f"dpgen/{self._join_rendezvous(topology)}"
-            self.store = TimeoutStore(self._make_prefixed_store(), _LEASE_S)
+            self.store = TimeoutStore(self._make_prefixed_store(), self._timing.lease_s)
+            own_store = self._make_prefixed_store().clone()
+            # Before connecting: once the ranks are connected, all leases exist.
+            self._leases = Leases(self.store, own_store, self.rank, timing=self._timing, end_process=end_process)
             self._connect()
         except (RuntimeError, ValueError) as error:
             raise DpgenError(
@@ -268,6 +283,15 @@ class GlooGroup(RankGroup):
                 time.sleep(_SHORT_POLL_S)
             work.wait()
 
+    def _raise_if_rank_0_stuck(self) -> None:
+        """Raise StoreLost if rank 0 stopped renewing its lease: its store answers whatever its main thread does."""
+        timing = self._timing
+        if self._leases.find_expired([0], timing.lease_s):
+            raise StoreLost(
+                f"rank 0 is stuck: its main thread made no progress for {timing.stuck_s + timing.lease_s:,.0f} s, or "
+                f"its process was stopped {timing.lease_s:.0f} s ago. Rerun the same command to resume"
+            )
+
     def _raise_if_failure_announced(self) -> None:
         if self.store.check([_FAILURE]):
             raise self._make_peer_error()
@@ -298,9 +322,10 @@ class GlooGroup(RankGroup):
         """Wait on rank 0 for every rank that still renews its lease, and publish those that entered the shrink."""
         while True:
             present = [member for member in self._members if self.store.check([f"{key}/{member}"])]
-            expired = self._leases.find_expired(self._members, _BROKEN_LEASE_S)
+            expired = self._leases.find_expired(self._members, self._timing.broken_lease_s)
             if set(present) | set(expired) >= set(self._members):
                 break
+            self._leases.keep_alive()
             self._raise_if_failure_announced()
             time.sleep(_POLL_S)
         self.store.set(f"{key}/members", json.dumps(present))
@@ -308,7 +333,9 @@ class GlooGroup(RankGroup):
 
     def _wait_for_members(self, key: str) -> list[int]:
         while not self.store.check([f"{key}/members"]):
+            self._leases.keep_alive()
             self._raise_if_failure_announced()
+            self._raise_if_rank_0_stuck()
             time.sleep(_POLL_S)
         members: list[int] = json.loads(self.store.get(f"{key}/members"))
         return members

@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-_RENEW_INTERVAL_S = 2.0
-_MAIN_THREAD_TIMEOUT_S = 300.0
+from dpgen.errors import EXIT_RESUMABLE, ConfigError
+
+logger = logging.getLogger(__name__)
+
+_MIN_LEASE_S = 8.0  # a quarter of it is still as long as a renewal takes
+_LOOKS_PER_LIMIT = 12
+_EXIT_WAIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class LeaseTiming:
+    """Hold how often leases are renewed and how long they last.
+
+    Attributes:
+        lease_s: a rank is lost if it has not renewed its lease for this long, the store if it gives no answer.
+        interval_s: between two renewals.
+    """
+
+    lease_s: float = 60.0
+    interval_s: float = 2.0
+
+    @property
+    def broken_lease_s(self) -> float:
+        """How long a lease lasts once the group is known to be broken, in seconds."""
+        return self.lease_s / 4
+
+    @property
+    def stuck_s(self) -> float:
+        """How long a main thread may take between two heartbeats, in seconds: 300 by default."""
+        return 5 * self.lease_s
+
+
+def read_lease_timing(environ: Mapping[str, str]) -> LeaseTiming:
+    """Return the timing. DPGEN_LEASE_S is for tests, which would otherwise wait a minute each.
+
+    On a busy machine or network a short lease takes slow ranks for lost.
+
+    Raises:
+        ConfigError: DPGEN_LEASE_S is no number, or so short that healthy ranks would count as lost.
+    """
+    text = environ.get("DPGEN_LEASE_S") or "60"
+    try:
+        lease_s = float(text)
+    except ValueError:
+        lease_s = 0.0
+    if not _MIN_LEASE_S <= lease_s < math.inf:
+        raise ConfigError(f"DPGEN_LEASE_S={text}: must be a number of seconds, at least {_MIN_LEASE_S:.0f}")
+    return LeaseTiming(lease_s)
 
 
 class Leases:
@@ -16,11 +66,12 @@ class Leases:
 
     A process may run on while its main thread is stuck, for example in a file system that hangs. So once the main
     thread has called `heartbeat`, it must keep calling; otherwise the lease is not renewed and the rank counts as lost.
+    Once the other ranks have noticed, the rank ends itself: it would hold its job, and what it generates is discarded.
 
     Args:
-        store: has `add`; used by the caller's thread.
+        store: used by the caller's thread.
         own_store: the same store over another connection, for the renewing thread, so that neither waits for the other.
-        stuck_s: how long the main thread may take between two heartbeats.
+        end_process: ends this process if its main thread stays stuck; called by the renewing thread.
     """
 
     def __init__(
@@ -29,31 +80,48 @@ class Leases:
         own_store: Any,
         rank: int,
         *,
-        interval_s: float = _RENEW_INTERVAL_S,
-        stuck_s: float = _MAIN_THREAD_TIMEOUT_S,
+        timing: LeaseTiming,
+        end_process: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._rank, self._clock = store, rank, clock
-        self._interval_s, self._stuck_s = interval_s, stuck_s
+        self._timing, self._end_process = timing, end_process
         self._last_heartbeat_s: float | None = None
         self._last_changes: dict[int, tuple[int, float]] = {}  # rank → its counter, and when this rank first saw it
         self._stopped = threading.Event()
+        self._last_look: tuple[tuple[Sequence[int], float], float] | None = None  # of whom by which limit, and when
+        store.add(_lease_key(rank), 0)  # others may ask for it from now on
         threading.Thread(target=self._renew, args=(own_store,), name="lease", daemon=True).start()
 
     def heartbeat(self) -> None:
         """Report that the main thread is running; see `RankGroup.heartbeat`."""
         self._last_heartbeat_s = self._clock()
 
+    def keep_alive(self) -> None:
+        """Report that the main thread waits for other ranks, which is no fault of its own."""
+        if self._last_heartbeat_s is not None:
+            self._last_heartbeat_s = self._clock()
+
     def pause_heartbeat(self) -> None:
         """Expect no heartbeat until the next one."""
         self._last_heartbeat_s = None
 
     def find_expired(self, members: Sequence[int], limit_s: float) -> list[int]:
-        """Return the members whose counter has not changed for `limit_s`, as far as this rank has watched."""
-        now = self._clock()
+        """Return the members whose counter has not changed for `limit_s`, as far as this rank has watched.
+
+        All counters are one request to the store. Between two requests, a twelfth of the limit apart (5 s of 60), no
+        member is new to have expired.
+
+        Args:
+            members: ranks whose `Leases` exist.
+        """
+        now, watched = self._clock(), (tuple(members), limit_s)
+        if self._last_look and self._last_look[0] == watched and now - self._last_look[1] < limit_s / _LOOKS_PER_LIMIT:
+            return []
+        self._last_look = (watched, now)
         expired = []
-        for member in members:
-            count = self._store.add(_lease_key(member), 0)
+        counts = self._store.get_many([_lease_key(member) for member in members])
+        for member, count in zip(members, counts, strict=True):
             last_count, since_s = self._last_changes.get(member, (-1, now))
             if count != last_count:
                 self._last_changes[member] = (count, now)
@@ -65,18 +133,32 @@ class Leases:
         """Stop renewing this rank's lease."""
         self._stopped.set()
 
-    @property
-    def _is_stuck(self) -> bool:
-        last_s = self._last_heartbeat_s
-        return last_s is not None and self._clock() - last_s > self._stuck_s
-
     def _renew(self, store: Any) -> None:
-        try:
-            while not self._stopped.wait(self._interval_s):
-                if not self._is_stuck:
+        timing, is_lost = self._timing, False
+        while not self._stopped.wait(timing.interval_s):
+            last_s = self._last_heartbeat_s
+            silent_s = 0.0 if last_s is None else self._clock() - last_s
+            if silent_s > timing.stuck_s + 2 * timing.lease_s:
+                self._end_process()
+                return
+            if silent_s <= timing.stuck_s and not is_lost:
+                try:
                     store.add(_lease_key(self._rank), 1)
-        except RuntimeError:
-            return  # the store is gone; the main thread will notice
+                except RuntimeError:  # the store is gone: the main thread will notice, unless it is stuck
+                    is_lost = True
+
+
+def end_stuck_process(before_exit: Callable[[], None]) -> None:
+    """End this process, resumable, though its main thread is stuck.
+
+    Args:
+        before_exit: called first, in a thread that is not waited for long: the file system may be what is stuck.
+    """
+    logger.error("the main thread is stuck and the other ranks continue without this one, ending it")
+    thread = threading.Thread(target=before_exit, name="before-exit", daemon=True)
+    thread.start()
+    thread.join(_EXIT_WAIT_S)
+    os._exit(EXIT_RESUMABLE)
 
 
 def _lease_key(rank: int) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 from helpers.clock import FakeClock
 from helpers.jobs import wait_for
 
 from dpgen.distributed.group import InMemoryStore
-from dpgen.distributed.leases import Leases
+from dpgen.distributed.leases import Leases, LeaseTiming, read_lease_timing
 from dpgen.distributed.timeout_store import TimeoutStore
+from dpgen.errors import ConfigError
 
 
 class PausableStore(InMemoryStore):
@@ -56,7 +57,7 @@ def test_an_error_of_the_store_itself_is_raised_and_later_calls_work(store: Paus
 
 def test_a_rank_whose_main_thread_is_stuck_counts_as_lost_until_its_next_heartbeat() -> None:
     store, clock = InMemoryStore(), FakeClock()
-    own = Leases(store, store, 1, interval_s=0.01, stuck_s=300, clock=clock)
+    own = Leases(store, store, 1, timing=LeaseTiming(interval_s=0.01), clock=clock)
 
     def count_renewals() -> int:
         return store.add("dpgen/lease/1", 0)
@@ -72,15 +73,75 @@ def test_a_rank_whose_main_thread_is_stuck_counts_as_lost_until_its_next_heartbe
     assert is_renewed()
     clock.now_s = 301
     assert not is_renewed(), "the last heartbeat is more than 300 s old"
-    peer = Leases(store, store, 0, interval_s=1000, clock=clock)
+    peer = Leases(store, store, 0, timing=LeaseTiming(interval_s=1000), clock=clock)
     assert peer.find_expired([1], 60) == [], "this peer has only begun to watch"
     clock.now_s += 60
     assert peer.find_expired([1], 60) == [1]
     own.heartbeat()
     wait_for(is_renewed)
+    clock.now_s += 5
     assert peer.find_expired([1], 60) == []
     own.pause_heartbeat()
+    own.keep_alive()
     clock.now_s += 10_000
-    assert is_renewed(), "no heartbeat is expected during a pause"
+    assert is_renewed(), "no heartbeat is expected during a pause, which a wait does not end"
+    own.heartbeat()
+    clock.now_s += 299
+    own.keep_alive()
+    clock.now_s += 299
+    assert is_renewed(), "a rank that waits for other ranks is not stuck"
     own.stop()
     peer.stop()
+
+
+def test_a_rank_that_stays_stuck_ends_itself_once_the_others_have_noticed() -> None:
+    store, clock, ended = InMemoryStore(), FakeClock(), threading.Event()
+    leases = Leases(store, store, 0, timing=LeaseTiming(interval_s=0.01), end_process=ended.set, clock=clock)
+    leases.heartbeat()
+    clock.now_s = 300 + 60 + 30
+    assert not ended.wait(0.2), "the other ranks give it up first"
+    clock.now_s = 300 + 120 + 1
+    assert ended.wait(30)
+
+
+class CountingStore(InMemoryStore):
+    """Count the requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_requests = 0
+
+    def add(self, key: str, amount: int) -> int:
+        self.num_requests += 1
+        return super().add(key, amount)
+
+    def get_many(self, keys: Sequence[str]) -> list[int]:
+        self.num_requests += 1
+        return super().get_many(keys)
+
+
+def test_rank_0_asks_for_all_leases_in_one_request_and_every_five_seconds_at_most() -> None:
+    store, clock = CountingStore(), FakeClock()
+    leases = [Leases(store, store, rank, timing=LeaseTiming(interval_s=1000), clock=clock) for rank in range(100)]
+    store.num_requests = 0
+    expired: list[int] = []
+    for _ in range(120):  # looks of a minute
+        expired += leases[0].find_expired(range(100), 60)
+        clock.now_s += 0.5
+    assert store.num_requests == 12
+    assert expired == []
+    assert leases[0].find_expired(range(100), 60) == list(range(100)), "none was renewed for a minute"
+    assert leases[0].find_expired(range(99), 60) == list(range(99)), "other members are looked at immediately"
+    for lease in leases:
+        lease.stop()
+
+
+@pytest.mark.parametrize("text", ["4", "7.9", "soon", "nan", "inf", "-60"])
+def test_a_lease_so_short_that_healthy_ranks_would_count_as_lost_is_rejected(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"DPGEN_LEASE_S={text}: must be a number of seconds, at least 8"):
+        read_lease_timing({"DPGEN_LEASE_S": text})
+
+
+def test_a_lease_lasts_a_minute_unless_a_test_shortens_it() -> None:
+    assert [read_lease_timing({}).lease_s, read_lease_timing({"DPGEN_LEASE_S": "8"}).lease_s] == [60, 8]
+    assert read_lease_timing({}).stuck_s == 300

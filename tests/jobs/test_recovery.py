@@ -14,6 +14,8 @@ import pytest
 from helpers.jobs import SHORT_LEASE, Launcher, WriteConfig, find_engine_pids, free_port, make_numbered_rows, wait_for
 from helpers.results import count_journal_bytes, load_all_rows, run_undisturbed
 
+from dpgen.lifecycle.status_file import STATUS_FILE
+
 pytestmark = pytest.mark.multi
 
 
@@ -126,6 +128,26 @@ def test_ranks_under_srun_continue_without_a_hung_rank(
     os.kill(jobs[2].process.pid, signal.SIGCONT)
     assert jobs[2].wait(60) != 0, "a removed rank does not report success"
     load_all_rows(tmp_path / "run", 200)
+
+
+@pytest.mark.slow
+def test_a_rank_0_whose_main_thread_is_stuck_ends_and_the_other_ranks_with_it(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template = "{{ prompt }}{% if prompt == 'row number 0' %}" + endless + "{% endif %}"
+    conf = write_config(
+        make_numbered_rows(100),
+        data={"prompt_column": None, "template": template},
+        work={"steal": False, "order": "dataset"},
+    )
+    environment = {"DPGEN_LEASE_S": "12", STATUS_FILE: str(tmp_path / "status")}  # stuck after 5 leases
+    jobs = launcher.start_like_srun("run", conf, rank_arguments=[[], []], **environment)
+    assert jobs[1].wait(200) == 75, "its store answers, so nothing but rank 0's lease tells"
+    assert "rank 0 is stuck: its main thread made no progress for 72 s" in jobs[1].output, jobs[1].output
+    assert jobs[0].wait(120) == 75, "it would hold its job for ever"
+    assert "the main thread is stuck" in jobs[0].output, jobs[0].output
+    assert (tmp_path / "status").read_text().split()[0] == "75"
 
 
 @pytest.mark.slow
