@@ -11,6 +11,7 @@
     │   ├── PeerFailed              *   another rank failed: its exit status
     │   │   ├── PeerLost           75   a rank vanished (`dpgen.distributed.group`)
     │   │   └── StoreLost          75   the host of the store vanished (`dpgen.distributed.group`)
+    │   ├── HostLimitReached       75   a rank's host has no file or port left (`dpgen.distributed.group`)
     │   ├── RowsLost                1   a journal write failed (`dpgen.journal.segment`)
     │   └── DamagedRecord           1   a journal record is corrupt (`dpgen.journal.reader`)
     └── RowRefused                  -   one row is rejected; it becomes a result with a typed error

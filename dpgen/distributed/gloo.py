@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.distributed as dist
 
-from dpgen.distributed.group import PeerLost, PendingReduce, RankGroup, StoreLost
+from dpgen.distributed.group import HostLimitReached, PeerLost, PendingReduce, RankGroup, StoreLost
 from dpgen.distributed.leases import Leases, end_stuck_process, read_lease_timing
 from dpgen.distributed.network import (
     Address,
     find_interface_to,
+    is_local_error,
     raise_open_file_limit,
     wait_for_torchrun_store,
 )
@@ -71,7 +72,7 @@ class GlooGroup(RankGroup):
         Raises:
             DpgenError: not all ranks joined within half an hour, or the store can't be reached.
         """
-        raise_open_file_limit(64 + 4 * topology.dp_size)
+        raise_open_file_limit(_count_files(topology.dp_size))
         self._timing = read_lease_timing(os.environ)
         self.rank, self.size = topology.dp_rank, topology.dp_size
         self._initial_rank = topology.dp_rank  # never changes; `rank` does when the group shrinks
@@ -189,6 +190,8 @@ class GlooGroup(RankGroup):
         except DpgenError:
             raise
         except RuntimeError as error:  # torch.distributed's errors are all RuntimeErrors
+            if is_local_error(error):
+                raise HostLimitReached(self._initial_rank, summarize_error(error)) from None
             raise self._make_peer_error(lost=summarize_error(error)) from None
 
     # ---- shrinking and leaving
@@ -206,9 +209,12 @@ class GlooGroup(RankGroup):
         self._members = members
         self.rank, self.size = members.index(self._initial_rank), len(members)
         forget_world()
+        raise_open_file_limit(_count_files(self.size))  # gloo may close what it held a moment later
         try:
             self._connect()
         except RuntimeError as error:
+            if is_local_error(error):
+                raise HostLimitReached(self._initial_rank, summarize_error(error)) from None
             raise PeerLost(f"lost another rank while regrouping ({summarize_error(error)})") from None
 
     def close(self) -> None:
@@ -377,6 +383,11 @@ class _GlooReduce:
 
     def result(self) -> list[int]:
         return [int(value) for value in self._tensor.tolist()]
+
+
+def _count_files(num_ranks: int) -> int:
+    """Return an upper bound of the files that connecting so many ranks takes: at rank 0 about 18 + 3 per rank."""
+    return 64 + 4 * num_ranks
 
 
 def _find_store_port(topology: Topology) -> int:

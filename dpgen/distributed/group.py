@@ -12,6 +12,8 @@ Waiting loops are kept by hand: tenacity (9.2) repeats a call that raises, while
 
 from __future__ import annotations
 
+import resource
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +43,19 @@ class StoreLost(PeerFailed):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, EXIT_RESUMABLE)
+
+
+class HostLimitReached(DpgenError):
+    """Report that this rank can't connect to others for want of files, ports or memory of its own host."""
+
+    exit_status = EXIT_RESUMABLE
+
+    def __init__(self, rank: int, cause: str) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        super().__init__(
+            f"rank {rank} on {socket.gethostname()} can't connect to the other ranks: {cause} (open files: limit "
+            f"{soft:,}, hard limit {hard:,}). Raise the hard limit (ulimit -Hn), and rerun the same command to resume"
+        )
 
 
 class PendingReduce(Protocol):

@@ -5,6 +5,8 @@ The one retry loop is kept by hand: tenacity (9.2) would be a dependency for the
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import socket
 import time
@@ -13,6 +15,7 @@ from dpgen.errors import DpgenError
 
 _AGENT_TIMEOUT_S = 10.0
 _POLL_S = 0.05
+_LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS)
 
 Address = tuple[str, int]  # host, port
 
@@ -71,3 +74,8 @@ def raise_open_file_limit(extra: int) -> None:
     wanted = soft + extra if hard == resource.RLIM_INFINITY else min(hard, soft + extra)
     if soft != resource.RLIM_INFINITY and wanted > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def is_local_error(error: Exception) -> bool:
+    """Return True if this host's limits are the cause of a connection's error, so that no peer is to blame."""
+    return any(os.strerror(number) in str(error) for number in _LOCAL_ERRORS)

@@ -6,6 +6,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +22,9 @@ from dpgen.distributed.network import Address
 _NO_TIMEOUT = timedelta(days=20)  # gloo counts milliseconds in a signed 32-bit integer: 24.8 days at most
 # Process groups whose collectives never end, kept until the process ends: destroying them would wait for those.
 _LEAKED_GROUPS: list[Any] = []
+_connections: dict[
+    int, str
+] = {}  # file descriptors of the world's connections, and the kernel's names of their sockets
 
 
 def open_store(address: Address, *, num_ranks: int | None, is_host: bool, connect_s: float, answer_s: float) -> Any:
@@ -56,7 +64,12 @@ def connect_world(base: Any, store: Any, rank: int, size: int, timeout_s: float)
     """
     timeout = timedelta(seconds=timeout_s)
     base.set_timeout(timeout)  # ranks find each other through the store, within its timeout
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    before = _list_connections(base.port)
+    try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    finally:
+        _connections.clear()
+        _connections.update(_list_connections(base.port).items() - before.items())
     c10d._set_pg_timeout(_NO_TIMEOUT)  # from now on slow ranks are waited for
     base.set_timeout(_NO_TIMEOUT)
 
@@ -65,8 +78,12 @@ def forget_world() -> None:
     """Make torch.distributed forget its world, so that `connect_world` may be called again.
 
     Destroying the world instead would wait for collectives that never end, and torch 2.13 has no public way to forget
-    it.
+    it. Shutting its connections down makes gloo close them: otherwise each lost rank costs rank 0 a file per rank.
     """
+    for descriptor, name in _connections.items():
+        with contextlib.suppress(OSError), _borrow_socket(descriptor, name) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+    _connections.clear()
     world = c10d._world
     _LEAKED_GROUPS.append(world.default_pg)
     for table in (
@@ -86,3 +103,34 @@ def summarize_error(error: Exception) -> str:
     """Return the first line of a library's error, without its place in the source, its advice and its jokes."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return line.rpartition("] ")[2].partition(". This is typically")[0]
+
+
+def _list_connections(store_port: int) -> dict[int, str]:
+    """Return this process's TCP connections, except those to the store: descriptors, and the kernel's names."""
+    connections = {}
+    with contextlib.suppress(OSError):  # no file is left to read the list with
+        for entry in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile, no socket, or not connected
+                name = os.readlink(f"/proc/self/fd/{entry}")
+                with _borrow_socket(int(entry), name) as connection:
+                    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+                        continue
+                    if store_port not in (connection.getpeername()[1], connection.getsockname()[1]):
+                        connections[int(entry)] = name
+    return connections
+
+
+@contextmanager
+def _borrow_socket(descriptor: int, name: str) -> Iterator[socket.socket]:
+    """Yield the socket of a descriptor, which another part of the process owns and closes.
+
+    Raises:
+        OSError: the descriptor is closed, or stands for something else by now.
+    """
+    if not name.startswith("socket:") or os.readlink(f"/proc/self/fd/{descriptor}") != name:
+        raise OSError(f"descriptor {descriptor} is not {name}")
+    borrowed = socket.socket(fileno=descriptor)
+    try:
+        yield borrowed
+    finally:
+        borrowed.detach()

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 _SYNC_INTERVAL_S = 1.0
 _STALE_SYNC_S = 5.0  # a sync that is this late is too old to leave rows to other ranks
 _REJECTION_WINDOW_S = 0.5  # an engine returns a row that it rejects within this time
+_MAX_FAILED_SHRINKS = 3  # rounds in a row in which the ranks did not connect, and none more was lost
 _WAIT_S = 0.1  # the longest wait for an engine that has work
 _IDLE_WAIT_S = 0.01  # ... for one that has none, while other ranks still work
 
@@ -324,10 +325,18 @@ class GenerationLoop:
         logger.info(f"resharded {num_remaining}: {self._planner.order.description}")
 
     def _recover_from_lost_peer(self, lost: PeerLost) -> None:
-        """Continue with the remaining ranks, where the launcher lets them live."""
+        """Continue with the remaining ranks, where the launcher lets them live.
+
+        Raises:
+            PeerLost: the launcher ends all ranks, or they can't be connected: round after round fails and none is lost.
+        """
+        num_failed_rounds, size = 0, self._group.size
         while True:
             if not self._group.can_shrink:
                 raise lost
+            if num_failed_rounds >= _MAX_FAILED_SHRINKS:
+                ranks = format_count(size, "remaining rank")
+                raise PeerLost(f"{ranks} did not connect in {num_failed_rounds} rounds. Last error: {lost}")
             logger.warning(f"{lost}, continuing with the remaining ranks")
             try:
                 self._group.shrink()
@@ -337,6 +346,8 @@ class GenerationLoop:
                 return
             except PeerLost as another:  # lost while the group was shrinking
                 lost = another
+                is_smaller = self._group.size < size
+                num_failed_rounds, size = 0 if is_smaller else num_failed_rounds + 1, self._group.size
 
     # ---- check
 

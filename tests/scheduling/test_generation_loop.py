@@ -169,6 +169,15 @@ def test_a_lost_rank_is_a_warning_and_the_remaining_rows_are_resharded(caplog: p
     assert sorted(result.row for result in journal.results) == list(range(50)), "no row is lost or generated twice"
 
 
+def test_ranks_that_cannot_connect_though_no_other_is_lost_end_resumable_after_three_rounds() -> None:
+    group = LossyGroup(["lost rank 3", *["connecting timed out"] * 10])
+    loop, planner, _ = make_loop(6, group=group)
+    with pytest.raises(PeerLost, match=r"1 remaining rank did not connect in 3 rounds\. Last error: conn") as raised:
+        loop.run(planner.plan())
+    assert raised.value.exit_status == 75
+    assert group.num_shrink_calls == 3
+
+
 def test_a_rank_that_is_lost_while_the_group_shrinks_is_removed_as_well(caplog: pytest.LogCaptureFixture) -> None:
     group = LossyGroup(["lost rank 3", "lost another rank while regrouping"])
     loop, planner, journal = make_loop(20, group=group)

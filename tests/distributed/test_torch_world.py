@@ -1,0 +1,62 @@
+"""Connecting again after a loss: the connections of the world that was forgotten are closed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+import pytest
+from helpers.jobs import Launcher, free_port
+
+from dpgen.distributed.network import is_local_error
+
+# Three ranks connect four times, as after three losses. Each prints its connections to other ranks at the end.
+PROGRAM = """
+import os, socket, sys, time
+from dpgen.distributed import torch_world as world
+
+engine_pipe = socket.socketpair()  # another part of the process has connections, too
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+base = world.open_store(("127.0.0.1", port), num_ranks=3, is_host=rank == 0, connect_s=120, answer_s=120)
+for epoch in range(4):
+    if epoch:
+        world.forget_world()
+    world.connect_world(base, world.add_prefix(base, f"epoch-{epoch}"), rank, 3, 120)
+    base.add(f"connected/{epoch}", 1)
+    while base.add(f"connected/{epoch}", 0) < 3:
+        time.sleep(0.05)
+deadline_s = time.monotonic() + 60
+while (num := len(world._list_connections(base.port))) > 2 and time.monotonic() < deadline_s:
+    time.sleep(0.05)
+print("connections", num, flush=True)
+engine_pipe[0].sendall(b"still open")
+base.add("done", 1)
+while rank == 0 and base.add("done", 0) < 3:
+    time.sleep(0.05)
+os._exit(0)
+"""
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_a_forgotten_world_leaves_no_connection_open(launcher: Launcher) -> None:
+    port = str(free_port())
+    jobs = [
+        launcher.start([launcher.python, "-c", PROGRAM, str(rank), port], GLOO_SOCKET_IFNAME="lo") for rank in range(3)
+    ]
+    assert [job.wait() for job in jobs] == [0] * 3, "".join(job.output for job in jobs)
+    assert [re.findall(r"connections (\d+)", job.output) for job in jobs] == [["2"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (f"[../pair.cc:254] accept: {os.strerror(errno.EMFILE)}", True),
+        (f"[enforce fail at device.cc:83] rv != -1. bind: {os.strerror(errno.EADDRNOTAVAIL)}", True),
+        (f"[../pair.cc:534] Connection closed by peer [198.18.0.2]:4242: {os.strerror(errno.ECONNRESET)}", False),
+        ("the store has not answered for 60 s", False),
+    ],
+)
+def test_a_limit_of_this_host_is_told_from_a_lost_peer(message: str, expected: bool) -> None:
+    assert is_local_error(RuntimeError(message)) == expected
