@@ -6,7 +6,7 @@
     │   ├── Interrupted            75   stopped by a signal or a time limit
     │   ├── LockstepEngineLost     75   one of several engines that step together died
     │   ├── NoEngineLeft           75   no rank has a working engine
-    │   ├── EngineError             1   an engine did not start, died, or broke its protocol
+    │   ├── EngineError          1,75   an engine did not start, died, or broke its protocol; 75 if it may start later
     │   │   └── EngineStuck         1   an engine process can't be ended, and holds its GPU
     │   ├── PeerFailed              *   another rank failed: its exit status
     │   │   ├── PeerLost           75   a rank vanished (`dpgen.distributed.group`)
@@ -40,6 +40,7 @@ _OUT_OF_MEMORY_ANYWHERE = ("no available memory for the cache", "alloc_failed", 
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", *_OUT_OF_MEMORY_ANYWHERE)
 # In output that is only searched: harmless lines speak of "out of memory" too.
 _OUT_OF_MEMORY_IN_OUTPUT = ("cuda out of memory", "hip out of memory", "outofmemoryerror", *_OUT_OF_MEMORY_ANYWHERE)
+_PORT_IN_USE = ("address already in use", "eaddrinuse")
 _CONTEXT_TOO_LONG = "larger than the available kv cache memory"
 
 
@@ -118,6 +119,8 @@ class EngineError(DpgenError):
         super().__init__(cause)
         self.cause, self.signal, self.log_path, self.last_lines = cause, signal, log_path, list(last_lines)
         self._reported, self._output = "\n".join([cause, *last_lines]).lower(), "\n".join(output).lower()
+        if signal is not None or self.is_out_of_memory or self._is_port_in_use:
+            self.exit_status = EXIT_RESUMABLE
 
     def __str__(self) -> str:
         return self.describe()
@@ -145,6 +148,10 @@ class EngineError(DpgenError):
     def is_memory_still_held(self) -> bool:
         """Return True if other processes held the memory at the start: often an ended engine, for some seconds."""
         return _MEMORY_STILL_HELD in self._reported or _MEMORY_STILL_HELD in self._output
+
+    @property
+    def _is_port_in_use(self) -> bool:
+        return any(text in self._reported or text in self._output for text in _PORT_IN_USE)
 
     @property
     def is_context_too_long(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from dpgen.config.prompt import PromptConfig
@@ -238,3 +239,24 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free what would outlive this process: worker processes, shared memory."""
+
+
+class EngineHandle(Protocol):
+    """Interface of one engine process, as the supervisor uses it; see `dpgen.engine.process.EngineProcess`."""
+
+    @property
+    def log_path(self) -> Path | None: ...
+
+    def load_model(self, text_config: EngineTextConfig, kv_bytes: int | None = None) -> None: ...
+
+    def set_kv_bytes(self, num_bytes: int) -> None: ...
+
+    def submit(self, requests: list[Request]) -> None: ...
+
+    def poll(self, timeout_s: float) -> list[Event]: ...
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def kill(self) -> None: ...

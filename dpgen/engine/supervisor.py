@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from dpgen.config.schema import RunConfig
 from dpgen.engine.blame import BlameTracker
+from dpgen.engine.memory import EngineMemory
 from dpgen.engine.messages import (
+    EngineHandle,
     EngineInfo,
     EngineReady,
     EngineSpec,
@@ -39,28 +42,14 @@ logger = logging.getLogger(__name__)
 
 E = TypeVar("E", OptionsChecked, KvBytesMeasured, EngineReady)
 
+_MAX_START_RETRIES = 2
+# DPGEN_START_RETRY_S is for tests, which would otherwise wait 20 seconds for an engine that never starts.
+_START_RETRY_S = float(os.environ.get("DPGEN_START_RETRY_S") or 10.0)
 _START_WAIT_S = 0.2  # while an engine starts, the other ranks are checked this often
 
 
-class EngineHandle(Protocol):
-    """Interface of one engine process, as the supervisor uses it; see `dpgen.engine.process.EngineProcess`."""
-
-    @property
-    def log_path(self) -> Path | None: ...
-
-    def load_model(self, text_config: EngineTextConfig, kv_bytes: int | None = None) -> None: ...
-
-    def set_kv_bytes(self, num_bytes: int) -> None: ...
-
-    def submit(self, requests: list[Request]) -> None: ...
-
-    def poll(self, timeout_s: float) -> list[Event]: ...
-
-    def stop(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def kill(self) -> None: ...
+class _EngineHung(EngineError):
+    """Report an engine that has taken too long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +61,13 @@ class EngineLimits:
         start_timeout_s: seconds without a message while it starts: for the check of its options, and again for loading
             the model.
         max_deaths: deaths in a row, without a finished row between them, after which the engine is abandoned.
+        start_retry_s: seconds before a start that failed is tried again.
     """
 
     timeout_s: float
     start_timeout_s: float
     max_deaths: int
+    start_retry_s: float = _START_RETRY_S
 
     @classmethod
     def from_config(cls, run: RunConfig) -> EngineLimits:
@@ -89,7 +80,7 @@ class EngineSupervisor:
 
     Args:
         start: starts a process from a spec.
-        spec: the engine to start; adapted when memory runs out.
+        spec: the engine to start.
         limits: when the engine counts as hung, and when it is abandoned.
         can_restart: False for an engine that steps together with others: its death ends the run, resumable.
         clock: seconds that only increase.
@@ -104,13 +95,15 @@ class EngineSupervisor:
         can_restart: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._start, self._spec, self._limits, self._clock = start, spec, limits, clock
+        self._start, self._limits, self._clock = start, limits, clock
+        self._memory = EngineMemory(spec)
         self._can_restart = can_restart
         self._process: EngineHandle | None = start(spec)
         self._info: EngineInfo | None = None
-        self._kv_bytes: int | None = None
         self._text_config = EngineTextConfig()
         self._is_ready = False
+        self._start_due_s: float | None = None  # when the next life begins, where it waits
+        self._num_start_retries = 0
         self._last_event_s = self._last_progress_s = clock()
         self._max_progress: tuple[int, ...] = EngineStats().progress  # the largest counts of this life
         self._blame = BlameTracker()
@@ -132,7 +125,7 @@ class EngineSupervisor:
             try:
                 checked = self._wait_for(OptionsChecked, on_wait)
             except EngineError as error:
-                self._restart_or_raise(error)
+                self._restart_or_raise(error, on_wait)
                 continue
             if checked.problem is not None:
                 raise ConfigError(checked.problem)
@@ -161,17 +154,15 @@ class EngineSupervisor:
                 self._mark_progress()
                 self._process.load_model(text_config)
                 measured = self._wait_for(KvBytesMeasured, on_wait).num_bytes
-                if self._kv_bytes is None:  # agreed once: the other ranks do not ask again
-                    self._kv_bytes = agree_kv(measured)
+                if self._memory.kv_bytes is None:  # agreed once: the other ranks do not ask again
+                    self._memory.kv_bytes = agree_kv(measured)
                     self._mark_progress()  # the wait for other ranks is not the engine's silence
-                self._process.set_kv_bytes(min(self._kv_bytes, measured))
-                self._info = self._wait_for(EngineReady, on_wait).info
+                self._process.set_kv_bytes(min(self._memory.kv_bytes, measured))
+                self._set_ready(self._wait_for(EngineReady, on_wait).info)
             except EngineError as error:
-                self._restart_or_raise(error)
+                self._restart_or_raise(error, on_wait)
                 self.check_options(on_wait)
         self._deaths_in_a_row = 0
-        self._is_ready = True
-        self._mark_progress()
         return self._info
 
     # ---- generating: nothing here waits for an engine
@@ -196,6 +187,11 @@ class EngineSupervisor:
         if self._process is None:
             time.sleep(timeout_s)
             return []
+        if self._start_due_s is not None:
+            if self._clock() < self._start_due_s:
+                time.sleep(timeout_s)
+                return []
+            self._start_again()
         events: list[Event] = []
         try:
             for event in self._process.poll(timeout_s):
@@ -250,11 +246,15 @@ class EngineSupervisor:
             assert self._process is not None
             if event.problem is not None:
                 raise self._make_error(f"the engine rejected its options: {event.problem}")
-            self._process.load_model(self._text_config, self._kv_bytes)
+            self._process.load_model(self._text_config, self._memory.kv_bytes)
         elif isinstance(event, EngineReady):
-            self._info = event.info
-            self._is_ready = True
+            self._set_ready(event.info)
             logger.warning(f"engine restarted, resuming {format_count(self._blame.num_unfinished, 'row')}")
+
+    def _set_ready(self, info: EngineInfo) -> None:
+        self._info, self._is_ready = info, True
+        self._memory.record_start(info.max_num_seqs)
+        self._mark_progress()
 
     def _handle_finished(self, event: RowsFinished) -> Iterable[Event]:
         """Yield the rows without the canary's result, and the verdicts for which they are the witnesses."""
@@ -294,11 +294,14 @@ class EngineSupervisor:
             limit_s, phase = self._limits.start_timeout_s, "while it was starting (run.engine_start_timeout_s"
         if idle_s > limit_s and (self._blame.is_busy or not self._is_ready):
             what = f"sent no message for {silent_s:.0f}" if silent_s > limit_s else f"made no progress for {idle_s:.0f}"
-            raise self._make_error(f"the engine {what} s {phase}={limit_s:g})")
+            raise _EngineHung(f"the engine {what} s {phase}={limit_s:g})", log_path=self._log_path)
 
     def _make_error(self, cause: str) -> EngineError:
-        assert self._process is not None
-        return EngineError(cause, log_path=self._process.log_path)
+        return EngineError(cause, log_path=self._log_path)
+
+    @property
+    def _log_path(self) -> Path | None:
+        return None if self._process is None else self._process.log_path
 
     # ---- rows to the engine
 
@@ -313,16 +316,29 @@ class EngineSupervisor:
 
     # ---- deaths
 
-    def _restart_or_raise(self, error: EngineError) -> None:
-        """Restart an engine that died before it was ready, unless the cause would only repeat."""
-        if not self._can_restart or isinstance(error, EngineStuck):
+    def _restart_or_raise(self, error: EngineError, on_wait: Callable[[], None]) -> None:
+        """Restart an engine that died before it was ready.
+
+        A start is tried again at once with less memory or after a signal, twice after any other failure. A start that
+        took longer than its limit, or that no memory would help, is not tried again.
+        """
+        if not self._can_restart or isinstance(error, _EngineHung | EngineStuck) or error.is_context_too_long:
             raise error
         self.num_deaths += 1
         self._deaths_in_a_row += 1
-        change = self._reduce_memory() if error.is_out_of_memory else ""
-        if not (change or error.signal) or self._has_no_restarts_left:
+        change = self._memory.reduce_after(error, self._deaths_in_a_row)
+        is_immediate = bool(change or error.signal)
+        self._num_start_retries += not is_immediate
+        if self._num_start_retries > _MAX_START_RETRIES or self._has_no_restarts_left:
             raise error
-        logger.warning(error.describe(f"retrying its start-up{change}"))
+        assert self._process is not None
+        self._process.kill()
+        delay_s = 0 if is_immediate else self._limits.start_retry_s
+        logger.warning(error.describe(f"retrying its start-up{change}{_format_delay(delay_s)}"))
+        due_s = self._clock() + delay_s
+        while self._clock() < due_s:
+            on_wait()
+            time.sleep(min(_START_WAIT_S, delay_s))
         self._start_again()
 
     def _handle_death(self, error: EngineError) -> None:
@@ -343,15 +359,19 @@ class EngineSupervisor:
             logger.warning(error.describe(f"abandoning it{reason}, leaving {rows} to other ranks"))
             self._process = None
             return
-        change = self._reduce_memory() if error.is_out_of_memory else ""
-        logger.warning(error.describe(f"restarting it{change}"))
-        self._start_again()
+        change = self._memory.reduce_after(error, self._deaths_in_a_row)
+        is_immediate = self._is_ready or bool(change or error.signal)
+        delay_s = 0 if is_immediate else self._limits.start_retry_s  # a start that failed may need time to succeed
+        logger.warning(error.describe(f"restarting it{change}{_format_delay(delay_s)}"))
+        self._is_ready, self._start_due_s = False, self._clock() + delay_s
+        if is_immediate:
+            self._start_again()
 
     def _start_again(self) -> None:
         self._is_ready = False
         self._max_progress = EngineStats().progress
         self._mark_progress()
-        self._process = self._start(self._spec)
+        self._process, self._start_due_s = self._start(self._memory.spec), None
 
     def _find_reason_to_abandon(self, error: EngineError) -> str | None:
         if isinstance(error, EngineStuck):
@@ -364,35 +384,13 @@ class EngineSupervisor:
     def _has_no_restarts_left(self) -> bool:
         return self._deaths_in_a_row >= self._limits.max_deaths
 
-    def _reduce_memory(self) -> str:
-        """Lower a limit of the next life: sequences at the first two deaths in a row, then memory.
-
-        Returns:
-            the new limit as " with NAME=VALUE"; "" if there is nothing left to lower.
-        """
-        options = dict(self._spec.options)
-        num_seqs = options.get("max_num_seqs") or (self._info.max_num_seqs if self._info else 256)
-        if self._deaths_in_a_row <= 2 and num_seqs > 1:
-            options["max_num_seqs"] = max(1, num_seqs // 2)
-            change = f"max_num_seqs={options['max_num_seqs']}"
-        elif self._kv_bytes is not None:
-            self._kv_bytes = self._kv_bytes * 8 // 10
-            change = f"a KV cache of {self._kv_bytes >> 20:,} MiB"
-        elif "kv_cache_memory_bytes" in options:
-            options["kv_cache_memory_bytes"] = options["kv_cache_memory_bytes"] * 8 // 10
-            change = f"kv_cache_memory_bytes={options['kv_cache_memory_bytes']}"
-        else:
-            fraction = round(float(options.get("gpu_memory_utilization", 0.9)) - 0.1, 2)
-            if fraction <= 0:
-                return ""
-            options["gpu_memory_utilization"] = fraction
-            change = f"gpu_memory_utilization={fraction}"
-        self._spec = dataclasses.replace(self._spec, options=options)
-        return f" with {change}"
-
 
 def _warn_if_stuck(end: Callable[[], None]) -> None:
     try:
         end()
     except EngineStuck as error:
         logger.warning(error.summarize("leaving it to the kernel"))
+
+
+def _format_delay(delay_s: float) -> str:
+    return f" in {delay_s:g} s" if delay_s else ""

@@ -276,6 +276,87 @@ def test_an_engine_that_never_loads_is_not_waited_for_forever() -> None:
     assert clock.now_s - began_s == 601
 
 
+STILL_HELD = "Free memory on device cuda:0 (1/80 GiB) on startup is less than desired GPU memory utilization (0.9)"
+TOO_LONG = "16 GiB KV cache is needed, which is larger than the available KV cache memory (3 GiB)"
+
+
+class StartHarness:
+    """A supervisor whose lives fail to load, each for the next cause of a list; None is a life that loads."""
+
+    def __init__(self, *causes: str | None) -> None:
+        self.clock = FakeClock()
+        self.processes: list[FakeProcess] = []
+        self._causes = list(causes)
+        limits = dataclasses.replace(LIMITS, start_retry_s=1.0)
+        self.engine = EngineSupervisor(self._start, EngineSpec("fake", "m"), limits, clock=self.clock)
+
+    def _start(self, spec: EngineSpec) -> FakeProcess:
+        process = FakeProcess(spec, lambda rows: None)
+        cause = self._causes.pop(0)
+        if cause is not None:
+
+            def fail(text_config: EngineTextConfig, kv_bytes: int | None = None) -> None:
+                raise EngineError(cause)
+
+            process.load_model = fail  # type: ignore[method-assign]
+        self.processes.append(process)
+        return process
+
+    def load(self) -> None:
+        self.engine.check_options(self._wait)
+        self.engine.load_model(lambda measured: measured, self._wait)
+
+    def _wait(self) -> None:
+        self.clock.now_s += 0.25
+
+
+def test_a_start_that_fails_is_tried_again_twice(caplog: pytest.LogCaptureFixture) -> None:
+    harness = StartHarness("no such device", "no such device", None)
+    harness.load()
+    assert harness.engine.max_num_seqs == 8 and len(harness.processes) == 3
+    assert all(process.killed for process in harness.processes[:2])
+    assert caplog.messages == ["no such device, retrying its start-up in 1 s"] * 2
+    assert harness.clock.now_s >= 2
+
+
+def test_a_start_that_fails_three_times_ends_the_run_with_the_cause() -> None:
+    harness = StartHarness(*["no such device"] * 3)
+    with pytest.raises(EngineError, match="no such device") as raised:
+        harness.load()
+    assert raised.value.exit_status == 1
+
+
+def test_memory_that_an_ended_engine_still_holds_is_waited_for_once_before_limits_are_lowered() -> None:
+    harness = StartHarness(STILL_HELD, STILL_HELD, None)
+    harness.load()
+    assert [process.spec.options for process in harness.processes] == [{}, {}, {"max_num_seqs": 128}]
+
+
+def test_a_context_that_does_not_fit_is_not_tried_again() -> None:
+    harness = StartHarness(TOO_LONG)
+    with pytest.raises(EngineError, match=r"set a smaller engine\.max_model_len"):
+        harness.load()
+
+
+def test_a_restart_that_fails_is_tried_again_later_and_nobody_waits_for_it(caplog: pytest.LogCaptureFixture) -> None:
+    harness = StartHarness(None, "busy", None)
+    harness.load()
+    harness.engine.submit([Request(0, [1])])
+    harness.processes[0]._find_cause = lambda rows: "dead"
+    for _ in range(3):
+        harness.engine.poll(0)
+    assert len(harness.processes) == 2 and caplog.messages[-1] == "busy, restarting it in 1 s"
+    harness.clock.now_s += 1
+    events = [event for _ in range(4) for event in harness.engine.poll(0)]
+    assert len(harness.processes) == 3 and any(isinstance(event, RowsFinished) for event in events)
+
+
+def test_an_engine_that_may_start_later_ends_the_run_resumable() -> None:
+    assert EngineError("killed", signal=signal.SIGKILL).exit_status == 75
+    assert EngineError(OOM).exit_status == EngineError("OSError: Address already in use").exit_status == 75
+    assert EngineError("no such device").exit_status == 1
+
+
 def test_an_idle_engine_may_be_silent() -> None:
     harness = SupervisorHarness(lambda rows: None)
     harness.run(range(1), num_polls=500)
@@ -294,7 +375,8 @@ def test_out_of_memory_restarts_with_lower_limits_and_blames_no_row(caplog: pyte
     results = harness.run(range(10))
     assert sorted(results) == list(range(10)) and not any(result.error for result in results.values())
     assert [spec.options.get("max_num_seqs") for spec in specs] == [None, 4, 2]
-    assert f"{OOM}, restarting it with max_num_seqs=2, see {LOG_PATH}" in caplog.messages
+    keep = "(engine.max_num_seqs=2 keeps this for later attempts)"
+    assert f"{OOM}, restarting it with max_num_seqs=2 {keep}, see {LOG_PATH}" in caplog.messages
 
 
 def test_an_engines_last_lines_stand_below_what_happened(caplog: pytest.LogCaptureFixture) -> None:

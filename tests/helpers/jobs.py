@@ -114,7 +114,8 @@ class Launcher:
     def start(self, command: Sequence[str], terminal: bool = False, **environment: str) -> Job:
         """Start a command in `cwd` (the repository), without the variables of a launcher around the tests."""
         variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
-        variables |= {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+        variables |= {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        variables |= {"DPGEN_START_RETRY_S": "0.5", **environment}
         job = Job(command, variables, self.folder / f"job-{len(self.jobs)}.log", terminal, self.cwd)
         if self.engine_slot is not None and command[0] == self.python and "torch.distributed.run" not in command:
             cores = sorted(os.sched_getaffinity(0))
