@@ -17,7 +17,7 @@
     └── RowRefused                  -   one row is rejected; it becomes a result with a typed error
         └── RenderTimeout           -   rendering the row took too long
 
-The number is the exit status. It belongs to the type, so `__main__` needs no table:
+The number is the exit status. It belongs to the error, so `__main__` needs no table:
 0 done, 2 wrong usage or configuration, 75 stopped but resumable, 1 anything else.
 """
 

@@ -46,7 +46,8 @@ class BlameTracker:
         self.canary: Request | None = None
         self._canary_tokens = 0  # tokens of the canary, prompt included
         self._is_canary_in_flight = False
-        self._is_trial = False  # the rows in flight are a group of suspects
+        self._is_trial = False  # the rows in flight are a group of suspects, or what is left of it
+        self._is_isolated = False  # the group is one row
         self._waiting: deque[Request] = deque()
         self._groups: deque[list[Request]] = deque()
         self._held: dict[int, tuple[Request, str]] = {}  # rows that killed the engine while alone, and how
@@ -102,6 +103,7 @@ class BlameTracker:
             batch = [self._held.pop(row)[0]]
         else:
             return []
+        self._is_isolated = self._is_trial and len(batch) == 1
         self.in_flight |= {request.row: request for request in batch}
         return batch
 
@@ -133,7 +135,7 @@ class BlameTracker:
             self._put_back(rows)
         elif is_canary:
             self._num_canary_deaths += not error.is_external_kill
-        elif len(rows) == 1 and self._is_trial:
+        elif self._is_isolated and rows:
             self._judge_isolated(rows[0], error)
         elif self._count_death(rows, error):
             self._split(rows) if self._is_trial else self._suspect(rows)

@@ -167,6 +167,18 @@ def test_a_held_row_becomes_poison_once_another_row_is_finished() -> None:
     assert engine.poison == {0} and set(engine.results) == {0, 1}
 
 
+def test_the_last_row_of_a_group_was_not_alone() -> None:
+    blame = BlameTracker()
+    blame.add([Request(0, [1]), Request(1, [1])])
+    for _ in range(2):
+        blame.take_batch()
+        blame.record_death(RAISED)
+    assert [request.row for request in blame.take_batch()] == [0, 1]
+    blame.finish(RowResult(0, 1, (Completion("x", "stop", 1),)))
+    blame.record_death(RAISED)
+    assert [request.row for request in blame.take_batch()] == [1], "first a trial of its own, then the canary"
+
+
 def test_a_rejected_row_is_no_witness() -> None:
     engine = SimulatedEngine(dies_of({0}), max_deaths=3)
     engine.run(1)
