@@ -79,6 +79,7 @@ def run(config: Config, topology: Topology, group: RankGroup, status_file: Statu
         journal = JournalWriter(run_dir.journal, attempt, topology.dp_rank)
         journal.before_first_write = run_dir.mark_unfinished
         stack.callback(journal.close)
+        stack.push(shutdown.defer_signals_on_error)
 
         job = _Job(config, group, layout, rows, run_dir, attempt)
         planner = job.make_planner(text)

@@ -64,12 +64,21 @@ class ShutdownMonitor:
 
     @contextmanager
     def defer_signals(self) -> Iterator[None]:
-        """Let signals not raise within the block, whose code checks `reason` often instead."""
+        """Let signals not raise within the block, whose code checks `reason` often instead.
+
+        They don't raise after it either if the block raised: see `defer_signals_on_error`.
+        """
         self._may_raise = False
-        try:
-            yield
-        finally:
-            self._may_raise = True
+        yield
+        self._may_raise = True
+
+    def defer_signals_on_error(self, error_type: type[BaseException] | None, *_: object) -> None:
+        """Let signals not raise any more if an error is ending the run; an exit of a context manager.
+
+        A launcher sends SIGTERM just then. It must neither interrupt the closing of the journal nor replace the error.
+        """
+        if error_type is not None:
+            self._may_raise = False
 
     def ignore_signals(self) -> None:
         """Ignore signals from now on: the run is complete, and the process is about to end."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from helpers.clock import FakeClock
@@ -45,6 +46,32 @@ def test_a_deferred_signal_is_a_reason_to_stop_and_does_not_raise() -> None:
     with monitor.defer_signals():
         signal.raise_signal(signal.SIGUSR1)
         assert monitor.reason == "interrupted by SIGUSR1. Rerun the same command to resume"
+
+
+@pytest.mark.usefixtures("restored_handlers")
+@pytest.mark.parametrize("raises_in_block", [True, False])
+def test_a_signal_while_an_error_ends_the_run_neither_interrupts_the_closing_nor_replaces_the_error(
+    raises_in_block: bool,
+) -> None:
+    monitor, closed = ShutdownMonitor(), list[str]()
+    monitor.install_handlers()
+
+    def close_journal() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        closed.append("journal")
+
+    def run() -> None:
+        with ExitStack() as stack:
+            stack.callback(close_journal)
+            stack.push(monitor.defer_signals_on_error)
+            with monitor.defer_signals():
+                if raises_in_block:
+                    raise RuntimeError("disk full")
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        run()
+    assert closed == ["journal"]
 
 
 def test_a_deadline_is_a_reason_to_stop_once_it_is_reached() -> None:
