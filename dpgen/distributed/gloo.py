@@ -33,7 +33,7 @@ from dpgen.distributed.network import (
 from dpgen.distributed.rendezvous import join_rendezvous
 from dpgen.distributed.store_discovery import StoreAdvertiser, discover_store
 from dpgen.distributed.timeout_store import TimeoutStore
-from dpgen.distributed.topology import Topology
+from dpgen.distributed.topology import Topology, name_nodes, read_boot_id
 from dpgen.distributed.torch_world import (
     add_prefix,
     connect_world,
@@ -86,7 +86,7 @@ class GlooGroup(RankGroup):
         # torchrun ends and restarts all ranks when one dies; srun can leave the others alone.
         self.can_shrink = topology.launcher == "slurm"
         self._join(topology, agent_keeps_store, lambda: end_stuck_process(before_exit))
-        self.nodes = self.all_gather_object(topology.node)
+        self.nodes = name_nodes(self.all_gather_object((topology.node, read_boot_id())))
 
     @property
     def checked_store(self) -> _CheckedStore:

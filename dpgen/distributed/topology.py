@@ -10,6 +10,7 @@ import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dpgen.distributed.ports import derive_job_ports
 from dpgen.errors import ConfigError
@@ -98,6 +99,31 @@ def fill_local_rank(topology: Topology, nodes: Sequence[str]) -> Topology:
         return topology
     local = [rank for rank, node in enumerate(nodes) if node == nodes[topology.dp_rank]]
     return replace(topology, local_rank=local.index(topology.dp_rank), local_size=len(local))
+
+
+def read_boot_id() -> str:
+    """Return what tells this machine from others of the same name, as containers often are; "" if nothing does."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def name_nodes(machines: Sequence[tuple[str, str]]) -> list[str]:
+    """Return one name for each machine: its host name, with a number from the second machine of a name on.
+
+    Args:
+        machines: each rank's host name and boot id.
+    """
+    boot_ids: dict[str, list[str]] = {}
+    names = []
+    for host, boot_id in machines:
+        known_ids = boot_ids.setdefault(host, [])
+        if boot_id not in known_ids:
+            known_ids.append(boot_id)
+        number = known_ids.index(boot_id) + 1
+        names.append(host if number == 1 else f"{host} ({number})")
+    return names
 
 
 def first_host(nodelist: str) -> str:

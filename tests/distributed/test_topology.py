@@ -12,6 +12,8 @@ from dpgen.distributed.topology import (
     expand_tasks_per_node,
     fill_local_rank,
     first_host,
+    name_nodes,
+    read_boot_id,
     read_topology,
 )
 from dpgen.errors import ConfigError
@@ -163,3 +165,12 @@ def test_ranks_divide_their_cores_unless_the_launcher_has_bound_them() -> None:
     assert [assign_cores([all_cores] * 3, rank) for rank in range(3)] == [[0, 1], [2, 3, 4], [5, 6, 7]]
     assert assign_cores([frozenset({0, 1}), frozenset({2, 3})], 1) == [2, 3]
     assert [assign_cores([frozenset({0, 1})] * 3, rank) for rank in range(3)] == [[0], [1], [0]]
+
+
+def test_two_machines_of_one_name_are_two_nodes_and_shown_by_that_name() -> None:
+    machines = [("worker", "a"), ("worker", "a"), ("worker", "b"), ("login", "c"), ("worker", "b")]
+    assert name_nodes(machines) == ["worker", "worker", "worker (2)", "login", "worker (2)"]
+
+
+def test_this_machine_has_one_boot_id() -> None:
+    assert read_boot_id() == read_boot_id() != ""
