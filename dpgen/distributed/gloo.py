@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _JOIN_TIMEOUT_S = 1800.0  # until every rank runs: a batch system may start them one by one
-_REJOIN_TIMEOUT_S = 30.0  # every remaining rank has just entered the shrink
+_REJOIN_TIMEOUT_S = 30.0  # every remaining rank has just entered the shrink ...
+_REJOIN_TIMEOUT_PER_RANK_S = 0.05  # ... and connects to every other
 _AGENT_TIMEOUT_S = 30.0
 _PEER_CHECK_INTERVAL_S = 0.5
 _ANNOUNCEMENT_TIMEOUT_S = 2.0
@@ -272,7 +273,9 @@ class GlooGroup(RankGroup):
 
     def _connect(self) -> None:
         store = add_prefix(self._make_prefixed_store(), f"epoch-{self._num_shrinks}")
-        timeout_s = _JOIN_TIMEOUT_S if self._num_shrinks == 0 else _REJOIN_TIMEOUT_S
+        timeout_s = (
+            _JOIN_TIMEOUT_S if self._num_shrinks == 0 else _REJOIN_TIMEOUT_S + _REJOIN_TIMEOUT_PER_RANK_S * self.size
+        )
         connect_world(self._base, store, self.rank, self.size, timeout_s)
 
     def _make_prefixed_store(self) -> Any:
