@@ -30,7 +30,6 @@ pytestmark = [
 
 SCRIPTS = ["slurm.sbatch", "slurm_torchrun.sbatch"]
 SLOW = {"step_s": 0.4, "max_num_seqs": 1}  # minutes in all: no test waits until such a run ends
-STEADY = {"step_s": 0.06, "max_num_seqs": 2}  # half a minute
 FAST = {"step_s": 0.0, "max_num_seqs": 2}
 
 
@@ -227,16 +226,16 @@ def test_a_run_continues_without_a_lost_node_under_srun_and_is_requeued_under_to
 ) -> None:
     """The job under srun has real vLLM."""
     confs = {"slurm.sbatch": real.write(tmp_path / "slurm.sbatch", 16)}
-    confs["slurm_torchrun.sbatch"] = write("slurm_torchrun.sbatch", STEADY)
+    confs["slurm_torchrun.sbatch"] = write("slurm_torchrun.sbatch", SLOW)  # still at work once vLLM is, on any machine
     jobs = {script: SlurmJob.submit(cluster, tmp_path, script, conf, **SHORT_LEASE) for script, conf in confs.items()}
     srun, torchrun = jobs.values()
     for script, job in jobs.items():
         job.wait_for(lambda script=script: is_generating(tmp_path, script))
+    conf = write("slurm_torchrun.sbatch", FAST)  # for the attempt after the requeue
     cluster.run("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
     torchrun.wait_for(lambda: torchrun.num_restarts == 1)  # SLURM's own requeueing
     srun.wait_for(lambda: "continuing with the remaining ranks" in srun.output)
     cluster.run("scontrol", "update", "NodeName=n1", "State=RESUME", check=False)  # the node may be back already
-    conf = write("slurm_torchrun.sbatch", FAST)
     assert torchrun.wait() == "COMPLETED", torchrun.output
     assert srun.wait() == "COMPLETED", srun.output
     assert srun.num_restarts == 0
