@@ -26,7 +26,7 @@ for epoch in range(4):
     base.add(f"connected/{epoch}", 1)
     while base.add(f"connected/{epoch}", 0) < 3:
         time.sleep(0.05)
-deadline_s = time.monotonic() + 60
+deadline_s = time.monotonic() + 180
 while (num := len(world._list_connections(base.port))) > 2 and time.monotonic() < deadline_s:
     time.sleep(0.05)
 print("connections", num, flush=True)

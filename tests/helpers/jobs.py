@@ -26,7 +26,7 @@ import pytest
 import yaml
 
 REPO = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 240
+TIMEOUT_S = 400
 # For tests in which ranks wait until a lost rank's lease expires. One test in test_recovery.py waits the real minute.
 SHORT_LEASE = {"DPGEN_LEASE_S": "24"}
 
@@ -257,7 +257,7 @@ def descendants(ancestor: int, words: bytes) -> list[int]:
     return sorted(pids)
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 180.0) -> None:
     """Wait until the condition holds; fail the test if it does not in time."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():

@@ -189,7 +189,7 @@ class SlurmJob:
         logs = [self.folder / f"dpgen-{self.id}.log", *sorted((self.folder / f"dpgen-{self.id}").rglob("*.log"))]
         return "".join(f"--- {log.name}\n{log.read_text(errors='replace')}" for log in logs if log.exists())
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 240) -> None:
         deadline_s = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline_s, f"not within {timeout_s} s; job {self.describe()}\n{self.output}"

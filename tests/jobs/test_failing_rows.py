@@ -74,6 +74,7 @@ def test_failed_rows_may_fail_again_in_a_finished_run(
     assert sum(row["error"] is not None for row in load_result(tmp_path / "run")) == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["longest_first", "dataset"], ids=["rendered to order rows", "rendered to generate"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_row_whose_rendering_hangs_becomes_an_error_and_the_other_rows_are_generated(

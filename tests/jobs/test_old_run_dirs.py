@@ -79,6 +79,7 @@ def test_a_finished_run_of_an_older_commit_is_left_as_it_is(launcher: Launcher, 
     assert read_files(old_runs / "finished") == files, "nothing is generated or written again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_an_unfinished_run_of_an_older_commit_is_resumed(launcher: Launcher, old_runs: Path, ranks: int) -> None:
     run_dir = old_runs / "unfinished"

@@ -69,13 +69,13 @@ def test_without_sync_kv_cache_no_rank_waits_for_a_late_one(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
     conf = write_config(make_numbered_rows(40), parallel={"sync_kv_cache": False})
-    jobs = launcher.start_like_srun("run", conf, rank_arguments=[[], ["engine.load_s=20"]])
+    jobs = launcher.start_like_srun("run", conf, rank_arguments=[[], ["engine.load_s=40"]])
 
     def count_journaled_bytes() -> int:
         return sum(path.stat().st_size for path in (tmp_path / "run" / "journal").glob("*-rank-00000-*"))
 
     wait_for(lambda: "ready after" in jobs[0].output)
-    wait_for(lambda: count_journaled_bytes() > 1000, 15)
+    wait_for(lambda: count_journaled_bytes() > 1000, 35)
     assert [job.wait() for job in jobs] == [0, 0], jobs[0].output
     assert len(load_result(tmp_path / "run")) == 40
     rows_by_rank = [manifest["num_rows"] for manifest in read_run_json(tmp_path / "run")["manifests"]]

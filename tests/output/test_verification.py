@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers.jobs import Launcher, make_numbered_rows
+from helpers.jobs import Launcher, make_numbered_rows, wait_for
+from helpers.results import count_journal_bytes
 
 from dpgen.commands import verify as command
 from dpgen.journal.reader import JournalReader, index_journal, list_segments, read_segment
@@ -360,10 +360,7 @@ def test_a_killed_run_is_unfinished_and_sound_once_resumed(
 ) -> None:
     conf = write_config(make_numbered_rows(200), engine={"step_s": 0.02, "max_num_seqs": 4})
     job = launcher.dpgen("run", conf, ranks=2)
-    deadline_s = time.monotonic() + 60
-    while sum(path.stat().st_size for path in (tmp_path / "run").glob("journal/*")) < 1000:
-        assert time.monotonic() < deadline_s, job.output
-        time.sleep(0.05)
+    wait_for(lambda: count_journal_bytes(tmp_path / "run") >= 1000)
     verify(tmp_path / "run")  # a live run can be verified, too
     job.end()
     report = verify(tmp_path / "run")
