@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import dpgen
+from dpgen.config.environment import read_versions, select_result_variables
 from dpgen.config.schema import Config, DataConfig
 from dpgen.config.secrets import redact_secrets
 from dpgen.data.input_rows import InputRows, load_input
-from dpgen.distributed.environment import read_versions, select_result_variables
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import ConfigError
 from dpgen.journal.run_dir import select_result_options

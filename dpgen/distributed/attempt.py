@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dpgen.config.environment import read_versions
 from dpgen.config.schema import Config
-from dpgen.distributed.environment import read_versions
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import DpgenError
 from dpgen.journal.reader import last_attempt

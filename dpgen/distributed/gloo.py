@@ -389,12 +389,11 @@ class _GlooReduce:
 
 
 def _count_files(num_ranks: int) -> int:
-    """Return an upper bound of the files that connecting so many ranks takes: at rank 0 about 18 + 3 per rank."""
-    return 64 + 4 * num_ranks
+    return 64 + 4 * num_ranks  # an upper bound of what connecting takes: at rank 0 about 18 files, and 3 per rank
 
 
 def _find_store_port(topology: Topology) -> int:
-    """Return the port of the store; 0 on rank 0 lets the kernel choose one."""
+    # 0 on rank 0 lets the kernel choose one.
     if topology.discovery_ports and not topology.is_rank_0:
         return discover_store(topology.master_addr, topology.discovery_ports, topology.job, _JOIN_TIMEOUT_S)
     return topology.master_port
