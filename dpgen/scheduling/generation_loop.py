@@ -52,6 +52,9 @@ class Planner(Protocol):
     def num_remaining_rows(self) -> int: ...
 
     @property
+    def num_inherited_rows(self) -> int: ...
+
+    @property
     def has_completions(self) -> bool: ...
 
     def plan(
@@ -139,7 +142,7 @@ class GenerationLoop:
 
         Args:
             source: this rank's requests.
-            on_progress: called with the totals of all ranks about once a second.
+            on_progress: called with the totals of all ranks about once a second. Rows of lost ranks count as rows there.
 
         Raises:
             Interrupted: there is a reason to stop; finished rows are recorded.
@@ -299,7 +302,8 @@ class GenerationLoop:
         """Act on the totals, which are the same on all ranks. Collective where they ask for a reshard."""
         self._global = totals
         self._source.update(totals.num_unclaimed, compute_slowdowns(totals.rates)[self._group.rank])
-        self._on_progress(totals)
+        num_done = totals.num_rows + self._planner.num_inherited_rows
+        self._on_progress(dataclasses.replace(totals, num_rows=num_done))
         if self._leading_errors.needs_trial(totals, has_completions=self._planner.has_completions):
             self._reshard(spread_first=True)
             order = self._planner.order

@@ -82,6 +82,7 @@ class ShardPlanner:
     Attributes:
         order: rows of the last plan, in order.
         num_remaining_rows: number of these rows.
+        num_inherited_rows: rows that only lost ranks have finished in this attempt; the same on every rank.
         has_completions: whether, as of the last plan, a journal holds a row that succeeded; the same on every rank.
     """
 
@@ -92,8 +93,9 @@ class ShardPlanner:
         self._group, self._builder = group, builder
         self._num_shrinks, self._num_plans = -1, 0
         self._journaled = np.zeros(len(rows), dtype=bool)
+        self._journaled_before: np.ndarray | None = None  # as the first plan found it
         self.has_completions = False
-        self.num_remaining_rows = 0
+        self.num_remaining_rows = self.num_inherited_rows = 0
         self.order = RowOrder(np.zeros(0, dtype=np.int64))
         # The last order that was computed from the prompts, and the plan that it was computed for.
         self._first_order: RowOrder | None = None
@@ -135,6 +137,8 @@ class ShardPlanner:
             self.has_completions |= not index.error.all()
             journaled = _select_journaled_rows(index, self._config.retry_errors)
         self._journaled = self._group.all_reduce_any(self._mask(journaled[journaled < len(self._rows)]))
+        if self._journaled_before is None:
+            self._journaled_before = self._journaled
         self._num_shrinks, self._num_plans = self._group.num_shrinks, 0
 
     def _create_cursor(self) -> str:
@@ -159,6 +163,8 @@ class ShardPlanner:
         """Return the rows to plan, int64, ascending."""
         begun = self._group.all_reduce_any(self._mask(state.finished, state.running))
         remaining = np.flatnonzero(~(self._journaled | begun))
+        assert self._journaled_before is not None
+        self.num_inherited_rows = int(np.count_nonzero(self._journaled & ~self._journaled_before & ~begun))
         self.num_remaining_rows = len(remaining)
         return remaining
 

@@ -45,7 +45,7 @@ class FakePlanner:
         self._num_rows, self._group = num_rows, group
         self.states: list[RankState] = []
         self.order = RowOrder(np.zeros(0, dtype=np.int64))
-        self.num_remaining_rows, self.has_completions = 0, False
+        self.num_remaining_rows, self.num_inherited_rows, self.has_completions = 0, 0, False
 
     def plan(
         self, state: RankState | None = None, *, has_engine: bool = True, spread_first: bool = False

@@ -109,6 +109,21 @@ def test_a_plan_covers_the_rows_that_no_journal_holds_and_failed_ones_to_retry(
     assert planner.num_remaining_rows == len(rows)
 
 
+def test_rows_that_lost_ranks_have_finished_count_as_done(tmp_path: Path) -> None:
+    group = ShrinkingGroup()
+    write_journal(tmp_path, [0, 1], {})
+    planner = make_planner(tmp_path, group)
+    planner.plan()
+    assert planner.num_inherited_rows == 0, "rows of an earlier attempt were done before this one"
+    # This rank has finished row 2 and runs row 3; the lost rank has finished rows 2 to 5.
+    write_journal(tmp_path, [2, 3, 4, 5], {}, rank=1)
+    group.num_shrinks += 1
+    planner.plan(RankState(finished=np.array([2]), running=np.array([3])))
+    assert planner.num_inherited_rows == 2
+    planner.plan(RankState(finished=np.array([2]), running=np.array([], dtype=np.int64)))
+    assert planner.num_inherited_rows == 3, "row 3 was taken from this rank's engine"
+
+
 def test_a_plan_knows_if_a_row_of_the_run_has_succeeded_before(tmp_path: Path) -> None:
     group = ShrinkingGroup()
     planner = make_planner(tmp_path, group)
