@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
 def part(out_dir: Path, num_rows: int) -> None:
     """Run one rank's part, and write its measurements to a file in `out_dir`."""
     sys.path.insert(0, str(REPO))
-    from dpgen.distributed.gloo import GlooGroup
+    from dpgen.distributed.gloo.rank_group import GlooGroup
     from dpgen.distributed.topology import read_topology
     from dpgen.journal.writer import JournalWriter
     from dpgen.records import Completion, RowResult

@@ -175,7 +175,7 @@ def _join_ranks(topology: Topology, status_file: StatusFile) -> RankGroup:
     """Return the group of all ranks. Collective."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # dpgen reports lost peers itself, without C++ frames
     with imports_without_gc():
-        from dpgen.distributed.gloo import GlooGroup  # imports torch, which a world of one does not need
+        from dpgen.distributed.gloo.rank_group import GlooGroup  # imports torch, which a world of one does not need
 
     return GlooGroup(topology, before_exit=lambda: status_file.write_once(EXIT_RESUMABLE))
 

@@ -142,7 +142,7 @@ class GenerationLoop:
 
         Args:
             source: this rank's requests.
-            on_progress: called with the totals of all ranks about once a second. Rows of lost ranks count as rows there.
+            on_progress: called with the totals of all ranks about once a second, plus the rows of lost ranks.
 
         Raises:
             Interrupted: there is a reason to stop; finished rows are recorded.

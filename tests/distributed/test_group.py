@@ -9,9 +9,9 @@ import pytest
 from helpers.clock import FakeClock
 from helpers.jobs import wait_for
 
+from dpgen.distributed.gloo.leases import Leases, LeaseTiming, read_lease_timing
+from dpgen.distributed.gloo.timeout_store import TimeoutStore
 from dpgen.distributed.group import InMemoryStore
-from dpgen.distributed.leases import Leases, LeaseTiming, read_lease_timing
-from dpgen.distributed.timeout_store import TimeoutStore
 from dpgen.errors import ConfigError
 
 

@@ -21,8 +21,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.distributed as dist
 
+from dpgen.distributed.gloo.leases import Leases, end_stuck_process, read_lease_timing
+from dpgen.distributed.gloo.timeout_store import TimeoutStore
+from dpgen.distributed.gloo.torch_world import (
+    add_prefix,
+    connect_world,
+    forget_world,
+    open_store,
+    summarize_error,
+)
 from dpgen.distributed.group import HostLimitReached, PeerLost, PendingReduce, RankGroup, StoreLost
-from dpgen.distributed.leases import Leases, end_stuck_process, read_lease_timing
 from dpgen.distributed.network import (
     Address,
     find_interface_to,
@@ -32,15 +40,7 @@ from dpgen.distributed.network import (
 )
 from dpgen.distributed.rendezvous import join_rendezvous
 from dpgen.distributed.store_discovery import StoreAdvertiser, discover_store
-from dpgen.distributed.timeout_store import TimeoutStore
 from dpgen.distributed.topology import Topology, name_nodes, read_boot_id
-from dpgen.distributed.torch_world import (
-    add_prefix,
-    connect_world,
-    forget_world,
-    open_store,
-    summarize_error,
-)
 from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
 
 if TYPE_CHECKING:
