@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import time
@@ -21,7 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.distributed as dist
 
+from dpgen.distributed.gloo.failures import FailureBoard
 from dpgen.distributed.gloo.leases import Leases, end_stuck_process, read_lease_timing
+from dpgen.distributed.gloo.membership import Membership
 from dpgen.distributed.gloo.timeout_store import TimeoutStore
 from dpgen.distributed.gloo.torch_world import (
     add_prefix,
@@ -51,12 +52,9 @@ _REJOIN_TIMEOUT_S = 30.0  # every remaining rank has just entered the shrink ...
 _REJOIN_TIMEOUT_PER_RANK_S = 0.05  # ... and connects to every other
 _AGENT_TIMEOUT_S = 30.0
 _PEER_CHECK_INTERVAL_S = 0.5
-_ANNOUNCEMENT_TIMEOUT_S = 2.0
 _POLL_S = 0.05
 _SHORT_POLL_S = 0.001
-_FAILURE = "dpgen/failure"  # store key: the first failure, as JSON
 _DEPARTED = "dpgen/left"  # store key: the number of ranks that no longer need the store
-_SHRINK = "dpgen/shrink"  # store key: each shrink, the ranks that entered it, and its members
 
 
 class GlooGroup(RankGroup):
@@ -77,8 +75,6 @@ class GlooGroup(RankGroup):
         self._timing = read_lease_timing(os.environ)
         self.rank, self.size = topology.dp_rank, topology.dp_size
         self._initial_rank = topology.dp_rank  # never changes; `rank` does when the group shrinks
-        self._members = list(range(topology.dp_size))  # the initial ranks of the current members
-        self._num_shrinks = 0
         self._next_peer_check_s = 0.0
         self._is_closed = False
         self._gather_thread = ThreadPoolExecutor(1, thread_name_prefix="gather")
@@ -95,7 +91,7 @@ class GlooGroup(RankGroup):
 
     @property
     def num_shrinks(self) -> int:
-        return self._num_shrinks
+        return self._membership.num_shrinks
 
     # ---- collectives
 
@@ -148,34 +144,22 @@ class GlooGroup(RankGroup):
             return
         self._next_peer_check_s = now + _PEER_CHECK_INTERVAL_S
         with self.translate_errors():
-            self._raise_if_failure_announced()
-            if self.store.check([f"{_SHRINK}/{self._num_shrinks + 1}"]):
+            self._failures.raise_if_announced()
+            if self._membership.is_shrinking():
                 raise PeerLost("lost another rank (reported by a peer)")
             if self.rank > 0:
                 self._raise_if_rank_0_stuck()
                 return
             # Rank 0 watches for all: it leads every shrink, and the store serves 2 N leases, not N x N.
-            expired = self._leases.find_expired(self._members, self._timing.lease_s)
+            expired = self._leases.find_expired(self._membership.members, self._timing.lease_s)
         if expired:
             raise PeerLost(f"lost rank {expired[0]} (no heartbeat for {self._timing.lease_s:.0f} s)")
 
     def announce_failure(self, message: str, exit_status: int) -> bool:
-        try:
-            is_first: bool = self.store.add(f"{_FAILURE}/count", 1) == 1
-            if is_first:
-                failure = {"rank": self._initial_rank, "message": message, "exit_status": exit_status}
-                self.store.set(_FAILURE, json.dumps(failure))
-        except RuntimeError:
-            return True  # the store is gone, so no other rank can have reported the failure
-        return is_first
+        return self._failures.announce(message, exit_status)
 
     def first_failure_status(self) -> int | None:
-        try:
-            if self.store.check([_FAILURE]):
-                return int(json.loads(self.store.get(_FAILURE))["exit_status"])
-        except RuntimeError:
-            return None  # the store is gone, and the announcement with it
-        return None
+        return self._failures.read_exit_status()
 
     def heartbeat(self) -> None:
         self._leases.heartbeat()
@@ -193,21 +177,17 @@ class GlooGroup(RankGroup):
         except RuntimeError as error:  # torch.distributed's errors are all RuntimeErrors
             if is_local_error(error):
                 raise HostLimitReached(self._initial_rank, summarize_error(error)) from None
-            raise self._make_peer_error(lost=summarize_error(error)) from None
+            raise self._failures.make_peer_error(lost=summarize_error(error)) from None
 
     # ---- shrinking and leaving
 
     def shrink(self) -> None:
         with self.translate_errors():
-            self._num_shrinks += 1
-            key = f"{_SHRINK}/{self._num_shrinks}"
-            self.store.set(key, "1")
-            self.store.set(f"{key}/{self._initial_rank}", "1")
-            members = self._publish_members(key) if self.rank == 0 else self._wait_for_members(key)
+            members = self._membership.shrink()
         if self._initial_rank not in members:
             raise PeerFailed("the other ranks got no heartbeat from this one and removed it", EXIT_RESUMABLE)
-        self.nodes = [self.nodes[self._members.index(member)] for member in members]
-        self._members = members
+        self.nodes = [self.nodes[self._membership.members.index(member)] for member in members]
+        self._membership.members = members
         self.rank, self.size = members.index(self._initial_rank), len(members)
         forget_world()
         raise_open_file_limit(_count_files(self.size))  # gloo may close what it held a moment later
@@ -247,6 +227,15 @@ class GlooGroup(RankGroup):
             own_store = self._make_prefixed_store().clone()
             # Before connecting: once the ranks are connected, all leases exist.
             self._leases = Leases(self.store, own_store, self.rank, timing=self._timing, end_process=end_process)
+            self._failures = FailureBoard(self.store, self.rank)
+            self._membership = Membership(
+                self.store,
+                self._leases,
+                self.rank,
+                self.size,
+                broken_lease_s=self._timing.broken_lease_s,
+                on_wait=self._on_shrink_wait,
+            )
             self._connect()
         except (RuntimeError, ValueError) as error:
             raise DpgenError(
@@ -272,9 +261,9 @@ class GlooGroup(RankGroup):
             return join_rendezvous(self._base, self.rank, self.size, _JOIN_TIMEOUT_S)
 
     def _connect(self) -> None:
-        store = add_prefix(self._make_prefixed_store(), f"epoch-{self._num_shrinks}")
+        store = add_prefix(self._make_prefixed_store(), f"epoch-{self.num_shrinks}")
         timeout_s = (
-            _JOIN_TIMEOUT_S if self._num_shrinks == 0 else _REJOIN_TIMEOUT_S + _REJOIN_TIMEOUT_PER_RANK_S * self.size
+            _JOIN_TIMEOUT_S if self.num_shrinks == 0 else _REJOIN_TIMEOUT_S + _REJOIN_TIMEOUT_PER_RANK_S * self.size
         )
         connect_world(self._base, store, self.rank, self.size, timeout_s)
 
@@ -292,6 +281,12 @@ class GlooGroup(RankGroup):
                 time.sleep(_SHORT_POLL_S)
             work.wait()
 
+    def _on_shrink_wait(self) -> None:
+        self._leases.keep_alive()
+        self._failures.raise_if_announced()
+        if self.rank > 0:
+            self._raise_if_rank_0_stuck()
+
     def _raise_if_rank_0_stuck(self) -> None:
         """Raise StoreLost if rank 0 stopped renewing its lease: its store answers whatever its main thread does."""
         timing = self._timing
@@ -300,54 +295,6 @@ class GlooGroup(RankGroup):
                 f"rank 0 is stuck: its main thread made no progress for {timing.stuck_s + timing.lease_s:,.0f} s, or "
                 f"its process was stopped {timing.lease_s:.0f} s ago. Rerun the same command to resume"
             )
-
-    def _raise_if_failure_announced(self) -> None:
-        if self.store.check([_FAILURE]):
-            raise self._make_peer_error()
-
-    def _make_peer_error(self, lost: str | None = None) -> PeerFailed:
-        """Return the failure that a peer announced, or the loss of a peer that announced none.
-
-        Args:
-            lost: the error by which this rank noticed the loss; None if a failure is known to be announced.
-        """
-        deadline_s = time.monotonic() + (_ANNOUNCEMENT_TIMEOUT_S if lost else 0.0)
-        try:
-            while not self.store.check([_FAILURE]):
-                if time.monotonic() >= deadline_s:
-                    break
-                time.sleep(_POLL_S)  # the announcement and the closed connection may arrive in either order
-            else:
-                failure = json.loads(self.store.get(_FAILURE))
-                return PeerFailed(f"rank {failure['rank']} failed: {failure['message']}", int(failure["exit_status"]))
-        except RuntimeError as error:
-            return StoreLost(
-                f"rank {self._initial_rank} lost rank 0, which keeps the store ({summarize_error(error)}). "
-                "Rerun the same command to resume"
-            )
-        return PeerLost(f"rank {self._initial_rank} lost contact with another rank (killed or cut off: {lost})")
-
-    def _publish_members(self, key: str) -> list[int]:
-        """Wait on rank 0 for every rank that still renews its lease, and publish those that entered the shrink."""
-        while True:
-            present = [member for member in self._members if self.store.check([f"{key}/{member}"])]
-            expired = self._leases.find_expired(self._members, self._timing.broken_lease_s)
-            if set(present) | set(expired) >= set(self._members):
-                break
-            self._leases.keep_alive()
-            self._raise_if_failure_announced()
-            time.sleep(_POLL_S)
-        self.store.set(f"{key}/members", json.dumps(present))
-        return present
-
-    def _wait_for_members(self, key: str) -> list[int]:
-        while not self.store.check([f"{key}/members"]):
-            self._leases.keep_alive()
-            self._raise_if_failure_announced()
-            self._raise_if_rank_0_stuck()
-            time.sleep(_POLL_S)
-        members: list[int] = json.loads(self.store.get(f"{key}/members"))
-        return members
 
     def _keep_store_until_peers_leave(self, limit_s: float = 10.0) -> None:
         """Keep the store up until the other ranks have left, `limit_s` at most: they may still read from it."""
