@@ -176,8 +176,9 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
     from dpgen.distributed.group import SingleRankGroup
     from dpgen.distributed.topology import read_topology
     from dpgen.engine.launch import build_engine_spec, build_text_pipeline, make_engine_factory
+    from dpgen.engine.limits import EngineLimits
     from dpgen.engine.log_file import EngineLog
-    from dpgen.engine.supervisor import EngineLimits, EngineSupervisor
+    from dpgen.engine.supervisor import EngineSupervisor
     from dpgen.journal.run_dir import RunDir
 
     config = load_config(work_dir, model, engine, "rows.jsonl", "null")

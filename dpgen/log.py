@@ -71,6 +71,21 @@ def write_to_stderr(text: str) -> None:
         handler.flush()
 
 
+class NoticeTimer:
+    """Time the notices of one wait: the first is due after 10 s, then one every 30 s."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._due_s = clock() + _FIRST_NOTICE_S
+
+    def is_due(self) -> bool:
+        """Return True if a notice is due, once for each notice."""
+        if self._clock() < self._due_s:
+            return False
+        self._due_s = self._clock() + _NOTICE_INTERVAL_S
+        return True
+
+
 class PeriodicLog:
     """Log what a rank waits for: after 10 s for the first time, then every 30 s. Call it as often as you like.
 
@@ -85,12 +100,11 @@ class PeriodicLog:
         make_message: Callable[[], str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._logger, self._make_message, self._clock = logger, make_message, clock
-        self._due_s = clock() + _FIRST_NOTICE_S
+        self._logger, self._make_message = logger, make_message
+        self._timer = NoticeTimer(clock)
 
     def __call__(self) -> None:
-        if self._clock() >= self._due_s:
-            self._due_s = self._clock() + _NOTICE_INTERVAL_S
+        if self._timer.is_due():
             self._logger.info(self._make_message())
 
 

@@ -10,8 +10,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
@@ -21,8 +20,9 @@ from dpgen.distributed.agreement import check_same_job, open_input
 from dpgen.distributed.attempt import begin_attempt
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout, build_layout
+from dpgen.distributed.stages import Stage, run_stages
 from dpgen.distributed.topology import Topology
-from dpgen.engine.launch import TextPipeline, build_text_pipeline, has_cold_caches, start_engine
+from dpgen.engine.launch import TextPipeline, build_text_pipeline, has_cold_caches, prepare_engine
 from dpgen.engine.loading import ModelLoader
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.supervisor import EngineSupervisor
@@ -59,66 +59,117 @@ def run(config: Config, topology: Topology, group: RankGroup, status_file: Statu
         DpgenError: anything else that a user can mend; see its subclasses.
     """
     shutdown = _watch_for_shutdown(config, status_file)
-    check_same_job(config, group)
+    if config.parallel.launcher == "external":
+        group.can_shrink = False  # a lost rank was a part of other ranks' engines
     with ExitStack() as stack:
-        layout = group.run_on_all_ranks(lambda: build_layout(topology, config.parallel))
-        engine_log = EngineLog(config.run.log_level)
-        engine = start_engine(config, topology, layout, group, engine_log)  # vLLM is imported beside what follows
-        stack.callback(engine.kill)
-        rows, fingerprint = open_input(config.data, group, lambda columns: _check_columns(config, columns))
-        run_dir, identity = RunDir(config.run.dir), compute_run_identity(config, fingerprint)
-        startup.mark("input")
-        if _is_already_complete(config, group, run_dir, identity):
-            return
-        text = group.run_on_all_ranks(lambda: build_text_pipeline(config))
-        startup.mark("tokenizer")
-        _check_engine_options(engine, config, group)
-        startup.mark("engine's options")
-        attempt = begin_attempt(config, group, run_dir, identity, rows.fingerprint)
-        engine_log.open(run_dir.logs / f"rank-{topology.dp_rank}.engine.log")
-        journal = JournalWriter(run_dir.journal, attempt, topology.dp_rank)
-        journal.before_first_write = run_dir.mark_unfinished
-        stack.callback(journal.close)
-        stack.push(shutdown.defer_signals_on_error)
-
-        job = _Job(config, group, layout, rows, run_dir, attempt)
-        planner = job.make_planner(text)
-        source = planner.plan()
-        job.report_plan(planner, status_file)
-        manifest = RankManifest(group.rank, group.nodes[group.rank])
-        if planner.num_remaining_rows:
-            startup.mark("rows to do")
-            job.load_model(engine, text, startup)
-            loop = job.make_loop(planner, engine, ResultRecorder(journal, text.detokenizer), shutdown)
-            with shutdown.defer_signals():
-                job.generate(loop, source, status_file)
-            manifest = loop.fill_manifest(manifest)
-        engine.stop()  # the engine frees the model's memory while the result is written
-        journal.close()
-        job.write(journal, manifest)
-        shutdown.ignore_signals()
-        engine.close()
+        job = _Job(config, topology, group, stack, shutdown, _Reports(status_file, startup))
+        stages = [
+            Stage("reading the input", job.begin, is_slow=True),
+            Stage("planning", job.plan, is_slow=True),
+            Stage("loading the model", job.load, repeat_from="planning"),
+            Stage("generating", job.generate, repeat_from="planning"),
+            Stage("gathering the result", job.gather, repeat_from="planning"),
+        ]
+        run_stages(group, stages)
+        group.enter_phase("writing the result", is_slow=True)
+        job.write()
 
 
-@dataclass(frozen=True)
+class _Reports(NamedTuple):
+    """Where a run reports what it does."""
+
+    status_file: StatusFile
+    startup: StartupTimer
+
+
 class _Job:
-    """Connect the stages of one attempt; each method is one of them.
+    """Connect the stages of one attempt; each public method is one of them.
 
-    Attributes:
-        rows: the input.
-        attempt: number of this attempt.
+    After a loss of ranks a stage is called again. What this rank has done before is kept here.
+
+    Args:
+        stack: ends what the stages have started.
     """
 
-    config: Config
-    group: RankGroup
-    layout: Layout
-    rows: InputRows
-    run_dir: RunDir
-    attempt: int
+    _layout: Layout
+    _rows: InputRows
+    _run_dir: RunDir
+    _attempt: int
+    _journal: JournalWriter
+    _planner: ShardPlanner
+    _source: RequestSource
+    _loader: ModelLoader
+    _loop: GenerationLoop
 
-    def make_planner(self, text: TextPipeline) -> ShardPlanner:
-        config = self.config
-        columns = {*select_prompt_columns(config.prompt, self.rows.columns), *config.sampling_columns.values()}
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        group: RankGroup,
+        stack: ExitStack,
+        shutdown: ShutdownMonitor,
+        reports: _Reports,
+    ) -> None:
+        self._config, self._topology, self._group = config, topology, group
+        self._stack, self._shutdown = stack, shutdown
+        self._status_file, self._startup = reports
+        self._engine_log = EngineLog(config.run.log_level)
+        self._started_engine: EngineSupervisor | None = None
+        self._loaded_text: TextPipeline | None = None
+        self._is_complete = False  # an earlier attempt has written the result
+        self._has_planned = self._needs_engine = False
+        self._num_before = 0  # rows that earlier attempts have finished
+
+    @property
+    def _engine(self) -> EngineSupervisor:
+        assert self._started_engine is not None
+        return self._started_engine
+
+    @property
+    def _text(self) -> TextPipeline:
+        assert self._loaded_text is not None
+        return self._loaded_text
+
+    # ---- begin
+
+    def begin(self) -> None:
+        """Check the job, open the input, start the engine, and begin an attempt on the run directory."""
+        config, group, startup = self._config, self._group, self._startup
+        check_same_job(config, group)
+        self._layout = group.run_on_all_ranks(lambda: build_layout(self._topology, config.parallel))
+        self._start_engine()  # vLLM is imported beside what follows
+        self._rows, fingerprint = open_input(config.data, group, lambda columns: _check_columns(config, columns))
+        self._run_dir, identity = RunDir(config.run.dir), compute_run_identity(config, fingerprint)
+        startup.mark("input")
+        self._is_complete = _is_already_complete(config, group, self._run_dir, identity)
+        if self._is_complete:
+            return
+        self._loaded_text = group.run_on_all_ranks(lambda: self._loaded_text or build_text_pipeline(config))
+        startup.mark("tokenizer")
+        _check_engine_options(self._engine, config, group)
+        startup.mark("engine's options")
+        self._attempt = begin_attempt(config, group, self._run_dir, identity, self._rows.fingerprint)
+        self._engine_log.open(self._run_dir.logs / f"rank-{self._topology.dp_rank}.engine.log")
+        self._begin_journal()
+        self._planner = self._make_planner()
+        self._loader = ModelLoader(config.parallel, self._layout, group, startup.mark)
+        self._loop = self._make_loop()
+
+    def _start_engine(self) -> None:
+        start = prepare_engine(self._config, self._topology, self._layout, self._group, self._engine_log)
+        if self._started_engine is None:
+            self._started_engine = start()
+            self._stack.callback(self._engine.kill)
+
+    def _begin_journal(self) -> None:
+        self._journal = JournalWriter(self._run_dir.journal, self._attempt, self._topology.dp_rank)
+        self._journal.before_first_write = self._run_dir.mark_unfinished
+        self._stack.callback(self._journal.close)
+        self._stack.push(self._shutdown.defer_signals_on_error)
+
+    def _make_planner(self) -> ShardPlanner:
+        config = self._config
+        columns = {*select_prompt_columns(config.prompt, self._rows.columns), *config.sampling_columns.values()}
         planner_config = PlannerConfig(
             order=OrderConfig(
                 config.work,
@@ -128,59 +179,85 @@ class _Job:
             ),
             retry_errors=config.run.retry_errors,
             columns=tuple(sorted(columns)),
-            lockstep=self.layout.lockstep,
-            claims_rows=self.layout.is_group_leader,
-            attempt=self.attempt,
+            lockstep=self._layout.lockstep,
+            claims_rows=self._layout.is_group_leader,
+            attempt=self._attempt,
             render_timeout_s=config.data.render_timeout_s,
         )
-        render = limit_render_time(text.render, config.data.render_timeout_s)
+        render = limit_render_time(self._text.render, config.data.render_timeout_s)
         builder = RequestBuilder(render, config.run.seed, config.sampling_columns, config.sampling_by_rank)
-        return ShardPlanner(planner_config, self.rows, self.run_dir.journal, self.group, builder)
+        return ShardPlanner(planner_config, self._rows, self._run_dir.journal, self._group, builder)
 
-    def report_plan(self, planner: ShardPlanner, status_file: StatusFile) -> None:
+    def _make_loop(self) -> GenerationLoop:
+        config, results = self._config, ResultRecorder(self._journal, self._text.detokenizer)
+        num_samples = config.sampling.get("n") or 1
+        loop_config = LoopConfig(config.work.reserve_rows, num_samples, config.run.max_leading_errors)
+        stop_reason = lambda: self._shutdown.reason  # noqa: E731 - asked again and again
+        return GenerationLoop(self._planner, self._engine, results, self._group, loop_config, stop_reason)
+
+    # ---- plan
+
+    def plan(self) -> None:
+        """Shard the remaining rows over the ranks: all of them at first, then those that nobody has begun."""
+        self._shutdown.accept_signals()
+        if self._is_complete:
+            return
+        state = self._loop.get_state() if self._has_planned else None
+        self._source = self._planner.plan(state, has_engine=not self._engine.is_abandoned)
+        num_remaining = self._planner.num_remaining_rows
+        if not self._has_planned:
+            self._has_planned = True
+            self._report_plan(num_remaining)
+        self._needs_engine = any(self._group.all_gather_object(self._needs_engine or num_remaining > 0))
+
+    def _report_plan(self, num_remaining: int) -> None:
         """Log what is left to do, and in which order."""
-        num_rows, num_remaining = len(self.rows), planner.num_remaining_rows
-        status_file.num_done = num_done = num_rows - num_remaining
-        ranks = format_count(self.layout.num_engines, "rank")
-        if self.attempt == 1:
+        num_rows = len(self._rows)
+        self._status_file.num_done = self._num_before = num_rows - num_remaining
+        ranks = format_count(self._layout.num_engines, "rank")
+        if self._attempt == 1:
             logger.info(f"{format_count(num_rows, 'row')} over {ranks}")
         else:
             logger.info(
-                f"attempt {self.attempt}: {num_done:,} of {num_rows:,} rows are done, "
+                f"attempt {self._attempt}: {self._num_before:,} of {num_rows:,} rows are done, "
                 f"{num_remaining:,} remain over {ranks}"
             )
         if num_remaining:
-            logger.info(str(planner.order))
+            self._startup.mark("rows to do")
+            logger.info(str(self._planner.order))
 
-    def load_model(self, engine: EngineSupervisor, text: TextPipeline, startup: StartupTimer) -> None:
+    # ---- load
+
+    def load(self) -> None:
         """Load the model on all ranks: the min-KV-cache all-reduce."""
-        loader = ModelLoader(self.config.parallel, self.layout, self.group, startup.mark)
-        loaded = loader.load(engine, text.engine_text_config, has_cold_caches(self.config, os.environ))
-        if self.group.rank == 0:
-            self.run_dir.update_metadata(engine={**vars(loaded.info), "kv_cache_bytes": loaded.agreed_kv_bytes})
-        logger.info(str(startup))
+        if not self._needs_engine:
+            return
+        is_cold = has_cold_caches(self._config, os.environ)
+        is_first = self._group.rank == 0 and not self._engine.is_ready
+        loaded = self._loader.load(self._engine, self._text.engine_text_config, is_cold)
+        if is_first and loaded is not None:
+            self._run_dir.update_metadata(engine={**vars(loaded.info), "kv_cache_bytes": loaded.agreed_kv_bytes})
+        if is_first:
+            logger.info(str(self._startup))
 
-    def make_loop(
-        self, planner: ShardPlanner, engine: EngineSupervisor, results: ResultRecorder, shutdown: ShutdownMonitor
-    ) -> GenerationLoop:
-        config = self.config
-        num_samples = config.sampling.get("n") or 1
-        loop_config = LoopConfig(config.work.reserve_rows, num_samples, config.run.max_leading_errors)
-        return GenerationLoop(planner, engine, results, self.group, loop_config, lambda: shutdown.reason)
+    # ---- generate
 
-    def generate(self, loop: GenerationLoop, source: RequestSource, status_file: StatusFile) -> None:
+    def generate(self) -> None:
         """Generate until no rank has unfinished work: the unfinished-work all-reduce. Rank 0 shows the progress."""
-        num_before, started_s = status_file.num_done or 0, time.monotonic()
-        progress = ProgressDisplay(len(self.rows), num_before, self.config.run.progress_interval_s)
+        if not self._needs_engine:
+            return
+        progress = ProgressDisplay(len(self._rows), self._num_before, self._config.run.progress_interval_s)
 
         def on_progress(totals: Totals) -> None:
-            status_file.num_done = num_before + totals.num_rows
+            self._status_file.num_done = self._num_before + totals.num_rows
             progress.update(totals)
 
-        if self.group.rank == 0:
+        started_s = time.monotonic()
+        if self._group.rank == 0:
             progress.open_bar()
         try:
-            totals = loop.run(source, on_progress)
+            with self._shutdown.defer_signals():
+                totals = self._loop.run(self._source, on_progress)
         finally:
             progress.close()
         elapsed_s = time.monotonic() - started_s
@@ -189,19 +266,47 @@ class _Job:
             f"in {format_duration(elapsed_s)} ({totals.num_generated_tokens / max(elapsed_s, 1e-9):,.0f} tokens/s)"
         )
 
-    def write(self, journal: JournalWriter, manifest: RankManifest) -> None:
-        """Gather rows and manifests, and write the final dataset on rank 0."""
-        config = self.config
-        manifests = gather_results(self.group, self.run_dir, journal, manifest, config.output)
-        for finding in summarize_run(manifests or []):
-            logger.info(finding)
+    # ---- gather, write
+
+    def gather(self) -> None:
+        """Gather rows and manifests on rank 0. Until it has all of them, this rank's engine may be needed again."""
+        if not self._is_complete:
+            manifest = RankManifest(self._group.rank, self._group.nodes[self._group.rank])
+            if self._needs_engine:
+                manifest = self._loop.fill_manifest(manifest)
+            self._journal.seal()
+            manifests = gather_results(self._group, self._run_dir, self._journal, manifest, self._config.output)
+            for finding in summarize_run(manifests or []):
+                logger.info(finding)
+        self._group.reach_milestone("gathered")
+
+    def write(self) -> None:
+        """Write the final dataset on rank 0; the other ranks wait for it, whatever becomes of each other."""
+        self._shutdown.ignore_deadline()
+        if not self._is_complete:
+            self._engine.stop()  # the engine frees the model's memory while the result is written
+            self._journal.close()
+            if self._group.rank == 0:
+                self._write_result()
+        self._group.reach_milestone("complete")
+        self._shutdown.ignore_signals()
+        if not self._is_complete:
+            self._engine.close()
+
+    def _write_result(self) -> None:
+        config = self._config
         has_samples = config.sampling.get("n", 1) != 1 or "n" in config.sampling_columns
-        result_config = ResultConfig(config.output, config.data.columns, has_samples)
-        write_result(self.group, self.rows, self.run_dir, result_config)
+        write_result(self._rows, self._run_dir, ResultConfig(config.output, config.data.columns, has_samples))
 
 
 def _watch_for_shutdown(config: Config, status_file: StatusFile) -> ShutdownMonitor:
-    deadline_s, deadline_name = find_deadline(config.run.time_limit, config.run.stop_margin_s, os.environ, time.time())
+    deadline_s, deadline_name = find_deadline(
+        config.run.time_limit,
+        config.run.stop_margin_s,
+        os.environ,
+        monotonic_s=time.monotonic(),
+        epoch_s=time.time(),
+    )
     shutdown = ShutdownMonitor(deadline_s, deadline_name, before_exit=lambda: status_file.write_once(EXIT_RESUMABLE))
     shutdown.install_handlers()
     return shutdown

@@ -180,8 +180,9 @@ def _calibrate_model(config: Config) -> EngineCostModel:
     from dpgen.distributed.group import SingleRankGroup
     from dpgen.distributed.topology import read_topology
     from dpgen.engine.launch import build_engine_spec, make_engine_factory
+    from dpgen.engine.limits import EngineLimits
     from dpgen.engine.log_file import EngineLog
-    from dpgen.engine.supervisor import EngineLimits, EngineSupervisor
+    from dpgen.engine.supervisor import EngineSupervisor
     from dpgen.simulation.calibration import calibrate
 
     def do_nothing() -> None: ...

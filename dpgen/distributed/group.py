@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 T = TypeVar("T")
+Milestone = Literal["gathered", "complete"]  # rank 0 has all rows; it has written the result
 
 _POLL_S = 0.02
 
@@ -43,6 +44,10 @@ class StoreLost(PeerFailed):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, EXIT_RESUMABLE)
+
+
+class AllRowsGathered(Exception):
+    """Tell a rank that waits for others that rank 0 has all rows, and finishes the job without it."""
 
 
 class HostLimitReached(DpgenError):
@@ -145,15 +150,30 @@ class RankGroup(ABC):
         Raises:
             PeerLost: another rank was lost meanwhile.
             PeerFailed: the group can't shrink, or the other ranks removed this one.
+            AllRowsGathered: rank 0 waits for no other rank any more.
+        """
+
+    @abstractmethod
+    def enter_phase(self, name: str, *, is_slow: bool = False) -> None:
+        """Tell the other ranks what this one does from now on; without heartbeats it counts as stuck.
+
+        Args:
+            name: "loading the model".
+            is_slow: a single step of it may take hours (2 h at most), not only minutes (5 min).
         """
 
     @abstractmethod
     def heartbeat(self) -> None:
-        """Report that the main thread is running. From now on it must do so every few minutes, or the rank is lost."""
+        """Report that the main thread makes progress. Waiting for other ranks reports it, too."""
 
     @abstractmethod
-    def pause_heartbeat(self) -> None:
-        """Expect no `heartbeat` until the next one: what follows may take any time."""
+    def reach_milestone(self, milestone: Milestone) -> None:
+        """Announce on rank 0 that the job has come so far, and wait for that word on the others.
+
+        Raises:
+            PeerFailed: rank 0 failed, or was lost.
+            PeerLost: another rank was lost before the rows were gathered, and needs a peer to go on.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -273,10 +293,13 @@ class SingleRankGroup(RankGroup):
     def shrink(self) -> None:
         raise AssertionError("there is no other rank to lose")
 
+    def enter_phase(self, name: str, *, is_slow: bool = False) -> None:
+        return
+
     def heartbeat(self) -> None:
         return
 
-    def pause_heartbeat(self) -> None:
+    def reach_milestone(self, milestone: Milestone) -> None:
         return
 
     def close(self) -> None:

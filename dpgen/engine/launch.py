@@ -19,10 +19,11 @@ from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_eng
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import EngineWorld, Layout, build_engine_world
 from dpgen.distributed.topology import Topology, assign_cores, assign_gpus
+from dpgen.engine.limits import EngineLimits
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineTextConfig
 from dpgen.engine.process import EngineProcess, build_engine_env
-from dpgen.engine.supervisor import EngineLimits, EngineSupervisor
+from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -74,21 +75,20 @@ def make_engine_factory(
     return lambda spec: EngineProcess(spec, env, cores, log)
 
 
-def start_engine(
+def prepare_engine(
     config: Config, topology: Topology, layout: Layout, group: RankGroup, log: EngineLog
-) -> EngineSupervisor:
-    """Start this rank's engine process, which checks its options and then waits to load the model. Collective.
+) -> Callable[[], EngineSupervisor]:
+    """Return a function that starts this rank's engine process. Collective.
+
+    The process checks its options, and then waits to load the model.
 
     Raises:
         ConfigError: see `make_engine_factory`.
     """
     world = build_engine_world(topology, layout, group)
-    return EngineSupervisor(
-        make_engine_factory(config, topology, group, world, log),
-        build_engine_spec(config, topology, world),
-        EngineLimits.from_config(config.run),
-        can_restart=world is None,
-    )
+    start = make_engine_factory(config, topology, group, world, log)
+    spec, limits = build_engine_spec(config, topology, world), EngineLimits.from_config(config.run)
+    return lambda: EngineSupervisor(start, spec, limits, can_restart=world is None)
 
 
 @dataclass(frozen=True)

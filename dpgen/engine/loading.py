@@ -4,7 +4,10 @@
   allocating (`parallel.sync_kv_cache`).
 - Where a cache that the ranks of a node share is cold, the node's first rank loads and fills it before the others load
   (`parallel.load_first`).
-- While a rank waits for others it notices when one of them fails.
+- While a rank waits for others it notices when one of them fails or is lost. After a loss, all load again: a rank that
+  was loading continues, and one that has loaded only joins the agreement.
+- A rank whose engine can't load the model goes on without one, and its rows go to the others. If more than half of the
+  ranks fail, as they do where the configuration is wrong, the run ends.
 """
 
 from __future__ import annotations
@@ -19,13 +22,16 @@ from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout
 from dpgen.engine.messages import EngineInfo, EngineTextConfig
 from dpgen.engine.supervisor import EngineSupervisor
+from dpgen.errors import EngineError
 from dpgen.formatting import format_count
-from dpgen.log import PeriodicLog
 
 logger = logging.getLogger(__name__)
 
-_LOADED = "dpgen/loaded"  # store key: number of ranks with a loaded model; below it, the same for each node
+_LOADED = "dpgen/loaded"  # store key: below it, for each node, the number of ranks that have loaded the weights
+_READY = "dpgen/ready"  # store key: number of ranks whose engine is ready
+_FAILED = "dpgen/failed_to_load"  # store key: number of ranks whose engine can't load the model
 _POLL_S = 0.1
+_NO_ENGINE_BYTES = 1 << 62  # what a rank without an engine says in the min all-reduce
 
 
 @dataclass(frozen=True)
@@ -53,34 +59,54 @@ class ModelLoader:
         self, parallel: ParallelConfig, layout: Layout, group: RankGroup, on_phase: Callable[[str], None]
     ) -> None:
         self._parallel, self._layout, self._group, self._on_phase = parallel, layout, group, on_phase
-        self._measured_kv_bytes = self._agreed_kv_bytes = 0
+        self._measured_kv_bytes = 0
+        self._agreed_kv_bytes: int | None = None
+        self._error: EngineError | None = None
+        self._loaded: LoadedModel | None = None
 
-    def load(self, engine: EngineSupervisor, text_config: EngineTextConfig, is_cold: bool) -> LoadedModel:
-        """Load the model and log the KV cache's size. Collective.
+    def load(self, engine: EngineSupervisor, text_config: EngineTextConfig, is_cold: bool) -> LoadedModel | None:
+        """Load the model and log the KV cache's size. Collective; after a loss of ranks once more.
 
         Args:
             is_cold: True if loading would fill a cache that the ranks of this node share.
 
-        Raises:
-            EngineError: the model cannot be loaded.
-            PeerFailed: another rank failed.
-        """
-        wait_log = PeriodicLog(logger, self._describe_wait)
-        if self._should_wait_for_node_leader(is_cold):
-            self._wait_for_node_leader()
-        info = engine.load_model(
-            lambda measured_bytes: self._agree_kv_bytes(measured_bytes, wait_log),
-            self._group.raise_if_peer_failed,
-            text_config,
-        )
-        self._on_phase("KV cache")
-        loaded = LoadedModel(info, self._measured_kv_bytes, self._agreed_kv_bytes)
-        logger.info(self._describe(loaded))
-        return loaded
+        Returns:
+            None if this rank goes on without an engine, which is abandoned then.
 
-    def _should_wait_for_node_leader(self, is_cold: bool) -> bool:
-        """Return True if this rank loads after its node's first rank. Collective."""
-        is_cold_on_rank = self._group.all_gather_object(is_cold)
+        Raises:
+            EngineError: the model cannot be loaded, here and on most ranks.
+            PeerFailed: another rank failed, or was lost.
+        """
+        peers = self._group.all_gather_object([is_cold, self._agreed_kv_bytes])
+        is_agreeing = self._parallel.sync_kv_cache and any(agreed_bytes is None for _, agreed_bytes in peers)
+        if is_agreeing and self._agreed_kv_bytes is not None:
+            self._reduce_kv_bytes(self._agreed_kv_bytes)  # for the ranks that have not agreed yet
+        if self._loaded is not None or engine.is_abandoned:
+            return self._loaded
+        if self._error is None:
+            try:
+                self._load(engine, text_config, [is_cold for is_cold, _ in peers])
+            except EngineError as error:
+                if self._layout.has_shared_engine:
+                    raise
+                self._error = error
+                self._group.checked_store.add(_FAILED, 1)
+        if self._error is not None:
+            self._go_on_without(engine, self._error, is_agreeing)
+        return self._loaded
+
+    def _load(self, engine: EngineSupervisor, text_config: EngineTextConfig, is_cold_on_rank: list[bool]) -> None:
+        if self._is_after_node_leader(is_cold_on_rank):
+            self._wait_for_node_leader()
+        info = engine.load_model(self._agree_kv_bytes, self._group.raise_if_peer_failed, text_config)
+        self._on_phase("KV cache")
+        agreed_bytes = self._measured_kv_bytes if self._agreed_kv_bytes is None else self._agreed_kv_bytes
+        self._loaded = LoadedModel(info, self._measured_kv_bytes, agreed_bytes)
+        logger.info(self._describe(self._loaded))
+        self._group.checked_store.add(_READY, 1)
+
+    def _is_after_node_leader(self, is_cold_on_rank: list[bool]) -> bool:
+        """Return True if this rank loads after its node's first rank."""
         nodes = self._group.nodes
         if self._layout.has_shared_engine or self._group.is_node_leader or self._parallel.load_first == "never":
             return False  # processes of one engine load together
@@ -88,32 +114,52 @@ class ModelLoader:
         return self._parallel.load_first == "always" or is_cold_on_rank[node_leader]
 
     def _wait_for_node_leader(self) -> None:
-        while self._group.store.add(self._node_key, 0) == 0:
+        while self._group.checked_store.add(self._node_key, 0) == 0:
             self._group.raise_if_peer_failed()
             time.sleep(_POLL_S)
         self._on_phase("the node's first model")
 
-    def _agree_kv_bytes(self, measured_bytes: int, on_wait: Callable[[], None]) -> int:
+    def _agree_kv_bytes(self, measured_bytes: int) -> int:
         """Return the smallest rank's bytes. Collective with `parallel.sync_kv_cache`."""
         self._on_phase("model")
-        self._measured_kv_bytes = self._agreed_kv_bytes = measured_bytes
-        self._group.store.add(self._node_key, 1)
-        if self._parallel.sync_kv_cache:
-            self._group.store.add(_LOADED, 1)
-            [self._agreed_kv_bytes] = self._group.wait(self._group.all_reduce_async([measured_bytes], "min"), on_wait)
-            self._on_phase("other ranks' models")
+        self._measured_kv_bytes = measured_bytes
+        self._group.checked_store.add(self._node_key, 1)
+        if not self._parallel.sync_kv_cache:
+            return measured_bytes
+        agreed_bytes = self._reduce_kv_bytes(measured_bytes)
+        self._on_phase("other ranks' models")
+        return agreed_bytes
+
+    def _reduce_kv_bytes(self, num_bytes: int) -> int:
+        [self._agreed_kv_bytes] = self._group.wait(self._group.all_reduce_async([num_bytes], "min"))
         return self._agreed_kv_bytes
+
+    def _go_on_without(self, engine: EngineSupervisor, error: EngineError, is_agreeing: bool) -> None:
+        """Abandon this rank's engine once it is known that most other ranks have one.
+
+        Raises:
+            EngineError: this rank's error, if more than half of the ranks fail.
+        """
+        store = self._group.checked_store
+        store.add(self._node_key, 1)  # no other rank of this node waits for its weights
+        self._raise_if_most_failed(error)
+        if is_agreeing and self._agreed_kv_bytes is None:
+            self._reduce_kv_bytes(_NO_ENGINE_BYTES)
+        while store.add(_READY, 0) + store.add(_FAILED, 0) < self._group.size:
+            self._raise_if_most_failed(error)
+            self._group.raise_if_peer_failed()
+            time.sleep(_POLL_S)
+        self._raise_if_most_failed(error)
+        engine.abandon()
+        logger.warning(error.describe("continuing without this rank's engine, leaving its rows to other ranks"))
+
+    def _raise_if_most_failed(self, error: EngineError) -> None:
+        if 2 * self._group.checked_store.add(_FAILED, 0) > self._group.size:
+            raise error
 
     @property
     def _node_key(self) -> str:
         return f"{_LOADED}/{self._group.nodes[self._group.rank]}"
-
-    def _describe_wait(self) -> str:
-        num_loaded = self._group.store.add(_LOADED, 0)
-        return (
-            f"model loaded on {num_loaded} of {self._group.size} ranks, waiting for the others to agree on the "
-            "KV cache size (parallel.sync_kv_cache=false skips this)"
-        )
 
     def _describe(self, loaded: LoadedModel) -> str:
         info, everywhere = loaded.info, " on every rank" if self._parallel.sync_kv_cache else ""

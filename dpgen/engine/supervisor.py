@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from dpgen.config.schema import RunConfig
 from dpgen.engine.blame import BlameTracker
+from dpgen.engine.limits import EngineLimits
 from dpgen.engine.memory import EngineMemory
 from dpgen.engine.messages import (
     EngineHandle,
@@ -43,36 +42,11 @@ logger = logging.getLogger(__name__)
 E = TypeVar("E", OptionsChecked, KvBytesMeasured, EngineReady)
 
 _MAX_START_RETRIES = 2
-# DPGEN_START_RETRY_S is for tests, which would otherwise wait 20 seconds for an engine that never starts.
-_START_RETRY_S = float(os.environ.get("DPGEN_START_RETRY_S") or 10.0)
 _START_WAIT_S = 0.2  # while an engine starts, the other ranks are checked this often
 
 
 class _EngineHung(EngineError):
     """Report an engine that has taken too long."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineLimits:
-    """Limit how long an engine may get nowhere, and how often it may die.
-
-    Attributes:
-        timeout_s: seconds without progress, while it has work, after which an engine counts as hung.
-        start_timeout_s: seconds without a message while it starts: for the check of its options, and again for loading
-            the model.
-        max_deaths: deaths in a row, without a finished row between them, after which the engine is abandoned.
-        start_retry_s: seconds before a start that failed is tried again.
-    """
-
-    timeout_s: float
-    start_timeout_s: float
-    max_deaths: int
-    start_retry_s: float = _START_RETRY_S
-
-    @classmethod
-    def from_config(cls, run: RunConfig) -> EngineLimits:
-        """Return the limits that the configuration sets."""
-        return cls(run.engine_timeout_s, run.engine_start_timeout_s, run.max_engine_deaths)
 
 
 class EngineSupervisor:
@@ -101,7 +75,9 @@ class EngineSupervisor:
         self._process: EngineHandle | None = start(spec)
         self._info: EngineInfo | None = None
         self._text_config = EngineTextConfig()
-        self._is_ready = False
+        self._notes: tuple[str, ...] | None = None  # of this life's check of its options
+        self._is_loading = self._has_kv_bytes = self._is_ready = False
+        self._measured_kv_bytes: int | None = None  # by this life
         self._start_due_s: float | None = None  # when the next life begins, where it waits
         self._num_start_retries = 0
         self._last_event_s = self._last_progress_s = clock()
@@ -121,7 +97,7 @@ class EngineSupervisor:
             ConfigError: an option is illegal.
             EngineError: the engine died.
         """
-        while True:
+        while self._notes is None:
             try:
                 checked = self._wait_for(OptionsChecked, on_wait)
             except EngineError as error:
@@ -129,7 +105,8 @@ class EngineSupervisor:
                 continue
             if checked.problem is not None:
                 raise ConfigError(checked.problem)
-            return checked.notes
+            self._notes = checked.notes
+        return self._notes
 
     def load_model(
         self,
@@ -139,8 +116,11 @@ class EngineSupervisor:
     ) -> EngineInfo:
         """Load the model, with lower limits if memory runs out.
 
+        If `agree_kv` or `on_wait` raises, the engine goes on loading, and another call continues the wait.
+
         Args:
-            agree_kv: measured bytes of free KV memory → the bytes to use; called once, whatever the number of lives.
+            agree_kv: measured bytes of free KV memory → the bytes to use; not called again once it has returned,
+                whatever the number of lives.
             on_wait: called again and again while the engine loads.
             text_config: the engine's part of the work on text.
 
@@ -150,20 +130,34 @@ class EngineSupervisor:
         self._text_config = text_config
         while self._info is None:
             try:
-                assert self._process is not None
-                self._mark_progress()
-                self._process.load_model(text_config)
-                measured = self._wait_for(KvBytesMeasured, on_wait).num_bytes
-                if self._memory.kv_bytes is None:  # agreed once: the other ranks do not ask again
-                    self._memory.kv_bytes = agree_kv(measured)
-                    self._mark_progress()  # the wait for other ranks is not the engine's silence
-                self._process.set_kv_bytes(min(self._memory.kv_bytes, measured))
-                self._set_ready(self._wait_for(EngineReady, on_wait).info)
+                self.check_options(on_wait)
+                self._load_once(agree_kv, on_wait)
             except EngineError as error:
                 self._restart_or_raise(error, on_wait)
-                self.check_options(on_wait)
         self._deaths_in_a_row = 0
         return self._info
+
+    def _load_once(self, agree_kv: Callable[[int], int], on_wait: Callable[[], None]) -> None:
+        """Load the model in this life; each step is done once."""
+        assert self._process is not None
+        if not self._is_loading:
+            self._is_loading = True
+            self._mark_progress()
+            self._process.load_model(self._text_config)
+        if self._measured_kv_bytes is None:
+            self._measured_kv_bytes = self._wait_for(KvBytesMeasured, on_wait).num_bytes
+        if self._memory.kv_bytes is None:  # agreed once: the other ranks do not ask again
+            self._memory.kv_bytes = agree_kv(self._measured_kv_bytes)
+            self._mark_progress()  # the wait for other ranks is not the engine's silence
+        if not self._has_kv_bytes:
+            self._has_kv_bytes = True
+            self._process.set_kv_bytes(min(self._memory.kv_bytes, self._measured_kv_bytes))
+        self._set_ready(self._wait_for(EngineReady, on_wait).info)
+
+    def abandon(self) -> None:
+        """End the engine for good: its rank goes on without one."""
+        self.kill()
+        self._process = None
 
     # ---- generating: nothing here waits for an engine
 
@@ -171,6 +165,11 @@ class EngineSupervisor:
     def max_num_seqs(self) -> int:
         """Sequences that the engine runs at a time; 0 once it is abandoned."""
         return 0 if self._info is None or self.is_abandoned else self._info.max_num_seqs
+
+    @property
+    def is_ready(self) -> bool:
+        """True while the engine has loaded its model."""
+        return self._is_ready
 
     @property
     def is_abandoned(self) -> bool:
@@ -368,7 +367,8 @@ class EngineSupervisor:
             self._start_again()
 
     def _start_again(self) -> None:
-        self._is_ready = False
+        self._is_loading = self._has_kv_bytes = self._is_ready = False
+        self._notes = self._measured_kv_bytes = None
         self._max_progress = EngineStats().progress
         self._mark_progress()
         self._process, self._start_due_s = self._start(self._memory.spec), None

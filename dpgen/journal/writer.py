@@ -71,7 +71,7 @@ class JournalWriter:
         self._condition = threading.Condition()  # guards all attributes below
         self._queued = WriteBatch()
         self._writing_since_s: float | None = None
-        self._flush_requested = self._closing = self._closed = False
+        self._flush_requested = self._seal_requested = self._closing = self._closed = False
         self._error: str | None = None
         try:
             self._segment: SegmentWriter | None = self._open_next()
@@ -111,6 +111,13 @@ class JournalWriter:
             self._condition.notify_all()
             self._wait_until(lambda: self.num_synced_rows >= num_rows)
 
+    def seal(self) -> None:
+        """Write, sync and seal everything so far, so that it can be read. The next result begins another segment."""
+        with self._condition:
+            self._seal_requested = not self._closing
+            self._condition.notify_all()
+            self._wait_until(lambda: not self._seal_requested)
+
     def close(self) -> None:
         """Write, sync and seal everything. A second call does nothing."""
         with self._condition:
@@ -141,7 +148,13 @@ class JournalWriter:
         """Write batch after batch until the journal is closed or a batch can't be written."""
         try:
             while (batch := self._next_batch()) is not None:
-                self._write(batch)
+                if batch.rows:
+                    self._write(batch)
+                else:
+                    self._seal()
+                    with self._condition:
+                        self._seal_requested = False
+                        self._condition.notify_all()
             if self._error is None:
                 self._seal()
         except OSError as error:
@@ -153,20 +166,23 @@ class JournalWriter:
             self._condition.notify_all()
 
     def _next_batch(self) -> WriteBatch | None:
-        """Wait for a batch that is due, and return it; None if no batch will follow."""
+        """Wait for a batch that is due, and return it: empty to seal the segment, None if no batch will follow."""
         with self._condition:
             self._writing_since_s = None
             while True:
                 now_s = time.monotonic()
                 batch = self._queued
                 due_s = batch.first_append_s + self._sync_interval_s
-                is_due = self._closing or self._flush_requested or len(batch.data) >= _BATCH_BYTES or now_s >= due_s
+                is_wanted = self._closing or self._flush_requested or self._seal_requested
+                is_due = is_wanted or len(batch.data) >= _BATCH_BYTES or now_s >= due_s
                 if self._error is not None or (self._closing and not batch.rows):
                     return None
                 if batch.rows and is_due:
                     self._queued, self._flush_requested, self._writing_since_s = WriteBatch(), False, now_s
                     self._condition.notify_all()
                     return batch
+                if self._seal_requested:
+                    return WriteBatch()
                 self._condition.wait(due_s - now_s if batch.rows else None)
 
     def _write(self, batch: WriteBatch) -> None:

@@ -1,7 +1,8 @@
 """Stop a run by a signal, by `run.time_limit`, or before SLURM's end time.
 
 - While rows are generated, the loop asks for the reason to stop (`ShutdownMonitor.reason`) and ends in good order.
-  Elsewhere the signal raises `Interrupted` immediately.
+  Elsewhere the signal, or the deadline, raises `Interrupted` immediately. A result that is being written is finished
+  despite the deadline.
 - A second signal ends the process immediately: synced rows stay, and the engine ends with its rank. So does the first
   one while the ranks are still joining (`exit_on_signal`).
 - A signal handler never logs, since the interrupted thread may hold the lock of logging; it uses `os.write`.
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -20,9 +22,12 @@ from types import FrameType
 
 from dpgen.errors import EXIT_RESUMABLE, ConfigError, Interrupted
 
+logger = logging.getLogger(__name__)
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_SIGNAL_S = 1.0  # a launcher and a terminal may both pass on one Ctrl-C
 _EXIT_WAIT_S = 1.0
+_MAX_SLEEP_S = 60.0
 _RESUME_HINT = "Rerun the same command to resume"
 
 
@@ -30,7 +35,7 @@ class ShutdownMonitor:
     """Tell the run when to stop, and why.
 
     Args:
-        deadline_s: when to stop, in seconds since the epoch; None for never.
+        deadline_s: when to stop, in seconds of `clock`; None for never.
         deadline_name: what set the deadline, for the message.
         before_exit: called in the signal handler when a second signal ends the process; must not log.
     """
@@ -39,7 +44,7 @@ class ShutdownMonitor:
         self,
         deadline_s: float | None = None,
         deadline_name: str = "",
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
         before_exit: Callable[[], None] = lambda: None,
     ) -> None:
         self._deadline_s, self._deadline_name, self._clock = deadline_s, deadline_name, clock
@@ -47,18 +52,22 @@ class ShutdownMonitor:
         self._signal: signal.Signals | None = None
         self._first_signal_s = 0.0
         self._may_raise, self._is_over = True, False
+        self._has_deadline = deadline_s is not None
+        self._is_deadline_due = False
 
     def install_handlers(self) -> None:
-        """Handle SIGTERM, SIGINT and SIGUSR1 in this process."""
+        """Handle SIGTERM, SIGINT and SIGUSR1 in this process, and watch the deadline."""
         for number in _SIGNALS:
             signal.signal(number, self._handle_signal)
+        if self._deadline_s is not None:
+            threading.Thread(target=self._watch_deadline, args=[self._deadline_s], name="deadline", daemon=True).start()
 
     @property
     def reason(self) -> str | None:
         """The reason to stop now; None to continue."""
         if self._signal is not None:
             return f"interrupted by {self._signal.name}. {_RESUME_HINT}"
-        if self._deadline_s is not None and self._clock() >= self._deadline_s:
+        if self._has_deadline and self._deadline_s is not None and self._clock() >= self._deadline_s:
             return f"{self._deadline_name} is near. {_RESUME_HINT}"
         return None
 
@@ -72,6 +81,20 @@ class ShutdownMonitor:
         yield
         self._may_raise = True
 
+    def accept_signals(self) -> None:
+        """Let signals and the deadline raise again, and raise if one of them has come meanwhile.
+
+        Raises:
+            Interrupted: there is a reason to stop.
+        """
+        self._may_raise, self._has_deadline = True, self._deadline_s is not None
+        if (reason := self.reason) is not None:
+            raise Interrupted(reason)
+
+    def ignore_deadline(self) -> None:
+        """Ignore the deadline from now on: what follows takes less time than doing it again later."""
+        self._has_deadline = False
+
     def defer_signals_on_error(self, error_type: type[BaseException] | None, *_: object) -> None:
         """Let signals not raise any more if an error is ending the run; an exit of a context manager.
 
@@ -84,9 +107,26 @@ class ShutdownMonitor:
         """Ignore signals from now on: the run is complete, and the process is about to end."""
         self._is_over = True
 
+    def _watch_deadline(self, deadline_s: float) -> None:
+        """Interrupt the main thread at the deadline, also in a call that blocks."""
+        while (remaining_s := deadline_s - self._clock()) > 0:
+            time.sleep(min(remaining_s, _MAX_SLEEP_S))
+        if self._is_over:
+            return
+        if not self._has_deadline:
+            logger.info(f"{self._deadline_name} is near, finishing the result, which is nearly complete")
+            return
+        self._is_deadline_due = True
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._is_over:
+            return
+        if self._is_deadline_due and number == signal.SIGUSR1:
+            self._is_deadline_due = False
+            if self._may_raise and self.reason is not None:
+                raise Interrupted(self.reason)
             return
         if self._signal is not None:
             if now - self._first_signal_s > _SAME_SIGNAL_S:
@@ -138,23 +178,23 @@ def exit_on_signal(before_exit: Callable[[], None], *, is_announced: bool) -> No
 
 
 def find_deadline(
-    time_limit: str | None, margin_s: float, environ: Mapping[str, str], started_s: float
+    time_limit: str | None, margin_s: float, environ: Mapping[str, str], *, monotonic_s: float, epoch_s: float
 ) -> tuple[float | None, str]:
-    """Return the deadline in seconds since the epoch, and what set it; (None, "") for no deadline.
+    """Return the deadline in monotonic seconds, and what set it; (None, "") for no deadline.
 
-    The earlier of `run.time_limit` and SLURM's end time counts.
+    The earlier of `run.time_limit` and SLURM's end time counts. A clock that is set later changes neither.
 
     Args:
         time_limit: seconds, or H:MM:SS; None for no limit.
         margin_s: how long before SLURM's end to stop.
-        started_s: when the run started, in seconds since the epoch.
+        monotonic_s, epoch_s: now, by the monotonic clock and in seconds since the epoch.
     """
     deadlines: list[tuple[float, str]] = []
     if time_limit is not None:
-        deadlines.append((started_s + parse_time_limit(time_limit), f"run.time_limit={time_limit}"))
+        deadlines.append((monotonic_s + parse_time_limit(time_limit), f"run.time_limit={time_limit}"))
     end = environ.get("SLURM_JOB_END_TIME", "")
     if end.isdigit():
-        deadlines.append((int(end) - margin_s, "SLURM's time limit"))
+        deadlines.append((monotonic_s + int(end) - margin_s - epoch_s, "SLURM's time limit"))
     return min(deadlines) if deadlines else (None, "")
 
 

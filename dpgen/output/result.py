@@ -1,4 +1,4 @@
-"""Bring the result home: gather manifests and segments, then let rank 0 write the final dataset. Collective."""
+"""Bring the result home: gather manifests and segments, then let rank 0 write the final dataset."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def gather_results(
     """Gather every rank's manifest, and its rows where rank 0 doesn't see them. Collective.
 
     Args:
-        journal: this rank's, closed.
+        journal: this rank's, sealed.
 
     Returns:
         the manifests, by rank, on rank 0; None on the others.
@@ -89,20 +89,14 @@ def _select_orphans(stored: Sequence[Path], senders: Collection[tuple[int, int]]
     return [path for path, key in keys.items() if key is not None and key[:2] not in senders]
 
 
-def write_result(group: RankGroup, rows: InputRows, run_dir: RunDir, config: ResultConfig) -> None:
-    """Write RUN_DIR/dataset and _SUCCESS on rank 0; the other ranks wait for it. Collective.
+def write_result(rows: InputRows, run_dir: RunDir, config: ResultConfig) -> None:
+    """Write RUN_DIR/dataset and _SUCCESS. Only rank 0 calls this.
 
     Raises:
         DpgenError: a row has no result, or the disk refuses.
     """
-
-    def write() -> None:
-        if group.rank > 0:
-            return
-        summary = write_dataset(rows, run_dir, config.output, config.kept_columns, config.has_samples)
-        _log_summary(summary, run_dir)
-
-    group.run_on_all_ranks(write)
+    summary = write_dataset(rows, run_dir, config.output, config.kept_columns, config.has_samples)
+    _log_summary(summary, run_dir)
 
 
 def _log_summary(summary: dict[str, Any], run_dir: RunDir) -> None:

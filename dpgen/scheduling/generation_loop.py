@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dpgen.distributed.group import PeerLost, PendingReduce, RankGroup
+from dpgen.distributed.group import PendingReduce, RankGroup
 from dpgen.engine.messages import EngineStats, Event, RowsFinished
 from dpgen.errors import Interrupted, PeerFailed
 from dpgen.formatting import format_count
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 _SYNC_INTERVAL_S = 1.0
 _STALE_SYNC_S = 5.0  # a sync that is this late is too old to leave rows to other ranks
 _REJECTION_WINDOW_S = 0.5  # an engine returns a row that it rejects within this time
-_MAX_FAILED_SHRINKS = 3  # rounds in a row in which the ranks did not connect, and none more was lost
 _WAIT_S = 0.1  # the longest wait for an engine that has work
 _IDLE_WAIT_S = 0.01  # ... for one that has none, while other ranks still work
 
@@ -140,6 +139,8 @@ class GenerationLoop:
     def run(self, source: RequestSource, on_progress: Callable[[Totals], None] = lambda totals: None) -> Totals:
         """Generate until no rank has unfinished work, and return the totals of all ranks. Collective.
 
+        Call it again with a new plan's source after ranks were lost; see `get_state`.
+
         Args:
             source: this rank's requests.
             on_progress: called with the totals of all ranks about once a second, plus the rows of lost ranks.
@@ -147,10 +148,12 @@ class GenerationLoop:
         Raises:
             Interrupted: there is a reason to stop; finished rows are recorded.
             NoEngineLeft: every rank's engine was abandoned.
-            PeerFailed: another rank failed, or was lost and could not be removed from the group.
+            PeerFailed: another rank failed, or was lost.
             DpgenError: the first rows all failed, or a result could not be recorded.
         """
         self._source, self._on_progress = source, on_progress
+        self._global = self._pending_sync = None
+        self._leading_errors.drop_trial()  # a lost rank may have had some of its rows
         try:
             while self._global is None or self._global.num_unfinished_ranks > 0:
                 self._group.heartbeat()
@@ -161,9 +164,17 @@ class GenerationLoop:
         except (Interrupted, PeerFailed):
             self._drain_finished()
             raise
-        finally:
-            self._group.pause_heartbeat()
         return self._global
+
+    def get_state(self) -> RankState:
+        """Return the rows that this rank has finished or runs; those of an abandoned engine return to the plan."""
+        if self._engine.is_abandoned:
+            self._admission.clear()
+        return RankState(
+            np.array(self._finished_rows, dtype=np.int64),
+            np.array(self._kept_tokens, dtype=np.int64),
+            np.fromiter(self._admission, dtype=np.int64),
+        )
 
     def fill_manifest(self, manifest: RankManifest) -> RankManifest:
         """Return a copy of the manifest with this rank's numbers filled in."""
@@ -202,8 +213,7 @@ class GenerationLoop:
         finished = []
         for event in events or self._engine.poll(_WAIT_S if self._has_work else _IDLE_WAIT_S):
             if isinstance(event, RowsFinished):
-                for row in event.rows:
-                    self._admission.release(row)
+                self._release(event)
                 finished.append(event)
                 self._last_finished_s = time.monotonic()
             elif isinstance(event, EngineStats):
@@ -230,6 +240,10 @@ class GenerationLoop:
                 f"within about 1 s, now running at most {format_count(self._admission.seq_limit or 0, 'sequence')}"
             )
 
+    def _release(self, finished: RowsFinished) -> None:
+        for row in finished.rows:
+            self._admission.release(row)
+
     def _record_all(self, finished: RowsFinished) -> None:
         for result in finished.results:
             self._record(result)
@@ -253,6 +267,7 @@ class GenerationLoop:
         """Record what the engine has finished by now, so that a resumed run need not generate these rows again."""
         for event in self._engine.poll(0):
             if isinstance(event, RowsFinished):
+                self._release(event)
                 self._record_all(event)
 
     # ---- sync totals
@@ -260,22 +275,19 @@ class GenerationLoop:
     def _sync_totals(self) -> None:
         """Start the all-reduce of totals when it is due, and apply its result when it is there; never wait."""
         now = time.monotonic()
-        try:
-            if self._pending_sync is None:
-                # An idle rank starts the next all-reduce immediately, so the run ends as soon as the last rank
-                # reports no work.
-                if self._has_work and now < self._next_sync_s:
-                    return
-                self._pending_sync = self._start_sync(now)
-            if not self._pending_sync.done():
-                if now > self._next_sync_s + _STALE_SYNC_S:
-                    self._source.stop_yielding()
+        if self._pending_sync is None:
+            # An idle rank starts the next all-reduce immediately, so the run ends as soon as the last rank reports no
+            # work.
+            if self._has_work and now < self._next_sync_s:
                 return
-            totals = Totals.from_list(self._pending_sync.result())
-            self._pending_sync = None
-            self._apply_totals(totals)
-        except PeerLost as lost:
-            self._recover_from_lost_peer(lost)
+            self._pending_sync = self._start_sync(now)
+        if not self._pending_sync.done():
+            if now > self._next_sync_s + _STALE_SYNC_S:
+                self._source.stop_yielding()
+            return
+        totals = Totals.from_list(self._pending_sync.result())
+        self._pending_sync = None
+        self._apply_totals(totals)
 
     def _start_sync(self, now: float) -> PendingReduce:
         self._next_sync_s = now + _SYNC_INTERVAL_S
@@ -317,41 +329,8 @@ class GenerationLoop:
 
     def _reshard(self, *, spread_first: bool = False) -> None:
         """Plan again with all ranks. Rows that are claimed and not yet in the engine return to the plan. Collective."""
-        if self._engine.is_abandoned:
-            self._admission.clear()
-        state = RankState(
-            np.array(self._finished_rows, dtype=np.int64),
-            np.array(self._kept_tokens, dtype=np.int64),
-            np.fromiter(self._admission, dtype=np.int64),
-        )
-        self._source = self._planner.plan(state, has_engine=not self._engine.is_abandoned, spread_first=spread_first)
-        num_remaining = format_count(self._planner.num_remaining_rows, "remaining row")
-        logger.info(f"resharded {num_remaining}: {self._planner.order.description}")
-
-    def _recover_from_lost_peer(self, lost: PeerLost) -> None:
-        """Continue with the remaining ranks, where the launcher lets them live.
-
-        Raises:
-            PeerLost: the launcher ends all ranks, or they can't be connected: round after round fails and none is lost.
-        """
-        num_failed_rounds, size = 0, self._group.size
-        while True:
-            if not self._group.can_shrink:
-                raise lost
-            if num_failed_rounds >= _MAX_FAILED_SHRINKS:
-                ranks = format_count(size, "remaining rank")
-                raise PeerLost(f"{ranks} did not connect in {num_failed_rounds} rounds. Last error: {lost}")
-            logger.warning(f"{lost}, continuing with the remaining ranks")
-            try:
-                self._group.shrink()
-                self._pending_sync = None
-                self._leading_errors.drop_trial()
-                self._reshard()
-                return
-            except PeerLost as another:  # lost while the group was shrinking
-                lost = another
-                is_smaller = self._group.size < size
-                num_failed_rounds, size = 0 if is_smaller else num_failed_rounds + 1, self._group.size
+        has_engine = not self._engine.is_abandoned
+        self._source = self._planner.plan(self.get_state(), has_engine=has_engine, spread_first=spread_first)
 
     # ---- check
 

@@ -115,16 +115,18 @@ class ShardPlanner:
         Raises:
             NoEngineLeft: rows remain but no rank has an engine. Raised on every rank.
         """
-        state = state or RankState()
         self._rescan_journal_if_group_changed()  # all-reduce: rows in any node's journal
         cursor_prefix = self._create_cursor()  # before the gather, so that all cursors exist after it
-        peers = self._gather_peers(state, can_claim=has_engine and self._config.claims_rows)
-        rows = self._find_remaining_rows(state)  # all-reduce: without rows finished or running anywhere
+        own_rows = state or RankState()
+        peers = self._gather_peers(own_rows, can_claim=has_engine and self._config.claims_rows)
+        rows = self._find_remaining_rows(own_rows)  # all-reduce: without rows finished or running anywhere
         if len(rows) and not peers.claiming_ranks:
             raise NoEngineLeft(_NO_ENGINE_LEFT)
         self.has_completions, self._slow_rows = peers.has_completions, peers.slow_rows
-        order = self._order_rows(rows, state, peers, cursor_prefix)  # the same on every rank
+        order = self._order_rows(rows, own_rows, peers, cursor_prefix)  # the same on every rank
         self.order = order.spread_first() if spread_first else order
+        if state is not None:
+            logger.info(f"resharded {format_count(len(rows), 'remaining row')}: {self.order.description}")
         return self._build_source(self.order, peers, cursor_prefix)
 
     def _rescan_journal_if_group_changed(self) -> None:

@@ -9,25 +9,41 @@ from typing import Any, Literal, cast
 import pytest
 
 from dpgen.config.schema import ParallelConfig
-from dpgen.distributed.group import PendingReduce, SingleRankGroup
+from dpgen.distributed.group import PeerLost, PendingReduce, SingleRankGroup
 from dpgen.distributed.layout import Layout
 from dpgen.engine.loading import LoadedModel, ModelLoader
 from dpgen.engine.messages import EngineInfo, EngineTextConfig
 from dpgen.engine.supervisor import EngineSupervisor
-from dpgen.errors import PeerFailed
+from dpgen.errors import EngineError, PeerFailed
 
 INFO = EngineInfo(max_num_seqs=8, max_model_len=100, num_kv_blocks=2048, kv_block_tokens=16)
 MIB = 1 << 20
 
 
 class FakeEngine:
-    """Measure 8 MiB, and take whatever the ranks agree on."""
+    """Measure 8 MiB, and take whatever the ranks agree on.
+
+    Args:
+        error: what loading raises before or after the agreement; None for an engine that loads.
+    """
+
+    def __init__(self, error: EngineError | None = None, fails_after_agreement: bool = False) -> None:
+        self._error, self._fails_after_agreement = error, fails_after_agreement
+        self.is_abandoned, self.num_loads = False, 0
 
     def load_model(
         self, agree_kv: Callable[[int], int], on_wait: Callable[[], None], text_config: EngineTextConfig
     ) -> EngineInfo:
+        self.num_loads += 1
+        if self._error is not None and not self._fails_after_agreement:
+            raise self._error
         self.kv_bytes = agree_kv(8 * MIB)
+        if self._error is not None:
+            raise self._error
         return INFO
+
+    def abandon(self) -> None:
+        self.is_abandoned = True
 
 
 class TwoRankGroup(SingleRankGroup):
@@ -45,12 +61,15 @@ class TwoRankGroup(SingleRankGroup):
         self.nodes = ["node", "node"]
         self._peer_is_cold, self._polls_until_loaded = peer_is_cold, polls_until_loaded
         self.num_polls = 0
+        self.reduced: list[int] = []
+        self.peer_agreed_bytes: int | None = None
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        return [self._peer_is_cold, value]
+        return [[self._peer_is_cold, self.peer_agreed_bytes], value]
 
     def all_reduce_async(self, values: Sequence[int], op: Literal["sum", "min"]) -> PendingReduce:
         assert op == "min"
+        self.reduced += values
         return super().all_reduce_async([min(value, 2 * MIB) for value in values], op)
 
     def raise_if_peer_failed(self) -> None:
@@ -68,7 +87,16 @@ def load(
     layout = layout or Layout(num_engines=group.size)
     loader = ModelLoader(ParallelConfig(**parallel), layout, group, phases.append)
     loaded = loader.load(cast(EngineSupervisor, engine), EngineTextConfig(), is_cold)
+    assert loaded is not None
     return loaded, engine, phases
+
+
+def load_with(loader: ModelLoader, engine: FakeEngine) -> LoadedModel | None:
+    return loader.load(cast(EngineSupervisor, engine), EngineTextConfig(), is_cold=False)
+
+
+def make_loader(group: SingleRankGroup, layout: Layout | None = None) -> ModelLoader:
+    return ModelLoader(ParallelConfig(), layout or Layout(num_engines=group.size), group, lambda phase: None)
 
 
 def test_every_rank_gets_the_smallest_ranks_kv_cache(caplog: pytest.LogCaptureFixture) -> None:
@@ -113,3 +141,79 @@ def test_processes_that_share_an_engine_load_together() -> None:
 def test_a_rank_that_waits_for_the_nodes_first_rank_notices_its_failure() -> None:
     with pytest.raises(PeerFailed, match="no such device"):
         load(TwoRankGroup(peer_is_cold=True, polls_until_loaded=None))
+
+
+@pytest.mark.parametrize("fails_after_agreement", [False, True])
+def test_a_rank_whose_engine_cannot_load_continues_without_it(
+    fails_after_agreement: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    group, engine = TwoRankGroup(peer_is_cold=False), FakeEngine(EngineError("no such device"), fails_after_agreement)
+    group.store.add("dpgen/ready", 1)
+    loader = make_loader(group)
+    assert load_with(loader, engine) is None
+    assert engine.is_abandoned
+    assert group.reduced == [8 * MIB if fails_after_agreement else 1 << 62], "it says once what it has room for"
+    assert caplog.messages == ["no such device, continuing without this rank's engine, leaving its rows to other ranks"]
+    assert load_with(loader, engine) is None, "after a loss of ranks it has no engine either"
+    assert engine.num_loads == 1
+
+
+def test_a_model_that_most_ranks_cannot_load_ends_the_run() -> None:
+    group, engine = TwoRankGroup(peer_is_cold=False), FakeEngine(EngineError("no such device"))
+    group.store.add("dpgen/failed_to_load", 1)
+    with pytest.raises(EngineError, match="no such device"):
+        load_with(make_loader(group), engine)
+    with pytest.raises(EngineError, match="no such device"):
+        load_with(make_loader(SingleRankGroup()), engine)
+
+
+def test_a_rank_waits_for_the_others_engines_before_it_continues_without_its_own() -> None:
+    group, engine = TwoRankGroup(peer_is_cold=False), FakeEngine(EngineError("no such device"))
+    group.store.add("dpgen/failed_to_load", -1)
+    group.store.add("dpgen/failed_to_load", 1)
+    looks = 0
+
+    def fail_at_the_third_look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            group.store.add("dpgen/failed_to_load", 1)
+
+    group.raise_if_peer_failed = fail_at_the_third_look  # type: ignore[method-assign]
+    with pytest.raises(EngineError):
+        load_with(make_loader(group), engine)
+    assert looks == 3 and not engine.is_abandoned
+
+
+def test_an_engine_that_shares_its_ranks_cannot_be_done_without() -> None:
+    group, engine = TwoRankGroup(peer_is_cold=False), FakeEngine(EngineError("no such device"))
+    group.store.add("dpgen/ready", 1)
+    with pytest.raises(EngineError):
+        load_with(make_loader(group, Layout(num_engines=1, group_size=2)), engine)
+
+
+def test_after_a_loss_a_loaded_rank_joins_the_agreement_of_those_that_still_load() -> None:
+    group, engine = TwoRankGroup(peer_is_cold=False), FakeEngine()
+    loader = make_loader(group)
+    loaded = load_with(loader, engine)
+    assert group.reduced == [8 * MIB]
+    assert load_with(loader, engine) is loaded
+    assert group.reduced == [8 * MIB, 2 * MIB], "the size that its engine has already"
+    group.peer_agreed_bytes = 2 * MIB
+    assert load_with(loader, engine) is loaded
+    assert len(group.reduced) == 2 and engine.num_loads == 1, "all have agreed, and this engine has loaded"
+
+
+def test_a_loss_during_the_agreement_leaves_the_engine_to_load_on() -> None:
+    group, engine = TwoRankGroup(peer_is_cold=False), FakeEngine()
+    loader, reduce = make_loader(group), group.all_reduce_async
+
+    def lose(values: Sequence[int], op: Literal["sum", "min"]) -> PendingReduce:
+        raise PeerLost("lost rank 0")
+
+    group.all_reduce_async = lose  # type: ignore[method-assign]
+    with pytest.raises(PeerLost):
+        load_with(loader, engine)
+    group.all_reduce_async = reduce  # type: ignore[method-assign]
+    loaded = load_with(loader, engine)
+    assert loaded is not None and loaded.agreed_kv_bytes == 2 * MIB

@@ -12,6 +12,7 @@ import pytest
 from helpers.clock import FakeClock
 
 from dpgen.config.schema import RunConfig
+from dpgen.engine.limits import EngineLimits
 from dpgen.engine.messages import (
     EngineInfo,
     EngineReady,
@@ -23,7 +24,7 @@ from dpgen.engine.messages import (
     OptionsChecked,
     RowsFinished,
 )
-from dpgen.engine.supervisor import EngineLimits, EngineSupervisor
+from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EngineError, EngineStuck, LockstepEngineLost
 from dpgen.records import Completion, Request, RowResult
 

@@ -143,6 +143,7 @@ class Launcher:
         *arguments: str,
         rank_arguments: Sequence[Sequence[str]],
         rank_environments: Mapping[int, Mapping[str, str]] | None = None,
+        rank_programs: Mapping[int, Sequence[str]] | None = None,
         **environment: str,
     ) -> list[Job]:
         """Start one process per rank, with the variables that srun sets and a free MASTER_PORT.
@@ -151,6 +152,7 @@ class Launcher:
             arguments: for every rank.
             rank_arguments: one list per rank, for that rank alone.
             rank_environments: variables for single ranks, by rank.
+            rank_programs: what python runs instead of `-m dpgen`, by rank.
             environment: overrides the variables of srun; MASTER_PORT="" unsets the port.
         """
         num_ranks = len(rank_arguments)
@@ -165,7 +167,12 @@ class Launcher:
         }
         return [
             self.start(
-                [sys.executable, "-m", "dpgen", *arguments, *rank_arguments[rank]],
+                [
+                    sys.executable,
+                    *(rank_programs or {}).get(rank, ("-m", "dpgen")),
+                    *arguments,
+                    *rank_arguments[rank],
+                ],
                 **{
                     "SLURM_PROCID": str(rank),
                     "SLURM_LOCALID": str(rank),

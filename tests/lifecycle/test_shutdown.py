@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 from helpers.clock import FakeClock
-from helpers.jobs import REPO
+from helpers.jobs import REPO, wait_for
 
 from dpgen.errors import Interrupted
 from dpgen.lifecycle.shutdown import ShutdownMonitor, find_deadline
@@ -82,6 +85,36 @@ def test_a_deadline_is_a_reason_to_stop_once_it_is_reached() -> None:
     assert monitor.reason == "run.time_limit=90 is near. Rerun the same command to resume"
 
 
+@pytest.mark.usefixtures("restored_handlers")
+def test_the_deadline_interrupts_whatever_the_run_does() -> None:
+    monitor = ShutdownMonitor(time.monotonic() + 0.1, "run.time_limit=90")
+    monitor.install_handlers()
+    with pytest.raises(Interrupted, match=r"run\.time_limit=90 is near"):
+        threading.Event().wait(60)  # as reading an input or loading a model does
+
+
+@pytest.mark.usefixtures("restored_handlers")
+def test_a_deadline_within_a_deferring_block_raises_only_after_it() -> None:
+    monitor = ShutdownMonitor(time.monotonic() + 0.1, "run.time_limit=90")
+    monitor.install_handlers()
+    with monitor.defer_signals():
+        wait_for(lambda: monitor.reason is not None)
+        threading.Event().wait(0.2)  # the thread's signal arrives here and does not raise
+    with pytest.raises(Interrupted, match=r"run\.time_limit=90 is near"):
+        monitor.accept_signals()
+
+
+@pytest.mark.usefixtures("restored_handlers")
+def test_a_result_that_is_being_written_is_finished_despite_the_deadline(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dpgen")
+    monitor = ShutdownMonitor(time.monotonic() + 0.1, "run.time_limit=90")
+    monitor.ignore_deadline()
+    monitor.install_handlers()
+    wait_for(lambda: caplog.messages != [])
+    assert caplog.messages == ["run.time_limit=90 is near, finishing the result, which is nearly complete"]
+    assert monitor.reason is None
+
+
 @pytest.mark.parametrize(
     ("time_limit", "end", "expected"),
     [
@@ -97,7 +130,9 @@ def test_the_earlier_of_both_limits_is_the_deadline(
     time_limit: str | None, end: str, expected: tuple[float | None, str]
 ) -> None:
     environ = {"SLURM_JOB_END_TIME": end} if end else {}
-    assert find_deadline(time_limit, 120.0, environ, started_s=1000.0) == expected
+    # The monotonic clock began 900 s after the epoch.
+    deadline_s, name = find_deadline(time_limit, 120.0, environ, monotonic_s=100.0, epoch_s=1000.0)
+    assert (deadline_s and deadline_s + 900.0, name) == expected
 
 
 # `before_exit` needs a lock that the interrupted main thread holds, as any store or log call may.

@@ -31,7 +31,7 @@ def test_rank_0_logs_which_ranks_it_waits_for_while_they_load(launcher: Launcher
         "run", write_config(make_numbered_rows(20)), rank_arguments=[[], ["engine.load_s=13"]]
     )
     assert [job.wait() for job in jobs] == [0, 0], jobs[0].output
-    assert jobs[0].output.count("model loaded on 1 of 2 ranks") == 1, jobs[0].output
+    assert jobs[0].output.count("waiting for 1 of 2 ranks: rank 1 (loading the model)") == 1, jobs[0].output
     phases = re.search(r"ready after .*model (\S+) s, other ranks' models (\S+) s", jobs[0].output)
     assert phases and float(phases[2]) > 8 > float(phases[1]), jobs[0].output
     assert "loaded" not in jobs[1].output, "rank 0 logs for all ranks"

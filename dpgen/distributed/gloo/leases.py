@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,11 @@ class LeaseTiming:
         """How long a main thread may take between two heartbeats, in seconds: 300 by default."""
         return 5 * self.lease_s
 
+    @property
+    def slow_s(self) -> float:
+        """The same in a slow phase, whose single steps (a library's) take long: 7,200 s by default."""
+        return 24 * self.stuck_s
+
 
 def read_lease_timing(environ: Mapping[str, str]) -> LeaseTiming:
     """Return the timing. DPGEN_LEASE_S is for tests, which would otherwise wait a minute each.
@@ -65,8 +70,9 @@ class Leases:
     """Renew this rank's lease from a thread while its process runs, and watch the leases of other ranks.
 
     A process may run on while its main thread is stuck, for example in a file system that hangs. So once the main
-    thread has called `heartbeat`, it must keep calling; otherwise the lease is not renewed and the rank counts as lost.
-    Once the other ranks have noticed, the rank ends itself: it would hold its job, and what it generates is discarded.
+    thread has entered a phase, it must call `heartbeat` again and again. Otherwise the lease is not renewed, and the
+    rank counts as lost. Once the other ranks have noticed, the rank ends itself: it would hold its job, and what it
+    generates is discarded.
 
     Args:
         store: used by the caller's thread.
@@ -87,24 +93,26 @@ class Leases:
         self._store, self._rank, self._clock = store, rank, clock
         self._timing, self._end_process = timing, end_process
         self._last_heartbeat_s: float | None = None
+        self._limit_s = timing.stuck_s
         self._last_changes: dict[int, tuple[int, float]] = {}  # rank → its counter, and when this rank first saw it
         self._stopped = threading.Event()
         self._last_look: tuple[tuple[Sequence[int], float], float] | None = None  # of whom by which limit, and when
         store.add(_lease_key(rank), 0)  # others may ask for it from now on
         threading.Thread(target=self._renew, args=(own_store,), name="lease", daemon=True).start()
 
+    def create_for(self, members: Iterable[int]) -> None:
+        """Create the leases of these ranks: one that dies before it has created its own must be seen to expire."""
+        for member in members:
+            self._store.add(_lease_key(member), 0)
+
+    def enter_phase(self, *, is_slow: bool = False) -> None:
+        """Expect heartbeats from now on; see `RankGroup.enter_phase`."""
+        self.heartbeat()
+        self._limit_s = self._timing.slow_s if is_slow else self._timing.stuck_s
+
     def heartbeat(self) -> None:
-        """Report that the main thread is running; see `RankGroup.heartbeat`."""
+        """Report that the main thread makes progress, or waits for other ranks, which is no fault of its own."""
         self._last_heartbeat_s = self._clock()
-
-    def keep_alive(self) -> None:
-        """Report that the main thread waits for other ranks, which is no fault of its own."""
-        if self._last_heartbeat_s is not None:
-            self._last_heartbeat_s = self._clock()
-
-    def pause_heartbeat(self) -> None:
-        """Expect no heartbeat until the next one."""
-        self._last_heartbeat_s = None
 
     def find_expired(self, members: Sequence[int], limit_s: float) -> list[int]:
         """Return the members whose counter has not changed for `limit_s`, as far as this rank has watched.
@@ -138,10 +146,10 @@ class Leases:
         while not self._stopped.wait(timing.interval_s):
             last_s = self._last_heartbeat_s
             silent_s = 0.0 if last_s is None else self._clock() - last_s
-            if silent_s > timing.stuck_s + 2 * timing.lease_s:
+            if silent_s > self._limit_s + 2 * timing.lease_s:
                 self._end_process()
                 return
-            if silent_s <= timing.stuck_s and not is_lost:
+            if silent_s <= self._limit_s and not is_lost:
                 try:
                     store.add(_lease_key(self._rank), 1)
                 except RuntimeError:  # the store is gone: the main thread will notice, unless it is stuck

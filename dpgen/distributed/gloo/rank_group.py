@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.distributed as dist
 
+from dpgen.distributed.gloo.checked_store import CheckedStore
 from dpgen.distributed.gloo.failures import FailureBoard
 from dpgen.distributed.gloo.leases import Leases, end_stuck_process, read_lease_timing
 from dpgen.distributed.gloo.membership import Membership
@@ -31,7 +32,16 @@ from dpgen.distributed.gloo.torch_world import (
     open_store,
     summarize_error,
 )
-from dpgen.distributed.group import HostLimitReached, PeerLost, PendingReduce, RankGroup, StoreLost
+from dpgen.distributed.gloo.wait_log import WaitLog
+from dpgen.distributed.group import (
+    AllRowsGathered,
+    HostLimitReached,
+    Milestone,
+    PeerLost,
+    PendingReduce,
+    RankGroup,
+    StoreLost,
+)
 from dpgen.distributed.network import (
     Address,
     find_interface_to,
@@ -40,6 +50,7 @@ from dpgen.distributed.network import (
     wait_for_torchrun_store,
 )
 from dpgen.distributed.rendezvous import join_rendezvous
+from dpgen.distributed.stages import Stage, run_stages
 from dpgen.distributed.store_discovery import StoreAdvertiser, discover_store
 from dpgen.distributed.topology import Topology, name_nodes, read_boot_id
 from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
@@ -48,12 +59,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 _JOIN_TIMEOUT_S = 1800.0  # until every rank runs: a batch system may start them one by one
-_REJOIN_TIMEOUT_S = 30.0  # every remaining rank has just entered the shrink ...
-_REJOIN_TIMEOUT_PER_RANK_S = 0.05  # ... and connects to every other
+_CONNECT_TIMEOUT_S = 30.0  # every rank has just arrived, or entered the shrink ...
+_CONNECT_TIMEOUT_PER_RANK_S = 0.05  # ... and connects to every other
 _AGENT_TIMEOUT_S = 30.0
 _PEER_CHECK_INTERVAL_S = 0.5
 _POLL_S = 0.05
 _SHORT_POLL_S = 0.001
+_MILESTONE = "dpgen/milestone"  # store key: below it, how far rank 0 has come
 _DEPARTED = "dpgen/left"  # store key: the number of ranks that no longer need the store
 
 
@@ -70,6 +82,7 @@ class GlooGroup(RankGroup):
 
         Raises:
             DpgenError: not all ranks joined within half an hour, or the store can't be reached.
+            PeerLost: a rank was lost meanwhile, and the group can't shrink.
         """
         raise_open_file_limit(_count_files(topology.dp_size))
         self._timing = read_lease_timing(os.environ)
@@ -82,12 +95,13 @@ class GlooGroup(RankGroup):
         self._hosts_store = topology.is_rank_0 and not agent_keeps_store
         # torchrun ends and restarts all ranks when one dies; srun can leave the others alone.
         self.can_shrink = topology.launcher == "slurm"
+        self.nodes = [""] * self.size
         self._join(topology, agent_keeps_store, lambda: end_stuck_process(before_exit))
-        self.nodes = name_nodes(self.all_gather_object((topology.node, read_boot_id())))
+        run_stages(self, [Stage("joining the other ranks", lambda: self._meet(topology))])
 
     @property
-    def checked_store(self) -> _CheckedStore:
-        return _CheckedStore(self)
+    def checked_store(self) -> CheckedStore:
+        return CheckedStore(self.store, self.translate_errors)
 
     @property
     def num_shrinks(self) -> int:
@@ -118,12 +132,14 @@ class GlooGroup(RankGroup):
         # In a thread, since the call blocks even if a peer is lost.
         gathered = self._gather_thread.submit(dist.gather_object, value, values, dst=0)
         with self.translate_errors():
+            on_wait = self._wait_log.start()
             while True:
                 try:
                     gathered.result(_POLL_S)
                     return values
                 except TimeoutError:
                     self.raise_if_peer_failed()
+                    on_wait()
 
     def all_reduce_any(self, mask: np.ndarray) -> np.ndarray:
         tensor = torch.from_numpy(mask.astype("uint8"))
@@ -138,7 +154,7 @@ class GlooGroup(RankGroup):
     # ---- failures
 
     def raise_if_peer_failed(self) -> None:
-        self._leases.keep_alive()  # every wait for other ranks asks this
+        self._leases.heartbeat()  # every wait for other ranks asks this
         now = time.monotonic()
         if now < self._next_peer_check_s:
             return
@@ -152,8 +168,9 @@ class GlooGroup(RankGroup):
                 return
             # Rank 0 watches for all: it leads every shrink, and the store serves 2 N leases, not N x N.
             expired = self._leases.find_expired(self._membership.members, self._timing.lease_s)
-        if expired:
-            raise PeerLost(f"lost rank {expired[0]} (no heartbeat for {self._timing.lease_s:.0f} s)")
+            if expired:
+                phase, lease_s = self._wait_log.get_phase(expired[0]), self._timing.lease_s
+                raise PeerLost(f"lost rank {expired[0]} (no heartbeat for {lease_s:.0f} s, last seen {phase})")
 
     def announce_failure(self, message: str, exit_status: int) -> bool:
         return self._failures.announce(message, exit_status)
@@ -161,11 +178,29 @@ class GlooGroup(RankGroup):
     def first_failure_status(self) -> int | None:
         return self._failures.read_exit_status()
 
+    def enter_phase(self, name: str, *, is_slow: bool = False) -> None:
+        self._leases.enter_phase(is_slow=is_slow)
+        with self.translate_errors():
+            self._wait_log.set_phase(name)
+
     def heartbeat(self) -> None:
         self._leases.heartbeat()
 
-    def pause_heartbeat(self) -> None:
-        self._leases.pause_heartbeat()
+    def reach_milestone(self, milestone: Milestone) -> None:
+        key = f"{_MILESTONE}/{milestone}"
+        if self.rank == 0:
+            with contextlib.suppress(RuntimeError):  # the store is gone: no rank waits for the word
+                self.store.set(key, "1")
+            return
+        on_wait = self._wait_log.start()
+        with self.translate_errors():
+            while not self.store.check([key]):
+                self._check_rank_0()
+                # Once the rows are gathered no rank needs another one but rank 0.
+                if milestone == "gathered" and self._membership.is_shrinking():
+                    raise PeerLost("lost another rank (reported by a peer)")
+                on_wait()
+                time.sleep(_POLL_S)
 
     @contextmanager
     def translate_errors(self) -> Iterator[None]:
@@ -191,12 +226,7 @@ class GlooGroup(RankGroup):
         self.rank, self.size = members.index(self._initial_rank), len(members)
         forget_world()
         raise_open_file_limit(_count_files(self.size))  # gloo may close what it held a moment later
-        try:
-            self._connect()
-        except RuntimeError as error:
-            if is_local_error(error):
-                raise HostLimitReached(self._initial_rank, summarize_error(error)) from None
-            raise PeerLost(f"lost another rank while regrouping ({summarize_error(error)})") from None
+        self._connect()
 
     def close(self) -> None:
         if self._is_closed:
@@ -227,6 +257,8 @@ class GlooGroup(RankGroup):
             own_store = self._make_prefixed_store().clone()
             # Before connecting: once the ranks are connected, all leases exist.
             self._leases = Leases(self.store, own_store, self.rank, timing=self._timing, end_process=end_process)
+            if self.rank == 0:
+                self._leases.create_for(range(self.size))
             self._failures = FailureBoard(self.store, self.rank)
             self._membership = Membership(
                 self.store,
@@ -236,7 +268,7 @@ class GlooGroup(RankGroup):
                 broken_lease_s=self._timing.broken_lease_s,
                 on_wait=self._on_shrink_wait,
             )
-            self._connect()
+            self._wait_log = WaitLog(self.store, self.rank, lambda: self._membership.members)
         except (RuntimeError, ValueError) as error:
             raise DpgenError(
                 f"rank {self.rank} could not join the group of {self.size} ranks at "
@@ -260,12 +292,28 @@ class GlooGroup(RankGroup):
                 until_joined.enter_context(StoreAdvertiser(topology.discovery_ports, topology.job, self._base.port))
             return join_rendezvous(self._base, self.rank, self.size, _JOIN_TIMEOUT_S)
 
+    def _meet(self, topology: Topology) -> None:
+        """Connect the ranks, all of which have arrived, and learn their nodes. Collective; after a loss once more."""
+        if self.num_shrinks == 0:
+            self._connect()
+        self.nodes = name_nodes(self.all_gather_object((topology.node, read_boot_id())))
+
     def _connect(self) -> None:
+        """Connect this rank to the other members. Collective.
+
+        Raises:
+            PeerLost: a member did not connect in time.
+            HostLimitReached: this host has too few files or ports.
+        """
+        self._wait_log.begin_epoch(self.num_shrinks)
         store = add_prefix(self._make_prefixed_store(), f"epoch-{self.num_shrinks}")
-        timeout_s = (
-            _JOIN_TIMEOUT_S if self.num_shrinks == 0 else _REJOIN_TIMEOUT_S + _REJOIN_TIMEOUT_PER_RANK_S * self.size
-        )
-        connect_world(self._base, store, self.rank, self.size, timeout_s)
+        timeout_s = _CONNECT_TIMEOUT_S + _CONNECT_TIMEOUT_PER_RANK_S * self.size
+        try:
+            connect_world(self._base, store, self.rank, self.size, timeout_s)
+        except RuntimeError as error:
+            if is_local_error(error):
+                raise HostLimitReached(self._initial_rank, summarize_error(error)) from None
+            raise PeerLost(f"lost another rank while connecting ({summarize_error(error)})") from None
 
     def _make_prefixed_store(self) -> Any:
         return add_prefix(self._base, self._key_prefix)
@@ -275,25 +323,32 @@ class GlooGroup(RankGroup):
     def _wait_for_work(self, start: Callable[[], Any]) -> None:
         """Start a collective and wait for it, checking the other ranks meanwhile."""
         with self.translate_errors():
-            work = start()
+            on_wait, work = self._wait_log.start(), start()
             while not work.is_completed():
                 self.raise_if_peer_failed()
+                on_wait()
                 time.sleep(_SHORT_POLL_S)
             work.wait()
 
     def _on_shrink_wait(self) -> None:
-        self._leases.keep_alive()
+        if self.store.check([f"{_MILESTONE}/gathered"]):
+            raise AllRowsGathered
+        self._check_rank_0()
+
+    def _check_rank_0(self) -> None:
+        """Raise PeerFailed if waiting for rank 0 is in vain."""
+        self._leases.heartbeat()
         self._failures.raise_if_announced()
         if self.rank > 0:
             self._raise_if_rank_0_stuck()
 
     def _raise_if_rank_0_stuck(self) -> None:
         """Raise StoreLost if rank 0 stopped renewing its lease: its store answers whatever its main thread does."""
-        timing = self._timing
-        if self._leases.find_expired([0], timing.lease_s):
+        lease_s = self._timing.lease_s
+        if self._leases.find_expired([0], lease_s):
             raise StoreLost(
-                f"rank 0 is stuck: its main thread made no progress for {timing.stuck_s + timing.lease_s:,.0f} s, or "
-                f"its process was stopped {timing.lease_s:.0f} s ago. Rerun the same command to resume"
+                f"rank 0 is stuck ({self._wait_log.get_phase(0)}): no heartbeat for {lease_s:.0f} s. Its main thread "
+                "made no progress for long before that, or its process was stopped. Rerun the same command to resume"
             )
 
     def _keep_store_until_peers_leave(self, limit_s: float = 10.0) -> None:
@@ -304,29 +359,16 @@ class GlooGroup(RankGroup):
                 time.sleep(_POLL_S)
 
 
-class _CheckedStore:
-    """Turn the store's errors into PeerFailed; see `RankGroup.checked_store`."""
-
-    def __init__(self, group: GlooGroup) -> None:
-        self._group = group
-
-    def add(self, key: str, amount: int) -> int:
-        with self._group.translate_errors():
-            return self._group.store.add(key, amount)
-
-    def get_many(self, keys: Sequence[str]) -> list[int]:
-        with self._group.translate_errors():
-            return self._group.store.get_many(keys)
-
-
 class _GlooReduce:
     def __init__(self, group: GlooGroup, work: Any, tensor: torch.Tensor) -> None:
         self._group, self._work, self._tensor = group, work, tensor
+        self._on_wait = group._wait_log.start()
 
     def done(self) -> bool:
         with self._group.translate_errors():
             if not self._work.is_completed():
                 self._group.raise_if_peer_failed()
+                self._on_wait()
                 return False
             self._work.wait()  # raises the collective's error
             return True

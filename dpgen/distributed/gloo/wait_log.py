@@ -1,0 +1,92 @@
+"""Log for whom a rank waits: the ranks that have not started the same collective, and what they do instead.
+
+- Collectives have numbers, which are the same on all ranks, since all ranks make them in one order.
+- A rank that has waited for 5 s notes its collective's number in the store. Whoever has not noted it keeps the others
+  waiting. So nothing is sent where nobody waits for long.
+- Rank 0 logs the line, 10 s after it began to wait, then every 30 s. If rank 0 is the one that is waited for, the first
+  rank to find that out warns.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dpgen.formatting import format_count
+from dpgen.log import NoticeTimer
+
+logger = logging.getLogger(__name__)
+
+_NOTE_AFTER_S = 5.0
+_MAX_LISTED_RANKS = 5
+_PHASE = "dpgen/phase"  # store key: what each rank does, in words
+_WAITING = "dpgen/waiting"  # store key: each rank's note, the group's shrinks and the number of the collective
+_WARNING = "dpgen/waiting_for_rank_0"  # store key: how many ranks were about to warn of a collective
+
+
+class WaitLog:
+    """Log the waits of one rank.
+
+    Args:
+        rank: this rank's number when the job started.
+        list_members: returns these numbers of the group's current ranks.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        list_members: Callable[[], list[int]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store, self._rank, self._list_members, self._clock = store, rank, list_members, clock
+        self._epoch = self._num_started = 0
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Number the collectives from 1 again, since the group has shrunk."""
+        self._epoch, self._num_started = epoch, 0
+
+    def set_phase(self, name: str) -> None:
+        """Tell the other ranks what this rank does from now on, e.g. "loading the model"."""
+        self._store.set(f"{_PHASE}/{self._rank}", name)
+
+    def get_phase(self, member: int) -> str:
+        """Return what a rank does, as far as it has told."""
+        key = f"{_PHASE}/{member}"
+        return str(self._store.get(key).decode()) if self._store.check([key]) else "starting"
+
+    def start(self) -> Callable[[], None]:
+        """Number the next collective, and return what to call at each turn of the wait for it."""
+        self._num_started += 1
+        number = self._num_started
+        timer, note_due_s, has_noted = NoticeTimer(self._clock), self._clock() + _NOTE_AFTER_S, False
+
+        def on_wait() -> None:
+            nonlocal has_noted
+            if not has_noted and self._clock() >= note_due_s:
+                has_noted = True
+                self._store.set(f"{_WAITING}/{self._rank}", f"{self._epoch}.{number}")
+            if timer.is_due():
+                self._log(number)
+
+        return on_wait
+
+    def _log(self, number: int) -> None:
+        if self._rank == 0:
+            members = self._list_members()
+            missing = [member for member in members if member != 0 and not self._is_waiting(member, number)]
+            if missing:
+                listed = [f"rank {member} ({self.get_phase(member)})" for member in missing[:_MAX_LISTED_RANKS]]
+                names = ", ".join(listed + ["..."] * (len(missing) > _MAX_LISTED_RANKS))
+                logger.info(f"waiting for {len(missing):,} of {format_count(len(members), 'rank')}: {names}")
+        elif not self._is_waiting(0, number) and self._store.add(f"{_WARNING}/{self._epoch}.{number}", 1) == 1:
+            logger.warning(f"waiting for rank 0 ({self.get_phase(0)})")
+
+    def _is_waiting(self, member: int, number: int) -> bool:
+        key = f"{_WAITING}/{member}"
+        if not self._store.check([key]):
+            return False
+        epoch, _, noted = self._store.get(key).decode().partition(".")
+        return (int(epoch), int(noted)) >= (self._epoch, number)
