@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
+from dpgen.distributed.codec import decode, encode
 from dpgen.distributed.topology import Topology
 from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
 
@@ -117,11 +118,15 @@ class RankGroup(ABC):
 
     @abstractmethod
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Return every rank's value, by rank. Collective."""
+        """Return every rank's value, by rank; see `dpgen.distributed.codec` for values. Collective.
+
+        Raises:
+            ForeignMessage: another program, or another version of dpgen, sent something.
+        """
 
     @abstractmethod
     def gather_object(self, value: Any) -> list[Any] | None:
-        """Return every rank's value, by rank, on rank 0; None on the others. Collective."""
+        """Return every rank's value, as `all_gather_object` does, on rank 0; None on the others. Collective."""
 
     @abstractmethod
     def all_reduce_any(self, mask: np.ndarray) -> np.ndarray:
@@ -270,10 +275,10 @@ class SingleRankGroup(RankGroup):
         return _CompletedReduce(values)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        return [value]
+        return [decode(encode(value))]  # as among several ranks: tuples become lists, and other types are rejected
 
     def gather_object(self, value: Any) -> list[Any] | None:
-        return [value]
+        return self.all_gather_object(value)
 
     def all_reduce_any(self, mask: np.ndarray) -> np.ndarray:
         return mask

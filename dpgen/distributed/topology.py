@@ -109,7 +109,7 @@ def read_boot_id() -> str:
         return ""
 
 
-def name_nodes(machines: Sequence[tuple[str, str]]) -> list[str]:
+def name_nodes(machines: Sequence[Sequence[str]]) -> list[str]:
     """Return one name for each machine: its host name, with a number from the second machine of a name on.
 
     Args:

@@ -56,7 +56,7 @@ def make_engine_factory(
         ConfigError: the model's folder is not there, or the node has too few GPUs for its ranks.
     """
     group.run_on_all_ranks(lambda: _check_model(config))
-    affinities = group.all_gather_object(frozenset(os.sched_getaffinity(0)))
+    affinities = [frozenset(cores) for cores in group.all_gather_object(sorted(os.sched_getaffinity(0)))]
     node = group.nodes[group.rank]
     on_node = [cores for rank, cores in enumerate(affinities) if group.nodes[rank] == node]
     visible = _list_visible_gpus(os.environ) if config.run.engine == "vllm" else []

@@ -5,20 +5,39 @@
 - With mixtures of experts all groups step together. A group without work makes dummy steps; vLLM's own
   `has_unfinished_requests` agrees on that over all groups.
 - No process ends alone: all leave in the round in which each was asked to shut down.
+- Requests travel as `dpgen.distributed.codec` encodes them, not through torch's collectives of objects, which pickle.
+  vLLM's own collectives in the same process do pickle, so dpgen can't replace pickle for all of torch here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from dpgen.distributed.codec import decode, encode
 from dpgen.distributed.layout import EngineWorld
-from dpgen.records import Request
+from dpgen.errors import RowRefused
+from dpgen.records import Request, RowResult, make_rejected_result
 
 _NO_TIMEOUT = timedelta(days=20)  # the longest that gloo takes; the ranks notice a lost process, and end this one
+
+
+def encode_requests(requests: Iterable[Request]) -> tuple[list[bytes], list[RowResult]]:
+    """Return the requests as bytes for the other processes, and the results of rows that can't be sent to them."""
+    encoded, rejected = [], []
+    for request in requests:
+        error_type = "bad_sampling"
+        try:
+            sampling = encode(request.sampling)
+            error_type = "unsupported_content"
+            encoded.append(encode([request.row, request.prompt_token_ids, request.prompt, sampling]))
+        except TypeError as error:
+            rejected.append(make_rejected_result(request.row, RowRefused(error_type, str(error))))
+    return encoded, rejected
 
 
 class LockstepGroup:
@@ -48,22 +67,32 @@ class LockstepGroup:
         """True for the process that receives its group's requests and reports its results."""
         return self._world.is_leader
 
-    def exchange(self, requests: list[Request], stop_requested: bool) -> tuple[list[Request], bool]:
+    def exchange(self, requests: Sequence[bytes], stop_requested: bool) -> tuple[list[Request], bool]:
         """Exchange one round's requests. Collective.
 
         Args:
-            requests: new requests; only the leader has any.
+            requests: new requests, from `encode_requests`; only the leader has any.
 
         Returns:
             the leader's requests, and True if every process was asked to shut down.
         """
-        # Sums: processes not asked to shut down, then one flag per group whose leader has new requests.
-        flags = torch.zeros(1 + self._world.num_groups, dtype=torch.int64)
-        flags[0] = not stop_requested
-        flags[1 + self._group] = bool(requests)
-        dist.all_reduce(flags, group=self._all)
-        if flags[1 + self._group] and self._world.group_size > 1:
-            payload: list[Any] = [requests]
-            dist.broadcast_object_list(payload, src=self._leader, group=self._own_group)
-            [requests] = payload
-        return requests, not flags[0]
+        message = encode(requests) if requests else b""
+        # Sums: processes not asked to shut down, then for each group the bytes of its leader's message.
+        sums = torch.zeros(1 + self._world.num_groups, dtype=torch.int64)
+        sums[0] = not stop_requested
+        sums[1 + self._group] = len(message)
+        dist.all_reduce(sums, group=self._all)
+        num_bytes = int(sums[1 + self._group])
+        if num_bytes and self._world.group_size > 1:
+            buffer = torch.frombuffer(bytearray(message or num_bytes), dtype=torch.uint8)
+            dist.broadcast(buffer, src=self._leader, group=self._own_group)
+            message = buffer.numpy().tobytes()
+        return _decode_requests(message), not sums[0]
+
+
+def _decode_requests(message: bytes) -> list[Request]:
+    requests = []
+    for data in decode(message) if message else ():
+        row, prompt_token_ids, prompt, sampling = decode(data)
+        requests.append(Request(row, prompt_token_ids, prompt, decode(sampling)))
+    return requests

@@ -119,6 +119,8 @@ def _generate_lockstep(pipe: Connection, backend: Backend, group: LockstepGroup)
     """
     sender = _EventSender(pipe, backend)
     stop_requested = False
+    from dpgen.engine.lockstep import encode_requests
+
     while True:
         requests: list[Request] = []
         while pipe.poll(0):
@@ -127,11 +129,12 @@ def _generate_lockstep(pipe: Connection, backend: Backend, group: LockstepGroup)
                 stop_requested = True
             else:
                 requests += message
-        requests, is_over = group.exchange(requests, stop_requested)
+        encoded, rejected = encode_requests(requests)
+        requests, is_over = group.exchange(encoded, stop_requested)
         if is_over:
             return
-        sender.num_in_flight += len(requests)
-        finished = _add_requests(backend, requests)
+        sender.num_in_flight += len(requests) + len(rejected)
+        finished = [*rejected, *_add_requests(backend, requests)]
         if backend.has_unfinished_requests():
             finished += backend.step()
         elif not requests:

@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import DpgenError
@@ -19,7 +20,7 @@ from dpgen.journal.files import FileSystem
 from dpgen.journal.reader import list_segments, make_read_error
 from dpgen.journal.segment import RowsLost, format_write_error, repair_segment
 
-_Chunk = tuple[str, int, bytes]  # segment name, offset, bytes
+_Chunk = Sequence[Any]  # segment name, offset, bytes; `gather_object` makes the tuple a list
 
 
 def gather_segments(group: RankGroup, journal_dir: Path, segments: list[Path], gather_bytes: int) -> int:

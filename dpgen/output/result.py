@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,15 @@ def gather_results(
         the manifests, by rank, on rank 0; None on the others.
     """
     is_shared = shares_run_dir(group, run_dir.path)
-    manifests = group.gather_object(
-        replace(
-            manifest,
-            rank=group.rank,
-            sees_rank_0=is_shared,
-            num_rows=journal.num_rows,
-            num_bytes=journal.num_bytes,
-        )
+    manifest = replace(
+        manifest,
+        rank=group.rank,
+        sees_rank_0=is_shared,
+        num_rows=journal.num_rows,
+        num_bytes=journal.num_bytes,
     )
+    gathered = group.gather_object(asdict(manifest))
+    manifests = None if gathered is None else [RankManifest(**fields) for fields in gathered]
     is_sender = not is_shared if config.gather == "auto" else config.gather == "always"
     senders = {(journal.attempt, rank) for rank in group.all_gather_object(journal.rank)}
     segments = []

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
@@ -151,7 +152,7 @@ class ShardPlanner:
         return cursor_prefix
 
     def _gather_peers(self, state: RankState, *, can_claim: bool) -> _Peers:
-        own = (can_claim, self._first_order_plan, len(state.running), self.has_completions, tuple(self._slow_rows))
+        own = (can_claim, self._first_order_plan, len(state.running), self.has_completions, list(self._slow_rows))
         states = [_PeerState(*gathered) for gathered in self._group.all_gather_object(own)]
         return _Peers(
             claiming_ranks=[rank for rank, peer in enumerate(states) if peer.can_claim],
@@ -248,7 +249,7 @@ class _PeerState(NamedTuple):
     first_order_plan: str
     num_running: int
     has_completions: bool
-    slow_rows: tuple[int, ...]
+    slow_rows: Sequence[int]
 
 
 @dataclass(frozen=True)

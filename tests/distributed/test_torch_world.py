@@ -14,7 +14,7 @@ from dpgen.distributed.network import is_local_error
 # Three ranks connect four times, as after three losses. Each prints its connections to other ranks at the end.
 PROGRAM = """
 import os, socket, sys, time
-from dpgen.distributed import torch_world as world
+from dpgen.distributed.gloo import torch_world as world
 
 engine_pipe = socket.socketpair()  # another part of the process has connections, too
 rank, port = int(sys.argv[1]), int(sys.argv[2])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from dpgen.distributed.gloo.checked_store import CheckedStore
+from dpgen.distributed.codec import decode, encode
 from dpgen.distributed.gloo.failures import FailureBoard
 from dpgen.distributed.gloo.leases import Leases, end_stuck_process, read_lease_timing
 from dpgen.distributed.gloo.membership import Membership
@@ -117,7 +117,7 @@ class GlooGroup(RankGroup):
 
     def all_gather_object(self, value: Any) -> list[Any]:
         # dist.all_gather_object blocks, so a rank waiting in it would not notice that the group is broken.
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         self._wait_for_work(lambda: dist.all_gather(sizes, torch.tensor([len(data)]), async_op=True))
         longest = max(int(size) for size in sizes)
@@ -125,7 +125,7 @@ class GlooGroup(RankGroup):
         padded = torch.nn.functional.pad(data, (0, longest - len(data)))
         self._wait_for_work(lambda: dist.all_gather(buffers, padded, async_op=True))
         pairs = zip(buffers, sizes, strict=True)
-        return [pickle.loads(buffer[: int(size)].numpy().tobytes()) for buffer, size in pairs]
+        return [decode(buffer[: int(size)].numpy().tobytes()) for buffer, size in pairs]
 
     def gather_object(self, value: Any) -> list[Any] | None:
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None

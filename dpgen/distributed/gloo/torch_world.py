@@ -2,6 +2,8 @@
 
 - torch.distributed has one world in a process. `connect_world` makes it, and `forget_world` lets another be made.
 - A timeout is for connecting only: connected ranks wait for each other however long it takes.
+- torch's object collectives pickle. Here they encode by `dpgen.distributed.codec`, so that a stranger who reaches a
+  port can't run code.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import IO, Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from dpgen.distributed.codec import decode, encode
 from dpgen.distributed.network import Address
+from dpgen.errors import DpgenError
 
 _NO_TIMEOUT = timedelta(days=20)  # gloo counts milliseconds in a signed 32-bit integer: 24.8 days at most
 # Process groups whose collectives never end, kept until the process ends: destroying them would wait for those.
@@ -63,8 +68,10 @@ def connect_world(base: Any, store: Any, rank: int, size: int, timeout_s: float)
         store: `base` under a prefix that no other world has.
 
     Raises:
+        DpgenError: this torch has no place for another encoding than pickle.
         RuntimeError: not all ranks connected in time.
     """
+    _replace_pickle()
     timeout = timedelta(seconds=timeout_s)
     base.set_timeout(timeout)  # ranks find each other through the store, within its timeout
     before = _list_connections(base.port)
@@ -107,6 +114,45 @@ def summarize_error(error: Exception) -> str:
     """Return the first line of a library's error, without its place in the source, its advice and its jokes."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return line.rpartition("] ")[2].partition(". This is typically")[0]
+
+
+class _Encoder:
+    """Stand in for `pickle.Pickler` in torch's object collectives."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def dump(self, value: Any) -> None:
+        self._file.write(encode(value))
+
+
+class _Decoder:
+    """Stand in for `pickle.Unpickler` in torch's object collectives."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def load(self) -> Any:
+        return decode(self._file.read())
+
+
+def _replace_pickle() -> None:
+    """Make torch's object collectives of this process, `gather_object` among them, use dpgen's encoding.
+
+    Raises:
+        DpgenError: they do not look up the two classes where torch 2.13 does.
+    """
+    for function, name, stand_in in (
+        ("_object_to_tensor", "_pickler", _Encoder),
+        ("_tensor_to_object", "_unpickler", _Decoder),
+    ):
+        code = getattr(getattr(c10d, function, None), "__code__", None)
+        if not hasattr(c10d, name) or code is None or name not in code.co_names:
+            raise DpgenError(
+                f"torch {torch.__version__} can't gather objects without unpickling what other hosts send "
+                f"(torch.distributed.distributed_c10d has no {function} with {name}): install torch 2.13"
+            )
+        setattr(c10d, name, stand_in)
 
 
 @contextmanager
