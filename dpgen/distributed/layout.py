@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dpgen.config.schema import ParallelConfig
 from dpgen.distributed.group import RankGroup
-from dpgen.distributed.network import find_local_address_to
+from dpgen.distributed.network import LOOPBACK, find_local_address_to
 from dpgen.distributed.topology import Topology
 from dpgen.errors import ConfigError
 
@@ -24,7 +24,7 @@ class EngineWorld:
         rank, size: this process, and the number of processes in that world.
         group_size: processes of one engine: tensor-parallel times pipeline-parallel size.
         local_rank: this process among those of its node.
-        address, port: where the store of that world's rank 0 will listen.
+        address, port: where the store of that world's rank 0 will listen; `LOOPBACK` if the world is on one node.
     """
 
     rank: int
@@ -38,6 +38,11 @@ class EngineWorld:
     def is_leader(self) -> bool:
         """True on the process that receives its group's requests and returns their results."""
         return self.rank % self.group_size == 0
+
+    @property
+    def is_on_one_node(self) -> bool:
+        """True if no process of the world has to be reachable from outside this machine."""
+        return self.address == LOOPBACK
 
     @property
     def num_groups(self) -> int:
@@ -112,6 +117,8 @@ def build_engine_world(topology: Topology, layout: Layout, group: RankGroup) -> 
     size = topology.dp_size if layout.lockstep else layout.group_size
     first = topology.dp_rank // size * size
     address, port = offers[first]
+    if len(set(group.nodes[first : first + size])) == 1:
+        address = LOOPBACK
     return EngineWorld(
         rank=topology.dp_rank - first,
         size=size,

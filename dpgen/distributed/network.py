@@ -18,6 +18,7 @@ _POLL_S = 0.05
 _LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS)
 
 Address = tuple[str, int]  # host, port
+LOOPBACK = "127.0.0.1"
 
 
 def wait_for_torchrun_store(address: Address) -> None:
@@ -65,7 +66,7 @@ def find_local_address_to(address: Address) -> str:
             probe.connect(target)  # sends nothing
             return str(probe.getsockname()[0])
     except OSError:
-        return "127.0.0.1"  # right for a world of one; in a larger one, joining reports the error
+        return LOOPBACK  # right for a world of one; in a larger one, joining reports the error
 
 
 def raise_open_file_limit(extra: int) -> None:

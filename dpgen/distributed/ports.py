@@ -25,17 +25,20 @@ def derive_job_ports(job: int, step: int) -> tuple[int, ...]:
     return tuple(_BASE + (first + index * _STRIDE) % _SPAN for index in range(_NUMBER))
 
 
-def bind_first_free(ports: Sequence[int]) -> socket.socket:
-    """Listen on the first free one of `ports`, on every address of this machine.
+def bind_first_free(ports: Sequence[int], host: str = "") -> socket.socket:
+    """Listen on the first free one of `ports`.
+
+    Args:
+        host: an IPv4 address of this machine; "" for every address.
 
     Raises:
         DpgenError: none of them is free.
     """
-    is_dualstack = socket.has_dualstack_ipv6()
+    is_dualstack = not host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dualstack else socket.AF_INET
     for port in ports:
         with contextlib.suppress(OSError):
-            return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=is_dualstack)
+            return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=is_dualstack)
     raise DpgenError(f"none of the ports {format_ports(ports)} is free on this machine: set MASTER_PORT to a free one")
 
 

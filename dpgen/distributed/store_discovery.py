@@ -32,13 +32,14 @@ class StoreAdvertiser:
         ports: in order of preference.
         job: the job's name. No other job has it, and neither does a restart of this job.
         store_port: the port to advertise.
+        host: the address to listen on; "" for every address.
 
     Raises:
         DpgenError: none of the ports is free.
     """
 
-    def __init__(self, ports: Sequence[int], job: str, store_port: int) -> None:
-        self._listener = bind_first_free(ports)
+    def __init__(self, ports: Sequence[int], job: str, store_port: int, host: str = "") -> None:
+        self._listener = bind_first_free(ports, host)
         self._response = _encode_response(job, store_port)
         self._closed = threading.Event()
         threading.Thread(target=self._serve, name="store-advertiser", daemon=True).start()

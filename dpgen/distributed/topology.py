@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dpgen.distributed.network import LOOPBACK
 from dpgen.distributed.ports import derive_job_ports
 from dpgen.errors import ConfigError
 from dpgen.formatting import format_count
@@ -59,6 +60,11 @@ class Topology:
     def is_rank_0(self) -> bool:
         """True on the rank that reports for the whole job."""
         return self.dp_rank == 0
+
+    @property
+    def is_on_one_node(self) -> bool:
+        """True if all ranks are on this machine for certain, so that none has to be reachable from outside."""
+        return self.local_size == self.dp_size or self.master_addr in ("localhost", LOOPBACK, "::1")
 
 
 def read_topology(environ: Mapping[str, str]) -> Topology:

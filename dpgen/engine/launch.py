@@ -67,7 +67,13 @@ def make_engine_factory(
     if gpus and world is not None:
         gpus = visible  # the neighbours' GPUs too: vLLM takes that of its LOCAL_RANK, and reaches the others directly
     cores = None if gpus else assign_cores(on_node, min(topology.local_rank, len(on_node) - 1))
-    env = build_engine_env(os.environ, gpus=gpus, num_cores=len(cores or ()), log_level=config.run.log_level)
+    env = build_engine_env(
+        os.environ,
+        gpus=gpus,
+        num_cores=len(cores or ()),
+        log_level=config.run.log_level,
+        is_on_one_node=world is None or world.is_on_one_node,
+    )
     if world is not None:
         env |= world.to_env()
         if len(visible) == 1:  # the launcher has bound each process to one GPU

@@ -19,11 +19,24 @@ import torch
 import torch.distributed as dist
 
 from dpgen.distributed.codec import decode, encode
+from dpgen.distributed.gloo.torch_world import open_store
 from dpgen.distributed.layout import EngineWorld
 from dpgen.errors import RowRefused
 from dpgen.records import Request, RowResult, make_rejected_result
 
 _NO_TIMEOUT = timedelta(days=20)  # the longest that gloo takes; the ranks notice a lost process, and end this one
+
+
+def host_store_on_loopback(world: EngineWorld) -> Any:
+    """Return the store of a world on one node, listening on loopback; None where another process or torch opens it.
+
+    torch itself, which vLLM asks for a store, listens on every address. If the store is there already in this
+    process, torch takes it.
+    """
+    if world.rank > 0 or not world.is_on_one_node:
+        return None
+    address, limit_s = (world.address, world.port), _NO_TIMEOUT.total_seconds()
+    return open_store(address, num_ranks=None, is_host=True, connect_s=limit_s, answer_s=limit_s)
 
 
 def encode_requests(requests: Iterable[Request]) -> tuple[list[bytes], list[RowResult]]:

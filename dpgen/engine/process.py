@@ -213,7 +213,12 @@ class EngineProcess:
 
 
 def build_engine_env(
-    environ: Mapping[str, str], *, gpus: Sequence[str] | None, num_cores: int, log_level: str
+    environ: Mapping[str, str],
+    *,
+    gpus: Sequence[str] | None,
+    num_cores: int,
+    log_level: str,
+    is_on_one_node: bool = True,
 ) -> dict[str, str]:
     """Return the engine process's environment: the rank's, without the launcher's world, with its share of devices.
 
@@ -222,6 +227,7 @@ def build_engine_env(
         num_cores: threads of an engine on the CPU.
         log_level: `run.log_level`. vLLM logs at INFO at least, since all lines go to the engine's log file; `EngineLog`
             decides what the terminal shows.
+        is_on_one_node: whether all of its processes, workers included, are on this machine.
     """
     env = {
         name: value
@@ -235,6 +241,9 @@ def build_engine_env(
     env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     if log_level in ("warning", "error"):
         env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ warnings mean nothing to a user
+    if is_on_one_node:  # the engine's own connections then need not be reachable from outside
+        env["GLOO_SOCKET_IFNAME"] = "lo"  # the rank's, which may reach other nodes, is another
+        env.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if gpus is not None:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     else:

@@ -82,16 +82,18 @@ def _serve(pipe: Connection) -> None:
         assert isinstance(answer, SetKvBytes)
         return answer.num_bytes
 
-    info = backend.load(agree_kv, load_request.text_config)
     if spec.world is None:
-        pipe.send(EngineReady(info))
+        pipe.send(EngineReady(backend.load(agree_kv, load_request.text_config)))
         _generate(pipe, backend)
     else:
-        from dpgen.engine.lockstep import LockstepGroup
+        from dpgen.engine.lockstep import LockstepGroup, host_store_on_loopback
 
+        store = host_store_on_loopback(spec.world)
+        info = backend.load(agree_kv, load_request.text_config)
         lockstep_group = LockstepGroup(spec.world)
         pipe.send(EngineReady(info))
         _generate_lockstep(pipe, backend, lockstep_group)
+        del store  # kept until here, as long as any process may ask it
     backend.close()
 
 
@@ -117,10 +119,10 @@ def _generate_lockstep(pipe: Connection, backend: Backend, group: LockstepGroup)
     Continues until every process was asked to shut down, since none can step, or stop, alone. With mixtures of
     experts `has_unfinished_requests` is a collective of all groups, so each round calls it exactly once.
     """
-    sender = _EventSender(pipe, backend)
-    stop_requested = False
     from dpgen.engine.lockstep import encode_requests
 
+    sender = _EventSender(pipe, backend)
+    stop_requested = False
     while True:
         requests: list[Request] = []
         while pipe.poll(0):

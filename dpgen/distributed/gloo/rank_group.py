@@ -43,6 +43,7 @@ from dpgen.distributed.group import (
     StoreLost,
 )
 from dpgen.distributed.network import (
+    LOOPBACK,
     Address,
     find_interface_to,
     is_local_error,
@@ -243,12 +244,14 @@ class GlooGroup(RankGroup):
     # ---- joining
 
     def _join(self, topology: Topology, agent_keeps_store: bool, end_process: Callable[[], None]) -> None:
-        address = (topology.master_addr, _find_store_port(topology))
+        is_local = topology.is_on_one_node  # nothing then listens to other machines
+        host = LOOPBACK if is_local and not agent_keeps_store else topology.master_addr
+        port = _find_store_port(topology, host)
+        address = (host, port)
         if agent_keeps_store:
             wait_for_torchrun_store(address)
-        if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := find_interface_to(address)):
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
-        port = address[1]
+        if interface := "lo" if is_local else find_interface_to(address):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         try:
             self._base = self._open_store(address, agent_keeps_store)
             port = self._base.port
@@ -269,10 +272,10 @@ class GlooGroup(RankGroup):
                 on_wait=self._on_shrink_wait,
             )
             self._wait_log = WaitLog(self.store, self.rank, lambda: self._membership.members)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             raise DpgenError(
                 f"rank {self.rank} could not join the group of {self.size} ranks at "
-                f"{topology.master_addr}:{port}: {summarize_error(error)}"
+                f"{host}:{port}: {summarize_error(error)}"
             ) from None
 
     def _open_store(self, address: Address, agent_keeps_store: bool) -> Any:
@@ -289,7 +292,9 @@ class GlooGroup(RankGroup):
         """Return the number of this start: a restarted job may find the store of an earlier one, with its keys."""
         with ExitStack() as until_joined:
             if topology.discovery_ports and topology.is_rank_0:
-                until_joined.enter_context(StoreAdvertiser(topology.discovery_ports, topology.job, self._base.port))
+                host = LOOPBACK if topology.is_on_one_node else ""
+                advertiser = StoreAdvertiser(topology.discovery_ports, topology.job, self._base.port, host)
+                until_joined.enter_context(advertiser)
             return join_rendezvous(self._base, self.rank, self.size, _JOIN_TIMEOUT_S)
 
     def _meet(self, topology: Topology) -> None:
@@ -381,8 +386,8 @@ def _count_files(num_ranks: int) -> int:
     return 64 + 4 * num_ranks  # an upper bound of what connecting takes: at rank 0 about 18 files, and 3 per rank
 
 
-def _find_store_port(topology: Topology) -> int:
+def _find_store_port(topology: Topology, host: str) -> int:
     # 0 on rank 0 lets the kernel choose one.
     if topology.discovery_ports and not topology.is_rank_0:
-        return discover_store(topology.master_addr, topology.discovery_ports, topology.job, _JOIN_TIMEOUT_S)
+        return discover_store(host, topology.discovery_ports, topology.job, _JOIN_TIMEOUT_S)
     return topology.master_port

@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from dpgen.distributed.codec import decode, encode
-from dpgen.distributed.network import Address
+from dpgen.distributed.network import LOOPBACK, Address
 from dpgen.errors import DpgenError
 
+_BACKLOG = 2048  # torch's own
 _NO_TIMEOUT = timedelta(days=20)  # gloo counts milliseconds in a signed 32-bit integer: 24.8 days at most
 # Process groups whose collectives never end, kept until the process ends: destroying them would wait for those.
 _LEAKED_GROUPS: list[Any] = []
@@ -39,10 +40,18 @@ def open_store(address: Address, *, num_ranks: int | None, is_host: bool, connec
     """Return a TCPStore at `address`, of which one process is the host.
 
     Args:
+        address: with `LOOPBACK`, the host listens there alone; otherwise on every address, as torch does.
         num_ranks: None if the store is torchrun's.
         connect_s: how long to wait for the host.
         answer_s: how long to wait for keys.
+
+    Raises:
+        RuntimeError, OSError: the port is taken, or the host did not answer in time.
     """
+    listener = None
+    if is_host and address[0] == LOOPBACK:
+        listener = socket.create_server(address, backlog=_BACKLOG)
+        address = (LOOPBACK, listener.getsockname()[1])
     store = dist.TCPStore(  # type: ignore[attr-defined]
         *address,
         num_ranks,
@@ -50,6 +59,7 @@ def open_store(address: Address, *, num_ranks: int | None, is_host: bool, connec
         timeout=timedelta(seconds=connect_s),
         wait_for_workers=False,
         multi_tenant=True,
+        master_listen_fd=None if listener is None else listener.detach(),  # the store closes it
     )
     store.set_timeout(timedelta(seconds=answer_s))
     return store
