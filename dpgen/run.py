@@ -61,7 +61,7 @@ def run(config: Config, topology: Topology, group: RankGroup, status_file: Statu
     shutdown = _watch_for_shutdown(config, status_file)
     if config.parallel.launcher == "external":
         group.can_shrink = False  # a lost rank was a part of other ranks' engines
-    with ExitStack() as stack:
+    with shutdown.handle_signals(), ExitStack() as stack:
         job = _Job(config, topology, group, stack, shutdown, _Reports(status_file, startup))
         stages = [
             Stage("reading the input", job.begin, is_slow=True),

@@ -26,6 +26,7 @@ from dpgen.errors import (
     EXIT_RESUMABLE,
     ConfigError,
     DpgenError,
+    Interrupted,
     PeerFailed,
     find_nearest_name,
 )
@@ -81,19 +82,21 @@ def main(options: argparse.Namespace) -> int:
     group: RankGroup = SingleRankGroup()
     startup, status_file = StartupTimer(), StatusFile(os.environ)
     started_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    log_format = _find_log_format(None, options.arguments)
+    setup_logging(0, log_format)  # until the configuration and the rank are known
     exit_on_signal(
         lambda: status_file.write_once(group.first_failure_status() or EXIT_RESUMABLE),
-        is_announced=not started_by_torchrun,  # torchrun itself reports that it ends its ranks, and why
+        # torchrun itself reports that it ends its ranks, and why.
+        None if started_by_torchrun else lambda message: _write_error(Interrupted(message), log_format),
     )
     if started_by_torchrun:
         from dpgen.lifecycle.parent_death import set_parent_death_signal
 
         set_parent_death_signal(signal.SIGTERM)  # a killed torchrun leaves no ranks waiting for its store
-    log_format: LogFormat = "text"
     try:
         loaded = _try_load_config(options)
         log_format = _find_log_format(loaded, options.arguments)
-        setup_logging(0, log_format)  # until the rank is known
+        setup_logging(0, log_format)
         topology = read_topology(os.environ)
         setup_logging(topology.dp_rank, log_format)
         if topology.dp_size > 1:
@@ -155,8 +158,8 @@ def _get_config(loaded: Config | Exception) -> Config:
     return loaded
 
 
-def _find_log_format(loaded: Config | Exception, arguments: Sequence[str]) -> LogFormat:
-    if isinstance(loaded, Exception):
+def _find_log_format(loaded: Config | Exception | None, arguments: Sequence[str]) -> LogFormat:
+    if loaded is None or isinstance(loaded, Exception):
         return "json" if "run.log_format=json" in arguments else "text"
     return loaded.run.log_format
 

@@ -1,8 +1,9 @@
 """Stop a run by a signal, by `run.time_limit`, or before SLURM's end time.
 
 - While rows are generated, the loop asks for the reason to stop (`ShutdownMonitor.reason`) and ends in good order.
-  Elsewhere the signal, or the deadline, raises `Interrupted` immediately. A result that is being written is finished
-  despite the deadline.
+  Elsewhere the signal, or the deadline, raises `SignalReceived` immediately. That is no Exception: templates,
+  tokenizers and libraries catch those, and the run would continue. `handle_signals` makes it `Interrupted` at the run's
+  boundary. A result that is being written is finished despite the deadline.
 - A second signal ends the process immediately: synced rows stay, and the engine ends with its rank. So does the first
   one while the ranks are still joining (`exit_on_signal`).
 - A signal handler never logs, since the interrupted thread may hold the lock of logging; it uses `os.write`.
@@ -10,7 +11,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -29,6 +29,10 @@ _SAME_SIGNAL_S = 1.0  # a launcher and a terminal may both pass on one Ctrl-C
 _EXIT_WAIT_S = 1.0
 _MAX_SLEEP_S = 60.0
 _RESUME_HINT = "Rerun the same command to resume"
+
+
+class SignalReceived(BaseException):
+    """Unwind the code that a signal has interrupted, through handlers of Exception; the message is the reason."""
 
 
 class ShutdownMonitor:
@@ -70,6 +74,20 @@ class ShutdownMonitor:
         if self._has_deadline and self._deadline_s is not None and self._clock() >= self._deadline_s:
             return f"{self._deadline_name} is near. {_RESUME_HINT}"
         return None
+
+    @contextmanager
+    def handle_signals(self) -> Iterator[None]:
+        """Handle signals from now on; raise Interrupted from the block where one has interrupted it.
+
+        After the block they are handled, and raise nothing.
+        """
+        try:
+            self.install_handlers()
+            yield
+        except SignalReceived as received:
+            raise Interrupted(str(received)) from None
+        finally:
+            self._may_raise = False
 
     @contextmanager
     def defer_signals(self) -> Iterator[None]:
@@ -126,7 +144,7 @@ class ShutdownMonitor:
         if self._is_deadline_due and number == signal.SIGUSR1:
             self._is_deadline_due = False
             if self._may_raise and self.reason is not None:
-                raise Interrupted(self.reason)
+                raise SignalReceived(self.reason)
             return
         if self._signal is not None:
             if now - self._first_signal_s > _SAME_SIGNAL_S:
@@ -135,10 +153,10 @@ class ShutdownMonitor:
             return
         self._signal, self._first_signal_s = signal.Signals(number), now
         if self._may_raise:
-            raise Interrupted(self.reason)
+            raise SignalReceived(self.reason)
 
 
-def exit_on_signal(before_exit: Callable[[], None], *, is_announced: bool) -> None:
+def exit_on_signal(before_exit: Callable[[], None], announce: Callable[[str], None] | None) -> None:
     """End this process, resumable, on SIGTERM or SIGUSR1, until a `ShutdownMonitor` installs its handlers.
 
     Meant for the time in which a rank imports torch and joins the others. That may take minutes in calls that no Python
@@ -147,7 +165,7 @@ def exit_on_signal(before_exit: Callable[[], None], *, is_announced: bool) -> No
 
     Args:
         before_exit: called first, in that thread.
-        is_announced: write the reason to stderr. False under torchrun, which reports its signals itself.
+        announce: writes the reason, in that thread; None under torchrun, which reports its signals itself.
     """
     read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
@@ -164,11 +182,8 @@ def exit_on_signal(before_exit: Callable[[], None], *, is_announced: bool) -> No
             # Otherwise the signal is another one, or a ShutdownMonitor has taken over.
             if number in handled or signal.getsignal(number) is handle:
                 before_exit()
-                if is_announced:
-                    _write_to_stderr(
-                        f"dpgen: stopped: interrupted by {signal.Signals(number).name} before the run started. "
-                        f"{_RESUME_HINT}\n"
-                    )
+                if announce is not None:
+                    announce(f"interrupted by {signal.Signals(number).name} before the run started. {_RESUME_HINT}")
                 os._exit(EXIT_RESUMABLE)
 
     threading.Thread(target=wait_for_signal, name="signals", daemon=True).start()
@@ -211,9 +226,3 @@ def parse_time_limit(text: str) -> float:
     for part in parts:
         seconds = 60 * seconds + int(part)
     return seconds
-
-
-def _write_to_stderr(text: str) -> None:
-    """Write to stderr by file descriptor, which needs no lock and no buffer."""
-    with contextlib.suppress(OSError):  # stderr is closed, or its disk is full
-        os.write(2, text.encode())

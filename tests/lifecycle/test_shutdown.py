@@ -10,13 +10,19 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace as Namespace
+from typing import Any
 
+import numpy as np
 import pytest
 from helpers.clock import FakeClock
 from helpers.jobs import REPO, wait_for
 
+from dpgen.config.prompt import PromptConfig
+from dpgen.data.render import PromptRenderer
 from dpgen.errors import Interrupted
 from dpgen.lifecycle.shutdown import ShutdownMonitor, find_deadline
+from dpgen.scheduling.prefix_groups import group_by_prefix
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -32,14 +38,40 @@ def restored_handlers() -> Iterator[None]:
 @pytest.mark.usefixtures("restored_handlers")
 def test_a_signal_interrupts_a_run_until_it_is_complete() -> None:
     running, complete = ShutdownMonitor(), ShutdownMonitor()
-    running.install_handlers()
     with pytest.raises(Interrupted, match=r"interrupted by SIGTERM\. Rerun the same command to resume"):
-        signal.raise_signal(signal.SIGTERM)
+        with running.handle_signals():
+            signal.raise_signal(signal.SIGTERM)
     complete.install_handlers()
     complete.ignore_signals()
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGINT)
     assert complete.reason is None
+
+
+@pytest.mark.usefixtures("restored_handlers")
+def test_a_signal_while_a_prompt_is_rendered_interrupts_the_run_and_fails_no_row() -> None:
+    def interrupt(row: object) -> str:
+        signal.raise_signal(signal.SIGTERM)
+        return "a prompt"
+
+    renderer = PromptRenderer(PromptConfig(template="{{ question }}"), None)
+    renderer._template = Namespace(render=interrupt)  # type: ignore[assignment]
+    row = {"question": "?"}
+    rows: Any = Namespace(iter_rows=lambda row_ids, columns: iter([row] * len(row_ids)))
+    for use in (
+        lambda: renderer.build_prompt(row),
+        lambda: group_by_prefix(rows, np.arange(2), ["question"], renderer.build_prompt),
+    ):
+        with pytest.raises(Interrupted, match="interrupted by SIGTERM"), ShutdownMonitor().handle_signals():
+            use()
+
+
+@pytest.mark.usefixtures("restored_handlers")
+def test_after_the_run_a_signal_raises_nothing() -> None:
+    monitor = ShutdownMonitor()
+    with pytest.raises(RuntimeError, match="disk full"), monitor.handle_signals():
+        raise RuntimeError("disk full")
+    signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.usefixtures("restored_handlers")
@@ -146,7 +178,8 @@ def write_status():
     with lock:
         print("status written", flush=True)
 
-exit_on_signal(write_status, is_announced=sys.argv[1] == "announced")
+announce = lambda message: print(message, file=sys.stderr, flush=True)
+exit_on_signal(write_status, announce if sys.argv[1] == "announced" else None)
 with lock:
     os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(60)
@@ -158,5 +191,5 @@ def test_before_the_run_a_signal_ends_the_process_resumable_whatever_lock_it_hol
     command = [sys.executable, "-c", PROGRAM, argument]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (75, "status written\n")
-    line = "dpgen: stopped: interrupted by SIGTERM before the run started. Rerun the same command to resume\n"
+    line = "interrupted by SIGTERM before the run started. Rerun the same command to resume\n"
     assert done.stderr == (line if argument == "announced" else "")

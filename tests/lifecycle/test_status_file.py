@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -90,9 +91,9 @@ def test_a_rank_that_fails_before_the_ranks_have_joined_writes_its_status(tmp_pa
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("number", "log_format"), [(signal.SIGTERM, "text"), (signal.SIGUSR1, "json")])
 def test_a_rank_that_is_stopped_while_it_joins_is_resumable(
-    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, number: signal.Signals
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, number: signal.Signals, log_format: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(60)
@@ -103,14 +104,19 @@ def test_a_rank_that_is_stopped_while_it_joins_is_resumable(
         }
         environment |= {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1])}
-        command = [launcher.python, "-m", "dpgen", "run", write_config(make_numbered_rows(3))]
+        conf = write_config(make_numbered_rows(3), run={"log_format": log_format})
+        command = [launcher.python, "-m", "dpgen", "run", conf]
         job = launcher.start(command, **environment, **status_variable(tmp_path))
         connection, _ = silent.accept()
         with connection:  # the rank now waits for an answer in a call that no Python handler interrupts
             job.process.send_signal(number)
             assert job.wait(30) == 75, job.output
     assert read_status(tmp_path) == ["75", "?"]
-    assert f"dpgen: stopped: interrupted by {number.name} before the run started" in job.output
+    reason = f"interrupted by {number.name} before the run started. Rerun the same command to resume"
+    if log_format == "json":
+        assert [json.loads(line)["message"] for line in job.output.splitlines()][-1] == reason, job.output
+    else:
+        assert f"dpgen: stopped: {reason}\n" in job.output
 
 
 @pytest.mark.multi

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.distributed as dist
 
-from dpgen.distributed.gloo.checked_store import CheckedStore
 from dpgen.distributed.codec import decode, encode
+from dpgen.distributed.gloo.checked_store import CheckedStore
 from dpgen.distributed.gloo.failures import FailureBoard
 from dpgen.distributed.gloo.leases import Leases, end_stuck_process, read_lease_timing
 from dpgen.distributed.gloo.membership import Membership
