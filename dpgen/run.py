@@ -308,7 +308,6 @@ def _watch_for_shutdown(config: Config, status_file: StatusFile) -> ShutdownMoni
         epoch_s=time.time(),
     )
     shutdown = ShutdownMonitor(deadline_s, deadline_name, before_exit=lambda: status_file.write_once(EXIT_RESUMABLE))
-    shutdown.install_handlers()
     return shutdown
 
 

@@ -18,7 +18,7 @@ from dpgen.config.schema import Config, WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError, suggest_name
 from dpgen.log import setup_logging
-from dpgen.scheduling.order import OrderConfig, RowOrder, order_by_measured_lengths
+from dpgen.scheduling.order import OrderConfig, PromptTextFn, RowOrder, order_by_measured_lengths
 from dpgen.scheduling.prompt_groups import PromptGroups, RankState
 from dpgen.simulation.lengths import sample_lengths
 from dpgen.simulation.simulator import EngineCostModel, Workload
@@ -48,6 +48,8 @@ def build_scenario(options: argparse.Namespace) -> Scenario:
         DpgenError: the engine could not be calibrated.
     """
     config = _load_config(options)
+    if config is not None:
+        setup_logging(0, config.run.log_format)
     _check_options(options, config)
     model = _calibrate_model(config) if config is not None and options.calibrate else _build_model(options)
     random = np.random.default_rng(options.seed + 1)
@@ -120,22 +122,33 @@ def _sample_workload(options: argparse.Namespace, num_rows: int, random: np.rand
 def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
     """Return the rows of a configuration's dataset, in the order of work that a run would take."""
     from dpgen.data.input_rows import load_input
-    from dpgen.data.render import check_prompt_columns, make_prompt_text_fn, select_prompt_columns
+    from dpgen.data.render import check_prompt_columns, select_prompt_columns
+    from dpgen.distributed.group import SingleRankGroup
     from dpgen.scheduling.order import order_rows
     from dpgen.scheduling.prefix_groups import group_by_prefix
+    from dpgen.scheduling.slow_rows import SlowRowFilter
 
     rows = load_input(config.data)
     check_prompt_columns(config.prompt, rows.columns)
-    row_ids, text_of = np.arange(len(rows)), make_prompt_text_fn(config.prompt)
+    row_ids, prompt_lengths = np.arange(len(rows)), np.zeros(len(rows), dtype=np.int64)
     lengths = _read_lengths(options, config, rows)
-    prompts = group_by_prefix(rows, row_ids, select_prompt_columns(config.prompt, rows.columns), text_of)
     order_config = OrderConfig(
         work=config.work,
         prompt=config.prompt,
         max_tokens_column=config.sampling_columns.get("max_tokens"),
         prefix_caching=config.engine.get("enable_prefix_caching", True),
     )
-    return Workload(lengths, prompts.lengths // _CHARS_PER_TOKEN, order_rows(order_config, rows, row_ids, text_of))
+
+    def order(row_ids: np.ndarray, text_of: PromptTextFn) -> RowOrder:
+        prompts = group_by_prefix(rows, row_ids, select_prompt_columns(config.prompt, rows.columns), text_of)
+        prompt_lengths[row_ids] = prompts.lengths // _CHARS_PER_TOKEN
+        return order_rows(order_config, rows, row_ids, text_of)
+
+    slow_rows = SlowRowFilter(config.prompt, config.data.render_timeout_s, SingleRankGroup())
+    ordered = slow_rows.compute(row_ids, order)
+    if ordered is None:
+        raise ConfigError(f"rendering takes longer than {slow_rows.limit} for several rows: a run would reject them")
+    return Workload(lengths, prompt_lengths, ordered.append(row_ids[slow_rows.is_slow(row_ids)]))
 
 
 def _read_lengths(options: argparse.Namespace, config: Config, rows: InputRows) -> np.ndarray:
@@ -187,7 +200,6 @@ def _calibrate_model(config: Config) -> EngineCostModel:
 
     def do_nothing() -> None: ...
 
-    setup_logging(0, config.run.log_format)
     topology, group = read_topology({}), SingleRankGroup()
     sampling = {key: value for key, value in config.sampling.items() if key in ("temperature", "top_p", "top_k")}
     config = dataclasses.replace(config, sampling=sampling, sampling_by_rank=[])

@@ -26,22 +26,16 @@ from typing import NamedTuple
 import numpy as np
 
 from dpgen.data.input_rows import InputRows, Shard
-from dpgen.data.render import make_prompt_text_fn
-from dpgen.data.time_limit import RenderTimer
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import NoEngineLeft
-from dpgen.formatting import format_count
 from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
 from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.order import OrderConfig, RowOrder, ShardSpec, order_by_measured_lengths, order_rows
-from dpgen.scheduling.prefix_groups import SlowRow
 from dpgen.scheduling.prompt_groups import RankState
 from dpgen.scheduling.request_source import RequestBuilder, RequestSource
+from dpgen.scheduling.slow_rows import SlowRowFilter
 from dpgen.scheduling.sources import SourceMaker
 
-logger = logging.getLogger(__name__)
-
-_MAX_SLOW_ROWS = 4  # each costs all ranks the time limit; with as many, the order of the dataset must do
 _NO_ENGINE_LEFT = (
     "no rank has a working engine left: each crashed repeatedly (see the engine errors above). "
     "Fix the cause, then rerun the same command to resume"
@@ -101,7 +95,7 @@ class ShardPlanner:
         # The last order that was computed from the prompts, and the plan that it was computed for.
         self._first_order: RowOrder | None = None
         self._first_order_plan = ""
-        self._slow_rows: set[int] = set()  # prompts that took too long to render on some rank; the same on every rank
+        self._slow_rows = SlowRowFilter(config.order.prompt, config.render_timeout_s, group)
 
     def plan(
         self, state: RankState | None = None, *, has_engine: bool = True, spread_first: bool = False
@@ -123,7 +117,7 @@ class ShardPlanner:
         rows = self._find_remaining_rows(own_rows)  # all-reduce: without rows finished or running anywhere
         if len(rows) and not peers.claiming_ranks:
             raise NoEngineLeft(_NO_ENGINE_LEFT)
-        self.has_completions, self._slow_rows = peers.has_completions, peers.slow_rows
+        self.has_completions, self._slow_rows.rows = peers.has_completions, peers.slow_rows
         order = self._order_rows(rows, own_rows, peers, cursor_prefix)  # the same on every rank
         self.order = order.spread_first() if spread_first else order
         if state is not None:
@@ -152,7 +146,7 @@ class ShardPlanner:
         return cursor_prefix
 
     def _gather_peers(self, state: RankState, *, can_claim: bool) -> _Peers:
-        own = (can_claim, self._first_order_plan, len(state.running), self.has_completions, list(self._slow_rows))
+        own = (can_claim, self._first_order_plan, len(state.running), self.has_completions, list(self._slow_rows.rows))
         states = [_PeerState(*gathered) for gathered in self._group.all_gather_object(own)]
         return _Peers(
             claiming_ranks=[rank for rank, peer in enumerate(states) if peer.can_claim],
@@ -186,31 +180,11 @@ class ShardPlanner:
 
     def _compute_order(self, rows: np.ndarray) -> RowOrder:
         """Read the prompts and return the order that they suggest, slow rows last. Collective."""
-        limit = f"data.render_timeout_s={self._config.render_timeout_s:g}"
-        while len(self._slow_rows) < _MAX_SLOW_ROWS:
-            is_slow = np.isin(rows, list(self._slow_rows))
-            order = self._group.run_on_all_ranks(partial(self._try_order, rows[~is_slow]))
-            found = self._group.all_gather_object(order if isinstance(order, int) else None)
-            slow = sorted({row for row in found if row is not None})
-            if not slow and isinstance(order, RowOrder):
-                return order.append(rows[is_slow])
-            self._slow_rows |= set(slow)
-            if self._group.rank == 0:
-                names = ", ".join(map(str, slow))
-                logger.warning(
-                    f"rendering takes longer than {limit}, rejecting {format_count(len(slow), 'row')}: {names}"
-                )
-        return RowOrder(rows, reason=f"because rendering takes longer than {limit} for several rows")
-
-    def _try_order(self, rows: np.ndarray) -> RowOrder | int:
-        """Return the order of these rows, or the first row whose prompt takes too long to render."""
-        prompt_config = self._config.order.prompt
-        try:
-            with RenderTimer(self._config.render_timeout_s) as timer:
-                text_of = timer.limit(make_prompt_text_fn(prompt_config))
-                return order_rows(self._config.order, self._rows, rows, text_of)
-        except SlowRow as error:
-            return error.row
+        slow_rows = self._slow_rows
+        order = slow_rows.compute(rows, partial(order_rows, self._config.order, self._rows))
+        if order is None:
+            return RowOrder(rows, reason=f"because rendering takes longer than {slow_rows.limit} for several rows")
+        return order.append(rows[slow_rows.is_slow(rows)])
 
     def _build_source(self, order: RowOrder, peers: _Peers, cursor_prefix: str) -> RequestSource:
         ranks, rank = peers.claiming_ranks, self._group.rank
@@ -227,7 +201,7 @@ class ShardPlanner:
             claimer = maker.make_claimer(ShardClaimer, self._group.checked_store, cursors, ranks.index(rank))
         # A rank opens few shards where all ranks are equally fast.
         open_shard = cache(lambda index: self._open_shard(order, maker.shards, index))
-        builder = dataclasses.replace(self._builder, slow_rows=frozenset(self._slow_rows))
+        builder = dataclasses.replace(self._builder, slow_rows=frozenset(self._slow_rows.rows))
         return maker.make_source(claimer, open_shard, builder)
 
     def _open_shard(self, order: RowOrder, shards: ShardSpec, index: int) -> Shard:

@@ -310,18 +310,19 @@ def test_a_row_that_is_slow_on_another_rank_is_left_out_of_this_ranks_order_too(
         return [value, next(reports)] if value is None and group.has_slow_peer else [value]
 
     group.has_slow_peer, group.change_gathered = False, gather  # type: ignore[attr-defined]
-    compute_order = planner._try_order
+    compute_order = planner._slow_rows._try
 
-    def try_order(rows: np.ndarray) -> Any:
+    def try_order(rows: np.ndarray, action: Callable[..., Any]) -> Any:
         group.has_slow_peer = False  # type: ignore[attr-defined]
-        return compute_order(rows)
+        return compute_order(rows, action)
 
     def run_on_all_ranks(action: Callable[[], Any]) -> Any:
         order = action()
         group.has_slow_peer = True  # type: ignore[attr-defined]
         return order
 
-    planner._try_order, group.run_on_all_ranks = try_order, run_on_all_ranks  # type: ignore[method-assign]
+    planner._slow_rows._try = try_order  # type: ignore[method-assign]
+    group.run_on_all_ranks = run_on_all_ranks  # type: ignore[method-assign]
     planner.plan()
     assert planner.order.rows.tolist() == [1, 5, 7, 2, 6, 0, 3, 4], "all ranks have the same order"
 

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from helpers.jobs import REPO
 
+from dpgen.cli import build_parser
+from dpgen.commands.scenario import build_scenario
 from dpgen.config.schema import WorkConfig
 from dpgen.engine.messages import EngineInfo, Event, RowsFinished
 from dpgen.errors import ConfigError
@@ -213,6 +215,23 @@ def test_the_command_takes_rows_and_engine_from_a_configuration(tmp_path: Path) 
     step_ms = float(done.stdout.split("engine: ")[1].split(" ms")[0])
     assert 1.5 < step_ms < 10, done.stdout
     assert "calibrating: 8 sequences" in done.stderr
+
+
+def test_a_row_that_takes_too_long_to_render_is_left_out_of_a_simulated_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": "hang" if n == 3 else "x" * 4 * n, "budget": 5} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loop = "{% for _ in range(99999) %}{% for _ in range(99999) %}{% endfor %}{% endfor %}"
+    template = f"{{% if prompt == 'hang' %}}{loop}{{% endif %}}{{{{ prompt }}}}"
+    configuration = ["run.dir=x", "model=none", "run.engine=fake", f"data.path={tmp_path}/rows.jsonl"]
+    configuration += [f"data.template={template}", "data.render_timeout_s=0.3", "work.order=longest_first"]
+    options = build_parser("simulate")[0].parse_args(["simulate", *configuration, "--length-column", "budget"])
+    monkeypatch.setattr("dpgen.commands.scenario.setup_logging", lambda *_: None)
+    workload = build_scenario(options).workload
+    assert caplog.messages == ["rendering takes longer than data.render_timeout_s=0.3, rejecting 1 row: 3"]
+    assert workload.order.rows.tolist() == [7, 6, 5, 4, 2, 1, 0, 3]
+    assert workload.prompt_lengths.tolist() == [0, 1, 2, 0, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(
