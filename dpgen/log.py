@@ -18,7 +18,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, TextIO
 
 ENGINE_OUTPUT = "dpgen.engine.output"
@@ -28,6 +28,7 @@ _MAX_QUEUED_LINES = 10_000
 _FLUSH_TIMEOUT_S = 2.0
 _FIRST_NOTICE_S = 10.0
 _NOTICE_INTERVAL_S = 30.0
+_WAIT_POLL_S = 0.1
 
 
 def setup_logging(rank: int, log_format: LogFormat = "text", stream: TextIO | None = None) -> None:
@@ -72,17 +73,22 @@ def write_to_stderr(text: str) -> None:
 
 
 class NoticeTimer:
-    """Time the notices of one wait: the first is due after 10 s, then one every 30 s."""
+    """Time the notices of one wait: the first is due after 10 s, the next 30 s later, and so on.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._due_s = clock() + _FIRST_NOTICE_S
+    Args:
+        growth: by how much each interval exceeds the one before; 1 for equal ones.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, growth: float = 1.0) -> None:
+        self._clock, self._growth = clock, growth
+        self._due_s, self._interval_s = clock() + _FIRST_NOTICE_S, _NOTICE_INTERVAL_S
 
     def is_due(self) -> bool:
         """Return True if a notice is due, once for each notice."""
         if self._clock() < self._due_s:
             return False
-        self._due_s = self._clock() + _NOTICE_INTERVAL_S
+        self._due_s = self._clock() + self._interval_s
+        self._interval_s *= self._growth
         return True
 
 
@@ -90,8 +96,9 @@ class PeriodicLog:
     """Log what a rank waits for: after 10 s for the first time, then every 30 s. Call it as often as you like.
 
     Args:
-        logger: logs the message, at INFO.
+        logger: logs the message.
         make_message: returns the message when it is due.
+        on_all_ranks: log a warning, which all ranks may, and double the interval each time.
     """
 
     def __init__(
@@ -99,13 +106,38 @@ class PeriodicLog:
         logger: logging.Logger,
         make_message: Callable[[], str],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        on_all_ranks: bool = False,
     ) -> None:
         self._logger, self._make_message = logger, make_message
-        self._timer = NoticeTimer(clock)
+        self._level = logging.WARNING if on_all_ranks else logging.INFO
+        self._timer = NoticeTimer(clock, growth=2.0 if on_all_ranks else 1.0)
 
     def __call__(self) -> None:
         if self._timer.is_due():
-            self._logger.info(self._make_message())
+            self._logger.log(self._level, self._make_message())
+
+
+@contextlib.contextmanager
+def log_while_waiting(logger: logging.Logger, make_message: Callable[[], str]) -> Iterator[None]:
+    """Log on any rank what the block waits for, from a thread: for calls that don't return for minutes.
+
+    Args:
+        make_message: returns whom the block waits for, and why; called in the thread.
+    """
+    periodic_log, ended = PeriodicLog(logger, make_message, on_all_ranks=True), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_WAIT_POLL_S):
+            periodic_log()
+
+    thread = threading.Thread(target=watch, name="wait-log", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _find_handlers() -> list[_StreamHandler]:

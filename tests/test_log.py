@@ -290,3 +290,14 @@ def test_a_long_wait_is_logged_after_10_s_and_then_every_30_s(caplog: pytest.Log
         periodic_log()
         clock.now_s += 1
     assert caplog.messages == ["waiting at 110", "waiting at 140"]
+
+
+def test_a_long_wait_of_all_ranks_is_a_warning_at_growing_intervals(caplog: pytest.LogCaptureFixture) -> None:
+    clock = FakeClock(100.0)
+    message = lambda: f"waiting at {clock.now_s:.0f}"  # noqa: E731
+    periodic_log = PeriodicLog(logging.getLogger("test"), message, clock, on_all_ranks=True)
+    for _ in range(300):
+        periodic_log()
+        clock.now_s += 1
+    assert caplog.messages == ["waiting at 110", "waiting at 140", "waiting at 200", "waiting at 320"]
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}

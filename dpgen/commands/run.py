@@ -176,6 +176,9 @@ def _describe_unknown_option(unknown: Iterable[str]) -> str:
 
 def _join_ranks(topology: Topology, status_file: StatusFile) -> RankGroup:
     """Return the group of all ranks. Collective."""
+    from dpgen.distributed.network import wait_until_resolved
+
+    wait_until_resolved(topology.master_addr, topology.source)  # before torch is imported: a wrong name is told at once
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # dpgen reports lost peers itself, without C++ frames
     with imports_without_gc():
         from dpgen.distributed.gloo.rank_group import GlooGroup  # imports torch, which a world of one does not need

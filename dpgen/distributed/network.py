@@ -1,18 +1,24 @@
 """Prepare the host for joining a group: reach the store, find the interface to it, raise the open file limit.
 
-The one retry loop is kept by hand: tenacity (9.2) would be a dependency for these lines alone.
+The two retry loops are kept by hand: tenacity (9.2) would be a dependency for these lines alone.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import socket
 import time
 
-from dpgen.errors import DpgenError
+from dpgen.errors import ConfigError, DpgenError
+from dpgen.log import log_while_waiting
 
+logger = logging.getLogger(__name__)
+
+_RESOLVE_TIMEOUT_S = 300.0  # a name may be new: Kubernetes resolves a pod's once the pod runs
+_RESOLVE_POLL_S = 0.5
 _AGENT_TIMEOUT_S = 10.0
 _POLL_S = 0.05
 _LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS)
@@ -41,6 +47,42 @@ def wait_for_torchrun_store(address: Address) -> None:
                     f"Check that torchrun still runs: {error}"
                 ) from None
             time.sleep(_POLL_S)
+
+
+def wait_until_resolved(host: str, source: str, limit_s: float = _RESOLVE_TIMEOUT_S) -> None:
+    """Return once the name of rank 0's host resolves on this one.
+
+    TCPStore itself would retry for half an hour, and say nothing.
+
+    Args:
+        source: the variables that `host` comes from, for messages.
+
+    Raises:
+        ConfigError: it did not resolve within `limit_s`, or is no name.
+    """
+    deadline_s, reason = time.monotonic() + limit_s, "no name server has answered yet"
+
+    def describe() -> str:
+        return (
+            f"waiting for the name of rank 0's host, {host}, to resolve on this host: {reason} ({source}). Set "
+            "MASTER_ADDR to a name or address of rank 0's host that all ranks can reach"
+        )
+
+    with log_while_waiting(logger, describe):
+        while True:
+            try:
+                socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+                return
+            except UnicodeError as error:
+                raise ConfigError(f"MASTER_ADDR={host!r} is no host name or address: {error} ({source})") from None
+            except OSError as error:
+                reason = error.strerror or str(error)
+            if time.monotonic() > deadline_s:
+                raise ConfigError(
+                    f"the name of rank 0's host, {host}, does not resolve on {socket.gethostname()}: {reason} "
+                    f"({source}). Set MASTER_ADDR to a name or address of rank 0's host that all ranks can reach"
+                )
+            time.sleep(_RESOLVE_POLL_S)
 
 
 def find_interface_to(address: Address) -> str | None:

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from typing import Any
 
 from dpgen.errors import DpgenError
-from dpgen.log import PeriodicLog
+from dpgen.log import PeriodicLog, log_while_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -24,28 +24,32 @@ _POLL_S = 0.02
 _MAX_LISTED_RANKS = 10
 
 
-def join_rendezvous(store: Any, rank: int, size: int, timeout_s: float) -> int:
+def join_rendezvous(store: Any, rank: int, size: int, timeout_s: float, source: str = "") -> int:
     """Wait until all ranks have arrived, and return the number of this round, from 1. Collective.
 
     Args:
         store: a torch.distributed.Store, which earlier rounds may have used.
+        source: the variables that rank and size come from, for messages.
 
     Raises:
         DpgenError: some ranks did not arrive in time (on rank 0).
         RuntimeError: the store is gone, or rank 0 did not arrive within the store's own timeout (on other ranks).
     """
-    return _lead(store, size, timeout_s) if rank == 0 else _follow(store, rank)
+    given = f" ({source})" if source else ""
+    return _lead(store, size, timeout_s, given) if rank == 0 else _follow(store, rank, given)
 
 
-def _follow(store: Any, rank: int) -> int:
+def _follow(store: Any, rank: int, given: str) -> int:
     token = uuid.uuid4().hex
     store.set(f"dpgen/arrived/{rank}", token)
-    round_id = int(store.get(f"dpgen/ack/{token}"))  # blocks, within the store's timeout
+    # Rank 0 answers each rank at once, so one that waits here waits for rank 0 alone.
+    with log_while_waiting(logger, lambda: f"waiting for rank 0 to start: it has not answered rank {rank}{given}"):
+        round_id = int(store.get(f"dpgen/ack/{token}"))  # blocks, within the store's timeout
     store.set(f"dpgen/confirm/{round_id}/{token}", "1")
     return round_id
 
 
-def _lead(store: Any, size: int, timeout_s: float) -> int:
+def _lead(store: Any, size: int, timeout_s: float, given: str) -> int:
     round_id = int(store.add("dpgen/rounds", 1))
     deadline_s = time.monotonic() + timeout_s
     acknowledged: dict[int, str] = {}  # rank → the token that it was last replied to
@@ -54,6 +58,7 @@ def _lead(store: Any, size: int, timeout_s: float) -> int:
         logger,
         lambda: (
             f"waiting for {len(pending_ranks):,} of {size:,} ranks to start (missing: {_format_ranks(pending_ranks)})"
+            f"{given}"
         ),
     )
     while pending_ranks:
@@ -69,7 +74,7 @@ def _lead(store: Any, size: int, timeout_s: float) -> int:
         if pending_ranks and time.monotonic() > deadline_s:
             raise DpgenError(
                 f"{len(pending_ranks):,} of {size:,} ranks did not start within {timeout_s:,.0f} s (missing: "
-                f"{_format_ranks(pending_ranks)}). Check that each was started and can reach rank 0"
+                f"{_format_ranks(pending_ranks)}). Check that each was started and can reach rank 0{given}"
             )
         log_waiting()
         time.sleep(_POLL_S if pending_ranks else 0)

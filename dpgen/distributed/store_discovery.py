@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import socket
 import threading
@@ -18,6 +19,9 @@ from collections.abc import Sequence
 
 from dpgen.distributed.ports import bind_first_free, format_ports
 from dpgen.errors import DpgenError
+from dpgen.log import log_while_waiting
+
+logger = logging.getLogger(__name__)
 
 _RESPONSE_TIMEOUT_S = 2.0  # for a connection, and again for the response; a late port is queried again
 _ROUND_INTERVAL_S = 0.5
@@ -80,17 +84,25 @@ def discover_store(host: str, ports: Sequence[int], job: str, limit_s: float) ->
         DpgenError: no port advertised this job's store within `limit_s`.
     """
     deadline_s = time.monotonic() + limit_s
-    while True:
-        for port in ports:
-            store_port = _query(host, port, job)
-            if store_port is not None:
-                return store_port
-        if time.monotonic() > deadline_s:
-            raise DpgenError(
-                f"rank 0 of {job} did not answer on {host}, ports {format_ports(ports)}, within "
-                f"{limit_s / 60:.0f} min. Check that it was started and that this host can reach it"
-            )
-        time.sleep(_ROUND_INTERVAL_S)
+
+    def describe() -> str:
+        return (
+            f"waiting for rank 0 of {job}: it has not answered on {host}, ports {format_ports(ports)}. Check that it "
+            "was started, and that this host can reach it"
+        )
+
+    with log_while_waiting(logger, describe):
+        while True:
+            for port in ports:
+                store_port = _query(host, port, job)
+                if store_port is not None:
+                    return store_port
+            if time.monotonic() > deadline_s:
+                raise DpgenError(
+                    f"rank 0 of {job} did not answer on {host}, ports {format_ports(ports)}, within "
+                    f"{limit_s / 60:.0f} min. Check that it was started and that this host can reach it"
+                )
+            time.sleep(_ROUND_INTERVAL_S)
 
 
 def _query(host: str, port: int, job: str) -> int | None:

@@ -1,6 +1,8 @@
 """Read the launcher's environment once, into a small frozen `Topology`.
 
-- torchrun (or any launcher that sets RANK and WORLD_SIZE), SLURM's srun, and a process started alone all give one.
+- torchrun (or any launcher that sets RANK and WORLD_SIZE), SLURM's srun, mpirun, and a process started alone all give
+  one. Where several have left their variables, the innermost launcher's count.
+- Errors name the variables: they may be leftovers of another job.
 - The GPUs and CPU cores of a rank are arithmetic on its topology, without processes; that is here, too.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import re
 import socket
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +22,36 @@ from dpgen.formatting import format_count
 
 
 @dataclass(frozen=True)
+class _MpiVariables:
+    """Name the variables of one kind of mpirun.
+
+    Attributes:
+        is_set_by_srun: srun sets them too, beside its own.
+    """
+
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str
+    is_set_by_srun: bool = False
+
+    @classmethod
+    def of_prefix(cls, prefix: str) -> _MpiVariables:
+        rank, size, local_rank, local_size = (
+            f"{prefix}_COMM_WORLD_{suffix}" for suffix in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+        )
+        return cls(rank, size, local_rank, local_size)
+
+
+# Open MPI, MVAPICH, MPICH and Intel MPI. PMIx gives no size, so a rank of it is rejected where nothing else gives one.
+_MPI_VARIABLES = (
+    *map(_MpiVariables.of_prefix, ("OMPI", "MV2", "MVP")),
+    _MpiVariables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", is_set_by_srun=True),
+    _MpiVariables("PMIX_RANK", "PMIX_SIZE", "PMIX_LOCAL_RANK", "PMIX_LOCAL_SIZE", is_set_by_srun=True),
+)
+
+
+@dataclass(frozen=True)
 class Topology:
     """Place one data-parallel rank in the job.
 
@@ -26,12 +59,13 @@ class Topology:
         dp_rank, dp_size: this rank, and the number of ranks.
         local_rank, local_size: the same among the ranks of this node.
         node: the name of this machine, for people.
-        launcher: "torchrun", "slurm", "wrapper" (RANK and WORLD_SIZE, but nothing about the node), or "none".
+        launcher: "torchrun", "slurm", "mpi", "wrapper" (rank and size, but nothing about the node), or "none".
         master_addr, master_port: where rank 0's store listens; "" and 0 in a world of one.
         discovery_ports: the ports on which rank 0 may advertise the store's port
             (`dpgen.distributed.store_discovery`). Empty if the launcher gave a port; otherwise `master_port` is 0.
         restart: how often the launcher has restarted this job.
         job: a name of this start of the job, by which a rank recognizes its own rank 0; "" if no rank needs one.
+        source: the variables that rank, size and address come from, with their values, for messages.
     """
 
     dp_rank: int = 0
@@ -45,6 +79,7 @@ class Topology:
     discovery_ports: tuple[int, ...] = ()
     restart: int = 0
     job: str = ""
+    source: str = ""
 
     def __post_init__(self) -> None:
         for name, rank, size in (
@@ -53,7 +88,8 @@ class Topology:
         ):
             if not 0 <= rank < size:
                 raise ConfigError(
-                    f"the launcher's environment gives {name} {rank} of {size}: must be at least 0 and below {size}"
+                    f"the launcher's environment gives {name} {rank} of {size}: must be at least 0 and below {size} "
+                    f"({self.source})"
                 )
 
     @property
@@ -68,34 +104,27 @@ class Topology:
 
 
 def read_topology(environ: Mapping[str, str]) -> Topology:
-    """Return the topology from torchrun's variables, else from srun's, else a world of one.
+    """Return the topology from torchrun's variables, else from mpirun's or srun's, else a world of one.
 
     Raises:
-        ConfigError: a variable is missing beside the others, is no integer, or gives a rank outside the world.
+        ConfigError: a variable is missing beside the others, is no integer, or contradicts the others; names it.
     """
+    environ = {name: value for name, value in environ.items() if value.strip()}  # a blank one is not set
     node = socket.gethostname()
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        size = _read_int(environ, "WORLD_SIZE")
-        if size > 1:
-            for name in ("MASTER_ADDR", "MASTER_PORT"):
-                if not environ.get(name):
-                    raise ConfigError(f"RANK and WORLD_SIZE are set, but {name} is not: launch with torchrun or srun")
-        # A wrapper around srun or mpirun often sets only RANK and WORLD_SIZE; `fill_local_rank` finds the local ones.
-        is_whole = "LOCAL_RANK" in environ and "LOCAL_WORLD_SIZE" in environ
-        return Topology(
-            dp_rank=_read_int(environ, "RANK"),
-            dp_size=size,
-            local_rank=_read_int(environ, "LOCAL_RANK", 0) if is_whole else 0,
-            local_size=_read_int(environ, "LOCAL_WORLD_SIZE", 1) if is_whole else 1,
-            node=node,
-            launcher="torchrun" if is_whole else "wrapper",
-            master_addr=environ.get("MASTER_ADDR", ""),
-            master_port=_read_int(environ, "MASTER_PORT", 0),
-            restart=_read_int(environ, "TORCHELASTIC_RESTART_COUNT", 0),
-        )
+    num_given = ("RANK" in environ) + ("WORLD_SIZE" in environ)
     # Only srun sets SLURM_STEP_NUM_TASKS. A batch script has SLURM_PROCID, too, but runs as one process.
-    if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+    is_step = "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ
+    mpi = _find_mpi_variables(environ, is_step)
+    if num_given == 2:
+        _reject_copies(environ, "RANK", "WORLD_SIZE", is_step)
+        return _read_torchrun_topology(environ, node)
+    if mpi is not None:
+        _reject_copies(environ, mpi.rank, mpi.size, is_step)
+        return _read_mpi_topology(environ, node, mpi)
+    if is_step:
         return _read_slurm_topology(environ, node)
+    if num_given:
+        _raise_if_half_given(environ, "RANK", "WORLD_SIZE")
     return Topology(node=node)
 
 
@@ -142,8 +171,11 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", entry[0]) if entry else ""
 
 
-def expand_tasks_per_node(text: str) -> list[int]:
+def expand_tasks_per_node(text: str, name: str = "SLURM_STEP_TASKS_PER_NODE") -> list[int]:
     """Return SLURM's compressed counts in full: ``'2(x3),1'`` → ``[2, 2, 2, 1]``.
+
+    Args:
+        name: the variable that holds the text, for the error.
 
     Raises:
         ConfigError: the text has another form.
@@ -152,7 +184,7 @@ def expand_tasks_per_node(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if not match:
-            raise ConfigError(f"SLURM's tasks per node are {text!r}: must have the form 2(x3),1")
+            raise ConfigError(f"{name}={text!r}: must be SLURM's tasks per node, in the form 2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
@@ -172,7 +204,7 @@ def assign_gpus(topology: Topology, visible: Sequence[str], gpus_per_rank: int, 
     if len(visible) >= needed:
         first = topology.local_rank * gpus_per_rank
         return list(visible[first : first + gpus_per_rank])
-    is_bound_by_launcher = topology.launcher in ("slurm", "wrapper") and len(visible) == gpus_per_rank
+    is_bound_by_launcher = topology.launcher in ("slurm", "mpi", "wrapper") and len(visible) == gpus_per_rank
     if is_bound_by_launcher:
         return list(visible)
     if share and len(visible) >= gpus_per_rank:
@@ -209,17 +241,114 @@ def assign_cores(affinities: Sequence[frozenset[int]], local_rank: int) -> list[
     return cores[bounds[index] : bounds[index + 1]]
 
 
+def _find_mpi_variables(environ: Mapping[str, str], is_step: bool) -> _MpiVariables | None:
+    """Return the variables of the mpirun that started this process; None if srun did, or none.
+
+    Raises:
+        ConfigError: a rank without a number of ranks, or the reverse.
+    """
+    for names in _MPI_VARIABLES:
+        given = [name for name in (names.rank, names.size) if name in environ]
+        if not given:
+            continue
+        of_srun = {names.rank: "SLURM_PROCID", names.size: "SLURM_STEP_NUM_TASKS"}
+        if is_step and names.is_set_by_srun and all(environ[name] == environ[of_srun[name]] for name in given):
+            continue
+        if len(given) == 2:
+            return names
+        _raise_if_half_given(environ, names.rank, names.size)
+    return None
+
+
+def _raise_if_half_given(environ: Mapping[str, str], rank: str, size: str) -> None:
+    given, missing = (rank, size) if rank in environ else (size, rank)
+    if (given, environ[given]) != (size, "1"):
+        raise ConfigError(
+            f"{given}={environ[given]} is set, but {missing} is not: launch with torchrun, srun or mpirun, or unset "
+            f"{given} for a single process"
+        )
+
+
+def _reject_copies(environ: Mapping[str, str], rank: str, size: str, is_step: bool) -> None:
+    """Reject a world of one in each of several processes: all would generate every row.
+
+    Under torchrun, srun or mpirun start one torchrun on each node.
+    """
+    if environ[size] != "1" or "TORCHELASTIC_RUN_ID" in environ:
+        return
+    outer = [names.size for names in _MPI_VARIABLES if names.size in environ]
+    for name in [*outer, *(["SLURM_STEP_NUM_TASKS"] if is_step else [])]:
+        if name != size and environ[name] != "1":
+            raise ConfigError(
+                f"{size}=1 contradicts {name}={environ[name]}. Unset {rank} and {size} if they are leftovers, or "
+                f"{name} for a single process"
+            )
+
+
+def _read_torchrun_topology(environ: Mapping[str, str], node: str) -> Topology:
+    size = _read_int(environ, "WORLD_SIZE")
+    if size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in environ:
+                raise ConfigError(f"RANK and WORLD_SIZE are set, but {name} is not: launch with torchrun or srun")
+    # A wrapper around srun or mpirun often sets only RANK and WORLD_SIZE; `fill_local_rank` finds the local ones.
+    is_whole = "LOCAL_RANK" in environ and "LOCAL_WORLD_SIZE" in environ
+    names = ("RANK", "WORLD_SIZE", *(("LOCAL_RANK", "LOCAL_WORLD_SIZE") if is_whole else ()))
+    return Topology(
+        dp_rank=_read_int(environ, "RANK"),
+        dp_size=size,
+        local_rank=_read_int(environ, "LOCAL_RANK", 0) if is_whole else 0,
+        local_size=_read_int(environ, "LOCAL_WORLD_SIZE", 1) if is_whole else 1,
+        node=node,
+        launcher="torchrun" if is_whole else "wrapper",
+        master_addr=environ.get("MASTER_ADDR", ""),
+        master_port=_read_port(environ, is_needed=size > 1),
+        restart=_read_int(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+        source=_describe(environ, *names, "MASTER_ADDR", "MASTER_PORT"),
+    )
+
+
+def _read_mpi_topology(environ: Mapping[str, str], node: str, names: _MpiVariables) -> Topology:
+    size = _read_int(environ, names.size)
+    has_local = names.local_rank in environ and names.local_size in environ
+    local_size = _read_int(environ, names.local_size) if has_local else 1
+    # The ranks' common name, of which they derive ports; only some versions of mpirun give one.
+    namespace = environ.get("PMIX_NAMESPACE", "")
+    address = environ.get("MASTER_ADDR") or ("127.0.0.1" if local_size == size else "")
+    port = _read_port(environ, is_needed=False)
+    if size > 1 and not (address and (port or namespace)):
+        missing = "MASTER_ADDR" if not address else "MASTER_PORT"
+        raise ConfigError(
+            f"{names.size}={size} gives {size} ranks, but {missing} is not set: set MASTER_ADDR to the host of rank 0 "
+            "and MASTER_PORT to a free port there on all ranks (mpirun -x NAME=VALUE, or -genv NAME VALUE), or launch "
+            "with torchrun or srun"
+        )
+    local = (names.local_rank, names.local_size) if has_local else ()
+    return Topology(
+        dp_rank=_read_int(environ, names.rank),
+        dp_size=size,
+        local_rank=_read_int(environ, names.local_rank) if has_local else 0,
+        local_size=local_size,
+        node=node,
+        launcher="mpi" if has_local else "wrapper",
+        master_addr=address,
+        master_port=port,
+        discovery_ports=() if port or size == 1 else derive_job_ports(zlib.crc32(namespace.encode()), 0),
+        job=f"MPI job {namespace}" if namespace else "",
+        source=_describe(environ, names.rank, names.size, *local, "MASTER_ADDR", "MASTER_PORT", "PMIX_NAMESPACE"),
+    )
+
+
 def _read_slurm_topology(environ: Mapping[str, str], node: str) -> Topology:
     job, step = _read_int(environ, "SLURM_JOB_ID", 0), _read_int(environ, "SLURM_STEP_ID", 0)
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")
     restart = _read_int(environ, "SLURM_RESTART_COUNT", 0)
-    port = _read_int(environ, "MASTER_PORT", 0)
+    port = _read_port(environ, is_needed=False)
     return Topology(
         dp_rank=_read_int(environ, "SLURM_PROCID"),
         dp_size=_read_int(environ, "SLURM_STEP_NUM_TASKS"),
         local_rank=_read_int(environ, "SLURM_LOCALID", 0),
-        local_size=expand_tasks_per_node(per_node)[_read_int(environ, "SLURM_NODEID", 0)],
+        local_size=_count_slurm_tasks_here(environ),
         node=environ.get("SLURMD_NODENAME", node),
         launcher="slurm",
         master_addr=environ.get("MASTER_ADDR") or first_host(nodes) or "127.0.0.1",
@@ -227,7 +356,42 @@ def _read_slurm_topology(environ: Mapping[str, str], node: str) -> Topology:
         discovery_ports=() if port else derive_job_ports(job, step),
         restart=restart,
         job=f"SLURM job {job}, step {step}, restart {restart}",
+        source=_describe(
+            environ,
+            *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+            *("MASTER_ADDR" if "MASTER_ADDR" in environ else "SLURM_STEP_NODELIST", "MASTER_PORT"),
+        ),
     )
+
+
+def _count_slurm_tasks_here(environ: Mapping[str, str]) -> int:
+    """Return the number of the step's tasks on this node.
+
+    Raises:
+        ConfigError: this node is not among those that the counts are for.
+    """
+    name = "SLURM_STEP_TASKS_PER_NODE" if "SLURM_STEP_TASKS_PER_NODE" in environ else "SLURM_TASKS_PER_NODE"
+    text = environ.get(name, "1")
+    counts, index = expand_tasks_per_node(text, name), _read_int(environ, "SLURM_NODEID", 0)
+    if not 0 <= index < len(counts):
+        given = f"{name}={text}" if name in environ else "SLURM_STEP_TASKS_PER_NODE is not set, which"
+        raise ConfigError(
+            f"SLURM_NODEID={index} is the number of this node, but {given} is for {format_count(len(counts), 'node')}: "
+            "start the ranks with srun, or unset the variables that another job has left"
+        )
+    return counts[index]
+
+
+def _describe(environ: Mapping[str, str], *names: str) -> str:
+    return ", ".join(f"{name}={environ[name]}" for name in names if name in environ)
+
+
+def _read_port(environ: Mapping[str, str], *, is_needed: bool) -> int:
+    """Return MASTER_PORT; 0 where it is not set, or is 0 and not needed."""
+    port = _read_int(environ, "MASTER_PORT", 0)
+    if not is_needed <= port < 65536:
+        raise ConfigError(f"MASTER_PORT={port}: must be from 1 to 65535")
+    return port
 
 
 def _read_int(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

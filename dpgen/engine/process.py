@@ -41,6 +41,9 @@ _LAUNCHER_PREFIXES = (
     "PMI_",
     "PMIX_",
     "OMPI_",
+    "MV2_COMM_WORLD_",
+    "MVP_COMM_WORLD_",
+    "MPI_LOCAL",
 )
 _LAUNCHER_NAMES = {
     "RANK",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from dpgen.errors import EXIT_RESUMABLE, ConfigError, Interrupted
 
 logger = logging.getLogger(__name__)
 
+_NUMBER = re.compile("[0-9]+")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_SIGNAL_S = 1.0  # a launcher and a terminal may both pass on one Ctrl-C
 _EXIT_WAIT_S = 1.0
@@ -197,7 +199,8 @@ def find_deadline(
 ) -> tuple[float | None, str]:
     """Return the deadline in monotonic seconds, and what set it; (None, "") for no deadline.
 
-    The earlier of `run.time_limit` and SLURM's end time counts. A clock that is set later changes neither.
+    The earlier of `run.time_limit` and SLURM's end time counts. A clock that is set later changes neither. An end time
+    in the past is a leftover of another job, in a shell that has outlived it, and is ignored.
 
     Args:
         time_limit: seconds, or H:MM:SS; None for no limit.
@@ -207,9 +210,12 @@ def find_deadline(
     deadlines: list[tuple[float, str]] = []
     if time_limit is not None:
         deadlines.append((monotonic_s + parse_time_limit(time_limit), f"run.time_limit={time_limit}"))
-    end = environ.get("SLURM_JOB_END_TIME", "")
-    if end.isdigit():
+    end = environ.get("SLURM_JOB_END_TIME", "").strip()
+    if _NUMBER.fullmatch(end) and int(end) > epoch_s:
         deadlines.append((monotonic_s + int(end) - margin_s - epoch_s, "SLURM's time limit"))
+    elif end:
+        what = "is in the past: a leftover of another job" if _NUMBER.fullmatch(end) else "is no time"
+        logger.info(f"ignoring SLURM_JOB_END_TIME={end}, which {what}. Only run.time_limit limits this run's time")
     return min(deadlines) if deadlines else (None, "")
 
 
@@ -220,7 +226,7 @@ def parse_time_limit(text: str) -> float:
         ConfigError: the text has neither form.
     """
     parts = str(text).split(":")
-    if not 1 <= len(parts) <= 3 or not all(part.strip().isdigit() for part in parts):
+    if not 1 <= len(parts) <= 3 or not all(_NUMBER.fullmatch(part.strip()) for part in parts):
         raise ConfigError(f"run.time_limit={text!r}: must be seconds, or H:MM:SS in quotes")
     seconds = 0.0
     for part in parts:

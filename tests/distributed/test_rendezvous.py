@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from helpers.jobs import wait_for
 
 from dpgen.distributed.rendezvous import join_rendezvous
 from dpgen.errors import DpgenError
@@ -63,3 +65,19 @@ def test_the_error_names_the_ranks_that_did_not_start() -> None:
     store.set("dpgen/arrived/2", "token of a rank that was killed")
     with pytest.raises(DpgenError, match=r"2 of 3 ranks did not start within 0 s \(missing: 1, 2\)"):
         join_rendezvous(store, 0, 3, timeout_s=0.1)
+
+
+def test_a_rank_without_rank_0_says_whom_it_waits_for_and_why(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpgen.log._FIRST_NOTICE_S", 0.0)
+    caplog.set_level(logging.INFO)
+    store = SharedStore()
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(join_rendezvous, store, 1, 2, 10.0, "RANK=1, WORLD_SIZE=2")]
+        wait_for(lambda: bool(caplog.messages))
+        waiting.append(pool.submit(join_rendezvous, store, 0, 2, 10.0, "RANK=0, WORLD_SIZE=2"))
+        assert {future.result() for future in waiting} == {1}
+    assert caplog.messages[0] == "waiting for rank 0 to start: it has not answered rank 1 (RANK=1, WORLD_SIZE=2)"
+    assert caplog.records[0].levelno == logging.WARNING, "so that ranks other than 0 say it, too"
+    assert caplog.messages[1:] == ["waiting for 1 of 2 ranks to start (missing: 1) (RANK=0, WORLD_SIZE=2)"]

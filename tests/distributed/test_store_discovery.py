@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
-from helpers.jobs import free_port
+from helpers.jobs import free_port, wait_for
 
 from dpgen.distributed.store_discovery import StoreAdvertiser, discover_store
 from dpgen.errors import DpgenError
@@ -61,11 +60,15 @@ def test_a_port_of_another_process_is_skipped(response: bytes | None) -> None:
             discover_store("127.0.0.1", ports, JOB, 0)
 
 
-def test_rank_0_may_start_last() -> None:
+def test_rank_0_may_start_last_and_the_others_say_that_they_wait_for_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpgen.log._FIRST_NOTICE_S", 0.0)
     ports, discovered = [free_port()], []
     client = threading.Thread(target=lambda: discovered.append(discover_store("localhost", ports, JOB, 30)))
     client.start()
-    time.sleep(1)
+    wait_for(lambda: bool(caplog.messages))
+    assert f"waiting for rank 0 of {JOB}: it has not answered on localhost, ports {ports[0]}. Check" in caplog.text
     with StoreAdvertiser(ports, JOB, 5):
         client.join(30)
     assert discovered == [5]

@@ -90,6 +90,91 @@ def test_a_batch_script_without_srun_is_one_process() -> None:
     assert read_topology(script).dp_size == 1
 
 
+OMPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+MASTER = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        OMPI,
+        {name.replace("OMPI", "MV2"): value for name, value in OMPI.items()},
+        {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"},
+        {**OMPI, "PMIX_RANK": "5"},
+        {**OMPI, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},  # mpirun starts a daemon on each node by srun
+    ],
+    ids=["Open MPI", "MVAPICH2", "MPICH", "PMIx", "under srun"],
+)
+def test_the_ranks_of_mpirun_are_one_world(environ: dict[str, str]) -> None:
+    topology = read_topology({**environ, **MASTER})
+    assert (topology.dp_rank, topology.dp_size, topology.local_rank, topology.local_size) == (5, 8, 1, 4)
+    assert (topology.launcher, topology.master_addr, topology.master_port) == ("mpi", "node0", 29500)
+    with pytest.raises(ConfigError, match=r"_SIZE=8 gives 8 ranks, but MASTER_ADDR is not set.*torchrun or srun"):
+        read_topology(environ)
+
+
+def test_on_one_machine_the_ranks_of_open_mpi_need_no_address() -> None:
+    alone = {**OMPI, "OMPI_COMM_WORLD_LOCAL_RANK": "5", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}
+    topology = read_topology({**alone, "PMIX_NAMESPACE": "prterun-node0-77@1"})
+    assert topology.master_addr == "127.0.0.1" and len(topology.discovery_ports) == 8
+    assert read_topology({**alone, "PMIX_NAMESPACE": "prterun-node0-78@1"}).job != topology.job
+    with pytest.raises(ConfigError, match="MASTER_PORT is not set"):
+        read_topology(alone)
+    assert read_topology({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}).dp_size == 1
+
+
+def test_pmis_variables_that_srun_sets_itself_change_nothing() -> None:
+    for extra in ({"PMI_RANK": "3", "PMI_SIZE": "4"}, {"PMIX_RANK": "3"}):
+        assert read_topology({**SRUN, **extra}) == read_topology(SRUN)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "0"}, "RANK=0 is set, but WORLD_SIZE is not: .*unset RANK for a single process"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set, but RANK is not"),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_RANK=1 is set, but OMPI_COMM_WORLD_SIZE is not"),
+        ({"PMIX_RANK": "1"}, "PMIX_RANK=1 is set, but PMIX_SIZE is not"),
+        ({"OMPI_COMM_WORLD_RANK": "x", "OMPI_COMM_WORLD_SIZE": "2", **MASTER}, "OMPI_COMM_WORLD_RANK='x'"),
+        ({"PMI_RANK": "2", "PMI_SIZE": "2", **MASTER}, r"rank 2 of 2: .*\(PMI_RANK=2, PMI_SIZE=2, MASTER_ADDR=node0"),
+        ({**TORCHRUN, "MASTER_PORT": "0"}, "MASTER_PORT=0: must be from 1 to 65535"),
+        ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT=70000: must be from 1 to 65535"),
+        ({**SRUN, "MASTER_PORT": "-1"}, "MASTER_PORT=-1: must be from 1 to 65535"),
+        ({**SRUN, "RANK": "0", "WORLD_SIZE": "1"}, "WORLD_SIZE=1 contradicts SLURM_STEP_NUM_TASKS=4. Unset RANK and"),
+        ({**OMPI, "RANK": "0", "WORLD_SIZE": "1"}, "WORLD_SIZE=1 contradicts OMPI_COMM_WORLD_SIZE=8"),
+        (
+            {**SRUN, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+            "OMPI_COMM_WORLD_SIZE=1 contradicts SLURM_STEP_NUM_TASKS=4",
+        ),
+        ({**SRUN, "SLURM_NODEID": "2"}, r"SLURM_NODEID=2 .* but SLURM_STEP_TASKS_PER_NODE=2\(x2\) is for 2 nodes"),
+        ({**SRUN, "SLURM_NODEID": "-1"}, "SLURM_NODEID=-1"),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": ""}, "SLURM_NODEID=1 .* SLURM_STEP_TASKS_PER_NODE is not set"),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "two"}, "SLURM_STEP_TASKS_PER_NODE='two': must be"),
+        ({**SRUN, "SLURM_LOCALID": "2"}, r"local rank 2 of 2: .*SLURM_LOCALID=2, SLURM_STEP_TASKS_PER_NODE=2\(x2\)"),
+    ],
+)
+def test_variables_that_contradict_each_other_are_rejected_by_their_names(
+    environ: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_topology(environ)
+
+
+def test_blank_variables_and_a_world_size_of_one_alone_are_no_world() -> None:
+    for environ in ({"RANK": "", "WORLD_SIZE": " "}, {"WORLD_SIZE": "1"}, {**SRUN, "SLURM_PROCID": ""}):
+        assert read_topology(environ).dp_size == 1
+
+
+def test_one_torchrun_on_each_node_may_be_started_by_srun_or_mpirun() -> None:
+    torchrun = {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert read_topology({**SRUN, **OMPI, **torchrun, "TORCHELASTIC_RUN_ID": "none"}).dp_size == 1
+
+
 def test_an_empty_environment_is_a_world_of_one() -> None:
     topology = read_topology({})
     assert (topology.dp_rank, topology.dp_size, topology.is_rank_0) == (0, 1, True)
@@ -131,7 +216,7 @@ def test_the_first_host_of_a_slurm_list_is_expanded_in_slurms_order(nodelist: st
 
 def test_slurms_tasks_per_node_are_expanded() -> None:
     assert expand_tasks_per_node("2(x3),1") == [2, 2, 2, 1]
-    with pytest.raises(ConfigError, match="tasks per node"):
+    with pytest.raises(ConfigError, match="SLURM_STEP_TASKS_PER_NODE='many': must be SLURM's tasks per node"):
         expand_tasks_per_node("many")
 
 

@@ -61,3 +61,25 @@ def test_a_forgotten_world_leaves_no_connection_open(launcher: Launcher) -> None
 )
 def test_a_limit_of_this_host_is_told_from_a_lost_peer(message: str, expected: bool) -> None:
     assert is_local_error(RuntimeError(message)) == expected
+
+
+WAITING_PROGRAM = """
+import logging, sys
+import dpgen.log
+from dpgen.distributed.torch_world import open_store
+
+dpgen.log._FIRST_NOTICE_S = 0.0
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+try:
+    open_store(("127.0.0.1", int(sys.argv[1])), num_ranks=2, is_host=False, connect_s=2, answer_s=2)
+except RuntimeError:
+    print("no store", flush=True)
+"""
+
+
+def test_a_rank_says_that_it_waits_for_rank_0s_store(launcher: Launcher) -> None:
+    port = free_port()
+    job = launcher.start([launcher.python, "-c", WAITING_PROGRAM, str(port)])
+    assert job.wait() == 0, job.output
+    line = f"WARNING waiting for rank 0, whose store does not answer at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT). "
+    assert line in job.output, "torch's call must not keep the thread from logging"

@@ -156,6 +156,8 @@ def test_a_result_that_is_being_written_is_finished_despite_the_deadline(caplog:
         (None, "2000", (1880.0, "SLURM's time limit")),
         ("90", "2000", (1090.0, "run.time_limit=90")),
         ("1:00:00", "2000", (1880.0, "SLURM's time limit")),
+        (None, "1001", (881.0, "SLURM's time limit")),
+        (None, " ", (None, "")),
     ],
 )
 def test_the_earlier_of_both_limits_is_the_deadline(
@@ -165,6 +167,18 @@ def test_the_earlier_of_both_limits_is_the_deadline(
     # The monotonic clock began 900 s after the epoch.
     deadline_s, name = find_deadline(time_limit, 120.0, environ, monotonic_s=100.0, epoch_s=1000.0)
     assert (deadline_s and deadline_s + 900.0, name) == expected
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [("999", "is in the past: a leftover of another job"), ("N/A", "is no time"), ("²", "is no time")],
+)
+def test_an_end_time_of_an_ended_slurm_job_is_ignored_and_named(
+    end: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert find_deadline("90", 120.0, {"SLURM_JOB_END_TIME": end}, started_s=1000.0) == (1090.0, "run.time_limit=90")
+    assert caplog.messages[0].startswith(f"ignoring SLURM_JOB_END_TIME={end}, which {reason}")
 
 
 # `before_exit` needs a lock that the interrupted main thread holds, as any store or log call may.

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ from torch.distributed import distributed_c10d as c10d
 from dpgen.distributed.codec import decode, encode
 from dpgen.distributed.network import LOOPBACK, Address
 from dpgen.errors import DpgenError
+from dpgen.log import log_while_waiting
+
+logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048  # torch's own
 _NO_TIMEOUT = timedelta(days=20)  # gloo counts milliseconds in a signed 32-bit integer: 24.8 days at most
@@ -52,15 +56,27 @@ def open_store(address: Address, *, num_ranks: int | None, is_host: bool, connec
     if is_host and address[0] == LOOPBACK:
         listener = socket.create_server(address, backlog=_BACKLOG)
         address = (LOOPBACK, listener.getsockname()[1])
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        *address,
-        num_ranks,
-        is_master=is_host,
-        timeout=timedelta(seconds=connect_s),
-        wait_for_workers=False,
-        multi_tenant=True,
-        master_listen_fd=None if listener is None else listener.detach(),  # the store closes it
-    )
+    host, port = address
+
+    def describe() -> str:
+        if is_host:
+            return f"waiting for this rank's own store: is {host} (MASTER_ADDR) an address of this host?"
+        return (
+            f"waiting for rank 0, whose store does not answer at {host}:{port} (MASTER_ADDR, MASTER_PORT). Check that "
+            "rank 0 was started, and that this host can reach it"
+        )
+
+    with log_while_waiting(logger, describe):
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host,
+            port,
+            num_ranks,
+            is_master=is_host,
+            timeout=timedelta(seconds=connect_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+            master_listen_fd=None if listener is None else listener.detach(),  # the store closes it
+        )
     store.set_timeout(timedelta(seconds=answer_s))
     return store
 
@@ -85,8 +101,13 @@ def connect_world(base: Any, store: Any, rank: int, size: int, timeout_s: float)
     timeout = timedelta(seconds=timeout_s)
     base.set_timeout(timeout)  # ranks find each other through the store, within its timeout
     before = _list_connections(base.port)
+    message = (
+        f"waiting until all {size:,} ranks have started (rank 0 names the missing ones) and are connected with each "
+        f"other, by the network interface {os.environ.get('GLOO_SOCKET_IFNAME', 'of the host name')} "
+        "(GLOO_SOCKET_IFNAME)"
+    )
     try:
-        with _set_gloo_variables():
+        with _set_gloo_variables(), log_while_waiting(logger, lambda: message):
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     finally:
         _connections.clear()
