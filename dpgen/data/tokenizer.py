@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpgen.data.hub import explain_hub_error, find_broken_file
 from dpgen.errors import ConfigError
 from dpgen.imports import imports_without_gc
 
@@ -141,7 +142,8 @@ def load_tokenizer(config: TokenizerConfig) -> Any:
         )
     # A repository's code may raise anything, and a broken tokenizer.json raises a plain Exception.
     except Exception as error:
-        raise ConfigError(f"cannot load the tokenizer of {config.name}: {_first_line(error)}") from error
+        reason = find_broken_file(Path(config.name)) or explain_hub_error(config.name, error) or _first_line(error)
+        raise ConfigError(f"cannot load the tokenizer of {config.name}: {reason}") from error
     # Silences a warning about long prompts: the engine rejects them, by the limit that counts.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer

@@ -15,14 +15,16 @@ from pathlib import Path
 
 from dpgen.config.schema import Config
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
+from dpgen.data.hub import check_cache
 from dpgen.data.render import PromptRenderer, RenderFn
-from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer, looks_like_path
+from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import EngineWorld, Layout, build_engine_world
 from dpgen.distributed.topology import Topology, assign_cores, assign_gpus
 from dpgen.engine.limits import EngineLimits
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineTextConfig
+from dpgen.engine.model_files import check_model_files, has_weights
 from dpgen.engine.process import EngineProcess, build_engine_env
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import ConfigError
@@ -60,9 +62,9 @@ def make_engine_factory(
     """Return a function that starts an engine on this rank's share of its node's devices. Collective.
 
     Raises:
-        ConfigError: the model's folder is not there, or the node has too few GPUs for its ranks.
+        ConfigError: the model's files are not there or not whole, or the node has too few GPUs for its ranks.
     """
-    group.run_on_all_ranks(lambda: _check_model(config))
+    group.run_on_all_ranks(lambda: _check_model(config, is_node_leader=group.is_node_leader))
     affinities = [frozenset(cores) for cores in group.all_gather_object(sorted(os.sched_getaffinity(0)))]
     node = group.nodes[group.rank]
     on_node = [cores for rank, cores in enumerate(affinities) if group.nodes[rank] == node]
@@ -185,7 +187,7 @@ def has_cold_caches(config: Config, environ: Mapping[str, str]) -> bool:
     """Return True if loading would fill a cache that the node's ranks share: of weights, or of compiled code."""
     if config.run.engine != "vllm":
         return False
-    return not _has_weights(config.model) or (
+    return not has_weights(config.model) or (
         not config.engine.get("enforce_eager") and not _is_populated(_find_compile_cache(environ))
     )
 
@@ -194,10 +196,13 @@ def _expand_model_path(config: Config) -> str:
     return os.path.expanduser(config.model)
 
 
-def _check_model(config: Config) -> None:
-    """Reject a folder that is not there: vLLM would look for its name on the Hub, and report an error about that."""
-    if config.run.engine == "vllm" and looks_like_path(config.model) and not os.path.exists(_expand_model_path(config)):
-        raise ConfigError(f"model={config.model}: there is no such directory")
+def _check_model(config: Config, *, is_node_leader: bool) -> None:
+    """Check the model's files and the caches that loading fills, once on each node."""
+    if config.run.engine != "vllm" or not is_node_leader:
+        return
+    check_model_files(_expand_model_path(config), config.engine)
+    if not config.engine.get("enforce_eager"):
+        check_cache(_find_compile_cache(os.environ), "vLLM's cache of compiled code", "VLLM_CACHE_ROOT")
 
 
 def _list_visible_gpus(environ: Mapping[str, str], device_files: Collection[str]) -> list[str]:
@@ -225,15 +230,6 @@ def _list_visible_gpus(environ: Mapping[str, str], device_files: Collection[str]
     if not gpus and text.strip() not in ("", "-1"):
         logger.info(f"CUDA_VISIBLE_DEVICES={text!r}: no GPU is visible")
     return gpus
-
-
-def _has_weights(model: str) -> bool:
-    if os.path.isdir(os.path.expanduser(model)):
-        return True
-    from huggingface_hub import try_to_load_from_cache
-
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    return any(isinstance(try_to_load_from_cache(model, name), str) for name in names)
 
 
 def _find_compile_cache(environ: Mapping[str, str]) -> Path:

@@ -31,6 +31,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
 
 from dpgen.config.schema import unknown_key_error
+from dpgen.data.hub import explain_hub_error
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Completion, Request, RowError, RowResult, UndecodedRow
@@ -76,7 +77,8 @@ class VllmBackend:
             )
             self._config = args.create_engine_config(UsageContext.LLM_CLASS)
         except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
-            raise ConfigError(f"vLLM rejects the model or an engine.* key: {_summarize_error(error)}") from None
+            reason = explain_hub_error(self._spec.model, error) or _summarize_error(error)
+            raise ConfigError(f"vLLM rejects the model or an engine.* key: {reason}") from None
         self._sampling = self._build_default_sampling()
         entries = {f"sampling_by_rank[{index}]": entry for index, entry in enumerate(self._spec.sampling_by_rank)}
         for section, entry in {"sampling": {}, **entries}.items():

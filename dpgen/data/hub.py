@@ -1,0 +1,124 @@
+"""Explain why a model or tokenizer can't be had: errors of the Hugging Face Hub, caches, and files that aren't whole.
+
+- transformers and vLLM wrap the Hub's errors, and keep them as the causes of their own.
+- A file under Git LFS is a pointer of three lines until `git lfs pull` has fetched it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpgen.errors import ConfigError
+
+HUB_CACHE_VARIABLES = "HF_HUB_CACHE, else HF_HOME"
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_MAX_POINTER_BYTES = 1024
+_WRITE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+_PROBE_BYTES = 4096
+_MAX_LISTED = 3
+_LOG_IN = "log in (`hf auth login`, or set HF_TOKEN) on every node"
+
+
+def explain_hub_error(name: str, error: BaseException) -> str | None:
+    """Return in one line why a repository can't be read and what to do about it; None if the Hub is not the reason.
+
+    Args:
+        name: the repository.
+        error: the error, whose causes are searched, too.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    for cause in _iter_causes(error):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(cause, GatedRepoError):
+            return (
+                f"{name} is a gated repository and the Hub refuses access to it (status {status}): accept its terms "
+                f"at {constants.ENDPOINT}/{name} and {_LOG_IN}"
+            )
+        if isinstance(cause, RepositoryNotFoundError):
+            return f"there is no repository {name} on the Hub, or it is private: check the name, or {_LOG_IN}"
+        if isinstance(cause, RevisionNotFoundError):
+            return None  # its own message names the revision
+        if isinstance(cause, HfHubHTTPError) and status in (401, 403):
+            return f"the Hub refuses access to {name} (status {status}): check HF_TOKEN, or {_LOG_IN}"
+        if isinstance(cause, OSError) and cause.errno in _WRITE_ERRORS and _is_near(constants.HF_HUB_CACHE, cause):
+            return (
+                f"the Hub's cache can't be written: {cause.filename}: {cause.strerror}. Set HF_HOME to a folder that "
+                f"can (now: {constants.HF_HUB_CACHE}, of {HUB_CACHE_VARIABLES})"
+            )
+    return None
+
+
+def check_cache(folder: str | Path, what: str, variables: str) -> None:
+    """Check that files can be made in a cache's folder, which is created.
+
+    Args:
+        what: the cache, for the message.
+        variables: the environment variables or keys that place it.
+
+    Raises:
+        ConfigError: they can't; names the folder and the variables.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        raise ConfigError(
+            f"{what}, {folder}, can't be written: {error.strerror}. Set {variables} to a folder that can"
+        ) from None
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return True if the file is a Git LFS pointer, and not what it points to."""
+    try:
+        if path.stat().st_size > _MAX_POINTER_BYTES:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
+
+
+def find_broken_file(folder: Path, pattern: str = "*.json") -> str | None:
+    """Return which small text file of a model's folder is an LFS pointer or cut short, and what to do; None if none is.
+
+    JSON files are parsed, so call it where one of them could not be loaded, or for small ones.
+    """
+    for path in sorted(folder.glob(pattern)):
+        if is_lfs_pointer(path):
+            return describe_lfs_pointers(folder, [path.name])
+        if path.suffix == ".json":
+            try:
+                json.loads(path.read_bytes())
+            except (OSError, ValueError) as error:
+                return f"{path} is damaged: {error}. If a download was cut short, download it again"
+    return None
+
+
+def describe_lfs_pointers(folder: Path, names: list[str]) -> str:
+    """Return the message about files of a folder that are Git LFS pointers."""
+    shown = ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
+    what = "is a Git LFS pointer, not the file itself" if len(names) == 1 else "are Git LFS pointers, not the files"
+    return f"{shown} in {folder} {what}: run `git lfs pull` there (after `git lfs install`)"
+
+
+def _is_near(folder: str, error: OSError) -> bool:
+    """Return True if the error is about a file below a folder, or about a folder above it."""
+    path, name = os.path.abspath(folder), os.path.abspath(str(error.filename or ""))
+    return bool(error.filename) and os.path.commonpath([path, name]) in (path, name)
+
+
+def _iter_causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
