@@ -1,7 +1,9 @@
 """Begin an attempt: check and lock the run directory, number the attempt, and record what it is.
 
 An attempt is one start of the job on a run directory. Its number is part of the names of the segments that it writes,
-so that no attempt ever appends to another one's. run.json names the versions that each attempt ran with.
+so that no attempt ever appends to another one's. It follows from run.json, which every node's first rank writes before
+any segment is made; and from the segments' names, where run.json is lost or not of this node's attempts. Segments alone
+would not do: those without rows are removed. run.json also names the versions that each attempt ran with.
 
 A run directory's small files have one writer: rank 0, and where rank 0 doesn't see the directory, the first rank of
 that node.
@@ -54,14 +56,13 @@ def begin_attempt(
         with group.node_leader_first():
             run_dir.create()
 
-    def find_last_attempt() -> int:
-        # At a thousand ranks and after many attempts, a listing by every rank is a load on a shared disk.
-        return last_attempt(run_dir.journal) if group.is_node_leader or not is_shared else 0
-
     group.run_on_all_ranks(check)
     group.run_on_all_ranks(create)
     is_shared = shares_run_dir(group, run_dir.path)
-    attempt: int = 1 + max(group.all_gather_object(group.run_on_all_ranks(find_last_attempt)))
+    # At a thousand ranks and after many attempts, a listing by every rank is a load on a shared disk.
+    is_reader = group.is_node_leader or not is_shared
+    found = group.run_on_all_ranks(lambda: _find_last_attempt(run_dir) if is_reader else 0)
+    attempt: int = 1 + max(group.all_gather_object(found))
 
     def record() -> None:
         if group.rank == 0:
@@ -77,8 +78,9 @@ def begin_attempt(
     def record_elsewhere() -> None:
         # A directory that rank 0 doesn't see needs to know what it holds, too. The first rank of its node writes that.
         with group.node_leader_first():
-            if not is_shared and run_dir.read_metadata().get("identity") != identity:
-                run_dir.update_metadata(identity=identity)
+            metadata = {} if is_shared else run_dir.read_metadata()
+            if not is_shared and (metadata.get("identity"), metadata.get("attempt")) != (identity, attempt):
+                run_dir.update_metadata(identity=identity, attempt=attempt)
 
     group.run_on_all_ranks(record)
     group.run_on_all_ranks(record_elsewhere)
@@ -109,6 +111,12 @@ def shares_run_dir(group: RankGroup, run_dir: Path) -> bool:
     group.all_gather_object(None)  # a barrier: rank 0 removes the file after every rank has looked
     group.run_on_all_ranks(lambda: _translate_errors(remove, run_dir))
     return is_shared
+
+
+def _find_last_attempt(run_dir: RunDir) -> int:
+    """Return the highest attempt that a run directory knows; 0 if it knows none."""
+    recorded = run_dir.read_metadata().get("attempt")
+    return max(recorded if isinstance(recorded, int) else 0, last_attempt(run_dir.journal))
 
 
 def _hash_earlier_inputs(

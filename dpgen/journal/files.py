@@ -45,6 +45,10 @@ class FileSystem:
         """Remove a directory with its content."""
         shutil.rmtree(directory)
 
+    def remove(self, path: Path) -> None:
+        """Remove a file."""
+        os.unlink(path)
+
     def link(self, path: Path, other: Path) -> None:
         """Give a file a second name."""
         os.link(path, other)

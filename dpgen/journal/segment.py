@@ -70,14 +70,25 @@ class SegmentWriter:
         self._index.lengths += batch.lengths
         self._index.flags += batch.flags
 
-    def seal(self) -> None:
-        """Write and sync the index if the segment has any rows, then close the file."""
+    def seal(self) -> bool:
+        """Write and sync the index, and close the file; remove it if it has no rows.
+
+        Returns:
+            True if the file is still there. Each of a thousand ranks would leave one at each attempt.
+        """
         index = self._index
         if index.rows:
             self._write(fmt.encode_index(self._id, index.rows, index.lengths, index.flags, self.num_bytes))
             self._files.sync(self._fd)
         fd, self._fd = self._fd, -1
         self._files.close(fd)
+        if index.rows:
+            return True
+        try:
+            self._files.remove(self._path)
+        except OSError:  # an empty segment is no harm
+            return True
+        return False
 
     def abandon(self) -> None:
         """Close the file as it is."""

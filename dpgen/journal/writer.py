@@ -2,7 +2,7 @@
 
 - A segment belongs to one attempt of one rank; no other attempt ever appends to it.
 - A thread writes the queued rows as one batch and syncs it. Rows appended meanwhile form the next batch.
-- A segment that has grown large is sealed, and the next one is opened.
+- A segment that has grown large is sealed, and the next one is opened. One without rows is removed in the end.
 - After a failed write or sync nothing more is written.
 
 `segment` writes one segment, `format` defines its bytes, `reader` reads the rows back.
@@ -41,7 +41,8 @@ class JournalWriter:
 
     Attributes:
         attempt, rank: of the segments' names.
-        paths: this attempt's segments so far; `path` is the last.
+        paths: this attempt's segments so far. Closing the journal removes one without rows.
+        path: the last segment that was opened.
         before_first_write: called once, in the thread, before the first rows are written; may raise OSError. Set it
             before the first `append`.
         num_rows: results appended.
@@ -80,10 +81,6 @@ class JournalWriter:
         # A daemon: a thread that hangs in the sync of a dead disk must not keep the process alive.
         self._thread = threading.Thread(target=self._write_all, name="journal", daemon=True)
         self._thread.start()
-
-    @property
-    def path(self) -> Path:
-        return self.paths[-1]
 
     def append(self, result: RowResult) -> None:
         """Queue a result; blocks only if the disk is far behind."""
@@ -198,7 +195,8 @@ class JournalWriter:
             self._seal()
 
     def _open_next(self) -> SegmentWriter:
-        self.paths.append(self._journal_dir / fmt.segment_name(self.attempt, self.rank, len(self.paths)))
+        self.path = self._journal_dir / fmt.segment_name(self.attempt, self.rank, len(self.paths))
+        self.paths.append(self.path)
         return SegmentWriter(self.path, self._files, self._count_bytes)
 
     def _count_bytes(self, num_bytes: int) -> None:
@@ -207,7 +205,8 @@ class JournalWriter:
     def _seal(self) -> None:
         if self._segment is not None:
             self._writing_since_s = time.monotonic()
-            self._segment.seal()
+            if not self._segment.seal():
+                self.paths.remove(self.path)
             self._segment = None
 
     def _fail(self, cause: OSError | str) -> None:

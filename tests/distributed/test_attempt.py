@@ -33,14 +33,25 @@ def make_config(run_dir: RunDir) -> Config:
     )
 
 
-def begin(run_dir: RunDir) -> int:
-    """Begin an attempt that journals one row, and return its number."""
-    config = make_config(run_dir)
-    number = begin_attempt(config, SingleRankGroup(), run_dir, compute_run_identity(config, INPUT))
+def begin(run_dir: RunDir, num_rows: int = 1) -> int:
+    """Begin an attempt that journals a row, or none, and return its number."""
+    config, group = make_config(run_dir), SingleRankGroup()
+    number = begin_attempt(config, group, run_dir, compute_run_identity(config, INPUT))
     journal = JournalWriter(run_dir.journal, number, 0)
-    journal.append(RowResult(0))
+    for row in range(num_rows):
+        journal.append(RowResult(row))
     journal.close()
     return number
+
+
+def test_no_two_attempts_share_a_number_whatever_is_left_of_the_first(tmp_path: Path) -> None:
+    run_dir = RunDir(str(tmp_path / "run"))
+    assert [begin(run_dir, num_rows=0), begin(run_dir, num_rows=0)] == [1, 2], "no segment tells of the first"
+    assert not list(run_dir.journal.iterdir())
+    assert begin(run_dir) == 3
+    (run_dir.path / "run.json").unlink()
+    run_dir.update_metadata(identity=compute_run_identity(make_config(run_dir), INPUT))
+    assert begin(run_dir) == 4, "the segments' names count where run.json names no attempt"
 
 
 def test_an_attempt_with_other_versions_than_an_earlier_one_warns_and_both_are_recorded(
@@ -96,7 +107,10 @@ def test_run_json_is_written_by_another_rank_only_where_rank_0_does_not_see_the_
     monkeypatch.setattr(attempt_module, "shares_run_dir", lambda *_: is_shared)
     run_dir = RunDir(str(tmp_path / "run"))
     config = make_config(run_dir)
-    begin_attempt(config, SecondRank(), run_dir, compute_run_identity(config, INPUT))
+    identity = compute_run_identity(config, INPUT)
+    for attempt in (1, 2):
+        assert begin_attempt(config, SecondRank(), run_dir, identity) == (1 if is_shared else attempt)
+        assert run_dir.read_metadata().get("attempt") == (None if is_shared else attempt)
     assert bool(run_dir.read_metadata()) != is_shared, "rank 0's own may look absent for a while on NFS"
 
 

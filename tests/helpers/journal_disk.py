@@ -73,6 +73,11 @@ class FailingDisk(FileSystem):
         super().close(fd)
         return self._end()
 
+    def remove(self, path: Path) -> None:
+        self._begin("remove")
+        super().remove(path)
+        self._end()
+
     def sync_path(self, path: Path) -> None:
         self._begin("sync_path")
         super().sync_path(path)

@@ -413,6 +413,16 @@ def test_sync_and_close_wait_for_the_disk(tmp_path: Path) -> None:
     assert journal.num_synced_rows == 2 and read_segment(journal.path).is_sealed
 
 
+@pytest.mark.parametrize("how", [None, "EACCES"])
+def test_a_segment_without_rows_is_removed_at_the_end_if_it_can_be(tmp_path: Path, how: str | None) -> None:
+    disk = FailingDisk(3, how)  # after create, sync_directory and close
+    journal = JournalWriter(tmp_path, 1, 0, files=disk)
+    assert list_segments(tmp_path) == [journal.path], "its name is reserved while the rank runs"
+    journal.close()
+    assert disk.calls == ["create", "sync_directory", "close", "remove"]
+    assert list_segments(tmp_path) == journal.paths == ([] if how is None else [journal.path])
+
+
 # ---- a failing disk
 
 
