@@ -17,7 +17,7 @@ from dpgen.data.input_rows import InputRows
 from dpgen.data.render import check_prompt_columns, select_prompt_columns
 from dpgen.data.time_limit import limit_render_time
 from dpgen.distributed.agreement import check_same_job, open_input
-from dpgen.distributed.attempt import begin_attempt
+from dpgen.distributed.attempt import JobStart, begin_attempt, read_job_start
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout, build_layout
 from dpgen.distributed.stages import Stage, run_stages
@@ -141,14 +141,15 @@ class _Job:
         self._rows, fingerprint = open_input(config.data, group, lambda columns: _check_columns(config, columns))
         self._run_dir, identity = RunDir(config.run.dir), compute_run_identity(config, fingerprint)
         startup.mark("input")
-        self._is_complete = _is_already_complete(config, group, self._run_dir, identity)
+        start = read_job_start(config, group, self._run_dir)
+        self._is_complete = _is_already_complete(config, group, self._run_dir, identity, start)
         if self._is_complete:
             return
         self._loaded_text = group.run_on_all_ranks(lambda: self._loaded_text or build_text_pipeline(config))
         startup.mark("tokenizer")
         _check_engine_options(self._engine, config, group)
         startup.mark("engine's options")
-        self._attempt = begin_attempt(config, group, self._run_dir, identity, self._rows.fingerprint)
+        self._attempt = begin_attempt(config, group, self._run_dir, identity, start, self._rows.fingerprint)
         self._engine_log.open(self._run_dir.logs / f"rank-{self._topology.dp_rank}.engine.log")
         self._begin_journal()
         self._planner = self._make_planner()
@@ -324,10 +325,12 @@ def _check_columns(config: Config, columns: Sequence[str]) -> None:
     check_output_columns(list(columns), config.data.columns, config.output.token_ids)
 
 
-def _is_already_complete(config: Config, group: RankGroup, run_dir: RunDir, identity: Mapping[str, Any]) -> bool:
+def _is_already_complete(
+    config: Config, group: RankGroup, run_dir: RunDir, identity: Mapping[str, Any], start: JobStart
+) -> bool:
     """Return True if rank 0's run directory holds this run's result, and nothing is to be retried. Collective."""
     is_same = not diff_identities(run_dir.read_metadata().get("identity"), identity)
-    wants_more = bool(config.run.retry_errors) or config.run.resume == "never"
+    wants_more = bool(config.run.retry_errors) or start.resume == "never"
     is_complete: bool = group.all_gather_object(run_dir.is_finished and is_same and not wants_more)[0]
     if is_complete:
         logger.info(f"{run_dir.path} holds this run's finished result already, nothing to do")

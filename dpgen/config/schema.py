@@ -40,7 +40,8 @@ class RunConfig:
     )
     resume: Literal["auto", "never", "force"] = _option(
         "if the run directory holds an unfinished run: auto resumes it if nothing that changes results differs, "
-        "force resumes it whatever differs but the input, never rejects any directory that is not empty",
+        "force resumes it whatever differs but the input, never rejects any directory that is not empty (but a job "
+        "that torchrun --max-restarts or SLURM restarts resumes its own run)",
         "auto",
     )
     retry_errors: Any = _option(

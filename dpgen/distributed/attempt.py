@@ -12,19 +12,50 @@ that node.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpgen.config.environment import read_versions
 from dpgen.config.schema import Config
 from dpgen.distributed.group import RankGroup
+from dpgen.distributed.topology import read_boot_id
 from dpgen.errors import DpgenError
 from dpgen.journal.reader import last_attempt
 from dpgen.journal.run_dir import RunDir, diff_identities, get_num_rows
+from dpgen.lifecycle.restart import describe_start, is_restart, merge_starts
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JobStart:
+    """Describe this start of the job.
+
+    Attributes:
+        resume: `run.resume`; "auto" for "never" if the same job, restarted, has begun this run.
+        description: what tells the job's starts apart, for run.json.
+    """
+
+    resume: str
+    description: Mapping[str, Any]
+
+
+def read_job_start(config: Config, group: RankGroup, run_dir: RunDir) -> JobStart:
+    """Return this start of the job, and how it treats what the run directory holds. Collective.
+
+    With run.resume=never, a restart (torchrun --max-restarts, a requeued SLURM job) resumes what its job has begun.
+    """
+    starts = group.all_gather_object(describe_start(os.environ, f"{socket.gethostname()} {read_boot_id()}"))
+    description, resume = merge_starts(starts), config.run.resume
+    before = group.run_on_all_ranks(lambda: run_dir.read_metadata().get("start") if group.rank == 0 else None)
+    if group.all_gather_object(resume == "never" and is_restart(before, description))[0]:
+        resume = "auto"
+    return JobStart(resume, description)
 
 
 def begin_attempt(
@@ -32,11 +63,13 @@ def begin_attempt(
     group: RankGroup,
     run_dir: RunDir,
     identity: Mapping[str, Any],
+    start: JobStart,
     fingerprint: Callable[[int], Mapping[str, Any]] | None = None,
 ) -> int:
     """Return the number of this attempt: one more than the highest that any rank's run directory knows. Collective.
 
     Args:
+        start: from `read_job_start`.
         identity: what decides the results; see `dpgen.journal.run_dir.compute_run_identity`.
         fingerprint: returns the fingerprint of the input's first rows, given their number, so that a run whose input
             has grown at its end resumes; None to accept only the same input.
@@ -48,7 +81,7 @@ def begin_attempt(
     prefixes = _hash_earlier_inputs(group, run_dir, identity["input"]["num_rows"], fingerprint)
 
     def check() -> None:
-        run_dir.check_resumable(identity, config.run.resume, prefixes)
+        run_dir.check_resumable(identity, start.resume, prefixes)
         if group.rank == 0:
             run_dir.lock()
 
@@ -64,17 +97,6 @@ def begin_attempt(
     found = group.run_on_all_ranks(lambda: _find_last_attempt(run_dir) if is_reader else 0)
     attempt: int = 1 + max(group.all_gather_object(found))
 
-    def record() -> None:
-        if group.rank == 0:
-            metadata = run_dir.read_metadata()
-            # If failed rows are retried, the result stays finished until the first of them is journaled. With other
-            # settings (run.resume=force), it is no result of what run.json describes from now on.
-            if diff_identities(metadata.get("identity"), identity):
-                _translate_errors(run_dir.mark_unfinished, run_dir.path)
-            run_dir.write_config(config)
-            versions = _record_versions(metadata.get("versions"), attempt)
-            run_dir.update_metadata(identity=identity, attempt=attempt, dp_size=group.size, versions=versions)
-
     def record_elsewhere() -> None:
         # A directory that rank 0 doesn't see needs to know what it holds, too. The first rank of its node writes that.
         with group.node_leader_first():
@@ -82,7 +104,7 @@ def begin_attempt(
             if not is_shared and (metadata.get("identity"), metadata.get("attempt")) != (identity, attempt):
                 run_dir.update_metadata(identity=identity, attempt=attempt)
 
-    group.run_on_all_ranks(record)
+    group.run_on_all_ranks(lambda: _record(config, group, run_dir, identity, start, attempt))
     group.run_on_all_ranks(record_elsewhere)
     return attempt
 
@@ -111,6 +133,23 @@ def shares_run_dir(group: RankGroup, run_dir: Path) -> bool:
     group.all_gather_object(None)  # a barrier: rank 0 removes the file after every rank has looked
     group.run_on_all_ranks(lambda: _translate_errors(remove, run_dir))
     return is_shared
+
+
+def _record(
+    config: Config, group: RankGroup, run_dir: RunDir, identity: Mapping[str, Any], start: JobStart, attempt: int
+) -> None:
+    """Write on rank 0 what this attempt is."""
+    if group.rank > 0:
+        return
+    metadata = run_dir.read_metadata()
+    # If failed rows are retried, the result stays finished until the first of them is journaled. With other settings
+    # (run.resume=force), it is no result of what run.json describes from now on.
+    if diff_identities(metadata.get("identity"), identity):
+        _translate_errors(run_dir.mark_unfinished, run_dir.path)
+    run_dir.write_config(config)
+    versions = _record_versions(metadata.get("versions"), attempt)
+    fields = {"attempt": attempt, "dp_size": group.size, "versions": versions, "start": start.description}
+    run_dir.update_metadata(identity=identity, **fields)
 
 
 def _find_last_attempt(run_dir: RunDir) -> int:

@@ -165,7 +165,8 @@ class RunDir:
         if not self.path.is_dir():
             raise ConfigError(f"run.dir={self.path} is a file: must be a directory")
         names = {path.name for path in self.path.iterdir() if not path.name.startswith(".")}
-        if resume == "never" and names:
+        # An empty journal is of a start that ended before it had written anything.
+        if resume == "never" and (names - {"journal"} or (self.journal.is_dir() and any(self.journal.iterdir()))):
             raise ConfigError(
                 f"run.resume=never: run.dir={self.path} is not empty. Choose another directory (dpgen deletes nothing)"
             )

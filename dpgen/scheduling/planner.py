@@ -27,6 +27,7 @@ import numpy as np
 from dpgen.data.input_rows import InputRows, Shard
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import NoEngineLeft
+from dpgen.formatting import format_count
 from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
 from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.order import OrderConfig, RowOrder, ShardSpec, order_by_measured_lengths, order_rows
@@ -34,6 +35,8 @@ from dpgen.scheduling.prompt_groups import RankState
 from dpgen.scheduling.request_source import RequestBuilder, RequestSource
 from dpgen.scheduling.slow_rows import SlowRowFilter
 from dpgen.scheduling.sources import SourceMaker
+
+logger = logging.getLogger(__name__)
 
 _NO_ENGINE_LEFT = (
     "no rank has a working engine left: each crashed repeatedly (see the engine errors above). "

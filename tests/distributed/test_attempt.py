@@ -11,7 +11,7 @@ import pytest
 
 from dpgen.config.schema import Config, DataConfig, RunConfig
 from dpgen.distributed import attempt as attempt_module
-from dpgen.distributed.attempt import begin_attempt
+from dpgen.distributed.attempt import begin_attempt, read_job_start
 from dpgen.distributed.group import SingleRankGroup
 from dpgen.errors import DpgenError
 from dpgen.journal.run_dir import RunDir, compute_run_identity
@@ -36,7 +36,8 @@ def make_config(run_dir: RunDir) -> Config:
 def begin(run_dir: RunDir, num_rows: int = 1) -> int:
     """Begin an attempt that journals a row, or none, and return its number."""
     config, group = make_config(run_dir), SingleRankGroup()
-    number = begin_attempt(config, group, run_dir, compute_run_identity(config, INPUT))
+    start = read_job_start(config, group, run_dir)
+    number = begin_attempt(config, group, run_dir, compute_run_identity(config, INPUT), start)
     journal = JournalWriter(run_dir.journal, number, 0)
     for row in range(num_rows):
         journal.append(RowResult(row))
@@ -109,7 +110,8 @@ def test_run_json_is_written_by_another_rank_only_where_rank_0_does_not_see_the_
     config = make_config(run_dir)
     identity = compute_run_identity(config, INPUT)
     for attempt in (1, 2):
-        assert begin_attempt(config, SecondRank(), run_dir, identity) == (1 if is_shared else attempt)
+        start = read_job_start(config, SecondRank(), run_dir)
+        assert begin_attempt(config, SecondRank(), run_dir, identity, start) == (1 if is_shared else attempt)
         assert run_dir.read_metadata().get("attempt") == (None if is_shared else attempt)
     assert bool(run_dir.read_metadata()) != is_shared, "rank 0's own may look absent for a while on NFS"
 

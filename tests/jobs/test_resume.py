@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
-from helpers.jobs import Launcher, WriteConfig, make_numbered_rows, wait_for
+from helpers.jobs import Launcher, WriteConfig, descendants, make_numbered_rows, wait_for
 from helpers.results import count_journal_bytes, load_all_rows, run_undisturbed
 
 pytestmark = pytest.mark.multi
@@ -45,6 +47,44 @@ def test_resume_never_rejects_a_directory_that_is_not_empty(
         assert again.wait() == 2, "even if the same run is finished there"
         assert "is not empty" in again.output
     assert (tmp_path / "run" / "_SUCCESS").stat().st_mtime_ns == marker
+
+
+@pytest.mark.slow
+def test_resume_never_lets_a_requeued_slurm_job_resume_its_own_run(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(make_numbered_rows(100), run={"resume": "never"})
+
+    def run_step(*arguments: str, **environment: str) -> tuple[int, str]:
+        [job] = launcher.start_like_srun("run", conf, *arguments, rank_arguments=[[]], **environment)
+        return job.wait(), job.output
+
+    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 600), "SLURM_JOB_ID": "7"}
+    assert run_step("run.stop_margin_s=900", **end)[0] == 75, "stopped by its time limit"
+    status, output = run_step(SLURM_JOB_ID="8", SLURM_RESTART_COUNT="1")
+    assert status == 2 and "is not empty" in output, "another job"
+    status, output = run_step(SLURM_JOB_ID="7")
+    assert status == 2 and "is not empty" in output, "a second step of the same start"
+    status, output = run_step(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    assert status == 0 and "attempt 2: " in output, output
+    status, output = run_step(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="2")
+    assert status == 0 and "finished result already" in output, output
+
+
+@pytest.mark.slow
+def test_resume_never_lets_torchrun_restart_its_ranks(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(make_numbered_rows(120), run={"resume": "never"}, engine={"step_s": 0.02, "max_num_seqs": 4})
+    job = launcher.dpgen("run", conf, ranks=2, torchrun=["--max-restarts", "1"])
+    wait_for(lambda: count_journal_bytes(tmp_path / "run") > 1000)
+    os.kill(descendants(job.process.pid, b"dpgen\0run")[-1], signal.SIGKILL)
+    assert job.wait() == 0, job.output
+    assert re.search(r"attempt 2: [1-9]\d* of 120 rows are done", job.output), job.output
+    again = launcher.dpgen("run", conf, ranks=2, torchrun=["--max-restarts", "1"])
+    assert again.wait() == 1 and "is not empty" in again.output, (
+        "a restart of the refused job is no restart of the first"
+    )
 
 
 def test_resume_force_resumes_with_other_settings_and_keeps_done_rows(
