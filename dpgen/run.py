@@ -236,6 +236,7 @@ class _Job:
         is_cold = has_cold_caches(self._config, os.environ)
         is_first = self._group.rank == 0 and not self._engine.is_ready
         loaded = self._loader.load(self._engine, self._text.engine_text_config, is_cold)
+        self._engine.use_canary(self._planner.build_succeeded_request)
         if is_first and loaded is not None:
             self._run_dir.update_metadata(engine={**vars(loaded.info), "kv_cache_bytes": loaded.agreed_kv_bytes})
         if is_first:

@@ -31,6 +31,8 @@ from dpgen.lifecycle.restart import describe_start, is_restart, merge_starts
 
 logger = logging.getLogger(__name__)
 
+_PROCESS_ID = uuid.uuid4().hex
+
 
 @dataclass(frozen=True)
 class JobStart:
@@ -51,9 +53,10 @@ def read_job_start(config: Config, group: RankGroup, run_dir: RunDir) -> JobStar
     With run.resume=never, a restart (torchrun --max-restarts, a requeued SLURM job) resumes what its job has begun.
     """
     starts = group.all_gather_object(describe_start(os.environ, f"{socket.gethostname()} {read_boot_id()}"))
-    description, resume = merge_starts(starts), config.run.resume
+    description, resume = {**merge_starts(starts), "process": _PROCESS_ID}, config.run.resume
     before = group.run_on_all_ranks(lambda: run_dir.read_metadata().get("start") if group.rank == 0 else None)
-    if group.all_gather_object(resume == "never" and is_restart(before, description))[0]:
+    is_own = isinstance(before, Mapping) and before.get("process") == _PROCESS_ID  # begun before ranks were lost
+    if group.all_gather_object(resume == "never" and (is_own or is_restart(before, description)))[0]:
         resume = "auto"
     return JobStart(resume, description)
 

@@ -8,7 +8,7 @@
   at the fourth, all while alone. Running out of memory never counts.
 - A row of which the engine died while the row was alone is held. It becomes `poison_row` once the engine's successor
   has finished another row. The witness is a canary where there is one: the shortest row that this rank's engine has
-  finished, generated again. Its result is dropped.
+  finished, or else one that succeeded in an earlier attempt, generated again. Its result is dropped.
 - Three held rows with nothing finished between them, or three deaths of the canary, mean that the engine is sick.
 
 Limits: without a canary the verdict waits until some row is finished; a row held alone is tried again meanwhile.
@@ -17,8 +17,9 @@ Limits: without a canary the verdict waits until some row is finished; a row hel
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from dpgen.errors import EngineError
 from dpgen.formatting import format_count
@@ -38,12 +39,16 @@ class BlameTracker:
 
     Attributes:
         in_flight: rows that the engine has; the canary is not among them.
-        canary: the row that is generated again, as a witness that the engine works; None until a row is finished.
+        canary: the row that is generated again, as a witness that the engine works; None until a row is finished, or
+            needed and taken from `find_canary`.
+        find_canary: returns the request of a row that succeeded in an earlier attempt; None if there is none. Called
+            once, if a verdict needs a witness and no row has been finished.
     """
 
     def __init__(self) -> None:
         self.in_flight: dict[int, Request] = {}
         self.canary: Request | None = None
+        self.find_canary: Callable[[], Request | None] = _find_none
         self._canary_tokens = 0  # tokens of the canary, prompt included
         self._is_canary_in_flight = False
         self._is_trial = False  # the rows in flight are a group of suspects, or what is left of it
@@ -72,7 +77,7 @@ class BlameTracker:
         if len(self._held) >= _MAX_HELD:
             return f"{len(self._held)} rows killed it one by one and none was finished"
         if self._num_canary_deaths >= _MAX_CANARY_DEATHS:
-            return f"{self._num_canary_deaths} deaths on a row that it had finished before"
+            return f"{self._num_canary_deaths} deaths on a row that had succeeded before"
         return ""
 
     def add(self, requests: Iterable[Request]) -> None:
@@ -210,8 +215,15 @@ class BlameTracker:
             return
         self._held[request.row] = (request, error.first_line)
         if self.canary is None:
+            self.canary, self.find_canary = self.find_canary(), _find_none
+            self._canary_tokens = sys.maxsize  # any row that this engine finishes is a better one
+        if self.canary is None:
             held = format_count(len(self._held), "row")
             logger.warning(
                 f"row {request.row} killed its engine while it ran alone, no verdict before the engine has finished "
                 f"another row, {held} held"
             )
+
+
+def _find_none() -> Request | None:
+    return None

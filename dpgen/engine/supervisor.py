@@ -176,6 +176,10 @@ class EngineSupervisor:
         """True once the engine is abandoned; other ranks then claim its unfinished rows."""
         return self._process is None
 
+    def use_canary(self, find: Callable[[], Request | None]) -> None:
+        """Let a row of an earlier attempt show that the engine works; see `BlameTracker.find_canary`."""
+        self._blame.find_canary = find
+
     def submit(self, requests: list[Request]) -> None:
         """Give rows to the engine, now or as soon as it can take them."""
         self._blame.add(requests)

@@ -26,9 +26,10 @@ import numpy as np
 
 from dpgen.data.input_rows import InputRows, Shard
 from dpgen.distributed.group import RankGroup
-from dpgen.errors import NoEngineLeft
+from dpgen.errors import NoEngineLeft, RowRefused
 from dpgen.formatting import format_count
 from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
+from dpgen.records import Request
 from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.order import OrderConfig, RowOrder, ShardSpec, order_by_measured_lengths, order_rows
 from dpgen.scheduling.prompt_groups import RankState
@@ -81,6 +82,7 @@ class ShardPlanner:
         num_remaining_rows: number of these rows.
         num_inherited_rows: rows that only lost ranks have finished in this attempt; the same on every rank.
         has_completions: whether, as of the last plan, a journal holds a row that succeeded; the same on every rank.
+        succeeded_row: one of those rows, with a short result; None if there is none. The same on every rank.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class ShardPlanner:
         self._journaled = np.zeros(len(rows), dtype=bool)
         self._journaled_before: np.ndarray | None = None  # as the first plan found it
         self.has_completions = False
+        self.succeeded_row: int | None = None
         self.num_remaining_rows = self.num_inherited_rows = 0
         self.order = RowOrder(np.zeros(0, dtype=np.int64))
         # The last order that was computed from the prompts, and the plan that it was computed for.
@@ -120,11 +123,22 @@ class ShardPlanner:
         if len(rows) and not peers.claiming_ranks:
             raise NoEngineLeft(_NO_ENGINE_LEFT)
         self.has_completions, self._slow_rows.rows = peers.has_completions, peers.slow_rows
+        self.succeeded_row = peers.succeeded_row
         order = self._order_rows(rows, own_rows, peers, cursor_prefix)  # the same on every rank
         self.order = order.spread_first() if spread_first else order
         if state is not None:
             logger.info(f"resharded {format_count(len(rows), 'remaining row')}: {self.order.description}")
         return self._build_source(self.order, peers, cursor_prefix)
+
+    def build_succeeded_request(self) -> Request | None:
+        """Return the request of `succeeded_row`, to generate it once more; None if there is none."""
+        if self.succeeded_row is None:
+            return None
+        try:
+            [row] = self._rows.iter_rows(np.array([self.succeeded_row]), self._config.columns)
+            return self._builder.build(self.succeeded_row, row)
+        except RowRefused:  # it needs more time to render than it did then
+            return None
 
     def _rescan_journal_if_group_changed(self) -> None:
         """Read the journals at the first plan, and after each loss of ranks: only journals hold a lost rank's rows."""
@@ -134,6 +148,7 @@ class ShardPlanner:
         if self._group.is_node_leader:
             index = index_journal(self._journal_dir)
             self.has_completions |= not index.error.all()
+            self.succeeded_row = _find_short_completion(index, len(self._rows))
             journaled = _select_journaled_rows(index, self._config.retry_errors)
         self._journaled = self._group.all_reduce_any(self._mask(journaled[journaled < len(self._rows)]))
         if self._journaled_before is None:
@@ -148,7 +163,10 @@ class ShardPlanner:
         return cursor_prefix
 
     def _gather_peers(self, state: RankState, *, can_claim: bool) -> _Peers:
-        own = (can_claim, self._first_order_plan, len(state.running), self.has_completions, list(self._slow_rows.rows))
+        own = [
+            *(can_claim, self._first_order_plan, len(state.running)),
+            *(self.has_completions, list(self._slow_rows.rows), self.succeeded_row),
+        ]
         states = [_PeerState(*gathered) for gathered in self._group.all_gather_object(own)]
         return _Peers(
             claiming_ranks=[rank for rank, peer in enumerate(states) if peer.can_claim],
@@ -156,6 +174,7 @@ class ShardPlanner:
             num_running=sum(peer.num_running for peer in states),
             has_completions=any(peer.has_completions for peer in states),
             slow_rows={row for peer in states for row in peer.slow_rows},
+            succeeded_row=min((peer.succeeded_row for peer in states if peer.succeeded_row is not None), default=None),
         )
 
     def _find_remaining_rows(self, state: RankState) -> np.ndarray:
@@ -226,6 +245,7 @@ class _PeerState(NamedTuple):
     num_running: int
     has_completions: bool
     slow_rows: Sequence[int]
+    succeeded_row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -238,6 +258,7 @@ class _Peers:
         num_running: rows that all ranks together are running.
         has_completions: some rank has found a row that succeeded in a journal.
         slow_rows: rows that took some rank too long to render for an earlier order.
+        succeeded_row: a row that succeeded, in some rank's journal; None if there is none.
     """
 
     claiming_ranks: list[int]
@@ -245,6 +266,13 @@ class _Peers:
     num_running: int
     has_completions: bool
     slow_rows: set[int]
+    succeeded_row: int | None
+
+
+def _find_short_completion(index: JournalIndex, num_rows: int) -> int | None:
+    """Return the row that succeeded with the shortest result, among the input's rows; None if none did."""
+    positions = np.flatnonzero(~index.error & (index.row < num_rows))
+    return int(index.row[positions[index.length[positions].argmin()]]) if len(positions) else None
 
 
 def _select_journaled_rows(index: JournalIndex, retry_errors: bool | list[str]) -> np.ndarray:

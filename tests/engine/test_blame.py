@@ -130,7 +130,7 @@ def test_an_engine_that_dies_of_its_canary_is_sick_and_blames_nobody() -> None:
     engine.run(4)
     is_sick = True
     engine.run(1, first=4)
-    assert engine.blame.sickness == "3 deaths on a row that it had finished before"
+    assert engine.blame.sickness == "3 deaths on a row that had succeeded before"
     assert not engine.poison and engine.blame.num_unfinished == 1
     assert engine.num_deaths == 3 + 3
 
@@ -156,6 +156,18 @@ def test_a_row_held_alone_is_tried_again_until_the_deaths_run_out() -> None:
     engine.run(1)
     assert engine.batches == [{0}] * 8 and not engine.results
     assert engine.num_deaths_in_a_row == 8, "run.max_engine_deaths ends it"
+
+
+def test_a_row_that_succeeded_in_an_earlier_attempt_is_the_canary_where_only_poison_is_left() -> None:
+    engine = SimulatedEngine(lambda rows: RAISED if rows & {0, 1} else None)
+    engine.blame.find_canary = lambda: Request(77, [1])
+    engine.run(2)
+    assert engine.poison == {0, 1} and not engine.blame.sickness
+    assert {77} in engine.batches and 77 not in engine.results
+    sick = SimulatedEngine(lambda rows: RAISED)
+    sick.blame.find_canary = lambda: Request(77, [1])
+    sick.run(2)
+    assert sick.blame.sickness == "3 deaths on a row that had succeeded before" and not sick.poison
 
 
 def test_a_held_row_becomes_poison_once_another_row_is_finished() -> None:

@@ -66,3 +66,17 @@ def test_two_kills_from_outside_leave_all_rows_running_together(
     assert job.wait(90) == 0, "one by one, 24 rows of 6 s each would take longer:\n" + job.output
     assert count_engine_starts(tmp_path / "run", rank=0) == 3
     assert all(row["error"] is None for row in load_all_rows(tmp_path / "run", 30))
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=[pytest.mark.multi, pytest.mark.slow])])
+def test_a_run_whose_only_remaining_rows_are_poison_records_them(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, ranks: int
+) -> None:
+    rows = [{"prompt": "good"}, {"prompt": "also good"}, {"prompt": "poison"}]
+    conf = write_config(rows, engine={"raise_on": "poison"})
+    first = launcher.dpgen("run", conf, "data.limit=2")
+    assert first.wait() == 0, first.output
+    job = launcher.dpgen("run", conf, ranks=ranks)
+    assert job.wait() == 0, job.output
+    results = load_result(tmp_path / "run")
+    assert [row["error"] and row["error"]["type"] for row in results] == [None, None, "poison_row"]

@@ -137,6 +137,17 @@ def test_a_plan_knows_if_a_row_of_the_run_has_succeeded_before(tmp_path: Path) -
     group.num_shrinks += 1
     planner.plan()
     assert planner.has_completions
+    request = planner.build_succeeded_request()
+    assert request is not None and request.row == planner.succeeded_row == 5
+
+
+def test_all_ranks_know_a_row_that_succeeded_although_one_of_them_reads_the_journal(tmp_path: Path) -> None:
+    group = ShrinkingGroup()
+    planner = make_planner(tmp_path, group)
+    assert planner.build_succeeded_request() is None
+    group.change_gathered = lambda value: [value, (False, "", 0, True, (), 7)] if isinstance(value, tuple) else [value]
+    planner.plan()
+    assert planner.succeeded_row == 7
 
 
 def test_another_node_may_hold_the_rows_that_have_succeeded(tmp_path: Path) -> None:
@@ -275,7 +286,7 @@ def test_all_ranks_order_again_where_one_of_them_lacks_the_first_order(tmp_path:
     planner.plan()
     num_reads = rows.num_reads
     group.change_gathered = lambda value: (
-        [value, (False, "", 0, False, ())] if isinstance(value, tuple) else [value, None]
+        [value, (False, "", 0, False, (), None)] if isinstance(value, tuple) else [value, None]
     )
     planner.plan(RankState(np.array([1]), np.array([3])))
     assert planner.order.rows.tolist() == LONGEST_FIRST[1:]
