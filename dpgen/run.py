@@ -18,6 +18,7 @@ from dpgen.data.render import check_prompt_columns, select_prompt_columns
 from dpgen.data.time_limit import limit_render_time
 from dpgen.distributed.agreement import check_same_job, open_input
 from dpgen.distributed.attempt import JobStart, begin_attempt, read_job_start
+from dpgen.distributed.gloo.leases import end_stuck_process, read_lease_timing
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout, build_layout
 from dpgen.distributed.stages import Stage, run_stages
@@ -28,6 +29,8 @@ from dpgen.engine.log_file import EngineLog
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE, ConfigError, suggest_name
 from dpgen.formatting import format_count, format_duration
+from dpgen.journal.row_notes import RowNote, compute_overdue_s, open_note
+from dpgen.journal.row_watch import RowWatch
 from dpgen.journal.run_dir import RunDir, compute_run_identity, diff_identities
 from dpgen.journal.writer import JournalWriter
 from dpgen.lifecycle.shutdown import ShutdownMonitor, find_deadline
@@ -95,6 +98,7 @@ class _Job:
     _rows: InputRows
     _run_dir: RunDir
     _attempt: int
+    _note: RowNote
     _journal: JournalWriter
     _planner: ShardPlanner
     _source: RequestSource
@@ -163,6 +167,9 @@ class _Job:
             self._stack.callback(self._engine.kill)
 
     def _begin_journal(self) -> None:
+        self._note = open_note(self._run_dir.journal, self._attempt, self._topology.dp_rank)
+        self._stack.callback(self._note.close)
+        self._stack.enter_context(_watch_rows(self._config, self._group, self._note, self._status_file))
         self._journal = JournalWriter(self._run_dir.journal, self._attempt, self._topology.dp_rank)
         self._journal.before_first_write = self._run_dir.mark_unfinished
         self._stack.callback(self._journal.close)
@@ -186,11 +193,11 @@ class _Job:
             render_timeout_s=config.data.render_timeout_s,
         )
         render = limit_render_time(self._text.render, config.data.render_timeout_s)
-        builder = RequestBuilder(render, config.run.seed, config.sampling_columns, config.sampling_by_rank)
+        builder = RequestBuilder(render, config.run.seed, config.sampling_columns, config.sampling_by_rank, self._note)
         return ShardPlanner(planner_config, self._rows, self._run_dir.journal, self._group, builder)
 
     def _make_loop(self) -> GenerationLoop:
-        config, results = self._config, ResultRecorder(self._journal, self._text.detokenizer)
+        config, results = self._config, ResultRecorder(self._journal, self._text.detokenizer, self._note)
         num_samples = config.sampling.get("n") or 1
         loop_config = LoopConfig(config.work.reserve_rows, num_samples, config.run.max_leading_errors)
         stop_reason = lambda: self._shutdown.reason  # noqa: E731 - asked again and again
@@ -311,6 +318,16 @@ def _watch_for_shutdown(config: Config, status_file: StatusFile) -> ShutdownMoni
     )
     shutdown = ShutdownMonitor(deadline_s, deadline_name, before_exit=lambda: status_file.write_once(EXIT_RESUMABLE))
     return shutdown
+
+
+def _watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: StatusFile) -> RowWatch:
+    return RowWatch(
+        note,
+        overdue_s=compute_overdue_s(config.data.render_timeout_s),
+        stuck_s=read_lease_timing(os.environ).stuck_s,
+        add=group.store.add,
+        end_process=lambda why: end_stuck_process(lambda: status_file.write_once(EXIT_RESUMABLE), why),
+    )
 
 
 def _check_columns(config: Config, columns: Sequence[str]) -> None:

@@ -148,7 +148,7 @@ def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
     ordered = slow_rows.compute(row_ids, order)
     if ordered is None:
         raise ConfigError(f"rendering takes longer than {slow_rows.limit} for several rows: a run would reject them")
-    return Workload(lengths, prompt_lengths, ordered.append(row_ids[slow_rows.is_slow(row_ids)]))
+    return Workload(lengths, prompt_lengths, ordered.append(row_ids[slow_rows.is_left_out(row_ids)]))
 
 
 def _read_lengths(options: argparse.Namespace, config: Config, rows: InputRows) -> np.ndarray:

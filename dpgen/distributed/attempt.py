@@ -26,6 +26,7 @@ from dpgen.distributed.group import RankGroup
 from dpgen.distributed.topology import read_boot_id
 from dpgen.errors import DpgenError
 from dpgen.journal.reader import last_attempt
+from dpgen.journal.row_notes import remove_notes
 from dpgen.journal.run_dir import RunDir, diff_identities, get_num_rows
 from dpgen.lifecycle.restart import describe_start, is_restart, merge_starts
 
@@ -104,6 +105,8 @@ def begin_attempt(
         # A directory that rank 0 doesn't see needs to know what it holds, too. The first rank of its node writes that.
         with group.node_leader_first():
             metadata = {} if is_shared else run_dir.read_metadata()
+            if not is_shared and metadata.get("identity") != identity:
+                remove_notes(run_dir.journal)
             if not is_shared and (metadata.get("identity"), metadata.get("attempt")) != (identity, attempt):
                 run_dir.update_metadata(identity=identity, attempt=attempt)
 
@@ -149,6 +152,7 @@ def _record(
     # (run.resume=force), it is no result of what run.json describes from now on.
     if diff_identities(metadata.get("identity"), identity):
         _translate_errors(run_dir.mark_unfinished, run_dir.path)
+        remove_notes(run_dir.journal)
     run_dir.write_config(config)
     versions = _record_versions(metadata.get("versions"), attempt)
     fields = {"attempt": attempt, "dp_size": group.size, "versions": versions, "start": start.description}

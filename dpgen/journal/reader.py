@@ -22,6 +22,7 @@ from dpgen.errors import DpgenError
 from dpgen.formatting import format_count
 from dpgen.journal import format as fmt
 from dpgen.journal.format import Frames
+from dpgen.journal.row_notes import parse_note_name
 from dpgen.records import RowResult, decode_result
 
 BATCH_ROWS = 2_000
@@ -106,8 +107,9 @@ def list_segments(journal_dir: Path) -> list[Path]:
 
 
 def last_attempt(journal_dir: Path) -> int:
-    """Return the highest attempt with a segment in the directory; 0 if there is none."""
-    return max((_get_sort_key(path)[0] for path in list_segments(journal_dir)), default=0)
+    """Return the highest attempt with a segment, or a note of a dead rank, in the directory; 0 if there is none."""
+    names = [path.name for path in journal_dir.iterdir()] if journal_dir.is_dir() else []
+    return max((key[0] for name in names if (key := fmt.parse_name(name) or parse_note_name(name))), default=0)
 
 
 def merge_segments(segments: Sequence[SegmentContents]) -> JournalIndex:

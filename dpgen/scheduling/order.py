@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ _MIN_CHUNKS_PER_SHARD = 32  # of a shard of prefix groups
 _ASSUMED_OUTPUT_TOKENS = 256  # of a row without a hint, to weigh its completion against its prompt
 _ORDER_NAMES = {"dataset": "dataset order", "longest_first": "longest first", "prefix": "grouped by prefix"}
 
-PromptTextFn = Callable[[Mapping[str, Any]], str]
+PromptTextFn = Callable[[int, Mapping[str, Any]], str]
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,14 @@ class RowOrder:
             num_spread=len(picked),
         )
 
+    def put_last(self, rows: Collection[int]) -> RowOrder:
+        """Return the order with these of its rows at its end."""
+        is_last = np.isin(self.rows, list(rows))
+        groups, weights = self._regroup(positions := np.argsort(is_last, kind="stable"))
+        num_probes, num_spread = (int((~is_last[:number]).sum()) for number in (self.num_probes, self.num_spread))
+        order = dataclasses.replace(self, rows=self.rows[positions], groups=groups, weights=weights)
+        return dataclasses.replace(order, num_probes=num_probes, num_spread=num_spread)
+
     def append(self, rows: np.ndarray) -> RowOrder:
         """Return the order with further rows at its end, each a group of its own where rows are grouped."""
         groups, weights = self.groups, self.weights
@@ -194,7 +202,8 @@ def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text
 
     Args:
         remaining: indices of the rows to generate, int64[num_remaining], ascending.
-        text_of: returns a row's prompt as text, to compare and to measure. Where it raises, the row has no prompt.
+        text_of: returns a row's prompt as text, given its index and columns, to compare and to measure. Where it
+            raises, the row has no prompt.
 
     Raises:
         SlowRow: `text_of` raised RenderTimeout.

@@ -10,26 +10,29 @@
   read again only where the order lacks a remaining row (a lost node's, of an earlier attempt), or a rank the order.
 - After a loss of ranks, the journals tell which of their rows are finished. A journal counts only if the first rank of
   a remaining node can read it.
+- At the same times, the notes of dead ranks tell which rows they died on. A row that killed two is rejected; one that
+  killed one is read for no order and comes last, so that it takes few others with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import logging
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpgen.data.input_rows import InputRows, Shard
 from dpgen.distributed.group import RankGroup
+from dpgen.distributed.row_deaths import RowDeathJudge
 from dpgen.errors import NoEngineLeft, RowRefused
 from dpgen.formatting import format_count
 from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
-from dpgen.records import Request
+from dpgen.records import Request, RowError
 from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.order import OrderConfig, RowOrder, ShardSpec, order_by_measured_lengths, order_rows
 from dpgen.scheduling.prompt_groups import RankState
@@ -75,7 +78,7 @@ class ShardPlanner:
         rows: the input.
         journal_dir: this rank's journal directory.
         group: the ranks; may have shrunk between two plans.
-        builder: builds the requests of every source.
+        builder: builds the requests of every source; its note also says which row is being read for the order.
 
     Attributes:
         order: rows of the last plan, in order.
@@ -100,7 +103,8 @@ class ShardPlanner:
         # The last order that was computed from the prompts, and the plan that it was computed for.
         self._first_order: RowOrder | None = None
         self._first_order_plan = ""
-        self._slow_rows = SlowRowFilter(config.order.prompt, config.render_timeout_s, group)
+        self._deaths = RowDeathJudge(group, journal_dir, builder.note.name, config.render_timeout_s)
+        self._left_out = SlowRowFilter(config.order.prompt, config.render_timeout_s, group, builder.note)
 
     def plan(
         self, state: RankState | None = None, *, has_engine: bool = True, spread_first: bool = False
@@ -122,10 +126,11 @@ class ShardPlanner:
         rows = self._find_remaining_rows(own_rows)  # all-reduce: without rows finished or running anywhere
         if len(rows) and not peers.claiming_ranks:
             raise NoEngineLeft(_NO_ENGINE_LEFT)
-        self.has_completions, self._slow_rows.rows = peers.has_completions, peers.slow_rows
-        self.succeeded_row = peers.succeeded_row
+        self.has_completions, self._left_out.errors = peers.has_completions, peers.rejected_rows
+        self.succeeded_row, self._left_out.suspects = peers.succeeded_row, self._deaths.suspects
         order = self._order_rows(rows, own_rows, peers, cursor_prefix)  # the same on every rank
-        self.order = order.spread_first() if spread_first else order
+        order = order.spread_first() if spread_first else order
+        self.order = order.put_last(self._deaths.suspects) if self._deaths.suspects else order
         if state is not None:
             logger.info(f"resharded {format_count(len(rows), 'remaining row')}: {self.order.description}")
         return self._build_source(self.order, peers, cursor_prefix)
@@ -144,12 +149,14 @@ class ShardPlanner:
         """Read the journals at the first plan, and after each loss of ranks: only journals hold a lost rank's rows."""
         if self._num_shrinks == self._group.num_shrinks:
             return
-        journaled = np.zeros(0, dtype=np.int64)
+        journaled, finished = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         if self._group.is_node_leader:
             index = index_journal(self._journal_dir)
             self.has_completions |= not index.error.all()
             self.succeeded_row = _find_short_completion(index, len(self._rows))
-            journaled = _select_journaled_rows(index, self._config.retry_errors)
+            journaled, finished = _select_journaled_rows(index, self._config.retry_errors), index.row
+        self._deaths.judge(finished)
+        self._left_out.errors |= self._deaths.errors
         self._journaled = self._group.all_reduce_any(self._mask(journaled[journaled < len(self._rows)]))
         if self._journaled_before is None:
             self._journaled_before = self._journaled
@@ -163,9 +170,10 @@ class ShardPlanner:
         return cursor_prefix
 
     def _gather_peers(self, state: RankState, *, can_claim: bool) -> _Peers:
+        rejected = [[row, error.type, error.message] for row, error in self._left_out.errors.items()]
         own = [
             *(can_claim, self._first_order_plan, len(state.running)),
-            *(self.has_completions, list(self._slow_rows.rows), self.succeeded_row),
+            *(self.has_completions, rejected, self.succeeded_row),
         ]
         states = [_PeerState(*gathered) for gathered in self._group.all_gather_object(own)]
         return _Peers(
@@ -173,7 +181,7 @@ class ShardPlanner:
             have_same_first_order=len({peer.first_order_plan for peer in states}) == 1,
             num_running=sum(peer.num_running for peer in states),
             has_completions=any(peer.has_completions for peer in states),
-            slow_rows={row for peer in states for row in peer.slow_rows},
+            rejected_rows={row: RowError(*error) for peer in states for row, *error in peer.rejected_rows},
             succeeded_row=min((peer.succeeded_row for peer in states if peer.succeeded_row is not None), default=None),
         )
 
@@ -200,12 +208,12 @@ class ShardPlanner:
         return self._first_order
 
     def _compute_order(self, rows: np.ndarray) -> RowOrder:
-        """Read the prompts and return the order that they suggest, slow rows last. Collective."""
-        slow_rows = self._slow_rows
-        order = slow_rows.compute(rows, partial(order_rows, self._config.order, self._rows))
+        """Read the prompts and return the order that they suggest, rejected rows and suspects last. Collective."""
+        left_out = self._left_out
+        order = left_out.compute(rows, partial(order_rows, self._config.order, self._rows))
         if order is None:
-            return RowOrder(rows, reason=f"because rendering takes longer than {slow_rows.limit} for several rows")
-        return order.append(rows[slow_rows.is_slow(rows)])
+            return RowOrder(rows, reason=f"because rendering takes longer than {left_out.limit} for several rows")
+        return order.append(rows[left_out.is_left_out(rows)])
 
     def _build_source(self, order: RowOrder, peers: _Peers, cursor_prefix: str) -> RequestSource:
         ranks, rank = peers.claiming_ranks, self._group.rank
@@ -222,7 +230,7 @@ class ShardPlanner:
             claimer = maker.make_claimer(ShardClaimer, self._group.checked_store, cursors, ranks.index(rank))
         # A rank opens few shards where all ranks are equally fast.
         open_shard = cache(lambda index: self._open_shard(order, maker.shards, index))
-        builder = dataclasses.replace(self._builder, slow_rows=frozenset(self._slow_rows.rows))
+        builder = dataclasses.replace(self._builder, rejected_rows=self._left_out.errors)
         return maker.make_source(claimer, open_shard, builder)
 
     def _open_shard(self, order: RowOrder, shards: ShardSpec, index: int) -> Shard:
@@ -244,7 +252,7 @@ class _PeerState(NamedTuple):
     first_order_plan: str
     num_running: int
     has_completions: bool
-    slow_rows: Sequence[int]
+    rejected_rows: list[list[Any]]
     succeeded_row: int | None = None
 
 
@@ -257,7 +265,7 @@ class _Peers:
         have_same_first_order: every rank holds the order of the same earlier plan, or none does.
         num_running: rows that all ranks together are running.
         has_completions: some rank has found a row that succeeded in a journal.
-        slow_rows: rows that took some rank too long to render for an earlier order.
+        rejected_rows: rows that took some rank too long to render for an earlier order, or killed ranks.
         succeeded_row: a row that succeeded, in some rank's journal; None if there is none.
     """
 
@@ -265,7 +273,7 @@ class _Peers:
     have_same_first_order: bool
     num_running: int
     has_completions: bool
-    slow_rows: set[int]
+    rejected_rows: dict[int, RowError]
     succeeded_row: int | None
 
 

@@ -95,14 +95,14 @@ class PrefixGroups:
 
 
 def group_by_prefix(
-    rows: InputRows, row_ids: np.ndarray, columns: Sequence[str], text_of: Callable[[Mapping[str, Any]], str]
+    rows: InputRows, row_ids: np.ndarray, columns: Sequence[str], text_of: Callable[[int, Mapping[str, Any]], str]
 ) -> PrefixGroups:
     """Read the prompts of some rows and group them.
 
     Args:
         row_ids: indices of the rows, int64[num_rows].
         columns: columns that `text_of` reads.
-        text_of: returns a row's prompt. Where it raises, the row has no prompt.
+        text_of: returns a row's prompt, given its index and columns. Where it raises, the row has no prompt.
 
     Raises:
         SlowRow: `text_of` raised RenderTimeout.
@@ -112,7 +112,7 @@ def group_by_prefix(
     prompt_hashes = np.zeros(len(row_ids), dtype=np.int64)
     for position, row in enumerate(rows.iter_rows(row_ids, columns)):
         try:
-            text = text_of(row)
+            text = text_of(int(row_ids[position]), row)
         except RenderTimeout:
             raise SlowRow(int(row_ids[position])) from None
         except Exception:  # noqa: BLE001 - a template is a program; rendering rejects the row later, with the reason

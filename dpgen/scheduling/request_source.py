@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dpgen.data.render import RenderFn
-from dpgen.errors import RenderTimeout, RowRefused
-from dpgen.records import Request, RowResult, derive_row_seed, make_rejected_result
+from dpgen.errors import RowRefused
+from dpgen.journal.row_notes import RENDERING, RowNote
+from dpgen.records import Request, RowError, RowResult, derive_row_seed, make_rejected_result
 from dpgen.scheduling.claims import Claim
 from dpgen.scheduling.prompt_groups import LengthTracker
 
@@ -55,14 +56,17 @@ class RequestBuilder:
         sampling_by_rank: entries with fields of SamplingParams. Row i takes entry i modulo the number of entries. In
             dataset order shards are strided, so with as many ranks as entries each rank's shard has one entry. A row
             that another rank steals keeps its entry.
-        slow_rows: rows known to take too long to render; they are rejected without another try.
+        note: says which row is being rendered, should this process die.
+        rejected_rows: rows known to take too long to render, or to kill their rank; they are rejected without another
+            try.
     """
 
     render: RenderFn
     run_seed: int | None
     sampling_columns: Mapping[str, str]
     sampling_by_rank: Sequence[Mapping[str, Any]] = ()
-    slow_rows: frozenset[int] = frozenset()
+    note: RowNote = field(default_factory=RowNote)
+    rejected_rows: Mapping[int, RowError] = field(default_factory=dict)
 
     def build(self, row: int, columns: Mapping[str, Any]) -> Request:
         """Return the request of a row.
@@ -70,8 +74,8 @@ class RequestBuilder:
         Raises:
             RowRefused: the prompt could not be made.
         """
-        if row in self.slow_rows:
-            raise RenderTimeout("rendering took longer than data.render_timeout_s when the rows were ordered")
+        if (error := self.rejected_rows.get(row)) is not None:
+            raise RowRefused(error.type, error.message)
         entries = self.sampling_by_rank
         sampling: dict[str, Any] = dict(entries[row % len(entries)]) if entries else {}
         if self.run_seed is not None:
@@ -79,7 +83,7 @@ class RequestBuilder:
         for name, column in self.sampling_columns.items():
             if columns[column] is not None:  # a null keeps the value of the run or of the entry
                 sampling[name] = columns[column]
-        token_ids, prompt = self.render(columns)
+        token_ids, prompt = self.note.run(RENDERING, row, self.render, columns)
         return Request(row, token_ids, prompt, sampling)
 
 

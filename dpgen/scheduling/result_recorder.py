@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dpgen.data.detokenize import Detokenizer
 from dpgen.errors import DpgenError
+from dpgen.journal.row_notes import DECODING, RowNote
 from dpgen.journal.writer import JournalWriter
 from dpgen.records import RowError, RowResult, UndecodedRow
 
@@ -18,10 +19,13 @@ class ResultRecorder:
     Args:
         journal: takes every result.
         detokenizer: makes the text of rows that the engine did not decode; None where the engine decodes all rows.
+        note: says which row is being decoded, should this process die.
     """
 
-    def __init__(self, journal: JournalWriter, detokenizer: Detokenizer | None = None) -> None:
-        self._journal, self._detokenizer = journal, detokenizer
+    def __init__(
+        self, journal: JournalWriter, detokenizer: Detokenizer | None = None, note: RowNote | None = None
+    ) -> None:
+        self._journal, self._detokenizer, self._note = journal, detokenizer, note or RowNote()
 
     def add(self, result: RowResult | UndecodedRow) -> RowResult:
         """Append a result to the journal and return it, decoded. Waits only where the disk is far behind.
@@ -54,7 +58,7 @@ class ResultRecorder:
     def _decode(self, undecoded: UndecodedRow) -> RowResult:
         assert self._detokenizer is not None, "only a rank with a detokenizer gets undecoded rows"
         try:
-            return self._detokenizer.decode_row(undecoded)
+            return self._note.run(DECODING, undecoded.result.row, self._detokenizer.decode_row, undecoded)
         except Exception as error:  # noqa: BLE001 - foreign code: the tokenizers library raises no narrower class
             return _make_decode_error(undecoded.result, "decoding the generated tokens", error)
 

@@ -1,4 +1,4 @@
-"""Compute something from the prompts of many rows, without the rows that take too long to render.
+"""Compute something from the prompts of many rows, without the rows that take too long to render or have killed ranks.
 
 All ranks leave out the same rows: another rank may render a slow row just in time, and what it computes would differ.
 """
@@ -6,8 +6,8 @@ All ranks leave out the same rows: another rank may render a slow row just in ti
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from dpgen.data.render import make_prompt_text_fn
 from dpgen.data.time_limit import RenderTimer
 from dpgen.distributed.group import RankGroup
 from dpgen.formatting import format_count
+from dpgen.journal.row_notes import ORDERING, RowNote
+from dpgen.records import RowError
 from dpgen.scheduling.order import PromptTextFn
 from dpgen.scheduling.prefix_groups import SlowRow
 
@@ -29,13 +31,18 @@ _MAX_SLOW_ROWS = 4  # each costs all ranks the time limit
 class SlowRowFilter:
     """Find the rows that take longer than `data.render_timeout_s` to render on any rank.
 
+    Args:
+        note: says which row is being rendered, should this process die.
+
     Attributes:
-        rows: the slow rows so far; the same on every rank.
+        errors: rows to reject, with their errors; the same on every rank.
+        suspects: rows that are left out, and not rejected; the same on every rank.
     """
 
-    def __init__(self, prompt: PromptConfig, limit_s: float, group: RankGroup) -> None:
-        self._prompt, self._limit_s, self._group = prompt, limit_s, group
-        self.rows: set[int] = set()
+    def __init__(self, prompt: PromptConfig, limit_s: float, group: RankGroup, note: RowNote | None = None) -> None:
+        self._prompt, self._limit_s, self._group, self._note = prompt, limit_s, group, note or RowNote()
+        self.errors: dict[int, RowError] = {}
+        self.suspects: set[int] = set()
 
     @property
     def limit(self) -> str:
@@ -43,20 +50,23 @@ class SlowRowFilter:
         return f"data.render_timeout_s={self._limit_s:g}"
 
     def compute(self, row_ids: np.ndarray, action: Callable[[np.ndarray, PromptTextFn], T]) -> T | None:
-        """Return `action(rows, text_of)` for the rows that are not slow, or None if too many rows are. Collective.
+        """Return `action(rows, text_of)` without the rows to leave out, or None if too many are slow. Collective.
 
         Args:
             row_ids: indices of the rows, int64[num_rows].
             action: reads prompts by `text_of`; called again without a row that turns out to be slow.
         """
-        while len(self.rows) < _MAX_SLOW_ROWS:
-            kept = row_ids[~self.is_slow(row_ids)]
+        num_slow = 0
+        while num_slow < _MAX_SLOW_ROWS:
+            kept = row_ids[~self.is_left_out(row_ids)]
             outcome = self._group.run_on_all_ranks(lambda: self._try(kept, action))  # noqa: B023 - called at once
             found = self._group.all_gather_object(outcome.row if isinstance(outcome, SlowRow) else None)
             slow = sorted({row for row in found if row is not None})
             if not slow and not isinstance(outcome, SlowRow):
                 return outcome
-            self.rows |= set(slow)
+            num_slow += len(slow)
+            error = RowError("render_timeout", f"rendering took longer than {self.limit} when the rows were ordered")
+            self.errors |= dict.fromkeys(slow, error)
             if self._group.rank == 0:
                 logger.warning(
                     f"rendering takes longer than {self.limit}, rejecting {format_count(len(slow), 'row')}: "
@@ -64,13 +74,18 @@ class SlowRowFilter:
                 )
         return None
 
-    def is_slow(self, row_ids: np.ndarray) -> np.ndarray:
-        """Return which of the rows are slow, bool[num_rows]."""
-        return np.isin(row_ids, list(self.rows))
+    def is_left_out(self, row_ids: np.ndarray) -> np.ndarray:
+        """Return which of the rows are rejected or suspects, bool[num_rows]."""
+        return np.isin(row_ids, [*self.errors, *self.suspects])
 
     def _try(self, row_ids: np.ndarray, action: Callable[[np.ndarray, PromptTextFn], T]) -> T | SlowRow:
         try:
             with RenderTimer(self._limit_s) as timer:
-                return action(row_ids, timer.limit(make_prompt_text_fn(self._prompt)))
+                make_text = timer.limit(make_prompt_text_fn(self._prompt))
+
+                def text_of(row: int, columns: Mapping[str, Any]) -> str:
+                    return self._note.run(ORDERING, row, make_text, columns)
+
+                return action(row_ids, text_of)
         except SlowRow as error:
             return error

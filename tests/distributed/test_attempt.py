@@ -14,6 +14,7 @@ from dpgen.distributed import attempt as attempt_module
 from dpgen.distributed.attempt import begin_attempt, read_job_start
 from dpgen.distributed.group import SingleRankGroup
 from dpgen.errors import DpgenError
+from dpgen.journal.row_notes import open_note
 from dpgen.journal.run_dir import RunDir, compute_run_identity
 from dpgen.journal.writer import JournalWriter
 from dpgen.records import RowResult
@@ -119,3 +120,16 @@ def test_run_json_is_written_by_another_rank_only_where_rank_0_does_not_see_the_
 def test_a_run_directory_that_rank_0_cannot_write_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(DpgenError, match=r"absent can't be written: No such file"):
         attempt_module.shares_run_dir(SingleRankGroup(), tmp_path / "absent")
+
+
+def test_a_start_that_was_killed_before_its_first_row_is_an_attempt_and_its_notes_are_about_its_input(
+    tmp_path: Path,
+) -> None:
+    run_dir = RunDir(str(tmp_path / "run"))
+    config, group = make_config(run_dir), SingleRankGroup()
+    for number in (1, 2):
+        assert begin_attempt(config, group, run_dir, compute_run_identity(config, INPUT)) == number
+        open_note(run_dir.journal, number, 0)
+    assert len(list(run_dir.journal.iterdir())) == 2
+    begin_attempt(config, group, run_dir, compute_run_identity(config, {**INPUT, "content": "01"}))
+    assert not list(run_dir.journal.iterdir()), "row 5 of one input is not row 5 of another"

@@ -15,6 +15,7 @@ from dpgen.distributed.group import PeerLost, PendingReduce, SingleRankGroup
 from dpgen.engine.messages import Event, RowsFinished
 from dpgen.errors import DpgenError, Interrupted, NoEngineLeft
 from dpgen.journal.reader import index_journal
+from dpgen.journal.row_notes import DECODING, RowNote, decode_word
 from dpgen.journal.writer import JournalWriter
 from dpgen.records import Completion, RankManifest, Request, RowError, RowResult, UndecodedRow
 from dpgen.scheduling.claims import ShardClaimer
@@ -284,6 +285,19 @@ def test_a_row_that_cannot_be_decoded_becomes_an_error_of_its_own() -> None:
     )
     assert journal.results[1] == RowResult(1, 4, error=error)
     assert journal.results[2].completions[0].text == "decoded ([6],)"
+
+
+def test_the_note_names_the_row_that_is_decoded() -> None:
+    note, noted = RowNote(), []
+
+    class LookingDetokenizer(FakeDetokenizer):
+        def decode_row(self, undecoded: UndecodedRow) -> RowResult:
+            noted.append(decode_word(note.read()))
+            return super().decode_row(undecoded)
+
+    recorder = ResultRecorder(FakeJournal(), LookingDetokenizer(), note)  # type: ignore[arg-type]
+    recorder.add(UndecodedRow(RowResult(7, 4, (Completion("", "stop", 1),)), ([5],), True))
+    assert noted == [(7, DECODING)] and note.read() == 0
 
 
 def test_a_row_that_cannot_be_encoded_becomes_an_error_of_its_own(tmp_path: Path) -> None:

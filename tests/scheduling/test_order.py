@@ -35,7 +35,8 @@ def make_config(
 def find_order(config: OrderConfig, rows: list[dict[str, Any]], remaining: list[int] | None = None) -> RowOrder:
     row_ids = np.arange(len(rows)) if remaining is None else np.array(remaining)
     input_rows = InputRows(datasets.Dataset.from_list(rows))
-    order = order_rows(config, input_rows, row_ids, make_prompt_text_fn(config.prompt))
+    make_text = make_prompt_text_fn(config.prompt)
+    order = order_rows(config, input_rows, row_ids, lambda row, columns: make_text(columns))
     assert sorted(order.rows) == sorted(row_ids), "every row once, and no other"
     return order
 
@@ -211,7 +212,8 @@ def test_only_a_sample_of_a_large_dataset_is_read() -> None:
 
     config = make_config(max_tokens_column="budget")
     input_rows = RecordingRows(datasets.Dataset.from_list(rows))
-    order = order_rows(config, input_rows, np.arange(30_000), make_prompt_text_fn(config.prompt))
+    make_text = make_prompt_text_fn(config.prompt)
+    order = order_rows(config, input_rows, np.arange(30_000), lambda row, columns: make_text(columns))
     assert order.kind == "longest_first" and len(num_read) == 1 and num_read[0] <= 20_000
     assert [rows[row]["budget"] for row in order.rows] == sorted((row["budget"] for row in rows), reverse=True)
 
@@ -219,3 +221,13 @@ def test_only_a_sample_of_a_large_dataset_is_read() -> None:
 def test_every_shard_has_its_part_of_the_longest_rows() -> None:
     shards = RowOrder(np.arange(100)).shard(7, max_rows=64)
     assert shards.groups is None and shards.sizes == [15, 15, 14, 14, 14, 14, 14]
+
+
+def test_rows_that_are_put_last_leave_the_others_in_their_order_and_groups() -> None:
+    order = RowOrder(
+        np.array([7, 3, 5, 1, 9, 2]), "prefix", groups=np.array([0, 3]), weights=np.arange(6.0), num_probes=3
+    ).put_last({3, 1, 8})
+    assert order.rows.tolist() == [7, 5, 9, 2, 3, 1]
+    assert order.groups is not None and order.groups.tolist() == [0, 2, 4, 5]
+    assert order.weights is not None and order.weights.tolist() == [0, 2, 4, 5, 1, 3]
+    assert order.num_probes == 2

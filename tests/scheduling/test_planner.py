@@ -15,6 +15,7 @@ from dpgen.config.schema import WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.distributed.group import InMemoryStore, SingleRankGroup
 from dpgen.errors import NoEngineLeft
+from dpgen.journal.row_notes import RENDERING, open_note
 from dpgen.journal.writer import JournalWriter
 from dpgen.records import Completion, Request, RowError, RowResult
 from dpgen.scheduling.order import OrderConfig
@@ -46,6 +47,12 @@ class RecordingRows(InputRows):
     def iter_rows(self, row_ids: np.ndarray, columns: Any) -> Any:
         self.num_reads += 1
         return super().iter_rows(row_ids, columns)
+
+
+def add_peer(value: Any, state: tuple[Any, ...]) -> list[Any]:
+    """Return what is gathered with a peer in this state, which knows of no death and no slow row."""
+    peer = {tuple: state, list: [], str: value}.get(type(value))
+    return [value, peer]
 
 
 class ShrinkingGroup(SingleRankGroup):
@@ -152,9 +159,7 @@ def test_all_ranks_know_a_row_that_succeeded_although_one_of_them_reads_the_jour
 
 def test_another_node_may_hold_the_rows_that_have_succeeded(tmp_path: Path) -> None:
     group = ShrinkingGroup()
-    group.change_gathered = lambda value: (
-        [value, (False, "", 0, True, ())] if isinstance(value, tuple) else [value, None]
-    )
+    group.change_gathered = lambda value: add_peer(value, (False, "", 0, True, []))
     planner = make_planner(tmp_path, group)
     planner.plan()
     assert planner.has_completions
@@ -285,9 +290,7 @@ def test_all_ranks_order_again_where_one_of_them_lacks_the_first_order(tmp_path:
     planner, rows = make_ordering_planner(tmp_path, group, "longest_first", prompts)
     planner.plan()
     num_reads = rows.num_reads
-    group.change_gathered = lambda value: (
-        [value, (False, "", 0, False, (), None)] if isinstance(value, tuple) else [value, None]
-    )
+    group.change_gathered = lambda value: add_peer(value, [False, "", 0, False, [], None])
     planner.plan(RankState(np.array([1]), np.array([3])))
     assert planner.order.rows.tolist() == LONGEST_FIRST[1:]
     assert rows.num_reads > num_reads, "each rank must compute the same order, so all compute it from the prompts"
@@ -321,7 +324,7 @@ def test_a_row_that_is_slow_on_another_rank_is_left_out_of_this_ranks_order_too(
         return [value, next(reports)] if value is None and group.has_slow_peer else [value]
 
     group.has_slow_peer, group.change_gathered = False, gather  # type: ignore[attr-defined]
-    compute_order = planner._slow_rows._try
+    compute_order = planner._left_out._try
 
     def try_order(rows: np.ndarray, action: Callable[..., Any]) -> Any:
         group.has_slow_peer = False  # type: ignore[attr-defined]
@@ -332,7 +335,7 @@ def test_a_row_that_is_slow_on_another_rank_is_left_out_of_this_ranks_order_too(
         group.has_slow_peer = True  # type: ignore[attr-defined]
         return order
 
-    planner._slow_rows._try = try_order  # type: ignore[method-assign]
+    planner._left_out._try = try_order  # type: ignore[method-assign]
     group.run_on_all_ranks = run_on_all_ranks  # type: ignore[method-assign]
     planner.plan()
     assert planner.order.rows.tolist() == [1, 5, 7, 2, 6, 0, 3, 4], "all ranks have the same order"
@@ -344,3 +347,46 @@ def test_where_many_rows_take_too_long_to_render_the_order_is_that_of_the_datase
     planner.plan()
     assert planner.order.rows.tolist() == list(range(12))
     assert planner.order.reason == "because rendering takes longer than data.render_timeout_s=0.2 for several rows"
+
+
+def die_while_rendering(journal_dir: Path, attempt: int, row: int) -> None:
+    """Leave the note of a process that died on a row."""
+    note = open_note(journal_dir, attempt, 0)
+    words = note.run(RENDERING, row, Path.read_bytes, journal_dir / note.name)
+    (journal_dir / note.name).write_bytes(words)
+
+
+def test_a_row_on_which_a_process_died_is_not_read_for_the_order_and_comes_last(tmp_path: Path) -> None:
+    die_while_rendering(tmp_path, 1, row=5)
+    prompts = [chr(97 + row) * length for row, length in enumerate(LENGTHS)]
+    prompts[5] = "hang"
+    planner, _ = make_ordering_planner(tmp_path, SingleRankGroup(), "longest_first", prompts, HANGING)
+    assert take_rows(planner.plan()) == list(range(8)), "one death blames no row"
+    assert planner.order.rows.tolist() == [1, 4, 7, 2, 6, 0, 3, 5]
+
+
+def test_a_row_on_which_a_process_died_comes_last_in_every_order_and_later_plan(tmp_path: Path) -> None:
+    group = ShrinkingGroup()
+    planner = make_planner(tmp_path, group)
+    planner.plan()
+    die_while_rendering(tmp_path, 1, row=5)
+    group.num_shrinks = 1  # type: ignore[assignment]
+    planner.plan(spread_first=True)
+    order = planner.order.rows.tolist()
+    assert order[-1] == 5 and sorted(order) == list(range(NUM_ROWS)) and planner.order.num_spread == 5
+
+
+def test_a_row_on_which_two_processes_died_is_rejected_without_another_try(tmp_path: Path) -> None:
+    for attempt in (1, 2):
+        die_while_rendering(tmp_path, attempt, row=5)
+    source = make_planner(tmp_path, SingleRankGroup()).plan()
+    results = [source.next_request() for _ in range(NUM_ROWS)]
+    [rejected] = [result for result in results if isinstance(result, RowResult)]
+    assert rejected.row == 5 and rejected.error is not None and rejected.error.type == "render_crashed"
+
+
+def test_a_row_that_was_recorded_as_an_error_of_its_process_may_be_tried_again(tmp_path: Path) -> None:
+    for attempt in (1, 2):
+        die_while_rendering(tmp_path, attempt, row=5)
+    write_journal(tmp_path, [0], {5: "render_crashed"})
+    assert 5 in take_rows(make_planner(tmp_path, SingleRankGroup(), ["render_crashed"]).plan())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpgen.errors import EXIT_RESUMABLE, ConfigError
+from dpgen.log import flush_logging
 
 logger = logging.getLogger(__name__)
 
@@ -156,16 +157,21 @@ class Leases:
                     is_lost = True
 
 
-def end_stuck_process(before_exit: Callable[[], None]) -> None:
+def end_stuck_process(
+    before_exit: Callable[[], None],
+    why: str = "the main thread is stuck and the other ranks continue without this one",
+) -> None:
     """End this process, resumable, though its main thread is stuck.
 
     Args:
         before_exit: called first, in a thread that is not waited for long: the file system may be what is stuck.
+        why: for the log.
     """
-    logger.error("the main thread is stuck and the other ranks continue without this one, ending it")
+    logger.error(f"{why}, ending this process")
     thread = threading.Thread(target=before_exit, name="before-exit", daemon=True)
     thread.start()
     thread.join(_EXIT_WAIT_S)
+    flush_logging()
     os._exit(EXIT_RESUMABLE)
 
 
