@@ -34,6 +34,7 @@ EXIT_USAGE = 2
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
 
 _MAX_LISTED = 20
+_MIN_SIMILARITY = 0.65  # of two names, from 0 to 1; below it a name is rather another one than misspelt
 # Texts of vLLM 0.32, torch and cuBLAS, in lower case.
 _MEMORY_STILL_HELD = "less than desired gpu memory utilization"
 _OUT_OF_MEMORY_ANYWHERE = ("no available memory for the cache", "alloc_failed", _MEMORY_STILL_HELD)
@@ -54,7 +55,8 @@ class ConfigError(DpgenError):
     """Report wrong usage, configuration or input, before a model is loaded.
 
     Args:
-        mistakes: one line each. Several are shown one per line, below a headline with their number.
+        mistakes: one line each, with the line of a file and a caret below where that helps. Several are shown one after
+            the other, below a headline with their number.
     """
 
     exit_status = EXIT_USAGE
@@ -66,7 +68,8 @@ class ConfigError(DpgenError):
     def __str__(self) -> str:
         if len(self.mistakes) == 1:
             return self.mistakes[0]
-        return "\n  ".join([f"{len(self.mistakes)} mistakes in the configuration:", *self.mistakes])
+        lines = [line for mistake in self.mistakes for line in mistake.splitlines()]
+        return "\n  ".join([f"{len(self.mistakes)} mistakes in the configuration:", *lines])
 
 
 class Interrupted(DpgenError):
@@ -204,10 +207,22 @@ class RenderTimeout(RowRefused):
 
 
 def find_nearest_name(name: str, legal: Collection[str]) -> str | None:
-    """Return the legal name that is closest to a wrong one, or None; dotted names also match by their last part."""
+    """Return the legal name that is closest to a wrong one, or None if none is close.
+
+    Dotted names also match by their last part, and those of the same section by that alone: a section's name that both
+    have says nothing about the rest.
+    """
     names = sorted(legal)
-    same_last_part = [legal_name for legal_name in names if legal_name.rpartition(".")[2] == name.rpartition(".")[2]]
-    close = same_last_part or difflib.get_close_matches(name, names, n=1)
+    section, _, last = name.rpartition(".")
+    if same_last_part := [legal_name for legal_name in names if legal_name.rpartition(".")[2] == last]:
+        return same_last_part[0]
+    same_section = {
+        legal_name.rpartition(".")[2]: legal_name for legal_name in names if legal_name.rpartition(".")[0] == section
+    }
+    if close := difflib.get_close_matches(last, same_section, n=1, cutoff=_MIN_SIMILARITY):
+        return same_section[close[0]]
+    others = [legal_name for legal_name in names if legal_name not in same_section.values()]
+    close = difflib.get_close_matches(name, others, n=1, cutoff=_MIN_SIMILARITY)
     return close[0] if close else None
 
 

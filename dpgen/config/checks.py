@@ -6,6 +6,7 @@ own fields later, before a model is loaded (`Backend.check_options`).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,7 @@ def find_wrong_sampling(sampling: Mapping[str, Any], by_rank: Iterable[Mapping[s
         yield (
             "sampling.seed would give every row the same samples: set run.seed, or sampling.from_columns={seed: COLUMN}"
         )
+    yield from _find_wrong_texts("sampling", sampling)
     reasons = {
         "seed": "a row's own comes from run.seed, or sampling.from_columns={seed: COLUMN}",
         "from_columns": "sampling.from_columns holds for every row, over its entry",
@@ -80,6 +82,18 @@ def find_wrong_sampling(sampling: Mapping[str, Any], by_rank: Iterable[Mapping[s
         for name, reason in reasons.items():
             if name in entry:
                 yield f"sampling_by_rank[{index}].{name} can't be set: {reason}"
+        yield from _find_wrong_texts(f"sampling_by_rank[{index}]", entry)
+
+
+def _find_wrong_texts(section: str, entry: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line for each text of `stop` or `bad_words` that YAML reads as a number or a mapping."""
+    for name in ("stop", "bad_words"):
+        value = entry.get(name)
+        for item in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            if not isinstance(item, str):
+                text = json.dumps(item).removeprefix("{").removesuffix("}").replace('"', "")
+                form = f'["{text}"]' if isinstance(value, (list, tuple)) else f'"{text}"'
+                yield f"{section}.{name}: YAML reads {item!r}, no text; quotes make it one: '{section}.{name}={form}'"
 
 
 def parse_range(text: str) -> slice:

@@ -282,6 +282,8 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
         minimum = option.metadata["minimum"]
         if minimum is not None and value is not None and (math.isnan(value) or value < minimum):
             yield f"{key}={value}: must be at least {minimum}"
+        if value == "" and option.type == "str | None" and key != "data.system_prompt":  # an empty variable of a shell
+            yield f"{key}='': must be a text, or null for none"
     yield from checks.find_wrong_run_values(sections["run"])
     yield from checks.find_wrong_input(sections["data"], sections["model"])
     yield from checks.find_wrong_engine_keys(sections["engine"])
@@ -290,10 +292,9 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
 
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML, without values that look like secrets."""
-    import yaml
+    from dpgen.config import yaml12
 
-    text: str = yaml.safe_dump(redact_secrets(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
-    return text
+    return yaml12.dump(redact_secrets(dataclasses.asdict(config)))
 
 
 def _iter_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -1,10 +1,10 @@
-"""Read YAML with the scalars of YAML 1.2, through PyYAML, which reads YAML 1.1.
+"""Read and write YAML with the scalars of YAML 1.2, through PyYAML, which knows YAML 1.1.
 
 - In YAML 1.1, ``10:20`` is 620 (base 60), ``010`` is 8, ``yes`` is true, and ``1e-5`` is a text. Nobody means that.
 - These lines stay instead of ruamel.yaml 0.19. It would be a second YAML library beside PyYAML, which OmegaConf
   requires, and it still reads ``1_000`` as 1000, ``0b11`` as 3 and ``2024-01-02`` as a date: the core schema of
   YAML 1.2 has neither.
-- Limits: only the scalars are YAML 1.2. Where a mapping repeats a key, the last value counts, as in PyYAML.
+- Limits: only the scalars are YAML 1.2.
 """
 
 from __future__ import annotations
@@ -15,12 +15,23 @@ from typing import Any
 import yaml
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Resolve scalars by the core schema: https://yaml.org/spec/1.2.2/#103-core-schema."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own declaration
 
 
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Put a text in quotes if YAML 1.1 or YAML 1.2 would read something else without them."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        if kind is not yaml.ScalarNode or tag != _TEXT or not implicit[0]:
+            return tag
+        return next((core for core, pattern in _PATTERNS.items() if pattern.match(value)), tag)
+
+
+_TEXT = "tag:yaml.org,2002:str"
 _CORE = (
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN\0"),
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -32,22 +43,28 @@ _CORE = (
     ),
     ("tag:yaml.org,2002:merge", r"<<", "<"),
 )
-for _tag, _pattern, _first in _CORE:
-    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), [c if c != "\0" else "" for c in _first])
+_PATTERNS = {tag: re.compile(rf"^(?:{pattern})$") for tag, pattern, _ in _CORE}
+for _tag, _, _first in _CORE:
+    Loader.add_implicit_resolver(_tag, _PATTERNS[_tag], [c if c != "\0" else "" for c in _first])
 
 
-def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+def _integer(loader: Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)  # 010 is ten
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
-def load(text: str) -> Any:
-    """Return the value of a YAML document.
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # Double quotes show that a backslash is meant as one.
+    return dumper.represent_scalar(_TEXT, text, style='"' if "\\" in text else None)
 
-    Raises:
-        yaml.YAMLError: the text is not YAML.
-    """
-    return yaml.load(text, Loader=_Loader)
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump(value: Any) -> str:
+    """Return a value as YAML that reads the same in YAML 1.1 and 1.2; keys keep their order."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text

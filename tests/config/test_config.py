@@ -53,7 +53,46 @@ WRONG = [
     ("run.log_format=xml", "'text', 'json'"),
     ("run.dir=", "run.dir='': must be the directory"),
     ("run.progress_interval_s=0", "at least 0.1"),
-    ("data.path=[1]", r"data.path=\[1\]: must be a path"),
+    ("data.path=[[1]]", r"data.path=\[\[1\]\]: must be a path"),
+    ("data.split=", "data.split='': must be a text, or null"),
+    ("run.seed=", "run.seed has no value; leave the key out, or write null"),
+    ("sampling.max_tokens=", "sampling.max_tokens has no value"),
+    ("model.name=x", "model is a text, not a section: model=TEXT"),
+    ("engine=null", "engine is a section of keys"),
+    ("sampling.stop=", "sampling.stop has no value"),
+    ("sampling.stop=### Human", "YAML reads a comment, and no value; for the text write 'sampling.stop=\"### Human\"'"),
+    ("sampling.stop=END # now", "YAML reads 'END' and drops the rest as a comment; for the text write"),
+    ("sampling.stop=[### Human]", "not valid YAML: .*; put each text in it in quotes"),
+    ("sampling.stop=Question:", r"YAML reads \{'Question': None\}; for the text write 'sampling.stop=\"Question:\"'"),
+    ("sampling.stop=[Question:, A]", r"YAML reads \{'Question': None\}; for the text write 'Question:'"),
+    ("sampling.stop=[Q: x]", r"""YAML reads \{'Q': 'x'\}, no text; .* 'sampling.stop=\["Q: x"\]'"""),
+    ("sampling.stop=- a", "YAML reads .'a'.; for the text write 'sampling.stop=\"- a\"'"),
+    ("sampling.stop=007", "YAML reads 7, no text; quotes make it one: 'sampling.stop=\"7\"'"),
+    ("sampling.stop=[a, null]", "YAML reads None, no text; quotes make it one: 'sampling.stop=..null"),
+    ("sampling_by_rank=[{stop: [true]}]", r"sampling_by_rank\[0\].stop: YAML reads True"),
+    ("sampling.stop=\n", r"sampling.stop=\\n: YAML reads no value; for the text write 'sampling.stop=\"\\n\"'"),
+    (r"sampling.stop=\n", r"for a line break or a tab write 'sampling.stop=\"\\n\"'"),
+    (r"sampling.stop=[a, '\n\n']", r"\\n is a backslash and a letter here"),
+    (r"sampling.stop=\t", r"\\t is a backslash and a letter here"),
+    (r"data.template=Q: {{ question }}\nA:", r"write, in bash, \$'data.template=Q: {{ question }}\\nA:'"),
+    (r"data.system_prompt=Be brief.\nBe kind.", r"write, in bash, \$'data.system_prompt=Be brief.\\nBe kind.'"),
+    ("sampling.stop=end ", "YAML reads 'end'; for the text write 'sampling.stop=\"end \"'"),
+    ("sampling.stop={{ q }}", "begins a YAML mapping; for the text write 'sampling.stop=\"{{ q }}\"'"),
+    *(
+        (f"sampling.stop={text}", f"for the text write .*{text[0]}" if text[0] not in "|*" else "for the text write")
+        for text in ("*a", "&a", "&nbsp; x", "!a", "%a", "@a", "`", "|", ">", "---", "...", "'a", '"a')
+    ),
+    ("data.chat_template_kwargs={enable_thinking:false}", "a blank is missing .* write enable_thinking: false"),
+    ("data.chat_template_kwargs=enable_thinking:false", "a blank is missing after the colon"),
+    ("data.chat_template_kwargs={enable_thinking}", r"YAML reads \{'enable_thinking': None\}"),
+    ("data.chat_template_kwargs={enable_thinking: no}", "no is a text here, not false; write false"),
+    ("data.chat_template_kwargs.enable_thinking=On", "On is a text here, not true; write true"),
+    ("engine.enforce_eager=no", "no is a text here, not false; write false"),
+    ("engine.max_num_seqs=1_000", "1_000 is a text here, not 1000; write 1000"),
+    ("sampling={n: 1, n: 2}", "sampling.n is there twice"),
+    ("data.limit=1.5e0", "Integer.*data.limit"),
+    (f"data.limit={'9' * 5000}", "data.limit=999"),
+    (f"sampling.stop={'[' * 5000}", "too deep a list"),
     ("data.path=[]", r"data.path=\[\]: must be a path"),
     ("data.limit=-1", "data.limit=-1: must be at least 0"),
     ("data.limit=1.5", "Integer.*data.limit"),
@@ -102,7 +141,7 @@ def test_a_wrong_value_is_rejected_in_one_clear_line(
     [
         ("run: {dir: x}\nmodel: m\n", "missing: data.path"),
         ("- a\n- b\n", "must hold sections"),
-        ("run: {dir: x\n", "not valid YAML.*line"),
+        ("run: {dir: x\n", r"a.yaml:1:6: the { is not closed"),
         ("run: {dirr: x}\n", "did you mean 'run.dir'"),
         (BASE + "run.seed: 1\n", r"'run.seed' must be a key of its section: run: {seed: VALUE}"),
         (BASE + "nonsense: {}\n", "unknown key 'nonsense'"),
@@ -136,9 +175,9 @@ def test_unknown_keys_and_wrong_types_of_all_layers_are_reported_at_once(
     for mistake, words in zip(
         mistakes,
         [
-            f"{path}: unknown key 'work.stel'; did you mean 'work.steal'?",
-            f"{path}: unknown key 'paralel.lock_step'; did you mean 'parallel.lock_step'?",
-            f"{path}: Invalid value 'random'",
+            f"{path}:5: unknown key 'work.stel'; did you mean 'work.steal'?",
+            f"{path}:6: unknown key 'paralel.lock_step'; did you mean 'parallel.lock_step'?",
+            f"{path}:5: Invalid value 'random'",
             "run.sed=1: unknown key 'run.sed'; did you mean 'run.seed'?",
             "data.limit=few: Value 'few'",
             "sampling_by_rank={n: 1}: sampling_by_rank is a list of sections",
@@ -161,14 +200,26 @@ def test_wrong_values_and_contradictions_are_reported_at_once(load: Callable[...
         assert mistake.startswith(start)
 
 
-def test_wrong_values_are_reported_beside_unknown_and_missing_keys(load: Callable[..., schema.Config]) -> None:
+def test_wrong_values_are_reported_beside_unknown_and_missing_keys(
+    load: Callable[..., schema.Config], tmp_path: Path
+) -> None:
     text = "run: {dir: x, seed: -1}\ndata: {prompt_column: p}\n"
     assert mistakes_of(load, "engin.x=1", text=text) == (
         "engin.x=1: unknown key 'engin.x'; did you mean 'engine'?",
         "missing: data.path, model; set them in a YAML file or as data.path=VALUE "
         f"({schema.describe_option('data.path')})",
-        "run.seed=-1: must be from 0 to 2**63 - 1, or null",
+        f"run.seed=-1: must be from 0 to 2**63 - 1, or null ({tmp_path / 'a.yaml'}:1)",
     )
+
+
+def test_a_wrong_value_names_the_line_that_set_it_last(load: Callable[..., schema.Config], tmp_path: Path) -> None:
+    text = BASE + "sampling_by_rank:\n  - temperature: 1\n  - seed: 1\n"
+    with pytest.raises(ConfigError, match=r"^sampling_by_rank\[1\].seed can't be set: .* \(.*a.yaml:7\)$"):
+        load(text=text)
+    with pytest.raises(ConfigError, match=r"^sampling_by_rank\[1\].seed can't be set: .* COLUMN}$"):
+        load("sampling_by_rank=[{}, {seed: 2}]", text=text)
+    with pytest.raises(ConfigError, match=r"^data.split='': must be a text, or null for none$"):
+        load("data.split=")
 
 
 @pytest.mark.parametrize(
