@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpgen.config.schema import Config, describe_option, find_wrong_values, legal_keys
+from dpgen.config.vllm_fields import find_section_of_field
 from dpgen.errors import ConfigError, find_nearest_name, suggest_name
 
 if TYPE_CHECKING:
@@ -217,7 +218,9 @@ def _find_problem(path: tuple[str, ...], value: Any, legal: Collection[str]) -> 
     if _find_type(key).startswith("str") and isinstance(value, (Mapping, list)):
         return f"{key} is a text, not a {'section' if isinstance(value, Mapping) else 'list'}: {key}=TEXT"
     if key not in legal:
-        return f"unknown key {key!r}{suggest_name(key, legal, 'keys')}"
+        section = find_section_of_field(path[-1])
+        hint = f"; write {section}.{path[-1]}" if section else suggest_name(key, legal, "keys")
+        return f"unknown key {key!r}{hint}"
     if path != tuple(key.split(".")):
         section, _, name = key.partition(".")
         return f"{key!r} must be a key of its section: {section}: {{{name}: VALUE}}"

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dpgen.config import checks
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.secrets import redact_secrets
-from dpgen.errors import ConfigError, suggest_name
+from dpgen.errors import ConfigError
 
 MISSING = "???"  # OmegaConf's mark of a value that must be given
 
@@ -260,14 +260,6 @@ def legal_keys() -> Iterator[tuple[str, Any, str]]:
 def describe_option(key: str) -> str:
     """Return the help of one key."""
     return next(help for name, _, help in legal_keys() if name == key)
-
-
-def unknown_key_error(section: str, name: str, legal: Iterable[str]) -> ConfigError:
-    """Return the error for a key of a passed-through section (`engine`, `sampling`, ...) that vLLM doesn't know."""
-    full = f"{section}.{name}"
-    return ConfigError(
-        f"unknown key {full!r}{suggest_name(full, {f'{section}.{legal_name}' for legal_name in legal}, 'keys')}"
-    )
 
 
 def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from dpgen.config.schema import unknown_key_error
+from dpgen.config.vllm_fields import describe_unknown_field
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Completion, Request, RowResult, UndecodedRow
@@ -85,17 +85,19 @@ class FakeBackend:
 
     def check_options(self) -> tuple[str, ...]:
         fields = {field.name for field in dataclasses.fields(FakeOptions)}
-        for name in self._spec.options:
-            if name not in fields:
-                raise unknown_key_error("engine", name, fields)
-        for section, name in self._spec.iter_sampling_names():
-            if name not in _SAMPLING_FIELDS:
-                raise unknown_key_error(section, name, _SAMPLING_FIELDS)
-        self._options = FakeOptions(**self._spec.options)
+        names = [*(("engine", name) for name in self._spec.options), *self._spec.iter_sampling_names()]
+        mistakes = []
+        for section, name in names:
+            legal, other = (fields, _SAMPLING_FIELDS) if section == "engine" else (_SAMPLING_FIELDS, fields)
+            if name not in legal:
+                mistakes.append(describe_unknown_field(section, name, legal, other))
         for name in ("max_num_seqs", "max_model_len"):
-            value = getattr(self._options, name)
+            value = self._spec.options.get(name, 1)
             if not isinstance(value, int) or value < 1:  # with 0 the run would never end
-                raise ConfigError(f"engine.{name}={value!r}: must be a whole number of at least 1")
+                mistakes.append(f"engine.{name}={value!r}: must be a whole number of at least 1")
+        if mistakes:
+            raise ConfigError(*mistakes)
+        self._options = FakeOptions(**self._spec.options)
         return ()
 
     def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:

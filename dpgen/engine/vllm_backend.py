@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import psutil
@@ -30,7 +30,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
 
-from dpgen.config.schema import unknown_key_error
+from dpgen.config.vllm_fields import describe_unknown_field
 from dpgen.data.hub import explain_hub_error
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused
@@ -58,34 +58,19 @@ class VllmBackend:
         self._num_preemptions = 0
 
     def check_options(self) -> tuple[str, ...]:
-        self._check_names()
-        options, notes = dict(self._spec.options), []
-        if current_platform.is_cpu():
-            notes = _apply_cpu_defaults(options, self._spec.local_size)
-        if self._spec.world is not None:
-            options["data_parallel_size"] = self._spec.world.num_groups
-        options.setdefault("disable_log_stats", True)
-        options.setdefault("use_tqdm_on_load", False)  # in a log file a progress bar is one long line
-        try:
-            args = EngineArgs(
-                model=self._spec.model,
-                tensor_parallel_size=self._spec.tensor_parallel_size,
-                pipeline_parallel_size=self._spec.pipeline_parallel_size,
-                enable_expert_parallel=self._spec.enable_expert_parallel,
-                distributed_executor_backend=self._executor.backend,
-                **options,
-            )
-            self._config = args.create_engine_config(UsageContext.LLM_CLASS)
-        except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
-            reason = explain_hub_error(self._spec.model, error) or _summarize_error(error)
-            raise ConfigError(f"vLLM rejects the model or an engine.* key: {reason}") from None
-        self._sampling = self._build_default_sampling()
-        entries = {f"sampling_by_rank[{index}]": entry for index, entry in enumerate(self._spec.sampling_by_rank)}
-        for section, entry in {"sampling": {}, **entries}.items():
+        unknown = list(self._find_unknown_names())
+        options, wrong_types = _convert_types(self._spec.options)
+        mistakes, notes = [*unknown, *wrong_types], list[str]()
+        if not mistakes:
             try:
-                self._params.validate_python({**self._sampling, **entry})
+                self._config, notes = self._create_config(options)
             except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
-                raise ConfigError(f"vLLM rejects a {section}.* key: {_summarize_error(error)}") from None
+                reason = explain_hub_error(self._spec.model, error) or _summarize_error(error)
+                mistakes.append(f"vLLM rejects the model or an engine.* key: {reason}")
+        if not unknown:
+            mistakes += self._find_wrong_sampling()
+        if mistakes:
+            raise ConfigError(*mistakes)
         return tuple(notes)
 
     def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:
@@ -192,23 +177,52 @@ class VllmBackend:
                 self._preemptions[name] = request.num_preemptions
                 self._num_preemptions += request.num_preemptions - before.get(name, 0)
 
-    def _check_names(self) -> None:
+    def _find_unknown_names(self) -> Iterator[str]:
         engine_fields = {field.name for field in dataclasses.fields(EngineArgs)}
-        for name in self._spec.options:
-            if name not in engine_fields:
-                raise unknown_key_error("engine", name, engine_fields)
-        _check_types(self._spec.options)
         public_fields = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
         sampling_fields = public_fields - _RESERVED_SAMPLING_FIELDS
+        for name in self._spec.options:
+            if name not in engine_fields:
+                yield describe_unknown_field("engine", name, engine_fields, sampling_fields)
         for section, name in self._spec.iter_sampling_names():
             if name not in sampling_fields:
-                raise unknown_key_error(section, name, sampling_fields)
+                yield describe_unknown_field(section, name, sampling_fields, engine_fields)
+
+    def _create_config(self, options: dict[str, Any]) -> tuple[VllmConfig, list[str]]:
+        """Return vLLM's configuration, without loading the model, and notes for the log."""
+        notes = []
+        if current_platform.is_cpu():
+            notes = _apply_cpu_defaults(options, self._spec.local_size)
+        if self._spec.world is not None:
+            options["data_parallel_size"] = self._spec.world.num_groups
+        options.setdefault("disable_log_stats", True)
+        options.setdefault("use_tqdm_on_load", False)  # in a log file a progress bar is one long line
+        args = EngineArgs(
+            model=self._spec.model,
+            tensor_parallel_size=self._spec.tensor_parallel_size,
+            pipeline_parallel_size=self._spec.pipeline_parallel_size,
+            enable_expert_parallel=self._spec.enable_expert_parallel,
+            distributed_executor_backend=self._executor.backend,
+            **options,
+        )
+        return args.create_engine_config(UsageContext.LLM_CLASS), notes
+
+    def _find_wrong_sampling(self) -> Iterator[str]:
+        """Yield one line for each sampling section that vLLM rejects."""
+        self._sampling = self._build_default_sampling()
+        entries = {f"sampling_by_rank[{index}]": entry for index, entry in enumerate(self._spec.sampling_by_rank)}
+        for section, entry in {"sampling": {}, **entries}.items():
+            try:
+                self._params.validate_python({**self._sampling, **entry})
+            except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
+                yield f"vLLM rejects a {section}.* key: {_summarize_error(error)}"
+                if section == "sampling":
+                    return  # each entry stands over it, and would be rejected too
 
     def _build_default_sampling(self) -> dict[str, Any]:
         """Return the run's sampling over the model's generation config (as in `LLM.get_default_sampling_params`)."""
-        assert self._config is not None
-        defaults = {"max_tokens": None, **self._config.model_config.get_diff_sampling_param()}
-        return {**defaults, **self._spec.sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+        of_model = {} if self._config is None else self._config.model_config.get_diff_sampling_param()
+        return {"max_tokens": None, **of_model, **self._spec.sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
 
     def _build_params(self, request: Request) -> SamplingParams:
         try:
@@ -289,17 +303,24 @@ class SyncKvMultiprocExecutor(_SyncKvMixin, MultiprocExecutor):
     backend = "mp"
 
 
-def _check_types(options: dict[str, Any]) -> None:
-    """Reject a value of the wrong type where a number or flag belongs; vLLM would fail later, and name no key."""
+def _convert_types(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the options, with numbers, flags and texts as vLLM's types want them, and a line for each wrong one.
+
+    vLLM itself would fail later and name no key, or take the text "no" for true.
+    """
     types = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
+    converted, mistakes = dict(options), []
     for name, value in options.items():
-        expected = types[name]
-        if not set(typing.get_args(expected) or (expected,)) <= {int, float, bool, type(None)}:
+        expected = types.get(name)
+        kinds = set(typing.get_args(expected) or (expected,))
+        if not kinds <= {int, float, bool, str, type(None)}:
             continue  # vLLM takes more than the type allows: names of enum members, dicts for its own objects
         try:
-            pydantic.TypeAdapter[Any](expected).validate_python(value)  # type: ignore[arg-type]
+            converted[name] = pydantic.TypeAdapter[Any](expected).validate_python(value)  # type: ignore[arg-type]
         except pydantic.ValidationError as error:
-            raise ConfigError(f"engine.{name}={value!r}: {_summarize_error(error)}") from None
+            hint = "; put it in quotes" if str in kinds and isinstance(value, (int, float)) else ""
+            mistakes.append(f"engine.{name}={value!r}: {_summarize_error(error)}{hint}")
+    return converted, mistakes
 
 
 def _apply_cpu_defaults(options: dict[str, Any], local_size: int) -> list[str]:

@@ -125,7 +125,15 @@ def test_several_mistakes_are_reported_at_once_one_per_line(
 
 def test_bad_engine_options_are_rejected_before_a_model_loads(launcher: Launcher, write: Callable[..., str]) -> None:
     conf = write([{"prompt": "hello"}])
-    problems = run_each_command(launcher, EACH_CHECKED, [[conf, *words] for _, words, _ in BAD_ENGINE_CONFIGS])
+    several = [
+        "engine.max_num_seqs=many",
+        "engine.max_model_len=long",
+        "sampling_by_rank=[{top_p: high}, {min_p: low}]",
+    ]
+    commands = [[conf, *words] for words in (*(words for _, words, _ in BAD_ENGINE_CONFIGS), several)]
+    *problems, all_at_once = run_each_command(launcher, EACH_CHECKED, commands)
+    headline, *lines = all_at_once.splitlines()
+    assert headline == "4 mistakes in the configuration:" and len(lines) == 4
     for (what, _, message), problem in zip(BAD_ENGINE_CONFIGS, problems, strict=True):
         assert problem is not None and message in problem and "\n" not in problem, f"{what}: {problem}"
 
