@@ -21,6 +21,7 @@ AWS_KEY = "AKIA" + "Z" * 16
     [
         *("hf_token", "token", "HF-Token", "wandb_token", "api_key", "OPENAI_API_KEY", "password", "auth"),
         *("aws_secret_access_key", "access_key", "secret", "client_secret", "credentials", "private_key"),
+        *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "apiKey", "secretKey", "accessToken", "hfToken", "X-API-Key"),
     ],
 )
 def test_a_secret_is_recognised_by_its_key(key: str) -> None:
@@ -34,6 +35,13 @@ def test_a_secret_is_recognised_by_its_key(key: str) -> None:
         ("s3://me:pass@host/rows", f"s3://{REMOVED}@host/rows"),
         (f"https://host/x?key={AWS_KEY}", f"https://host/x?key={REMOVED}"),
         (f"Bearer {HF_TOKEN}", f"Bearer {REMOVED}"),
+        ("Bearer 0123456789abcdef.x", f"Bearer {REMOVED}"),
+        ("postgres://me:p@ss:word@host/rows", f"postgres://{REMOVED}@host/rows"),
+        ("https://host/x?token=abc&y=1", f"https://host/x?token={REMOVED}&y=1"),
+        ("https://host/x?y=1&api_key=abc#z", f"https://host/x?y=1&api_key={REMOVED}#z"),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl", REMOVED),
+        ("sk-" + "a1" * 12, REMOVED),
+        ("glpat-" + "a1" * 12, REMOVED),
         ("sk-proj-" + "a" * 30, REMOVED),
         ("https://account.blob/x?sp=r&sig=a%2Fb&x=1", f"https://account.blob/x?sp=r&sig={REMOVED}&x=1"),
     ],
@@ -48,6 +56,10 @@ def test_a_secret_is_recognised_by_its_form_under_any_key(text: str, redacted: s
     [
         {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
         {"max_tokens": 5, "token": None, "stop_token_ids": [1]},
+        {"think_token": "<think>", "fim_prefix_token": "<|fim_prefix|>", "sot_token": "[SOT]"},
+        {"tokenizer": "a/b", "max_tokens": "7", "tokens": "x", "token_column": "t", "password_column": "p"},
+        {"api_key_env": "X", "secretary": "x", "authors": "x", "public_key": "x", "key": "x", "keys": ["x"]},
+        {"path": "https://host:8080?mail=me@host", "model": "sk-learn-model-of-a-long-name"},
         {"template": "risk-averse: {{ question }}", "path": "https://host:8080/rows", "author": "me"},
     ],
 )
