@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from dpgen.config.prompt import PromptConfig
 from dpgen.data.chat import Message, merge_developer_role, to_conversation, validate_messages
 from dpgen.data.content_format import detect_content_format, template_variables
 from dpgen.data.row_template import check_row_template, compile_row_template, template_columns
+from dpgen.data.template_kwargs import check_template_kwargs, find_accepted_names
 from dpgen.errors import ConfigError, RowRefused, suggest_name
 from dpgen.formatting import describe_type
 
@@ -78,7 +78,7 @@ class PromptRenderer:
         tokenizer: as `load_tokenizer` returns it; None where the engine renders, and only `build_prompt` is called.
 
     Raises:
-        ConfigError: a broken template, or a chat without a chat template.
+        ConfigError: a broken template, a chat without a chat template, or a variable that the template doesn't use.
     """
 
     def __init__(self, config: PromptConfig, tokenizer: Any) -> None:
@@ -89,6 +89,7 @@ class PromptRenderer:
             self._tools = config.chat_template_kwargs.get("tools")
             own_template = load_chat_template(config)
             self._chat_template = _resolve_chat_template(tokenizer, own_template, self._tools)
+            check_template_kwargs(config.chat_template_kwargs, tokenizer, self._chat_template)
             self._content_format = detect_content_format(self._chat_template)
             self._chat_kwargs = _select_template_kwargs(config, tokenizer, self._chat_template)
 
@@ -196,17 +197,13 @@ def _resolve_chat_template(tokenizer: Any, own_template: str | None, tools: Any)
 
 
 def _select_template_kwargs(config: PromptConfig, tokenizer: Any, template: str) -> dict[str, Any]:
-    """Return the keywords that reach the template (`resolve_chat_template_kwargs` of vLLM drops the others)."""
-    from transformers import PreTrainedTokenizerBase
-
+    """Return the keywords that reach the template."""
     own = {
         "add_generation_prompt": config.add_generation_prompt,
         "continue_final_message": config.continue_final_message,
         "return_dict": False,
     }
-    accepted = template_variables(template)
-    accepted |= inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
-    accepted |= inspect.signature(tokenizer.apply_chat_template).parameters.keys()
+    accepted = find_accepted_names(tokenizer, template)
     wanted = {**config.chat_template_kwargs, **own}
     return {key: value for key, value in wanted.items() if key in accepted and key != "tools"}
 

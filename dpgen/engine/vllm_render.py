@@ -13,6 +13,7 @@ from typing import Any
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.chat import Message
 from dpgen.data.render import load_chat_template
+from dpgen.data.template_kwargs import check_template_kwargs
 from dpgen.errors import ConfigError, RowRefused
 
 
@@ -24,7 +25,8 @@ class VllmRenderer:
         config: how rows become prompts.
 
     Raises:
-        ConfigError: the prompts are chats and the tokenizer has no chat template, so no row could be rendered.
+        ConfigError: the prompts are chats and the tokenizer has no chat template, so no row could be rendered; or
+            `data.chat_template_kwargs` holds a name that the template doesn't use.
     """
 
     def __init__(self, engine: Any, config: PromptConfig) -> None:
@@ -32,6 +34,7 @@ class VllmRenderer:
         if config.is_chat:
             self._chat_params = _build_chat_params(self._renderer, config)
             self._require_chat_template()
+            _check_template_kwargs(self._renderer, config)
 
     def render(self, prompt: str | list[Message]) -> list[int]:
         """Return the prompt's token ids, at least one.
@@ -78,6 +81,15 @@ class VllmRenderer:
             # By name, because the class has moved between modules. Rows meet any other error again, and report it.
             if type(error).__name__ == "ChatTemplateResolutionError":
                 raise ConfigError("the tokenizer has no chat template; set data.chat_template") from error
+
+
+def _check_template_kwargs(renderer: Any, config: PromptConfig) -> None:
+    """Check the names that reach the chat template; renderers of other tokenizers have code instead of one."""
+    from vllm.renderers.hf import HfRenderer
+
+    template = load_chat_template(config) or getattr(renderer.tokenizer, "chat_template", None)
+    if isinstance(renderer, HfRenderer) and isinstance(template, str):
+        check_template_kwargs(config.chat_template_kwargs, renderer.tokenizer, template)
 
 
 def _build_chat_params(renderer: Any, config: PromptConfig) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -321,11 +322,48 @@ def test_chat_keys_reach_the_template(tokenizers: dict[str, Any]) -> None:
         return plain.decode(PromptRenderer(PromptConfig(messages_column="m", **keys), plain).tokenize_row({"m": row}))
 
     assert text(HELLO).endswith("<|im_start|>assistant\n")
-    assert text(HELLO, chat_template_kwargs={"enable_thinking": False, "unused": 1}).endswith("<think></think>")
+    assert text(HELLO, chat_template_kwargs={"enable_thinking": False}).endswith("<think></think>")
     assert text(HELLO, add_generation_prompt=False).endswith("hello<|im_end|>\n")
     opened = [*HELLO, {"role": "assistant", "content": "well"}]
     assert text(opened, add_generation_prompt=False, continue_final_message=True).endswith("assistant\nwell")
     assert text(HELLO, chat_template_kwargs={"tools": [{"name": "sum"}]}).startswith("<|im_start|>tools\n{")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"enable_thinkng": False}, "the chat template does not use 'enable_thinkng'; did you mean 'enable_thinking'?"),
+        ({"reasoning": "high"}, "does not use 'reasoning'; its variables: enable_thinking"),
+        ({"enable_thinking": True, "self": 1}, "does not use 'self'"),
+    ],
+)
+def test_a_variable_that_the_chat_template_does_not_use_is_refused(
+    tokenizers: dict[str, Any], kwargs: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)) as raised:
+        PromptRenderer(PromptConfig(messages_column="m", chat_template_kwargs=kwargs), tokenizers["plain"])
+    assert len(raised.value.mistakes) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "kwargs"),
+    [
+        ("{{ messages[0].content }}{% if date is defined %}{{ date }}{% endif %}", {"date": "2024-01-02"}),
+        ("{% if not date is defined %}{% set date = 'x' %}{% endif %}{{ date }}", {"date": "y"}),
+        ("{{ messages[0].content }}", {"tools": [], "documents": [], "padding": False}),
+    ],
+)
+def test_variables_of_the_template_and_of_transformers_are_known(
+    tokenizers: dict[str, Any], template: str, kwargs: dict[str, Any]
+) -> None:
+    config = PromptConfig(messages_column="m", chat_template=template, chat_template_kwargs=kwargs)
+    PromptRenderer(config, tokenizers["plain"])
+
+
+def test_a_template_without_variables_says_so(tokenizers: dict[str, Any]) -> None:
+    config = PromptConfig(messages_column="m", chat_template="{{ messages }}", chat_template_kwargs={"x": 1})
+    with pytest.raises(ConfigError, match="does not use 'x', nor any other variable"):
+        PromptRenderer(config, tokenizers["plain"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from helpers.tiny_model import save_tiny_model
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.chat import KNOWN_PART_KEYS
 from dpgen.data.render import PromptRenderer
+from dpgen.data.template_kwargs import find_accepted_names
 from dpgen.data.tokenizer import TokenizerConfig, is_supported_by_transformers, load_tokenizer
 from dpgen.errors import RowRefused
 
@@ -149,10 +150,23 @@ def with_nulls(value: Any) -> Any:
     return {key: with_nulls(item) for key, item in value.items()} | dict.fromkeys(keys)
 
 
+def make_config(case: Case, tokenizer: Any) -> PromptConfig:
+    """Return the case's keys, without variables that the chat template does not use, which we refuse."""
+    config = PromptConfig(**case.keys)
+    template = config.chat_template or getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = tokenizer.get_chat_template(tools=config.chat_template_kwargs.get("tools"))
+    if not isinstance(template, str):
+        return config
+    accepted = find_accepted_names(tokenizer, template)
+    used = {name: value for name, value in config.chat_template_kwargs.items() if name in accepted}
+    return replace(config, chat_template_kwargs=used)
+
+
 def render_in_rank(case: Case, value: Any, tokenizer: Any) -> list[int] | str:
-    """Return our token ids, or the type of the error."""
+    """Return our token ids, or the type of the error; variables that we refuse have no effect on vLLM's."""
     try:
-        return PromptRenderer(PromptConfig(**case.keys), tokenizer).tokenize_row({"value": value})
+        return PromptRenderer(make_config(case, tokenizer), tokenizer).tokenize_row({"value": value})
     except RowRefused as error:
         return error.type
 
@@ -298,9 +312,13 @@ def generate(llm: Any, case: Case) -> list[int]:
 
 
 def render_in_engine(llm: Any, case: Case) -> list[int] | str:
+    from vllm.renderers.hf import HfRenderer
+
     from dpgen.engine.vllm_render import VllmRenderer
 
-    config = PromptConfig(**case.keys)
+    renderer = llm.llm_engine.renderer
+    has_template = isinstance(renderer, HfRenderer)  # the others have code instead, which takes any name
+    config = make_config(case, renderer.tokenizer) if has_template else PromptConfig(**case.keys)
     try:
         prompt = PromptRenderer(config, None).build_prompt({"value": with_nulls(case.value)})
         return VllmRenderer(llm.llm_engine, config).render(prompt)

@@ -121,6 +121,11 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ("a sampling column that is not there", ["sampling.from_columns={max_tokens: promt}"], "did you mean 'prompt'"),
     ("a kept column that is not there", ["data.columns=[promt]"], "data.columns: there is no column 'promt'"),
     ("a rank's number of samples", ["sampling_by_rank=[{n: 2}]"], "sampling_by_rank[0].n can't be set"),
+    (
+        "a variable that the chat template does not use",
+        ["data.as_chat=true", "data.chat_template_kwargs={enable_thinkng: false}"],
+        "the chat template does not use 'enable_thinkng'",
+    ),
     ("a model that is not there", ["model=./no-such-model"], "model=./no-such-model: there is no such directory"),
 ]
 

@@ -1,0 +1,54 @@
+"""Know which names of `data.chat_template_kwargs` a chat template can use; any other one is refused.
+
+- The template's own variables count, and the parameters of `apply_chat_template` (`resolve_chat_template_kwargs` of
+  vLLM, which drops all others without a word).
+- A hint names only the template's own variables, without what transformers passes itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dpgen.data.content_format import template_variables
+from dpgen.errors import ConfigError, suggest_name
+
+# What transformers gives every chat template: `transformers.utils.chat_template_utils`.
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "tojson"}
+
+
+def find_accepted_names(tokenizer: Any, template: str) -> set[str]:
+    """Return the keywords that reach a chat template, or `apply_chat_template` itself."""
+    from transformers import PreTrainedTokenizerBase
+
+    names = template_variables(template)
+    for function in (PreTrainedTokenizerBase.apply_chat_template, getattr(tokenizer, "apply_chat_template", None)):
+        if function is not None:
+            names |= inspect.signature(function).parameters.keys()
+    return names - {"self", "kwargs"}
+
+
+def check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: Any, template: str) -> None:
+    """Check that the template can use each name of `data.chat_template_kwargs`.
+
+    Raises:
+        ConfigError: names that neither it nor transformers knows; all of them at once.
+    """
+    unknown = sorted(kwargs.keys() - find_accepted_names(tokenizer, template))
+    if unknown:
+        own = _find_own_variables(tokenizer, template)
+        raise ConfigError(*(f"data.chat_template_kwargs: {_describe_unknown(name, own)}" for name in unknown))
+
+
+def _describe_unknown(name: str, own: Iterable[str]) -> str:
+    names = sorted(own)
+    hint = suggest_name(name, names, "its variables") if names else ", nor any other variable"
+    return f"the chat template does not use {name!r}{hint}"
+
+
+def _find_own_variables(tokenizer: Any, template: str) -> set[str]:
+    from jinja2.defaults import DEFAULT_NAMESPACE
+
+    special_tokens = getattr(tokenizer, "special_tokens_map", {})
+    return template_variables(template) - _GIVEN - set(DEFAULT_NAMESPACE) - set(special_tokens)
