@@ -29,6 +29,8 @@ _LIVELOCK_STEP_S = 0.01
 class FakeOptions:
     """List the fake engine's `engine.*` keys. An option `*_on` applies to rows whose prompt contains its text.
 
+    All of `load_error`, `livelock_after` and `*_on` but `refuse_on` are faults, which `max_faults` limits.
+
     Attributes:
         step_s: seconds of one step, in which every running row gains a token.
         load_s: seconds of loading.
@@ -37,7 +39,10 @@ class FakeOptions:
         load_output: print this while loading.
         crash_on, hang_on, raise_on: kill the engine process, hang for good, or raise.
         livelock_on: step on and on, and report stats, without a token for any row.
+        livelock_after: the same, once this many rows are finished.
         refuse_on: reject the row.
+        max_faults: be faulty this many times, then sound; None: always. Needs `fault_dir`.
+        fault_dir: a directory that counts the faults, one file each, over all lives of the engines that share it.
     """
 
     max_num_seqs: int = 16
@@ -51,7 +56,10 @@ class FakeOptions:
     hang_on: str | None = None
     raise_on: str | None = None
     livelock_on: str | None = None
+    livelock_after: int | None = None
     refuse_on: str | None = None
+    max_faults: int | None = None
+    fault_dir: str | None = None
 
 
 _SAMPLING_FIELDS = {"n", "temperature", "top_p", "max_tokens", "seed", "stop", "ignore_eos"}
@@ -80,7 +88,7 @@ class FakeBackend:
         self._spec = spec
         self._options = FakeOptions()
         self._rows: OrderedDict[int, _Running] = OrderedDict()
-        self._num_tokens = 0
+        self._num_tokens = self._num_finished = 0
         self._is_livelocked = False
 
     def check_options(self) -> tuple[str, ...]:
@@ -95,6 +103,8 @@ class FakeBackend:
             value = self._spec.options.get(name, 1)
             if not isinstance(value, int) or value < 1:  # with 0 the run would never end
                 mistakes.append(f"engine.{name}={value!r}: must be a whole number of at least 1")
+        if self._spec.options.get("max_faults") is not None and self._spec.options.get("fault_dir") is None:
+            mistakes.append("engine.max_faults needs engine.fault_dir, the directory that counts the faults")
         if mistakes:
             raise ConfigError(*mistakes)
         self._options = FakeOptions(**self._spec.options)
@@ -104,7 +114,7 @@ class FakeBackend:
         time.sleep(self._options.load_s)
         if self._options.load_output is not None:
             print(self._options.load_output, flush=True)
-        if self._options.load_error is not None:
+        if self._options.load_error is not None and self._takes_fault():
             raise RuntimeError(self._options.load_error)
         kv_bytes = agree_kv(self._options.kv_cache_memory_bytes)
         return EngineInfo(
@@ -136,6 +146,9 @@ class FakeBackend:
     def step(self) -> list[RowResult | UndecodedRow]:
         time.sleep(self._options.step_s)
         results: list[RowResult | UndecodedRow] = []
+        livelock_after = self._options.livelock_after
+        if livelock_after is not None and not self._is_livelocked and self._num_finished >= livelock_after:
+            self._is_livelocked = self._takes_fault()
         if self._is_livelocked:
             time.sleep(_LIVELOCK_STEP_S)
             return results
@@ -145,6 +158,7 @@ class FakeBackend:
             if running.num_tokens >= running.max_tokens:
                 del self._rows[row]
                 results.append(self._make_result(running))
+        self._num_finished += len(results)
         return results
 
     def has_unfinished_requests(self) -> bool:
@@ -170,12 +184,28 @@ class FakeBackend:
         options = self._options
         if options.refuse_on is not None and options.refuse_on in prompt:
             raise RowRefused("bad_sampling", f"rejected by engine.refuse_on={options.refuse_on!r}")
-        if options.crash_on is not None and options.crash_on in prompt:
+        if self._is_hit_by(options.crash_on, prompt):
             os.kill(os.getpid(), signal.SIGKILL)
-        if options.hang_on is not None and options.hang_on in prompt:
+        if self._is_hit_by(options.hang_on, prompt):
             while True:
                 time.sleep(3600)
-        if options.livelock_on is not None and options.livelock_on in prompt:
+        if self._is_hit_by(options.livelock_on, prompt):
             self._is_livelocked = True
-        if options.raise_on is not None and options.raise_on in prompt:
+        if self._is_hit_by(options.raise_on, prompt):
             raise RuntimeError(f"raised by engine.raise_on={options.raise_on!r}")
+
+    def _is_hit_by(self, text: str | None, prompt: str) -> bool:
+        return text is not None and text in prompt and self._takes_fault()
+
+    def _takes_fault(self) -> bool:
+        """Count one more fault, and return True unless `max_faults` of them have been taken before."""
+        if self._options.fault_dir is None:
+            return True
+        number = 0
+        while self._options.max_faults is None or number < self._options.max_faults:
+            try:
+                open(os.path.join(self._options.fault_dir, f"fault-{number}"), "x").close()  # also between processes
+                return True
+            except FileExistsError:
+                number += 1
+        return False

@@ -60,7 +60,11 @@ _RESULT_NEUTRAL_ENGINE_KEYS = frozenset(
         "crash_on",
         "hang_on",
         "raise_on",
+        "livelock_on",
+        "livelock_after",
         "refuse_on",
+        "max_faults",
+        "fault_dir",
     ]
 )
 

@@ -1,12 +1,60 @@
-"""The fake engine: it checks its options as vLLM's does, all at once."""
+"""The fake engine: its options, checked all at once as vLLM's are, and how often its faults happen over all lives."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dpgen.engine.fake_backend import FakeBackend
-from dpgen.engine.messages import EngineSpec
+from dpgen.engine.messages import EngineSpec, EngineTextConfig
 from dpgen.errors import ConfigError
+from dpgen.records import Request
+
+
+def load_backend(**options: Any) -> FakeBackend:
+    backend = FakeBackend(EngineSpec("fake", "none", options))
+    backend.check_options()
+    backend.load(lambda num_bytes: num_bytes, EngineTextConfig())
+    return backend
+
+
+def make_request(row: int) -> Request:
+    return Request(row, list(f"row {row}".encode()), sampling={"max_tokens": 2})
+
+
+def test_a_start_fails_as_often_as_max_faults_says(tmp_path: Path) -> None:
+    options = {"load_error": "not yet", "max_faults": 2, "fault_dir": str(tmp_path)}
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not yet"):
+            load_backend(**options)
+    load_backend(**options)
+
+
+def test_a_row_fails_as_often_as_max_faults_says(tmp_path: Path) -> None:
+    options = {"raise_on": "row 1", "max_faults": 1, "fault_dir": str(tmp_path)}
+    with pytest.raises(RuntimeError, match="raised by"):
+        load_backend(**options).add_request(make_request(1))
+    load_backend(**options).add_request(make_request(1))
+
+
+def test_an_engine_livelocks_once_it_has_finished_enough_rows(tmp_path: Path) -> None:
+    backend = load_backend(livelock_after=1, max_faults=1, fault_dir=str(tmp_path))
+    for row in range(3):
+        backend.add_request(make_request(row))
+    num_finished = [len(backend.step()) for _ in range(4)]
+    assert num_finished == [0, 3, 0, 0]
+    backend.add_request(make_request(3))
+    tokens_before = backend.stats().num_generated_tokens
+    assert [backend.step() for _ in range(4)] == [[]] * 4
+    assert backend.stats().num_generated_tokens == tokens_before, "it says that it gets nowhere"
+    assert backend.has_unfinished_requests()
+
+
+def test_max_faults_without_a_place_to_count_them_is_rejected() -> None:
+    with pytest.raises(ConfigError, match="fault_dir"):
+        load_backend(max_faults=1)
 
 
 def test_all_wrong_options_of_an_engine_are_reported_at_once() -> None:

@@ -144,6 +144,7 @@ class Launcher:
         rank_arguments: Sequence[Sequence[str]],
         rank_environments: Mapping[int, Mapping[str, str]] | None = None,
         rank_programs: Mapping[int, Sequence[str]] | None = None,
+        program: Sequence[str] = ("-m", "dpgen"),
         **environment: str,
     ) -> list[Job]:
         """Start one process per rank, with the variables that srun sets and a free MASTER_PORT.
@@ -152,7 +153,8 @@ class Launcher:
             arguments: for every rank.
             rank_arguments: one list per rank, for that rank alone.
             rank_environments: variables for single ranks, by rank.
-            rank_programs: what python runs instead of `-m dpgen`, by rank.
+            rank_programs: what python runs instead of `program`, by rank.
+            program: what python runs.
             environment: overrides the variables of srun; MASTER_PORT="" unsets the port.
         """
         num_ranks = len(rank_arguments)
@@ -167,12 +169,7 @@ class Launcher:
         }
         return [
             self.start(
-                [
-                    sys.executable,
-                    *(rank_programs or {}).get(rank, ("-m", "dpgen")),
-                    *arguments,
-                    *rank_arguments[rank],
-                ],
+                [sys.executable, *(rank_programs or {}).get(rank, program), *arguments, *rank_arguments[rank]],
                 **{
                     "SLURM_PROCID": str(rank),
                     "SLURM_LOCALID": str(rank),
