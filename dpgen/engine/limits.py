@@ -1,14 +1,25 @@
-"""Limit how long an engine may get nowhere, and how often it may die."""
+"""Limit an engine: how long it may take and how often it may die, and what its next life may use. No process, no clock.
+
+- Sequences are halved at the first two deaths in a row, then memory is lowered by steps.
+- Memory that another process holds at a start is often freed within seconds: the first such start is only repeated.
+
+Limits: a lowered limit stays for the rest of the attempt.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from dpgen.config.schema import RunConfig
+from dpgen.engine.messages import EngineSpec
+from dpgen.errors import EngineError
 
 # DPGEN_START_RETRY_S is for tests, which would otherwise wait 20 seconds for an engine that never starts.
 _START_RETRY_S = float(os.environ.get("DPGEN_START_RETRY_S") or 10.0)
+_DEFAULT_NUM_SEQS = 256
 
 
 @dataclass(frozen=True)
@@ -32,3 +43,59 @@ class EngineLimits:
     def from_config(cls, run: RunConfig) -> EngineLimits:
         """Return the limits that the configuration sets."""
         return cls(run.engine_timeout_s, run.engine_start_timeout_s, run.max_engine_deaths)
+
+
+class EngineMemory:
+    """Adapt an engine's spec to the memory that it gets.
+
+    Attributes:
+        spec: the engine to start.
+        kv_bytes: bytes of KV cache that the ranks agreed on, or less; None before the agreement.
+        num_seqs: sequences that the loaded engine runs at a time; None before it is loaded.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.kv_bytes: int | None = None
+        self.num_seqs: int | None = None
+        self._was_held = False
+
+    def record_start(self, num_seqs: int) -> None:
+        """Note that the engine is loaded."""
+        self.num_seqs, self._was_held = num_seqs, False
+
+    def reduce_after(self, error: EngineError, num_deaths: int) -> str:
+        """Lower a limit of the next life if this one ran out of memory.
+
+        Args:
+            num_deaths: deaths in a row, this one included.
+
+        Returns:
+            the new limit as " with NAME=VALUE"; "" if nothing is changed.
+        """
+        if not error.is_out_of_memory:
+            return ""
+        if error.is_memory_still_held and not self._was_held:
+            self._was_held = True
+            return ""
+        options = dict(self.spec.options)
+        change = self._lower(options, num_deaths)
+        self.spec = dataclasses.replace(self.spec, options=options)
+        return change
+
+    def _lower(self, options: dict[str, Any], num_deaths: int) -> str:
+        num_seqs = options.get("max_num_seqs") or self.num_seqs or _DEFAULT_NUM_SEQS
+        if num_deaths <= 2 and num_seqs > 1:
+            options["max_num_seqs"] = num_seqs = max(1, num_seqs // 2)
+            return f" with max_num_seqs={num_seqs} (engine.max_num_seqs={num_seqs} keeps this for later attempts)"
+        if self.kv_bytes is not None:
+            self.kv_bytes = self.kv_bytes * 8 // 10
+            return f" with a KV cache of {self.kv_bytes >> 20:,} MiB"
+        if "kv_cache_memory_bytes" in options:
+            options["kv_cache_memory_bytes"] = options["kv_cache_memory_bytes"] * 8 // 10
+            return f" with kv_cache_memory_bytes={options['kv_cache_memory_bytes']}"
+        fraction = round(float(options.get("gpu_memory_utilization", 0.9)) - 0.1, 2)
+        if fraction <= 0:
+            return ""
+        options["gpu_memory_utilization"] = fraction
+        return f" with gpu_memory_utilization={fraction}"

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dpgen.engine.blame import BlameTracker
-from dpgen.engine.limits import EngineLimits
-from dpgen.engine.memory import EngineMemory
+from dpgen.engine.limits import EngineLimits, EngineMemory
 from dpgen.engine.messages import (
     EngineHandle,
     EngineInfo,
