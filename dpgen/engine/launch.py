@@ -18,9 +18,10 @@ from dpgen.data.detokenize import Detokenizer, fast_tokenizer
 from dpgen.data.hub import check_cache
 from dpgen.data.render import PromptRenderer, RenderFn
 from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer
+from dpgen.distributed.devices import assign_cores, assign_gpus
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import EngineWorld, Layout, build_engine_world
-from dpgen.distributed.topology import Topology, assign_cores, assign_gpus
+from dpgen.distributed.topology import Topology
 from dpgen.engine.limits import EngineLimits
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineTextConfig

@@ -127,9 +127,10 @@ def test_a_start_that_was_killed_before_its_first_row_is_an_attempt_and_its_note
 ) -> None:
     run_dir = RunDir(str(tmp_path / "run"))
     config, group = make_config(run_dir), SingleRankGroup()
+    start = read_job_start(config, group, run_dir)
     for number in (1, 2):
-        assert begin_attempt(config, group, run_dir, compute_run_identity(config, INPUT)) == number
+        assert begin_attempt(config, group, run_dir, compute_run_identity(config, INPUT), start) == number
         open_note(run_dir.journal, number, 0)
     assert len(list(run_dir.journal.iterdir())) == 2
-    begin_attempt(config, group, run_dir, compute_run_identity(config, {**INPUT, "content": "01"}))
+    begin_attempt(config, group, run_dir, compute_run_identity(config, {**INPUT, "content": "01"}), start)
     assert not list(run_dir.journal.iterdir()), "row 5 of one input is not row 5 of another"

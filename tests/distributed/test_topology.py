@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from dpgen.distributed.devices import assign_cores, assign_gpus
 from dpgen.distributed.ports import derive_job_ports
 from dpgen.distributed.topology import (
     Topology,
-    assign_cores,
-    assign_gpus,
     expand_tasks_per_node,
     fill_local_rank,
     first_host,

@@ -66,7 +66,7 @@ def test_a_limit_of_this_host_is_told_from_a_lost_peer(message: str, expected: b
 WAITING_PROGRAM = """
 import logging, sys
 import dpgen.log
-from dpgen.distributed.torch_world import open_store
+from dpgen.distributed.gloo.torch_world import open_store
 
 dpgen.log._FIRST_NOTICE_S = 0.0
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")

@@ -21,7 +21,7 @@ from helpers.jobs import REPO, wait_for
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.render import PromptRenderer
 from dpgen.errors import Interrupted
-from dpgen.lifecycle.shutdown import ShutdownMonitor, find_deadline
+from dpgen.lifecycle.shutdown import ShutdownMonitor, SignalReceived, find_deadline
 from dpgen.scheduling.prefix_groups import group_by_prefix
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -60,7 +60,7 @@ def test_a_signal_while_a_prompt_is_rendered_interrupts_the_run_and_fails_no_row
     rows: Any = Namespace(iter_rows=lambda row_ids, columns: iter([row] * len(row_ids)))
     for use in (
         lambda: renderer.build_prompt(row),
-        lambda: group_by_prefix(rows, np.arange(2), ["question"], renderer.build_prompt),
+        lambda: group_by_prefix(rows, np.arange(2), ["question"], lambda _, columns: renderer.build_prompt(columns)),
     ):
         with pytest.raises(Interrupted, match="interrupted by SIGTERM"), ShutdownMonitor().handle_signals():
             use()
@@ -121,7 +121,7 @@ def test_a_deadline_is_a_reason_to_stop_once_it_is_reached() -> None:
 def test_the_deadline_interrupts_whatever_the_run_does() -> None:
     monitor = ShutdownMonitor(time.monotonic() + 0.1, "run.time_limit=90")
     monitor.install_handlers()
-    with pytest.raises(Interrupted, match=r"run\.time_limit=90 is near"):
+    with pytest.raises(SignalReceived, match=r"run\.time_limit=90 is near"):
         threading.Event().wait(60)  # as reading an input or loading a model does
 
 
@@ -177,7 +177,10 @@ def test_an_end_time_of_an_ended_slurm_job_is_ignored_and_named(
     end: str, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert find_deadline("90", 120.0, {"SLURM_JOB_END_TIME": end}, started_s=1000.0) == (1090.0, "run.time_limit=90")
+    assert find_deadline("90", 120.0, {"SLURM_JOB_END_TIME": end}, monotonic_s=100.0, epoch_s=1000.0) == (
+        190.0,
+        "run.time_limit=90",
+    )
     assert caplog.messages[0].startswith(f"ignoring SLURM_JOB_END_TIME={end}, which {reason}")
 
 
