@@ -14,12 +14,14 @@ from helpers.source_code import find_imports, is_within, list_package_files, rea
 # By package: the files that may import it, and why these.
 HOMES = {
     "torch": {
+        "dpgen/distributed/gloo/address_book.py": "gloo asks a Store for addresses",
         "dpgen/distributed/gloo/rank_group.py": "gloo exchanges tensors",
         "dpgen/distributed/gloo/torch_world.py": "sets torch.distributed up",
         "dpgen/engine/lockstep.py": "the engine processes of one group exchange tensors",
         "dpgen/engine/vllm_backend.py": "run.json records torch's version next to vLLM's",
     },
     "torch.distributed": {
+        "dpgen/distributed/gloo/address_book.py": "gloo asks a Store for addresses",
         "dpgen/distributed/gloo/rank_group.py": "the group of all ranks",
         "dpgen/distributed/gloo/torch_world.py": "joins and leaves torch.distributed's world",
         "dpgen/engine/lockstep.py": "engine processes that step together: a group of their own, apart from the ranks'",

@@ -4,6 +4,7 @@
 - A timeout is for connecting only: connected ranks wait for each other however long it takes.
 - torch's object collectives pickle. Here they encode by `dpgen.distributed.codec`, so that a stranger who reaches a
   port can't run code.
+- Ranks find each other's addresses in one value of the store (`AddressBook`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from dpgen.distributed.codec import decode, encode
+from dpgen.distributed.gloo.address_book import AddressBook
 from dpgen.distributed.network import LOOPBACK, Address
 from dpgen.errors import DpgenError
 from dpgen.log import log_while_waiting
@@ -32,9 +34,11 @@ _BACKLOG = 2048  # torch's own
 _NO_TIMEOUT = timedelta(days=20)  # gloo counts milliseconds in a signed 32-bit integer: 24.8 days at most
 # Process groups whose collectives never end, kept until the process ends: destroying them would wait for those.
 _LEAKED_GROUPS: list[Any] = []
-# Without these, gloo (torch 2.13) sends 8 N^3 bytes through the store, and asks for one key at a time. Counted with 16
-# ranks: 162 instead of 292 bytes per rank and peer; with 4 ranks 165 instead of 199. All ranks must set them alike.
+# Without these, gloo (torch 2.13) sends 8 N^3 bytes through the store, and asks for one key at a time. All ranks must
+# set them alike.
 _GLOO_VARIABLES = ("GLOO_ENABLE_RANK_AS_SEQUENCE_NUMBER", "GLOO_ENABLE_STORE_V2_API")
+# Stores that gloo keeps using: torch keeps only the C++ part of a store that is written in Python.
+_ADDRESS_BOOKS: list[Any] = []
 _connections: dict[
     int, str
 ] = {}  # file descriptors of the world's connections, and the kernel's names of their sockets
@@ -108,7 +112,8 @@ def connect_world(base: Any, store: Any, rank: int, size: int, timeout_s: float)
     )
     try:
         with _set_gloo_variables(), log_while_waiting(logger, lambda: message):
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+            _ADDRESS_BOOKS.append(book := AddressBook(store, rank, size))
+            dist.init_process_group("gloo", store=book, rank=rank, world_size=size, timeout=timeout)
     finally:
         _connections.clear()
         _connections.update(_list_connections(base.port).items() - before.items())
