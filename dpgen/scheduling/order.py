@@ -12,7 +12,6 @@ Limits: the choice rests on a sample of 20,000 rows; prompts are compared as tex
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from dpgen.config.schema import WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.render import select_prompt_columns
 from dpgen.formatting import format_count
-from dpgen.scheduling.prefix_groups import PrefixGroups, group_by_prefix
+from dpgen.scheduling.prefix_groups import PrefixGroups, group_by_prefix, shard_groups
 from dpgen.scheduling.prompt_groups import LengthTracker, PromptGroups, RankState, group_by_prompt
 
 _SAMPLE_ROWS = 20_000
@@ -36,7 +35,6 @@ _LONG_PROMPT_CHARS = 1_000  # shorter prompts cost little in any order
 _MIN_SHARED_FRACTION = 0.25  # of all prompt text, from which on shared prefixes are worth an order of their own
 _MIN_GROUPED_FRACTION = 0.5  # of all rows, from which on rows with the same prompt are worth probes
 _CHARS_PER_TOKEN = 4
-_MIN_CHUNKS_PER_SHARD = 32  # of a shard of prefix groups
 _ASSUMED_OUTPUT_TOKENS = 256  # of a row without a hint, to weigh its completion against its prompt
 _ORDER_NAMES = {"dataset": "dataset order", "longest_first": "longest first", "prefix": "grouped by prefix"}
 
@@ -173,13 +171,7 @@ class RowOrder:
         """
         if self.groups is None or self.weights is None:
             return ShardSpec([len(range(shard, len(self.rows), num_shards)) for shard in range(num_shards)])
-        starts = _split_groups(self.groups, len(self.rows), len(self.rows) // (2 * num_shards))
-        assigned = _balance(np.add.reduceat(self.weights, starts), num_shards)
-        # The size of a chunk doesn't shrink towards the end, so chunks are small: another rank may have to steal some.
-        chunk_rows = min(max_rows, len(self.rows) // (_MIN_CHUNKS_PER_SHARD * num_shards))
-        groups = np.split(self.rows, starts[1:])
-        shards = [_prefill_heads_early([groups[group] for group in sorted(numbers)]) for numbers in assigned]
-        chunks = [_to_chunks(shard, chunk_rows) for shard in shards]
+        chunks = shard_groups(self.rows, self.groups, self.weights, num_shards, max_rows)
         return ShardSpec([len(chunk_starts) - 1 for _, chunk_starts in chunks], chunks)
 
 
@@ -338,41 +330,6 @@ def _sample(remaining: np.ndarray) -> np.ndarray:
     apart = np.random.default_rng(0).choice(len(remaining), _SAMPLE_ROWS // 2, replace=False)
     sample: np.ndarray = remaining[np.unique(np.concatenate([together, apart]))]
     return sample
-
-
-def _balance(weights: np.ndarray, num_shards: int) -> list[list[int]]:
-    """Assign groups to shards, the heaviest group first, each to the shard with the least weight."""
-    assigned: list[list[int]] = [[] for _ in range(num_shards)]
-    loads = [(0.0, shard) for shard in range(num_shards)]
-    for group in np.argsort(-weights, kind="stable").tolist():
-        load, shard = heapq.heappop(loads)
-        assigned[shard].append(group)
-        heapq.heappush(loads, (load + float(weights[group]), shard))
-    return assigned
-
-
-def _prefill_heads_early(groups: list[np.ndarray]) -> list[np.ndarray]:
-    """Move each group's first row to the front of the group before.
-
-    Rows computed in one step do not find each other's prefix in the cache. So the first row of a group must be
-    computed before the other rows of the group start.
-    """
-    heads = [group[:1] for group in [*groups[1:], groups[0][:0]]] if groups else []
-    moved = [np.concatenate([head, group[1:]]) for head, group in zip(heads, groups, strict=True)]
-    return [group for group in [*(first[:1] for first in groups[:1]), *moved] if len(group)]
-
-
-def _to_chunks(groups: list[np.ndarray], max_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a shard's rows, and where its chunks begin in them, with their end; see `ShardSpec.groups`."""
-    rows = np.concatenate([np.zeros(0, dtype=np.int64), *groups])
-    starts = np.cumsum([0, *map(len, groups)])[:-1].astype(np.int64)
-    return rows, np.append(_split_groups(starts, len(rows), max_rows), len(rows))
-
-
-def _split_groups(starts: np.ndarray, num_rows: int, max_rows: int) -> np.ndarray:
-    """Return where parts of at most `max_rows` rows begin, given where whole groups begin."""
-    within: np.ndarray = np.arange(num_rows) - np.repeat(starts, np.diff(starts, append=num_rows))
-    return np.flatnonzero(within % max(1, max_rows) == 0)
 
 
 def _compute_tail_ratio(values: np.ndarray) -> float:

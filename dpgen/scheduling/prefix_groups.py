@@ -1,4 +1,4 @@
-"""Group rows whose prompts share a prefix of 256, 512, ... or 65,536 characters.
+"""Group rows whose prompts share a prefix of 256, 512, ... or 65,536 characters, and shard whole groups.
 
 - Prefixes are compared by hashes of the text: tokenizing a whole dataset takes longer than a good order saves.
 - A collision of two 32-bit hashes groups rows that share nothing. That costs a little time and changes no result.
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import heapq
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from dpgen.errors import RenderTimeout
 
 MIN_PREFIX_CHARS = 256  # shorter prefixes are not worth an order: they fill a few blocks of a prefix cache
 _LEVELS = tuple(MIN_PREFIX_CHARS * 2**power for power in range(9))  # up to 65,536 characters
+_MIN_CHUNKS_PER_SHARD = 32
+_MAX_BALANCED_GROUPS = 1 << 16  # the heaviest groups, whose shards are chosen one by one
 _MIN_GROUPS = 8  # a prefix that more than an eighth of all rows share stays cached in any order
 
 
@@ -127,6 +130,100 @@ def group_by_prefix(
             start = stop
         prompt_hashes[position] = _hash(text[start:], value) + (len(text) << 32)
     return PrefixGroups(lengths, hashes, prompt_hashes)
+
+
+def shard_groups(
+    rows: np.ndarray, groups: np.ndarray, weights: np.ndarray, num_shards: int, max_rows: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Split rows into shards of whole groups; only groups of more than half a shard are split first.
+
+    Args:
+        rows: row indices in order of work, int64[num_rows].
+        groups: positions in `rows` where each group begins, int64[num_groups].
+        weights: each row's work, float64[num_rows].
+        max_rows: the most rows of one claim.
+
+    Returns:
+        of each shard, its rows (int64[num_rows]) and where its chunks begin in them, with their end
+        (int64[num_chunks + 1]).
+    """
+    starts = _split_groups(groups, len(rows), len(rows) // (2 * num_shards))
+    sizes = np.diff(starts, append=len(rows))
+    shard_of_group = _balance(np.add.reduceat(weights, starts), num_shards)
+    shard_rows = _split_by_shard(np.repeat(shard_of_group, sizes), rows, num_shards)
+    group_sizes = _split_by_shard(shard_of_group, sizes, num_shards)
+    shards = [_prefill_heads_early(*shard) for shard in zip(shard_rows, group_sizes, strict=True)]
+    # The size of a chunk doesn't shrink towards the end, so chunks are small: another rank may have to steal some.
+    chunk_rows = min(max_rows, len(rows) // (_MIN_CHUNKS_PER_SHARD * num_shards))
+    return [(own, np.append(_split_groups(heads, len(own), chunk_rows), len(own))) for own, heads in shards]
+
+
+def _balance(weights: np.ndarray, num_shards: int) -> np.ndarray:
+    """Return each group's shard, int64[num_groups]: the heaviest group first, each to the shard with the least weight.
+
+    Of the lighter ones, millions perhaps, whole rounds go to all shards at a time: from the shard with the least weight
+    to the one with the most, and back.
+    """
+    by_weight = np.argsort(-weights, kind="stable")
+    shard_of_group = np.zeros(len(weights), dtype=np.int64)
+    loads = [(0.0, shard) for shard in range(num_shards)]
+    for group in by_weight[:_MAX_BALANCED_GROUPS].tolist():
+        load, shard = heapq.heappop(loads)
+        shard_of_group[group] = shard
+        heapq.heappush(loads, (load + float(weights[group]), shard))
+    load_of_shard = np.array([load for load, _ in sorted(loads, key=lambda entry: entry[1])])
+    num_rounds = 2 * max(1, _MAX_BALANCED_GROUPS // (32 * num_shards))
+    for start in range(_MAX_BALANCED_GROUPS, len(weights), num_rounds * num_shards):
+        groups = by_weight[start : start + num_rounds * num_shards]
+        lightest_first = np.argsort(load_of_shard, kind="stable")
+        there_and_back = np.concatenate([lightest_first, lightest_first[::-1]])
+        shards = np.tile(there_and_back, num_rounds // 2)[: len(groups)]
+        shard_of_group[groups] = shards
+        load_of_shard += np.bincount(shards, weights[groups], minlength=num_shards)
+    return shard_of_group
+
+
+def _split_by_shard(shard: np.ndarray, values: np.ndarray, num_shards: int) -> list[np.ndarray]:
+    """Return the values of each shard, in their order.
+
+    Args:
+        shard: of each value, int64[num_values].
+    """
+    by_shard = np.argsort(shard, kind="stable")
+    return np.split(values[by_shard], np.cumsum(np.bincount(shard, minlength=num_shards))[:-1])
+
+
+def _prefill_heads_early(rows: np.ndarray, group_sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Move each group's first row to the front of the group before.
+
+    Rows computed in one step do not find each other's prefix in the cache. So the first row of a group must be
+    computed before the other rows of the group start.
+
+    Args:
+        rows: the rows of a shard, group by group, int64[num_rows].
+        group_sizes: rows in each group, int64[num_groups].
+
+    Returns:
+        the rows in their new order, and where groups now begin: the first row alone is a group, too.
+    """
+    if len(rows) == 0:
+        return rows, np.zeros(0, dtype=np.int64)
+    heads = np.cumsum(group_sizes) - group_sizes
+    # All rows but the first group's head and the last group's others make room for the head before them.
+    place = np.arange(len(rows)) + 1
+    place[heads[1:]] = heads[:-1] + 1
+    place[0] = 0
+    place[heads[-1] + 1 :] -= 1
+    moved = np.empty_like(rows)
+    moved[place] = rows
+    starts = np.append(0, heads + 1)
+    return moved, starts[starts < len(rows)]
+
+
+def _split_groups(starts: np.ndarray, num_rows: int, max_rows: int) -> np.ndarray:
+    """Return where parts of at most `max_rows` rows begin, given where whole groups begin."""
+    within: np.ndarray = np.arange(num_rows) - np.repeat(starts, np.diff(starts, append=num_rows))
+    return np.flatnonzero(within % max(1, max_rows) == 0)
 
 
 def _hash(text: str, value: int) -> int:

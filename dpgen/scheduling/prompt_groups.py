@@ -62,10 +62,7 @@ class PromptGroups:
         inf for a group of which rows run and none is finished; NaN for a group without either, and for a row without a
         group.
         """
-        finished, tokens, running = counts
-        mean = np.where(finished > 0, tokens / np.maximum(1, finished), np.where(running > 0, np.inf, np.nan))
-        mean = np.append(mean, np.nan)  # of rows without a group: index -1
-        lengths: np.ndarray = mean[self._group[rows]]
+        lengths: np.ndarray = _estimate_by_group(counts)[self._group[rows]]
         return lengths
 
     def make_tracker(self, remaining: np.ndarray, counts: np.ndarray) -> LengthTracker:
@@ -85,14 +82,30 @@ class PromptGroups:
             remaining: rows to sort, int64[num_remaining], ascending.
             counts: `count`, summed over all ranks.
         """
-        lengths, group = self.estimate_lengths(remaining, counts), self._group[remaining]
-        unmeasured = np.flatnonzero(np.isnan(lengths) & (group >= 0))
-        _, first, size = np.unique(group[unmeasured], return_index=True, return_counts=True)
-        probes = np.sort(unmeasured[first[size > 1]])
-        others = np.setdiff1d(np.arange(len(remaining)), probes, assume_unique=True)
-        sort_lengths = np.where(np.isnan(lengths[others]), np.finfo(np.float64).max, lengths[others])
-        others = others[np.argsort(-sort_lengths, kind="stable")]
+        length_of_group = _estimate_by_group(counts)
+        is_unmeasured, group = np.isnan(length_of_group), self._group[remaining]
+        unmeasured = np.flatnonzero(is_unmeasured[group] & (group >= 0))
+        size = np.bincount(group[unmeasured], minlength=self.num_groups)
+        first = np.zeros(self.num_groups, dtype=np.int64)
+        first[group[unmeasured[::-1]]] = unmeasured[::-1]  # the last assignment counts, so the first row of each group
+        probes = np.sort(first[size > 1])
+        is_other = np.ones(len(remaining), dtype=bool)
+        is_other[probes] = False
+        others = np.flatnonzero(is_other)
+        # Sorting the groups, and then numbers that hold the group's place and the row's position, takes a fifth of the
+        # time of a stable sort of the rows.
+        sort_lengths = np.where(is_unmeasured, np.finfo(np.float64).max, length_of_group)
+        place_of_group = np.unique(-sort_lengths, return_inverse=True)[1]
+        keys = np.sort(place_of_group[group[others]] * len(remaining) + others)
+        others = keys % max(1, len(remaining))
         return remaining[np.concatenate([probes, others])], len(probes)
+
+
+def _estimate_by_group(counts: np.ndarray) -> np.ndarray:
+    """Return each group's length as in `PromptGroups.estimate_lengths`, float64[num_groups + 1]; the last is NaN."""
+    finished, tokens, running = counts
+    mean = np.where(finished > 0, tokens / np.maximum(1, finished), np.where(running > 0, np.inf, np.nan))
+    return np.append(mean, np.nan)  # index -1
 
 
 class LengthTracker:

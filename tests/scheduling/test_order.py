@@ -231,3 +231,18 @@ def test_rows_that_are_put_last_leave_the_others_in_their_order_and_groups() -> 
     assert order.groups is not None and order.groups.tolist() == [0, 2, 4, 5]
     assert order.weights is not None and order.weights.tolist() == [0, 2, 4, 5, 1, 3]
     assert order.num_probes == 2
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 16])
+def test_a_million_small_groups_are_shared_out_evenly_without_a_step_for_each(
+    monkeypatch: pytest.MonkeyPatch, num_shards: int
+) -> None:
+    monkeypatch.setattr("dpgen.scheduling.prefix_groups._MAX_BALANCED_GROUPS", 64)
+    num_rows = 6_000
+    groups = np.arange(0, num_rows, 3)
+    weights = np.random.default_rng(0).lognormal(5, 1, num_rows)
+    spec = RowOrder(np.arange(num_rows), "prefix", "", groups, weights).shard(num_shards, 64)
+    assert spec.groups is not None
+    assert sorted(np.concatenate([rows for rows, _ in spec.groups])) == list(range(num_rows))
+    loads = [weights[rows].sum() for rows, _ in spec.groups]
+    assert max(loads) < 1.05 * min(loads)
