@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,16 @@ class InputRows:
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset
+        self._on_batch: Callable[[], None] = lambda: None
+
+    def with_progress(self, on_batch: Callable[[], None]) -> InputRows:
+        """Return the same rows; `iter_rows` and `read_numbers` then call `on_batch` after every 1,000 rows read.
+
+        Reading all prompts of a large input takes longer than a healthy rank may be silent.
+        """
+        rows = copy.copy(self)
+        rows._on_batch = on_batch
+        return rows
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -82,15 +93,20 @@ class InputRows:
     def iter_rows(self, row_ids: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield the rows `row_ids` one by one, with these columns only."""
         selected = self.dataset.select_columns(list(columns)).select(row_ids)
-        for batch in selected.iter(_READ_BATCH_ROWS):
+        for batch in self._iter_batches(selected):
             for values in zip(*(batch[name] for name in columns), strict=True):
                 yield dict(zip(columns, values, strict=True))
 
     def read_numbers(self, column: str, row_ids: np.ndarray) -> np.ndarray:
         """Return one column of the rows `row_ids` as float64[len(row_ids)]; NaN where it is null or not a number."""
         selected = self.dataset.select_columns([column]).select(row_ids)
-        chunks = [np.array([_to_float(value) for value in batch[column]]) for batch in selected.iter(_READ_BATCH_ROWS)]
+        chunks = [np.array([_to_float(value) for value in batch[column]]) for batch in self._iter_batches(selected)]
         return np.concatenate([np.zeros(0), *chunks])
+
+    def _iter_batches(self, selected: datasets.Dataset) -> Iterator[dict[str, list[Any]]]:
+        for batch in selected.iter(_READ_BATCH_ROWS):
+            yield batch
+            self._on_batch()
 
     def fingerprint(self, num_rows: int | None = None) -> dict[str, Any]:
         """Return what identifies the input: number of rows, columns, and a hash of all contents (blake2b).

@@ -209,6 +209,8 @@ class RankGroup(ABC):
         value: T | None = None
         try:
             value = action()
+        except PeerFailed:
+            raise  # the others notice it, too, and can't take part in what follows
         except DpgenError as raised:
             error = raised
         outcomes = self.all_gather_object(None if error is None else (str(error), error.exit_status))

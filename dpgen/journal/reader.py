@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,14 +88,20 @@ class SegmentContents:
     damage: str | None = None
 
 
-def index_journal(journal_dir: Path) -> JournalIndex:
+def index_journal(journal_dir: Path, on_segment: Callable[[], None] = lambda: None) -> JournalIndex:
     """Return an index over the rows of a journal directory.
+
+    Args:
+        on_segment: called after each segment is read.
 
     Raises:
         DpgenError: a segment can't be read.
     """
-    files = list_segments(journal_dir)
-    return _merge(files, [read_segment(path).frames for path in files])
+    files, frames = list_segments(journal_dir), []
+    for path in files:
+        frames.append(read_segment(path).frames)
+        on_segment()
+    return _merge(files, frames)
 
 
 def list_segments(journal_dir: Path) -> list[Path]:

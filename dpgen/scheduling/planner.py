@@ -8,6 +8,7 @@
 - Order and shards are the same on every rank: computed from the same rows, or from counts summed over all ranks.
 - Prompts are read once, for the first order. Later plans select from that order, or sort its prompt groups. All ranks
   read again only where the order lacks a remaining row (a lost node's, of an earlier attempt), or a rank the order.
+- Whoever reads prompts or journals keeps its lease and notices a failed peer, batch by batch: progress is a heartbeat.
 - After a loss of ranks, the journals tell which of their rows are finished. A journal counts only if the first rank of
   a remaining node can read it.
 - At the same times, the notes of dead ranks tell which rows they died on. A row that killed two is rejected; one that
@@ -18,9 +19,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,10 +152,11 @@ class ShardPlanner:
             return
         journaled, finished = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         if self._group.is_node_leader:
-            index = index_journal(self._journal_dir)
+            index = index_journal(self._journal_dir, self._group.raise_if_peer_failed)
             self.has_completions |= not index.error.all()
             self.succeeded_row = _find_short_completion(index, len(self._rows))
-            journaled, finished = _select_journaled_rows(index, self._config.retry_errors), index.row
+            on_batch = self._group.raise_if_peer_failed
+            journaled, finished = _select_journaled_rows(index, self._config.retry_errors, on_batch), index.row
         self._deaths.judge(finished)
         self._left_out.errors |= self._deaths.errors
         self._journaled = self._group.all_reduce_any(self._mask(journaled[journaled < len(self._rows)]))
@@ -209,8 +211,8 @@ class ShardPlanner:
 
     def _compute_order(self, rows: np.ndarray) -> RowOrder:
         """Read the prompts and return the order that they suggest, rejected rows and suspects last. Collective."""
-        left_out = self._left_out
-        order = left_out.compute(rows, partial(order_rows, self._config.order, self._rows))
+        left_out, input_rows = self._left_out, self._rows.with_progress(self._group.raise_if_peer_failed)
+        order = left_out.compute(rows, partial(order_rows, self._config.order, input_rows))
         if order is None:
             return RowOrder(rows, reason=f"because rendering takes longer than {left_out.limit} for several rows")
         return order.append(rows[left_out.is_left_out(rows)])
@@ -283,7 +285,9 @@ def _find_short_completion(index: JournalIndex, num_rows: int) -> int | None:
     return int(index.row[positions[index.length[positions].argmin()]]) if len(positions) else None
 
 
-def _select_journaled_rows(index: JournalIndex, retry_errors: bool | list[str]) -> np.ndarray:
+def _select_journaled_rows(
+    index: JournalIndex, retry_errors: bool | list[str], on_batch: Callable[[], None]
+) -> np.ndarray:
     """Return the rows in this node's journals, int64, without the failed ones that are to be generated again."""
     if len(index) and index.error.all():
         return index.row[:0]  # no row has ever succeeded, so the run starts over, whatever the errors were
@@ -291,8 +295,11 @@ def _select_journaled_rows(index: JournalIndex, retry_errors: bool | list[str]) 
         return index.row
     is_retried = index.error.copy()
     if isinstance(retry_errors, list):
+        is_named: list[bool] = []
         with JournalReader(index) as reader:
-            failed = chain.from_iterable(reader.iter_batches(np.flatnonzero(index.error)))
-            is_retried[index.error] = [bool(result.error and result.error.type in retry_errors) for result in failed]
+            for batch in reader.iter_batches(np.flatnonzero(index.error)):
+                is_named += [bool(result.error and result.error.type in retry_errors) for result in batch]
+                on_batch()
+        is_retried[index.error] = is_named
     journaled: np.ndarray = index.row[~is_retried]
     return journaled

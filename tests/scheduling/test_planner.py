@@ -13,7 +13,7 @@ import pytest
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import WorkConfig
 from dpgen.data.input_rows import InputRows
-from dpgen.distributed.group import InMemoryStore, SingleRankGroup
+from dpgen.distributed.group import InMemoryStore, PeerLost, SingleRankGroup
 from dpgen.errors import NoEngineLeft
 from dpgen.journal.row_notes import RENDERING, open_note
 from dpgen.journal.writer import JournalWriter
@@ -40,12 +40,18 @@ def make_planner(
 
 
 class RecordingRows(InputRows):
-    """Count how often prompts are read to order rows."""
+    """Count how often prompts are read to order rows, also by copies."""
 
-    num_reads = 0
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        super().__init__(dataset)
+        self._reads: list[int] = []
+
+    @property
+    def num_reads(self) -> int:
+        return len(self._reads)
 
     def iter_rows(self, row_ids: np.ndarray, columns: Any) -> Any:
-        self.num_reads += 1
+        self._reads.append(len(row_ids))
         return super().iter_rows(row_ids, columns)
 
 
@@ -224,6 +230,48 @@ def test_a_reshard_keeps_the_first_order_and_reads_no_prompt_again(tmp_path: Pat
     planner.plan(RankState(np.array([1, 4, 5]), np.array([3, 3, 3])))
     assert planner.order.rows.tolist() == [7, 2, 6, 0, 3], "rows that ran at the second plan may return in a later one"
     assert rows.num_reads == num_reads, "reading all prompts again would leave the engines idle"
+
+
+class WatchedGroup(SingleRankGroup):
+    """Count the signs of life of this rank's main thread, and lose a peer when a test says so."""
+
+    num_beats, lose_peer_at = 0, -1
+
+    def raise_if_peer_failed(self) -> None:
+        self.num_beats += 1
+        if self.num_beats == self.lose_peer_at:
+            raise PeerLost("lost rank 1")
+
+
+@pytest.mark.parametrize("order", ["longest_first", "prefix"])
+def test_a_rank_that_reads_all_prompts_of_a_large_input_shows_that_it_gets_on(tmp_path: Path, order: str) -> None:
+    group = WatchedGroup()
+    planner, _ = make_ordering_planner(tmp_path, group, order, [f"prompt {row}" for row in range(10_500)])
+    planner.plan()
+    assert group.num_beats == 11, "one for each 1,000 rows read"
+
+
+def test_reading_a_column_of_hints_and_the_journals_shows_progress_too(tmp_path: Path) -> None:
+    group = WatchedGroup()
+    for rank in range(3):
+        write_journal(tmp_path, [rank], {10 + rank: "poison_row"}, rank)
+    rows = InputRows(datasets.Dataset.from_dict({"prompt": ["text"] * 4_000, "length": [*range(4_000)]}))
+    order = OrderConfig(
+        WorkConfig(order="longest_first", hint_column="length"), PromptConfig(prompt_column="prompt"), None, True
+    )
+    config = PlannerConfig(order, ["poison_row"], ("prompt",), lockstep=False, claims_rows=True, attempt=2)
+    builder = RequestBuilder(lambda row: (None, row["prompt"]), None, {})
+    ShardPlanner(config, rows, tmp_path, group, builder).plan()
+    assert group.num_beats == 3 + 1 + 4, "three segments, one batch of failed rows, 3,997 rows with a hint"
+
+
+def test_a_peer_that_is_lost_while_prompts_are_read_is_noticed_before_all_are_read(tmp_path: Path) -> None:
+    group = WatchedGroup()
+    group.lose_peer_at = 2
+    planner, _ = make_ordering_planner(tmp_path, group, "longest_first", [f"prompt {row}" for row in range(5_000)])
+    with pytest.raises(PeerLost):
+        planner.plan()
+    assert group.num_beats == 2
 
 
 def test_a_reshard_keeps_prefix_groups_together(tmp_path: Path) -> None:
