@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from dpgen.records import RowResult, decode_result
 
 BATCH_ROWS = 2_000
 BATCH_BYTES = 64 << 20  # of encoded results; their Python objects take a few times as much
-_MAX_OPEN_FILES = 64
+_MIN_OPEN_FILES = 64
 
 
 class DamagedRecord(DpgenError):
@@ -151,12 +152,15 @@ def read_segment(path: Path, *, check: bool = False) -> SegmentContents:
 class JournalReader:
     """Read and check the results that an index points to; a context manager.
 
-    At most 64 files are open at a time, for any number of segments.
+    At most half as many files are open at a time as the process may open (64 at least), so a run of a thousand ranks
+    opens each segment once.
     """
 
     def __init__(self, index: JournalIndex) -> None:
         self._index = index
         self._open: OrderedDict[int, int] = OrderedDict()  # index into `files` → descriptor, least recently used first
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._max_open_files = len(index.files) if limit == resource.RLIM_INFINITY else max(_MIN_OPEN_FILES, limit // 2)
 
     def __enter__(self) -> JournalReader:
         return self
@@ -214,7 +218,7 @@ class JournalReader:
         if file in self._open:
             self._open.move_to_end(file)
         else:
-            if len(self._open) >= _MAX_OPEN_FILES:
+            if len(self._open) >= self._max_open_files:
                 os.close(self._open.popitem(last=False)[1])
             self._open[file] = os.open(self._index.files[file], os.O_RDONLY | os.O_CLOEXEC)
         return self._open[file]
