@@ -31,6 +31,7 @@ T = TypeVar("T")
 Milestone = Literal["gathered", "complete"]  # rank 0 has all rows; it has written the result
 
 _POLL_S = 0.02
+_MAX_POLL_S = 1.0  # once a node's leader takes long: a thousand ranks ask the one store
 
 
 class PeerLost(PeerFailed):
@@ -233,9 +234,11 @@ class RankGroup(ABC):
         """
         key = f"dpgen/node_ready/{self._take_sequence_number()}/{self.nodes[self.rank]}"
         if not self.is_node_leader:
+            poll_s = _POLL_S
             while self.checked_store.add(key, 0) == 0:
                 self.raise_if_peer_failed()
-                time.sleep(_POLL_S)
+                time.sleep(poll_s)
+                poll_s = min(2 * poll_s, _MAX_POLL_S)
         try:
             yield
         finally:

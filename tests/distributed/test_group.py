@@ -11,7 +11,7 @@ from helpers.jobs import wait_for
 
 from dpgen.distributed.gloo.leases import Leases, LeaseTiming, read_lease_timing
 from dpgen.distributed.gloo.timeout_store import TimeoutStore
-from dpgen.distributed.group import InMemoryStore
+from dpgen.distributed.group import InMemoryStore, SingleRankGroup
 from dpgen.errors import ConfigError
 
 
@@ -133,6 +133,26 @@ def test_rank_0_asks_for_all_leases_in_one_request_and_every_five_seconds_at_mos
     assert leases[0].find_expired(range(99), 60) == list(range(99)), "other members are looked at immediately"
     for lease in leases:
         lease.stop()
+
+
+def test_a_rank_that_waits_long_for_its_nodes_leader_asks_the_store_once_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class SecondOfNode(SingleRankGroup):
+        rank, size = 1, 2
+
+    group, store, clock = SecondOfNode(), CountingStore(), FakeClock()
+    group.store, group.nodes = store, ["node", "node"]
+
+    def sleep(seconds: float) -> None:
+        clock.now_s += seconds
+        if clock.now_s > 100:
+            store.add("dpgen/node_ready/1/node", 1)
+
+    monkeypatch.setattr("dpgen.distributed.group.time.sleep", sleep)
+    with group.node_leader_first():
+        assert 100 < store.num_requests < 115
+        assert 100 < clock.now_s < 102
 
 
 @pytest.mark.parametrize("text", ["4", "7.9", "soon", "nan", "inf", "-60"])
