@@ -8,15 +8,15 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
-from dpgen.data.render import check_prompt_columns, select_prompt_columns
+from dpgen.data.render import select_prompt_columns
 from dpgen.data.time_limit import limit_render_time
-from dpgen.distributed.agreement import check_same_job, open_input
+from dpgen.distributed.agreement import check_same_job, find_what_names_stand_for, open_input
 from dpgen.distributed.attempt import JobStart, begin_attempt, read_job_start
 from dpgen.distributed.gloo.leases import end_stuck_process, read_lease_timing
 from dpgen.distributed.group import RankGroup
@@ -27,18 +27,18 @@ from dpgen.engine.launch import TextPipeline, build_text_pipeline, has_cold_cach
 from dpgen.engine.loading import ModelLoader
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.supervisor import EngineSupervisor
-from dpgen.errors import EXIT_RESUMABLE, ConfigError, suggest_name
+from dpgen.errors import EXIT_RESUMABLE
 from dpgen.formatting import format_count, format_duration
 from dpgen.journal.row_notes import RowNote, compute_overdue_s, open_note
 from dpgen.journal.row_watch import RowWatch
-from dpgen.journal.run_dir import RunDir, compute_run_identity, diff_identities
+from dpgen.journal.run_dir import RunDir, compute_run_identity, describe_hashed_files, diff_identities
 from dpgen.journal.writer import JournalWriter
 from dpgen.lifecycle.shutdown import ShutdownMonitor, find_deadline
 from dpgen.lifecycle.status_file import StatusFile
 from dpgen.monitoring.progress import ProgressDisplay
 from dpgen.monitoring.run_report import summarize_run
 from dpgen.monitoring.startup import StartupTimer
-from dpgen.output.dataset_writer import check_output_columns
+from dpgen.output.column_check import check_columns, list_used_columns
 from dpgen.output.result import ResultConfig, gather_results, write_result
 from dpgen.records import RankManifest
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
@@ -142,8 +142,13 @@ class _Job:
         check_same_job(config, group)
         self._layout = group.run_on_all_ranks(lambda: build_layout(self._topology, config.parallel))
         self._start_engine()  # vLLM is imported beside what follows
-        self._rows, fingerprint = open_input(config.data, group, lambda columns: _check_columns(config, columns))
-        self._run_dir, identity = RunDir(config.run.dir), compute_run_identity(config, fingerprint)
+        self._run_dir = RunDir(config.run.dir)
+        self._rows, fingerprint = open_input(
+            config.data, group, self._run_dir, lambda rows: check_columns(config, rows)
+        )
+        identity = compute_run_identity(config, fingerprint, find_what_names_stand_for(config, group))
+        used_columns = [] if self._rows.is_empty else list_used_columns(config, self._rows.columns)
+        logger.info(self._rows.describe(used_columns))
         startup.mark("input")
         start = read_job_start(config, group, self._run_dir)
         self._is_complete = _is_already_complete(config, group, self._run_dir, identity, start)
@@ -154,6 +159,8 @@ class _Job:
         _check_engine_options(self._engine, config, group)
         startup.mark("engine's options")
         self._attempt = begin_attempt(config, group, self._run_dir, identity, start, self._rows.fingerprint)
+        if group.rank == 0:
+            self._run_dir.update_metadata(**describe_hashed_files(self._rows, fingerprint))
         self._engine_log.open(self._run_dir.logs / f"rank-{self._topology.dp_rank}.engine.log")
         self._begin_journal()
         self._planner = self._make_planner()
@@ -193,7 +200,14 @@ class _Job:
             render_timeout_s=config.data.render_timeout_s,
         )
         render = limit_render_time(self._text.render, config.data.render_timeout_s)
-        builder = RequestBuilder(render, config.run.seed, config.sampling_columns, config.sampling_by_rank, self._note)
+        builder = RequestBuilder(
+            render,
+            config.run.seed,
+            config.sampling_columns,
+            config.sampling_by_rank,
+            self._note,
+            has_added_nulls=self._rows.has_added_nulls,
+        )
         return ShardPlanner(planner_config, self._rows, self._run_dir.journal, self._group, builder)
 
     def _make_loop(self) -> GenerationLoop:
@@ -328,19 +342,6 @@ def _watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: St
         add=group.store.add,
         end_process=lambda why: end_stuck_process(lambda: status_file.write_once(EXIT_RESUMABLE), why),
     )
-
-
-def _check_columns(config: Config, columns: Sequence[str]) -> None:
-    """Raise ConfigError for the first column that the configuration names and the input lacks."""
-    check_prompt_columns(config.prompt, columns)
-    named = {f"sampling.from_columns.{field}": column for field, column in config.sampling_columns.items()}
-    if config.work.hint_column is not None:
-        named["work.hint_column"] = config.work.hint_column
-    for key, column in named.items():
-        if column not in columns:
-            hint = suggest_name(column, columns, "columns")
-            raise ConfigError(f"{key}: {column!r} is no column of the dataset{hint}")
-    check_output_columns(list(columns), config.data.columns, config.output.token_ids)
 
 
 def _is_already_complete(

@@ -56,7 +56,7 @@ def validate_messages(value: Any) -> list[Message]:
     if not value:
         raise RowRefused("empty_prompt", "the list of messages is empty")
     try:
-        messages = [_drop_nulls(message) for message in value]
+        messages = [drop_nulls(message) for message in value]
     except RecursionError:
         raise _make_wrong_type_error("messages are nested too deep") from None
     for index, message in enumerate(messages):
@@ -92,11 +92,12 @@ def merge_developer_role(conversation: list[Message], template: str) -> list[Mes
     return [{"role": "system", "content": "\n\n".join(texts)}, *others]
 
 
-def _drop_nulls(value: Any) -> Any:
+def drop_nulls(value: Any) -> Any:
+    """Return a value without the keys that are null, at any depth."""
     if isinstance(value, Mapping):
-        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_drop_nulls(item) for item in value]
+        return [drop_nulls(item) for item in value]
     return value
 
 

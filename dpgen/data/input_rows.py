@@ -1,7 +1,9 @@
-"""Load the input rows with Hugging Face `datasets`, and read them by index, in shards. The only home of `datasets`.
+"""Load the input rows, and read them by index, in shards. The only home of Hugging Face `datasets`.
 
 - A row is known by its index after `data.select` and `data.limit`: `row_ids` are int64 indices of this kind.
 - The rows never change, and neither does their order in the input; shards only select from them.
+- Files and folders on the disk are read by `dpgen.data.reading`, value for value; the Hub and what `save_to_disk`
+  wrote, by `datasets`.
 - Files without rows are no mistake: an empty input is a run with an empty result.
 """
 
@@ -9,12 +11,13 @@ from __future__ import annotations
 
 import copy
 import glob
-import hashlib
+import json
 import logging
-import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,12 @@ import numpy as np
 
 from dpgen.config.checks import parse_range
 from dpgen.config.schema import DataConfig
+from dpgen.data.input_source import InputSource
+from dpgen.data.reading.cache import compute_files_key, describe_error, read_files
+from dpgen.data.reading.dataset_folder import has_configurations, is_read_alike, load_files_with_rows
+from dpgen.data.reading.files import check_all_read, find_files, find_kind, list_other_files, looks_local
+from dpgen.data.reading.source import UnreadableInput
+from dpgen.data.row_view import Shard, TableView, to_float
 from dpgen.errors import ConfigError
 from dpgen.imports import imports_without_gc
 
@@ -29,30 +38,24 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-_BUILDERS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",  # with another separator
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-}
-_COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz", ".lz4"}
+
 _READ_BATCH_ROWS = 1_000
-_HASH_BATCH_ROWS = 10_000  # part of the fingerprint's definition
+_READ_BATCH_BYTES = 64 << 20
+_HASH_BATCH_ROWS = 10_000  # part of the definition of the first version's fingerprint
+_SAVED_DATASET = {"state.json", "dataset_dict.json"}  # files that save_to_disk writes
 
 
 class InputRows:
     """Give access to the rows of a run, after `data.select` and `data.limit`, by their index."""
 
-    def __init__(self, dataset: datasets.Dataset) -> None:
+    def __init__(self, dataset: datasets.Dataset, source: InputSource | None = None) -> None:
         self.dataset = dataset
+        self.source = source or InputSource()
+        self._views: dict[tuple[str, ...], TableView] = {}
         self._on_batch: Callable[[], None] = lambda: None
 
     def with_progress(self, on_batch: Callable[[], None]) -> InputRows:
-        """Return the same rows; `iter_rows` and `read_numbers` then call `on_batch` after every 1,000 rows read.
+        """Return the same rows; `iter_rows` and `read_numbers` then call `on_batch` after every batch read.
 
         Reading all prompts of a large input takes longer than a healthy rank may be silent.
         """
@@ -68,9 +71,28 @@ class InputRows:
         return list(self.dataset.column_names)
 
     @property
+    def key(self) -> str | None:
+        """Return a hash of what the disk says about the files; None where there is none, as for the Hub."""
+        return self.source.key
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Return the columns that can't be read, each with the reason."""
+        return {} if self.source.description is None else self.source.description.unreadable
+
+    @property
+    def has_added_nulls(self) -> bool:
+        """Return True if an object's key may be null where the input has no such key."""
+        return self.source.kind not in ("json", "csv", "tsv", "text")
+
+    @property
     def is_empty(self) -> bool:
         """Return True if there are no rows; then the columns may be unknown, too."""
         return len(self.dataset) == 0
+
+    def describe(self, used_columns: Sequence[str]) -> str:
+        """Return one line for the log; see `InputSource.describe`."""
+        return self.source.describe(len(self), self.columns, used_columns)
 
     def shard(self, order: np.ndarray, num_shards: int, index: int, columns: Sequence[str] | None = None) -> Shard:
         """Return shard `index` of `num_shards` of the rows listed in `order`.
@@ -82,54 +104,47 @@ class InputRows:
             order: int64[num_rows], the indices of the remaining rows in work order.
             columns: the columns to read; None for all.
         """
-        dataset = self.dataset if columns is None else self.dataset.select_columns(list(columns))
-        row_ids = order[index::num_shards]  # before selecting: selecting all 10 M rows of a resumed run takes 2.5 s
-        return Shard(dataset.select(row_ids), row_ids)
+        return Shard(self, order[index::num_shards], self.columns if columns is None else columns)
 
     def shard_in_chunks(self, row_ids: np.ndarray, starts: np.ndarray, columns: Sequence[str]) -> Shard:
         """Return a shard whose rows are claimed in chunks; see `Shard` for `row_ids` and `starts`."""
-        return Shard(self.dataset.select_columns(list(columns)).select(row_ids), row_ids, starts)
+        return Shard(self, row_ids, columns, starts)
 
     def iter_rows(self, row_ids: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield the rows `row_ids` one by one, with these columns only."""
-        selected = self.dataset.select_columns(list(columns)).select(row_ids)
-        for batch in self._iter_batches(selected):
+        for batch in self._iter_batches(np.asarray(row_ids), columns):
             for values in zip(*(batch[name] for name in columns), strict=True):
                 yield dict(zip(columns, values, strict=True))
 
     def read_numbers(self, column: str, row_ids: np.ndarray) -> np.ndarray:
         """Return one column of the rows `row_ids` as float64[len(row_ids)]; NaN where it is null or not a number."""
-        selected = self.dataset.select_columns([column]).select(row_ids)
-        chunks = [np.array([_to_float(value) for value in batch[column]]) for batch in self._iter_batches(selected)]
+        batches = self._iter_batches(np.asarray(row_ids), [column])
+        chunks = [np.array([to_float(value) for value in batch[column]]) for batch in batches]
         return np.concatenate([np.zeros(0), *chunks])
 
-    def _iter_batches(self, selected: datasets.Dataset) -> Iterator[dict[str, list[Any]]]:
-        for batch in selected.iter(_READ_BATCH_ROWS):
-            yield batch
-            self._on_batch()
-
-    def fingerprint(self, num_rows: int | None = None) -> dict[str, Any]:
+    def fingerprint(self, num_rows: int | None = None, version: int | None = None) -> dict[str, Any]:
         """Return what identifies the input: number of rows, columns, and a hash of all contents (blake2b).
 
         Args:
             num_rows: of the first rows only, as if `data.limit` had cut the input there; None for all.
+            version: 1 for the fingerprint that older versions of dpgen computed, which names no version.
         """
+        from dpgen.data.reading import content_hash
+
         num_rows = len(self) if num_rows is None else num_rows
-        digest = hashlib.blake2b(digest_size=16)
-        num_hashed = 0
-        for table in self.iter_tables(_HASH_BATCH_ROWS):
-            if num_hashed >= num_rows:
-                break
-            digest.update(_canonical_bytes(table.slice(0, num_rows - num_hashed)))
-            num_hashed += table.num_rows
-        return {"num_rows": num_rows, "columns": self.columns, "content": digest.hexdigest()}
+        if version == 1:
+            load = self.source.load_before
+            before = self if load is None else InputRows(load())
+            tables = before._iter_tables(_HASH_BATCH_ROWS, before.columns, num_rows, None)
+            content = content_hash.hash_rows_of_version_1(tables, num_rows)
+            return {"num_rows": num_rows, "columns": before.columns, "content": content}
+        tables = self._iter_tables(_HASH_BATCH_ROWS, self.columns, num_rows, _READ_BATCH_BYTES)
+        content = content_hash.hash_rows(tables)
+        return {"num_rows": num_rows, "columns": self.columns, "content": content, "version": content_hash.VERSION}
 
     def iter_tables(self, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yield all rows in input order, as Arrow tables of `num_rows` rows (the last may be shorter)."""
-        dataset = self.dataset if columns is None else self.dataset.select_columns(list(columns))
-        view = dataset.with_format("arrow")
-        for start in range(0, len(view), num_rows):
-            yield view[start : start + num_rows]
+        """Yield all rows in input order, as Arrow tables of at most `num_rows` rows, and of some 64 MB."""
+        return self._iter_tables(num_rows, self.columns if columns is None else columns, len(self), _READ_BATCH_BYTES)
 
     def write_card(self, directory: Path, schema: pa.Schema) -> None:
         """Write the dataset card, from which `datasets` reads the columns' types; JSON lines don't hold them."""
@@ -154,40 +169,46 @@ class InputRows:
         features.update(datasets.Features.from_arrow_schema(added))
         return features.arrow_schema
 
+    def _iter_tables(
+        self, num_rows: int, columns: Sequence[str], stop: int, max_bytes: int | None
+    ) -> Iterator[pa.Table]:
+        """Yield the rows before `stop`, in tables of at most `num_rows` rows."""
+        view = self._get_view(columns)
+        for row_ids in view.split(np.arange(min(stop, len(self))), num_rows, max_bytes):
+            yield view.read(row_ids)
 
-@dataclass(frozen=True)
-class Shard:
-    """Hold the rows of a shard in work order, with their indices in the input.
+    def _iter_batches(self, row_ids: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+        """Yield column → values of the rows `row_ids`, a bounded number of bytes at a time."""
+        from dpgen.data.reading.json_types import to_python
 
-    Attributes:
-        row_ids: int64[num_rows], the rows' indices in the input.
-        chunk_starts: int64[num_chunks + 1], the position at which each chunk of rows starts, then the number of rows;
-            None where each row is claimed alone.
-    """
+        view = self._get_view(columns)
+        for part in view.split(row_ids, _READ_BATCH_ROWS, _READ_BATCH_BYTES):
+            table = view.read(part)
+            batch = {name: to_python(table[name]) for name in columns}
+            self._restore_invalid(part, batch)
+            yield batch
+            self._on_batch()
 
-    dataset: datasets.Dataset
-    row_ids: np.ndarray
-    chunk_starts: np.ndarray | None = None
+    def _restore_invalid(self, row_ids: np.ndarray, batch: dict[str, list[Any]]) -> None:
+        """Put back the text that Arrow can't hold."""
+        description = self.source.description
+        if description is None or not description.invalid:
+            return
+        base = row_ids if self.source.base is None else np.asarray(self.source.base)[row_ids]
+        for position in np.flatnonzero(np.isin(base, list(description.invalid))):
+            for name, text in description.invalid[int(base[position])].items():
+                if name in batch:
+                    batch[name][position] = json.loads(text)
 
-    def __len__(self) -> int:
-        return len(self.row_ids)
-
-    def read_positions(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the rows of a claim, as (row index, column → value).
-
-        Args:
-            start: the first position in this shard: of a chunk where the shard has chunks, else of a row.
-            stop: the position after the last one.
-        """
-        if self.chunk_starts is not None:
-            start, stop = int(self.chunk_starts[start]), int(self.chunk_starts[stop])
-        batch = self.dataset[start:stop]
-        for offset, row_id in enumerate(self.row_ids[start:stop]):
-            yield int(row_id), {name: values[offset] for name, values in batch.items()}
+    def _get_view(self, columns: Sequence[str]) -> TableView:
+        key = tuple(columns)
+        if key not in self._views:
+            self._views[key] = TableView(self.dataset.select_columns(list(columns)).with_format("arrow"))
+        return self._views[key]
 
 
 def load_input(config: DataConfig) -> InputRows:
-    """Return the rows that `data.*` names, and build the `datasets` cache where it is missing.
+    """Return the rows that `data.*` names, and build the cache where it is missing.
 
     Raises:
         ConfigError: the input or its split doesn't exist, or can't be read.
@@ -197,47 +218,157 @@ def load_input(config: DataConfig) -> InputRows:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
+    with _translate_errors(config):
+        dataset, source = _load(config)
+    return _cut(config, dataset, source)
+
+
+@contextmanager
+def _translate_errors(config: DataConfig) -> Iterator[None]:
     try:
-        dataset = _load_dataset(config)
+        yield
     except (ConfigError, KeyboardInterrupt):
         raise
+    except UnreadableInput as error:
+        raise ConfigError(f"data.path={config.path}: {error}") from None
     except Exception as error:  # noqa: BLE001 - `datasets` passes on all that its readers raise; all of it is about the input
-        raise ConfigError(f"data.path={config.path}: {_find_root_cause(error)}") from None
-    dataset = dataset.with_format(None)  # plain Python values, even if it was saved with another format
+        raise ConfigError(f"data.path={config.path}: {describe_error(error, _get_cache())}") from None
+
+
+def _cut(config: DataConfig, dataset: datasets.Dataset, source: InputSource) -> InputRows:
+    """Apply `data.select` and `data.limit`."""
+    dataset = dataset.with_format(None)
+    base = range(len(dataset)) if source.base is None else source.base
     if config.select is not None:
-        dataset = dataset.select(range(*parse_range(config.select).indices(len(dataset))))
+        chosen = parse_range(config.select)
+        dataset, base = dataset.select(range(*chosen.indices(len(dataset)))), base[chosen]
     if config.limit is not None:
-        dataset = dataset.select(range(min(config.limit, len(dataset))))
-    return InputRows(dataset)
+        length = min(config.limit, len(dataset))
+        dataset, base = dataset.select(range(length)), base[:length]
+    key = None if source.key is None else f"{source.key} {config.split} {config.select} {config.limit}"
+    load_before = source.load_before
+
+    def cut_before() -> datasets.Dataset:
+        assert load_before is not None
+        with _translate_errors(config):
+            return _cut(config, load_before(), InputSource()).dataset
+
+    return InputRows(dataset, replace(source, key=key, base=base, load_before=load_before and cut_before))
 
 
-def _load_dataset(config: DataConfig) -> datasets.Dataset:
+def _load(config: DataConfig) -> tuple[datasets.Dataset, InputSource]:
     import datasets
 
     paths = [config.path] if isinstance(config.path, str) else list(config.path)
-    files = [file for path in paths for file in _find_files(path)]
+    files = [file for path in paths for file in find_files(path)]
     if files:
         _reject_hub_keys(config, "name", "revision")
-        builders = {_get_builder(file) for file in files}
-        if len({_get_data_suffix(file) == ".tsv" for file in files}) > 1:
-            raise ConfigError("data.path names files separated by tabs and others; convert one kind")
-        if len(builders) > 1:
-            raise ConfigError(f"data.path names files of several kinds: {', '.join(sorted(builders))}")
-        return _load_files(builders.pop(), files, config.split or "train")
+        return _read_splits({"train": files}, config, lambda: _load_files_before(files, config.split or "train"))
     if len(paths) > 1:
         raise ConfigError("data.path may list files, not directories or Hub names")
-    path = str(Path(paths[0]).expanduser()) if _looks_local(paths[0]) else paths[0]
-    markers = {"state.json", "dataset_dict.json"}  # files that save_to_disk writes
-    if os.path.isdir(path):
-        _reject_hub_keys(config, "revision")
-    if os.path.isdir(path) and markers & set(os.listdir(path)):
-        _reject_hub_keys(config, "name")
-        try:
-            return _select_split(datasets.load_from_disk(path), config.split)
-        except IndexError:  # `datasets` raises it where a saved dataset has no rows
-            return datasets.Dataset.from_dict({})
-    loaded = datasets.load_dataset(path, config.name, split=config.split, revision=config.revision)
-    return _select_split(loaded, config.split)
+    path = str(Path(paths[0]).expanduser()) if looks_local(paths[0]) else paths[0]
+    if not os.path.isdir(path):
+        loaded = datasets.load_dataset(path, config.name, split=config.split, revision=config.revision)
+        return _select_split(loaded, config.split), InputSource()
+    _reject_hub_keys(config, "revision")
+    if not _SAVED_DATASET & set(os.listdir(path)):
+        return _load_folder(path, config)
+    _reject_hub_keys(config, "name")
+    files = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
+    try:
+        saved = _select_split(datasets.load_from_disk(path), config.split)
+    except IndexError:  # `datasets` raises it where a saved dataset has no rows
+        saved = datasets.Dataset.from_dict({})
+    return saved, InputSource(num_files=len(files), key=compute_files_key(files))
+
+
+def _load_folder(path: str, config: DataConfig) -> tuple[datasets.Dataset, InputSource]:
+    """Return the rows of a folder of files, in the splits and in the order that `datasets` finds in it.
+
+    Raises:
+        ConfigError: a data file of the folder is in no split; or the folder has several configurations, or splits.
+    """
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(path, config.name)
+    except ValueError as error:
+        if re.search("Config name is missing|BuilderConfig", str(error)) is None:
+            raise
+        names = ", ".join(datasets.get_dataset_config_names(path))
+        problem = "data.name is needed" if config.name is None else f"data.name={config.name} is not there"
+        raise ConfigError(f"{problem}: data.path={path} holds the configurations {names}") from None
+    splits = {str(name): [str(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
+    files = [file for names in splits.values() for file in names]
+    if not has_configurations(path):
+        check_all_read(path, files)
+    others = list_other_files(path, files)
+    if config.split is None and len(splits) > 1:
+        raise ConfigError(f"data.split is needed: there are {', '.join(sorted(splits))}")
+
+    def load() -> datasets.Dataset:
+        cache = _get_cache() / "dpgen" / f"folder-{compute_files_key(files)}"
+        loaded = datasets.load_dataset(path, config.name, split=config.split, cache_dir=str(cache))
+        return _select_split(loaded, config.split)
+
+    if is_read_alike(builder):
+        dataset, source = _read_splits(splits, config, load)
+        return dataset, replace(source, other_files=others)
+    return load(), InputSource(num_files=len(files), key=compute_files_key(files), other_files=others)
+
+
+def _read_splits(
+    splits: dict[str, list[str]], config: DataConfig, load_before: Callable[[], datasets.Dataset]
+) -> tuple[datasets.Dataset, InputSource]:
+    """Return the rows of `data.split`, given the files of each split."""
+    import datasets
+
+    spec = config.split or next(iter(splits))
+    wanted = [name for name in splits if re.search(rf"\b{re.escape(name)}\b", spec)]
+    if not wanted:
+        raise ConfigError(f"data.split={spec}: there are only {', '.join(sorted(splits))}")
+    files = [file for name in wanted for file in splits[name]]
+    kind = find_kind(files)
+    path, description, key = read_files(kind, files, _get_cache())
+    dataset = datasets.Dataset.from_file(str(path))
+    if not len(dataset) and not dataset.column_names:
+        dataset = datasets.Dataset.from_dict({})
+    source = InputSource(kind, len(files), key, description, load_before=load_before)
+    if spec == wanted[0]:
+        return dataset, source
+    num_rows, starts, position = dict.fromkeys(wanted, 0), {}, 0
+    counts = iter(description.num_rows)
+    for name in wanted:
+        starts[name], num_rows[name] = position, sum(next(counts) for _ in splits[name])
+        position += num_rows[name]
+    parts = [
+        np.arange(starts[part.splitname] + (part.from_ or 0), starts[part.splitname] + (part.to or 0))
+        for part in datasets.ReadInstruction.from_spec(spec).to_absolute(num_rows)
+    ]
+    base = np.concatenate(parts)
+    return dataset.select(base), replace(source, base=base)
+
+
+def _load_files_before(files: list[str], split: str) -> datasets.Dataset:
+    """Return the rows of files of one kind as older versions of dpgen read them, with `datasets`."""
+    import datasets
+
+    kind = find_kind(files)
+    options = {"sep": "\t"} if kind == "tsv" else {}
+    cache = _get_cache() / "dpgen" / f"before-{compute_files_key(files)}"
+
+    def load(paths: list[str]) -> datasets.Dataset:
+        data_files = [glob.escape(path) for path in paths]  # `datasets` takes file names for patterns
+        builder = "csv" if kind == "tsv" else kind
+        return datasets.load_dataset(builder, data_files=data_files, split=split, cache_dir=str(cache), **options)
+
+    return load_files_with_rows(files, load) or datasets.Dataset.from_dict({})
+
+
+def _get_cache() -> Path:
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE)
 
 
 def _reject_hub_keys(config: DataConfig, *names: str) -> None:
@@ -249,70 +380,6 @@ def _reject_hub_keys(config: DataConfig, *names: str) -> None:
     ]
     if mistakes:
         raise ConfigError(*mistakes)
-
-
-def _load_files(builder: str, files: list[str], split: str) -> datasets.Dataset:
-    """Return the rows of files of one kind. Files without rows are skipped; without any row, the input is empty."""
-    import datasets
-
-    extra = {"sep": "\t"} if _get_data_suffix(files[0]) == ".tsv" else {}
-
-    def load(paths: list[str]) -> datasets.Dataset:
-        data_files = [glob.escape(path) for path in paths]  # `datasets` takes file names for patterns
-        return datasets.load_dataset(builder, data_files=data_files, split=split, **extra)
-
-    def has_rows(file: str) -> bool:
-        try:
-            return len(load([file])) > 0
-        except Exception as error:
-            if _is_empty_input_error(error):
-                return False
-            raise
-
-    files = [file for file in files if os.path.getsize(file) > 0]
-    try:
-        return load(files) if files else datasets.Dataset.from_dict({})
-    except Exception as error:
-        if len(files) == 1 and not _is_empty_input_error(error):
-            raise
-        with_rows = [file for file in files if has_rows(file)]
-        if with_rows == files:
-            raise
-        return load(with_rows) if with_rows else datasets.Dataset.from_dict({})
-
-
-def _find_files(path: str) -> list[str]:
-    """Return the files that a path or glob names; none if it is a directory or may be a Hub name."""
-    expanded = str(Path(path).expanduser())
-    if os.path.isfile(expanded):
-        return [expanded]
-    if os.path.isdir(expanded):
-        return []
-    if glob.has_magic(path):
-        files = sorted(file for file in glob.glob(expanded, recursive=True) if os.path.isfile(file))
-        if not files:
-            raise ConfigError(f"data.path: no file matches {path}")
-        return files
-    if _looks_local(path):
-        raise ConfigError(f"data.path: no such file or directory: {path}")
-    return []
-
-
-def _looks_local(path: str) -> bool:
-    """Return True if a path can't be a Hub name (NAME or USER/NAME), by its form or by a data file's suffix."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or _get_data_suffix(path) in _BUILDERS
-
-
-def _get_data_suffix(path: str) -> str:
-    stem, suffix = os.path.splitext(path.lower())
-    return os.path.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix
-
-
-def _get_builder(file: str) -> str:
-    suffix = _get_data_suffix(file)
-    if suffix not in _BUILDERS:
-        raise ConfigError(f"data.path: {file} is none of the known kinds: {', '.join(_BUILDERS)}")
-    return _BUILDERS[suffix]
 
 
 def _select_split(loaded: Any, split: str | None) -> datasets.Dataset:
@@ -327,37 +394,3 @@ def _select_split(loaded: Any, split: str | None) -> datasets.Dataset:
     if chosen not in loaded:
         raise ConfigError(f"data.split={chosen}: there are only {', '.join(names)}")
     return loaded[chosen]
-
-
-def _is_empty_input_error(error: Exception) -> bool:
-    """Return True if `datasets` failed because the files are empty, which is no mistake."""
-    names = {type(exception).__name__ for exception in (error, error.__cause__) if exception is not None}
-    if names & {"StopIteration", "EmptyDataError", "SchemaInferenceError"}:
-        return True
-    return "corresponds to no data" in str(error)
-
-
-def _find_root_cause(error: Exception) -> str:
-    """Return the first line of the cause that `datasets` wraps in "An error occurred while generating the dataset"."""
-    root: BaseException = error.__cause__ or error
-    lines = str(root).strip().splitlines()
-    return lines[0] if lines else type(root).__name__
-
-
-def _to_float(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def _canonical_bytes(table: pa.Table) -> bytes:
-    """Return a table's content as bytes that depend neither on its Arrow chunks nor on the rows around it."""
-    import pyarrow as pa
-
-    sink = pa.BufferOutputStream()
-    # Taken, not sliced: a slice's bitmaps end with bits of the rows that follow, e.g. those beyond `data.limit`.
-    bare = table.take(np.arange(table.num_rows)).combine_chunks().replace_schema_metadata(None)
-    with pa.ipc.new_stream(sink, bare.schema) as writer:
-        writer.write_table(bare)
-    return bytes(sink.getvalue())

@@ -155,7 +155,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def _iter_reasons(name: str, revision: str | None) -> Iterator[str]:
-    directory = _fetch_config_files(name, revision)
+    directory = fetch_config_files(name, revision)
     if directory is None:
         return
     for pattern, reason in _VLLM_ONLY_FILES.items():
@@ -195,7 +195,7 @@ def _read_model_config(path: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-def _fetch_config_files(name: str, revision: str | None) -> Path | None:
+def fetch_config_files(name: str, revision: str | None) -> Path | None:
     """Return a directory with the repository's config.json and vLLM-only files; None if they can't be fetched."""
     if Path(name).exists():
         return Path(name)

@@ -21,9 +21,11 @@ from dpgen.config.environment import read_versions, select_result_variables
 from dpgen.config.schema import Config, DataConfig
 from dpgen.config.secrets import redact_secrets
 from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.model_files import hash_chat_template, identify_model
+from dpgen.data.reading.files import check_run_dir_apart
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import ConfigError
-from dpgen.journal.run_dir import select_result_options
+from dpgen.journal.run_dir import RunDir, find_fingerprint, select_result_options
 
 # Keys that ranks may set differently: places on a node's own disk, whose contents are compared elsewhere or are this
 # rank's own, and what only the terminal shows.
@@ -51,9 +53,12 @@ def check_same_job(config: Config, group: RankGroup) -> None:
 
 
 def open_input(
-    data: DataConfig, group: RankGroup, check_columns: Callable[[Sequence[str]], None]
+    data: DataConfig, group: RankGroup, run_dir: RunDir, check_columns: Callable[[InputRows], None]
 ) -> tuple[InputRows, dict[str, Any]]:
     """Load the input and return it with its fingerprint. Collective.
+
+    The contents are not hashed again if run.json has the hash of the same files. A run directory of an older version
+    keeps that version's fingerprint, if the input still has it.
 
     Args:
         check_columns: raises ConfigError where the configuration names a column that the input lacks. Not called for
@@ -63,10 +68,14 @@ def open_input(
         ConfigError: the input can't be read, differs between ranks or nodes, or lacks a column.
     """
 
+    check_run_dir_apart(data.path, run_dir.path)
+    metadata = group.all_gather_object(group.run_on_all_ranks(run_dir.read_metadata))
+    recorded: dict[str, Any] = next(filter(None, metadata), {})  # of rank 0, where it has any
+
     def load() -> tuple[InputRows, dict[str, Any] | None]:
         with group.node_leader_first():
             rows = load_input(data)
-            return rows, rows.fingerprint() if group.is_node_leader else None
+            return rows, find_fingerprint(rows, recorded) if group.is_node_leader else None
 
     rows, fingerprint = group.run_on_all_ranks(load)
     fingerprints = [node for node in group.all_gather_object(fingerprint) if node is not None]
@@ -79,10 +88,33 @@ def open_input(
         if any(node != fingerprints[0] for node in fingerprints):
             raise ConfigError(f"data.path={data.path}: nodes hold different rows. Copy the same files to all of them")
         if not rows.is_empty:
-            check_columns(rows.columns)
+            check_columns(rows)
 
     group.run_on_all_ranks(check)
     return rows, fingerprints[0]
+
+
+def find_what_names_stand_for(config: Config, group: RankGroup) -> dict[str, Any]:
+    """Return what rank 0 finds where the configuration only has a name, and variables that it doesn't name. Collective.
+
+    Returns:
+        values by `dpgen.journal.run_dir.FOUND_KEYS`.
+
+    Raises:
+        ConfigError: a file of the model, or the chat template, can't be read.
+    """
+
+    def find() -> dict[str, Any] | None:
+        if group.rank != 0:
+            return None
+        found: dict[str, Any] = {"variables": select_result_variables(os.environ)}
+        if config.run.engine == "fake":
+            return found
+        template = hash_chat_template(config.prompt)
+        return {**found, "model_files": identify_model(config.model, config.engine), "chat_template_hash": template}
+
+    found: dict[str, Any] = group.all_gather_object(group.run_on_all_ranks(find))[0]
+    return found
 
 
 def _describe_job(config: Config, environment: Mapping[str, str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from dpgen.distributed.topology import read_boot_id
 from dpgen.errors import DpgenError
 from dpgen.journal.reader import last_attempt
 from dpgen.journal.row_notes import remove_notes
-from dpgen.journal.run_dir import RunDir, diff_identities, get_num_rows
+from dpgen.journal.run_dir import RunDir, diff_identities, get_fingerprint_version, get_num_rows
 from dpgen.lifecycle.restart import describe_start, is_restart, merge_starts
 
 logger = logging.getLogger(__name__)
@@ -68,15 +68,15 @@ def begin_attempt(
     run_dir: RunDir,
     identity: Mapping[str, Any],
     start: JobStart,
-    fingerprint: Callable[[int], Mapping[str, Any]] | None = None,
+    fingerprint: Callable[[int, int | None], Mapping[str, Any]] | None = None,
 ) -> int:
     """Return the number of this attempt: one more than the highest that any rank's run directory knows. Collective.
 
     Args:
         start: from `read_job_start`.
         identity: what decides the results; see `dpgen.journal.run_dir.compute_run_identity`.
-        fingerprint: returns the fingerprint of the input's first rows, given their number, so that a run whose input
-            has grown at its end resumes; None to accept only the same input.
+        fingerprint: returns the fingerprint of the input's first rows, given their number and the fingerprint's
+            version, so that a run whose input has grown at its end resumes; None to accept only the same input.
 
     Raises:
         ConfigError: the directory can't be used, holds something else, or another run is at work there.
@@ -166,18 +166,27 @@ def _find_last_attempt(run_dir: RunDir) -> int:
 
 
 def _hash_earlier_inputs(
-    group: RankGroup, run_dir: RunDir, num_rows: int, fingerprint: Callable[[int], Mapping[str, Any]] | None
+    group: RankGroup,
+    run_dir: RunDir,
+    num_rows: int,
+    fingerprint: Callable[[int, int | None], Mapping[str, Any]] | None,
 ) -> dict[int, Mapping[str, Any]]:
     """Return the fingerprint of the input's first rows for each smaller input that a run directory names. Collective.
 
     Rank 0 hashes for all ranks, which have the same rows. If no input has grown, nothing is hashed.
     """
-    stored = group.all_gather_object(group.run_on_all_ranks(lambda: get_num_rows(run_dir.read_metadata())))
-    sizes = sorted({size for size in stored if size is not None and size < num_rows})
+
+    def read_size() -> tuple[int, int | None] | None:
+        metadata = run_dir.read_metadata()
+        size = get_num_rows(metadata)
+        return None if size is None else (size, get_fingerprint_version(metadata))
+
+    stored = group.all_gather_object(group.run_on_all_ranks(read_size))
+    sizes = sorted({tuple(size) for size in stored if size is not None and size[0] < num_rows})
     if not sizes or fingerprint is None:
         return {}
-    fingerprints = group.all_gather_object([fingerprint(size) for size in sizes] if group.rank == 0 else None)[0]
-    return dict(zip(sizes, fingerprints, strict=True))
+    fingerprints = group.all_gather_object([fingerprint(*size) for size in sizes] if group.rank == 0 else None)[0]
+    return {size: prefix for (size, _), prefix in zip(sizes, fingerprints, strict=True)}
 
 
 def _translate_errors(action: Callable[[], None], run_dir: Path) -> None:

@@ -7,7 +7,8 @@
     dataset/      the final rows, in input order
     _SUCCESS      counts and a hash of the results, written last
 
-- A run resumes only in a directory of the same identity: input, model, prompt, sampling, seed, output format.
+- A run resumes only in a directory of the same identity: input, model and its files, prompt, sampling, seed, output
+  format, and environment variables that change results.
 - An input that has only grown at its end (a larger data.limit, one more file) is the same input: rows keep their index.
 - Nothing is ever deleted that the journal can't rebuild.
 """
@@ -19,8 +20,9 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dpgen.config.schema import Config, to_yaml
 from dpgen.config.secrets import REMOVED, redact_secrets
@@ -86,8 +88,23 @@ _SAME_WEIGHTS_LOAD_FORMATS = (
     "mistral",
 )
 
+# Keys of an identity that run directories of older versions lack: the model's files, the text of a chat template that
+# is a file, and environment variables. They are compared where both sides have them.
+FOUND_KEYS = ("model_files", "chat_template_hash", "variables")
+
 # "ranks" is of older versions. Hidden files (.lock, .dataset.tmp) are ignored.
 _RUN_FILES = frozenset(["journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs"])
+
+
+class Fingerprinted(Protocol):
+    """Interface of the input rows, as this module uses it; see `dpgen.data.input_rows.InputRows`."""
+
+    @property
+    def key(self) -> str | None: ...
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self, num_rows: int | None, version: int | None) -> dict[str, Any]: ...
 
 
 class RunDir:
@@ -241,6 +258,34 @@ def get_num_rows(metadata: Mapping[str, Any]) -> int | None:
     return num_rows if isinstance(num_rows, int) else None
 
 
+def get_fingerprint_version(metadata: Mapping[str, Any]) -> int:
+    """Return the version of the input's fingerprint in a run.json; 1 for those of older versions, which name none."""
+    input = (metadata.get("identity") or {}).get("input") or {}
+    return int(input.get("version", 1))
+
+
+def find_fingerprint(rows: Fingerprinted, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the input's fingerprint, of the version that run.json has, and without hashing if the files are the same.
+
+    Args:
+        metadata: the content of run.json; empty for a new run.
+    """
+    hashed = metadata.get("hashed_files") or {}
+    if rows.key is not None and hashed.get("key") == rows.key:
+        return dict(hashed["fingerprint"])
+    if get_num_rows(metadata) == len(rows) and get_fingerprint_version(metadata) == 1:
+        with suppress(ConfigError):  # a newer `datasets` may fail on what the older version read
+            fingerprint = rows.fingerprint(None, 1)
+            if fingerprint == metadata["identity"]["input"]:
+                return fingerprint
+    return rows.fingerprint(None, None)
+
+
+def describe_hashed_files(rows: Fingerprinted, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `find_fingerprint` needs at the next start, for run.json."""
+    return {"hashed_files": {"key": rows.key, "fingerprint": dict(fingerprint)}}
+
+
 def select_result_options(engine: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of `engine` that may change results."""
     options = {key: value for key, value in engine.items() if key not in _RESULT_NEUTRAL_ENGINE_KEYS}
@@ -249,8 +294,16 @@ def select_result_options(engine: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def compute_run_identity(config: Config, input_fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything that determines the results, as JSON gives it back; equal for runs that may share results."""
+def compute_run_identity(
+    config: Config,
+    input_fingerprint: Mapping[str, Any],
+    found: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return everything that determines the results, as JSON gives it back; equal for runs that may share results.
+
+    Args:
+        found: what the names in the configuration stand for on this machine now, by one of `FOUND_KEYS`.
+    """
     identity: dict[str, Any] = {
         "input": dict(input_fingerprint),
         "prompt": dataclasses.asdict(config.prompt),
@@ -261,6 +314,7 @@ def compute_run_identity(config: Config, input_fingerprint: Mapping[str, Any]) -
         "columns": config.data.columns,
         "output": {"format": config.output.format, "token_ids": config.output.token_ids},
     }
+    identity |= found or {}
     if config.sampling_by_rank:  # older run directories lack the key, so an empty list must leave it out
         identity["sampling_by_rank"] = config.sampling_by_rank
     round_trip: dict[str, Any] = json.loads(json.dumps(redact_secrets(identity), default=str))
@@ -270,6 +324,8 @@ def compute_run_identity(config: Config, input_fingerprint: Mapping[str, Any]) -
 def diff_identities(before: Any, now: Any, path: str = "") -> list[str]:
     """Return the differences as ``key: before → now``, with configuration keys, or `input.*` for the data."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
+        if not path:  # older versions wrote fewer keys
+            now = {key: value for key, value in now.items() if key in before or key not in FOUND_KEYS}
         differences = []
         for key in sorted(set(before) | set(now)):
             differences += diff_identities(before.get(key), now.get(key), f"{path}.{key}" if path else key)
@@ -282,6 +338,12 @@ def diff_identities(before: Any, now: Any, path: str = "") -> list[str]:
 def _to_config_key(path: str) -> str:
     """Return the configuration key behind a path in an identity, which is what the user can change."""
     renamed = {"seed": "run.seed", "columns": "data.columns", "engine.kind": "run.engine"}
+    renamed |= {"chat_template_hash": "the text in the file data.chat_template"}
+    if path.startswith("model_files."):
+        option, _, name = path.removeprefix("model_files.").partition(".")
+        return f"{name} of {option if option == 'model' else f'engine.{option}'}"
+    if path.startswith("variables."):
+        return f"environment variable {path.removeprefix('variables.')}"
     return renamed.get(path, f"data.{path.removeprefix('prompt.')}" if path.startswith("prompt.") else path)
 
 

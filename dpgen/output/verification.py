@@ -26,7 +26,7 @@ from dpgen.journal.reader import (
     merge_segments,
     read_segment,
 )
-from dpgen.journal.run_dir import RunDir, diff_identities
+from dpgen.journal.run_dir import RunDir, diff_identities, get_fingerprint_version
 from dpgen.output.dataset_check import DatasetCheck, DatasetFindings, DatasetFormat, ResultLookup
 from dpgen.output.result_stats import HASH_ENCODINGS, ResultStats
 from dpgen.output.row_ranges import format_ranges, format_rows
@@ -171,7 +171,7 @@ def _check_input(run_dir: RunDir, identity: Mapping[str, Any], report: Verificat
     config_file = run_dir.path / "config.yaml"
     try:
         rows = load_input(load([str(config_file)], []).data)
-        fingerprint = rows.fingerprint()
+        fingerprint = rows.fingerprint(version=get_fingerprint_version({"identity": identity}))
     except ConfigError as error:
         report.notes.append(f"the input was not checked: {error}")
         return None

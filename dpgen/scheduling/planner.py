@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpgen.data.input_rows import InputRows, Shard
+from dpgen.data.input_rows import InputRows
+from dpgen.data.row_view import Shard
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.row_deaths import RowDeathJudge
 from dpgen.errors import NoEngineLeft, RowRefused

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dpgen.data.chat import drop_nulls
 from dpgen.data.render import RenderFn
 from dpgen.errors import RowRefused
 from dpgen.journal.row_notes import RENDERING, RowNote
@@ -59,6 +60,7 @@ class RequestBuilder:
         note: says which row is being rendered, should this process die.
         rejected_rows: rows known to take too long to render, or to kill their rank; they are rejected without another
             try.
+        has_added_nulls: True if Arrow may have given objects of a column the keys of other rows' objects, as null.
     """
 
     render: RenderFn
@@ -67,6 +69,7 @@ class RequestBuilder:
     sampling_by_rank: Sequence[Mapping[str, Any]] = ()
     note: RowNote = field(default_factory=RowNote)
     rejected_rows: Mapping[int, RowError] = field(default_factory=dict)
+    has_added_nulls: bool = True
 
     def build(self, row: int, columns: Mapping[str, Any]) -> Request:
         """Return the request of a row.
@@ -82,7 +85,7 @@ class RequestBuilder:
             sampling["seed"] = derive_row_seed(self.run_seed, row)
         for name, column in self.sampling_columns.items():
             if columns[column] is not None:  # a null keeps the value of the run or of the entry
-                sampling[name] = columns[column]
+                sampling[name] = drop_nulls(columns[column]) if self.has_added_nulls else columns[column]
         token_ids, prompt = self.note.run(RENDERING, row, self.render, columns)
         return Request(row, token_ids, prompt, sampling)
 

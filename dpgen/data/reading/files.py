@@ -1,0 +1,155 @@
+"""Find the files that `data.path` names, and what kind of files they are."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dpgen.errors import ConfigError
+from dpgen.formatting import format_count
+
+_KINDS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+_COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz", ".lz4"}
+_COMPRESSED_KINDS = {"json", "csv", "tsv", "text"}
+# Files of a folder that are about the data; `datasets` ignores them, too.
+_DESCRIPTIONS = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+_MAX_LISTED = 5
+
+
+def find_files(path: str) -> list[str]:
+    """Return the files that a path or glob names; none if it is a directory or may be a Hub name.
+
+    Raises:
+        ConfigError: nothing has that name, or the glob matches something that is no file.
+    """
+    expanded = str(Path(path).expanduser())
+    if os.path.isfile(expanded):
+        return [expanded]
+    if os.path.isdir(expanded):
+        return []
+    if glob.has_magic(path):
+        matches = sorted(glob.glob(expanded, recursive=True))
+        files = [match for match in matches if os.path.isfile(match)]
+        if not files:
+            raise ConfigError(f"data.path: no file matches {path}")
+        # With ** a folder is on the way to its files; without it, the files in a folder are not read.
+        others = [match for match in matches if match not in set(files) and not os.path.isdir(match)]
+        if "**" not in path:
+            others += [match for match in matches if os.path.isdir(match)]
+        if others:
+            raise ConfigError(
+                f"data.path={path} matches {list_names(others)}, which can't be read as files (folders or broken "
+                "links). Use a narrower pattern, or ** to read the files of folders, too"
+            )
+        return files
+    if looks_local(path):
+        raise ConfigError(f"data.path: no such file or directory: {path}")
+    return []
+
+
+def find_kind(files: Iterable[str]) -> str:
+    """Return what kind of files these are, all of one kind.
+
+    Raises:
+        ConfigError: they are of several kinds, or of an unknown one.
+    """
+    kinds: dict[str, str] = {}
+    for file in files:
+        suffix = _get_data_suffix(file)
+        if suffix not in _KINDS:
+            raise ConfigError(f"data.path: {file} is none of the known kinds: {', '.join(_KINDS)}")
+        kind = _KINDS[suffix]
+        if not file.lower().endswith(suffix) and kind not in _COMPRESSED_KINDS:
+            raise ConfigError(f"data.path: {file} is a compressed {suffix} file: decompress it")
+        kinds.setdefault(kind, file)
+    if len(kinds) > 1:
+        examples = ", ".join(kinds[kind] for kind in sorted(kinds))
+        raise ConfigError(f"data.path names files of several kinds: {', '.join(sorted(kinds))} ({examples})")
+    return next(iter(kinds))
+
+
+def looks_local(path: str) -> bool:
+    """Return True if a path can't be a Hub name (NAME or USER/NAME), by its form or by a data file's suffix."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or _get_data_suffix(path) in _KINDS
+
+
+def check_all_read(folder: str, read: Iterable[str]) -> None:
+    """Check that each data file of a folder is among those that are read.
+
+    Raises:
+        ConfigError: files would be left out; names them.
+    """
+    known = {os.path.realpath(file) for file in read}
+    left_out = [file for file in list_data_files(folder) if os.path.realpath(file) not in known]
+    if left_out:
+        names = [os.path.relpath(file, folder) for file in left_out]
+        raise ConfigError(
+            f"data.path={folder} would be read without {format_count(len(names), 'file')}: {list_names(names)}. A "
+            "folder is read by the names of its splits (train, test, validation), and its files are of one kind. Name "
+            f"the files that you want: data.path={os.path.join(folder, '*' + _get_data_suffix(left_out[0]))}, or a list"
+        )
+
+
+def list_data_files(folder: str) -> list[str]:
+    """Return all files below a folder that data may be read from, but hidden ones."""
+    return [file for file in _walk(folder) if _get_data_suffix(file) in _KINDS]
+
+
+def list_other_files(folder: str, read: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of a folder's files that are neither read nor about the data, but hidden ones."""
+    known = {os.path.realpath(file) for file in read}
+    others = (file for file in _walk(folder) if os.path.realpath(file) not in known and not file.endswith(".md"))
+    return tuple(os.path.relpath(file, folder) for file in others)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    for directory, subdirectories, names in os.walk(folder, followlinks=True):
+        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith((".", "__")))
+        for name in sorted(names):
+            if not name.startswith(".") and name not in _DESCRIPTIONS:
+                yield os.path.join(directory, name)
+
+
+def check_run_dir_apart(path: object, run_dir: Path) -> None:
+    """Check that the run's own files can't become its input.
+
+    Raises:
+        ConfigError: the run directory is in a folder that is read, or its files match a glob that is.
+    """
+    for part in [path] if isinstance(path, str) else path if isinstance(path, list) else ():
+        expanded = str(Path(str(part)).expanduser())
+        root = expanded
+        if not os.path.isdir(expanded):
+            if "**" not in expanded:
+                continue
+            root = expanded[: expanded.index("**")] or "."
+            root = root if os.path.isdir(root) else os.path.dirname(root) or "."
+        elif {"state.json", "dataset_dict.json"} & set(os.listdir(expanded)):
+            continue  # save_to_disk lists its files
+        if run_dir.expanduser().resolve().is_relative_to(Path(root).resolve()):
+            raise ConfigError(
+                f"run.dir={run_dir} is inside data.path={part}, so that the run's own files would be read as data. "
+                "Choose a run directory elsewhere"
+            )
+
+
+def list_names(names: list[str]) -> str:
+    """Return names for a message, the first few of many."""
+    more = f" and {len(names) - _MAX_LISTED:,} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more
+
+
+def _get_data_suffix(path: str) -> str:
+    stem, suffix = os.path.splitext(path.lower())
+    return os.path.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix

@@ -1,0 +1,179 @@
+"""Find the Arrow types that hold JSON values unchanged, and turn values into arrays of these types and back.
+
+- A value that no plain type holds exactly (objects with different keys, mixed types, numbers beyond 64 bits) becomes
+  JSON text, Arrow's `arrow.json`, at the place in the row where the values differ.
+- A key that a row lacks is null at the top level only: deeper, objects of one struct have the same keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+JSON = pa.json_()
+_MAX_DEPTH = 20  # Arrow's files allow 64 levels; nobody reads so many as columns
+_EXACT_FLOAT = 1 << 53  # each whole number up to this one is a float64
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+Convert = Callable[[Any], Any]
+
+
+class TypeInference:
+    """Infer the type of a column from its values.
+
+    Attributes:
+        mixes_numbers: True once whole numbers and decimals shared a place, so that all of them became decimals.
+    """
+
+    def __init__(self) -> None:
+        self.mixes_numbers = False
+
+    def infer(self, values: Sequence[Any], depth: int = 0) -> pa.DataType:
+        """Return the type that holds all of the values, which are as `json.loads` returns them."""
+        kinds = set(map(type, values))
+        kinds.discard(type(None))
+        if not kinds:
+            return pa.null()
+        if kinds == {str}:
+            return pa.string()
+        if kinds == {bool}:
+            return pa.bool_()
+        if kinds <= {int, float}:
+            return self._infer_number(values, kinds)
+        if kinds == {list} and depth < _MAX_DEPTH:
+            items = [item for value in values if value is not None for item in value]
+            return pa.list_(self.infer(items, depth + 1))
+        if kinds == {dict} and depth < _MAX_DEPTH:
+            return self._infer_struct([value for value in values if value is not None], depth)
+        return JSON
+
+    def _infer_number(self, values: Sequence[Any], kinds: set[type]) -> pa.DataType:
+        if kinds == {float}:
+            return pa.float64()
+        whole = [value for value in values if type(value) is int]
+        smallest, largest = min(whole), max(whole)
+        if float in kinds:
+            if max(-smallest, largest) > _EXACT_FLOAT:
+                return JSON
+            self.mixes_numbers = True
+            return pa.float64()
+        if smallest >= -(1 << 63) and largest < 1 << 63:
+            return pa.int64()
+        return pa.uint64() if smallest >= 0 and largest < 1 << 64 else JSON
+
+    def _infer_struct(self, objects: Sequence[dict[str, Any]], depth: int) -> pa.DataType:
+        keys = objects[0].keys()
+        if not keys or any(value.keys() != keys for value in objects):
+            return JSON
+        return pa.struct([(key, self.infer([value[key] for value in objects], depth + 1)) for key in keys])
+
+
+def join_types(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """Return a type for the values of both types, which both came from JSON."""
+    if one.equals(other) or pa.types.is_null(other):
+        return one
+    if pa.types.is_null(one):
+        return other
+    if pa.types.is_list(one) and pa.types.is_list(other):
+        return pa.list_(join_types(one.value_type, other.value_type))
+    if pa.types.is_struct(one) and pa.types.is_struct(other):
+        if {field.name for field in one} != {field.name for field in other}:
+            return JSON
+        return pa.struct([(field.name, join_types(field.type, other.field(field.name).type)) for field in one])
+    # Where a value doesn't fit, `convert_array` fails, and the column becomes JSON text.
+    for wide in (pa.float64(), pa.uint64()):
+        if {one, other} == {pa.int64(), wide}:
+            return wide
+    return JSON
+
+
+def makes_decimals(before: pa.DataType, after: pa.DataType) -> bool:
+    """Return True if whole numbers of a type become decimals in another one, here or deeper."""
+    if pa.types.is_integer(before):
+        return bool(pa.types.is_floating(after))
+    if before.num_fields != after.num_fields:
+        return False
+    return any(makes_decimals(before.field(i).type, after.field(i).type) for i in range(before.num_fields))
+
+
+def build_array(values: Sequence[Any], target: pa.DataType) -> pa.Array:
+    """Return values as an array of a type of `TypeInference`.
+
+    Raises:
+        pyarrow.ArrowInvalid, OverflowError: a value doesn't fit.
+    """
+    encode = _make_walk(target, _encode)
+    encoded = values if encode is None else list(map(encode, values))
+    array = pa.array(encoded, _get_storage_type(target))
+    if encode is None:
+        return array
+    chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
+    return pa.chunked_array([_wrap_json(chunk, target) for chunk in chunks], target)
+
+
+def to_python(array: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """Return an array's values, those that are stored as JSON text decoded."""
+    decode = _make_walk(array.type, json.loads)
+    return array.to_pylist() if decode is None else list(map(decode, array.to_pylist()))
+
+
+def convert_array(array: pa.Array | pa.ChunkedArray, target: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    """Return an array's values, unchanged, as another type.
+
+    Raises:
+        pyarrow.ArrowInvalid, OverflowError: a value doesn't fit.
+    """
+    if array.type.equals(target):
+        return array
+    if not (holds_json(target) or holds_json(array.type)):
+        try:
+            return array.cast(target)
+        except pa.ArrowNotImplementedError:
+            pass  # Arrow has no cast between these nested types
+    return build_array(to_python(array), target)
+
+
+def holds_json(target: pa.DataType) -> bool:
+    """Return True if values of a type are stored as JSON text, here or deeper."""
+    return _make_walk(target, json.loads) is not None
+
+
+def _make_walk(target: pa.DataType, convert: Convert) -> Convert | None:
+    """Return a function that converts the JSON parts of a value; None if the type has no such part."""
+    if isinstance(target, pa.JsonType):
+        return lambda value: None if value is None else convert(value)
+    if pa.types.is_struct(target):
+        walks = {field.name: walk for field in target if (walk := _make_walk(field.type, convert)) is not None}
+        if walks:
+            return lambda value: (
+                value and {key: walks[key](item) if key in walks else item for key, item in value.items()}
+            )
+    elif pa.types.is_list(target) or pa.types.is_large_list(target) or pa.types.is_fixed_size_list(target):
+        walk = _make_walk(target.value_type, convert)
+        if walk is not None:
+            return lambda value: value and list(map(walk, value))
+    return None
+
+
+def _get_storage_type(target: pa.DataType) -> pa.DataType:
+    if isinstance(target, pa.JsonType):
+        return pa.string()
+    if pa.types.is_struct(target):
+        return pa.struct([(field.name, _get_storage_type(field.type)) for field in target])
+    return pa.list_(_get_storage_type(target.value_type)) if pa.types.is_list(target) else target
+
+
+def _wrap_json(array: pa.Array, target: pa.DataType) -> pa.Array:
+    if isinstance(target, pa.JsonType):
+        return pa.ExtensionArray.from_storage(target, array)
+    if pa.types.is_struct(target):
+        children = [_wrap_json(array.field(index), field.type) for index, field in enumerate(target)]
+        return pa.StructArray.from_arrays(children, fields=list(target), mask=array.is_null())
+    if pa.types.is_list(target):
+        values = _wrap_json(array.values, target.value_type)
+        return pa.ListArray.from_arrays(array.offsets, values, type=target, mask=array.is_null())
+    return array

@@ -1,0 +1,38 @@
+"""Check the columns that a configuration names against those of the input, before a model loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dpgen.config.schema import Config
+from dpgen.data.input_rows import InputRows
+from dpgen.data.render import check_prompt_columns, select_prompt_columns
+from dpgen.errors import ConfigError, suggest_name
+from dpgen.output.dataset_writer import check_output_columns
+
+
+def list_used_columns(config: Config, columns: Sequence[str]) -> list[str]:
+    """Return the columns that requests are made from."""
+    hint = [] if config.work.hint_column is None else [config.work.hint_column]
+    return [*select_prompt_columns(config.prompt, columns), *config.sampling_columns.values(), *hint]
+
+
+def check_columns(config: Config, rows: InputRows) -> None:
+    """Raise ConfigError for the first column that the configuration names and the input lacks or can't give."""
+    columns = rows.columns
+    check_prompt_columns(config.prompt, [*columns, *rows.unreadable])
+    kept_columns = [*columns, *rows.unreadable] if config.data.columns is None else config.data.columns
+    for name, reason in rows.unreadable.items():
+        if name in list_used_columns(config, [*columns, name]) or name in kept_columns:
+            raise ConfigError(
+                f"column {name!r} can't be read: {reason}. Cast it, or if it isn't needed, leave it out: "
+                f"data.columns=[{','.join(columns)}]"
+            )
+    named = {f"sampling.from_columns.{field}": column for field, column in config.sampling_columns.items()}
+    if config.work.hint_column is not None:
+        named["work.hint_column"] = config.work.hint_column
+    for key, column in named.items():
+        if column not in columns:
+            hint = suggest_name(column, columns, "columns")
+            raise ConfigError(f"{key}: {column!r} is no column of the dataset{hint}")
+    check_output_columns(list(columns), config.data.columns, config.output.token_ids)

@@ -1,0 +1,181 @@
+"""The files that are read are those that the user named, as they are on the disk now."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpgen.config.schema import DataConfig
+from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.reading import cache
+from dpgen.data.reading.files import check_run_dir_apart
+from dpgen.errors import ConfigError
+
+
+def load(path: object, **keys: Any) -> InputRows:
+    return load_input(DataConfig(path=path, prompt_column="question", **keys))
+
+
+def read(rows: InputRows) -> list[str]:
+    return [row["question"] for row in rows.iter_rows(np.arange(len(rows)), ["question"])]
+
+
+def write(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith((".jsonl", ".json")):
+            path.write_text(json.dumps({"question": name}) + "\n")
+        else:
+            path.write_text(f"question\n{name}\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "left_out"),
+    [
+        (["math.jsonl", "test_hard.jsonl"], "1 file: math.jsonl"),
+        (["train.jsonl", "extra.jsonl", "deep/more.jsonl"], "2 files: extra.jsonl, deep/more.jsonl"),
+        (["a.csv", "b.jsonl", "c.csv"], "1 file: b.jsonl"),
+        (["train/a.jsonl", "b.jsonl"], "1 file: b.jsonl"),
+    ],
+)
+def test_a_folder_of_which_files_would_be_left_out_is_refused(tmp_path: Path, names: list[str], left_out: str) -> None:
+    with pytest.raises(ConfigError, match=f"would be read without {left_out}"):
+        load(str(write(tmp_path, *names)))
+
+
+def test_all_files_of_a_folder_are_read(tmp_path: Path) -> None:
+    rows = load(str(write(tmp_path, "b.jsonl", "a.jsonl", "deep/c.jsonl", "README.md", "config.json", "part-0")))
+    assert sorted(read(rows)) == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
+    assert rows.describe(["question"]) == "read 3 json files, 3 rows, 1 column (used: question); not read: part-0"
+
+
+def test_splits_of_a_folder_can_be_joined_and_cut(tmp_path: Path) -> None:
+    folder = str(write(tmp_path, "train-1.jsonl", "train-2.jsonl", "test.jsonl"))
+    with pytest.raises(ConfigError, match=r"data\.split is needed: there are test, train"):
+        load(folder)
+    assert read(load(folder, split="test")) == ["test.jsonl"]
+    assert read(load(folder, split="test+train")) == ["test.jsonl", "train-1.jsonl", "train-2.jsonl"]
+    assert read(load(folder, split="train[1:]", limit=1)) == ["train-2.jsonl"]
+
+
+def test_configurations_of_a_folder_are_named(tmp_path: Path) -> None:
+    write(tmp_path, "x/a.jsonl", "x/b.jsonl")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files: x/a.jsonl\n- config_name: b\n  data_files: x/b.jsonl\n---\n"
+    )
+    with pytest.raises(ConfigError, match=r"data\.name is needed: .* holds the configurations a, b"):
+        load(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"data\.name=c is not there: .* holds the configurations a, b"):
+        load(str(tmp_path), name="c")
+    assert read(load(str(tmp_path), name="b")) == ["x/b.jsonl"]
+
+
+def test_a_glob_that_matches_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", "deep/b.jsonl")
+    with pytest.raises(ConfigError, match=r"matches .*/deep, which can't be read as files"):
+        load(f"{tmp_path}/*")
+    assert read(load(f"{tmp_path}/**/*.jsonl")) == ["a.jsonl", "deep/b.jsonl"]
+    (tmp_path / "c.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"matches .*/c\.jsonl, which can't be read"):
+        load(f"{tmp_path}/**/*.jsonl")
+
+
+@pytest.mark.parametrize("path", ["{}", "{}/**/*.jsonl", ["{}/**"]])
+def test_a_run_directory_inside_the_input_is_refused(tmp_path: Path, path: Any) -> None:
+    path = [part.format(tmp_path) for part in path] if isinstance(path, list) else path.format(tmp_path)
+    with pytest.raises(ConfigError, match=r"run\.dir=.*/run is inside data\.path=.*Choose a run directory elsewhere"):
+        check_run_dir_apart(path, tmp_path / "run")
+    check_run_dir_apart(path, tmp_path.parent / "run")
+    check_run_dir_apart(str(tmp_path / "*.jsonl"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_file_replaced_by_one_of_the_same_date_and_size_is_read_again(tmp_path: Path, in_place: bool) -> None:
+    path = tmp_path / "rows.jsonl"
+    padding = {"padding": "x" * 10_000}  # the change is neither in the first nor in the last bytes
+    path.write_text(json.dumps({**padding, "question": "old", "more": "x" * 10_000}) + "\n")
+    before = path.stat()
+    assert read(load(str(path))) == ["old"]
+    content = path.read_text().replace("old", "new")
+    if not in_place:
+        path.unlink()
+    path.write_text(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert read(load(str(path))) == ["new"]
+    folder = write(tmp_path / "folder")
+    folder.mkdir()
+    os.rename(path, folder / "train.jsonl")
+    assert read(load(str(folder))) == ["new"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "rows.jsonl") / "rows.jsonl"
+
+    def grow(*arguments: Any, **keys: Any) -> Any:
+        description = convert(*arguments, **keys)
+        with path.open("a") as file:
+            file.write('{"question": "late"}\n')
+        return description
+
+    convert = cache.convert
+    monkeypatch.setattr(cache, "convert", grow)
+    with pytest.raises(ConfigError, match="the files changed while they were read"):
+        load(str(path))
+
+
+@pytest.mark.parametrize("cache_folder", ["/dev/null/cache", "/proc/cache"])
+def test_a_cache_that_cannot_be_written_is_named_with_its_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: str
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache_folder)
+    with pytest.raises(ConfigError, match=f"the cache folder {cache_folder} can't be .*HF_DATASETS_CACHE or HF_HOME"):
+        load(str(write(tmp_path, "rows.jsonl") / "rows.jsonl"))
+
+
+def test_a_reader_that_crashes_is_an_error_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import json, os, pathlib, signal, sys\nrequest = json.load(sys.stdin)\n"
+    program += "pathlib.Path(request['folder'], 'place').write_text(request['files'][0] + ', row group 3')\n"
+    program += "os.kill(os.getpid(), signal.SIGSEGV)"
+    monkeypatch.setattr(cache, "_CHILD", [sys.executable, "-c", program])
+    path = write(tmp_path, "rows.parquet") / "rows.parquet"
+    with pytest.raises(ConfigError, match=r"rows\.parquet, row group 3: the reader crashed \(SIGSEGV\)"):
+        load(str(path))
+
+
+@pytest.mark.parametrize("is_sound", [True, False])
+def test_json_that_crashes_arrow_is_read_by_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_sound: bool
+) -> None:
+    monkeypatch.setattr(cache, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(
+        cache, "_CHILD", [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"]
+    )
+    path = write(tmp_path, "rows.jsonl") / "rows.jsonl"
+    if is_sound:
+        assert read(load(str(path))) == ["rows.jsonl"]
+        return
+    path.write_text(path.read_text() + "[" * 100_000 + "\n")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, line 2 is nested too deep"):
+        load(str(path))
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "rows.parquet") / "rows.parquet"
+    with pytest.raises(ConfigError, match=r"rows\.parquet: "):
+        load(str(path))
+
+
+def test_files_of_several_kinds_are_named(tmp_path: Path) -> None:
+    write(tmp_path, "a.csv", "b.jsonl")
+    with pytest.raises(ConfigError, match=r"several kinds: csv, json \(.*a\.csv, .*b\.jsonl\)"):
+        load(f"{tmp_path}/*")

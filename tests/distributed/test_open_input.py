@@ -1,0 +1,69 @@
+"""The input of a run is known by its contents: hashed once, and compared with those of older run directories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpgen.config.schema import DataConfig
+from dpgen.data.input_rows import InputRows
+from dpgen.distributed.agreement import open_input
+from dpgen.distributed.group import SingleRankGroup
+from dpgen.errors import ConfigError
+from dpgen.journal.run_dir import RunDir, describe_hashed_files
+
+ROWS = [{"question": f"{i} + 1 =", "at": f"2024-05-{i + 10}"} for i in range(4)]
+
+
+def open_rows(path: Path, run_dir: RunDir, **keys: Any) -> tuple[InputRows, dict[str, Any]]:
+    data = DataConfig(path=str(path), prompt_column="question", **keys)
+    return open_input(data, SingleRankGroup(), run_dir, lambda rows: None)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    run_dir = RunDir(str(tmp_path / "run"))
+    run_dir.create()
+    return run_dir
+
+
+def test_contents_are_hashed_once_as_long_as_the_files_are_the_same(
+    path: Path, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, fingerprint = open_rows(path, run_dir)
+    run_dir.update_metadata(identity={"input": fingerprint}, **describe_hashed_files(rows, fingerprint))
+    with monkeypatch.context() as patch:
+        patch.setattr(InputRows, "fingerprint", lambda *_, **__: pytest.fail("hashed again"))
+        assert open_rows(path, run_dir)[1] == fingerprint
+    assert open_rows(path, run_dir, limit=3)[1]["num_rows"] == 3
+    path.write_text(path.read_text().replace("3 +", "4 +"))
+    assert open_rows(path, run_dir)[1]["content"] != fingerprint["content"]
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_the_input_of_an_older_run_directory_is_compared_as_it_was_read_then(
+    path: Path, run_dir: RunDir, is_changed: bool
+) -> None:
+    """Older versions read the column `at` as dates, so that its hash was another one."""
+    rows, now = open_rows(path, run_dir)
+    before = rows.fingerprint(version=1)
+    assert "version" not in before and before["content"] != now["content"]
+    run_dir.update_metadata(identity={"input": before})
+    if is_changed:
+        path.write_text(path.read_text().replace("3 +", "4 +"))
+    assert (open_rows(path, run_dir)[1] == before) is not is_changed
+
+
+def test_a_run_directory_inside_the_input_is_refused_before_anything_is_read(tmp_path: Path, path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is inside data\.path"):
+        open_rows(tmp_path, RunDir(str(tmp_path / "run")))
