@@ -39,6 +39,7 @@ from dpgen.monitoring.progress import ProgressDisplay
 from dpgen.monitoring.run_report import summarize_run
 from dpgen.monitoring.startup import StartupTimer
 from dpgen.output.column_check import check_columns, list_used_columns
+from dpgen.output.format_check import check_output_format
 from dpgen.output.result import ResultConfig, gather_results, write_result
 from dpgen.records import RankManifest
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
@@ -146,6 +147,7 @@ class _Job:
         self._rows, fingerprint = open_input(
             config.data, group, self._run_dir, lambda rows: check_columns(config, rows)
         )
+        group.run_on_all_ranks(lambda: _check_output(config, self._rows) if group.rank == 0 else None)
         identity = compute_run_identity(config, fingerprint, find_what_names_stand_for(config, group))
         used_columns = [] if self._rows.is_empty else list_used_columns(config, self._rows.columns)
         logger.info(self._rows.describe(used_columns))
@@ -342,6 +344,12 @@ def _watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: St
         add=group.store.add,
         end_process=lambda why: end_stuck_process(lambda: status_file.write_once(EXIT_RESUMABLE), why),
     )
+
+
+def _check_output(config: Config, rows: InputRows) -> None:
+    """Raise ConfigError if a file of the result can't hold what a kept column holds."""
+    for note in [] if rows.is_empty else check_output_format(rows, config.data.columns, config.output.format):
+        logger.warning(note)
 
 
 def _is_already_complete(

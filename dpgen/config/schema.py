@@ -179,7 +179,11 @@ class WorkConfig:
 class OutputConfig:
     """Hold `output.*`: the final dataset."""
 
-    format: Literal["parquet", "jsonl"] = _option("of RUN_DIR/dataset", "parquet")
+    format: Literal["parquet", "jsonl"] = _option(
+        "of RUN_DIR/dataset; jsonl can't hold bytes, durations, maps, NaN and infinities, and holds dates, times and "
+        "decimals as text",
+        "parquet",
+    )
     rows_per_file: int = _option("the maximum number of rows in one file of the result", 500_000, minimum=1)
     gather: Literal["auto", "always", "never"] = _option(
         "send rows to rank 0 through gather_object: auto does where a rank does not see rank 0's run directory",

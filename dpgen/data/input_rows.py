@@ -163,9 +163,8 @@ class InputRows:
         import datasets
 
         kept_columns = self.columns if columns is None else columns
-        features = datasets.Features(
-            {name: self.dataset.features[name] for name in kept_columns if name in self.dataset.features}
-        )
+        known = self.dataset.features  # once: each access copies the features of all columns
+        features = datasets.Features({name: known[name] for name in kept_columns if name in known})
         features.update(datasets.Features.from_arrow_schema(added))
         return features.arrow_schema
 

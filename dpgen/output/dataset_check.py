@@ -14,7 +14,8 @@ import numpy as np
 from dpgen.data.input_rows import InputRows
 from dpgen.formatting import format_count
 from dpgen.journal.reader import BATCH_BYTES, BATCH_ROWS, JournalIndex, JournalReader
-from dpgen.output.dataset_writer import replace_nan_with_null, result_columns
+from dpgen.output.dataset_writer import result_columns
+from dpgen.output.json_lines import to_json_columns
 from dpgen.output.result_stats import ResultStats
 from dpgen.output.row_ranges import format_rows
 from dpgen.records import RowResult
@@ -47,15 +48,17 @@ class DatasetFormat:
         token_ids: True if there is a column of token ids.
         file_format: "parquet" or "jsonl".
         kept_columns: the input columns in the dataset; None for all.
+        jsonl_encoding: how JSON lines hold the input's values; see `dpgen.output.json_lines`.
     """
 
     has_samples: bool
     token_ids: bool
     file_format: str
     kept_columns: list[str] | None
+    jsonl_encoding: int
 
     @classmethod
-    def from_identity(cls, identity: Mapping[str, Any]) -> DatasetFormat:
+    def from_identity(cls, identity: Mapping[str, Any], jsonl_encoding: int) -> DatasetFormat:
         """Return the format that the identity in run.json implies."""
         sampling, output = identity.get("sampling") or {}, identity.get("output") or {}
         return cls(
@@ -63,6 +66,7 @@ class DatasetFormat:
             token_ids=bool(output.get("token_ids")),
             file_format=str(output.get("format", "parquet")),
             kept_columns=identity.get("columns"),
+            jsonl_encoding=jsonl_encoding,
         )
 
 
@@ -114,7 +118,8 @@ class DatasetCheck:
             try:
                 for batch in _iter_batches(path):
                     self._check_batch(path, batch)
-            except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's own are OSError or ValueError
+            # pyarrow's own errors are OSError or ValueError; a date that Python can't hold is an OverflowError.
+            except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
                 findings.problems.append(f"dataset/{path.name} can't be read: {_get_first_line(error)}")
         for verb, is_wrong in (("lacks", self._num_seen == 0), ("holds more than once", self._num_seen > 1)):
             if is_wrong.any():
@@ -165,11 +170,12 @@ class DatasetCheck:
     def _compare_input(self, rows: InputRows, row_ids: np.ndarray, batch: dict[str, list[Any]]) -> None:
         kept_columns = rows.columns if self._format.kept_columns is None else self._format.kept_columns
         table = rows.dataset.select_columns(list(kept_columns)).with_format("arrow")[row_ids.tolist()]
+        if self._format.file_format == "jsonl":
+            expected = to_json_columns(table, self._format.jsonl_encoding)
+        else:
+            expected = table.to_pydict()
         for name in kept_columns:
-            expected = table[name].to_pylist()
-            if self._format.file_format == "jsonl":
-                expected = replace_nan_with_null(expected)
-            self._compare(f"{name} differs from the input's", row_ids, expected, batch[name])
+            self._compare(f"{name} differs from the input's", row_ids, expected[name], batch[name])
 
     def _compare(self, difference: str, row_ids: np.ndarray, expected: list[Any], actual: list[Any]) -> None:
         """Note the rows in which two columns differ."""

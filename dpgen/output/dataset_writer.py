@@ -7,10 +7,8 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +22,7 @@ from dpgen.journal.files import atomic_write_text, publish_directory
 from dpgen.journal.reader import BATCH_ROWS, DamagedRecord, JournalIndex, JournalReader, index_journal
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.segment import RowsLost, repair_segment
+from dpgen.output.json_lines import JSONL_ENCODING, build_card_schema, iter_json_lines
 from dpgen.output.result_stats import ResultStats
 from dpgen.records import Completion, RowResult
 
@@ -74,7 +73,14 @@ def write_dataset(
     index = index_journal(run_dir.journal)
     _check_complete(index, len(rows))
     try:
-        stats = _write_files(rows, index, run_dir, config, kept_columns, has_samples)
+        temporary = run_dir.path / ".dataset.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a crash; the journal has all rows
+        temporary.mkdir()
+        with JournalReader(index) as reader:
+            # The index holds every row once, sorted: entry i is row i.
+            stats = write_dataset_files(temporary, rows, reader.iter_batches, config, kept_columns, has_samples)
+        run_dir.mark_unfinished()
+        publish_directory(temporary, run_dir.dataset)
     except DamagedRecord as error:
         raise RowsLost(error.path, repair_segment(error.path)) from None
     except OSError as error:
@@ -82,7 +88,8 @@ def write_dataset(
             f"{run_dir.dataset} can't be written: {error.strerror}. The rows are safe in {run_dir.journal}: "
             "free space, then rerun the same command to resume"
         ) from None
-    atomic_write_text(run_dir.success, json.dumps(stats.to_dict(), indent=2) + "\n")
+    success = stats.to_dict() | ({"jsonl_encoding": JSONL_ENCODING} if config.format == "jsonl" else {})
+    atomic_write_text(run_dir.success, json.dumps(success, indent=2) + "\n")
     return {**stats.to_dict(), "first_error": stats.first_error}
 
 
@@ -110,19 +117,6 @@ def result_columns(results: list[RowResult], has_samples: bool, token_ids: bool)
     return columns
 
 
-def replace_nan_with_null(value: Any) -> Any:
-    """Return the value with None for every NaN and infinity, which JSON can't represent.
-
-    `to_json` of `datasets` and of pandas do the same. Python's own "NaN" is no JSON: jq, JavaScript and Arrow reject
-    it.
-    """
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: replace_nan_with_null(item) for key, item in value.items()}
-    return [replace_nan_with_null(item) for item in value] if isinstance(value, list) else value
-
-
 def escape_surrogates(text: str) -> str:
     """Return the text with lone surrogates as escapes; UTF-8, and so every file format, rejects them."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -140,35 +134,32 @@ def _check_complete(index: JournalIndex, num_rows: int) -> None:
         )
 
 
-def _write_files(
+def write_dataset_files(
+    directory: Path,
     rows: InputRows,
-    index: JournalIndex,
-    run_dir: RunDir,
+    read_results: Callable[[np.ndarray], Iterator[list[RowResult]]],
     config: OutputConfig,
     kept_columns: list[str] | None,
     has_samples: bool,
 ) -> ResultStats:
-    temporary = run_dir.path / ".dataset.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a crash; the journal has all rows
-    temporary.mkdir()
+    """Write the files of a dataset, and the card with its columns' types, into a directory.
+
+    Args:
+        read_results: returns the results of rows, given as int64[num_rows], in batches and in this order.
+    """
     num_files = max(1, -(-len(rows) // config.rows_per_file))
     stats = ResultStats()
-    with ExitStack() as stack:
-        schema = rows.build_output_schema(_make_result_schema(has_samples, config.token_ids), kept_columns)
-        if len(rows):
-            rows.write_card(temporary, schema)
-        writer = stack.enter_context(_FileSetWriter(temporary, config, schema, has_samples, num_files))
-        reader = stack.enter_context(JournalReader(index))
+    schema = rows.build_output_schema(_make_result_schema(has_samples, config.token_ids), kept_columns)
+    if len(rows):
+        rows.write_card(directory, build_card_schema(schema) if config.format == "jsonl" else schema)
+    with _FileSetWriter(directory, config, schema, has_samples, num_files) as writer:
         for start, table in _iter_input_batches(rows, kept_columns):
-            # The index holds every row once, sorted: entry i is row i.
             num_written = 0
-            for results in reader.iter_batches(np.arange(start, start + table.num_rows)):
+            for results in read_results(np.arange(start, start + table.num_rows)):
                 for result in results:
                     stats.add(result)
                 writer.write(table.slice(num_written, len(results)), results)
                 num_written += len(results)
-    run_dir.mark_unfinished()
-    publish_directory(temporary, run_dir.dataset)
     return stats
 
 
@@ -203,9 +194,14 @@ class _FileSetWriter:
         """Append rows: the input's kept columns and the results."""
         import pyarrow as pa
 
-        columns = {name: table[name] for name in table.column_names if name in self._schema.names}
+        columns = {name: table.column(i) for i, name in enumerate(table.column_names)}
         columns |= result_columns(results, self._has_samples, self._config.token_ids)
-        table = pa.table(columns).cast(self._schema)
+        # Not cast as a whole: pyarrow 26 fails to cast a slice of structs that have a column of type null.
+        arrays = [
+            columns[field.name] if columns[field.name].type == field.type else columns[field.name].cast(field.type)
+            for field in self._schema
+        ]
+        table = pa.Table.from_arrays(arrays, schema=self._schema)
         while table.num_rows:
             if not self._num_free_rows:
                 self._file.close()
@@ -231,16 +227,7 @@ class _FileSetWriter:
         if self._config.format == "parquet":
             self._file.write_table(part)
         else:
-            for row in part.to_pylist():
-                self._file.write(_format_json_line(row))
-
-
-def _format_json_line(row: dict[str, Any]) -> str:
-    try:
-        text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
-    except ValueError:  # a NaN or an infinity, which is rare: other rows are spared the walk
-        text = json.dumps(replace_nan_with_null(row), ensure_ascii=False, default=str)
-    return text + "\n"
+            self._file.writelines(iter_json_lines(part))
 
 
 def _make_result_schema(has_samples: bool, token_ids: bool) -> pa.Schema:

@@ -28,6 +28,7 @@ from dpgen.journal.reader import (
 )
 from dpgen.journal.run_dir import RunDir, diff_identities, get_fingerprint_version
 from dpgen.output.dataset_check import DatasetCheck, DatasetFindings, DatasetFormat, ResultLookup
+from dpgen.output.json_lines import JSONL_ENCODING
 from dpgen.output.result_stats import HASH_ENCODINGS, ResultStats
 from dpgen.output.row_ranges import format_ranges, format_rows
 
@@ -97,7 +98,9 @@ def verify(path: Path, *, check_input: bool = True) -> VerificationReport:
         if run_dir.is_finished and identity and report.num_rows is not None:
             success = _read_success(run_dir, report)
             stats = ResultStats(success["hash_version"]) if success else ResultStats()
-            dataset_format = DatasetFormat.from_identity(identity)
+            dataset_format = DatasetFormat.from_identity(
+                identity, success["jsonl_encoding"] if success else JSONL_ENCODING
+            )
             check = DatasetCheck(run_dir.dataset, dataset_format, report.num_rows, results, rows, stats)
             findings = check.run()
             report.num_dataset_rows = findings.num_rows
@@ -185,18 +188,20 @@ def _check_input(run_dir: RunDir, identity: Mapping[str, Any], report: Verificat
 def _read_success(run_dir: RunDir, report: VerificationReport) -> dict[str, Any] | None:
     """Return the fields of `_SUCCESS`; None, with a problem in the report, if it can't be checked."""
     try:
-        content = {"hash_version": 1, **json.loads(run_dir.success.read_bytes())}  # older runs name no version
-        success = {name: content[name] for name in ResultStats().to_dict()}
+        # Older runs name no versions.
+        content = {"hash_version": 1, "jsonl_encoding": 1, **json.loads(run_dir.success.read_bytes())}
+        success = {name: content[name] for name in (*ResultStats().to_dict(), "jsonl_encoding")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         report.problems.append(f"_SUCCESS can't be read: {type(error).__name__}: {error}")
         return None
-    version = success["hash_version"]
-    if type(version) is not int or version not in HASH_ENCODINGS:
-        report.problems.append(
-            f"_SUCCESS: hash_version={json.dumps(version)} is unknown, so the results can't be proven "
-            f"(known versions: {', '.join(map(str, HASH_ENCODINGS))}). Use the dpgen version that wrote this run"
-        )
-        return None
+    for name, known in (("hash_version", HASH_ENCODINGS), ("jsonl_encoding", range(1, JSONL_ENCODING + 1))):
+        version = success[name]
+        if type(version) is not int or version not in known:
+            report.problems.append(
+                f"_SUCCESS: {name}={json.dumps(version)} is unknown, so the results can't be proven "
+                f"(known versions: {', '.join(map(str, known))}). Use the dpgen version that wrote this run"
+            )
+            return None
     return success
 
 

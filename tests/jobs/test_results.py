@@ -91,23 +91,14 @@ def test_jsonl_is_written_in_several_files(launcher: Launcher, write_config: Wri
     assert [row["row_id"] for row in load_result(tmp_path / "run")] == list(range(25))
 
 
-def test_jsonl_has_null_where_the_input_has_nan(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
-    nan, infinity = float("nan"), float("inf")
-    rows = [
-        {"prompt": "a", "score": 0.5, "more": {"scores": [1.0, 2.0]}},
-        {"prompt": "b", "score": nan, "more": {"scores": [-infinity, nan, 3.0]}},
-    ]
+def test_a_run_whose_format_cannot_hold_its_input_is_refused_before_the_model_loads(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
     data = tmp_path / "rows.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), data)
-    conf = write_config([], data={"path": str(data)}, output={"format": "jsonl"})
-    assert launcher.dpgen("run", conf).wait() == 0
-    [file] = (tmp_path / "run" / "dataset").glob("*.jsonl")
-
-    def reject(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    written = [json.loads(line, parse_constant=reject) for line in file.read_text().splitlines()]
-    assert [(row["score"], row["more"]["scores"]) for row in written] == [(0.5, [1.0, 2.0]), (None, [None, None, 3.0])]
-    assert [row["score"] for row in load_result(tmp_path / "run")] == [0.5, None], "`datasets` loads it, too"
-    verified = launcher.dpgen("verify", str(tmp_path / "run"))
-    assert verified.wait() == 0, verified.output
+    pq.write_table(pa.Table.from_pylist([{"prompt": "a", "score": 0.5}, {"prompt": "b", "score": float("nan")}]), data)
+    conf = write_config([], data={"path": str(data)}, output={"format": "jsonl"}, engine={"load_s": 1000})
+    job = launcher.dpgen("run", conf, ranks=2)
+    assert job.wait() != 0
+    message = "output.format=jsonl can't hold the column 'score': it holds NaN or an infinity (row 1). Set output"
+    assert job.output.count(message) == 1, job.output
+    assert launcher.dpgen("run", conf, "data.columns=[prompt]", "engine.load_s=0").wait() == 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpgen import records
@@ -137,6 +137,7 @@ def test_version_1_hashes_these_bytes() -> None:
     ]
 
 
+@settings(deadline=None)  # a loaded machine takes any time
 @given(result=results)
 def test_version_1_equals_the_repr_of_the_old_classes(result: records.RowResult) -> None:
     expected = repr(to_classes_of_1b51951(result)).encode("utf-8", "backslashreplace")
@@ -169,6 +170,7 @@ def test_version_2_hashes_journal_records_that_keep_their_bytes() -> None:
             assert records.encode_result(records.decode_result(record)) == record
 
 
+@settings(deadline=None)  # a loaded machine takes any time
 @given(result=results)
 def test_version_2_encodes_a_result_as_one_line(result: records.RowResult) -> None:
     encoded = HASH_ENCODINGS[2][1](result)

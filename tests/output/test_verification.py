@@ -130,8 +130,15 @@ def test_the_hash_is_checked_by_the_version_that_the_file_names(run: Path) -> No
     assert verify(run).verdict == "sound", "version 1 may be named"
 
 
-@pytest.mark.parametrize("rows", [[], [{"prompt": "é", "x": float("nan")}] * 3])
-@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+@pytest.mark.parametrize(
+    ("rows", "format"),
+    [
+        ([], "parquet"),
+        ([], "jsonl"),
+        ([{"prompt": "é", "x": float("nan")}] * 3, "parquet"),
+        ([{"prompt": "é", "x": 0.5}] * 3, "jsonl"),
+    ],
+)
 def test_runs_without_rows_with_samples_and_in_jsonl_are_sound(
     tmp_path: Path, rows: list[dict[str, Any]], format: str
 ) -> None:

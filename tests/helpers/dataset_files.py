@@ -1,0 +1,83 @@
+"""Write the files of a final dataset from an Arrow table, without a job, and read them back as users do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpgen.config.schema import Config, DataConfig, OutputConfig, RunConfig
+from dpgen.data.input_rows import InputRows, load_input
+from dpgen.journal.run_dir import RunDir, compute_run_identity
+from dpgen.journal.writer import JournalWriter
+from dpgen.output.dataset_writer import write_dataset, write_dataset_files
+from dpgen.records import Completion, RowResult
+
+RESULT_COLUMNS = {"row_id", "generated_text", "finish_reason", "num_prompt_tokens", "num_generated_tokens", "error"}
+
+
+def make_rows(table: pa.Table) -> InputRows:
+    """Return a table as the input of a run."""
+    return InputRows(datasets.Dataset(table))
+
+
+def write_files(directory: Path, rows: InputRows, file_format: Any, kept_columns: list[str] | None = None) -> Path:
+    """Write a dataset of one file whose results are all the same, and return that file."""
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def read_results(row_ids: np.ndarray) -> Iterator[list[RowResult]]:
+        for row_id in row_ids.tolist():  # in batches of one, as if rows were large
+            yield [RowResult(row_id, 1, (Completion("text", "stop", 1),))]
+
+    write_dataset_files(directory, rows, read_results, OutputConfig(format=file_format), kept_columns, False)
+    [file] = directory.glob("train-*")
+    return file
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the input's columns in JSON lines, which must be strict JSON."""
+
+    def reject(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [drop_results(json.loads(line, parse_constant=reject)) for line in lines if line]
+
+
+def drop_results(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the input's columns of a row of a result."""
+    return {name: value for name, value in row.items() if name not in RESULT_COLUMNS}
+
+
+def drop_all_results(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the input's columns of rows of a result."""
+    return [drop_results(row) for row in rows]
+
+
+def make_run(folder: Path, table: pa.Table, results: Sequence[RowResult], file_format: Any = "parquet") -> RunDir:
+    """Make a finished run in FOLDER/run, with its input in FOLDER/rows.parquet, without a job."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, folder / "rows.parquet")
+    config = Config(
+        run=RunConfig(dir=str(folder / "run"), engine="fake"),
+        model="none",
+        data=DataConfig(path=str(folder / "rows.parquet"), prompt_column=table.column_names[0]),
+        output=OutputConfig(format=file_format, rows_per_file=4),
+    )
+    rows = load_input(config.data)
+    run_dir = RunDir(config.run.dir)
+    run_dir.create()
+    run_dir.write_config(config)
+    run_dir.update_metadata(identity=compute_run_identity(config, rows.fingerprint()))
+    journal = JournalWriter(run_dir.journal, 1, 0)
+    for result in results:
+        journal.append(result)
+    journal.close()
+    write_dataset(rows, run_dir, config.output, None, False)
+    return run_dir
