@@ -97,7 +97,10 @@ class DataConfig:
     revision: str | None = _option("the Hub dataset's branch, tag or commit")
     prompt_column: str | None = _option("a text column that is the prompt, as LLM.generate takes it")
     messages_column: str | None = _option("a column of chat messages, as LLM.chat takes it")
-    template: str | None = _option("a Jinja template over the columns that makes the prompt: 'Q: {{ question }}'")
+    template: str | None = _option(
+        "a Jinja template over the columns that makes the prompt: 'Q: {{ question }}'; {{ row['my col'] }} where a "
+        "column's name is no variable"
+    )
     as_chat: bool = _option(
         "send the text of prompt_column or template as one user message through the chat template", False
     )

@@ -23,7 +23,7 @@ from typing import Any
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.chat import Message, merge_developer_role, to_conversation, validate_messages
 from dpgen.data.content_format import detect_content_format, template_variables
-from dpgen.data.row_template import check_row_template, compile_row_template, template_columns
+from dpgen.data.row_template import check_row_template, compile_row_template, render_row, template_columns
 from dpgen.data.template_kwargs import check_template_kwargs, find_accepted_names
 from dpgen.errors import ConfigError, RowRefused, suggest_name
 from dpgen.formatting import describe_type
@@ -49,8 +49,7 @@ def check_prompt_columns(config: PromptConfig, columns: Sequence[str]) -> None:
 def select_prompt_columns(config: PromptConfig, columns: Sequence[str]) -> list[str]:
     """Return the dataset's columns that a prompt is made of."""
     if config.template is not None:
-        names = template_columns(config.template)
-        return [name for name in columns if name in names]
+        return template_columns(config.template, columns)
     return [name for name in (config.prompt_column, config.messages_column) if name is not None]
 
 
@@ -127,7 +126,7 @@ class PromptRenderer:
     def _build_text(self, row: Mapping[str, Any]) -> str:
         if self._template is not None:
             try:
-                return self._template.render(dict(row))
+                return render_row(self._template, row)
             except Exception as error:  # a template is a program: it may fail in any way
                 raise RowRefused("template_failed", f"the template failed: {_describe_error(error)}") from error
         column = self._config.prompt_column
