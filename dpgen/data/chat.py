@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from dpgen.data.nested import drop_nulls
 from dpgen.errors import RowRefused
 from dpgen.formatting import describe_type
 
@@ -41,8 +42,7 @@ _BILLING_HEADER = "x-anthropic-billing-header"
 def validate_messages(value: Any) -> list[Message]:
     """Return a copy of a row's messages without null keys, after checking that they are a text conversation.
 
-    Arrow gives each struct of a column all the keys that any row has, null where a row lacked the key. So a null key
-    and an absent key mean the same, at any depth. (Tool arguments that are JSON text keep their nulls.)
+    A null key and an absent key mean the same; see `drop_nulls`. (Tool arguments that are JSON text keep their nulls.)
 
     Args:
         value: a list of {role, content, ...}; content is a string, a list of text parts, or absent.
@@ -90,15 +90,6 @@ def merge_developer_role(conversation: list[Message], template: str) -> list[Mes
     texts = [text for message in system if (text := _join_texts(message.get("content", "")))]
     others = [message for message in renamed if message["role"] != "system"]
     return [{"role": "system", "content": "\n\n".join(texts)}, *others]
-
-
-def drop_nulls(value: Any) -> Any:
-    """Return a value without the keys that are null, at any depth."""
-    if isinstance(value, Mapping):
-        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [drop_nulls(item) for item in value]
-    return value
 
 
 def _check_message(where: str, message: Any) -> None:

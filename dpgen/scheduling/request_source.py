@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dpgen.data.chat import drop_nulls
+from dpgen.data.nested import drop_nulls
 from dpgen.data.render import RenderFn
 from dpgen.errors import RowRefused
 from dpgen.journal.row_notes import RENDERING, RowNote
@@ -84,10 +84,20 @@ class RequestBuilder:
         if self.run_seed is not None:
             sampling["seed"] = derive_row_seed(self.run_seed, row)
         for name, column in self.sampling_columns.items():
-            if columns[column] is not None:  # a null keeps the value of the run or of the entry
-                sampling[name] = drop_nulls(columns[column]) if self.has_added_nulls else columns[column]
+            value = _drop_nulls(columns[column]) if self.has_added_nulls else columns[column]
+            if value is not None:  # a null keeps the value of the run or of the entry
+                sampling[name] = value
         token_ids, prompt = self.note.run(RENDERING, row, self.render, columns)
         return Request(row, token_ids, prompt, sampling)
+
+
+def _drop_nulls(value: Any) -> Any:
+    """Return a column's value without null keys; None if no key is left, since some writers know no null structs."""
+    try:
+        kept = drop_nulls(value)
+        return None if value and kept == {} else kept
+    except RecursionError:
+        raise RowRefused("bad_sampling", "a value of sampling.from_columns is nested too deep") from None
 
 
 class RequestSource:
