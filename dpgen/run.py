@@ -40,7 +40,7 @@ from dpgen.monitoring.run_report import summarize_run
 from dpgen.monitoring.startup import StartupTimer
 from dpgen.output.column_check import check_columns, list_used_columns
 from dpgen.output.format_check import check_output_format
-from dpgen.output.result import ResultConfig, gather_results, write_result
+from dpgen.output.result import ResultConfig, gather_results, raise_if_no_row_succeeded, write_result
 from dpgen.records import RankManifest
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
 from dpgen.scheduling.order import OrderConfig
@@ -286,9 +286,11 @@ class _Job:
         finally:
             progress.close()
         elapsed_s = time.monotonic() - started_s
+        num_generated = totals.num_rows - totals.num_errors
         logger.info(
-            f"generated {format_count(totals.num_rows, 'row')}, {format_count(totals.num_generated_tokens, 'token')} "
+            f"generated {format_count(num_generated, 'row')}, {format_count(totals.num_generated_tokens, 'token')} "
             f"in {format_duration(elapsed_s)} ({totals.num_generated_tokens / max(elapsed_s, 1e-9):,.0f} tokens/s)"
+            + (f", {format_count(totals.num_errors, 'row')} failed" if totals.num_errors else "")
         )
 
     # ---- gather, write
@@ -321,7 +323,8 @@ class _Job:
     def _write_result(self) -> None:
         config = self._config
         has_samples = config.sampling.get("n", 1) != 1 or "n" in config.sampling_columns
-        write_result(self._rows, self._run_dir, ResultConfig(config.output, config.data.columns, has_samples))
+        result_config = ResultConfig(config.output, config.data.columns, has_samples, config.run.allow_all_errors)
+        write_result(self._rows, self._run_dir, result_config)
 
 
 def _watch_for_shutdown(config: Config, status_file: StatusFile) -> ShutdownMonitor:
@@ -361,6 +364,12 @@ def _is_already_complete(
     is_complete: bool = group.all_gather_object(run_dir.is_finished and is_same and not wants_more)[0]
     if is_complete:
         logger.info(f"{run_dir.path} holds this run's finished result already, nothing to do")
+
+        def check() -> None:
+            if group.rank == 0 and not config.run.allow_all_errors:
+                raise_if_no_row_succeeded(run_dir.read_success(), run_dir)
+
+        group.run_on_all_ranks(check)
     return is_complete
 
 

@@ -82,6 +82,7 @@ class RunConfig:
         100,
         minimum=0,
     )
+    allow_all_errors: bool = _option("end with status 0 also if no row of the run has succeeded", False)
 
 
 @dataclass(frozen=True)

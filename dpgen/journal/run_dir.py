@@ -122,6 +122,14 @@ class RunDir:
     def is_finished(self) -> bool:
         return self.success.exists()
 
+    def read_success(self) -> dict[str, Any]:
+        """Return the content of `_SUCCESS`; empty if it is not readable, which `dpgen verify` reports."""
+        try:
+            content = json.loads(self.success.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
     def mark_unfinished(self) -> None:
         """Remove `_SUCCESS`: from now on the journal or the dataset differ from the result that it describes.
 

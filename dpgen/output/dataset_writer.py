@@ -64,7 +64,7 @@ def write_dataset(
         has_samples: True if rows may have several samples, so that the columns of a sample become lists.
 
     Returns:
-        the content of `_SUCCESS` (see `ResultStats.to_dict`), and first_error, for a person.
+        the content of `_SUCCESS` (see `ResultStats.to_dict`), and first_error and most_frequent_error, for a person.
 
     Raises:
         DpgenError: a row has no result, or a file can't be written.
@@ -90,7 +90,8 @@ def write_dataset(
         ) from None
     success = stats.to_dict() | ({"jsonl_encoding": JSONL_ENCODING} if config.format == "jsonl" else {})
     atomic_write_text(run_dir.success, json.dumps(success, indent=2) + "\n")
-    return {**stats.to_dict(), "first_error": stats.first_error}
+    examples = {"first_error": stats.first_error, "most_frequent_error": stats.most_frequent_error}
+    return {**stats.to_dict(), **examples}
 
 
 def result_columns(results: list[RowResult], has_samples: bool, token_ids: bool) -> dict[str, pa.Array]:

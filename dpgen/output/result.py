@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from dpgen.config.schema import OutputConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.distributed.attempt import shares_run_dir
 from dpgen.distributed.group import RankGroup
+from dpgen.errors import DpgenError
 from dpgen.formatting import format_count
 from dpgen.journal.format import parse_name
 from dpgen.journal.reader import list_segments
@@ -31,11 +32,13 @@ class ResultConfig:
     Attributes:
         kept_columns: the input's columns to keep; None for all.
         has_samples: whether a row has several samples, so that a sample's columns are lists.
+        allow_all_errors: whether a result without any completion counts as a success.
     """
 
     output: OutputConfig
     kept_columns: list[str] | None
     has_samples: bool
+    allow_all_errors: bool = False
 
 
 def gather_results(
@@ -93,10 +96,33 @@ def write_result(rows: InputRows, run_dir: RunDir, config: ResultConfig) -> None
     """Write RUN_DIR/dataset and _SUCCESS. Only rank 0 calls this.
 
     Raises:
-        DpgenError: a row has no result, or the disk refuses.
+        DpgenError: a row has no result, or the disk refuses; or the result is written, and no row has succeeded.
     """
     summary = write_dataset(rows, run_dir, config.output, config.kept_columns, config.has_samples)
     _log_summary(summary, run_dir)
+    if not config.allow_all_errors:
+        raise_if_no_row_succeeded(summary, run_dir)
+
+
+def raise_if_no_row_succeeded(summary: Mapping[str, Any], run_dir: RunDir) -> None:
+    """Raise DpgenError if every row of a result has an error; an empty result is a success.
+
+    Args:
+        summary: as `write_dataset` returns it, or the content of `_SUCCESS`.
+    """
+    num_rows, errors = summary.get("num_rows", 0), summary.get("errors")
+    if not num_rows or not errors or sum(errors.values()) < num_rows:
+        return
+    type, number = max(errors.items(), key=lambda item: item[1])
+    example = summary.get("most_frequent_error")
+    reason = f"{number:,} of them {type}" if len(errors) > 1 else type
+    if example:
+        reason += f" (first: {example})"
+    problem = "the only row has an error" if num_rows == 1 else f"all {num_rows:,} rows have an error"
+    raise DpgenError(
+        f"no row succeeded: {problem}, {reason}. The result is in {run_dir.dataset}. Fix the cause and generate the "
+        "rows again with run.retry_errors=true, or accept this result with run.allow_all_errors=true"
+    )
 
 
 def _log_summary(summary: dict[str, Any], run_dir: RunDir) -> None:

@@ -29,6 +29,7 @@ class ResultStats:
 
     Attributes:
         first_error: the first row with an error, for a person; "" if there is none.
+        most_frequent_error: the first row with an error of the most frequent type, likewise.
     """
 
     def __init__(self, hash_version: int = HASH_VERSION) -> None:
@@ -37,13 +38,22 @@ class ResultStats:
         self._digest = hashlib.blake2b(prefix, digest_size=16)
         self._num_rows = self._num_generated_tokens = 0
         self._errors: Counter[str] = Counter()
-        self.first_error = ""
+        self._examples: dict[str, str] = {}  # error type → its first row
+
+    @property
+    def first_error(self) -> str:
+        return next(iter(self._examples.values()), "")
+
+    @property
+    def most_frequent_error(self) -> str:
+        return self._examples[self._errors.most_common(1)[0][0]] if self._errors else ""
 
     def add(self, result: RowResult) -> None:
         self._digest.update(self._encode(result))
         self._num_rows += 1
         if result.error is not None:
-            self.first_error = self.first_error or f"row {result.row}: {result.error.type}: {result.error.message}"
+            example = f"row {result.row}: {result.error.type}: {result.error.message}"
+            self._examples.setdefault(result.error.type, example)
             self._errors[result.error.type] += 1
         self._num_generated_tokens += result.num_generated_tokens
 

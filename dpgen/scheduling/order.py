@@ -294,7 +294,10 @@ def _order_by_prompts(config: OrderConfig, rows: InputRows, remaining: np.ndarra
     prompt_groups, num_grouped = group_by_prompt(len(rows), remaining, prompts.prompt_hashes)
     if num_grouped >= _MIN_GROUPED_FRACTION * len(remaining):
         return order_by_measured_lengths(remaining, prompt_groups, prompt_groups.count(RankState()))
-    reason = f"by prompt length ({_format_range(prompts.lengths, 'characters')})"
+    lengths = prompts.lengths[prompts.lengths > 0]
+    reason = f"by prompt length ({_format_range(lengths, 'characters')})"
+    if 0 < len(lengths) < len(remaining):
+        reason += f", {format_count(len(remaining) - len(lengths), 'row')} without a prompt last"
     return _sort_by_length(remaining, prompts.lengths.astype(np.float64), reason)
 
 
@@ -343,7 +346,9 @@ def _compute_tail_ratio(values: np.ndarray) -> float:
 
 
 def _format_range(values: np.ndarray, unit: str = "") -> str:
-    low, median, high = _compute_min_median_max(values) if len(values) else (0, 0, 0)
+    if not len(values):
+        return "no row has one"
+    low, median, high = _compute_min_median_max(values)
     return f"min {low:,.0f}, median {median:,.0f}, max {high:,.0f} {unit}".rstrip()
 
 

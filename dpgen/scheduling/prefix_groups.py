@@ -74,7 +74,8 @@ class PrefixGroups:
     @property
     def shared_fraction(self) -> float:
         """Return the fraction of all prompts' characters that need not be computed if groups stay together."""
-        return float(1 - self.uncached_chars.sum() / max(1, self.lengths.sum()))
+        num_chars = self.lengths.sum()
+        return float(1 - self.uncached_chars.sum() / num_chars) if num_chars else 0.0
 
     @property
     def num_groups(self) -> int:

@@ -40,6 +40,21 @@ def test_a_run_whose_rows_all_fail_stops_and_shows_why(launcher: Launcher, write
     assert "prompt_too_long" in job.output
 
 
+def test_a_run_in_which_no_row_succeeded_ends_with_1_however_often_it_is_started(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config([{"prompt": None}, {"prompt": None}, {"prompt": "x" * 600}])
+    job = launcher.dpgen("run", conf)
+    assert job.wait() == 1
+    problem = "no row succeeded: all 3 rows have an error, 2 of them wrong_type"
+    assert f"dpgen: error: {problem} (first: row 0: wrong_type: prompt is null, not a string)" in job.output
+    assert "generated 0 rows, 0 tokens" in job.output and "(0 tokens/s), 3 rows failed" in job.output
+    assert len(load_result(tmp_path / "run")) == 3, "the result is there"
+    again = launcher.dpgen("run", conf)
+    assert again.wait() == 1 and f"dpgen: error: {problem}" in again.output, again.output
+    assert launcher.dpgen("run", conf, "run.allow_all_errors=true").wait() == 0
+
+
 def test_rows_that_fail_first_do_not_stop_a_run_whose_good_rows_are_still_running(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -246,3 +246,22 @@ def test_a_million_small_groups_are_shared_out_evenly_without_a_step_for_each(
     assert sorted(np.concatenate([rows for rows, _ in spec.groups])) == list(range(num_rows))
     loads = [weights[rows].sum() for rows, _ in spec.groups]
     assert max(loads) < 1.05 * min(loads)
+
+
+@pytest.mark.parametrize("order", ["auto", "prefix", "longest_first"])
+def test_the_line_about_the_order_counts_no_text_where_no_prompt_can_be_made(order: str) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": None, "other": "x"} for _ in range(20)]
+    line = str(find_order(make_config(order), rows))
+    assert "%" not in line and "min 0" not in line, line
+
+
+def test_rows_without_a_prompt_are_no_prompts_of_length_0() -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "x" * 7}, {"prompt": None}, {"prompt": "y" * 5}]
+    order = find_order(make_config("longest_first"), rows)
+    assert str(order).endswith("by prompt length (min 5, median 6, max 7 characters), 1 row without a prompt last")
+    assert order.rows.tolist() == [0, 2, 1]
+
+
+def test_a_hint_column_without_a_number_has_no_range() -> None:
+    order = find_order(make_config("longest_first", hint_column="hint"), [{"prompt": "x", "hint": "a"}] * 3)
+    assert str(order) == "order of work: longest first by hint column hint (no row has one)"
