@@ -1,8 +1,9 @@
 """Verify a run directory: every row once, as in the journal, next to the input row that it belongs to.
 
 - Everything is read, nothing is changed.
-- A note costs no row: a torn tail, or a damaged record whose row has another result.
+- A note costs no row: a torn tail, a damaged record whose row has another result, or a check that was not possible.
 - A problem leaves a row missing, wrong or unproven.
+- Not checked at all: whether the model would generate these texts, and what other nodes' disks hold.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class VerificationReport:
         num_dataset_rows: rows in RUN_DIR/dataset; None if the dataset was not read.
         input: "same", "differs" or "not checked".
         problems: one sentence each; any of them makes the result unsound.
-        notes: one sentence each about things that cost no row.
+        notes: one sentence each about things that cost no row, and about what could not be checked.
     """
 
     run_dir: str
@@ -92,6 +93,7 @@ def verify(path: Path, *, check_input: bool = True) -> VerificationReport:
     identity = _read_identity(run_dir, report)
     index = _check_journal(run_dir, report)
     rows = _check_input(run_dir, identity, report) if check_input and identity else None
+    _note_what_is_not_checked(run_dir, report, has_input=rows is not None, check_input=check_input)
     with JournalReader(index) as reader:
         results = ResultLookup(index, reader)
         _count_failed(results, report)
@@ -106,6 +108,8 @@ def verify(path: Path, *, check_input: bool = True) -> VerificationReport:
             report.num_dataset_rows = findings.num_rows
             report.problems += findings.problems
             _check_success(success, findings, report)
+            if report.num_rows and report.num_failed == report.num_rows:
+                report.notes.append("no row succeeded: every result is an error")
     return report
 
 
@@ -185,6 +189,20 @@ def _check_input(run_dir: RunDir, identity: Mapping[str, Any], report: Verificat
     return None if differences else rows
 
 
+def _note_what_is_not_checked(
+    run_dir: RunDir, report: VerificationReport, *, has_input: bool, check_input: bool
+) -> None:
+    if report.num_rows is None:
+        report.notes.append("run.json is needed to check the input, the dataset, and which rows are missing: none was")
+        return
+    if not check_input:
+        report.notes.append("the input was not checked, as --no-input asks")
+    if run_dir.is_finished and not has_input:
+        report.notes.append("the dataset's input columns were not checked: there is no input to compare with")
+    if not run_dir.is_finished and run_dir.dataset.exists():
+        report.notes.append("dataset/ was not checked: without _SUCCESS it counts as unfinished, and is written again")
+
+
 def _read_success(run_dir: RunDir, report: VerificationReport) -> dict[str, Any] | None:
     """Return the fields of `_SUCCESS`; None, with a problem in the report, if it can't be checked."""
     try:
@@ -212,6 +230,8 @@ def _check_success(success: dict[str, Any] | None, findings: DatasetFindings, re
     expected: dict[str, Any] = {"num_rows": report.num_rows}
     if findings.stats is not None and not report.missing:
         expected = findings.stats.to_dict()
+    else:
+        report.notes.append("_SUCCESS: only num_rows was checked, since its hash is over every row in input order")
     for name, value in expected.items():
         if success[name] != value:
             report.problems.append(f"_SUCCESS: {name}={success[name]!r}, expected {value!r}")
