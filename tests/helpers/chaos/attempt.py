@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Protocol
 
 from helpers.chaos.plan import FOLDER_VARIABLE, PHASES, AttemptPlan
-from helpers.jobs import REPO, Job, Launcher, descendants
+from helpers.jobs import REPO, Job, Launcher
 
-_TICK_S = 0.03
+_TICK_S = 0.05
 _LEFTOVER_S = 30.0
 _PROGRAM = ("-m", "helpers.chaos.rank")
 _CRASH = re.compile(r"Signal \d+ \((SIGSEGV|SIGABRT|SIGBUS|SIGILL|SIGFPE)\)")
@@ -94,7 +94,8 @@ class Attempt:
 
     def find_engine_pids(self, rank: int) -> list[int]:
         pid = self.get_rank_pid(rank)
-        return [] if pid is None else descendants(pid, b"dpgen.engine.server")
+        children = [] if pid is None else find_children(pid)
+        return [child for child in children if "dpgen.engine.server" in read_command(child) and is_alive(child)]
 
     def has_fault(self, name: str) -> bool:
         """Return True if a fault of this name has happened."""
@@ -141,9 +142,11 @@ class Attempt:
         }
         words = ["run", self._conf, f"run.dir={plan.run_dir}", *plan.arguments]
         if plan.launcher == "srun":
-            no_arguments: list[list[str]] = [[] for _ in plan.ranks]
             self.jobs = self._launcher.start_like_srun(
-                *words, rank_arguments=no_arguments, program=_PROGRAM, **environment
+                *words,
+                rank_arguments=[[] for _ in plan.ranks],
+                program=_PROGRAM,
+                **environment,
             )
             return
         options = ["--shutdown-timeout", "3", "--max-restarts", str(plan.max_restarts)]
@@ -221,6 +224,15 @@ def read_command(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return ""
+
+
+def find_children(pid: int) -> list[int]:
+    """Return the ids of the processes that the threads of a process have started."""
+    children = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread or the process has ended meanwhile
+            children += [int(child) for child in path.read_text().split()]
+    return children
 
 
 def find_marked(folder: Path) -> list[int]:

@@ -17,7 +17,7 @@ from helpers.chaos.plan import PHASES, AttemptPlan, Event
 
 LAUNCHERS = ("alone", "srun", "torchrun")
 # Phases in which the ranks of an srun job continue without a lost one, other than rank 0, and complete the run.
-SURVIVED_PHASES = ("generating",)
+SURVIVED_PHASES = ("planning", "loading", "generating", "gathering", "writing")
 _JUMP_S = 7200.0
 _TIME_LIMIT_S = 1800
 

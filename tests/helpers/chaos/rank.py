@@ -29,8 +29,8 @@ HOOKS = {
     "planning": ("dpgen.run", "ShardPlanner.plan"),
     "loading": ("dpgen.run", "ModelLoader.load"),
     "generating": ("dpgen.run", "GenerationLoop.run"),
-    "gathering": ("dpgen.run", "gather_results"),
-    "writing": ("dpgen.run", "write_result"),
+    "gathering": ("dpgen.run", "_Job.gather"),
+    "writing": ("dpgen.run", "_Job.write"),
 }
 MEETING_HOOK = ("dpgen.distributed.gloo.rank_group", "join_rendezvous")  # imports torch: only where ranks meet
 _JOIN_TIMEOUT = ("dpgen.distributed.gloo.rank_group", "_JOIN_TIMEOUT_S")

@@ -22,9 +22,9 @@ _MAX_TRIES = 6  # of a fault that does not get to happen, for example since anot
 _TAIL_LINES = 60
 # What is chosen from, more often what costs less: a rank alone starts in a second of processor time, two ranks in five,
 # torchrun in two more.
-_LAUNCHERS = ("alone", "alone", "alone", "srun", "srun", "srun", "torchrun")
-_NUM_RANKS = {"srun": (2, 2, 2, 2, 3, 3, 4), "torchrun": (2, 2, 2, 3)}
-_NUM_FAULTS = (1, 1, 2, 2, 3, 3)  # of one attempt
+_LAUNCHERS = ("alone", "alone", "alone", "alone", "srun", "srun", "torchrun")
+_NUM_RANKS = {"srun": (2, 2, 2, 2, 2, 3, 4), "torchrun": (2, 2, 2, 3)}
+_NUM_FAULTS = (1, 2, 2, 3, 3)  # of one attempt
 
 
 @dataclass
