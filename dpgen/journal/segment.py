@@ -70,19 +70,22 @@ class SegmentWriter:
         self._index.lengths += batch.lengths
         self._index.flags += batch.flags
 
-    def seal(self) -> bool:
-        """Write and sync the index, and close the file; remove it if it has no rows.
+    def seal(self, *, keeps_empty: bool = False) -> bool:
+        """Write and sync the index, and close the file.
+
+        Args:
+            keeps_empty: keep the file if it has no rows. Each of a thousand ranks would leave one at each attempt.
 
         Returns:
-            True if the file is still there. Each of a thousand ranks would leave one at each attempt.
+            True if the file is still there.
         """
-        index = self._index
-        if index.rows:
+        index, is_kept = self._index, keeps_empty or bool(self._index.rows)
+        if is_kept:
             self._write(fmt.encode_index(self._id, index.rows, index.lengths, index.flags, self.num_bytes))
             self._files.sync(self._fd)
         fd, self._fd = self._fd, -1
         self._files.close(fd)
-        if index.rows:
+        if is_kept:
             return True
         try:
             self._files.remove(self._path)
@@ -146,7 +149,7 @@ def repair_segment(path: Path, files: FileSystem | None = None) -> list[int]:
         batch = _read_batch(path, checked.frames)
         replacement = SegmentWriter(temporary, files, lambda num_bytes: None)
         replacement.write(batch)
-        replacement.seal()
+        replacement.seal(keeps_empty=True)
         if not damaged.exists():
             files.link(path, damaged)
         files.replace(temporary, path)

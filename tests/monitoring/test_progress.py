@@ -43,6 +43,16 @@ def remove_control_codes(output: str) -> str:
     return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", output).replace("\r", "")
 
 
+def read_all(terminal: int) -> str:
+    """Return what has been written to a terminal, which hands it out in pieces."""
+    os.set_blocking(terminal, False)
+    output = b""
+    with contextlib.suppress(BlockingIOError):
+        while piece := os.read(terminal, 1 << 16):
+            output += piece
+    return output.decode()
+
+
 def render_screen(output: str) -> list[str]:
     """Return the lines that a terminal shows at the end: only the control codes that rich's live display uses."""
     lines, row, column = [""], 0, 0
@@ -72,7 +82,8 @@ def open_terminal() -> Iterator[int]:
         try:
             yield test_end
         finally:
-            os.close(test_end)  # a thread that is stuck in writing ends with an error
+            os.close(test_end)  # a thread that is stuck in writing ends with an error, and frees rich's lock
+            wait_for(lambda: all(thread.name != "progress" for thread in threading.enumerate()))
 
 
 # ---- on a terminal
@@ -183,7 +194,7 @@ def test_the_bar_never_goes_back() -> None:
         bar.show(700, "text")
         bar.show(650, "a rank is lost, and its rows with it")
         bar.close()
-        screen = render_screen(os.read(terminal, 1 << 16).decode())
+        screen = render_screen(read_all(terminal))
     assert next(line for line in screen if "rows" in line).endswith(" 700/1,000 rows"), screen
 
 
