@@ -98,6 +98,12 @@ class LockstepEngineLost(DpgenError):
         )
 
 
+class JoinFailed(DpgenError):
+    """Report ranks that did not all come together. The same command may succeed: a node may have died meanwhile."""
+
+    exit_status = EXIT_RESUMABLE
+
+
 class EngineError(DpgenError):
     """Report an engine that did not start, died, or broke its protocol.
 

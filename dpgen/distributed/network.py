@@ -12,7 +12,7 @@ import resource
 import socket
 import time
 
-from dpgen.errors import ConfigError, DpgenError
+from dpgen.errors import ConfigError, JoinFailed
 from dpgen.log import log_while_waiting
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def wait_for_torchrun_store(address: Address) -> None:
     TCPStore itself would retry for a minute, and then print a stack trace.
 
     Raises:
-        DpgenError: nothing accepted a connection for 10 s.
+        JoinFailed: nothing accepted a connection for 10 s.
     """
     deadline_s = time.monotonic() + _AGENT_TIMEOUT_S
     while True:
@@ -42,7 +42,7 @@ def wait_for_torchrun_store(address: Address) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline_s:
-                raise DpgenError(
+                raise JoinFailed(
                     f"torchrun's store at {address[0]}:{address[1]} has not answered for {_AGENT_TIMEOUT_S:.0f} s. "
                     f"Check that torchrun still runs: {error}"
                 ) from None

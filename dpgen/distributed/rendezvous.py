@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Collection
 from typing import Any
 
-from dpgen.errors import DpgenError
+from dpgen.errors import JoinFailed
 from dpgen.log import PeriodicLog, log_while_waiting
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def join_rendezvous(store: Any, rank: int, size: int, timeout_s: float, source: 
         source: the variables that rank and size come from, for messages.
 
     Raises:
-        DpgenError: some ranks did not arrive in time (on rank 0).
+        JoinFailed: some ranks did not arrive in time (on rank 0).
         RuntimeError: the store is gone, or rank 0 did not arrive within the store's own timeout (on other ranks).
     """
     given = f" ({source})" if source else ""
@@ -72,7 +72,7 @@ def _lead(store: Any, size: int, timeout_s: float, given: str) -> int:
             elif store.check([f"dpgen/confirm/{round_id}/{token}"]):
                 pending_ranks.remove(rank)
         if pending_ranks and time.monotonic() > deadline_s:
-            raise DpgenError(
+            raise JoinFailed(
                 f"{len(pending_ranks):,} of {size:,} ranks did not start within {timeout_s:,.0f} s (missing: "
                 f"{_format_ranks(pending_ranks)}). Check that each was started and can reach rank 0{given}"
             )

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 
 from dpgen.distributed.ports import bind_first_free, format_ports
-from dpgen.errors import DpgenError
+from dpgen.errors import JoinFailed
 from dpgen.log import log_while_waiting
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def discover_store(host: str, ports: Sequence[int], job: str, limit_s: float) ->
     round after round.
 
     Raises:
-        DpgenError: no port advertised this job's store within `limit_s`.
+        JoinFailed: no port advertised this job's store within `limit_s`.
     """
     deadline_s = time.monotonic() + limit_s
 
@@ -98,7 +98,7 @@ def discover_store(host: str, ports: Sequence[int], job: str, limit_s: float) ->
                 if store_port is not None:
                     return store_port
             if time.monotonic() > deadline_s:
-                raise DpgenError(
+                raise JoinFailed(
                     f"rank 0 of {job} did not answer on {host}, ports {format_ports(ports)}, within "
                     f"{limit_s / 60:.0f} min. Check that it was started and that this host can reach it"
                 )

@@ -32,7 +32,7 @@ from dpgen.engine.messages import (
     OptionsChecked,
     RowsFinished,
 )
-from dpgen.errors import ConfigError, EngineError, EngineStuck, LockstepEngineLost
+from dpgen.errors import EXIT_RESUMABLE, ConfigError, EngineError, EngineStuck, LockstepEngineLost
 from dpgen.formatting import format_count
 from dpgen.records import Request, RowResult, UndecodedRow
 
@@ -45,7 +45,9 @@ _START_WAIT_S = 0.2  # while an engine starts, the other ranks are checked this 
 
 
 class _EngineHung(EngineError):
-    """Report an engine that has taken too long."""
+    """Report an engine that has taken too long: it may be a file system or a device that hangs, for now."""
+
+    exit_status = EXIT_RESUMABLE
 
 
 class EngineSupervisor:

@@ -10,7 +10,7 @@ import pytest
 from helpers.jobs import wait_for
 
 from dpgen.distributed.rendezvous import join_rendezvous
-from dpgen.errors import DpgenError
+from dpgen.errors import JoinFailed
 
 
 class SharedStore:
@@ -63,7 +63,7 @@ def test_a_token_left_by_a_rank_that_never_joined_is_ignored() -> None:
 def test_the_error_names_the_ranks_that_did_not_start() -> None:
     store = SharedStore()
     store.set("dpgen/arrived/2", "token of a rank that was killed")
-    with pytest.raises(DpgenError, match=r"2 of 3 ranks did not start within 0 s \(missing: 1, 2\)"):
+    with pytest.raises(JoinFailed, match=r"2 of 3 ranks did not start within 0 s \(missing: 1, 2\)"):
         join_rendezvous(store, 0, 3, timeout_s=0.1)
 
 

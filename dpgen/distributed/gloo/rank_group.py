@@ -54,7 +54,7 @@ from dpgen.distributed.rendezvous import join_rendezvous
 from dpgen.distributed.stages import Stage, run_stages
 from dpgen.distributed.store_discovery import StoreAdvertiser, discover_store
 from dpgen.distributed.topology import Topology, name_nodes, read_boot_id
-from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
+from dpgen.errors import EXIT_RESUMABLE, DpgenError, JoinFailed, PeerFailed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +82,7 @@ class GlooGroup(RankGroup):
             before_exit: called, in another thread, before this process ends because its main thread is stuck.
 
         Raises:
-            DpgenError: not all ranks joined within half an hour, or the store can't be reached.
+            JoinFailed: not all ranks joined within half an hour, or the store can't be reached.
             PeerLost: a rank was lost meanwhile, and the group can't shrink.
         """
         raise_open_file_limit(_count_files(topology.dp_size))
@@ -273,7 +273,7 @@ class GlooGroup(RankGroup):
             )
             self._wait_log = WaitLog(self.store, self.rank, lambda: self._membership.members)
         except (RuntimeError, ValueError, OSError) as error:
-            raise DpgenError(
+            raise JoinFailed(
                 f"rank {self.rank} could not join the group of {self.size} ranks at "
                 f"{host}:{port}: {summarize_error(error)}"
             ) from None
