@@ -9,10 +9,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import islice
 from typing import Any, BinaryIO
 
@@ -80,14 +80,15 @@ class JsonReader:
                     return
             self._num_rows += table.num_rows
             yield table
-            first_line += batch.count(b"\n")
+            # In a table of Arrow's parser, each line is a row.
+            first_line += table.num_rows if self._num_misses == 0 else batch.count(b"\n")
 
     # ---- Arrow's parser
 
     def _parse_fast(self, batch: bytes) -> pa.Table | None:
         """Return a batch's rows; None where the values may differ from those of `json.loads`."""
-        longest = _find_longest_line(batch)
-        if longest is None:
+        longest, num_lines = _measure_lines(batch)
+        if not longest:
             return None
         try:
             table = _parse_with_arrow(batch, longest, self._text_fields)
@@ -98,11 +99,11 @@ class JsonReader:
             table.validate(full=True)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
             return None
-        lines = batch.count(b"\n") + (not batch.endswith(b"\n"))
-        if table.num_rows != lines or not table.num_columns:
+        if table.num_rows != num_lines or not table.num_columns:
             return None
+        may_hold_whole = cache(lambda key: _may_hold_whole_number(key, batch))
         is_exact = all(
-            _is_exact(chunk, name, batch, name in self.mixed_columns, 0)
+            _is_exact(chunk, name, (lambda _: False) if name in self.mixed_columns else may_hold_whole, 0)
             for name in table.column_names
             for chunk in table[name].chunks
         )
@@ -240,14 +241,15 @@ def _turn_columns(table: dict[str, Any]) -> list[dict[str, Any]]:
     return [table]
 
 
-def _find_longest_line(batch: bytes) -> int | None:
-    """Return the bytes of the longest line; None unless each line starts like an object."""
-    ends = np.flatnonzero(np.frombuffer(batch, np.uint8) == ord("\n")) + 1
+def _measure_lines(batch: bytes) -> tuple[int, int]:
+    """Return the bytes of the longest line, 0 unless each line starts like an object, and the number of lines."""
+    content = np.frombuffer(batch, np.uint8)
+    ends = np.flatnonzero(content == ord("\n")) + 1
     starts = np.concatenate([[0], ends])
     starts = starts[starts < len(batch)]
-    if (np.frombuffer(batch, np.uint8)[starts] != ord("{")).any():
-        return None
-    return int(np.diff(starts, append=len(batch)).max())
+    if (content[starts] != ord("{")).any():
+        return 0, len(starts)
+    return int(np.diff(starts, append=len(batch)).max()), len(starts)
 
 
 def _parse_with_arrow(batch: bytes, longest: int, text_fields: dict[str, pa.DataType]) -> pa.Table:
@@ -256,7 +258,7 @@ def _parse_with_arrow(batch: bytes, longest: int, text_fields: dict[str, pa.Data
     # Smaller blocks than the batch are parsed in several threads; none may be shorter than a line.
     options = pj.ReadOptions(block_size=max(1 << 20, longest + 1))
     schema = pa.schema(list(text_fields.items())) if text_fields else None
-    return pj.read_json(io.BytesIO(batch), options, pj.ParseOptions(explicit_schema=schema))
+    return pj.read_json(pa.BufferReader(batch), options, pj.ParseOptions(explicit_schema=schema))
 
 
 def _holds_dates(type: pa.DataType) -> bool:
@@ -271,35 +273,33 @@ def _without_dates(type: pa.DataType) -> pa.DataType:
     return pa.list_(_without_dates(type.value_type)) if pa.types.is_list(type) else type
 
 
-def _is_exact(array: pa.Array, key: str, batch: bytes, may_mix: bool, depth: int) -> bool:
+def _is_exact(array: pa.Array, key: str, may_hold_whole: Callable[[str], bool], depth: int) -> bool:
     """Return True if an array that Arrow parsed has the values of `json.loads`, and keys that all objects have.
 
     Args:
         key: the key before the values; empty for values of a list.
-        may_mix: True if whole numbers are known to have become decimals.
+        may_hold_whole: returns True if there may be whole numbers after a key, which became decimals unnoticed.
     """
     if depth > _MAX_ARROW_DEPTH:
         return False
     if pa.types.is_float64(array.type):
-        return _are_exact_floats(array, key, batch, may_mix)
+        values = array.drop_null().to_numpy(zero_copy_only=False)
+        if not (np.abs(values) < _EXACT_FLOAT).all():  # a NaN is no smaller
+            return False
+        return not (values == np.floor(values)).any() or not may_hold_whole(key)
     if pa.types.is_struct(array.type):
         if not array.type.num_fields:
             return False
         children = zip(array.type, array.flatten(), strict=True)
         return all(
-            child.null_count == array.null_count and _is_exact(child, field.name, batch, may_mix, depth + 1)
+            child.null_count == array.null_count and _is_exact(child, field.name, may_hold_whole, depth + 1)
             for field, child in children
         )
-    return not pa.types.is_list(array.type) or _is_exact(array.flatten(), "", batch, may_mix, depth + 1)
+    return not pa.types.is_list(array.type) or _is_exact(array.flatten(), "", may_hold_whole, depth + 1)
 
 
-def _are_exact_floats(array: pa.Array, key: str, batch: bytes, may_mix: bool) -> bool:
-    values = array.drop_null().to_numpy(zero_copy_only=False)
-    if (np.abs(values) >= _EXACT_FLOAT).any() or np.isnan(values).any():
-        return False
-    if may_mix or not (values == np.floor(values)).any():
-        return True
+def _may_hold_whole_number(key: str, batch: bytes) -> bool:
     if not key:
-        return _INT_IN_LIST.search(batch) is None
+        return _INT_IN_LIST.search(batch) is not None
     pattern = re.compile(re.escape(json.dumps(key).encode()) + rb"\s*:\s*-?\d+\s*[,}]")
-    return key.isascii() and pattern.search(batch) is None
+    return not key.isascii() or pattern.search(batch) is not None
