@@ -149,8 +149,6 @@ class _Job:
         )
         group.run_on_all_ranks(lambda: _check_output(config, self._rows) if group.rank == 0 else None)
         identity = compute_run_identity(config, fingerprint, find_what_names_stand_for(config, group))
-        used_columns = [] if self._rows.is_empty else list_used_columns(config, self._rows.columns)
-        logger.info(self._rows.describe(used_columns))
         startup.mark("input")
         start = read_job_start(config, group, self._run_dir)
         self._is_complete = _is_already_complete(config, group, self._run_dir, identity, start)
@@ -163,6 +161,8 @@ class _Job:
         self._attempt = begin_attempt(config, group, self._run_dir, identity, start, self._rows.fingerprint)
         if group.rank == 0:
             self._run_dir.update_metadata(**describe_hashed_files(self._rows, fingerprint))
+        used_columns = [] if self._rows.is_empty else list_used_columns(config, self._rows.columns)
+        logger.info(self._rows.describe(used_columns))
         self._engine_log.open(self._run_dir.logs / f"rank-{self._topology.dp_rank}.engine.log")
         self._begin_journal()
         self._planner = self._make_planner()
