@@ -121,8 +121,10 @@ def to_known_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if target.equals(column.type):
         return column
     try:
-        return column.cast(target)
-    except pa.ArrowNotImplementedError:
+        converted = column.cast(target)
+        converted.validate()  # Arrow 26 gives list views with a null too few offsets
+        return converted
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
         values = [_to_lists(value, column.type) for value in column.to_pylist()]
         return pa.chunked_array([pa.array(values, target)], target)
 

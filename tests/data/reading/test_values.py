@@ -232,6 +232,7 @@ def test_types_that_other_readers_do_not_know_become_plain_ones(tmp_path: Path) 
         "decimal": pa.array([1, None], pa.decimal64(5, 2)),
         "map": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int64())),
         "views": pa.array([["a"], []], pa.list_(pa.string_view())),
+        "list_view": pa.array([["a"], None], pa.list_view(pa.string())),
     }
     with pa.ipc.new_file(str(tmp_path / "rows.arrow"), pa.table(columns).schema) as writer:
         writer.write_table(pa.table(columns))
@@ -244,6 +245,7 @@ def test_types_that_other_readers_do_not_know_become_plain_ones(tmp_path: Path) 
         "decimal": "1.00",
         "map": "[{'key': 'k', 'value': 1}]",
         "views": "['a']",
+        "list_view": "['a']",
     }
     assert len(rows.fingerprint()["content"]) == 32
 
