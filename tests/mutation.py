@@ -127,8 +127,8 @@ def _strip(source: str) -> str | None:
 class Worker:
     """A copy of the repository, in which one mutant at a time is tested."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, pytest_arguments: list[str]) -> None:
+        self.folder, self._pytest_arguments = folder, pytest_arguments
         ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*cache", ".gpu", ".whl", "runs")
         shutil.copytree(REPO, folder, ignore=ignored)
 
@@ -141,17 +141,17 @@ class Worker:
             wing = Path(mutant.path).parts[1]
             stages = [("wing", [f"tests/{wing}"], QUICK), ("all", ["tests"], QUICK), ("all", ["tests"], ALL)]
             for name, tests, marks in stages if is_thorough else stages[:1]:
-                status = self._run(tests, marks, limit_s)
+                status = self.run(tests, marks, limit_s)
                 if status != 0:
                     return "time" if status is None else name
             return None
         finally:
             path.write_text(original)
 
-    def _run(self, tests: list[str], marks: str, limit_s: float) -> int | None:
+    def run(self, tests: list[str], marks: str, limit_s: float) -> int | None:
         """Return pytest's exit status; None if it took too long."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", marks, *tests]
-        command += ["--ignore", "tests/structure"]
+        command += ["--ignore", "tests/structure", *self._pytest_arguments]
         environment = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
         environment["OMP_NUM_THREADS"] = "1"
         with tempfile.TemporaryFile() as output:
@@ -176,6 +176,7 @@ def main() -> int:
     parser.add_argument("--skip", type=int, default=0, help="leave out the first ones, which were tried before")
     parser.add_argument("--limit-s", type=float, default=900.0, help="of one run of the tests")
     parser.add_argument("--total-s", type=float, default=float("inf"), help="begin no mutant after so many seconds")
+    parser.add_argument("--pytest-arguments", default="", help="of every run, e.g. '--deselect TEST'")
     options = parser.parse_args()
     paths = sorted(path for pattern in options.modules for path in REPO.glob(pattern))
     chosen = choose_mutants(paths, options.mutants, options.seed)[options.skip :]
@@ -184,7 +185,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="dpgen-mutation-") as folder:
         workers: Queue[Worker] = Queue()
         for number in range(options.workers):
-            workers.put(Worker(Path(folder) / str(number)))
+            workers.put(Worker(Path(folder) / str(number), options.pytest_arguments.split()))
+        wings = sorted({Path(mutant.path).parts[1] for mutant in chosen})
+        with ThreadPoolExecutor(options.workers) as pool:
+            sound = list(
+                pool.map(
+                    lambda pair: pair[0].run([f"tests/{pair[1]}"], QUICK, options.limit_s) == 0,
+                    zip(list(workers.queue), wings, strict=False),
+                )
+            )
+        if not all(sound):
+            print(f"tests fail without a mutant: {', '.join(wings)}: {sound}", file=sys.stderr)
+            return 1
 
         def test(mutant: Mutant) -> str | None:
             if time.monotonic() - started_s > options.total_s:

@@ -13,6 +13,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -149,7 +150,9 @@ class Attempt:
                 **environment,
             )
             return
-        options = ["--shutdown-timeout", "3", "--max-restarts", str(plan.max_restarts)]
+        options = ["--max-restarts", str(plan.max_restarts)]
+        if _has_shutdown_timeout():
+            options += ["--shutdown-timeout", "3"]
         torchrun = options if plan.launcher == "torchrun" else []
         self.jobs = [
             self._launcher.dpgen(*words, ranks=plan.num_ranks, torchrun=torchrun, program=_PROGRAM, **environment)
@@ -258,3 +261,11 @@ def wait_until(condition: Callable[[], bool]) -> Iterator[bool]:
     """Yield until the condition holds, for ever if it never does."""
     while not condition():
         yield False
+
+
+@cache
+def _has_shutdown_timeout() -> bool:
+    """Return True if torchrun has the option (torch 2.13); without it, a stopped rank holds torchrun for 30 s."""
+    from torch.distributed.run import get_args_parser
+
+    return "--shutdown-timeout" in get_args_parser().format_help()
