@@ -21,6 +21,7 @@ from dpgen.log import PeriodicLog, log_while_waiting
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
+_MAX_POLL_S = 1.0
 _MAX_LISTED_RANKS = 10
 
 
@@ -28,23 +29,31 @@ def join_rendezvous(store: Any, rank: int, size: int, timeout_s: float, source: 
     """Wait until all ranks have arrived, and return the number of this round, from 1. Collective.
 
     Args:
-        store: a torch.distributed.Store, which earlier rounds may have used.
+        store: a store whose calls are bounded in time, which earlier rounds may have used.
         source: the variables that rank and size come from, for messages.
 
     Raises:
-        JoinFailed: some ranks did not arrive in time (on rank 0).
-        RuntimeError: the store is gone, or rank 0 did not arrive within the store's own timeout (on other ranks).
+        JoinFailed: some ranks did not arrive in time (on rank 0), or rank 0 did not (on other ranks).
+        RuntimeError: the store is gone, or does not answer.
     """
     given = f" ({source})" if source else ""
-    return _lead(store, size, timeout_s, given) if rank == 0 else _follow(store, rank, given)
+    return _lead(store, size, timeout_s, given) if rank == 0 else _follow(store, rank, timeout_s, given)
 
 
-def _follow(store: Any, rank: int, given: str) -> int:
+def _follow(store: Any, rank: int, timeout_s: float, given: str) -> int:
     token = uuid.uuid4().hex
     store.set(f"dpgen/arrived/{rank}", token)
+    deadline_s, poll_s = time.monotonic() + timeout_s, _POLL_S
     # Rank 0 answers each rank at once, so one that waits here waits for rank 0 alone.
     with log_while_waiting(logger, lambda: f"waiting for rank 0 to start: it has not answered rank {rank}{given}"):
-        round_id = int(store.get(f"dpgen/ack/{token}"))  # blocks, within the store's timeout
+        while not store.check([f"dpgen/ack/{token}"]):
+            if time.monotonic() > deadline_s:
+                raise JoinFailed(
+                    f"rank 0 did not answer rank {rank} within {timeout_s:,.0f} s. Check that it was started{given}"
+                )
+            time.sleep(poll_s)
+            poll_s = min(_MAX_POLL_S, 1.5 * poll_s)  # the longer it takes, the less it is asked for
+    round_id = int(store.get(f"dpgen/ack/{token}"))
     store.set(f"dpgen/confirm/{round_id}/{token}", "1")
     return round_id
 

@@ -81,3 +81,9 @@ def test_a_rank_without_rank_0_says_whom_it_waits_for_and_why(
     assert caplog.messages[0] == "waiting for rank 0 to start: it has not answered rank 1 (RANK=1, WORLD_SIZE=2)"
     assert caplog.records[0].levelno == logging.WARNING, "so that ranks other than 0 say it, too"
     assert caplog.messages[1:] == ["waiting for 1 of 2 ranks to start (missing: 1) (RANK=0, WORLD_SIZE=2)"]
+
+
+def test_a_rank_whose_rank_0_never_answers_gives_up_resumable() -> None:
+    with pytest.raises(JoinFailed, match=r"rank 0 did not answer rank 1 within 0 s") as raised:
+        join_rendezvous(SharedStore(), 1, 2, timeout_s=0.1)
+    assert raised.value.exit_status == 75

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 
 import pytest
 from helpers.jobs import Launcher, free_port
@@ -83,3 +84,22 @@ def test_a_rank_says_that_it_waits_for_rank_0s_store(launcher: Launcher) -> None
     assert job.wait() == 0, job.output
     line = f"WARNING waiting for rank 0, whose store does not answer at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT). "
     assert line in job.output, "torch's call must not keep the thread from logging"
+
+
+SILENT_PROGRAM = """
+import sys
+from dpgen.distributed.gloo import torch_world
+
+torch_world._SILENCE_S = 1.0
+try:
+    torch_world.open_store(("127.0.0.1", int(sys.argv[1])), num_ranks=2, is_host=False, connect_s=1, answer_s=1)
+except RuntimeError as error:
+    print(error, flush=True)
+"""
+
+
+def test_a_store_whose_process_is_stopped_is_given_up(launcher: Launcher) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stopped:  # the kernel accepts for it, and nobody answers
+        job = launcher.start([launcher.python, "-c", SILENT_PROGRAM, str(stopped.getsockname()[1])])
+        assert job.wait() == 0, job.output
+    assert "no answer within 2 s, as from a process that is stopped" in job.output

@@ -295,7 +295,8 @@ class GlooGroup(RankGroup):
                 host = LOOPBACK if topology.is_on_one_node else ""
                 advertiser = StoreAdvertiser(topology.discovery_ports, topology.job, self._base.port, host)
                 until_joined.enter_context(advertiser)
-            return join_rendezvous(self._base, self.rank, self.size, _JOIN_TIMEOUT_S, topology.source)
+            store = TimeoutStore(self._base, self._timing.lease_s)
+            return join_rendezvous(store, self.rank, self.size, _JOIN_TIMEOUT_S, topology.source)
 
     def _meet(self, topology: Topology) -> None:
         """Connect the ranks, all of which have arrived, and learn their nodes. Collective; after a loss once more."""

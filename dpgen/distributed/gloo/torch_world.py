@@ -13,10 +13,13 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +33,9 @@ from dpgen.log import log_while_waiting
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+_SILENCE_S = 10.0  # how much longer than torch's own timeout to wait
 _BACKLOG = 2048  # torch's own
 _NO_TIMEOUT = timedelta(days=20)  # gloo counts milliseconds in a signed 32-bit integer: 24.8 days at most
 # Process groups whose collectives never end, kept until the process ends: destroying them would wait for those.
@@ -70,8 +76,8 @@ def open_store(address: Address, *, num_ranks: int | None, is_host: bool, connec
             "rank 0 was started, and that this host can reach it"
         )
 
-    with log_while_waiting(logger, describe):
-        store = dist.TCPStore(  # type: ignore[attr-defined]
+    def connect() -> Any:
+        return dist.TCPStore(  # type: ignore[attr-defined]
             host,
             port,
             num_ranks,
@@ -81,8 +87,32 @@ def open_store(address: Address, *, num_ranks: int | None, is_host: bool, connec
             multi_tenant=True,
             master_listen_fd=None if listener is None else listener.detach(),  # the store closes it
         )
+
+    with log_while_waiting(logger, describe):
+        store = _call_within(connect_s + _SILENCE_S, connect)
     store.set_timeout(timedelta(seconds=answer_s))
     return store
+
+
+def _call_within(limit_s: float, action: Callable[[], T]) -> T:
+    """Return `action()`, called in a thread: torch's own timeouts don't cover a host that is stopped and says nothing.
+
+    Raises:
+        RuntimeError: it has not returned within `limit_s`; the thread is left behind.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="connect", daemon=True).start()
+    try:
+        return outcome.result(limit_s)
+    except FutureTimeoutError:
+        raise RuntimeError(f"no answer within {limit_s:.0f} s, as from a process that is stopped") from None
 
 
 def add_prefix(store: Any, prefix: str) -> Any:
@@ -113,7 +143,10 @@ def connect_world(base: Any, store: Any, rank: int, size: int, timeout_s: float)
     try:
         with _set_gloo_variables(), log_while_waiting(logger, lambda: message):
             _ADDRESS_BOOKS.append(book := AddressBook(store, rank, size))
-            dist.init_process_group("gloo", store=book, rank=rank, world_size=size, timeout=timeout)
+            _call_within(
+                timeout_s + _SILENCE_S,
+                lambda: dist.init_process_group("gloo", store=book, rank=rank, world_size=size, timeout=timeout),
+            )
     finally:
         _connections.clear()
         _connections.update(_list_connections(base.port).items() - before.items())
