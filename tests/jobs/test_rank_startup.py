@@ -77,9 +77,9 @@ def test_every_rank_gets_the_smallest_kv_cache(launcher: Launcher, write_config:
 SLOW_TO_PREPARE = """
 import os, sys, time
 from pathlib import Path
-import datasets
+from dpgen.data import input_rows
 
-load = datasets.load_dataset
+load = input_rows.load_input
 
 def slow_load(*args, **kwargs):
     is_ready = any(Path(os.environ["HF_DATASETS_CACHE"]).rglob("*.arrow"))
@@ -88,7 +88,7 @@ def slow_load(*args, **kwargs):
     sys.stderr.write(f"rank {os.environ['RANK']}: {'finds it ready' if is_ready else 'prepares it'}\\n")
     return load(*args, **kwargs)
 
-datasets.load_dataset = slow_load
+input_rows.load_input = slow_load
 from dpgen.__main__ import main
 main()
 """
