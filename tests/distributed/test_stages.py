@@ -27,9 +27,12 @@ class ShrinkingGroup(SingleRankGroup):
         self._errors, self._peer_stages = list(errors), list(peer_stages)
         self.num_shrink_calls = 0
         self.phases: list[str] = []
+        self.slow_phases: list[str] = []
 
     def enter_phase(self, name: str, *, is_slow: bool = False) -> None:
         self.phases.append(name)
+        if is_slow:
+            self.slow_phases.append(name)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return [value, self._peer_stages.pop(0) if self._peer_stages else value]
@@ -53,7 +56,7 @@ def make_stages(calls: list[str], losses: dict[str, int]) -> list[Stage]:
         return run
 
     return [
-        Stage("input", make("input")),
+        Stage("input", make("input"), is_slow=True),
         Stage("plan", make("plan")),
         Stage("load", make("load"), repeat_from="plan"),
         Stage("generate", make("generate"), repeat_from="plan"),
@@ -78,6 +81,7 @@ def test_a_loss_repeats_from_the_earliest_stage_of_any_rank(
     run_stages(group, make_stages(calls, dict(losses)))
     assert " ".join(calls) == expected
     assert group.phases == calls, "the other ranks know what this one does"
+    assert set(group.slow_phases) == {"input"}, "in any other stage a rank that says nothing is lost soon"
     assert caplog.messages == ["lost rank 3, continuing with the remaining ranks"] * sum(losses.values())
 
 

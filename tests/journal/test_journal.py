@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.clock import FakeClock
 from helpers.jobs import Launcher, load_result, make_numbered_rows
 from helpers.journal_disk import Crash, FailingDisk
 from hypothesis import given, settings
@@ -37,7 +39,7 @@ from dpgen.journal.reader import (
     merge_segments,
     read_segment,
 )
-from dpgen.journal.segment import repair_segment
+from dpgen.journal.segment import SegmentWriter, WriteBatch, repair_segment
 from dpgen.journal.writer import JournalWriter
 from dpgen.records import Completion, RowResult, decode_result, encode_result, make_rejected_result
 
@@ -297,6 +299,7 @@ def test_an_index_is_not_trusted_after_bytes_before_it_were_removed(tmp_path: Pa
 
 def test_a_damaged_segment_is_repaired_and_the_damaged_file_is_kept(tmp_path: Path) -> None:
     path = write_sealed(tmp_path, [result(row) for row in range(5)])
+    assert read_segment(path, check=True).is_sealed
     assert repair_segment(path) == []
     content = bytearray(path.read_bytes())
     content[int(read_segment(path).frames.offset[2]) + 3] ^= 1
@@ -414,6 +417,7 @@ def test_sync_and_close_wait_for_the_disk(tmp_path: Path) -> None:
     assert journal.num_synced_rows == 0
     journal.sync()
     assert journal.num_synced_rows == 1 and len(index_journal(tmp_path)) == 1
+    assert not journal._flush_requested, "the next results share a sync again"
     journal.append(result(1))
     journal.close()
     journal.close()
@@ -540,6 +544,62 @@ def test_a_segment_is_repaired_in_full_or_not_at_all(tmp_path: Path) -> None:
         assert sorted(index_journal(directory).row) == [0, 1, 3, 4]
         at += 1
     assert {"create", "write", "sync", "close", "link", "replace", "sync_directory"} == set(disk.calls)
+
+
+def test_a_batch_waits_from_its_first_result_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    batch = WriteBatch()
+    for clock.now_s in (5.0, 6.0, 7.0):
+        batch.add(1, 0, b"payload")
+    assert batch.first_append_s == 5.0
+
+
+class UnwillingDisk(FailingDisk):
+    """Write nothing at the first call, without an error."""
+
+    def write(self, fd: int, data: bytes | bytearray | memoryview) -> int:
+        if "write" in self.calls:
+            return super().write(fd, data)
+        self.calls.append("write")
+        return 0
+
+
+def test_a_disk_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
+    num_safe, error = run_scenario(tmp_path, UnwillingDisk())
+    assert (
+        num_safe == 0 and error is not None and re.search(r"can't be written: the system wrote 0 of \d+ bytes", error)
+    )
+
+
+class DyingDisk(FailingDisk):
+    """Fail at call number `at`, and at every close afterwards."""
+
+    def close(self, fd: int) -> None:
+        super().close(fd)
+        if len(self.calls) > self.at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_the_first_failure_is_the_error_if_the_disk_then_fails_to_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    others, tracebacks = set(threading.enumerate()), list[object]()
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    num_safe, error = run_scenario(tmp_path, DyingDisk(at, "ENOSPC"))
+    assert num_safe == 0 and error is not None and "can't be written: No space left" in error
+    for thread in set(threading.enumerate()) - others:
+        thread.join(60)
+    assert not tracebacks
+
+
+def test_a_segment_is_closed_once(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    segment = SegmentWriter(tmp_path / "segment", disk, lambda num_bytes: None)
+    segment.abandon()
+    segment.abandon()
+    assert disk.calls.count("close") == 1, "another file may have the same descriptor by now"
 
 
 def test_an_error_in_the_thread_is_raised_by_the_next_call(tmp_path: Path) -> None:

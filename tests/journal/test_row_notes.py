@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import mmap
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +21,8 @@ from dpgen.journal.row_notes import (
     RENDERING,
     RowDeath,
     RowNote,
+    decode_overdue,
+    decode_word,
     judge_rows,
     open_note,
     read_deaths,
@@ -64,10 +69,62 @@ def test_a_rank_that_works_on_no_row_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / note.name).exists(), "it died between two rows"
 
 
-def test_a_rank_that_ends_in_good_order_removes_its_note(tmp_path: Path) -> None:
+def test_a_note_says_nothing_before_and_after_a_row(tmp_path: Path) -> None:
+    for note in (open_note(tmp_path, 1, 0), RowNote()):
+        assert note.read() == 0
+        assert decode_word(note.run(DECODING, 1 << 40, lambda note: note.read(), note)) == (1 << 40, DECODING)
+        assert note.read() == 0, "else the time between two rows would count as a row's"
+
+
+def test_a_rank_that_ends_in_good_order_removes_its_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dpgen")
     note = open_note(tmp_path, 1, 0)
     note.close()
     assert not list(tmp_path.iterdir())
+    note.close()
+    RowNote().close()
+    assert not caplog.messages, "a note that another rank has removed is not worth a line"
+
+
+def test_a_note_that_cannot_be_removed_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dpgen")
+    path = tmp_path / open_note(tmp_path, 1, 0).name
+    path.unlink()
+    path.mkdir()
+    assert read_deaths(tmp_path, [], has_no_result) == [], "it can't be read either"
+    assert caplog.messages == [f"{path} can't be removed: Is a directory"]
+
+
+def test_other_files_are_no_notes(tmp_path: Path) -> None:
+    names = [".note-attempt-1-rank-00000", ".note-attempt-0001-rank-0", "x.note-attempt-0001-rank-00000"]
+    names += [".note-attempt-0001-rank-00000.bak"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"\1" * 24)
+    assert read_deaths(tmp_path, [], has_no_result) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names), "none is removed"
+    assert [decode_overdue(name, 30, 60.0) for name in names] == [None] * 4
+
+
+def test_the_time_of_one_row_counts_for_no_other(tmp_path: Path) -> None:
+    note = open_note(tmp_path, 1, 0)
+    note.run(RENDERING, 4, lambda note: note.record_time(note.read(), 9.9), note)
+
+    def read_meanwhile(has_time: bool) -> list[RowDeath]:
+        if has_time:
+            note.record_time(note.read(), 3.9)
+        return read_deaths(tmp_path, [], has_no_result)
+
+    assert note.run(RENDERING, 5, read_meanwhile, False) == [RowDeath(1, 0, 5, RENDERING, elapsed_s=0)]
+    assert note.run(RENDERING, 5, read_meanwhile, True) == [RowDeath(1, 0, 5, RENDERING, elapsed_s=3)]
+    assert note.run(DECODING, 5, read_meanwhile, False) == [RowDeath(1, 0, 5, DECODING, elapsed_s=0)]
+
+
+@pytest.mark.parametrize("word", [-1, -3, 0, 4 * 5])
+def test_a_note_without_a_row_or_a_stage_blames_no_row(tmp_path: Path, word: int) -> None:
+    path = tmp_path / open_note(tmp_path, 1, 0).name
+    path.write_bytes(struct.pack("3q", word, word, 10**6))
+    assert read_deaths(tmp_path, [], has_no_result) == []
+    assert not path.exists()
 
 
 def test_notes_of_rows_with_a_result_are_removed_so_that_a_retry_begins_without_deaths(tmp_path: Path) -> None:
@@ -85,10 +142,25 @@ def test_a_note_that_is_damaged_blames_no_row(tmp_path: Path, content: bytes) ->
     assert read_deaths(tmp_path, [], has_no_result) == []
 
 
-def test_without_a_place_for_the_note_rows_are_rendered_all_the_same(tmp_path: Path) -> None:
+def test_without_a_place_for_the_note_rows_are_rendered_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dpgen")
     note = open_note(tmp_path / "missing", 1, 0)
+    [message] = caplog.messages
+    assert message.startswith(f"rows that kill their rank can't be found, since {tmp_path / 'missing'} can't map files")
     assert note.run(RENDERING, 5, str, 7) == "7"
     note.close()
+
+
+def test_without_mapped_files_rows_are_rendered_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int, length: int) -> None:
+        raise ValueError("this file system has no mappings")
+
+    monkeypatch.setattr(mmap, "mmap", fail)
+    num_descriptors = len(os.listdir("/proc/self/fd"))
+    assert open_note(tmp_path, 1, 0).run(RENDERING, 5, str, 7) == "7"
+    assert len(os.listdir("/proc/self/fd")) == num_descriptors
 
 
 @pytest.mark.parametrize(

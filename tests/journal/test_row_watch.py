@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from dpgen.journal import row_watch
 from dpgen.journal.row_notes import RENDERING, RowDeath, decode_overdue, get_overdue_key, open_note, read_deaths
 from dpgen.journal.row_watch import RowWatch
 
@@ -70,3 +74,62 @@ def test_a_row_that_holds_the_rank_for_too_long_ends_the_process(tmp_path: Path)
     harness.hold(8, 11)
     [reason] = harness.reasons
     assert reason.startswith("rendering row 8 has taken 10 s and can't be interrupted.")
+
+
+def test_a_rank_between_two_rows_is_not_overdue(tmp_path: Path) -> None:
+    harness = WatchHarness(tmp_path)
+    harness.hold(7, 1)
+    for _ in range(20):
+        harness.watch.look()
+    assert not harness.counters and not harness.reasons
+    harness.hold(7, 5)
+    assert not harness.counters, "nor does that time count for the next row"
+
+
+def test_a_limit_for_main_threads_does_not_shorten_that_of_rows(tmp_path: Path) -> None:
+    harness = WatchHarness(tmp_path)
+    harness.watch = RowWatch(harness.note, overdue_s=5, stuck_s=2, add=harness.add, end_process=harness.reasons.append)
+    harness.hold(7, 5)
+    assert not harness.reasons
+    harness.hold(8, 6)
+    assert len(harness.reasons) == 1 and len(harness.counters) == 1
+
+
+def test_a_row_is_published_once_and_again_after_the_store_was_gone(tmp_path: Path) -> None:
+    harness = WatchHarness(tmp_path)
+    amounts: list[int] = []
+    is_gone = True
+
+    def add(key: str, amount: int) -> int:
+        if is_gone:
+            raise RuntimeError("the store is gone")
+        amounts.append(amount)
+        return amount
+
+    harness.watch = RowWatch(harness.note, overdue_s=5, stuck_s=100, add=add, end_process=harness.reasons.append)
+
+    def return_store() -> None:
+        nonlocal is_gone
+        is_gone = False
+        harness.watch.look()
+        harness.watch.look()
+
+    harness.hold(7, 8, return_store)
+    harness.watch.look()
+    harness.watch.look()
+    assert amounts == [7 * 4 + RENDERING, -(7 * 4 + RENDERING)]
+
+
+def test_the_watch_looks_while_its_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_watch, "_INTERVAL_S", 0.001)
+    has_ended = threading.Event()
+    note, counters = open_note(tmp_path, 1, 0), dict[str, int]()
+    watch = RowWatch(
+        note, overdue_s=0.002, stuck_s=0.003, add=counters.setdefault, end_process=lambda _: has_ended.set()
+    )
+    with watch:
+        [thread] = [thread for thread in threading.enumerate() if thread.name == "row watch"]
+        assert note.run(RENDERING, 7, has_ended.wait, 30.0), "its thread looks"
+        assert list(counters) == [get_overdue_key(note.name)]
+    thread.join(30.0)
+    assert not thread.is_alive(), "its thread ends with the block"
