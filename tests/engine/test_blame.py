@@ -32,7 +32,7 @@ class SimulatedEngine:
         self._find_cause, self._max_deaths = find_cause, max_deaths
         self.batches: list[set[int]] = []
         self.results: dict[int, RowResult] = {}
-        self.num_deaths = self.num_deaths_in_a_row = self._streak = 0
+        self.num_deaths = self.num_deaths_in_a_row = self._streak = self._num_rows = 0
 
     @property
     def poison(self) -> set[int]:
@@ -40,8 +40,12 @@ class SimulatedEngine:
 
     def run(self, num_rows: int, first: int = 0) -> None:
         self.blame.add(Request(row, [1]) for row in range(first, first + num_rows))
+        self._num_rows += num_rows
         while self.num_deaths < self._max_deaths and not self.blame.sickness:
+            self._check_counts()
             batch = [request.row for request in self.blame.take_batch()]
+            self._check_counts()
+            assert self.blame.is_busy == bool(batch)
             if not batch:
                 assert self.blame.num_unfinished == 0, "rows are left that nobody runs"
                 return
@@ -56,6 +60,9 @@ class SimulatedEngine:
             self._streak = 0
             for row in batch:
                 self._finish(row)
+
+    def _check_counts(self) -> None:
+        assert self.blame.num_unfinished == self._num_rows - len(self.results), "a row is in one place"
 
     def _finish(self, row: int) -> None:
         results = [RowResult(row, 1, (Completion("x", "stop", 1),))]
@@ -108,11 +115,91 @@ def test_a_lone_row_is_blamed_for_kills_only_after_four() -> None:
     assert engine.poison == {7} and engine.num_deaths == 4
 
 
+def test_kills_of_a_suspect_that_is_alone_count_only_from_the_fourth() -> None:
+    causes = iter([None, RAISED, RAISED, *[KILLED] * 4, None])
+    engine = SimulatedEngine(lambda rows: next(causes))
+    engine.run(1)
+    engine.run(1, first=1)
+    assert engine.batches == [{0}, *[{1}] * 6, {0}], "the canary runs once the row is held"
+    assert engine.poison == {1}
+
+
+def test_kills_in_the_company_of_other_rows_do_not_count_against_a_row_that_is_alone() -> None:
+    causes = iter([None, *[KILLED] * 5, None, None])
+    engine = SimulatedEngine(lambda rows: next(causes))
+    engine.run(1)
+    engine.run(2, first=1)
+    assert engine.batches == [{0}, *[{1, 2}] * 4, {1}, {1}, {2}]
+    assert not engine.poison
+
+
+@pytest.mark.parametrize("cause", [RAISED, KILLED, OUT_OF_MEMORY])
+def test_the_death_of_an_idle_engine_blames_no_row(cause: EngineError) -> None:
+    engine = SimulatedEngine(dies_of(set()))
+    for _ in range(4):
+        engine.blame.record_death(cause)
+    engine.run(2)
+    assert engine.batches == [{0, 1}] and not engine.poison and not engine.blame.sickness
+
+
+def test_a_canary_that_is_rejected_is_no_witness_and_other_rejected_rows_change_nothing() -> None:
+    engine = SimulatedEngine(dies_of({2}), max_deaths=3)
+    engine.run(1)
+    blame = engine.blame
+    blame.add([Request(1, [1])])
+    blame.take_batch()
+    blame.finish(RowResult(1, error=RowError("prompt_too_long", "too long")))
+    assert blame.canary is not None and blame.canary.row == 0
+    blame.add([Request(2, [1])])
+    for _ in range(3):
+        assert [request.row for request in blame.take_batch()] == [2]
+        blame.record_death(RAISED)
+    assert [request.row for request in blame.take_batch()] == [0]
+    assert blame.finish(RowResult(0, error=RowError("prompt_too_long", "too long"))) is None
+    assert blame.canary is None and blame.take_verdicts() == []
+    assert [request.row for request in blame.take_batch()] == [2], "it is held until another row is finished"
+
+
+def test_nothing_joins_the_trial_of_a_row_that_is_held() -> None:
+    engine = SimulatedEngine(dies_of({0}), max_deaths=3)
+    engine.run(1)
+    [held] = engine.blame.take_batch()
+    engine.blame.add([Request(1, [1])])
+    assert held.row == 0 and engine.blame.take_batch() == []
+    engine.blame.record_death(RAISED)
+    assert [request.row for request in engine.blame.take_batch()] == [1], "it is held again"
+
+
 def test_running_out_of_memory_blames_no_row() -> None:
     deaths = iter([OUT_OF_MEMORY] * 5)
     engine = SimulatedEngine(lambda rows: next(deaths, None))
     engine.run(8)
     assert engine.batches == [set(range(8))] * 6 and not engine.poison
+
+
+def test_rows_that_were_in_flight_when_memory_ran_out_go_first_again_and_suspects_without_other_rows() -> None:
+    blame = BlameTracker()
+    blame.add([Request(0, [1]), Request(1, [1])])
+    blame.take_batch()
+    blame.add([Request(2, [1])])
+    blame.record_death(OUT_OF_MEMORY)
+    assert [request.row for request in blame.take_batch()] == [0, 1, 2]
+    for _ in range(2):
+        blame.record_death(RAISED)
+        suspects = blame.take_batch()
+    blame.add([Request(3, [1])])
+    blame.record_death(OUT_OF_MEMORY)
+    assert blame.take_batch() == suspects and len(suspects) == 3
+    assert blame.take_batch() == [], "nothing joins a trial"
+
+
+def test_the_shortest_finished_row_is_the_canary_its_prompt_included() -> None:
+    blame = BlameTracker()
+    blame.add(Request(row, [1]) for row in range(4))
+    blame.take_batch()
+    for row, (num_prompt, num_generated) in enumerate([(5, 5), (3, 6), (8, 1), (1, 9)]):
+        blame.finish(RowResult(row, num_prompt, (Completion("x", "stop", num_generated),)))
+    assert blame.canary is not None and blame.canary.row == 1, "the first of those with 9 tokens"
 
 
 def test_a_verdict_follows_the_canary_whose_result_is_dropped() -> None:
@@ -168,6 +255,7 @@ def test_a_row_that_succeeded_in_an_earlier_attempt_is_the_canary_where_only_poi
     sick.blame.find_canary = lambda: Request(77, [1])
     sick.run(2)
     assert sick.blame.sickness == "3 deaths on a row that had succeeded before" and not sick.poison
+    assert sick.batches == [{0, 1}] * 3 + [{0}] + [{77}] * 3
 
 
 def test_a_held_row_becomes_poison_once_another_row_is_finished() -> None:

@@ -25,8 +25,8 @@ from dpgen.engine.messages import (
     RowsFinished,
 )
 from dpgen.engine.supervisor import EngineSupervisor
-from dpgen.errors import EngineError, EngineStuck, LockstepEngineLost
-from dpgen.records import Completion, Request, RowResult
+from dpgen.errors import ConfigError, EngineError, EngineStuck, LockstepEngineLost
+from dpgen.records import Completion, Request, RowError, RowResult, UndecodedRow
 
 OOM = "the engine failed: OutOfMemoryError: CUDA out of memory"
 LIMITS = EngineLimits(timeout_s=60.0, start_timeout_s=600.0, max_deaths=8)
@@ -39,13 +39,14 @@ class FakeProcess:
     """Answer immediately; `find_cause(rows)` returns what the process dies of with these rows, or None."""
 
     log_path: Path | None = LOG_PATH
+    sends_tokens = False  # instead of text
 
     def __init__(self, spec: EngineSpec, find_cause: CauseFn) -> None:
         self.spec, self._find_cause = spec, find_cause
         self._events: list[Event] = [OptionsChecked()]
         self._rows: list[int] = []
         self.kv_bytes: int | None = None
-        self.killed = False
+        self.killed = self.stopped = False
 
     def load_model(self, text_config: EngineTextConfig, kv_bytes: int | None = None) -> None:
         if kv_bytes is None:
@@ -72,17 +73,23 @@ class FakeProcess:
             if cause is not None:
                 raise EngineError(cause, log_path=self.log_path)
             rows, self._rows = self._rows, []
+            if self.sends_tokens:
+                return [RowsFinished([], [make_undecoded(row) for row in rows])]
             return [RowsFinished([RowResult(row, 1, (Completion("x", "stop", 1),)) for row in rows])]
         return []
 
     def stop(self) -> None:
-        pass
+        self.stopped = True
 
     def close(self) -> None:
         self.killed = True
 
     def kill(self) -> None:
         self.killed = True
+
+
+def make_undecoded(row: int) -> UndecodedRow:
+    return UndecodedRow(RowResult(row, 1, (Completion("", "stop", 1),)), ([9],), True)
 
 
 class SupervisorHarness:
@@ -147,6 +154,34 @@ def test_a_poison_row_is_found_and_recorded_and_costs_no_other_row(poison: set[i
     assert not harness.engine.is_abandoned
 
 
+def test_rows_to_decode_come_with_their_prompts_and_a_canary_is_not_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeProcess, "sends_tokens", True)
+    harness = SupervisorHarness(lambda rows: "dead" if 2 in rows else None)
+    undecoded: list[UndecodedRow] = []
+    failed: list[int] = []
+    for requests in ([Request(0, [1, 2, 3]), Request(1, None, "text")], [Request(2, [1])]):
+        harness.engine.submit(requests)
+        for event in (event for _ in range(30) for event in harness.engine.poll(0)):
+            assert isinstance(event, RowsFinished) and (event.results or event.undecoded), "the canary leaves no event"
+            undecoded += event.undecoded
+            failed += [result.row for result in event.results]
+    assert undecoded == [dataclasses.replace(make_undecoded(0), prompt_token_ids=[1, 2, 3]), make_undecoded(1)]
+    assert failed == [2]
+
+
+def test_counts_of_tokens_are_of_all_lives_and_without_the_canary() -> None:
+    def report(stats: EngineStats) -> list[Event]:
+        harness.processes[-1].poll = lambda timeout_s: [stats]  # type: ignore[method-assign]
+        return harness.engine.poll(0)
+
+    harness = SupervisorHarness(lambda rows: "dead" if 1 in rows else None)
+    harness.run(range(1))
+    assert report(EngineStats(5, 4, 3, 2, 1, 6)) == [EngineStats(5, 4, 3, 2, 1, 6)]
+    del harness.processes[-1].poll
+    assert harness.run(range(1, 2)).keys() == {1}, "after three deaths, and one canary of one token"
+    assert report(EngineStats(10, 1, 1, 0, 0, 10)) == [EngineStats(5 + 10 - 1, 1, 1, 2, 1, 16)]
+
+
 def test_a_row_is_not_blamed_for_a_kill_from_outside() -> None:
     signals = iter([*[signal.SIGKILL] * 5, *[None] * 100])
 
@@ -178,6 +213,30 @@ def test_an_engine_that_dies_again_and_again_is_abandoned(caplog: pytest.LogCapt
     )
 
 
+def test_deaths_are_in_a_row_where_no_row_succeeded_between_them() -> None:
+    limits = dataclasses.replace(LIMITS, max_deaths=2)
+    causes = iter(["dead", None, "dead", None, "dead", "dead"])
+    harness = SupervisorHarness(lambda rows: next(causes), limits)
+    assert sorted(harness.run(range(1))) == [0] and sorted(harness.run(range(1, 2))) == [1]
+    assert not harness.engine.is_abandoned
+    assert not harness.run(range(2, 3))
+    assert harness.engine.is_abandoned and harness.engine.num_deaths == 4
+
+
+def test_a_rejected_row_does_not_show_that_the_engine_works() -> None:
+    rejected = RowsFinished([RowResult(0, error=RowError("prompt_too_long", "too long"))])
+    harness = SupervisorHarness(lambda rows: "dead", dataclasses.replace(LIMITS, max_deaths=2))
+    harness.engine.submit([Request(0, [1]), Request(1, [1])])
+    while not harness.engine.is_ready or len(harness.processes) == 1:
+        harness.engine.poll(0)
+    second = harness.processes[1]
+    poll, second.poll = second.poll, lambda timeout_s: [rejected]  # type: ignore[method-assign]
+    assert harness.engine.poll(0) == [rejected]
+    second.poll = poll  # type: ignore[method-assign]
+    harness.engine.poll(0)
+    assert harness.engine.is_abandoned and harness.engine.num_deaths == 2
+
+
 def test_an_engine_that_cannot_be_ended_is_abandoned_without_a_successor(caplog: pytest.LogCaptureFixture) -> None:
     def kill() -> None:
         raise EngineStuck("the engine process 7 can't be ended (it runs 30 s after SIGKILL)", log_path=LOG_PATH)
@@ -190,6 +249,35 @@ def test_an_engine_that_cannot_be_ended_is_abandoned_without_a_successor(caplog:
         "the engine process 7 can't be ended (it runs 30 s after SIGKILL), abandoning it, since it holds its devices, "
         f"leaving 3 rows to other ranks, see {LOG_PATH}"
     ]
+
+
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_an_engine_that_cannot_be_ended_does_not_keep_its_rank_from_ending(
+    caplog: pytest.LogCaptureFixture, end: str
+) -> None:
+    def fail() -> None:
+        raise EngineStuck("the engine process 7 can't be ended (it runs 30 s after SIGKILL)", log_path=LOG_PATH)
+
+    harness = SupervisorHarness(lambda rows: None)
+    setattr(harness.processes[0], end, fail)
+    getattr(harness.engine, end)()
+    assert caplog.messages == [
+        f"the engine process 7 can't be ended (it runs 30 s after SIGKILL), leaving it to the kernel, see {LOG_PATH}"
+    ]
+
+
+@pytest.mark.parametrize("end", ["stop", "close", "kill", "abandon"])
+def test_every_way_to_end_an_engine_reaches_its_process_and_none_is_needed_once_it_is_abandoned(end: str) -> None:
+    harness = SupervisorHarness(lambda rows: None)
+    [process] = harness.processes
+    getattr(harness.engine, end)()
+    assert (process.stopped, process.killed) == (end == "stop", end != "stop")
+    assert harness.engine.is_abandoned == (end == "abandon")
+    harness.engine.abandon()
+    process.stopped = process.killed = False
+    getattr(harness.engine, end)()
+    assert not process.stopped and not process.killed
+    assert harness.engine.poll(0) == [] and harness.engine.max_num_seqs == 0
 
 
 def test_the_death_of_an_engine_that_steps_together_ends_the_run_and_names_the_log() -> None:
@@ -277,14 +365,52 @@ def test_an_engine_that_never_loads_is_not_waited_for_forever() -> None:
     assert clock.now_s - began_s == 601
 
 
+@pytest.mark.parametrize("num_waits", [0, 1, 2, 3])
+def test_loading_continues_where_another_ranks_failure_interrupted_the_wait(num_waits: int) -> None:
+    calls: list[str] = []
+
+    class RecordingProcess(FakeProcess):
+        def load_model(self, text_config: EngineTextConfig, kv_bytes: int | None = None) -> None:
+            calls.append("load_model")
+            super().load_model(text_config, kv_bytes)
+
+        def set_kv_bytes(self, num_bytes: int) -> None:
+            calls.append(f"set_kv_bytes({num_bytes})")
+            super().set_kv_bytes(num_bytes)
+
+    def agree_kv(measured: int) -> int:
+        if num_waits == 3 and "agree_kv" not in calls:
+            calls.append("agree_kv")
+            raise InterruptedError
+        calls.append("agree_kv")
+        return 5000
+
+    def wait() -> None:
+        if next(waits) == num_waits:
+            raise InterruptedError
+
+    waits = iter(range(4))
+    spec = EngineSpec("fake", "m")
+    engine = EngineSupervisor(lambda spec: RecordingProcess(spec, lambda rows: None), spec, LIMITS, clock=FakeClock())
+    with pytest.raises(InterruptedError):
+        engine.load_model(agree_kv, wait)
+    assert not engine.is_ready and engine.max_num_seqs == 0
+    assert engine.load_model(agree_kv, lambda: None).max_num_seqs == engine.max_num_seqs == 8
+    num_agreements = 2 if num_waits == 3 else 1
+    assert calls == ["load_model", *["agree_kv"] * num_agreements, "set_kv_bytes(1000)"], "at most what is free"
+
+
 STILL_HELD = "Free memory on device cuda:0 (1/80 GiB) on startup is less than desired GPU memory utilization (0.9)"
 TOO_LONG = "16 GiB KV cache is needed, which is larger than the available KV cache memory (3 GiB)"
+
+
+KILLED = EngineError("the engine process was killed by SIGKILL", signal=signal.SIGKILL)
 
 
 class StartHarness:
     """A supervisor whose lives fail to load, each for the next cause of a list; None is a life that loads."""
 
-    def __init__(self, *causes: str | None) -> None:
+    def __init__(self, *causes: str | EngineError | None) -> None:
         self.clock = FakeClock()
         self.processes: list[FakeProcess] = []
         self._causes = list(causes)
@@ -297,7 +423,7 @@ class StartHarness:
         if cause is not None:
 
             def fail(text_config: EngineTextConfig, kv_bytes: int | None = None) -> None:
-                raise EngineError(cause)
+                raise EngineError(cause) if isinstance(cause, str) else cause
 
             process.load_model = fail  # type: ignore[method-assign]
         self.processes.append(process)
@@ -320,11 +446,52 @@ def test_a_start_that_fails_is_tried_again_twice(caplog: pytest.LogCaptureFixtur
     assert harness.clock.now_s >= 2
 
 
+def test_an_engine_that_dies_while_it_checks_its_options_is_started_again(caplog: pytest.LogCaptureFixture) -> None:
+    def die(timeout_s: float) -> list[Event]:
+        raise KILLED
+
+    harness = StartHarness(None, None)
+    harness.processes[0].poll = die  # type: ignore[method-assign]
+    assert harness.engine.check_options(lambda: None) == ()
+    assert len(harness.processes) == 2 and harness.processes[0].killed
+    assert caplog.messages == ["the engine process was killed by SIGKILL, retrying its start-up"]
+
+
+def test_an_option_that_the_engine_rejects_is_an_error_in_the_configuration() -> None:
+    harness = StartHarness(None)
+    harness.processes[0]._events = [OptionsChecked("no such option: max_seqs")]
+    with pytest.raises(ConfigError, match="no such option: max_seqs"):
+        harness.engine.check_options(lambda: None)
+    harness = StartHarness(None)
+    harness.processes[0]._events = [OptionsChecked(notes=("a note",))]
+    assert harness.engine.check_options(lambda: None) == ("a note",)
+
+
 def test_a_start_that_fails_three_times_ends_the_run_with_the_cause() -> None:
     harness = StartHarness(*["no such device"] * 3)
     with pytest.raises(EngineError, match="no such device") as raised:
         harness.load()
     assert raised.value.exit_status == 1
+
+
+def test_an_engine_that_is_killed_at_every_start_ends_the_run_resumable(caplog: pytest.LogCaptureFixture) -> None:
+    harness = StartHarness(*[KILLED] * LIMITS.max_deaths)
+    with pytest.raises(EngineError, match="killed by SIGKILL") as raised:
+        harness.load()
+    assert raised.value.exit_status == 75
+    assert len(harness.processes) == harness.engine.num_deaths == LIMITS.max_deaths
+    retries = ["the engine process was killed by SIGKILL, retrying its start-up"] * (LIMITS.max_deaths - 1)
+    assert caplog.messages == retries, "none of them waits"
+
+
+def test_deaths_at_the_start_do_not_count_once_the_engine_is_loaded() -> None:
+    harness = StartHarness(*[KILLED] * (LIMITS.max_deaths - 1), *[None] * LIMITS.max_deaths)
+    harness.load()
+    harness.engine.submit([Request(0, [1])])
+    while not harness.engine.is_abandoned:
+        harness.processes[-1]._find_cause = lambda rows: "dead"
+        harness.engine.poll(0)
+    assert harness.engine.num_deaths == 2 * LIMITS.max_deaths - 1
 
 
 def test_memory_that_an_ended_engine_still_holds_is_waited_for_once_before_limits_are_lowered() -> None:
@@ -350,6 +517,26 @@ def test_a_restart_that_fails_is_tried_again_later_and_nobody_waits_for_it(caplo
     harness.clock.now_s += 1
     events = [event for _ in range(4) for event in harness.engine.poll(0)]
     assert len(harness.processes) == 3 and any(isinstance(event, RowsFinished) for event in events)
+
+
+@pytest.mark.parametrize(
+    ("cause", "change"),
+    [
+        (KILLED, ""),
+        (EngineError(OOM), " with max_num_seqs=4 (engine.max_num_seqs=4 keeps this for later attempts)"),
+    ],
+    ids=["killed", "out of memory"],
+)
+def test_a_restart_that_is_killed_or_lacks_memory_is_tried_again_at_once(
+    caplog: pytest.LogCaptureFixture, cause: EngineError, change: str
+) -> None:
+    harness = StartHarness(None, cause, None)
+    harness.load()
+    harness.engine.submit([Request(0, [1])])
+    harness.processes[0]._find_cause = lambda rows: "dead"
+    events = [event for _ in range(6) for event in harness.engine.poll(0)]
+    assert any(isinstance(event, RowsFinished) for event in events)
+    assert caplog.messages[1] == f"{cause.cause}, restarting it{change}"
 
 
 def test_an_engine_that_may_start_later_ends_the_run_resumable() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from dpgen.distributed.group import SingleRankGroup
+from dpgen.errors import DpgenError
+from dpgen.journal.files import FileSystem
 from dpgen.journal.reader import index_journal, list_segments
 from dpgen.journal.writer import JournalWriter
 from dpgen.output.gather import gather_segments
@@ -74,3 +76,61 @@ def test_a_piece_that_an_interrupted_gather_left_is_no_segment(tmp_path: Path) -
     (home / ".attempt-0001-rank-00007-part-0000.journal.from-3.part").write_bytes(foreign.read_bytes()[:100])
     gather_segments(SingleRankGroup(), home, [foreign], 1 << 16)
     assert [path.name for path in home.iterdir()] == [foreign.name]
+
+
+def test_a_segment_is_gathered_in_rounds_of_as_many_bytes_as_rank_0_may_receive(tmp_path: Path) -> None:
+    home, foreign = tmp_path / "home", write_segment(tmp_path / "foreign", range(30))
+    home.mkdir()
+    num_bytes = foreign.stat().st_size
+    assert gather_segments(SingleRankGroup(), home, [foreign], num_bytes) == 1
+    assert gather_segments(SingleRankGroup(), home, [foreign], num_bytes - 1) == 2
+    assert gather_segments(SingleRankGroup(), home, [], num_bytes) == 0
+    assert read_all(home) == read_all(foreign.parent)
+
+
+def test_a_segment_of_a_third_sender_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    write_segment(home, range(10))
+    for start in (10, 20, 30):
+        foreign = write_segment(tmp_path / str(start), range(start, start + 10))
+        gather_segments(SingleRankGroup(), home, [foreign], 1 << 16)
+    assert index_journal(home).row.tolist() == list(range(40))
+    assert len(list_segments(home)) == 4
+
+
+def fail_with(error: OSError) -> Any:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("method", ["sync_path", "replace", "sync_directory"])
+def test_a_full_disk_is_named_with_the_journal_whatever_it_interrupts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    home, foreign = tmp_path / "home", write_segment(tmp_path / "foreign", range(30))
+    home.mkdir()
+    monkeypatch.setattr(FileSystem, method, fail_with(OSError(28, "No space left on device")))
+    with pytest.raises(DpgenError, match=f"the journal {home} can't be written: No space left on device"):
+        gather_segments(SingleRankGroup(), home, [foreign], 1 << 16)
+
+
+def test_a_file_in_the_way_of_what_is_received_is_named(tmp_path: Path) -> None:
+    home, foreign = tmp_path / "home", write_segment(tmp_path / "foreign", range(30))
+    home.mkdir()
+    part = home / f".{foreign.name}.from-0.part"
+    part.mkdir()
+    with pytest.raises(DpgenError, match=f"the journal {home} can't be written: "):
+        gather_segments(SingleRankGroup(), home, [foreign], 1 << 16)  # what an earlier gather left is removed first
+
+
+def test_a_segment_that_cannot_be_read_or_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, foreign = tmp_path / "home", write_segment(tmp_path / "foreign", range(30))
+    with pytest.raises(DpgenError, match=f"the journal {home}/.{foreign.name}.from-0.part can't be written: No such"):
+        gather_segments(SingleRankGroup(), home, [foreign], 1 << 16)
+    home.mkdir()
+    monkeypatch.setattr("dpgen.output.gather.repair_segment", lambda path: [])
+    foreign.unlink()
+    with pytest.raises(DpgenError, match=f"the journal {foreign} can't be read: No such file or directory"):
+        gather_segments(SingleRankGroup(), home, [foreign], 1 << 16)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dpgen.journal.reader import JournalReader, index_journal, list_segments
 from dpgen.journal.writer import JournalWriter
 from dpgen.output import dataset_check
 from dpgen.output.dataset_check import DatasetFormat, ResultLookup
+from dpgen.output.result_stats import ResultStats
 from dpgen.output.verification import VerificationReport, verify
 from dpgen.records import Completion, RowError, RowResult
 
@@ -116,7 +118,8 @@ def test_a_run_in_each_format_is_sound_with_and_without_its_input(run: Path) -> 
     assert (report.verdict, report.problems, report.notes) == ("sound", [], [])
     assert (report.num_rows, report.num_done, report.num_failed, report.num_dataset_rows) == (ROWS, ROWS, 1, ROWS)
     assert (report.failed, report.missing, report.doubled) == ({"wrong_type": "5"}, "", "")
-    assert report.input == "same"
+    assert (report.input, report.num_segments) == ("same", 1)
+    assert verify(run) == report, "the input is checked unless told otherwise"
     report = check(run)
     assert (report.verdict, report.input) == ("sound", "not checked")
     assert report.notes == [
@@ -135,6 +138,47 @@ def test_every_row_counts_however_it_is_batched(
     assert (report.verdict, report.num_dataset_rows) == ("sound", ROWS)
     change(list_files(run)[1], lambda rows: rows[3].update(generated_text="other"))
     assert check(run).problems == ["the dataset's generated_text differs from the journal's: 1 (7)"]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_chars", "batches"),
+    [(4, 1000, [4, 2]), (6, 1000, [6]), (100, 80, [2, 2, 2]), (100, 81, [3, 3]), (100, 1, [1] * 6)],
+)
+def test_json_lines_are_read_in_batches_of_bounded_rows_and_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int, num_chars: int, batches: list[int]
+) -> None:
+    monkeypatch.setattr(dataset_check, "BATCH_ROWS", num_rows)
+    monkeypatch.setattr(dataset_check, "BATCH_BYTES", num_chars)
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"row_id": row}).ljust(39) + "\n" for row in range(6)))
+    assert [len(batch["row_id"]) for batch in dataset_check._iter_batches(path)] == batches
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_bytes", "batches"), [(4, 1 << 30, [4, 2]), (100, 1 << 30, [6]), (100, 1, [1] * 6)]
+)
+def test_parquet_is_read_in_batches_of_bounded_rows_and_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int, num_bytes: int, batches: list[int]
+) -> None:
+    monkeypatch.setattr(dataset_check, "BATCH_ROWS", num_rows)
+    monkeypatch.setattr(dataset_check, "BATCH_BYTES", num_bytes)
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"row_id": range(6)}), path)
+    assert [len(batch["row_id"]) for batch in dataset_check._iter_batches(path)] == batches
+
+
+@pytest.mark.parametrize("num_small_rows", [1, 1000])
+def test_a_batch_of_parquet_fits_the_group_with_the_largest_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_small_rows: int
+) -> None:
+    path = tmp_path / "train.parquet"
+    texts = ["x" * 100_000 + str(row) for row in range(4)]
+    with pq.ParquetWriter(path, pa.schema({"text": pa.string()}), use_dictionary=False) as writer:
+        writer.write_table(pa.table({"text": ["x"] * num_small_rows}))
+        writer.write_table(pa.table({"text": texts}))
+    monkeypatch.setattr(dataset_check, "BATCH_BYTES", 250_000)
+    with pq.ParquetFile(path) as file:
+        assert dataset_check._compute_batch_rows(file.metadata) == 2
 
 
 def test_a_file_is_read_whole_though_the_system_returns_it_in_parts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +269,7 @@ def swap(rows: list[dict[str, Any]], one: int, other: int) -> None:
         (2, lambda rows: rows[0].update(row_id=0), "00002-of-00003.jsonl is not in input order"),
         (2, lambda rows: rows[0].update(row_id=-1), "it holds a row_id that the input does not have"),
         (2, lambda rows: rows[0].update(row_id=ROWS), "it holds a row_id that the input does not have"),
+        (2, lambda rows: rows[0].update(row_id=ROWS + 5), "it holds a row_id that the input does not have"),
         (0, lambda rows: rows[1].update(generated_text=None), "generated_text differs from the journal's: 1 (1)"),
         (0, lambda rows: rows[1].update(finish_reason="length"), "finish_reason differs from the journal's: 1 (1)"),
         (0, lambda rows: rows[1].update(num_prompt_tokens=4), "num_prompt_tokens differs from the journal's: 1 (1)"),
@@ -258,6 +303,7 @@ def test_files_in_another_order_are_not_in_input_order(run: Path) -> None:
         (lambda files: shutil.copy(files[0], str(files[0]).replace("00000-", "00009-")), "dataset/ holds 4 files of 3"),
         (lambda files: [file.unlink() for file in files], "dataset/ holds 0 files of an unknown number"),
         (lambda files: files[0].rename(files[0].with_stem("train-0")), "dataset/ holds 3 files of an unknown number"),
+        (lambda files: shutil.copy(files[0], files[0].with_stem("train-old")), "dataset/ holds 4 files of 3"),
     ],
 )
 def test_the_number_of_files_is_that_in_their_names(
@@ -265,6 +311,21 @@ def test_the_number_of_files_is_that_in_their_names(
 ) -> None:
     change_files(list_files(run))
     assert problem in check(run).problems
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError("one\ntwo\nthree"), "one"), (ValueError("\n one\n"), "one"), (KeyError(), "KeyError")],
+)
+def test_what_keeps_a_file_from_being_read_is_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def fail(path: Path) -> Any:
+        raise error
+
+    monkeypatch.setattr(dataset_check, "_iter_batches", fail)
+    names = [path.name for path in list_files(run)]
+    assert check(run).problems[:3] == [f"dataset/{name} can't be read: {reason}" for name in names]
 
 
 def test_a_dataset_that_is_a_file_or_gone_lacks_all_rows(run: Path) -> None:
@@ -340,6 +401,20 @@ def test_each_field_of_success_is_compared(run: Path, name: str, value: Any) -> 
     edit_json(run / "_SUCCESS", lambda success: success.pop(name))
     [problem] = check(run).problems
     assert problem == f"_SUCCESS can't be read: KeyError: {name!r}"
+
+
+def test_a_success_file_without_a_version_is_of_version_1_and_unknown_versions_prove_nothing(run: Path) -> None:
+    stats = ResultStats(1)
+    for row in range(ROWS):
+        stats.add(make_result(row))
+    edit_json(run / "_SUCCESS", lambda success: success.update(stats.to_dict()))
+    assert check(run).verdict == "sound"
+    edit_json(run / "_SUCCESS", lambda success: success.pop("hash_version"))
+    assert check(run).verdict == "sound"
+    for version in (0, 3, 1.0, True, None):
+        edit_json(run / "_SUCCESS", partial(dict.update, hash_version=version))
+        [problem] = check(run).problems
+        assert problem.startswith(f"_SUCCESS: hash_version={json.dumps(version)} is unknown, ")
 
 
 def test_the_hash_is_not_compared_where_the_dataset_is_incomplete(run: Path) -> None:

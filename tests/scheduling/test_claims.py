@@ -76,6 +76,8 @@ def test_a_slow_rank_yields_the_end_to_the_others() -> None:
     assert not slow.should_yield(64)
     slow.slowdown = 1.5  # while one of its 64 rows finishes, the others finish 2 x 64 that they run, and 64 more
     assert not slow.should_yield(64)
+    slow.num_remaining = 64
+    assert not slow.should_yield(64), "as many as the others start meanwhile"
     slow.num_remaining = 63
     assert slow.should_yield(64)
     slow.num_remaining = 0  # nothing is left to yield: the rank must find out that it has no more work
@@ -173,6 +175,65 @@ def test_a_rank_that_is_ahead_steals_before_its_own_shard_is_exhausted() -> None
         fast.num_remaining -= claim.stop - claim.start
     assert 1 in shards and fast.refresh_own_remaining() > 20
     assert abs(fast.refresh_own_remaining() - slow.refresh_own_remaining()) < 50
+
+
+@pytest.mark.parametrize(("num_own", "is_ahead"), [(72, False), (71, True)])
+def test_a_rank_is_ahead_by_a_fifth_of_the_mean_and_eight_positions(num_own: int, is_ahead: bool) -> None:
+    claimer, _ = make_claimers([num_own, 200 - num_own])  # the mean is 100
+    claim = claimer.claim(64)
+    assert claim is not None and claim.shard == int(is_ahead)
+
+
+def test_ranks_that_are_about_equally_far_do_not_look_at_each_others_shards() -> None:
+    store = CountingStore()
+    first, second = make_claimers([95, 105], store=store)
+    store.num_calls = 0
+    for claimer in (first, second):
+        assert claimer.claim(64) is not None
+    assert store.num_calls == 2, "one add to the own cursor each"
+
+
+def test_a_rank_that_is_ahead_steals_from_no_shard_that_holds_less_than_its_own() -> None:
+    store = CountingStore()
+    ahead, other = make_claimers([20, 20], store=store)
+    while other.refresh_own_remaining() > 4:
+        other.claim(1)
+    ahead.num_remaining = 100  # a sync that is out of date makes it seem ahead
+    claim = ahead.claim(64)
+    assert claim is not None and claim.shard == 0
+
+
+def test_a_cursor_is_read_only_where_another_rank_may_have_moved_it() -> None:
+    store = CountingStore()
+    alone, _ = make_claimers([10, 10], steal=False, store=store)
+    exhausted, _ = make_claimers([0, 10], store=store)
+    store.num_calls = 0
+    assert alone.refresh_own_remaining() == 10 and exhausted.refresh_own_remaining() == 0
+    assert store.num_calls == 0
+    shared, _ = make_claimers([10, 10], store=store)
+    store.num_calls = 0
+    assert shared.refresh_own_remaining() == 10 and store.num_calls == 1
+
+
+def test_a_cursor_beyond_the_end_of_its_shard_leaves_nothing() -> None:
+    store = InMemoryStore()
+    first, second = make_claimers([10, 0], store=store)
+    store.add("cursor/0", 13)  # each rank that finds nothing more has moved it
+    assert first.refresh_own_remaining() == 0
+    assert first.claim(64) is None and second.claim(64) is None
+
+
+def test_a_steal_is_sized_by_the_probed_shards_where_there_are_too_many_to_read() -> None:
+    store = CountingStore()
+    claimer, *others = make_claimers([0] + [40] * 150, max_size=64, store=store)
+    for other in others:
+        while other.refresh_own_remaining() > 20:
+            other.claim(1)
+    claimer.num_remaining = 10_000_000  # a sync that is out of date
+    store.num_calls = 0
+    claim = claimer.claim(64)
+    assert claim is not None and store.num_calls == 2, "one call reads the probed shards, one claims"
+    assert claim.stop - claim.start == 150 * 20 // (2 * 151)
 
 
 def test_groups_are_stolen_only_once_the_own_shard_is_exhausted() -> None:

@@ -233,6 +233,29 @@ def test_rows_that_are_put_last_leave_the_others_in_their_order_and_groups() -> 
     assert order.num_probes == 2
 
 
+def test_rows_that_remain_keep_their_order_and_groups_unless_the_order_lacks_one_of_them() -> None:
+    order = RowOrder(np.array([7, 3, 5, 1, 9, 2]), "prefix", "why", groups=np.array([0, 3]), weights=np.arange(6.0))
+    is_remaining = np.zeros(10, np.bool_)
+    is_remaining[[3, 9, 2]] = True
+    selected = order.select(is_remaining)
+    assert selected is not None and selected.rows.tolist() == [3, 9, 2]
+    assert (selected.kind, selected.reason) == ("prefix", "(as in the first plan)")
+    assert selected.groups is not None and selected.groups.tolist() == [0, 1]
+    assert selected.weights is not None and selected.weights.tolist() == [1, 4, 5]
+    is_remaining[8] = True
+    assert order.select(is_remaining) is None
+
+
+def test_rows_that_are_appended_are_groups_of_their_own_and_of_mean_weight() -> None:
+    rows = np.array([8, 6])
+    order = RowOrder(np.array([7, 3, 5, 1]), "prefix", groups=np.array([0, 3]), weights=np.arange(4.0)).append(rows)
+    assert order.rows.tolist() == [7, 3, 5, 1, 8, 6] and order.num_probes == order.num_spread == 0
+    assert order.groups is not None and order.groups.tolist() == [0, 3, 4, 5]
+    assert order.weights is not None and order.weights.tolist() == [0, 1, 2, 3, 1.5, 1.5]
+    order = RowOrder(np.array([7, 3])).append(rows)
+    assert order.rows.tolist() == [7, 3, 8, 6] and order.groups is None and order.weights is None
+
+
 @pytest.mark.parametrize("num_shards", [1, 3, 16])
 def test_a_million_small_groups_are_shared_out_evenly_without_a_step_for_each(
     monkeypatch: pytest.MonkeyPatch, num_shards: int
@@ -260,6 +283,10 @@ def test_rows_without_a_prompt_are_no_prompts_of_length_0() -> None:
     order = find_order(make_config("longest_first"), rows)
     assert str(order).endswith("by prompt length (min 5, median 6, max 7 characters), 1 row without a prompt last")
     assert order.rows.tolist() == [0, 2, 1]
+    order = find_order(make_config("longest_first"), [*rows[1:2] * 2, rows[0]])
+    assert str(order).endswith("(min 7, median 7, max 7 characters), 2 rows without a prompt last")
+    order = find_order(make_config("longest_first"), [rows[1]] * 2)
+    assert str(order).endswith("by prompt length (no row has one)")
 
 
 def test_a_hint_column_without_a_number_has_no_range() -> None:
