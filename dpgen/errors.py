@@ -181,6 +181,12 @@ class EngineError(DpgenError):
         return "\n".join([*lines, *(f"    {line}" for line in self.last_lines)])
 
 
+class EngineHung(EngineError):
+    """Report an engine that has taken too long: it may be a file system or a device that hangs, for now."""
+
+    exit_status = EXIT_RESUMABLE
+
+
 class EngineStuck(EngineError):
     """Report an engine process that SIGKILL does not end; its devices stay occupied."""
 

@@ -32,7 +32,7 @@ from dpgen.engine.messages import (
     OptionsChecked,
     RowsFinished,
 )
-from dpgen.errors import EXIT_RESUMABLE, ConfigError, EngineError, EngineStuck, LockstepEngineLost
+from dpgen.errors import ConfigError, EngineError, EngineHung, EngineStuck, LockstepEngineLost
 from dpgen.formatting import format_count
 from dpgen.records import Request, RowResult, UndecodedRow
 
@@ -42,12 +42,6 @@ E = TypeVar("E", OptionsChecked, KvBytesMeasured, EngineReady)
 
 _MAX_START_RETRIES = 2
 _START_WAIT_S = 0.2  # while an engine starts, the other ranks are checked this often
-
-
-class _EngineHung(EngineError):
-    """Report an engine that has taken too long: it may be a file system or a device that hangs, for now."""
-
-    exit_status = EXIT_RESUMABLE
 
 
 class EngineSupervisor:
@@ -298,7 +292,7 @@ class EngineSupervisor:
             limit_s, phase = self._limits.start_timeout_s, "while it was starting (run.engine_start_timeout_s"
         if idle_s > limit_s and (self._blame.is_busy or not self._is_ready):
             what = f"sent no message for {silent_s:.0f}" if silent_s > limit_s else f"made no progress for {idle_s:.0f}"
-            raise _EngineHung(f"the engine {what} s {phase}={limit_s:g})", log_path=self._log_path)
+            raise EngineHung(f"the engine {what} s {phase}={limit_s:g})", log_path=self._log_path)
 
     def _make_error(self, cause: str) -> EngineError:
         return EngineError(cause, log_path=self._log_path)
@@ -326,7 +320,7 @@ class EngineSupervisor:
         A start is tried again at once with less memory or after a signal, twice after any other failure. A start that
         took longer than its limit, or that no memory would help, is not tried again.
         """
-        if not self._can_restart or isinstance(error, _EngineHung | EngineStuck) or error.is_context_too_long:
+        if not self._can_restart or isinstance(error, EngineHung | EngineStuck) or error.is_context_too_long:
             raise error
         self.num_deaths += 1
         self._deaths_in_a_row += 1
