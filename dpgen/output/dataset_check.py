@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -133,7 +134,8 @@ class DatasetCheck:
     def _list_files(self) -> list[Path]:
         pattern = f"train-*.{self._format.file_format}"
         files = sorted(self._dataset_dir.glob(pattern)) if self._dataset_dir.is_dir() else []
-        expected = int(files[0].stem.rpartition("-")[2]) if files and files[0].stem[-5:].isdigit() else None
+        name = re.fullmatch(r"train-\d+-of-(\d+)", files[0].stem) if files else None
+        expected = int(name[1]) if name else None
         if len(files) != expected:
             self._findings.problems.append(
                 f"dataset/ holds {format_count(len(files), 'file')} of {expected or 'an unknown number'}"

@@ -304,6 +304,10 @@ def test_files_in_another_order_are_not_in_input_order(run: Path) -> None:
         (lambda files: [file.unlink() for file in files], "dataset/ holds 0 files of an unknown number"),
         (lambda files: files[0].rename(files[0].with_stem("train-0")), "dataset/ holds 3 files of an unknown number"),
         (lambda files: shutil.copy(files[0], files[0].with_stem("train-old")), "dataset/ holds 4 files of 3"),
+        (
+            lambda files: shutil.copy(files[0], files[0].with_stem("train--00003")),
+            "dataset/ holds 4 files of an unknown number",
+        ),
     ],
 )
 def test_the_number_of_files_is_that_in_their_names(
