@@ -109,6 +109,9 @@ def test_a_saved_format_changes_no_value(tmp_path: Path) -> None:
     [
         ("none.jsonl", "no such file or directory: none.jsonl"),
         ("./none", "no such file or directory"),
+        ("s3://bucket/rows.jsonl", "s3://bucket/rows.jsonl: addresses are not read.*copy the files"),
+        ("hf://datasets/openai/gsm8k/main", "write the name alone, data.path=openai/gsm8k,"),
+        ("file:///data/rows.jsonl", "write the path alone: /data/rows.jsonl"),
         ("/nowhere/*.jsonl", "no file matches"),
         ("bad.jsonl", "data.path=.*JSON"),
         ("rows.xyz", "none of the known kinds: .jsonl"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -31,8 +32,10 @@ def find_files(path: str) -> list[str]:
     """Return the files that a path or glob names; none if it is a directory or may be a Hub name.
 
     Raises:
-        ConfigError: nothing has that name, or the glob matches something that is no file.
+        ConfigError: nothing has that name, it is an address, or the glob matches something that is no file.
     """
+    if (address := re.match(r"(\w+)://(.*)", path)) is not None:
+        raise ConfigError(_describe_address(path, *address.groups()))
     expanded = str(Path(path).expanduser())
     if os.path.isfile(expanded):
         return [expanded]
@@ -56,6 +59,18 @@ def find_files(path: str) -> list[str]:
     if looks_local(path):
         raise ConfigError(f"data.path: no such file or directory: {path}")
     return []
+
+
+def _describe_address(path: str, scheme: str, rest: str) -> str:
+    """Return why an address is not read, and what to write or do instead."""
+    name = "/".join(rest.removeprefix("datasets/").split("/")[:2])
+    if scheme == "file":
+        advice = f"write the path alone: {rest}"
+    elif scheme == "hf":
+        advice = f"write the name alone, data.path={name}, with data.revision and data.name where they are needed"
+    else:
+        advice = "copy the files to a disk that all nodes see, or mount the store, and give that path"
+    return f"data.path={path}: addresses are not read, only paths and names of Hub datasets: {advice}"
 
 
 def find_kind(files: Iterable[str]) -> str:
