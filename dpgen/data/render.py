@@ -211,8 +211,12 @@ def _reject_surrogates(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        place = f"character {error.start} is half of a surrogate pair"
-        raise RowRefused("invalid_text", f"{place}, which no encoding of text can hold") from None
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:  # as `surrogateescape` reads bytes
+            what = f"the byte 0x{code - 0xDC00:02X}, which is not valid UTF-8 there"
+        else:
+            what = "half of a surrogate pair, which no encoding of text can hold"
+        raise RowRefused("invalid_text", f"character {error.start} is {what}") from None
 
 
 def _describe_error(error: Exception) -> str:

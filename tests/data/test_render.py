@@ -579,3 +579,16 @@ def test_importing_the_renderer_loads_nothing_heavy() -> None:
     code = "import sys, dpgen.data.render; print({'transformers', 'jinja2', 'torch', 'vllm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"caf\xe9".decode("utf-8", "surrogateescape"), "character 3 is the byte 0xE9, which is not valid UTF-8 there"),
+        ("ab\ud83d", "character 2 is half of a surrogate pair, which no encoding of text can hold"),
+    ],
+)
+def test_text_that_is_no_text_is_rejected_with_what_is_wrong_in_it(text: str, reason: str) -> None:
+    with pytest.raises(RowRefused) as raised:
+        PromptRenderer(PromptConfig(prompt_column="q"), None).build_prompt({"q": text})
+    assert (raised.value.type, raised.value.message) == ("invalid_text", reason)
