@@ -12,6 +12,7 @@ Waiting loops are kept by hand: tenacity (9.2) repeats a call that raises, while
 
 from __future__ import annotations
 
+import logging
 import resource
 import socket
 import time
@@ -23,9 +24,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 from dpgen.distributed.codec import decode, encode
 from dpgen.distributed.topology import Topology
 from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
+from dpgen.log import PeriodicLog
 
 if TYPE_CHECKING:
     import numpy as np
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Milestone = Literal["gathered", "complete"]  # rank 0 has all rows; it has written the result
@@ -234,9 +238,10 @@ class RankGroup(ABC):
         """
         key = f"dpgen/node_ready/{self._take_sequence_number()}/{self.nodes[self.rank]}"
         if not self.is_node_leader:
-            poll_s = _POLL_S
+            poll_s, log = _POLL_S, self.make_node_leader_log("to go first")
             while self.checked_store.add(key, 0) == 0:
                 self.raise_if_peer_failed()
+                log()
                 time.sleep(poll_s)
                 poll_s = min(2 * poll_s, _MAX_POLL_S)
         try:
@@ -245,12 +250,27 @@ class RankGroup(ABC):
             if self.is_node_leader:
                 self.checked_store.add(key, 1)
 
-    _sequence_number = 0
+    def make_node_leader_log(self, action: str) -> Callable[[], None]:
+        """Return what to call while waiting for the first rank of this node: its second rank says so for the others.
 
-    def _take_sequence_number(self) -> int:
-        """Number the uses of `node_leader_first`, which all ranks pass in the same order."""
-        self._sequence_number += 1
-        return self._sequence_number
+        Args:
+            action: what that rank is waited for, e.g. "to load the model".
+        """
+        node = self.nodes[self.rank]
+        leader, *others = [rank for rank, name in enumerate(self.nodes) if name == node]
+        if others[0] != self.rank:
+            return lambda: None
+        return PeriodicLog(
+            logger, lambda: f"waiting for rank {leader}, the first of {node}, {action}", on_all_ranks=True
+        )
+
+    _sequence_number = (0, 0)
+
+    def _take_sequence_number(self) -> str:
+        """Number the uses of `node_leader_first`, which all ranks pass in the same order; after a loss anew."""
+        num_shrinks, number = self._sequence_number
+        self._sequence_number = (self.num_shrinks, number + 1 if num_shrinks == self.num_shrinks else 1)
+        return "{}.{}".format(*self._sequence_number)
 
 
 class InMemoryStore:

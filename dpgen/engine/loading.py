@@ -114,8 +114,10 @@ class ModelLoader:
         return self._parallel.load_first == "always" or is_cold_on_rank[node_leader]
 
     def _wait_for_node_leader(self) -> None:
+        log = self._group.make_node_leader_log("to fill the caches (parallel.load_first=never: all load at once)")
         while self._group.checked_store.add(self._node_key, 0) == 0:
             self._group.raise_if_peer_failed()
+            log()
             time.sleep(_POLL_S)
         self._on_phase("the node's first model")
 

@@ -147,12 +147,47 @@ def test_a_rank_that_waits_long_for_its_nodes_leader_asks_the_store_once_a_secon
     def sleep(seconds: float) -> None:
         clock.now_s += seconds
         if clock.now_s > 100:
-            store.add("dpgen/node_ready/1/node", 1)
+            store.add("dpgen/node_ready/0.1/node", 1)
 
     monkeypatch.setattr("dpgen.distributed.group.time.sleep", sleep)
     with group.node_leader_first():
         assert 100 < store.num_requests < 115
         assert 100 < clock.now_s < 102
+
+
+class RankOfNode(SingleRankGroup):
+    """One of three ranks of a node, by a store that they share."""
+
+    size = 3
+    num_shrinks = 0  # type: ignore[assignment]
+
+    def __init__(self, rank: int, store: InMemoryStore) -> None:
+        super().__init__()
+        self.rank, self.store, self.nodes = rank, store, ["node"] * 3
+
+
+def test_the_second_rank_of_a_node_says_for_whom_it_waits(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpgen.log._FIRST_NOTICE_S", 0.0)
+    for rank in (1, 2):
+        RankOfNode(rank, InMemoryStore()).make_node_leader_log("to go first")()
+    assert caplog.messages == ["waiting for rank 0, the first of node, to go first"], "once, and not by every rank"
+
+
+def test_ranks_that_lost_a_peer_at_different_places_wait_for_the_same_leader_again() -> None:
+    store = InMemoryStore()
+    leader, follower = RankOfNode(0, store), RankOfNode(1, store)
+    for _ in range(2):
+        with leader.node_leader_first():
+            pass
+    with follower.node_leader_first():
+        pass
+    leader.num_shrinks = follower.num_shrinks = 1  # the follower has passed it once, the leader twice
+    with leader.node_leader_first():
+        pass
+    with follower.node_leader_first():
+        pass
 
 
 @pytest.mark.parametrize("text", ["4", "7.9", "soon", "nan", "inf", "-60"])
