@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import pty
+import random
 import signal
 import socket
 import struct
@@ -29,6 +30,8 @@ REPO = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 400
 # For tests in which ranks wait until a lost rank's lease expires. One test in test_recovery.py waits the real minute.
 SHORT_LEASE = {"DPGEN_LEASE_S": "24"}
+_MIN_FREE_PORT = 10_000  # services have lower ones
+_MAX_PORT_TRIES = 100
 
 WriteConfig = Callable[..., str]
 
@@ -182,10 +185,17 @@ class Launcher:
 
 
 def free_port() -> int:
-    """Return a TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that was free a moment ago, and that the kernel gives to nobody who asks for any port.
+
+    Rank 0 takes it only seconds later. Meanwhile jobs beside it open hundreds of connections.
+    """
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    candidates = [*range(_MIN_FREE_PORT, first), *range(last + 1, 1 << 16)]
+    for port in [*random.sample(candidates, min(_MAX_PORT_TRIES, len(candidates))), 0]:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise AssertionError("no port is free")
 
 
 def write_into(folder: Path, rows: Sequence[Mapping[str, Any]], name: str = "conf.yaml", **sections: Any) -> str:
