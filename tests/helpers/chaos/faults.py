@@ -248,6 +248,7 @@ class EngineFault(Fault):
     """
 
     engines = ("fake",)
+    place = "engine"  # a second one's fault_dir would replace the first one's
 
     def __init__(
         self,
