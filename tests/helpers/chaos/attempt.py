@@ -67,6 +67,8 @@ class Attempt:
             self._start()
             self._await_end([fault.act(self) for fault in self._faults], started_s + self.plan.limits.bound_s)
             self._await_leftovers()
+        except ChaosFailure as error:
+            raise ChaosFailure(f"{error}\n{self.describe_ranks()}") from None  # while its processes still exist
         finally:
             self.seconds = time.monotonic() - started_s
             for pid in find_marked(self.plan.folder):
@@ -101,6 +103,20 @@ class Attempt:
     def has_fault(self, name: str) -> bool:
         """Return True if a fault of this name has happened."""
         return (self.plan.folder / f"fault-{name}").exists()
+
+    def describe_ranks(self) -> str:
+        """Return one line for each rank: its phase, how its processes ended, and its error, which stderr may lack."""
+        lines = []
+        for rank in range(self.plan.num_ranks):
+            statuses = [path.read_text() for path in sorted(self.plan.folder.glob(f"exit-{rank}-*"))]
+            pid = self.get_rank_pid(rank)
+            facts = [f"last seen {self.get_phase(rank)}", f"exit statuses {', '.join(statuses) or 'none'}"]
+            if pid is not None:
+                facts.append(f"process {pid} is still in state {read_state(pid)}")
+            if error := self._read(f"error-{rank}"):
+                facts.append(error)
+            lines.append(f"rank {rank}: {'; '.join(facts)}")
+        return "\n".join(lines)
 
     def read_exit_statuses(self) -> list[int]:
         """Return the statuses of all rank processes that ended by themselves."""
@@ -163,7 +179,7 @@ class Attempt:
             will_continue = [next(act, False) for act in acts]  # a fault yields True while it will send SIGCONT
             running = [job.process.pid for job in self.jobs if job.process.poll() is None]
             ranks = [pid for rank in range(self.plan.num_ranks) if (pid := self.get_rank_pid(rank)) is not None]
-            self._note_own_stops(ranks)
+            self.note_own_stops(ranks)
             if not running and not ranks:
                 return
             if not {*running, *ranks} - self.stopped and not any(will_continue):
@@ -174,10 +190,10 @@ class Attempt:
                 raise ChaosFailure(f"the attempt still ran after {self.plan.limits.bound_s:.0f} s")
             time.sleep(_TICK_S)
 
-    def _note_own_stops(self, ranks: list[int]) -> None:
-        """Note the ranks that stopped themselves, as an event of their plan."""
+    def note_own_stops(self, ranks: list[int]) -> None:
+        """Note the ranks that stopped themselves, as an event of their plan; also after a fault has continued them."""
         for pid in ranks:
-            if pid not in self.stopped and pid not in self.signalled and read_state(pid) == "T":
+            if pid not in self.stopped and read_state(pid) == "T":
                 self.stopped.add(pid)
                 self.signalled.add(pid)
 

@@ -28,7 +28,9 @@ def check_attempt(attempt: Attempt, faults: Sequence[Fault], *, is_complete: boo
     allowed = {EXIT_OK, EXIT_RESUMABLE} | ({EXIT_FAILED} if any(fault.may_fail for fault in faults) else set())
     statuses = attempt.read_exit_statuses()
     if unexplained := [status for status in statuses if status not in allowed]:
-        raise ChaosFailure(f"a rank ended with status {unexplained[0]}, which no fault explains")
+        raise ChaosFailure(
+            f"a rank ended with status {unexplained[0]}, which no fault explains\n{attempt.describe_ranks()}"
+        )
     if crashes := attempt.find_crashes():
         raise ChaosFailure("; ".join(crashes))
     if _OWN_FAULT in attempt.output:
@@ -38,9 +40,10 @@ def check_attempt(attempt: Attempt, faults: Sequence[Fault], *, is_complete: boo
     if attempt.plan.launcher != "torchrun" and statuses and set(statuses) == {EXIT_OK}:
         raise ChaosFailure("all ranks ended with status 0 without a result")
     if not faults:
-        raise ChaosFailure("an attempt in which no fault happened did not complete")
+        raise ChaosFailure(f"an attempt in which no fault happened did not complete\n{attempt.describe_ranks()}")
     if len(faults) == 1 and faults[0].must_complete(attempt):
-        raise ChaosFailure(f"an attempt with one fault, {faults[0].kind}, did not complete")
+        kind = faults[0].kind
+        raise ChaosFailure(f"an attempt with one fault, {kind}, did not complete\n{attempt.describe_ranks()}")
 
 
 def check_result(run_dir: Path, expected: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 - A phase begins when dpgen calls the function that `HOOKS` names. Then the rank notes its phase in the folder of the
   attempt, and carries out the plan's events.
 - It notes its process id at the start, and its exit status at the end. A rank without a status was killed.
+- It notes the error that ends it, since nobody may be able to read its stderr.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ def main() -> None:
         _shift_clock(folder, *plan.clock_jump)
     for phase, target in HOOKS.items():
         hook(target, lambda phase=phase: faults.begin_phase(phase))
+    _note_error(folder, rank)
     hook(("dpgen.commands.run", "_join_ranks"), lambda: _prepare_meeting(faults, content["join_s"]))
     sys.argv += plan.arguments
     from dpgen.__main__ import main as run_dpgen
@@ -149,6 +151,18 @@ def _note_exit(folder: Path, rank: int) -> None:
         exit_now(status)
 
     os._exit = note_and_exit  # type: ignore[assignment]
+
+
+def _note_error(folder: Path, rank: int) -> None:
+    command: Any = importlib.import_module("dpgen.commands.run")
+    report = command._report_failure
+
+    def note_and_report(group: Any, status_file: Any, error: Exception, log_format: str) -> int:
+        write_note(folder / f"error-{rank}", f"{type(error).__name__}: {error}")
+        status: int = report(group, status_file, error, log_format)
+        return status
+
+    command._report_failure = note_and_report
 
 
 def _set_host(name: str) -> None:
