@@ -238,7 +238,8 @@ class _Job:
         """Log what is left to do, and in which order."""
         num_rows = len(self._rows)
         self._status_file.num_done = self._num_before = num_rows - num_remaining
-        ranks = format_count(self._layout.num_engines, "rank")
+        is_shared = self._layout.has_shared_engine
+        ranks = format_count(self._layout.num_engines if is_shared else self._group.size, "rank")
         if self._attempt == 1:
             logger.info(f"{format_count(num_rows, 'row')} over {ranks}")
         else:
