@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -59,8 +58,11 @@ def test_resume_never_lets_a_requeued_slurm_job_resume_its_own_run(
         [job] = launcher.start_like_srun("run", conf, *arguments, rank_arguments=[[]], **environment)
         return job.wait(), job.output
 
-    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 600), "SLURM_JOB_ID": "7"}
-    assert run_step("run.stop_margin_s=900", **end)[0] == 75, "stopped by its time limit"
+    slow = ["engine.step_s=0.05", "engine.max_num_seqs=1"]
+    [stopped] = launcher.start_like_srun("run", conf, *slow, rank_arguments=[[]], SLURM_JOB_ID="7")
+    wait_for(lambda: "KV cache" in stopped.output)
+    stopped.process.send_signal(signal.SIGTERM)
+    assert stopped.wait() == 75
     status, output = run_step(SLURM_JOB_ID="8", SLURM_RESTART_COUNT="1")
     assert status == 2 and "is not empty" in output, "another job"
     status, output = run_step(SLURM_JOB_ID="7")
