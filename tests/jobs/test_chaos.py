@@ -21,6 +21,7 @@ NUM_FAULTS = 60  # on the fake engine
 
 @pytest.mark.multi
 @pytest.mark.slow
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize(
     ("engine", "faults", "workers", "kinds"),
     [
@@ -33,7 +34,7 @@ def test_random_faults_lose_duplicate_and_change_no_row(
 ) -> None:
     arguments = ["--engine", engine, "--faults", str(faults), "--workers", str(workers), "--kinds", kinds]
     job = launcher.start([launcher.python, str(REPO / "tests" / "chaos.py"), *arguments])
-    assert job.wait(590) == 0, job.output
+    assert job.wait(1500) == 0, job.output
     assert json.loads(job.output.strip().splitlines()[-1])["num_faults"] == faults
 
 
