@@ -176,7 +176,8 @@ def test_a_retry_that_fails_before_its_first_row_leaves_the_finished_result(
 def test_a_retry_that_is_interrupted_after_its_first_row_leaves_an_unfinished_run(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    conf = write_config(make_numbered_rows(60), engine={"refuse_on": "row", "max_num_seqs": 4})
+    engine = {"refuse_on": "row", "max_num_seqs": 4}
+    conf = write_config(make_numbered_rows(60), run={"allow_all_errors": True}, engine=engine)
     launcher_output(launcher, conf)
     before = count_journal_bytes(tmp_path / "run")
     retry = ["run.retry_errors=true", "engine.refuse_on=null"]

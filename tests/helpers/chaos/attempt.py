@@ -182,7 +182,8 @@ class Attempt:
             self.note_own_stops(ranks)
             if not running and not ranks:
                 return
-            if not {*running, *ranks} - self.stopped and not any(will_continue):
+            # torchrun waits for a stopped rank for ever once its other ranks have ended.
+            if not set(ranks or running) - self.stopped and not any(will_continue):
                 self.was_ended = True
                 for pid in [*running, *ranks]:
                     self.signal(pid, signal.SIGKILL)
