@@ -325,7 +325,7 @@ class _Job:
         config = self._config
         has_samples = config.sampling.get("n", 1) != 1 or "n" in config.sampling_columns
         result_config = ResultConfig(config.output, config.data.columns, has_samples, config.run.allow_all_errors)
-        write_result(self._rows, self._run_dir, result_config)
+        write_result(self._rows.with_progress(self._group.heartbeat), self._run_dir, result_config)
 
 
 def _watch_for_shutdown(config: Config, status_file: StatusFile) -> ShutdownMonitor:

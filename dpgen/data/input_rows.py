@@ -55,7 +55,7 @@ class InputRows:
         self._on_batch: Callable[[], None] = lambda: None
 
     def with_progress(self, on_batch: Callable[[], None]) -> InputRows:
-        """Return the same rows; `iter_rows` and `read_numbers` then call `on_batch` after every batch read.
+        """Return the same rows; whatever reads them then calls `on_batch` after every batch.
 
         Reading all prompts of a large input takes longer than a healthy rank may be silent.
         """
@@ -175,6 +175,7 @@ class InputRows:
         view = self._get_view(columns)
         for row_ids in view.split(np.arange(min(stop, len(self))), num_rows, max_bytes):
             yield view.read(row_ids)
+            self._on_batch()
 
     def _iter_batches(self, row_ids: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
         """Yield column → values of the rows `row_ids`, a bounded number of bytes at a time."""

@@ -104,6 +104,24 @@ def test_a_saved_format_changes_no_value(tmp_path: Path) -> None:
     assert type(row["size"]) is int
 
 
+def test_reading_rows_in_any_way_is_progress(jsonl: Path) -> None:
+    num_batches = 0
+
+    def count() -> None:
+        nonlocal num_batches
+        num_batches += 1
+
+    rows = load(str(jsonl)).with_progress(count)
+    for read in (
+        lambda: list(rows.iter_rows(np.arange(10), ["prompt"])),
+        lambda: list(rows.iter_tables(4)),  # as the result is written
+        rows.fingerprint,
+    ):
+        before = num_batches
+        read()
+        assert num_batches > before
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [

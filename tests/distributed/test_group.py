@@ -185,9 +185,10 @@ def test_ranks_that_lost_a_peer_at_different_places_wait_for_the_same_leader_aga
         pass
     leader.num_shrinks = follower.num_shrinks = 1  # the follower has passed it once, the leader twice
     with leader.node_leader_first():
-        pass
+        passed = ["leader"]
     with follower.node_leader_first():
-        pass
+        passed.append("follower")
+    assert passed == ["leader", "follower"], "the follower would wait for ever"
 
 
 @pytest.mark.parametrize("text", ["4", "7.9", "soon", "nan", "inf", "-60"])

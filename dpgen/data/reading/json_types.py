@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -130,10 +131,8 @@ def convert_array(array: pa.Array | pa.ChunkedArray, target: pa.DataType) -> pa.
     if array.type.equals(target):
         return array
     if not (holds_json(target) or holds_json(array.type)):
-        try:
+        with contextlib.suppress(pa.ArrowNotImplementedError):  # Arrow has no cast between some nested types
             return array.cast(target)
-        except pa.ArrowNotImplementedError:
-            pass  # Arrow has no cast between these nested types
     return build_array(to_python(array), target)
 
 
