@@ -75,7 +75,8 @@ def open_input(
     def load() -> tuple[InputRows, dict[str, Any] | None]:
         with group.node_leader_first():
             rows = load_input(data)
-            return rows, find_fingerprint(rows, recorded) if group.is_node_leader else None
+            read = rows.with_progress(group.heartbeat)
+            return rows, find_fingerprint(read, recorded) if group.is_node_leader else None
 
     rows, fingerprint = group.run_on_all_ranks(load)
     fingerprints = [node for node in group.all_gather_object(fingerprint) if node is not None]
