@@ -27,6 +27,7 @@ from dpgen.distributed.group import SingleRankGroup
 from dpgen.journal.reader import BATCH_ROWS, list_segments
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.writer import JournalWriter
+from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_writer import write_dataset
 from dpgen.records import Completion, RowResult
 from dpgen.scheduling import order
@@ -195,7 +196,7 @@ def count_opens(num_segments: int, rows_per_segment: int, work_dir: Path) -> dic
             opens[str(arguments[0])] = opens.get(str(arguments[0]), 0) + 1
 
     sys.addaudithook(count)
-    write_dataset(rows, run_dir, OutputConfig(), None, False)
+    write_dataset(rows, run_dir, DatasetFormat(), OutputConfig().rows_per_file)
     num_batches = -(-num_rows // BATCH_ROWS)
     return {
         "segments": num_segments,

@@ -39,8 +39,9 @@ from dpgen.monitoring.progress import ProgressDisplay
 from dpgen.monitoring.run_report import summarize_run
 from dpgen.monitoring.startup import StartupTimer
 from dpgen.output.column_check import check_columns, list_used_columns
+from dpgen.output.columns import DatasetFormat
 from dpgen.output.format_check import check_output_format
-from dpgen.output.result import ResultConfig, gather_results, raise_if_no_row_succeeded, write_result
+from dpgen.output.result import gather_results, raise_if_no_row_succeeded, write_result
 from dpgen.records import RankManifest
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
 from dpgen.scheduling.order import OrderConfig
@@ -322,10 +323,14 @@ class _Job:
             self._engine.close()
 
     def _write_result(self) -> None:
-        config = self._config
-        has_samples = config.sampling.get("n", 1) != 1 or "n" in config.sampling_columns
-        result_config = ResultConfig(config.output, config.data.columns, has_samples, config.run.allow_all_errors)
-        write_result(self._rows.with_progress(self._group.heartbeat), self._run_dir, result_config)
+        config, rows = self._config, self._rows.with_progress(self._group.heartbeat)
+        write_result(
+            rows,
+            self._run_dir,
+            DatasetFormat.from_config(config.sampling, config.output, config.data.columns),
+            config.output.rows_per_file,
+            allow_all_errors=config.run.allow_all_errors,
+        )
 
 
 def _watch_for_shutdown(config: Config, status_file: StatusFile) -> ShutdownMonitor:

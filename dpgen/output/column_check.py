@@ -8,6 +8,7 @@ from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
 from dpgen.data.render import check_prompt_columns, select_prompt_columns
 from dpgen.errors import ConfigError, suggest_name
+from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_writer import check_output_columns
 
 
@@ -35,4 +36,4 @@ def check_columns(config: Config, rows: InputRows) -> None:
         if column not in columns:
             hint = suggest_name(column, columns, "columns")
             raise ConfigError(f"{key}: {column!r} is no column of the dataset{hint}")
-    check_output_columns(list(columns), config.data.columns, config.output.token_ids)
+    check_output_columns(list(columns), DatasetFormat.from_config(config.sampling, config.output, config.data.columns))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from dpgen.data.input_rows import InputRows
 from dpgen.formatting import format_count
 from dpgen.journal.reader import BATCH_BYTES, BATCH_ROWS, JournalIndex, JournalReader
-from dpgen.output.dataset_writer import result_columns
+from dpgen.output.columns import DatasetFormat, build_result_arrays
 from dpgen.output.json_lines import to_json_columns
 from dpgen.output.result_stats import ResultStats
 from dpgen.output.row_ranges import format_rows
@@ -38,37 +38,6 @@ class ResultLookup:
         results = chain.from_iterable(self._reader.iter_batches(positions[is_present]))
         for has_result in is_present:
             yield next(results) if has_result else None
-
-
-@dataclass(frozen=True)
-class DatasetFormat:
-    """Describe how a run writes its dataset.
-
-    Attributes:
-        has_samples: True if a sample's columns are lists.
-        token_ids: True if there is a column of token ids.
-        file_format: "parquet" or "jsonl".
-        kept_columns: the input columns in the dataset; None for all.
-        jsonl_encoding: how JSON lines hold the input's values; see `dpgen.output.json_lines`.
-    """
-
-    has_samples: bool
-    token_ids: bool
-    file_format: str
-    kept_columns: list[str] | None
-    jsonl_encoding: int
-
-    @classmethod
-    def from_identity(cls, identity: Mapping[str, Any], jsonl_encoding: int) -> DatasetFormat:
-        """Return the format that the identity in run.json implies."""
-        sampling, output = identity.get("sampling") or {}, identity.get("output") or {}
-        return cls(
-            has_samples=sampling.get("n", 1) != 1 or "n" in (sampling.get("from_columns") or {}),
-            token_ids=bool(output.get("token_ids")),
-            file_format=str(output.get("format", "parquet")),
-            kept_columns=identity.get("columns"),
-            jsonl_encoding=jsonl_encoding,
-        )
 
 
 @dataclass
@@ -164,8 +133,7 @@ class DatasetCheck:
         results = [result for result in journaled if result is not None]
         for result in results:
             self._stats.add(result)
-        columns = result_columns(results, self._format.has_samples, self._format.token_ids)
-        for name, values in columns.items():
+        for name, values in build_result_arrays(results, self._format).items():
             actual = [batch[name][position] for position in positions]
             self._compare(f"{name} differs from the journal's", row_ids[positions], values.to_pylist(), actual)
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpgen.config.schema import OutputConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError, DpgenError, suggest_name
 from dpgen.formatting import format_count
@@ -22,24 +21,23 @@ from dpgen.journal.files import atomic_write_text, publish_directory
 from dpgen.journal.reader import BATCH_ROWS, DamagedRecord, JournalIndex, JournalReader, index_journal
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.segment import RowsLost, repair_segment
+from dpgen.output.columns import DatasetFormat, build_result_arrays, build_result_schema
 from dpgen.output.json_lines import JSONL_ENCODING, build_card_schema, iter_json_lines
 from dpgen.output.result_stats import ResultStats
-from dpgen.records import Completion, RowResult
+from dpgen.records import RowResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def check_output_columns(input_columns: list[str], kept_columns: list[str] | None, token_ids: bool) -> None:
+def check_output_columns(input_columns: list[str], dataset_format: DatasetFormat) -> None:
     """Check the input columns that the dataset will keep.
-
-    Args:
-        kept_columns: `data.columns`; None for all.
 
     Raises:
         ConfigError: the input lacks a column, or a column has the name of a result column.
     """
-    added = result_columns([], has_samples=False, token_ids=token_ids)
+    added = {column.name for column in dataset_format.result_columns}
+    kept_columns = dataset_format.kept_columns
     for name in input_columns if kept_columns is None else kept_columns:
         if name in added:
             others = [column for column in input_columns if column not in added]
@@ -55,13 +53,12 @@ def check_output_columns(input_columns: list[str], kept_columns: list[str] | Non
 
 
 def write_dataset(
-    rows: InputRows, run_dir: RunDir, config: OutputConfig, kept_columns: list[str] | None, has_samples: bool
+    rows: InputRows, run_dir: RunDir, dataset_format: DatasetFormat, rows_per_file: int
 ) -> dict[str, Any]:
     """Write RUN_DIR/dataset from the journals, then `_SUCCESS`. Only rank 0 calls this.
 
     Args:
-        kept_columns: the input columns to keep; None for all.
-        has_samples: True if rows may have several samples, so that the columns of a sample become lists.
+        rows_per_file: the maximum number of rows in one file.
 
     Returns:
         the content of `_SUCCESS` (see `ResultStats.to_dict`), and first_error and most_frequent_error, for a person.
@@ -78,7 +75,7 @@ def write_dataset(
         temporary.mkdir()
         with JournalReader(index) as reader:
             # The index holds every row once, sorted: entry i is row i.
-            stats = write_dataset_files(temporary, rows, reader.iter_batches, config, kept_columns, has_samples)
+            stats = write_dataset_files(temporary, rows, reader.iter_batches, dataset_format, rows_per_file)
         run_dir.mark_unfinished()
         publish_directory(temporary, run_dir.dataset)
     except DamagedRecord as error:
@@ -88,39 +85,10 @@ def write_dataset(
             f"{run_dir.dataset} can't be written: {error.strerror}. The rows are safe in {run_dir.journal}: "
             "free space, then rerun the same command to resume"
         ) from None
-    success = stats.to_dict() | ({"jsonl_encoding": JSONL_ENCODING} if config.format == "jsonl" else {})
+    success = stats.to_dict() | ({"jsonl_encoding": JSONL_ENCODING} if dataset_format.file_format == "jsonl" else {})
     atomic_write_text(run_dir.success, json.dumps(success, indent=2) + "\n")
     examples = {"first_error": stats.first_error, "most_frequent_error": stats.most_frequent_error}
     return {**stats.to_dict(), **examples}
-
-
-def result_columns(results: list[RowResult], has_samples: bool, token_ids: bool) -> dict[str, pa.Array]:
-    """Return the result columns as Arrow arrays; with `has_samples`, a sample's columns hold one list per row."""
-    import pyarrow as pa
-
-    def of_samples(get: Callable[[Completion], Any], type: pa.DataType) -> pa.Array:
-        values = [[get(completion) for completion in result.completions] or None for result in results]
-        if has_samples:
-            return pa.array(values, pa.list_(type))
-        return pa.array([samples and samples[0] for samples in values], type)
-
-    error = pa.struct([("type", pa.string()), ("message", pa.string())])
-    columns = {
-        "row_id": pa.array([result.row for result in results], pa.int64()),
-        "generated_text": of_samples(lambda completion: escape_surrogates(completion.text), pa.string()),
-        "finish_reason": of_samples(lambda completion: completion.finish_reason, pa.string()),
-        "num_prompt_tokens": pa.array([result.num_prompt_tokens for result in results], pa.int64()),
-        "num_generated_tokens": of_samples(lambda completion: completion.num_tokens, pa.int64()),
-        "error": pa.array([_to_error_struct(result) for result in results], error),
-    }
-    if token_ids:
-        columns["generated_token_ids"] = of_samples(lambda completion: completion.token_ids, pa.list_(pa.int64()))
-    return columns
-
-
-def escape_surrogates(text: str) -> str:
-    """Return the text with lone surrogates as escapes; UTF-8, and so every file format, rejects them."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _check_complete(index: JournalIndex, num_rows: int) -> None:
@@ -139,21 +107,20 @@ def write_dataset_files(
     directory: Path,
     rows: InputRows,
     read_results: Callable[[np.ndarray], Iterator[list[RowResult]]],
-    config: OutputConfig,
-    kept_columns: list[str] | None,
-    has_samples: bool,
+    dataset_format: DatasetFormat,
+    rows_per_file: int,
 ) -> ResultStats:
     """Write the files of a dataset, and the card with its columns' types, into a directory.
 
     Args:
         read_results: returns the results of rows, given as int64[num_rows], in batches and in this order.
     """
-    num_files = max(1, -(-len(rows) // config.rows_per_file))
-    stats = ResultStats()
-    schema = rows.build_output_schema(_make_result_schema(has_samples, config.token_ids), kept_columns)
+    num_files = max(1, -(-len(rows) // rows_per_file))
+    stats, kept_columns = ResultStats(), dataset_format.kept_columns
+    schema = rows.build_output_schema(build_result_schema(dataset_format), kept_columns)
     if len(rows):
-        rows.write_card(directory, build_card_schema(schema) if config.format == "jsonl" else schema)
-    with _FileSetWriter(directory, config, schema, has_samples, num_files) as writer:
+        rows.write_card(directory, build_card_schema(schema) if dataset_format.file_format == "jsonl" else schema)
+    with _FileSetWriter(directory, dataset_format, schema, rows_per_file, num_files) as writer:
         for start, table in _iter_input_batches(rows, kept_columns):
             num_written = 0
             for results in read_results(np.arange(start, start + table.num_rows)):
@@ -177,10 +144,10 @@ class _FileSetWriter:
     """Fill the files of the final dataset one after the other: ``train-00000-of-00003.parquet``, ..."""
 
     def __init__(
-        self, directory: Path, config: OutputConfig, schema: pa.Schema, has_samples: bool, num_files: int
+        self, directory: Path, dataset_format: DatasetFormat, schema: pa.Schema, rows_per_file: int, num_files: int
     ) -> None:
-        self._directory, self._config, self._schema = directory, config, schema
-        self._has_samples, self._num_files = has_samples, num_files
+        self._directory, self._format, self._schema = directory, dataset_format, schema
+        self._rows_per_file, self._num_files = rows_per_file, num_files
         self._file_number, self._num_free_rows = -1, 0  # rows that the open file still takes
         self._file: Any = None
 
@@ -196,7 +163,7 @@ class _FileSetWriter:
         import pyarrow as pa
 
         columns = {name: table.column(i) for i, name in enumerate(table.column_names)}
-        columns |= result_columns(results, self._has_samples, self._config.token_ids)
+        columns |= build_result_arrays(results, self._format)
         # Not cast as a whole: pyarrow 26 fails to cast a slice of structs that have a column of type null.
         arrays = [
             columns[field.name] if columns[field.name].type == field.type else columns[field.name].cast(field.type)
@@ -216,29 +183,16 @@ class _FileSetWriter:
         import pyarrow.parquet as pq
 
         self._file_number += 1
-        self._num_free_rows = self._config.rows_per_file
+        self._num_free_rows = self._rows_per_file
         stem = f"train-{self._file_number:05d}-of-{self._num_files:05d}"
-        path = self._directory / f"{stem}.{self._config.format}"
-        if self._config.format == "parquet":
+        path = self._directory / f"{stem}.{self._format.file_format}"
+        if self._format.file_format == "parquet":
             self._file = pq.ParquetWriter(path, self._schema, compression="zstd")
         else:
             self._file = path.open("w", encoding="utf-8")
 
     def _write_part(self, part: pa.Table) -> None:
-        if self._config.format == "parquet":
+        if self._format.file_format == "parquet":
             self._file.write_table(part)
         else:
             self._file.writelines(iter_json_lines(part))
-
-
-def _make_result_schema(has_samples: bool, token_ids: bool) -> pa.Schema:
-    import pyarrow as pa
-
-    columns = result_columns([], has_samples, token_ids)
-    return pa.schema([(name, values.type) for name, values in columns.items()])
-
-
-def _to_error_struct(result: RowResult) -> dict[str, str] | None:
-    if result.error is None:
-        return None
-    return {"type": result.error.type, "message": escape_surrogates(result.error.message)}

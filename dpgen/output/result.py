@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,12 @@ from dpgen.journal.format import parse_name
 from dpgen.journal.reader import list_segments
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.writer import JournalWriter
+from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_writer import write_dataset
 from dpgen.output.gather import gather_segments
 from dpgen.records import RankManifest
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ResultConfig:
-    """What the final dataset is like.
-
-    Attributes:
-        kept_columns: the input's columns to keep; None for all.
-        has_samples: whether a row has several samples, so that a sample's columns are lists.
-        allow_all_errors: whether a result without any completion counts as a success.
-    """
-
-    output: OutputConfig
-    kept_columns: list[str] | None
-    has_samples: bool
-    allow_all_errors: bool = False
 
 
 def gather_results(
@@ -92,15 +77,21 @@ def _select_orphans(stored: Sequence[Path], senders: Collection[tuple[int, int]]
     return [path for path, key in keys.items() if key is not None and key[:2] not in senders]
 
 
-def write_result(rows: InputRows, run_dir: RunDir, config: ResultConfig) -> None:
+def write_result(
+    rows: InputRows, run_dir: RunDir, dataset_format: DatasetFormat, rows_per_file: int, *, allow_all_errors: bool
+) -> None:
     """Write RUN_DIR/dataset and _SUCCESS. Only rank 0 calls this.
+
+    Args:
+        rows_per_file: the maximum number of rows in one file.
+        allow_all_errors: count a result without any completion as a success.
 
     Raises:
         DpgenError: a row has no result, or the disk refuses; or the result is written, and no row has succeeded.
     """
-    summary = write_dataset(rows, run_dir, config.output, config.kept_columns, config.has_samples)
+    summary = write_dataset(rows, run_dir, dataset_format, rows_per_file)
     _log_summary(summary, run_dir)
-    if not config.allow_all_errors:
+    if not allow_all_errors:
         raise_if_no_row_succeeded(summary, run_dir)
 
 

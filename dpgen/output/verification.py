@@ -28,7 +28,8 @@ from dpgen.journal.reader import (
     read_segment,
 )
 from dpgen.journal.run_dir import RunDir, diff_identities, get_fingerprint_version
-from dpgen.output.dataset_check import DatasetCheck, DatasetFindings, DatasetFormat, ResultLookup
+from dpgen.output.columns import DatasetFormat
+from dpgen.output.dataset_check import DatasetCheck, DatasetFindings, ResultLookup
 from dpgen.output.json_lines import JSONL_ENCODING
 from dpgen.output.result_stats import HASH_ENCODINGS, ResultStats
 from dpgen.output.row_ranges import format_ranges, format_rows

@@ -16,6 +16,7 @@ from dpgen.config.schema import Config, DataConfig, OutputConfig, RunConfig
 from dpgen.data.input_rows import InputRows, load_input
 from dpgen.journal.run_dir import RunDir, compute_run_identity
 from dpgen.journal.writer import JournalWriter
+from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_writer import write_dataset, write_dataset_files
 from dpgen.records import Completion, RowResult
 
@@ -35,7 +36,8 @@ def write_files(directory: Path, rows: InputRows, file_format: Any, kept_columns
         for row_id in row_ids.tolist():  # in batches of one, as if rows were large
             yield [RowResult(row_id, 1, (Completion("text", "stop", 1),))]
 
-    write_dataset_files(directory, rows, read_results, OutputConfig(format=file_format), kept_columns, False)
+    dataset_format = DatasetFormat(file_format=file_format, kept_columns=kept_columns)
+    write_dataset_files(directory, rows, read_results, dataset_format, OutputConfig().rows_per_file)
     [file] = directory.glob("train-*")
     return file
 
@@ -79,5 +81,5 @@ def make_run(folder: Path, table: pa.Table, results: Sequence[RowResult], file_f
     for result in results:
         journal.append(result)
     journal.close()
-    write_dataset(rows, run_dir, config.output, None, False)
+    write_dataset(rows, run_dir, DatasetFormat(file_format=file_format), config.output.rows_per_file)
     return run_dir

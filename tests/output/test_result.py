@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 from helpers.dataset_files import make_run
 
-from dpgen.config.schema import DataConfig, OutputConfig
+from dpgen.config.schema import DataConfig
 from dpgen.data.input_rows import load_input
 from dpgen.errors import EXIT_FAILED, DpgenError
-from dpgen.output.result import ResultConfig, raise_if_no_row_succeeded, write_result
+from dpgen.output.columns import DatasetFormat
+from dpgen.output.result import raise_if_no_row_succeeded, write_result
 from dpgen.records import Completion, RowError, RowResult
 
 GOOD = (Completion("a", "stop", 1),)
@@ -29,7 +30,7 @@ def test_a_result_without_any_completion_is_written_and_the_run_fails_with_its_m
     run_dir = make_run(tmp_path, table, results)
     rows = load_input(DataConfig(path=str(tmp_path / "rows.parquet"), prompt_column="prompt"))
     with pytest.raises(DpgenError) as raised:
-        write_result(rows, run_dir, ResultConfig(OutputConfig(), None, False))
+        write_result(rows, run_dir, DatasetFormat(), 100, allow_all_errors=False)
     assert raised.value.exit_status == EXIT_FAILED
     message = str(raised.value)
     assert "all 3 rows have an error, 2 of them prompt_too_long (first: row 1: prompt_too_long: because 1)" in message
@@ -37,7 +38,7 @@ def test_a_result_without_any_completion_is_written_and_the_run_fails_with_its_m
     assert run_dir.is_finished and len(list(run_dir.dataset.glob("*.parquet"))) == 1
     with pytest.raises(DpgenError, match="all 3 rows have an error, 2 of them prompt_too_long"):
         raise_if_no_row_succeeded(run_dir.read_success(), run_dir)
-    write_result(rows, run_dir, ResultConfig(OutputConfig(), None, False, allow_all_errors=True))
+    write_result(rows, run_dir, DatasetFormat(), 100, allow_all_errors=True)
 
 
 def test_one_completion_or_no_row_at_all_is_a_success(tmp_path: Path) -> None:

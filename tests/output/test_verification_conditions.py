@@ -22,7 +22,8 @@ from dpgen.journal import reader as journal_reader
 from dpgen.journal.reader import JournalReader, index_journal, list_segments
 from dpgen.journal.writer import JournalWriter
 from dpgen.output import dataset_check
-from dpgen.output.dataset_check import DatasetFormat, ResultLookup
+from dpgen.output.columns import DatasetFormat
+from dpgen.output.dataset_check import ResultLookup
 from dpgen.output.result_stats import ResultStats
 from dpgen.output.verification import VerificationReport, verify
 from dpgen.records import Completion, RowError, RowResult

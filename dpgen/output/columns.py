@@ -1,0 +1,160 @@
+"""Describe the final dataset: columns that a result adds to the input's, their types, and where values come from.
+
+The writer, the verification and the check of the input's names all ask `ResultColumn`s, so a new column is one entry
+here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dpgen.config.schema import OutputConfig
+from dpgen.output.json_lines import JSONL_ENCODING
+from dpgen.records import Completion, RowResult
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class DatasetFormat:
+    """Describe how a run writes its dataset.
+
+    Attributes:
+        has_samples: True if rows may have several samples, so that the columns of a sample hold a list per row.
+        token_ids: True if there is a column of token ids.
+        file_format: "parquet" or "jsonl".
+        kept_columns: the input columns in the dataset; None for all.
+        jsonl_encoding: how JSON lines hold the input's values; see `dpgen.output.json_lines`.
+    """
+
+    has_samples: bool = False
+    token_ids: bool = False
+    file_format: str = "parquet"
+    kept_columns: list[str] | None = None
+    jsonl_encoding: int = JSONL_ENCODING
+
+    @classmethod
+    def from_config(
+        cls, sampling: Mapping[str, Any], output: OutputConfig, kept_columns: list[str] | None
+    ) -> DatasetFormat:
+        """Return the format that a configuration asks for: its sampling, its output, and `data.columns`."""
+        return cls.from_identity({"sampling": sampling, "output": dataclasses.asdict(output), "columns": kept_columns})
+
+    @classmethod
+    def from_identity(cls, identity: Mapping[str, Any], jsonl_encoding: int = JSONL_ENCODING) -> DatasetFormat:
+        """Return the format that the identity in run.json implies."""
+        sampling, output = identity.get("sampling") or {}, identity.get("output") or {}
+        return cls(
+            has_samples=sampling.get("n", 1) != 1 or "n" in (sampling.get("from_columns") or {}),
+            token_ids=bool(output.get("token_ids")),
+            file_format=str(output.get("format", "parquet")),
+            kept_columns=identity.get("columns"),
+            jsonl_encoding=jsonl_encoding,
+        )
+
+    @property
+    def result_columns(self) -> tuple[ResultColumn, ...]:
+        """Return the columns that results add, in their order in the dataset."""
+        return tuple(column for column in _RESULT_COLUMNS if column.is_present(self))
+
+
+@dataclass(frozen=True)
+class ResultColumn:
+    """Describe one column that results add to the input's columns.
+
+    Attributes:
+        name: the column's name.
+        get_type: returns the Arrow type of a value; a function, since pyarrow is imported late.
+        get: returns the value of a row, or of one sample.
+        is_of_sample: True if the value is of a sample, so that the column holds lists where rows have several.
+        is_present: whether a dataset of this format has the column.
+    """
+
+    name: str
+    get_type: Callable[[], pa.DataType]
+    get: Callable[[Any], Any]
+    is_of_sample: bool = True
+    is_present: Callable[[DatasetFormat], bool] = lambda _: True
+
+    def build_array(self, results: Sequence[RowResult], has_samples: bool) -> pa.Array:
+        """Return the column's values for some results, one a row."""
+        import pyarrow as pa
+
+        if not self.is_of_sample:
+            return pa.array([self.get(result) for result in results], self.get_type())
+        values = [[self.get(completion) for completion in result.completions] or None for result in results]
+        if has_samples:
+            return pa.array(values, pa.list_(self.get_type()))
+        return pa.array([samples and samples[0] for samples in values], self.get_type())
+
+
+def build_result_arrays(results: Sequence[RowResult], dataset_format: DatasetFormat) -> dict[str, pa.Array]:
+    """Return the columns that results add, by name, as Arrow arrays with one value a row."""
+    has_samples = dataset_format.has_samples
+    return {column.name: column.build_array(results, has_samples) for column in dataset_format.result_columns}
+
+
+def build_result_schema(dataset_format: DatasetFormat) -> pa.Schema:
+    """Return names and types of the columns that results add."""
+    import pyarrow as pa
+
+    return pa.schema([(name, values.type) for name, values in build_result_arrays([], dataset_format).items()])
+
+
+def escape_surrogates(text: str) -> str:
+    """Return the text with lone surrogates as escapes; UTF-8, and so every file format, rejects them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _get_text(completion: Completion) -> str:
+    return escape_surrogates(completion.text)
+
+
+def _get_error(result: RowResult) -> dict[str, str] | None:
+    if result.error is None:
+        return None
+    return {"type": result.error.type, "message": escape_surrogates(result.error.message)}
+
+
+def _int64() -> pa.DataType:
+    import pyarrow as pa
+
+    return pa.int64()
+
+
+def _string() -> pa.DataType:
+    import pyarrow as pa
+
+    return pa.string()
+
+
+def _error() -> pa.DataType:
+    import pyarrow as pa
+
+    return pa.struct([("type", pa.string()), ("message", pa.string())])
+
+
+def _token_ids() -> pa.DataType:
+    import pyarrow as pa
+
+    return pa.list_(pa.int64())
+
+
+_RESULT_COLUMNS = (
+    ResultColumn("row_id", _int64, lambda result: result.row, is_of_sample=False),
+    ResultColumn("generated_text", _string, _get_text),
+    ResultColumn("finish_reason", _string, lambda completion: completion.finish_reason),
+    ResultColumn("num_prompt_tokens", _int64, lambda result: result.num_prompt_tokens, is_of_sample=False),
+    ResultColumn("num_generated_tokens", _int64, lambda completion: completion.num_tokens),
+    ResultColumn("error", _error, _get_error, is_of_sample=False),
+    ResultColumn(
+        "generated_token_ids",
+        _token_ids,
+        lambda completion: completion.token_ids,
+        is_present=lambda dataset_format: dataset_format.token_ids,
+    ),
+)
