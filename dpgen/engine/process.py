@@ -215,6 +215,15 @@ class EngineProcess:
                 self._log.write(line)
 
 
+def select_own_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables that don't describe the launcher's world, for processes that aren't in it."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
+
+
 def build_engine_env(
     environ: Mapping[str, str],
     *,
@@ -232,11 +241,7 @@ def build_engine_env(
             decides what the terminal shows.
         is_on_one_node: whether all of its processes, workers included, are on this machine.
     """
-    env = {
-        name: value
-        for name, value in environ.items()
-        if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
-    }
+    env = select_own_environment(environ)
     env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM's subprocess client hangs for good when the engine is killed
     env["VLLM_LOGGING_LEVEL"] = "DEBUG" if log_level == "debug" else "INFO"
     env["PYTHONUNBUFFERED"] = "1"

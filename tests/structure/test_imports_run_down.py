@@ -24,6 +24,7 @@ ORDER = (
     ("journal",),
     ("data",),
     ("config",),
+    ("workers",),
     ("lifecycle",),
     ("records", "errors", "formatting", "log", "imports", "__init__"),
 )

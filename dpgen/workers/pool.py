@@ -1,0 +1,236 @@
+"""Give tasks to worker processes, and collect the answers in any order.
+
+- Nothing here waits, but `wait_until_ready`. A worker has one task at a time, so a death or a hang is that task's.
+- A worker that dies or hangs is replaced. One that can't start ends the run: it would fail for every task.
+- Workers end with their rank, killed or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from dpgen.errors import DpgenError
+
+_READY_WAIT_S = 0.2
+_MAX_START_DEATHS = 2
+_CLOSE_TIMEOUT_S = 5.0
+_PIPE_TIMEOUT_S = 10
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Describe a pool's workers.
+
+    Attributes:
+        name: what the workers do, for messages: "the parser".
+        factory: ``package.module:function``; each worker calls it once with `arguments`. It returns (handler, info):
+            the handler answers each task, the info is what `WorkerPool.wait_until_ready` returns.
+        arguments: picklable.
+        environment: of the processes.
+        num_workers: processes.
+        timeout_s: seconds that a task may take.
+        start_timeout_s: seconds that a worker may take to start.
+    """
+
+    name: str
+    factory: str
+    arguments: tuple[Any, ...]
+    environment: Mapping[str, str]
+    num_workers: int = 1
+    timeout_s: float = 60.0
+    start_timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Hold the end of a task.
+
+    Attributes:
+        key: as submitted.
+        value: what the handler returned.
+        failure: why there is no value; None if there is one.
+    """
+
+    key: Hashable
+    value: Any = None
+    failure: str | None = None
+
+
+class WorkerPool:
+    """Run tasks in worker processes.
+
+    Args:
+        log: takes each line that the workers print; called in threads.
+        clock: seconds that only increase.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, log: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._spec, self._log, self._clock = spec, log, clock
+        self._waiting: deque[tuple[Hashable, Any]] = deque()
+        self._answers: list[Answer] = []  # that `poll` has not returned yet
+        self._num_start_deaths = 0
+        self._info: Any = None
+        self._workers = [self._start_worker() for _ in range(spec.num_workers)]
+
+    def wait_until_ready(self, on_wait: Callable[[], None]) -> Any:
+        """Wait for all workers to start, and return the info of one of them.
+
+        Args:
+            on_wait: called again and again meanwhile.
+
+        Raises:
+            DpgenError: a worker can't start.
+        """
+        while not all(worker.is_ready for worker in self._workers):
+            on_wait()
+            wait([worker.pipe for worker in self._workers if not worker.is_ready], _READY_WAIT_S)
+            self._update_workers()
+        return self._info
+
+    @property
+    def pending_keys(self) -> list[Hashable]:
+        """Keys of the tasks whose answers `poll` has not returned."""
+        busy = [worker.key for worker in self._workers if worker.is_busy]
+        return [*busy, *(key for key, _ in self._waiting), *(answer.key for answer in self._answers)]
+
+    @property
+    def num_pending(self) -> int:
+        """Number of these tasks."""
+        return len(self._waiting) + len(self._answers) + sum(worker.is_busy for worker in self._workers)
+
+    def submit(self, key: Hashable, task: Any) -> None:
+        """Add a task; `poll` returns its answer under the key."""
+        self._waiting.append((key, task))
+        self._update_workers()
+
+    def poll(self) -> list[Answer]:
+        """Return the answers that have arrived.
+
+        Raises:
+            DpgenError: a worker can't start.
+        """
+        self._update_workers()
+        answers, self._answers = self._answers, []
+        return answers
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.pipe.close()  # the worker ends at the end of its pipe, once it has finished its task
+        for worker in self._workers:
+            worker.end(_CLOSE_TIMEOUT_S if not worker.is_busy else 0.0)
+
+    def _start_worker(self) -> _Worker:
+        return _Worker(self._spec, self._log, self._clock())
+
+    def _update_workers(self) -> None:
+        """Take the answers that have arrived, replace workers that died or hang, and give out the tasks that wait."""
+        now_s = self._clock()
+        for index, worker in enumerate(self._workers):
+            try:
+                while worker.pipe.poll(0):
+                    self._handle_message(worker, *worker.pipe.recv())
+            except (EOFError, OSError):
+                self._replace(index, f"{self._spec.name} process died ({worker.describe_end()})")
+                continue
+            limit_s = self._spec.timeout_s if worker.is_ready else self._spec.start_timeout_s
+            if (worker.is_busy or not worker.is_ready) and now_s - worker.since_s > limit_s:
+                self._replace(index, f"{self._spec.name} took longer than {limit_s:g} s")
+        self._assign_tasks()
+
+    def _handle_message(self, worker: _Worker, succeeded: bool, value: Any) -> None:
+        if not worker.is_ready:
+            if not succeeded:
+                raise DpgenError(f"{self._spec.name} can't start: {value}")
+            worker.is_ready, self._info, self._num_start_deaths = True, value, 0
+            return
+        self._answers.append(Answer(worker.key, value) if succeeded else Answer(worker.key, failure=value))
+        worker.key, worker.is_busy = None, False
+
+    def _replace(self, index: int, reason: str) -> None:
+        """Start another worker in place of one that died or hangs; its task has failed."""
+        worker = self._workers[index]
+        worker.pipe.close()
+        worker.end(0.0)
+        if not worker.is_ready:
+            self._num_start_deaths += 1
+            if self._num_start_deaths > _MAX_START_DEATHS:
+                raise DpgenError(f"{reason} while it was starting, {self._num_start_deaths} times in a row")
+        if worker.is_busy:
+            self._answers.append(Answer(worker.key, failure=reason))
+        self._workers[index] = self._start_worker()
+
+    def _assign_tasks(self) -> None:
+        for index, worker in enumerate(self._workers):
+            if self._waiting and worker.is_ready and not worker.is_busy:
+                key, task = self._waiting.popleft()
+                worker.key, worker.is_busy, worker.since_s = key, True, self._clock()
+                try:
+                    worker.pipe.send(task)
+                except OSError:
+                    self._replace(index, f"{self._spec.name} process died ({worker.describe_end()})")
+
+
+class _Worker:
+    """Hold one worker process.
+
+    Attributes:
+        since_s: time at which it was started, or got its task.
+    """
+
+    def __init__(self, spec: WorkerSpec, log: Callable[[str], None], now_s: float) -> None:
+        ours, theirs = socket.socketpair()
+        # A worker that was stopped must not stop its rank: a message that it doesn't take is its death.
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _PIPE_TIMEOUT_S, 0))
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "dpgen.workers.worker", str(theirs.fileno()), str(os.getpid())],
+                env=dict(spec.environment),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # the rank handles Ctrl-C
+            )
+        threading.Thread(target=self._read_lines, args=[log], daemon=True).start()
+        self.pipe: Connection = Connection(ours.detach())
+        self.pipe.send((spec.factory, spec.arguments))
+        self.is_ready = self.is_busy = False
+        self.key: Hashable = None
+        self.since_s = now_s
+
+    def _read_lines(self, log: Callable[[str], None]) -> None:
+        assert self._process.stdout is not None
+        for raw in self._process.stdout:
+            if line := raw.decode("utf-8", "replace").rstrip():
+                log(line)
+
+    def describe_end(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_CLOSE_TIMEOUT_S)
+        status = self._process.returncode
+        return "it runs without its pipe" if status is None else f"exit status {status}"
+
+    def end(self, timeout_s: float) -> None:
+        """End the process: wait for it, then kill it with its children."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+        if self._process.poll() is None:
+            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_CLOSE_TIMEOUT_S)
