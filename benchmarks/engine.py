@@ -190,7 +190,7 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
         EngineLimits(timeout_s=600, start_timeout_s=600, max_deaths=1),
     )
     print(supervisor.check_options(lambda: None), flush=True)
-    texts = build_text_pipeline(config)
+    texts = build_text_pipeline(config, EngineLog(config.run.log_level))
     supervisor.load_model(lambda measured_bytes: measured_bytes, lambda: None, texts.engine_text_config)
     pipe.send("loaded")
     attempt = 0

@@ -14,6 +14,8 @@ from typing import Any
 
 from dpgen.errors import RowRefused
 
+_PARSED_TEXTS = ("reasoning", "parsed", "parse_error")
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -34,20 +36,43 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """Hold one call of a tool that a completion asks for.
+
+    Attributes:
+        id: vLLM's, made up for the call; "" where the parser gives none.
+        name: of the function.
+        arguments: as JSON text; the model wrote it, so it may be no JSON.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """Hold one sample of a row.
 
     Attributes:
-        text: the generated text.
+        text: the generated text; without the parts that the next four fields hold.
         finish_reason: vLLM's value: "stop", "length", ...
         num_tokens: number of generated tokens.
         token_ids: the generated tokens; None unless output.token_ids asks for them.
+        reasoning: what the model thought before it answered; None unless output.reasoning=split found any.
+        tool_calls: the calls that output.tool_parser found.
+        parsed: the text's JSON value, as canonical JSON text; None unless output.parse=json found one.
+        parse_error: why the text could not be parsed; None if it could.
     """
 
     text: str
     finish_reason: str | None
     num_tokens: int
     token_ids: list[int] | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    parsed: str | None = None
+    parse_error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +162,7 @@ def encode_result(result: RowResult) -> bytes:
     if result.error is not None:
         record["error"] = [result.error.type, result.error.message]
     if result.completions:
-        record["out"] = [[c.text, c.finish_reason, c.num_tokens, c.token_ids] for c in result.completions]
+        record["out"] = [_encode_completion(completion) for completion in result.completions]
     # ASCII escapes can represent any str, including lone surrogates, which UTF-8 rejects.
     return json.dumps(record, separators=(",", ":")).encode("ascii")
 
@@ -150,8 +175,32 @@ def decode_result(record: bytes) -> RowResult:
     """
     fields = json.loads(record)
     error = RowError(*fields["error"]) if "error" in fields else None
-    completions = tuple(Completion(*completion) for completion in fields.get("out", ()))
+    completions = tuple(_decode_completion(*completion) for completion in fields.get("out", ()))
     return RowResult(fields["row"], fields.get("prompt_tokens"), completions, error)
+
+
+def _encode_completion(completion: Completion) -> list[Any]:
+    """Return a completion as a list: the four fields that each has, then an object with those that few have."""
+    record = [completion.text, completion.finish_reason, completion.num_tokens, completion.token_ids]
+    parts: dict[str, Any] = {}
+    for name in _PARSED_TEXTS:
+        if (value := getattr(completion, name)) is not None:
+            parts[name] = value
+    if completion.tool_calls:
+        parts["tool_calls"] = [[call.id, call.name, call.arguments] for call in completion.tool_calls]
+    return [*record, parts] if parts else record
+
+
+def _decode_completion(
+    text: str,
+    finish_reason: str | None,
+    num_tokens: int,
+    token_ids: list[int] | None = None,
+    parts: dict[str, Any] | None = None,
+) -> Completion:
+    parts = dict(parts or {})
+    calls = tuple(ToolCall(*call) for call in parts.pop("tool_calls", ()))
+    return Completion(text, finish_reason, num_tokens, token_ids, tool_calls=calls, **parts)
 
 
 def derive_row_seed(run_seed: int, row: int) -> int:

@@ -100,6 +100,7 @@ class _Job:
     _rows: InputRows
     _run_dir: RunDir
     _attempt: int
+    _text_needs: Mapping[str, Any]
     _note: RowNote
     _journal: JournalWriter
     _planner: ShardPlanner
@@ -155,9 +156,10 @@ class _Job:
         self._is_complete = _is_already_complete(config, group, self._run_dir, identity, start)
         if self._is_complete:
             return
-        self._loaded_text = group.run_on_all_ranks(lambda: self._loaded_text or build_text_pipeline(config))
+        self._loaded_text = group.run_on_all_ranks(self._load_text)
         startup.mark("tokenizer")
         _check_engine_options(self._engine, config, group)
+        self._text_needs = group.run_on_all_ranks(lambda: self._text.wait_until_ready(group.raise_if_peer_failed))
         startup.mark("engine's options")
         self._attempt = begin_attempt(config, group, self._run_dir, identity, start, self._rows.fingerprint)
         if group.rank == 0:
@@ -175,6 +177,12 @@ class _Job:
         if self._started_engine is None:
             self._started_engine = start()
             self._stack.callback(self._engine.kill)
+
+    def _load_text(self) -> TextPipeline:
+        if self._loaded_text is None:
+            self._loaded_text = build_text_pipeline(self._config, self._engine_log)
+            self._stack.callback(self._loaded_text.close)
+        return self._loaded_text
 
     def _begin_journal(self) -> None:
         self._note = open_note(self._run_dir.journal, self._attempt, self._topology.dp_rank)
@@ -208,17 +216,21 @@ class _Job:
             config.run.seed,
             config.sampling_columns,
             config.sampling_by_rank,
+            {name: value for name, value in self._text_needs.items() if name not in config.sampling},
             self._note,
             has_added_nulls=self._rows.has_added_nulls,
         )
         return ShardPlanner(planner_config, self._rows, self._run_dir.journal, self._group, builder)
 
     def _make_loop(self) -> GenerationLoop:
-        config, results = self._config, ResultRecorder(self._journal, self._text.detokenizer, self._note)
+        config, results = self._config, self._make_recorder()
         num_samples = config.sampling.get("n") or 1
         loop_config = LoopConfig(config.work.reserve_rows, num_samples, config.run.max_leading_errors)
         stop_reason = lambda: self._shutdown.reason  # noqa: E731 - asked again and again
         return GenerationLoop(self._planner, self._engine, results, self._group, loop_config, stop_reason)
+
+    def _make_recorder(self) -> ResultRecorder:
+        return ResultRecorder(self._journal, self._text.detokenizer, self._note, self._text.parser)
 
     # ---- plan
 

@@ -197,6 +197,23 @@ class OutputConfig:
         "the maximum bytes of rows that rank 0 receives in one gather_object round", 64 << 20, minimum=1 << 16
     )
     token_ids: bool = _option("add the column generated_token_ids", False)
+    reasoning: Literal["keep", "split", "strip"] = _option(
+        "what a model thinks before it answers: keep it in generated_text, split it off into a column reasoning, or "
+        "strip it",
+        "keep",
+    )
+    reasoning_parser: str = _option(
+        "vLLM's reasoning parser that finds it, e.g. qwen3 or deepseek_r1; auto chooses by the model's type", "auto"
+    )
+    tool_parser: str | None = _option(
+        "vLLM's tool parser, e.g. hermes: takes tool calls out of generated_text, into a column tool_calls of "
+        "{id, name, arguments}"
+    )
+    parse: Literal["text", "json"] = _option(
+        "how generated_text is read: as text; or as json, into a column parsed with its value as JSON text (a Markdown "
+        "fence around it is no error)",
+        "text",
+    )
 
 
 @dataclass(frozen=True)
@@ -314,6 +331,8 @@ def _validate(config: Config) -> None:
     mistakes = list(find_wrong_values(vars(config)))
     if config.parallel.lock_step and config.parallel.launcher != "external":
         mistakes.append("parallel.lock_step=true needs parallel.launcher=external: other engines never step together")
+    if config.output.reasoning == "keep" and config.output.reasoning_parser != "auto":
+        mistakes.append("output.reasoning_parser has no effect: set output.reasoning=split or strip")
     try:
         _ = config.prompt
     except ConfigError as error:

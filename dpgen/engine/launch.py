@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dpgen.config.schema import Config
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
@@ -26,6 +27,7 @@ from dpgen.engine.limits import EngineLimits
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineTextConfig
 from dpgen.engine.model_files import check_model_files, has_weights
+from dpgen.engine.parsing.completion_parser import CompletionParser, start_completion_parser
 from dpgen.engine.process import EngineProcess, build_engine_env
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import ConfigError
@@ -116,38 +118,67 @@ class TextPipeline:
         render: makes a row's prompt: token ids, or the text or messages that the engine tokenizes.
         detokenizer: makes the text of finished rows; None where the engine does so.
         engine_text_config: the engine's part.
+        parser: parses the texts of finished rows; None where they stay as they are.
     """
 
     render: RenderFn
     detokenizer: Detokenizer | None = None
     engine_text_config: EngineTextConfig = field(default_factory=EngineTextConfig)
+    parser: CompletionParser | None = None
+
+    def wait_until_ready(self, on_wait: Callable[[], None]) -> Mapping[str, Any]:
+        """Wait for the parser, and return the fields of SamplingParams that it needs.
+
+        Raises:
+            ConfigError: vLLM has no such parser, or it doesn't fit the model.
+        """
+        return {} if self.parser is None else self.parser.wait_until_ready(on_wait).sampling
+
+    def close(self) -> None:
+        """End the parser's processes."""
+        if self.parser is not None:
+            self.parser.close()
 
 
-def build_text_pipeline(config: Config) -> TextPipeline:
-    """Load the tokenizer, and decide which process tokenizes and which one detokenizes.
+def build_text_pipeline(config: Config, log: EngineLog) -> TextPipeline:
+    """Load the tokenizer, decide which process tokenizes and which one detokenizes, and start the parser.
+
+    Args:
+        log: takes what the parser's processes print.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded, or prompts are chats and there is no chat template.
     """
     prompt = config.prompt
+
+    def start_parser(tokenizer: TokenizerConfig | None) -> CompletionParser | None:
+        return start_completion_parser(config.output, tokenizer, prompt.chat_template_kwargs, log.write)
+
     if config.run.engine == "fake":
         from dpgen.engine.fake_backend import FakeTokenizer
 
         fake, text_renderer = FakeTokenizer(), PromptRenderer(prompt, None)
-        return TextPipeline(lambda row: (fake.encode(str(text_renderer.build_prompt(row))), None))
+        return TextPipeline(
+            lambda row: (fake.encode(str(text_renderer.build_prompt(row))), None), parser=start_parser(None)
+        )
     tokenizer_config = TokenizerConfig.from_engine(_expand_model_path(config), config.engine)
     reason = find_reason_to_tokenize_in_engine(tokenizer_config)
     if reason is not None:
         logger.info(f"prompts are tokenized in the engine process: {reason}")
         text_renderer = PromptRenderer(prompt, None)
         engine_part = EngineTextConfig(prompt_config=prompt)
-        return TextPipeline(lambda row: (None, text_renderer.build_prompt(row)), engine_text_config=engine_part)
+        return TextPipeline(
+            lambda row: (None, text_renderer.build_prompt(row)),
+            engine_text_config=engine_part,
+            parser=start_parser(tokenizer_config),
+        )
     tokenizer = load_tokenizer(tokenizer_config)
     renderer, fast = PromptRenderer(prompt, tokenizer), fast_tokenizer(tokenizer)
     return TextPipeline(
         lambda row: (renderer.tokenize_row(row), None),
         None if fast is None else Detokenizer(fast),
         EngineTextConfig(skip_detokenize=fast is not None),
+        start_parser(tokenizer_config),
     )
 
 

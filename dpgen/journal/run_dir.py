@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpgen.config.schema import Config, to_yaml
+from dpgen.config.schema import Config, OutputConfig, to_yaml
 from dpgen.config.secrets import REMOVED, redact_secrets
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.files import atomic_write_text
@@ -320,13 +320,22 @@ def compute_run_identity(
         "sampling": config.sampling,
         "seed": config.run.seed,
         "columns": config.data.columns,
-        "output": {"format": config.output.format, "token_ids": config.output.token_ids},
+        "output": {"format": config.output.format, "token_ids": config.output.token_ids, **_select_parsing(config)},
     }
     identity |= found or {}
     if config.sampling_by_rank:  # older run directories lack the key, so an empty list must leave it out
         identity["sampling_by_rank"] = config.sampling_by_rank
     round_trip: dict[str, Any] = json.loads(json.dumps(redact_secrets(identity), default=str))
     return round_trip
+
+
+def _select_parsing(config: Config) -> dict[str, Any]:
+    """Return the keys of `output` that decide how texts are parsed; at their default none, as in older directories."""
+    output, default = config.output, OutputConfig()
+    names = ["reasoning", "tool_parser", "parse"]
+    if output.reasoning != "keep":
+        names.append("reasoning_parser")
+    return {name: getattr(output, name) for name in names if getattr(output, name) != getattr(default, name)}
 
 
 def diff_identities(before: Any, now: Any, path: str = "") -> list[str]:

@@ -27,12 +27,18 @@ class DatasetFormat:
         has_samples: True if rows may have several samples, so that the columns of a sample hold a list per row.
         token_ids: True if there is a column of token ids.
         file_format: "parquet" or "jsonl".
+        reasoning: True if there is a column of reasoning.
+        tool_calls: True if there is a column of tool calls.
+        parsed: True if there is a column of parsed texts.
         kept_columns: the input columns in the dataset; None for all.
         jsonl_encoding: how JSON lines hold the input's values; see `dpgen.output.json_lines`.
     """
 
     has_samples: bool = False
     token_ids: bool = False
+    reasoning: bool = False
+    tool_calls: bool = False
+    parsed: bool = False
     file_format: str = "parquet"
     kept_columns: list[str] | None = None
     jsonl_encoding: int = JSONL_ENCODING
@@ -51,10 +57,18 @@ class DatasetFormat:
         return cls(
             has_samples=sampling.get("n", 1) != 1 or "n" in (sampling.get("from_columns") or {}),
             token_ids=bool(output.get("token_ids")),
+            reasoning=output.get("reasoning") == "split",
+            tool_calls=output.get("tool_parser") is not None,
+            parsed=output.get("parse") == "json",
             file_format=str(output.get("format", "parquet")),
             kept_columns=identity.get("columns"),
             jsonl_encoding=jsonl_encoding,
         )
+
+    @property
+    def is_parsing(self) -> bool:
+        """Return True if texts are parsed, so that a row may tell why its text could not be."""
+        return self.reasoning or self.tool_calls or self.parsed
 
     @property
     def result_columns(self) -> tuple[ResultColumn, ...]:
@@ -138,6 +152,23 @@ def _error() -> pa.DataType:
     return pa.struct([("type", pa.string()), ("message", pa.string())])
 
 
+def _tool_calls() -> pa.DataType:
+    import pyarrow as pa
+
+    return pa.list_(pa.struct([(name, pa.string()) for name in ("id", "name", "arguments")]))
+
+
+def _escape_if_any(text: str | None) -> str | None:
+    return None if text is None else escape_surrogates(text)
+
+
+def _get_tool_calls(completion: Completion) -> list[dict[str, str]]:
+    return [
+        {"id": call.id, "name": escape_surrogates(call.name), "arguments": escape_surrogates(call.arguments)}
+        for call in completion.tool_calls
+    ]
+
+
 def _token_ids() -> pa.DataType:
     import pyarrow as pa
 
@@ -156,5 +187,26 @@ _RESULT_COLUMNS = (
         _token_ids,
         lambda completion: completion.token_ids,
         is_present=lambda dataset_format: dataset_format.token_ids,
+    ),
+    ResultColumn(
+        "reasoning",
+        _string,
+        lambda completion: _escape_if_any(completion.reasoning),
+        is_present=lambda dataset_format: dataset_format.reasoning,
+    ),
+    ResultColumn(
+        "tool_calls", _tool_calls, _get_tool_calls, is_present=lambda dataset_format: dataset_format.tool_calls
+    ),
+    ResultColumn(
+        "parsed",
+        _string,
+        lambda completion: completion.parsed,
+        is_present=lambda dataset_format: dataset_format.parsed,
+    ),
+    ResultColumn(
+        "parse_error",
+        _string,
+        lambda completion: _escape_if_any(completion.parse_error),
+        is_present=lambda dataset_format: dataset_format.is_parsing,
     ),
 )

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +38,9 @@ _SYNC_INTERVAL_S = 1.0
 _STALE_SYNC_S = 5.0  # a sync that is this late is too old to leave rows to other ranks
 _REJECTION_WINDOW_S = 0.5  # an engine returns a row that it rejects within this time
 _WAIT_S = 0.1  # the longest wait for an engine that has work
+_DRAIN_S = 5.0  # the longest wait for rows that are being parsed when the loop ends early
+# Rows that may be between engine and journal before no more are admitted.
+_MIN_PENDING, _PENDING_PER_SEQ = 64, 2
 _IDLE_WAIT_S = 0.01  # ... for one that has none, while other ranks still work
 
 
@@ -78,8 +81,15 @@ class Engine(Protocol):
 class ResultSink(Protocol):
     """Interface of a recorder of results, as the loop uses it; see `ResultRecorder`."""
 
-    def add(self, result: RowResult | UndecodedRow) -> RowResult:
-        """Record a row's result, and return it, decoded."""
+    @property
+    def pending_rows(self) -> Sequence[int]:
+        """Rows that were added and are not recorded yet."""
+
+    def add(self, result: RowResult | UndecodedRow) -> None:
+        """Take a row's result; it is recorded now or later."""
+
+    def take_recorded(self) -> list[RowResult]:
+        """Return the results recorded since the last call, decoded."""
 
     def raise_if_failed(self) -> None:
         """Raise what has failed since `add` returned."""
@@ -159,6 +169,7 @@ class GenerationLoop:
                 self._group.heartbeat()
                 self._admit()
                 self._collect()
+                self._count_recorded()
                 self._sync_totals()
                 self._check()
         except (Interrupted, PeerFailed):
@@ -173,7 +184,7 @@ class GenerationLoop:
         return RankState(
             np.array(self._finished_rows, dtype=np.int64),
             np.array(self._kept_tokens, dtype=np.int64),
-            np.fromiter(self._admission, dtype=np.int64),
+            np.array([*self._admission, *self._results.pending_rows], dtype=np.int64),
         )
 
     def fill_manifest(self, manifest: RankManifest) -> RankManifest:
@@ -190,15 +201,21 @@ class GenerationLoop:
 
     @property
     def _has_work(self) -> bool:
+        return self._needs_engine or len(self._results.pending_rows) > 0
+
+    @property
+    def _needs_engine(self) -> bool:
         return len(self._admission) > 0 or not self._source.is_exhausted
 
     # ---- admit
 
     def _admit(self) -> None:
+        if len(self._results.pending_rows) > max(_MIN_PENDING, _PENDING_PER_SEQ * self._engine.max_num_seqs):
+            return  # what follows the engine is slower than the engine: finished rows must not fill the memory
         now = time.monotonic()
         requests, rejected = self._admission.admit(self._source, self._engine.max_num_seqs, now)
         for result in rejected:
-            self._record(result)
+            self._results.add(result)
         if requests:
             self._first_admitted_s = self._first_admitted_s or now
             self._engine.submit(requests)
@@ -211,7 +228,7 @@ class GenerationLoop:
         if not events and self._source.should_prefetch and not self._engine.is_abandoned and self._source.prefetch():
             return
         finished = []
-        for event in events or self._engine.poll(_WAIT_S if self._has_work else _IDLE_WAIT_S):
+        for event in events or self._engine.poll(_WAIT_S if self._needs_engine else _IDLE_WAIT_S):
             if isinstance(event, RowsFinished):
                 self._release(event)
                 finished.append(event)
@@ -246,12 +263,15 @@ class GenerationLoop:
 
     def _record_all(self, finished: RowsFinished) -> None:
         for result in finished.results:
-            self._record(result)
+            self._results.add(result)
         for undecoded in finished.undecoded:
-            self._record(undecoded)
+            self._results.add(undecoded)
 
-    def _record(self, finished: RowResult | UndecodedRow) -> None:
-        result = self._results.add(finished)
+    def _count_recorded(self) -> None:
+        for result in self._results.take_recorded():
+            self._count(result)
+
+    def _count(self, result: RowResult) -> None:
         if result.error is None:
             self._source.record_finished(result.row)
         self._finished_rows.append(result.row)
@@ -269,6 +289,11 @@ class GenerationLoop:
             if isinstance(event, RowsFinished):
                 self._release(event)
                 self._record_all(event)
+        deadline_s = time.monotonic() + _DRAIN_S
+        self._count_recorded()
+        while self._results.pending_rows and time.monotonic() < deadline_s:
+            time.sleep(_IDLE_WAIT_S)
+            self._count_recorded()
 
     # ---- sync totals
 
@@ -298,7 +323,7 @@ class GenerationLoop:
         return self._group.all_reduce_async(values, "sum")
 
     def _collect_local_totals(self) -> Totals:
-        is_stranded = self._engine.is_abandoned and self._has_work
+        is_stranded = self._engine.is_abandoned and self._needs_engine
         self._local.num_reshard_requests = int(is_stranded)
         self._local.num_groups_measured = self._source.num_groups_measured
         self._local.num_unfinished_ranks = int(self._has_work)

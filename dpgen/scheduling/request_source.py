@@ -57,6 +57,7 @@ class RequestBuilder:
         sampling_by_rank: entries with fields of SamplingParams. Row i takes entry i modulo the number of entries. In
             dataset order shards are strided, so with as many ranks as entries each rank's shard has one entry. A row
             that another rank steals keeps its entry.
+        base_sampling: fields of SamplingParams that every row has, unless an entry or a column gives others.
         note: says which row is being rendered, should this process die.
         rejected_rows: rows known to take too long to render, or to kill their rank; they are rejected without another
             try.
@@ -67,6 +68,7 @@ class RequestBuilder:
     run_seed: int | None
     sampling_columns: Mapping[str, str]
     sampling_by_rank: Sequence[Mapping[str, Any]] = ()
+    base_sampling: Mapping[str, Any] = field(default_factory=dict)
     note: RowNote = field(default_factory=RowNote)
     rejected_rows: Mapping[int, RowError] = field(default_factory=dict)
     has_added_nulls: bool = True
@@ -80,7 +82,9 @@ class RequestBuilder:
         if (error := self.rejected_rows.get(row)) is not None:
             raise RowRefused(error.type, error.message)
         entries = self.sampling_by_rank
-        sampling: dict[str, Any] = dict(entries[row % len(entries)]) if entries else {}
+        sampling: dict[str, Any] = dict(self.base_sampling)
+        if entries:
+            sampling |= entries[row % len(entries)]
         if self.run_seed is not None:
             sampling["seed"] = derive_row_seed(self.run_seed, row)
         for name, column in self.sampling_columns.items():

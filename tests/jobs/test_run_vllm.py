@@ -224,3 +224,32 @@ def test_the_demo_model_adds_correctly(launcher: Launcher, tmp_path: Path) -> No
     assert shown.wait() == 0, shown.output
     score = re.search(r"(\d+) of 512 answers are right", shown.output)
     assert score and int(score[1]) >= 0.95 * 512, shown.output
+
+
+def test_thoughts_calls_and_answers_come_out_in_columns_of_their_own(launcher: Launcher, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "plain")
+    call = r'<tool_call>\n\{"name": "get_weather", "arguments": \{"city": "[ab]"\}\}\n</tool_call>'
+    grammars = [r"<think>[ab]{3}</think>[cd]{3}", rf"<think>[ab]{{3}}</think>{call}", r"<think>[ab]{3}"]
+    lines = [{"messages": [{"role": "user", "content": "hi"}], "grammar": {"regex": regex}} for regex in grammars]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = launcher.dpgen(
+        "run",
+        "conf/tool_calls.yaml",
+        f"run.dir={tmp_path / 'run'}",
+        f"data.path={tmp_path / 'questions.jsonl'}",
+        f"model={model}",
+        *(f"engine.{name}={value}" for name, value in {**ENGINE, "max_model_len": 1024}.items()),
+        "sampling={max_tokens: 200, temperature: 0, from_columns: {structured_outputs: grammar}}",
+        "output.reasoning_parser=deepseek_r1",
+    )
+    assert job.wait() == 0, job.output
+    answer, call_row, unfinished = load_result(tmp_path / "run")
+    assert re.fullmatch("[ab]{3}", answer["reasoning"]) and re.fullmatch("[cd]{3}", answer["generated_text"])
+    assert (answer["tool_calls"], answer["parse_error"], answer["error"]) == ([], None, None)
+    [made] = call_row["tool_calls"]
+    assert made["id"] == "call_1_0_0" and made["name"] == "get_weather"
+    assert json.loads(made["arguments"])["city"] in ("a", "b")
+    assert (call_row["generated_text"], len(call_row["reasoning"])) == ("", 3)
+    assert len(unfinished["reasoning"]) == 3 and unfinished["generated_text"] == ""
+    verified = launcher.dpgen("verify", str(tmp_path / "run"))
+    assert verified.wait() == 0, verified.output

@@ -259,10 +259,11 @@ def test_a_recorder_decodes_only_the_rows_that_the_engine_did_not() -> None:
     journal = FakeJournal()
     recorder = ResultRecorder(journal, FakeDetokenizer())  # type: ignore[arg-type]
     decoded = RowResult(0, 1, (Completion("text", "stop", 2),))
-    assert recorder.add(decoded) is decoded
+    recorder.add(decoded)
     undecoded = UndecodedRow(RowResult(1, 1, (Completion("", "stop", 2),)), ([5, 6],), skip_special_tokens=True)
-    assert recorder.add(undecoded).completions[0].text == "decoded ([5, 6],)"
-    assert [result.row for result in journal.results] == [0, 1]
+    recorder.add(undecoded)
+    assert [result.completions[0].text for result in recorder.take_recorded()] == ["text", "decoded ([5, 6],)"]
+    assert recorder.take_recorded() == [] and [result.row for result in journal.results] == [0, 1]
 
 
 class BrokenDetokenizer(FakeDetokenizer):
@@ -304,8 +305,9 @@ def test_a_row_that_cannot_be_encoded_becomes_an_error_of_its_own(tmp_path: Path
     journal = JournalWriter(tmp_path, 1, 0)
     recorder = ResultRecorder(journal)
     recorder.add(RowResult(0, 4, (Completion("text", "stop", 1),)))
-    broken = recorder.add(RowResult(1, 4, (Completion(b"bytes", "stop", 1),)))  # type: ignore[arg-type]
+    recorder.add(RowResult(1, 4, (Completion(b"bytes", "stop", 1),)))  # type: ignore[arg-type]
     recorder.add(RowResult(2, 4, (Completion("text", "stop", 1),)))
+    [_, broken, _] = recorder.take_recorded()
     journal.close()
     assert broken.error is not None and broken.error.type == "decode_failed"
     assert broken.error.message.startswith("encoding the result for the journal failed: Object of type bytes is not")

@@ -28,6 +28,7 @@ HOMES = {
     },
     "vllm": {
         "dpgen/engine/vllm_backend.py": "vLLM's engine",
+        "dpgen/engine/parsing/vllm_parsers.py": "vLLM's reasoning and tool parsers, in a worker process",
         "dpgen/engine/vllm_render.py": "vLLM's renderer, for tokenizers that only vLLM knows",
     },
     "datasets": {"dpgen/data/input_rows.py": "reads all input"},

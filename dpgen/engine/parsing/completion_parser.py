@@ -1,0 +1,109 @@
+"""Have the completions of finished rows parsed in worker processes: the rank's half."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dpgen.config.schema import OutputConfig
+from dpgen.data.tokenizer import TokenizerConfig
+from dpgen.engine.parsing.vllm_parsers import ParserInfo, ParserSpec, ParseTask
+from dpgen.engine.process import select_own_environment
+from dpgen.errors import ConfigError, DpgenError
+from dpgen.records import Completion, RowResult
+from dpgen.workers.pool import WorkerPool, WorkerSpec
+
+_TIMEOUT_S = 60.0
+
+
+class CompletionParser:
+    """Parse completions, off the rank's main thread and in any order.
+
+    Args:
+        pool: workers that `vllm_parsers.start` has made ready.
+    """
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._results: dict[int, RowResult] = {}  # rows that are being parsed
+
+    @property
+    def pending_rows(self) -> Sequence[int]:
+        """Rows that are being parsed."""
+        return list(self._results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def wait_until_ready(self, on_wait: Callable[[], None]) -> ParserInfo:
+        """Wait for the workers, and return what they ask of the engine.
+
+        Raises:
+            ConfigError: there is no such parser, or it doesn't fit the model.
+        """
+        try:
+            info = self._pool.wait_until_ready(on_wait)
+        except DpgenError as error:
+            raise ConfigError(str(error)) from None
+        assert isinstance(info, ParserInfo)
+        return info
+
+    def submit(self, result: RowResult, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Add a row; `poll` returns it, parsed."""
+        self._results[result.row] = result
+        self._pool.submit(result.row, ParseTask(result.row, result.completions, tools))
+
+    def poll(self) -> list[RowResult]:
+        """Return the rows that have been parsed since the last call."""
+        parsed = []
+        for answer in self._pool.poll():
+            assert isinstance(answer.key, int)
+            result = self._results.pop(answer.key)
+            if answer.failure is None:
+                completions: tuple[Completion, ...] = answer.value
+            else:  # the text stays
+                completions = tuple(
+                    dataclasses.replace(completion, parse_error=answer.failure) for completion in result.completions
+                )
+            parsed.append(dataclasses.replace(result, completions=completions))
+        return parsed
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pool.close()
+
+
+def start_completion_parser(
+    output: OutputConfig,
+    tokenizer: TokenizerConfig | None,
+    template_kwargs: Mapping[str, Any],
+    log: Callable[[str], None],
+) -> CompletionParser | None:
+    """Start the workers that a configuration asks for; None if it asks for no parsing.
+
+    Args:
+        tokenizer: the model's; None for the fake engine.
+        template_kwargs: `data.chat_template_kwargs`.
+        log: takes each line that the workers print.
+    """
+    wants_reasoning = output.reasoning != "keep"
+    if not wants_reasoning and output.tool_parser is None and output.parse == "text":
+        return None
+    spec = ParserSpec(
+        tokenizer,
+        output.reasoning_parser if wants_reasoning else None,
+        output.tool_parser,
+        keep_reasoning=output.reasoning == "split",
+        parse_json=output.parse == "json",
+        template_kwargs=dict(template_kwargs),
+    )
+    environment = select_own_environment(os.environ)
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # parsing needs no device, and must not take memory from the engine
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    workers = WorkerSpec(
+        "the parser", "dpgen.engine.parsing.vllm_parsers:start", (spec,), environment, timeout_s=_TIMEOUT_S
+    )
+    return CompletionParser(WorkerPool(workers, log))
