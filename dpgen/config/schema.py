@@ -197,6 +197,7 @@ class OutputConfig:
         "the maximum bytes of rows that rank 0 receives in one gather_object round", 64 << 20, minimum=1 << 16
     )
     token_ids: bool = _option("add the column generated_token_ids", False)
+    explode: bool = _option("write each sample as a row of its own, with its number in a column sample_id", False)
     reasoning: Literal["keep", "split", "strip"] = _option(
         "what a model thinks before it answers: keep it in generated_text, split it off into a column reasoning, or "
         "strip it",

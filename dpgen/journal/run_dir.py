@@ -320,7 +320,11 @@ def compute_run_identity(
         "sampling": config.sampling,
         "seed": config.run.seed,
         "columns": config.data.columns,
-        "output": {"format": config.output.format, "token_ids": config.output.token_ids, **_select_parsing(config)},
+        "output": {
+            "format": config.output.format,
+            "token_ids": config.output.token_ids,
+            **_select_output_keys(config),
+        },
     }
     identity |= found or {}
     if config.sampling_by_rank:  # older run directories lack the key, so an empty list must leave it out
@@ -329,10 +333,10 @@ def compute_run_identity(
     return round_trip
 
 
-def _select_parsing(config: Config) -> dict[str, Any]:
-    """Return the keys of `output` that decide how texts are parsed; at their default none, as in older directories."""
+def _select_output_keys(config: Config) -> dict[str, Any]:
+    """Return the keys of `output` that change rows or columns; none at their default, as in older directories."""
     output, default = config.output, OutputConfig()
-    names = ["reasoning", "tool_parser", "parse"]
+    names = ["explode", "reasoning", "tool_parser", "parse"]
     if output.reasoning != "keep":
         names.append("reasoning_parser")
     return {name: getattr(output, name) for name in names if getattr(output, name) != getattr(default, name)}

@@ -7,9 +7,9 @@ here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpgen.config.schema import OutputConfig
 from dpgen.output.json_lines import JSONL_ENCODING
@@ -25,6 +25,7 @@ class DatasetFormat:
 
     Attributes:
         has_samples: True if rows may have several samples, so that the columns of a sample hold a list per row.
+        explode: True if each sample is a row of its own.
         token_ids: True if there is a column of token ids.
         file_format: "parquet" or "jsonl".
         reasoning: True if there is a column of reasoning.
@@ -35,6 +36,7 @@ class DatasetFormat:
     """
 
     has_samples: bool = False
+    explode: bool = False
     token_ids: bool = False
     reasoning: bool = False
     tool_calls: bool = False
@@ -56,6 +58,7 @@ class DatasetFormat:
         sampling, output = identity.get("sampling") or {}, identity.get("output") or {}
         return cls(
             has_samples=sampling.get("n", 1) != 1 or "n" in (sampling.get("from_columns") or {}),
+            explode=bool(output.get("explode")),
             token_ids=bool(output.get("token_ids")),
             reasoning=output.get("reasoning") == "split",
             tool_calls=output.get("tool_parser") is not None,
@@ -76,6 +79,17 @@ class DatasetFormat:
         return tuple(column for column in _RESULT_COLUMNS if column.is_present(self))
 
 
+class Entry(NamedTuple):
+    """Hold what one row of the dataset tells: a result, or with `output.explode` one of its samples.
+
+    Attributes:
+        sample: index of the sample; None for the whole result, and for one without samples.
+    """
+
+    result: RowResult
+    sample: int | None = None
+
+
 @dataclass(frozen=True)
 class ResultColumn:
     """Describe one column that results add to the input's columns.
@@ -83,8 +97,8 @@ class ResultColumn:
     Attributes:
         name: the column's name.
         get_type: returns the Arrow type of a value; a function, since pyarrow is imported late.
-        get: returns the value of a row, or of one sample.
-        is_of_sample: True if the value is of a sample, so that the column holds lists where rows have several.
+        get: returns the value of an entry, or of one sample.
+        is_of_sample: True if the value is of a sample, so that the column holds lists where an entry has several.
         is_present: whether a dataset of this format has the column.
     """
 
@@ -94,22 +108,33 @@ class ResultColumn:
     is_of_sample: bool = True
     is_present: Callable[[DatasetFormat], bool] = lambda _: True
 
-    def build_array(self, results: Sequence[RowResult], has_samples: bool) -> pa.Array:
-        """Return the column's values for some results, one a row."""
+    def build_array(self, entries: Sequence[Entry], *, has_lists: bool) -> pa.Array:
+        """Return the column's values, one for each entry."""
         import pyarrow as pa
 
         if not self.is_of_sample:
-            return pa.array([self.get(result) for result in results], self.get_type())
-        values = [[self.get(completion) for completion in result.completions] or None for result in results]
-        if has_samples:
+            return pa.array([self.get(entry) for entry in entries], self.get_type())
+        if has_lists:
+            values = [[self.get(completion) for completion in entry.result.completions] or None for entry in entries]
             return pa.array(values, pa.list_(self.get_type()))
-        return pa.array([samples and samples[0] for samples in values], self.get_type())
+        chosen = [entry.result.completions[entry.sample or 0 :][:1] for entry in entries]
+        return pa.array([self.get(samples[0]) if samples else None for samples in chosen], self.get_type())
 
 
-def build_result_arrays(results: Sequence[RowResult], dataset_format: DatasetFormat) -> dict[str, pa.Array]:
-    """Return the columns that results add, by name, as Arrow arrays with one value a row."""
-    has_samples = dataset_format.has_samples
-    return {column.name: column.build_array(results, has_samples) for column in dataset_format.result_columns}
+def list_entries(results: Iterable[RowResult], dataset_format: DatasetFormat) -> list[Entry]:
+    """Return the dataset's rows for some results: one for each, or with `output.explode` one for each sample.
+
+    A result without samples is one row, too.
+    """
+    if not dataset_format.explode:
+        return [Entry(result) for result in results]
+    return [Entry(result, sample) for result in results for sample in (range(len(result.completions)) or (None,))]
+
+
+def build_result_arrays(entries: Sequence[Entry], dataset_format: DatasetFormat) -> dict[str, pa.Array]:
+    """Return the columns that results add, by name, as Arrow arrays with one value for each entry."""
+    has_lists = dataset_format.has_samples and not dataset_format.explode
+    return {column.name: column.build_array(entries, has_lists=has_lists) for column in dataset_format.result_columns}
 
 
 def build_result_schema(dataset_format: DatasetFormat) -> pa.Schema:
@@ -128,10 +153,9 @@ def _get_text(completion: Completion) -> str:
     return escape_surrogates(completion.text)
 
 
-def _get_error(result: RowResult) -> dict[str, str] | None:
-    if result.error is None:
-        return None
-    return {"type": result.error.type, "message": escape_surrogates(result.error.message)}
+def _get_error(entry: Entry) -> dict[str, str] | None:
+    error = entry.result.error
+    return None if error is None else {"type": error.type, "message": escape_surrogates(error.message)}
 
 
 def _int64() -> pa.DataType:
@@ -176,10 +200,17 @@ def _token_ids() -> pa.DataType:
 
 
 _RESULT_COLUMNS = (
-    ResultColumn("row_id", _int64, lambda result: result.row, is_of_sample=False),
+    ResultColumn("row_id", _int64, lambda entry: entry.result.row, is_of_sample=False),
+    ResultColumn(
+        "sample_id",
+        _int64,
+        lambda entry: entry.sample,
+        is_of_sample=False,
+        is_present=lambda dataset_format: dataset_format.explode,
+    ),
     ResultColumn("generated_text", _string, _get_text),
     ResultColumn("finish_reason", _string, lambda completion: completion.finish_reason),
-    ResultColumn("num_prompt_tokens", _int64, lambda result: result.num_prompt_tokens, is_of_sample=False),
+    ResultColumn("num_prompt_tokens", _int64, lambda entry: entry.result.num_prompt_tokens, is_of_sample=False),
     ResultColumn("num_generated_tokens", _int64, lambda completion: completion.num_tokens),
     ResultColumn("error", _error, _get_error, is_of_sample=False),
     ResultColumn(

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from dpgen.data.input_rows import InputRows
 from dpgen.formatting import format_count
 from dpgen.journal.reader import BATCH_BYTES, BATCH_ROWS, JournalIndex, JournalReader
-from dpgen.output.columns import DatasetFormat, build_result_arrays
+from dpgen.output.columns import DatasetFormat, Entry, build_result_arrays, list_entries
 from dpgen.output.json_lines import to_json_columns
 from dpgen.output.result_stats import ResultStats
 from dpgen.output.row_ranges import format_rows
@@ -75,7 +75,8 @@ class DatasetCheck:
     ) -> None:
         self._dataset_dir, self._format, self._results, self._rows = dataset_dir, dataset_format, results, rows
         self._num_seen = np.zeros(num_rows, np.int64)  # how often the dataset holds each row
-        self._last_row = -1
+        self._num_expected = np.ones(num_rows, np.int64)  # more than one where each sample is a row of its own
+        self._last_place = (-1, -1)  # row and sample
         self._differing_rows: dict[str, list[int]] = {}  # what differs → in which rows
         self._stats = stats
         self._is_ordered = True
@@ -91,12 +92,17 @@ class DatasetCheck:
             # pyarrow's own errors are OSError or ValueError; a date that Python can't hold is an OverflowError.
             except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
                 findings.problems.append(f"dataset/{path.name} can't be read: {_get_first_line(error)}")
-        for verb, is_wrong in (("lacks", self._num_seen == 0), ("holds more than once", self._num_seen > 1)):
+        is_short, is_doubled = self._num_seen < self._num_expected, self._num_seen > self._num_expected
+        for sentence, is_wrong in (
+            ("lacks rows", self._num_seen == 0),
+            ("lacks samples of rows", is_short & (self._num_seen > 0)),
+            ("holds more than once rows", is_doubled),
+        ):
             if is_wrong.any():
-                findings.problems.append(f"the dataset {verb} rows: {format_rows(np.flatnonzero(is_wrong))}")
+                findings.problems.append(f"the dataset {sentence}: {format_rows(np.flatnonzero(is_wrong))}")
         for difference, rows in self._differing_rows.items():
             findings.problems.append(f"the dataset's {difference}: {format_rows(np.array(rows))}")
-        if self._is_ordered and (self._num_seen == 1).all():
+        if self._is_ordered and not (is_short | is_doubled).any():
             findings.stats = self._stats
         return findings
 
@@ -119,21 +125,30 @@ class DatasetCheck:
         if ((row_ids < 0) | (row_ids >= len(self._num_seen))).any():
             raise ValueError("it holds a row_id that the input does not have")
         np.add.at(self._num_seen, row_ids, 1)
-        if (np.diff(row_ids, prepend=self._last_row) <= 0).any():
+        samples = batch["sample_id"] if self._format.explode else [None] * len(row_ids)
+        places = [self._last_place, *zip(row_ids.tolist(), (sample or 0 for sample in samples), strict=True)]
+        if any(place >= following for place, following in pairwise(places)):
             self._findings.problems.append(f"dataset/{path.name} is not in input order")
             self._is_ordered = False
-        self._last_row = int(row_ids[-1])
-        self._compare_results(row_ids, batch)
+        self._last_place = places[-1]
+        self._compare_results(row_ids, samples, batch)
         if self._rows is not None and not self._rows.is_empty:
             self._compare_input(self._rows, row_ids, batch)
 
-    def _compare_results(self, row_ids: np.ndarray, batch: dict[str, list[Any]]) -> None:
-        journaled = list(self._results.get_many(row_ids))
-        positions = [position for position, result in enumerate(journaled) if result is not None]
-        results = [result for result in journaled if result is not None]
-        for result in results:
-            self._stats.add(result)
-        for name, values in build_result_arrays(results, self._format).items():
+    def _compare_results(self, row_ids: np.ndarray, samples: list[int | None], batch: dict[str, list[Any]]) -> None:
+        positions, entries = [], []
+        for position, result in enumerate(self._results.get_many(row_ids)):
+            if result is None:
+                continue
+            sample = samples[position]
+            if self._format.explode and sample not in (range(len(result.completions)) or (None,)):
+                raise ValueError(f"row {result.row} has a sample_id that its result does not have: {sample}")
+            if not sample:  # a row's first entry
+                self._stats.add(result)
+                self._num_expected[result.row] = len(list_entries([result], self._format))
+            positions.append(position)
+            entries.append(Entry(result, sample))
+        for name, values in build_result_arrays(entries, self._format).items():
             actual = [batch[name][position] for position in positions]
             self._compare(f"{name} differs from the journal's", row_ids[positions], values.to_pylist(), actual)
 

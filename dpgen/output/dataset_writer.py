@@ -21,7 +21,7 @@ from dpgen.journal.files import atomic_write_text, publish_directory
 from dpgen.journal.reader import BATCH_ROWS, DamagedRecord, JournalIndex, JournalReader, index_journal
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.segment import RowsLost, repair_segment
-from dpgen.output.columns import DatasetFormat, build_result_arrays, build_result_schema
+from dpgen.output.columns import DatasetFormat, Entry, build_result_arrays, build_result_schema, list_entries
 from dpgen.output.json_lines import JSONL_ENCODING, build_card_schema, iter_json_lines
 from dpgen.output.result_stats import ResultStats
 from dpgen.records import RowResult
@@ -115,12 +115,11 @@ def write_dataset_files(
     Args:
         read_results: returns the results of rows, given as int64[num_rows], in batches and in this order.
     """
-    num_files = max(1, -(-len(rows) // rows_per_file))
     stats, kept_columns = ResultStats(), dataset_format.kept_columns
     schema = rows.build_output_schema(build_result_schema(dataset_format), kept_columns)
     if len(rows):
         rows.write_card(directory, build_card_schema(schema) if dataset_format.file_format == "jsonl" else schema)
-    with _FileSetWriter(directory, dataset_format, schema, rows_per_file, num_files) as writer:
+    with _FileSetWriter(directory, dataset_format, schema, rows_per_file) as writer:
         for start, table in _iter_input_batches(rows, kept_columns):
             num_written = 0
             for results in read_results(np.arange(start, start + table.num_rows)):
@@ -143,12 +142,11 @@ def _iter_input_batches(rows: InputRows, kept_columns: list[str] | None) -> Iter
 class _FileSetWriter:
     """Fill the files of the final dataset one after the other: ``train-00000-of-00003.parquet``, ..."""
 
-    def __init__(
-        self, directory: Path, dataset_format: DatasetFormat, schema: pa.Schema, rows_per_file: int, num_files: int
-    ) -> None:
+    def __init__(self, directory: Path, dataset_format: DatasetFormat, schema: pa.Schema, rows_per_file: int) -> None:
         self._directory, self._format, self._schema = directory, dataset_format, schema
-        self._rows_per_file, self._num_files = rows_per_file, num_files
-        self._file_number, self._num_free_rows = -1, 0  # rows that the open file still takes
+        self._rows_per_file = rows_per_file
+        self._paths: list[Path] = []
+        self._num_free_rows = 0  # that the open file still takes
         self._file: Any = None
 
     def __enter__(self) -> _FileSetWriter:
@@ -157,13 +155,24 @@ class _FileSetWriter:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        for number, path in enumerate(self._paths):  # their number is known now
+            path.rename(path.with_name(f"train-{number:05d}-of-{len(self._paths):05d}{path.suffix}"))
 
     def write(self, table: pa.Table, results: list[RowResult]) -> None:
         """Append rows: the input's kept columns and the results."""
+        entries = list_entries(results, self._format)
+        if len(entries) == len(results):
+            self._write_entries(table, entries)
+            return
+        for start in range(0, len(entries), len(results)):  # no more rows at a time than the input's
+            part = entries[start : start + len(results)]
+            self._write_entries(table.take([entry.result.row - results[0].row for entry in part]), part)
+
+    def _write_entries(self, table: pa.Table, entries: list[Entry]) -> None:
         import pyarrow as pa
 
         columns = {name: table.column(i) for i, name in enumerate(table.column_names)}
-        columns |= build_result_arrays(results, self._format)
+        columns |= build_result_arrays(entries, self._format)
         # Not cast as a whole: pyarrow 26 fails to cast a slice of structs that have a column of type null.
         arrays = [
             columns[field.name] if columns[field.name].type == field.type else columns[field.name].cast(field.type)
@@ -182,10 +191,9 @@ class _FileSetWriter:
     def _open_next(self) -> None:
         import pyarrow.parquet as pq
 
-        self._file_number += 1
         self._num_free_rows = self._rows_per_file
-        stem = f"train-{self._file_number:05d}-of-{self._num_files:05d}"
-        path = self._directory / f"{stem}.{self._format.file_format}"
+        path = self._directory / f"part-{len(self._paths):05d}.{self._format.file_format}"
+        self._paths.append(path)
         if self._format.file_format == "parquet":
             self._file = pq.ParquetWriter(path, self._schema, compression="zstd")
         else:

@@ -62,15 +62,22 @@ def drop_all_results(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [drop_results(row) for row in rows]
 
 
-def make_run(folder: Path, table: pa.Table, results: Sequence[RowResult], file_format: Any = "parquet") -> RunDir:
-    """Make a finished run in FOLDER/run, with its input in FOLDER/rows.parquet, without a job."""
+def make_run(
+    folder: Path, table: pa.Table, results: Sequence[RowResult], file_format: Any = "parquet", **sections: Any
+) -> RunDir:
+    """Make a finished run in FOLDER/run, with its input in FOLDER/rows.parquet, without a job.
+
+    Args:
+        sections: `sampling`, and the keys of `output`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, folder / "rows.parquet")
     config = Config(
         run=RunConfig(dir=str(folder / "run"), engine="fake"),
         model="none",
         data=DataConfig(path=str(folder / "rows.parquet"), prompt_column=table.column_names[0]),
-        output=OutputConfig(format=file_format, rows_per_file=4),
+        sampling=sections.pop("sampling", {}),
+        output=OutputConfig(format=file_format, rows_per_file=4, **sections),
     )
     rows = load_input(config.data)
     run_dir = RunDir(config.run.dir)
@@ -81,5 +88,5 @@ def make_run(folder: Path, table: pa.Table, results: Sequence[RowResult], file_f
     for result in results:
         journal.append(result)
     journal.close()
-    write_dataset(rows, run_dir, DatasetFormat(file_format=file_format), config.output.rows_per_file)
+    write_dataset(rows, run_dir, DatasetFormat.from_config(config.sampling, config.output, None), 4)
     return run_dir

@@ -84,6 +84,15 @@ def save_tokenizer(name: str, folder: Path) -> Path:
     return folder
 
 
+def add_special_tokens(folder: Path, *tokens: str) -> None:
+    """Give the tokenizer in a folder more special tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
+    tokenizer.save_pretrained(folder)
+
+
 def _make_byte_level(special: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

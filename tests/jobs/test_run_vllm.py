@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from helpers.jobs import REPO, Launcher, load_result
 from helpers.tiny_model import ENGINE, save_tiny_model
+from helpers.tiny_tokenizers import add_special_tokens
 
 pytestmark = [pytest.mark.vllm, pytest.mark.multi]
 
@@ -227,7 +228,8 @@ def test_the_demo_model_adds_correctly(launcher: Launcher, tmp_path: Path) -> No
 
 
 def test_thoughts_calls_and_answers_come_out_in_columns_of_their_own(launcher: Launcher, tmp_path: Path) -> None:
-    model = save_tiny_model(tmp_path / "model", "plain")
+    model = save_tiny_model(tmp_path / "model", "plain", max_model_len=1024)
+    add_special_tokens(model, "<think>", "</think>", "<tool_call>", "</tool_call>")
     call = r'<tool_call>\n\{"name": "get_weather", "arguments": \{"city": "[ab]"\}\}\n</tool_call>'
     grammars = [r"<think>[ab]{3}</think>[cd]{3}", rf"<think>[ab]{{3}}</think>{call}", r"<think>[ab]{3}"]
     lines = [{"messages": [{"role": "user", "content": "hi"}], "grammar": {"regex": regex}} for regex in grammars]

@@ -432,13 +432,31 @@ def test_the_hash_is_not_compared_where_the_dataset_is_incomplete(run: Path) -> 
 @pytest.mark.parametrize(
     ("identity", "expected"),
     [
-        ({}, DatasetFormat(False, False, "parquet", None, 2)),
-        ({"sampling": {"n": 1}}, DatasetFormat(False, False, "parquet", None, 2)),
-        ({"sampling": {"n": 2}}, DatasetFormat(True, False, "parquet", None, 2)),
-        ({"sampling": {"from_columns": {"n": "num"}}}, DatasetFormat(True, False, "parquet", None, 2)),
-        ({"sampling": {"from_columns": {"seed": "n"}}}, DatasetFormat(False, False, "parquet", None, 2)),
-        ({"output": {"token_ids": True}}, DatasetFormat(False, True, "parquet", None, 2)),
-        ({"output": {"format": "jsonl"}, "columns": ["a"]}, DatasetFormat(False, False, "jsonl", ["a"], 2)),
+        ({}, DatasetFormat(has_samples=False, token_ids=False, file_format="parquet", kept_columns=None)),
+        (
+            {"sampling": {"n": 1}},
+            DatasetFormat(has_samples=False, token_ids=False, file_format="parquet", kept_columns=None),
+        ),
+        (
+            {"sampling": {"n": 2}},
+            DatasetFormat(has_samples=True, token_ids=False, file_format="parquet", kept_columns=None),
+        ),
+        (
+            {"sampling": {"from_columns": {"n": "num"}}},
+            DatasetFormat(has_samples=True, token_ids=False, file_format="parquet", kept_columns=None),
+        ),
+        (
+            {"sampling": {"from_columns": {"seed": "n"}}},
+            DatasetFormat(has_samples=False, token_ids=False, file_format="parquet", kept_columns=None),
+        ),
+        (
+            {"output": {"token_ids": True}},
+            DatasetFormat(has_samples=False, token_ids=True, file_format="parquet", kept_columns=None),
+        ),
+        (
+            {"output": {"format": "jsonl"}, "columns": ["a"]},
+            DatasetFormat(has_samples=False, token_ids=False, file_format="jsonl", kept_columns=["a"]),
+        ),
     ],
 )
 def test_the_format_of_a_dataset_follows_from_the_identity(identity: dict[str, Any], expected: DatasetFormat) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny_tokenizers import save_tokenizer
+from helpers.tiny_tokenizers import add_special_tokens, save_tokenizer
 
 from dpgen.data.tokenizer import TokenizerConfig
 from dpgen.engine.parsing.json_text import extract_json
@@ -20,12 +20,8 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"properti
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TokenizerConfig:
-    from transformers import AutoTokenizer
-
     folder = save_tokenizer("plain", tmp_path_factory.mktemp("model"))
-    loaded = AutoTokenizer.from_pretrained(folder)
-    loaded.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<tool_call>", "</tool_call>"]})
-    loaded.save_pretrained(folder)
+    add_special_tokens(folder, "<think>", "</think>", "<tool_call>", "</tool_call>")
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
     return TokenizerConfig.from_engine(str(folder), {})
 
