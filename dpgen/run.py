@@ -18,6 +18,7 @@ from dpgen.data.render import select_prompt_columns
 from dpgen.data.time_limit import limit_render_time
 from dpgen.distributed.agreement import check_same_job, find_what_names_stand_for, open_input
 from dpgen.distributed.attempt import JobStart, begin_attempt, read_job_start
+from dpgen.distributed.engine_deaths import note_engine
 from dpgen.distributed.gloo.leases import end_stuck_process, read_lease_timing
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout, build_layout
@@ -27,8 +28,9 @@ from dpgen.engine.launch import TextPipeline, build_text_pipeline, has_cold_cach
 from dpgen.engine.loading import ModelLoader
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.supervisor import EngineSupervisor
-from dpgen.errors import EXIT_RESUMABLE
+from dpgen.errors import EXIT_RESUMABLE, DpgenError
 from dpgen.formatting import format_count, format_duration
+from dpgen.journal.engine_notes import remove_engine_notes
 from dpgen.journal.row_notes import RowNote, compute_overdue_s, open_note
 from dpgen.journal.row_watch import RowWatch
 from dpgen.journal.run_dir import RunDir, compute_run_identity, describe_hashed_files, diff_identities
@@ -207,6 +209,7 @@ class _Job:
             columns=tuple(sorted(columns)),
             lockstep=self._layout.lockstep,
             claims_rows=self._layout.is_group_leader,
+            has_shared_engine=self._layout.has_shared_engine,
             attempt=self._attempt,
             render_timeout_s=config.data.render_timeout_s,
         )
@@ -273,7 +276,8 @@ class _Job:
         is_cold = has_cold_caches(self._config, os.environ)
         is_first = self._group.rank == 0 and not self._engine.is_ready
         loaded = self._loader.load(self._engine, self._text.engine_text_config, is_cold)
-        self._engine.use_canary(self._planner.build_succeeded_request)
+        self._engine.blame.find_canary = self._planner.build_succeeded_request
+        self._engine.blame.recall(self._planner.blame)
         if is_first and loaded is not None:
             self._run_dir.update_metadata(engine={**vars(loaded.info), "kv_cache_bytes": loaded.agreed_kv_bytes})
         if is_first:
@@ -297,6 +301,12 @@ class _Job:
         try:
             with self._shutdown.defer_signals():
                 totals = self._loop.run(self._source, on_progress)
+                while self._planner.num_postponed_rows:  # suspects have been tried apart from all others
+                    self._source = self._planner.plan(self._loop.get_state())
+                    totals = self._loop.run(self._source, on_progress)
+        except DpgenError:
+            self._note_engine()
+            raise
         finally:
             progress.close()
         elapsed_s = time.monotonic() - started_s
@@ -306,6 +316,12 @@ class _Job:
             f"in {format_duration(elapsed_s)} ({totals.num_generated_tokens / max(elapsed_s, 1e-9):,.0f} tokens/s)"
             + (f", {format_count(totals.num_errors, 'row')} failed" if totals.num_errors else "")
         )
+
+    def _note_engine(self) -> None:
+        """Note for the next attempt how this rank's engine ended, where engines share their work."""
+        if self._layout.has_shared_engine:
+            death, blame = self._engine.final_death, self._engine.blame.save()
+            note_engine(self._group, self._layout, self._run_dir.journal, self._attempt, death, blame)
 
     # ---- gather, write
 
@@ -319,6 +335,8 @@ class _Job:
             manifests = gather_results(self._group, self._run_dir, self._journal, manifest, self._config.output)
             for finding in summarize_run(manifests or []):
                 logger.info(finding)
+            if self._group.is_node_leader:
+                remove_engine_notes(self._run_dir.journal)
         self._group.reach_milestone("gathered")
 
     def write(self) -> None:

@@ -81,6 +81,10 @@ class Layout:
         """True if several processes share one engine, or engines step together."""
         return self.group_size > 1 or self.lockstep
 
+    def num_ranks_of_engine(self, num_ranks: int) -> int:
+        """Return how many processes step together, of `num_ranks` in the job: all of them in lockstep."""
+        return num_ranks if self.lockstep else self.group_size
+
 
 def build_layout(topology: Topology, parallel: ParallelConfig) -> Layout:
     """Return the layout of the job, seen from this process.
@@ -114,7 +118,7 @@ def build_engine_world(topology: Topology, layout: Layout, group: RankGroup) -> 
         probe.bind(("", 0))
         port = probe.getsockname()[1]  # free now, and the engines bind it within seconds
     offers = group.all_gather_object((find_local_address_to((topology.master_addr, topology.master_port)), port))
-    size = topology.dp_size if layout.lockstep else layout.group_size
+    size = layout.num_ranks_of_engine(topology.dp_size)
     first = topology.dp_rank // size * size
     address, port = offers[first]
     if len(set(group.nodes[first : first + size])) == 1:

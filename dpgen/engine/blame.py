@@ -10,6 +10,8 @@
   has finished another row. The witness is a canary where there is one: the shortest row that this rank's engine has
   finished, or else one that succeeded in an earlier attempt, generated again. Its result is dropped.
 - Three held rows with nothing finished between them, or three deaths of the canary, mean that the engine is sick.
+- Where an engine's death ends all ranks, the next attempt goes on from their notes (`judge_notes`). Each death costs a
+  restart there: suspects are split at once, and a row is tried alone once the engine has finished another.
 
 Limits: without a canary the verdict waits until some row is finished; a row held alone is tried again meanwhile.
 """
@@ -19,10 +21,11 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from dpgen.errors import EngineError
 from dpgen.formatting import format_count
+from dpgen.journal.engine_notes import BlameState, EngineDeath, EngineNote
 from dpgen.records import Request, RowError, RowResult
 
 logger = logging.getLogger(__name__)
@@ -43,19 +46,23 @@ class BlameTracker:
             needed and taken from `find_canary`.
         find_canary: returns the request of a row that succeeded in an earlier attempt; None if there is none. Called
             once, if a verdict needs a witness and no row has been finished.
+        num_finished: rows that succeeded, the canary included.
     """
 
     def __init__(self) -> None:
         self.in_flight: dict[int, Request] = {}
         self.canary: Request | None = None
         self.find_canary: Callable[[], Request | None] = _find_none
+        self.num_finished = 0
         self._canary_tokens = 0  # tokens of the canary, prompt included
         self._is_canary_in_flight = False
         self._is_trial = False  # the rows in flight are a group of suspects, or what is left of it
         self._is_isolated = False  # the group is one row
         self._waiting: deque[Request] = deque()
-        self._groups: deque[list[Request]] = deque()
-        self._held: dict[int, tuple[Request, str]] = {}  # rows that killed the engine while alone, and how
+        self._set_aside: dict[int, Request] = {}  # those of the suspects and the held rows that this rank has
+        self._groups: deque[list[int]] = deque()
+        self._held: dict[int, str] = {}  # rows that killed the engine while alone, and how
+        self._recalled: frozenset[int] = frozenset()  # suspects and held rows of the last attempt
         self._deaths_of_row: Counter[int] = Counter()
         self._kills_of_row: Counter[int] = Counter()
         self._isolated_kills: Counter[int] = Counter()
@@ -64,7 +71,7 @@ class BlameTracker:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self.in_flight) + len(self._waiting) + sum(map(len, self._groups)) + len(self._held)
+        return len(self.in_flight) + len(self._waiting) + len(self._set_aside)
 
     @property
     def is_busy(self) -> bool:
@@ -82,7 +89,11 @@ class BlameTracker:
 
     def add(self, requests: Iterable[Request]) -> None:
         """Add rows that wait for the engine."""
-        self._waiting.extend(requests)
+        for request in requests:
+            if request.row in self._recalled:
+                self._set_aside[request.row] = request
+            else:
+                self._waiting.append(request)
 
     def take_batch(self) -> list[Request]:
         """Return the rows to submit now; they are in flight from now on.
@@ -90,22 +101,24 @@ class BlameTracker:
         The canary goes first, then groups of suspects, each without other rows, then rows that wait. A held row is
         tried again when nothing else is left to run.
         """
-        if self.is_busy and (self._is_trial or self._is_canary_in_flight or self._groups or self._awaits_canary):
+        group = next((group for group in self._groups if not self._set_aside.keys().isdisjoint(group)), None)
+        if self.is_busy and (self._is_trial or self._is_canary_in_flight or group or self._awaits_canary(group)):
             return []
-        if self._awaits_canary:
+        if self._awaits_canary(group):
             assert self.canary is not None
             self._is_canary_in_flight = True
             return [self.canary]
-        self._is_trial = bool(self._groups)
-        if self._groups:
-            batch = self._groups.popleft()
+        self._is_trial = bool(group)
+        if group:
+            batch = self._take_group(group)
         elif self._waiting:
             batch = list(self._waiting)
             self._waiting.clear()
-        elif self._held and not self.is_busy:
+        elif self._held_here and not self.is_busy:
             self._is_trial = True
-            row = next(iter(self._held))
-            batch = [self._held.pop(row)[0]]
+            row = self._held_here[0]
+            del self._held[row]
+            batch = [self._set_aside.pop(row)]
         else:
             return []
         self._is_isolated = self._is_trial and len(batch) == 1
@@ -119,6 +132,7 @@ class BlameTracker:
             if request is None:  # no witness any more
                 self.canary = None
             return request
+        self.num_finished += 1
         num_tokens = (result.num_prompt_tokens or 0) + result.num_generated_tokens
         if request is not None and (self.canary is None or num_tokens < self._canary_tokens):
             self.canary, self._canary_tokens = request, num_tokens
@@ -132,17 +146,73 @@ class BlameTracker:
 
     def record_death(self, error: EngineError) -> None:
         """Return the rows in flight to those that wait, to a group of suspects, or to those held."""
-        rows, self.in_flight = list(self.in_flight.values()), {}
+        requests, self.in_flight = self.in_flight, {}
+        self._judge_death(list(requests), EngineDeath.from_error(error))
+        suspects = self._held.keys() | {row for group in self._groups for row in group}
+        self._set_aside |= {row: request for row, request in requests.items() if row in suspects}
+        self._waiting.extendleft(request for row, request in reversed(requests.items()) if row not in suspects)
+
+    # ---- from one attempt to the next
+
+    def save(self) -> BlameState:
+        """Return what the next attempt needs to know."""
+        return BlameState(
+            list(self.in_flight),
+            self._is_trial,
+            self._is_canary_in_flight,
+            self.num_finished,
+            list(self._groups),
+            list(self._held.items()),
+            list(self._deaths_of_row.items()),
+            list(self._kills_of_row.items()),
+            list(self._isolated_kills.items()),
+            self._num_canary_deaths,
+        )
+
+    def recall(self, state: BlameState) -> None:
+        """Continue from what an attempt has saved. Its suspects are tried in their groups as they are added."""
+        trial = [state.in_flight] if state.is_trial and state.in_flight else []
+        self._groups, self._held = deque([*trial, *state.groups]), dict(state.held)
+        self._deaths_of_row, self._kills_of_row = Counter(dict(state.deaths)), Counter(dict(state.kills))
+        self._isolated_kills, self._num_canary_deaths = Counter(dict(state.isolated_kills)), state.num_canary_deaths
+        self._recalled = frozenset(self._held).union(*self._groups)
+
+    def record_past_death(self, rows: list[int], death: EngineDeath, state: BlameState, *, is_witnessed: bool) -> None:
+        """Judge the death that ended an attempt.
+
+        Args:
+            rows: all rows that its engines had.
+            state: what the rank that tried suspects has saved, and what this tracker continues from.
+            is_witnessed: whether the engine had finished a row before.
+        """
+        self._groups = deque([rest for group in self._groups if (rest := [row for row in group if row not in rows])])
+        for row in rows:
+            self._held.pop(row, None)
+        self._is_trial = state.is_trial and len(rows) == len(state.in_flight)  # no other rank's rows beside them
+        self._is_isolated = self._is_trial and len(rows) == 1
+        self._is_canary_in_flight = state.is_canary and not rows
+        if self._is_isolated and not is_witnessed:
+            self._groups.appendleft(rows)
+            return
+        was_trial, num_groups = self._is_trial, len(self._groups)
+        self._judge_death(rows, death)
+        if not was_trial and len(self._groups) > num_groups:
+            self._split(self._groups.pop())
+
+    # ---- judging
+
+    def _judge_death(self, rows: list[int], death: EngineDeath) -> None:
+        """Put the rows of which the engine died among the suspects or the held rows; the others wait."""
         is_canary, self._is_canary_in_flight = self._is_canary_in_flight, False
-        if error.is_external_kill and len(rows) == 1:
-            self._isolated_kills[rows[0].row] += 1
-        if error.is_out_of_memory:
+        if death.is_external_kill and len(rows) == 1:
+            self._isolated_kills[rows[0]] += 1
+        if death.is_out_of_memory:
             self._put_back(rows)
         elif is_canary:
-            self._num_canary_deaths += not error.is_external_kill
+            self._num_canary_deaths += not death.is_external_kill
         elif self._is_isolated and rows:
-            self._judge_isolated(rows[0], error)
-        elif self._count_death(rows, error):
+            self._judge_isolated(rows[0], death)
+        elif self._count_death(rows, death):
             self._split(rows) if self._is_trial else self._suspect(rows)
         else:
             self._put_back(rows)
@@ -161,68 +231,118 @@ class BlameTracker:
 
         If the canary killed the engine meanwhile, they get another trial: the engine was sick then.
         """
-        held, self._held = self._held, {}
         num_canary_deaths, self._num_canary_deaths = self._num_canary_deaths, 0
-        for row, (request, cause) in held.items():
+        for row in self._held_here:
+            cause = self._held.pop(row)
             if num_canary_deaths:
-                self._groups.append([request])
+                self._groups.append([row])
                 continue
+            del self._set_aside[row]
             logger.warning(f"row {row} killed its engine while it ran alone, recording error poison_row")
             message = f"this row killed its engine while it ran alone: {cause}"
             self._verdicts.append(RowResult(row, error=RowError("poison_row", message)))
 
     @property
-    def _awaits_canary(self) -> bool:
-        return bool(self._held) and self.canary is not None
+    def _held_here(self) -> list[int]:
+        return [row for row in self._held if row in self._set_aside]
 
-    def _put_back(self, rows: list[Request]) -> None:
-        """Return rows to where they came from, unblamed, ahead of all others."""
+    def _awaits_canary(self, group: list[int] | None) -> bool:
+        """Return True if the canary runs next.
+
+        Args:
+            group: the next suspects.
+        """
+        is_needed = bool(self._held_here)
+        if self._recalled:  # a row that kills the engine while alone must not be the first that this engine gets
+            is_needed |= group is not None and len(group) == 1 and not self.num_finished
+            if is_needed and self.canary is None:
+                self._take_earlier_canary()
+        return is_needed and self.canary is not None
+
+    def _take_earlier_canary(self) -> None:
+        self.canary, self.find_canary = self.find_canary(), _find_none
+        self._canary_tokens = sys.maxsize  # any row that this engine finishes is a better one
+
+    def _take_group(self, group: list[int]) -> list[Request]:
+        """Remove the rows of a group that this rank has, and return their requests."""
+        batch = [self._set_aside.pop(row) for row in group if row in self._set_aside]
+        taken = {request.row for request in batch}
+        index = self._groups.index(group)
+        if rest := [row for row in group if row not in taken]:
+            self._groups[index] = rest
+        else:
+            del self._groups[index]
+        return batch
+
+    def _put_back(self, rows: list[int]) -> None:
+        """Return suspects to the front, unblamed."""
         if self._is_trial and rows:
             self._groups.appendleft(rows)
-        else:
-            self._waiting.extendleft(reversed(rows))
 
-    def _count_death(self, rows: list[Request], error: EngineError) -> bool:
+    def _count_death(self, rows: list[int], death: EngineDeath) -> bool:
         """Count a death against its rows, and return True if it blames them."""
-        counter = self._kills_of_row if error.is_external_kill else self._deaths_of_row
-        counter.update(request.row for request in rows)
-        if error.is_external_kill:
-            return any(self._kills_of_row[request.row] >= _SUSPECT_AFTER_KILLS for request in rows)
+        (self._kills_of_row if death.is_external_kill else self._deaths_of_row).update(rows)
+        if death.is_external_kill:
+            return any(self._kills_of_row[row] >= _SUSPECT_AFTER_KILLS for row in rows)
         return True
 
-    def _suspect(self, rows: list[Request]) -> None:
-        """Make one group of the rows that were in flight at enough deaths; the others wait again."""
+    def _suspect(self, rows: list[int]) -> None:
+        """Make one group of the rows that were in flight at enough deaths."""
         suspects = [
-            request
-            for request in rows
-            if self._deaths_of_row[request.row] >= _SUSPECT_AFTER_DEATHS
-            or self._kills_of_row[request.row] >= _SUSPECT_AFTER_KILLS
+            row
+            for row in rows
+            if self._deaths_of_row[row] >= _SUSPECT_AFTER_DEATHS or self._kills_of_row[row] >= _SUSPECT_AFTER_KILLS
         ]
-        suspected = {request.row for request in suspects}
-        self._waiting.extendleft(request for request in reversed(rows) if request.row not in suspected)
         if suspects:
             self._groups.append(suspects)
 
-    def _split(self, rows: list[Request]) -> None:
+    def _split(self, rows: list[int]) -> None:
         """Try halves behind all other groups: a sibling that survives shows that the engine works."""
         middle = (len(rows) + 1) // 2
         self._groups.extend(half for half in (rows[:middle], rows[middle:]) if half)
 
-    def _judge_isolated(self, request: Request, error: EngineError) -> None:
+    def _judge_isolated(self, row: int, death: EngineDeath) -> None:
         """Hold a row that ran alone, unless the engine was killed from outside."""
-        if error.is_external_kill and self._isolated_kills[request.row] < _HELD_AFTER_KILLS:
-            self._groups.appendleft([request])  # at once: other rows' trials would only add deaths in a row
+        if death.is_external_kill and self._isolated_kills[row] < _HELD_AFTER_KILLS:
+            self._groups.appendleft([row])  # at once: other rows' trials would only add deaths in a row
             return
-        self._held[request.row] = (request, error.first_line)
+        self._held[row] = death.first_line
         if self.canary is None:
-            self.canary, self.find_canary = self.find_canary(), _find_none
-            self._canary_tokens = sys.maxsize  # any row that this engine finishes is a better one
+            self._take_earlier_canary()
         if self.canary is None:
             held = format_count(len(self._held), "row")
             logger.warning(
-                f"row {request.row} killed its engine while it ran alone, no verdict before the engine has finished "
+                f"row {row} killed its engine while it ran alone, no verdict before the engine has finished "
                 f"another row, {held} held"
             )
+
+
+def judge_notes(notes: Sequence[EngineNote]) -> BlameState:
+    """Return what an attempt that was ended by an engine's death knows about rows, from the notes of its ranks.
+
+    The rank that ended first tells what ended the attempt. If that was its engine's death, the rows of all processes of
+    the engine count, provided that each of them has left a note: one that was killed has not.
+
+    Args:
+        notes: those of one attempt; rank 0's is among them, which tries all suspects.
+    """
+    tracker = BlameTracker()
+    [state] = [note.blame for note in notes if note.rank == 0]
+    tracker.recall(state)
+    first = min(notes, key=lambda note: note.turn)
+    peers = [note for note in notes if note.first_rank == first.first_rank]
+    if first.death is not None and len(peers) == first.num_ranks:
+        is_external = any(note.death is not None and note.death.is_external_kill for note in peers)
+        tracker.record_past_death(
+            [row for note in peers for row in note.blame.in_flight],
+            first.death._replace(is_external_kill=is_external),
+            state if first.first_rank == 0 else BlameState(),
+            is_witnessed=any(note.blame.num_finished for note in peers),
+        )
+    if tracker.sickness:
+        logger.warning(f"the engine is sick: {tracker.sickness}, so no row is blamed")
+        return BlameState()
+    return tracker.save()
 
 
 def _find_none() -> Request | None:

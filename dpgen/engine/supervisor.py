@@ -53,6 +53,10 @@ class EngineSupervisor:
         limits: when the engine counts as hung, and when it is abandoned.
         can_restart: False for an engine that steps together with others: its death ends the run, resumable.
         clock: seconds that only increase.
+
+    Attributes:
+        blame: this engine's rows, and what their engine's deaths say about them.
+        final_death: how the engine died, if it can't be restarted; None while it lives.
     """
 
     def __init__(
@@ -77,7 +81,8 @@ class EngineSupervisor:
         self._num_start_retries = 0
         self._last_event_s = self._last_progress_s = clock()
         self._max_progress: tuple[int, ...] = EngineStats().progress  # the largest counts of this life
-        self._blame = BlameTracker()
+        self.blame = BlameTracker()
+        self.final_death: EngineError | None = None
         self._deaths_in_a_row = 0
         self.num_deaths = 0
         self._earlier_stats = EngineStats()  # counts of earlier lives
@@ -171,13 +176,9 @@ class EngineSupervisor:
         """True once the engine is abandoned; other ranks then claim its unfinished rows."""
         return self._process is None
 
-    def use_canary(self, find: Callable[[], Request | None]) -> None:
-        """Let a row of an earlier attempt show that the engine works; see `BlameTracker.find_canary`."""
-        self._blame.find_canary = find
-
     def submit(self, requests: list[Request]) -> None:
         """Give rows to the engine, now or as soon as it can take them."""
-        self._blame.add(requests)
+        self.blame.add(requests)
         self._submit_waiting()
 
     def poll(self, timeout_s: float) -> list[Event]:
@@ -247,7 +248,7 @@ class EngineSupervisor:
             self._process.load_model(self._text_config, self._memory.kv_bytes)
         elif isinstance(event, EngineReady):
             self._set_ready(event.info)
-            logger.warning(f"engine restarted, resuming {format_count(self._blame.num_unfinished, 'row')}")
+            logger.warning(f"engine restarted, resuming {format_count(self.blame.num_unfinished, 'row')}")
 
     def _set_ready(self, info: EngineInfo) -> None:
         self._info, self._is_ready = info, True
@@ -266,12 +267,12 @@ class EngineSupervisor:
             if request is not None:
                 prompt = request.prompt_token_ids or ()
                 undecoded_rows.append(dataclasses.replace(undecoded, prompt_token_ids=prompt))
-        results += self._blame.take_verdicts()
+        results += self.blame.take_verdicts()
         if results or undecoded_rows:
             yield RowsFinished(results, undecoded_rows)
 
     def _finish(self, result: RowResult) -> Request | None:
-        request = self._blame.finish(result)
+        request = self.blame.finish(result)
         if result.error is None:
             self._deaths_in_a_row = 0
         if request is None:  # the canary's tokens are no part of the result
@@ -290,7 +291,7 @@ class EngineSupervisor:
             limit_s, phase = self._limits.timeout_s, "while it had work (run.engine_timeout_s"
         else:
             limit_s, phase = self._limits.start_timeout_s, "while it was starting (run.engine_start_timeout_s"
-        if idle_s > limit_s and (self._blame.is_busy or not self._is_ready):
+        if idle_s > limit_s and (self.blame.is_busy or not self._is_ready):
             what = f"sent no message for {silent_s:.0f}" if silent_s > limit_s else f"made no progress for {idle_s:.0f}"
             raise EngineHung(f"the engine {what} s {phase}={limit_s:g})", log_path=self._log_path)
 
@@ -306,8 +307,8 @@ class EngineSupervisor:
     def _submit_waiting(self) -> None:
         if not self._is_ready or self._process is None:
             return
-        is_idle = not self._blame.is_busy
-        if batch := self._blame.take_batch():
+        is_idle = not self.blame.is_busy
+        if batch := self.blame.take_batch():
             if is_idle:
                 self._mark_progress()  # an idle engine sends nothing; its silence counts from now on
             self._process.submit(batch)
@@ -347,13 +348,14 @@ class EngineSupervisor:
         except EngineStuck as stuck:
             error = stuck
         if not self._can_restart:
+            self.final_death = error
             raise LockstepEngineLost(error.summarize())
         self.num_deaths += 1
         self._deaths_in_a_row += 1
         self._earlier_stats, self._stats = self._stats.add_counts(self._earlier_stats), EngineStats()
-        self._blame.record_death(error)
+        self.blame.record_death(error)
         if (reason := self._find_reason_to_abandon(error)) is not None:
-            rows = format_count(self._blame.num_unfinished, "row")
+            rows = format_count(self.blame.num_unfinished, "row")
             logger.warning(error.describe(f"abandoning it{reason}, leaving {rows} to other ranks"))
             self._process = None
             return
@@ -377,7 +379,7 @@ class EngineSupervisor:
             return ", since it holds its devices"
         if self._has_no_restarts_left:
             return f" after {format_count(self._deaths_in_a_row, 'death')} in a row"
-        return f" after {self._blame.sickness}" if self._blame.sickness else None
+        return f" after {self.blame.sickness}" if self.blame.sickness else None
 
     @property
     def _has_no_restarts_left(self) -> bool:

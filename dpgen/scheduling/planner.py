@@ -13,6 +13,8 @@
   a remaining node can read it.
 - At the same times, the notes of dead ranks tell which rows they died on. A row that killed two is rejected; one that
   killed one is read for no order and comes last, so that it takes few others with it.
+- Where engines share their work, rows that may have killed one in an earlier attempt are planned first and alone, for
+  rank 0's engine: a death then says something about them. The next plan has the postponed rows.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +32,13 @@ import numpy as np
 
 from dpgen.data.input_rows import InputRows
 from dpgen.data.row_view import Shard
+from dpgen.distributed.engine_deaths import gather_engine_notes
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.row_deaths import RowDeathJudge
+from dpgen.engine.blame import judge_notes
 from dpgen.errors import NoEngineLeft, RowRefused
 from dpgen.formatting import format_count
+from dpgen.journal.engine_notes import BlameState
 from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
 from dpgen.records import Request, RowError
 from dpgen.scheduling.claims import ShardClaimer
@@ -60,6 +66,7 @@ class PlannerConfig:
         columns: input columns that generating reads; others may be large, or slow to decode.
         lockstep: engines step together, so no rank is faster than another.
         claims_rows: this process claims rows; False for one that follows another process's engine.
+        has_shared_engine: an engine's death ends all ranks, and its rows are judged by the next attempt.
         render_timeout_s: seconds that rendering one prompt may take.
         attempt: number of the attempt; part of every cursor's name, so that no two attempts share a cursor.
     """
@@ -70,6 +77,7 @@ class PlannerConfig:
     lockstep: bool
     claims_rows: bool
     attempt: int
+    has_shared_engine: bool = False
     render_timeout_s: float = 60.0
 
 
@@ -85,6 +93,8 @@ class ShardPlanner:
     Attributes:
         order: rows of the last plan, in order.
         num_remaining_rows: number of these rows.
+        num_postponed_rows: rows that another plan must follow for, once those of the last plan are finished.
+        blame: what earlier attempts have found out about rows that may kill this rank's engine.
         num_inherited_rows: rows that only lost ranks have finished in this attempt; the same on every rank.
         has_completions: whether, as of the last plan, a journal holds a row that succeeded; the same on every rank.
         succeeded_row: one of those rows, with a short result; None if there is none. The same on every rank.
@@ -100,7 +110,11 @@ class ShardPlanner:
         self._journaled_before: np.ndarray | None = None  # as the first plan found it
         self.has_completions = False
         self.succeeded_row: int | None = None
-        self.num_remaining_rows = self.num_inherited_rows = 0
+        self.num_remaining_rows = self.num_inherited_rows = self.num_postponed_rows = 0
+        self.blame = BlameState()
+        self._tried_apart = np.zeros(len(rows), dtype=bool)
+        self._tried_last: set[int] = set()
+        self._has_recalled = False
         self.order = RowOrder(np.zeros(0, dtype=np.int64))
         # The last order that was computed from the prompts, and the plan that it was computed for.
         self._first_order: RowOrder | None = None
@@ -122,6 +136,7 @@ class ShardPlanner:
             NoEngineLeft: rows remain but no rank has an engine. Raised on every rank.
         """
         self._rescan_journal_if_group_changed()  # all-reduce: rows in any node's journal
+        self._recall_blame()
         cursor_prefix = self._create_cursor()  # before the gather, so that all cursors exist after it
         own_rows = state or RankState()
         peers = self._gather_peers(own_rows, can_claim=has_engine and self._config.claims_rows)
@@ -130,9 +145,17 @@ class ShardPlanner:
             raise NoEngineLeft(_NO_ENGINE_LEFT)
         self.has_completions, self._left_out.errors = peers.has_completions, peers.rejected_rows
         self.succeeded_row, self._left_out.suspects = peers.succeeded_row, self._deaths.suspects
-        order = self._order_rows(rows, own_rows, peers, cursor_prefix)  # the same on every rank
+        tried = rows[self._tried_apart[rows]]
+        self.num_postponed_rows = len(rows) - len(tried) if len(tried) else 0
+        if len(tried):
+            reason = f"of {format_count(len(tried), 'row')} apart from all others, since an engine died with them"
+            order = RowOrder(tried, reason=reason)
+            peers = dataclasses.replace(peers, claiming_ranks=peers.claiming_ranks[:1])
+        else:
+            order = self._order_rows(rows, own_rows, peers, cursor_prefix)  # the same on every rank
         order = order.spread_first() if spread_first else order
-        self.order = order.put_last(self._deaths.suspects) if self._deaths.suspects else order
+        last = self._deaths.suspects | self._tried_last
+        self.order = order.put_last(last) if last else order
         if state is not None:
             logger.info(f"resharded {format_count(len(rows), 'remaining row')}: {self.order.description}")
         return self._build_source(self.order, peers, cursor_prefix)
@@ -164,6 +187,31 @@ class ShardPlanner:
         if self._journaled_before is None:
             self._journaled_before = self._journaled
         self._num_shrinks, self._num_plans = self._group.num_shrinks, 0
+
+    def _recall_blame(self) -> None:
+        """Read how the last attempt's engines ended, before the first plan, and find the rows to try. Collective.
+
+        A row to be tried alone needs a witness that the engine works. If no row has ever succeeded it comes last.
+        """
+        if not self._config.has_shared_engine or self._has_recalled:
+            return
+        self._has_recalled = True
+        notes = gather_engine_notes(self._group, self._journal_dir)
+        state = judge_notes(notes) if notes else BlameState()
+        groups = [rest for group in state.groups if (rest := [row for row in group if self._remains(row)])]
+        held = [(row, cause) for row, cause in state.held if self._remains(row)]
+        alone = BlameState(groups=[group for group in groups if len(group) == 1], held=held)
+        peers = self._group.all_gather_object([self.has_completions, dataclasses.asdict(alone)])
+        alone = BlameState.from_json(peers[0][1])
+        self.blame = dataclasses.replace(state, groups=groups, held=held) if self._group.rank == 0 else alone
+        suspects = np.array([*chain.from_iterable(groups), *dict(held)], dtype=np.int64)
+        self._tried_apart = self._group.all_reduce_any(self._mask(suspects))
+        if not any(has_completions for has_completions, _ in peers):
+            self._tried_last = {*chain.from_iterable(alone.groups), *dict(alone.held)}
+            self._tried_apart[list(self._tried_last)] = False
+
+    def _remains(self, row: int) -> bool:
+        return row < len(self._journaled) and not self._journaled[row]
 
     def _create_cursor(self) -> str:
         """Create this rank's cursor, and return the prefix of all ranks' cursors."""

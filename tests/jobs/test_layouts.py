@@ -81,6 +81,21 @@ def test_the_death_of_one_process_of_an_engine_ends_the_run_resumable(
     load_all_rows(tmp_path / "run", 100)
 
 
+@pytest.mark.slow
+@pytest.mark.multi
+def test_a_row_that_kills_engines_in_lockstep_is_recorded_after_restarts_and_all_others_are_generated(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    engine = {"raise_on": "number 7", "max_num_seqs": 1}
+    conf = write_config(make_numbered_rows(10), engine=engine, work={"order": "dataset", "reserve_rows": 0})
+    job = launcher.dpgen("run", conf, EXTERNAL, LOCKSTEP, ranks=2, torchrun=["--max-restarts", "6"])
+    assert job.wait() == 0, job.output
+    errors = {row["row_id"]: row["error"] for row in load_all_rows(tmp_path / "run", 10) if row["error"]}
+    assert list(errors) == [7] and errors[7]["type"] == "poison_row"
+    assert "raised by engine.raise_on='number 7'" in errors[7]["message"]
+    assert not list((tmp_path / "run" / "journal").glob(".note-*")), "nothing is left to remember"
+
+
 # ---- real vLLM
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from helpers.rank_threads import ThreadGroup, run_ranks
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.distributed.group import InMemoryStore, PeerLost, SingleRankGroup
 from dpgen.errors import NoEngineLeft
+from dpgen.journal.engine_notes import BlameState, EngineNote, write_engine_note
 from dpgen.journal.row_notes import RENDERING, open_note
 from dpgen.journal.writer import JournalWriter
 from dpgen.records import Completion, Request, RowError, RowResult
@@ -439,3 +442,47 @@ def test_a_row_that_was_recorded_as_an_error_of_its_process_may_be_tried_again(t
         die_while_rendering(tmp_path, attempt, row=5)
     write_journal(tmp_path, [0], {5: "render_crashed"})
     assert 5 in take_rows(make_planner(tmp_path, SingleRankGroup(), ["render_crashed"]).plan())
+
+
+# ---- rows that may have killed an engine that several ranks share
+
+
+def make_shared_planner(tmp_path: Path, group: SingleRankGroup, blame: BlameState) -> ShardPlanner:
+    write_engine_note(tmp_path, EngineNote(2, 0, 0, 1, 1, None, blame))
+    planner = make_planner(tmp_path, group)
+    planner._config = dataclasses.replace(planner._config, has_shared_engine=True)
+    return planner
+
+
+def as_state(rows: list[int]) -> RankState:
+    return RankState(np.array(rows, dtype=np.int64), np.zeros(len(rows), dtype=np.int64))
+
+
+def test_suspects_of_the_last_attempt_are_planned_first_and_alone(tmp_path: Path) -> None:
+    write_journal(tmp_path, [0, 7], {})
+    planner = make_shared_planner(tmp_path, SingleRankGroup(), BlameState(groups=[[5, 6], [7, 8]], held=[(9, "boom")]))
+    assert take_rows(planner.plan()) == [5, 6, 8, 9], "row 7 has a result by now"
+    assert planner.num_postponed_rows == NUM_ROWS - 6 and planner.num_remaining_rows == NUM_ROWS - 2
+    assert planner.blame.groups == [[5, 6], [8]] and planner.blame.held == [(9, "boom")]
+    rest = take_rows(planner.plan(as_state([5, 6, 8, 9])))
+    assert rest == [1, 2, 3, 4, *range(10, NUM_ROWS)] and planner.num_postponed_rows == 0
+
+
+def test_rows_to_be_tried_alone_come_last_if_no_row_has_ever_succeeded(tmp_path: Path) -> None:
+    planner = make_shared_planner(tmp_path, SingleRankGroup(), BlameState(groups=[[5, 6], [8]], held=[(9, "boom")]))
+    assert take_rows(planner.plan()) == [5, 6]
+    planner.plan(as_state([5, 6]))
+    assert planner.order.rows.tolist()[-2:] == [8, 9] and planner.num_postponed_rows == 0
+
+
+def test_only_rank_0_gets_suspects_and_the_others_know_those_that_run_alone(tmp_path: Path) -> None:
+    write_journal(tmp_path, [0], {})
+    blame = BlameState(groups=[[5, 6], [8]], held=[(9, "boom")])
+
+    def plan(group: ThreadGroup) -> tuple[list[int], int, BlameState]:
+        planner = make_shared_planner(tmp_path, group, blame)
+        return take_rows(planner.plan()), planner.num_postponed_rows, planner.blame
+
+    first, second = run_ranks(plan, ["node", "node"])
+    assert first == ([5, 6, 8, 9], NUM_ROWS - 5, blame)
+    assert second == ([], NUM_ROWS - 5, BlameState(groups=[[8]], held=[(9, "boom")]))
