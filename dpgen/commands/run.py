@@ -39,6 +39,7 @@ from dpgen.monitoring.startup import StartupTimer
 if TYPE_CHECKING:
     from dpgen.config.schema import Config
     from dpgen.distributed.group import RankGroup
+    from dpgen.distributed.rendezvous import Departure
     from dpgen.distributed.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -77,15 +78,22 @@ def add_arguments(parser: CommandParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Run this process's rank and return its exit status."""
     from dpgen.distributed.group import SingleRankGroup
+    from dpgen.distributed.rendezvous import Departure
     from dpgen.distributed.topology import fill_local_rank, read_topology
 
     group: RankGroup = SingleRankGroup()
+    departure = Departure()
     startup, status_file = StartupTimer(), StatusFile(os.environ)
     started_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     log_format = _find_log_format(None, options.arguments)
     setup_logging(0, log_format)  # until the configuration and the rank are known
+
+    def leave(reason: str) -> None:
+        departure.announce(reason)
+        status_file.write_once(group.first_failure_status() or EXIT_RESUMABLE)
+
     exit_on_signal(
-        lambda: status_file.write_once(group.first_failure_status() or EXIT_RESUMABLE),
+        leave,
         # torchrun itself reports that it ends its ranks, and why.
         None if started_by_torchrun else lambda message: _write_error(Interrupted(message), log_format),
     )
@@ -100,7 +108,7 @@ def main(options: argparse.Namespace) -> int:
         topology = read_topology(os.environ)
         setup_logging(topology.dp_rank, log_format)
         if topology.dp_size > 1:
-            group = _join_ranks(topology, status_file)
+            group = _join_ranks(topology, status_file, departure)
             topology = fill_local_rank(topology, group.nodes)
             startup.mark("rendezvous")
         group.run_on_all_ranks(lambda: status_file.reset(topology.dp_rank))
@@ -174,7 +182,7 @@ def _describe_unknown_option(unknown: Iterable[str]) -> str:
     return f"unknown option {option}{hint} see dpgen run --help"
 
 
-def _join_ranks(topology: Topology, status_file: StatusFile) -> RankGroup:
+def _join_ranks(topology: Topology, status_file: StatusFile, departure: Departure) -> RankGroup:
     """Return the group of all ranks. Collective."""
     from dpgen.distributed.network import wait_until_resolved
 
@@ -183,7 +191,7 @@ def _join_ranks(topology: Topology, status_file: StatusFile) -> RankGroup:
     with imports_without_gc():
         from dpgen.distributed.gloo.rank_group import GlooGroup  # imports torch, which a world of one does not need
 
-    return GlooGroup(topology, before_exit=lambda: status_file.write_once(EXIT_RESUMABLE))
+    return GlooGroup(topology, lambda: status_file.write_once(EXIT_RESUMABLE), departure)
 
 
 def _report_failure(group: RankGroup, status_file: StatusFile, error: DpgenError, log_format: LogFormat) -> int:

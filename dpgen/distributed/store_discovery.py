@@ -100,7 +100,8 @@ def discover_store(host: str, ports: Sequence[int], job: str, limit_s: float) ->
             if time.monotonic() > deadline_s:
                 raise JoinFailed(
                     f"rank 0 of {job} did not answer on {host}, ports {format_ports(ports)}, within "
-                    f"{limit_s / 60:.0f} min. Check that it was started and that this host can reach it"
+                    f"{limit_s:,.0f} s (DPGEN_JOIN_TIMEOUT_S). Check that it was started, and that this host can reach "
+                    "it"
                 )
             time.sleep(_ROUND_INTERVAL_S)
 

@@ -158,7 +158,7 @@ class ShutdownMonitor:
             raise SignalReceived(self.reason)
 
 
-def exit_on_signal(before_exit: Callable[[], None], announce: Callable[[str], None] | None) -> None:
+def exit_on_signal(before_exit: Callable[[str], None], announce: Callable[[str], None] | None) -> None:
     """End this process, resumable, on SIGTERM or SIGUSR1, until a `ShutdownMonitor` installs its handlers.
 
     Meant for the time in which a rank imports torch and joins the others. That may take minutes in calls that no Python
@@ -166,7 +166,7 @@ def exit_on_signal(before_exit: Callable[[], None], announce: Callable[[str], No
     as a failed run does.
 
     Args:
-        before_exit: called first, in that thread.
+        before_exit: called first, in that thread, with the reason.
         announce: writes the reason, in that thread; None under torchrun, which reports its signals itself.
     """
     read_fd, write_fd = os.pipe()
@@ -183,9 +183,10 @@ def exit_on_signal(before_exit: Callable[[], None], announce: Callable[[str], No
             number = received[0]
             # Otherwise the signal is another one, or a ShutdownMonitor has taken over.
             if number in handled or signal.getsignal(number) is handle:
-                before_exit()
+                reason = f"interrupted by {signal.Signals(number).name} before the run started. {_RESUME_HINT}"
+                before_exit(reason)
                 if announce is not None:
-                    announce(f"interrupted by {signal.Signals(number).name} before the run started. {_RESUME_HINT}")
+                    announce(reason)
                 os._exit(EXIT_RESUMABLE)
 
     threading.Thread(target=wait_for_signal, name="signals", daemon=True).start()

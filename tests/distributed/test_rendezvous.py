@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from helpers.jobs import wait_for
 
-from dpgen.distributed.rendezvous import join_rendezvous
-from dpgen.errors import JoinFailed
+from dpgen.distributed.rendezvous import Departure, join_rendezvous, read_join_timeout
+from dpgen.errors import ConfigError, JoinFailed, PeerFailed
 
 
 class SharedStore:
@@ -63,7 +63,7 @@ def test_a_token_left_by_a_rank_that_never_joined_is_ignored() -> None:
 def test_the_error_names_the_ranks_that_did_not_start() -> None:
     store = SharedStore()
     store.set("dpgen/arrived/2", "token of a rank that was killed")
-    with pytest.raises(JoinFailed, match=r"2 of 3 ranks did not start within 0 s \(missing: 1, 2\)"):
+    with pytest.raises(JoinFailed, match=r"2 of 3 ranks did not start within 0.1 s \(.*missing: 1, 2\)"):
         join_rendezvous(store, 0, 3, timeout_s=0.1)
 
 
@@ -83,7 +83,84 @@ def test_a_rank_without_rank_0_says_whom_it_waits_for_and_why(
     assert caplog.messages[1:] == ["waiting for 1 of 2 ranks to start (missing: 1) (RANK=0, WORLD_SIZE=2)"]
 
 
+def test_no_rank_goes_on_before_all_have_started(caplog: pytest.LogCaptureFixture) -> None:
+    store, round_known = SharedStore(), threading.Event()
+    with ThreadPoolExecutor(3) as pool:
+        early = [
+            pool.submit(join_rendezvous, store, 0, 3, 10.0),
+            pool.submit(join_rendezvous, store, 1, 3, 10.0, on_round=lambda round_id: round_known.set()),
+        ]
+        assert round_known.wait(10)
+        assert not any(future.done() for future in early), "it would connect to a rank that does not exist"
+        late = pool.submit(join_rendezvous, store, 2, 3, 10.0)
+        assert [future.result() for future in [*early, late]] == [1, 1, 1]
+
+
+def test_ranks_that_wait_for_one_that_never_starts_end_with_rank_0_and_leave_the_report_to_it() -> None:
+    store = SharedStore()
+    with ThreadPoolExecutor(2) as pool:
+        joining = [pool.submit(join_rendezvous, store, rank, 3, 0.5) for rank in range(2)]
+        errors = [future.exception() for future in joining]
+    assert isinstance(errors[0], JoinFailed) and "missing: 2" in str(errors[0]) and errors[0].exit_status == 75
+    assert type(errors[1]) is PeerFailed and errors[1].exit_status == 75 and str(errors[1]) == str(errors[0])
+
+
+def test_a_rank_that_leaves_while_others_join_ends_them_at_once() -> None:
+    store, departure, joined = SharedStore(), Departure(), threading.Semaphore(0)
+
+    def join(rank: int) -> int:
+        def on_round(round_id: int) -> None:
+            if rank == 1:
+                departure.prepare(lambda: store, rank, round_id)
+            joined.release()
+
+        return join_rendezvous(store, rank, 4, 60.0, on_round=on_round)
+
+    with ThreadPoolExecutor(3) as pool:
+        joining = [pool.submit(join, rank) for rank in range(3)]
+        assert all(joined.acquire(timeout=10) for _ in joining)
+        departure.announce("interrupted by SIGTERM")
+        errors = [future.exception(30) for future in joining]
+    message = "rank 1 left while the ranks joined: interrupted by SIGTERM"
+    assert [str(error) for error in errors] == [message] * 3, "although rank 3 never starts"
+    assert [getattr(error, "exit_status", None) for error in errors] == [75] * 3
+
+
+def test_rank_0_that_leaves_while_others_join_ends_them_at_once() -> None:
+    store, departure = SharedStore(), Departure()
+    with ThreadPoolExecutor(2) as pool:
+        joining = [pool.submit(join_rendezvous, store, rank, 4, 60.0) for rank in (1, 2)]
+        for rank in (1, 2):
+            store.set(f"dpgen/ack/{store.get(f'dpgen/arrived/{rank}').decode()}", "1")
+        departure.prepare(lambda: store, 0, 1)
+        departure.announce("interrupted by SIGTERM")
+        errors = [future.exception(30) for future in joining]
+    message = "rank 0 left while the ranks joined: interrupted by SIGTERM"
+    assert [(type(error), str(error)) for error in errors] == [(PeerFailed, message)] * 2
+
+
+def test_a_rank_that_leaves_without_a_store_ends_all_the_same() -> None:
+    departure = Departure()
+    departure.announce("before it has a store")
+
+    def fail() -> SharedStore:
+        raise RuntimeError("Connection refused")
+
+    departure.prepare(fail, 1, 1)
+    departure.announce("once the store is gone")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "inf", "nan"])
+def test_a_limit_for_joining_that_is_no_time_is_rejected(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"DPGEN_JOIN_TIMEOUT_S={text}: must be a number of seconds"):
+        read_join_timeout({"DPGEN_JOIN_TIMEOUT_S": text})
+
+
+def test_ranks_wait_half_an_hour_for_each_other_unless_told_otherwise() -> None:
+    assert [read_join_timeout(environ) for environ in ({}, {"DPGEN_JOIN_TIMEOUT_S": "90"})] == [1800, 90]
+
+
 def test_a_rank_whose_rank_0_never_answers_gives_up_resumable() -> None:
-    with pytest.raises(JoinFailed, match=r"rank 0 did not answer rank 1 within 0 s") as raised:
+    with pytest.raises(JoinFailed, match=r"rank 0 did not answer rank 1 within 0.1 s") as raised:
         join_rendezvous(SharedStore(), 1, 2, timeout_s=0.1)
     assert raised.value.exit_status == 75

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers.jobs import Launcher, WriteConfig, load_result, make_numbered_rows, read_run_json
+from helpers.jobs import Launcher, WriteConfig, load_result, make_numbered_rows, read_run_json, wait_for
 from helpers.results import load_all_rows
 
 from dpgen.distributed.ports import derive_job_ports
@@ -48,6 +48,31 @@ def test_ranks_join_even_if_another_program_listens_on_the_first_port_of_their_j
     assert len(load_result(tmp_path / "run")) == 20
     assert "20 rows over 2 ranks" in jobs[0].output
     assert "[W" not in jobs[1].output and "Exception" not in jobs[1].output
+
+
+def test_a_rank_that_never_starts_is_waited_for_as_long_as_the_variable_says(
+    launcher: Launcher, write_config: WriteConfig
+) -> None:
+    conf = write_config(make_numbered_rows(2))
+    rank_programs = {1: ["-c", "pass"]}
+    job, _ = launcher.start_like_srun(
+        "run", conf, rank_arguments=[[], []], rank_programs=rank_programs, DPGEN_JOIN_TIMEOUT_S="0.5"
+    )
+    assert job.wait() == 75
+    expected = "dpgen: stopped: 1 of 2 ranks did not start within 0.5 s (DPGEN_JOIN_TIMEOUT_S; missing: 1). "
+    assert job.output.startswith(expected), job.output
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_while_the_ranks_join_ends_the_others_too(
+    launcher: Launcher, write_config: WriteConfig
+) -> None:
+    conf = write_config(make_numbered_rows(2))
+    *jobs, _ = launcher.start_like_srun("run", conf, rank_arguments=[[]] * 3, rank_programs={2: ["-c", "pass"]})
+    wait_for(lambda: "waiting for 1 of 3 ranks to start (missing: 2)" in jobs[0].output)
+    jobs[1].process.send_signal(signal.SIGTERM)
+    assert [job.wait() for job in jobs] == [75, 75], jobs[0].output + jobs[1].output
+    assert "rank 1 left while the ranks joined: interrupted by SIGTERM before the run started" in jobs[0].output
 
 
 @contextmanager

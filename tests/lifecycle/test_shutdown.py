@@ -191,7 +191,7 @@ from dpgen.lifecycle.shutdown import exit_on_signal
 
 lock = threading.Lock()
 
-def write_status():
+def write_status(reason):
     with lock:
         print("status written", flush=True)
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -50,7 +51,7 @@ from dpgen.distributed.network import (
     raise_open_file_limit,
     wait_for_torchrun_store,
 )
-from dpgen.distributed.rendezvous import join_rendezvous
+from dpgen.distributed.rendezvous import Departure, join_rendezvous, read_join_timeout
 from dpgen.distributed.stages import Stage, run_stages
 from dpgen.distributed.store_discovery import StoreAdvertiser, discover_store
 from dpgen.distributed.topology import Topology, name_nodes, read_boot_id
@@ -59,7 +60,6 @@ from dpgen.errors import EXIT_RESUMABLE, DpgenError, JoinFailed, PeerFailed
 if TYPE_CHECKING:
     import numpy as np
 
-_JOIN_TIMEOUT_S = 1800.0  # until every rank runs: a batch system may start them one by one
 _CONNECT_TIMEOUT_S = 30.0  # every rank has just arrived, or entered the shrink ...
 _CONNECT_TIMEOUT_PER_RANK_S = 0.05  # ... and connects to every other
 _AGENT_TIMEOUT_S = 30.0
@@ -75,22 +75,28 @@ class GlooGroup(RankGroup):
 
     store: TimeoutStore
 
-    def __init__(self, topology: Topology, before_exit: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        before_exit: Callable[[], None] = lambda: None,
+        departure: Departure | None = None,
+    ) -> None:
         """Join the group, and return once all ranks have joined. Collective.
 
         Args:
             before_exit: called, in another thread, before this process ends because its main thread is stuck.
+            departure: tells the other ranks if this one leaves before all have joined.
 
         Raises:
-            JoinFailed: not all ranks joined within half an hour, or the store can't be reached.
+            JoinFailed: not all ranks joined in time, or the store can't be reached.
             PeerLost: a rank was lost meanwhile, and the group can't shrink.
         """
         raise_open_file_limit(_count_files(topology.dp_size))
-        self._timing = read_lease_timing(os.environ)
+        self._timing, self._join_s = read_lease_timing(os.environ), read_join_timeout(os.environ)
+        self._departure = departure or Departure()
         self.rank, self.size = topology.dp_rank, topology.dp_size
         self._initial_rank = topology.dp_rank  # never changes; `rank` does when the group shrinks
-        self._next_peer_check_s = 0.0
-        self._is_closed = False
+        self._next_peer_check_s, self._is_closed = 0.0, False
         self._gather_thread = ThreadPoolExecutor(1, thread_name_prefix="gather")
         agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._hosts_store = topology.is_rank_0 and not agent_keeps_store
@@ -246,7 +252,7 @@ class GlooGroup(RankGroup):
     def _join(self, topology: Topology, agent_keeps_store: bool, end_process: Callable[[], None]) -> None:
         is_local = topology.is_on_one_node  # nothing then listens to other machines
         host = LOOPBACK if is_local and not agent_keeps_store else topology.master_addr
-        port = _find_store_port(topology, host)
+        port = _find_store_port(topology, host, self._join_s)
         address = (host, port)
         if agent_keeps_store:
             wait_for_torchrun_store(address)
@@ -284,8 +290,8 @@ class GlooGroup(RankGroup):
             num_ranks=None if agent_keeps_store else self.size,
             is_host=self._hosts_store,
             # A launcher's store runs before its ranks do; rank 0's comes whenever rank 0 is started.
-            connect_s=_AGENT_TIMEOUT_S if agent_keeps_store else _JOIN_TIMEOUT_S,
-            answer_s=_JOIN_TIMEOUT_S,
+            connect_s=_AGENT_TIMEOUT_S if agent_keeps_store else self._join_s,
+            answer_s=self._join_s,
         )
 
     def _join_rendezvous(self, topology: Topology) -> int:
@@ -296,7 +302,8 @@ class GlooGroup(RankGroup):
                 advertiser = StoreAdvertiser(topology.discovery_ports, topology.job, self._base.port, host)
                 until_joined.enter_context(advertiser)
             store = TimeoutStore(self._base, self._timing.lease_s)
-            return join_rendezvous(store, self.rank, self.size, _JOIN_TIMEOUT_S, topology.source)
+            on_round = partial(self._departure.prepare, self._base.clone, self.rank)
+            return join_rendezvous(store, self.rank, self.size, self._join_s, topology.source, on_round)
 
     def _meet(self, topology: Topology) -> None:
         """Connect the ranks, all of which have arrived, and learn their nodes. Collective; after a loss once more."""
@@ -387,8 +394,7 @@ def _count_files(num_ranks: int) -> int:
     return 64 + 4 * num_ranks  # an upper bound of what connecting takes: at rank 0 about 18 files, and 3 per rank
 
 
-def _find_store_port(topology: Topology, host: str) -> int:
-    # 0 on rank 0 lets the kernel choose one.
+def _find_store_port(topology: Topology, host: str, limit_s: float) -> int:
     if topology.discovery_ports and not topology.is_rank_0:
-        return discover_store(host, topology.discovery_ports, topology.job, _JOIN_TIMEOUT_S)
-    return topology.master_port
+        return discover_store(host, topology.discovery_ports, topology.job, limit_s)
+    return topology.master_port  # 0 on rank 0 lets the kernel choose one

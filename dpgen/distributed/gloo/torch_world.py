@@ -136,9 +136,8 @@ def connect_world(base: Any, store: Any, rank: int, size: int, timeout_s: float)
     base.set_timeout(timeout)  # ranks find each other through the store, within its timeout
     before = _list_connections(base.port)
     message = (
-        f"waiting until all {size:,} ranks have started (rank 0 names the missing ones) and are connected with each "
-        f"other, by the network interface {os.environ.get('GLOO_SOCKET_IFNAME', 'of the host name')} "
-        "(GLOO_SOCKET_IFNAME)"
+        f"waiting until all {size:,} ranks are connected with each other, by the network interface "
+        f"{os.environ.get('GLOO_SOCKET_IFNAME', 'of the host name')} (GLOO_SOCKET_IFNAME)"
     )
     try:
         with _set_gloo_variables(), log_while_waiting(logger, lambda: message):

@@ -34,7 +34,6 @@ HOOKS = {
     "writing": ("dpgen.run", "_Job.write"),
 }
 MEETING_HOOK = ("dpgen.distributed.gloo.rank_group", "join_rendezvous")  # imports torch: only where ranks meet
-_JOIN_TIMEOUT = ("dpgen.distributed.gloo.rank_group", "_JOIN_TIMEOUT_S")
 
 
 class RankFaults:
@@ -138,8 +137,7 @@ def _end_with_runner(pid: int) -> None:
 
 def _prepare_meeting(faults: RankFaults, join_s: float) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as dpgen does, before torch is imported
-    module, name = _JOIN_TIMEOUT
-    setattr(importlib.import_module(module), name, join_s)
+    os.environ["DPGEN_JOIN_TIMEOUT_S"] = str(join_s)
     hook(MEETING_HOOK, lambda: faults.begin_phase("meeting"))
 
 
