@@ -216,7 +216,6 @@ class BlameTracker:
             self._split(rows) if self._is_trial else self._suspect(rows)
         else:
             self._put_back(rows)
-        self._is_trial = False
 
     def _take_in_flight(self, result: RowResult) -> Request | None:
         if self._is_canary_in_flight:
