@@ -187,10 +187,21 @@ def _iter_batches(path: Path) -> Iterator[dict[str, list[Any]]]:
             rows.append(json.loads(line))
             num_chars += len(line)
             if len(rows) == BATCH_ROWS or num_chars >= BATCH_BYTES:
-                yield {name: [row[name] for row in rows] for name in rows[0]}
+                yield _to_columns(rows)
                 rows, num_chars = [], 0
         if rows:
-            yield {name: [row[name] for row in rows] for name in rows[0]}
+            yield _to_columns(rows)
+
+
+def _to_columns(rows: list[Any]) -> dict[str, list[Any]]:
+    """Return rows of JSON lines as columns.
+
+    Raises:
+        ValueError: a row is no object, lacks a column of the others, or has one more.
+    """
+    if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
+        raise ValueError("its lines are not objects with the same columns")
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _compute_batch_rows(metadata: Any) -> int:

@@ -333,6 +333,15 @@ def test_what_keeps_a_file_from_being_read_is_one_line(
     assert check(run).problems[:3] == [f"dataset/{name} can't be read: {reason}" for name in names]
 
 
+@pytest.mark.parametrize("made", ["jsonl"], indirect=True)
+@pytest.mark.parametrize("row", [0, 1, -1])
+@pytest.mark.parametrize("line", [{"extra": 1}, {"prompt": None}, {}, ["prompt"], "prompt", 1, None])
+def test_lines_of_one_file_are_objects_with_the_same_columns(run: Path, row: int, line: Any) -> None:
+    path = list_files(run)[0]
+    change(path, lambda rows: rows.__setitem__(row, {**rows[row], **line} if line == {"extra": 1} else line))
+    assert f"dataset/{path.name} can't be read: its lines are not objects with the same columns" in check(run).problems
+
+
 def test_a_dataset_that_is_a_file_or_gone_lacks_all_rows(run: Path) -> None:
     shutil.rmtree(run / "dataset")
     assert f"the dataset lacks rows: {ROWS} (0-{ROWS - 1})" in check(run).problems
