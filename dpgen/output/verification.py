@@ -149,7 +149,7 @@ def _check_journal(run_dir: RunDir, report: VerificationReport) -> JournalIndex:
             report.torn_segments[name] = segment.torn_bytes
     if report.num_rows is None:
         return index
-    unknown = index.row[(index.row < 0) | (index.row >= report.num_rows)]
+    unknown = index.row[~_is_of_input(index.row, report.num_rows)]
     if len(unknown):
         report.num_done -= len(unknown)
         report.problems.append(f"the journal holds rows that the input does not have: {format_rows(unknown)}")
@@ -165,9 +165,19 @@ def _find_duplicate_rows(segments: list[SegmentContents]) -> np.ndarray:
     return np.unique(rows[1:][rows[1:] == rows[:-1]])
 
 
+def _is_of_input(rows: np.ndarray, num_rows: int) -> np.ndarray:
+    """Return for each row index, int64[n], whether the input has such a row, bool[n]."""
+    is_of_input: np.ndarray = (rows >= 0) & (rows < num_rows)
+    return is_of_input
+
+
 def _count_failed(results: ResultLookup, report: VerificationReport) -> None:
+    """Count the rows of the input whose result is an error."""
+    failed = results.index.row[results.index.error]
+    if report.num_rows is not None:
+        failed = failed[_is_of_input(failed, report.num_rows)]
     rows_by_type: dict[str, list[int]] = {}
-    for result in results.get_many(results.index.row[results.index.error]):
+    for result in results.get_many(failed):
         assert result is not None and result.error is not None
         rows_by_type.setdefault(result.error.type, []).append(result.row)
     report.failed = {type: format_ranges(np.array(rows)) for type, rows in sorted(rows_by_type.items())}

@@ -223,6 +223,14 @@ def test_only_rows_of_the_input_belong_into_the_journal(run: Path, row: int, is_
     ), report.problems
 
 
+@pytest.mark.parametrize("row", [-1, ROWS, ROWS + 7])
+def test_a_failed_row_that_the_input_lacks_is_none_of_its_failed_rows(run: Path, row: int) -> None:
+    append_to_journal(run, dataclasses.replace(make_result(FAILED), row=row))
+    report = check(run)
+    assert report.verdict == "not sound" and (report.num_done, report.num_failed) == (ROWS, 1)
+    assert report.failed == {"wrong_type": str(FAILED)}
+
+
 @pytest.mark.parametrize("row", [0, 4, ROWS - 1])
 def test_a_row_that_the_journal_lacks_is_missing(run: Path, row: int) -> None:
     drop_from_journal(run, row)
