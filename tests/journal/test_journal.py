@@ -312,6 +312,18 @@ def test_a_damaged_segment_is_repaired_and_the_damaged_file_is_kept(tmp_path: Pa
     assert repair_segment(path) == []
 
 
+def test_a_damaged_segment_that_was_never_sealed_stays_as_it_is(tmp_path: Path) -> None:
+    path = write_unsealed(tmp_path, [result(row) for row in range(5)])
+    content = bytearray(path.read_bytes())
+    content[int(read_segment(path).frames.offset[2]) + 3] ^= 1
+    path.write_bytes(content)
+    segment = read_segment(path, check=True)
+    assert segment.damage is not None and not segment.is_sealed
+    assert repair_segment(path) == []
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+    assert read(tmp_path) == {0: result(0), 1: result(1)}
+
+
 def test_a_segment_that_cant_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "attempt-0001-rank-00000-part-0000.journal").mkdir()
     with pytest.raises(DpgenError, match=r"part-0000.journal can't be read: .*fix the disk"):
@@ -422,6 +434,26 @@ def test_sync_and_close_wait_for_the_disk(tmp_path: Path) -> None:
     journal.close()
     journal.close()
     assert journal.num_synced_rows == 2 and read_segment(journal.path).is_sealed
+
+
+def test_what_is_sealed_can_be_read_and_the_next_result_begins_another_segment(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path, 1, 0, sync_interval_s=NEVER_S)
+    journal.append(result(0))
+    journal.seal()
+    [sealed] = journal.paths
+    assert read_segment(sealed).is_sealed and read(tmp_path) == {0: result(0)}
+    journal.append(result(1))
+    journal.close()
+    assert len(journal.paths) == 2 and sealed == journal.paths[0]
+    assert read(tmp_path) == {0: result(0), 1: result(1)}
+
+
+def test_a_closed_journal_is_sealed_already(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path, 1, 0)
+    journal.append(result(0))
+    journal.close()
+    journal.seal()
+    assert read_segment(journal.path).is_sealed
 
 
 @pytest.mark.parametrize("how", [None, "EACCES"])
@@ -598,6 +630,7 @@ def test_a_segment_is_closed_once(tmp_path: Path) -> None:
     disk = FailingDisk()
     segment = SegmentWriter(tmp_path / "segment", disk, lambda num_bytes: None)
     segment.abandon()
+    assert disk.calls.count("close") == 1
     segment.abandon()
     assert disk.calls.count("close") == 1, "another file may have the same descriptor by now"
 

@@ -211,6 +211,21 @@ def test_a_record_beyond_the_end_of_its_file_is_damaged(run: Path) -> None:
 # ---- the journal
 
 
+def test_damage_is_named_with_its_segment_and_a_torn_end_is_no_problem(run: Path) -> None:
+    [path] = list_segments(run / "journal")
+    content = bytearray(path.read_bytes())
+    path.write_bytes(content[:-9])  # without its end it was never sealed
+    report = check(run)
+    assert (report.verdict, report.damaged_segments) == ("sound", {})
+    assert list(report.torn_segments) == [path.name] and report.torn_segments[path.name] > 0
+    content[int(index_journal(run / "journal").offset[3]) + 3] ^= 1
+    path.write_bytes(content)
+    report = check(run)
+    assert report.verdict == "not sound" and report.torn_segments == {} and report.missing == "3"
+    assert "row 3" in report.damaged_segments[path.name]
+    assert f"journal/{path.name} is damaged: {report.damaged_segments[path.name]}" in report.notes
+
+
 @pytest.mark.parametrize(("row", "is_known"), [(-1, False), (0, True), (ROWS - 1, True), (ROWS, False)])
 def test_only_rows_of_the_input_belong_into_the_journal(run: Path, row: int, is_known: bool) -> None:
     append_to_journal(run, dataclasses.replace(make_result(0), row=row))

@@ -233,6 +233,15 @@ def test_rows_that_are_put_last_leave_the_others_in_their_order_and_groups() -> 
     assert order.num_probes == 2
 
 
+@pytest.mark.parametrize(("num_probes", "num_probes_after"), [(0, 0), (2, 5)])
+def test_rows_that_are_put_first_come_before_the_probes_and_are_waited_for_with_them(
+    num_probes: int, num_probes_after: int
+) -> None:
+    order = RowOrder(np.array([7, 3, 5, 1, 9, 2]), "longest_first", num_probes=num_probes).spread_first()
+    assert order.rows.tolist() == [2, 9, 5, 7, 3, 1]
+    assert (order.num_spread, order.num_probes) == (3, num_probes_after)
+
+
 def test_rows_that_remain_keep_their_order_and_groups_unless_the_order_lacks_one_of_them() -> None:
     order = RowOrder(np.array([7, 3, 5, 1, 9, 2]), "prefix", "why", groups=np.array([0, 3]), weights=np.arange(6.0))
     is_remaining = np.zeros(10, np.bool_)
@@ -285,6 +294,8 @@ def test_rows_without_a_prompt_are_no_prompts_of_length_0() -> None:
     assert order.rows.tolist() == [0, 2, 1]
     order = find_order(make_config("longest_first"), [*rows[1:2] * 2, rows[0]])
     assert str(order).endswith("(min 7, median 7, max 7 characters), 2 rows without a prompt last")
+    order = find_order(make_config("longest_first"), [rows[0], *rows[1:2] * 3, rows[2]])
+    assert str(order).endswith("5, median 6, max 7 characters), 3 rows without a prompt last")
     order = find_order(make_config("longest_first"), [rows[1]] * 2)
     assert str(order).endswith("by prompt length (no row has one)")
 
