@@ -357,7 +357,7 @@ class _Job:
         write_result(
             rows,
             self._run_dir,
-            DatasetFormat.from_config(config.sampling, config.output, config.data.columns),
+            DatasetFormat.from_config(config),
             config.output.rows_per_file,
             allow_all_errors=config.run.allow_all_errors,
         )

@@ -210,6 +210,11 @@ class OutputConfig:
         "vLLM's tool parser, e.g. hermes: takes tool calls out of generated_text, into a column tool_calls of "
         "{id, name, arguments}"
     )
+    messages: bool = _option(
+        "add the column messages: the conversation with the model's turn, ready for fine-tuning; one a row, hence with "
+        "output.explode where a row has several samples",
+        False,
+    )
     parse: Literal["text", "json"] = _option(
         "how generated_text is read: as text; or as json, into a column parsed with its value as JSON text (a Markdown "
         "fence around it is no error)",
@@ -259,6 +264,11 @@ class Config:
     def sampling_columns(self) -> dict[str, str]:
         """Return the column that gives a field of SamplingParams row by row, by the field's name."""
         return dict(self.sampling.get("from_columns") or {})
+
+    @property
+    def has_samples(self) -> bool:
+        """Return True if rows may have several samples."""
+        return self.sampling.get("n", 1) != 1 or "n" in self.sampling_columns
 
     @property
     def prompt(self) -> PromptConfig:
@@ -332,10 +342,13 @@ def _validate(config: Config) -> None:
     mistakes = list(find_wrong_values(vars(config)))
     if config.parallel.lock_step and config.parallel.launcher != "external":
         mistakes.append("parallel.lock_step=true needs parallel.launcher=external: other engines never step together")
+    if config.output.messages and not config.output.explode and config.has_samples:
+        mistakes.append("output.messages=true makes one conversation a row: set output.explode=true where n is not 1")
     if config.output.reasoning == "keep" and config.output.reasoning_parser != "auto":
         mistakes.append("output.reasoning_parser has no effect: set output.reasoning=split or strip")
     try:
-        _ = config.prompt
+        if not config.prompt.is_chat and config.output.messages:
+            mistakes.append("output.messages=true needs a chat: set data.messages_column, or data.as_chat=true")
     except ConfigError as error:
         mistakes += error.mistakes
     if mistakes:

@@ -36,4 +36,4 @@ def check_columns(config: Config, rows: InputRows) -> None:
         if column not in columns:
             hint = suggest_name(column, columns, "columns")
             raise ConfigError(f"{key}: {column!r} is no column of the dataset{hint}")
-    check_output_columns(list(columns), DatasetFormat.from_config(config.sampling, config.output, config.data.columns))
+    check_output_columns(list(columns), DatasetFormat.from_config(config))

@@ -7,16 +7,22 @@ here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpgen.config.schema import OutputConfig
+from dpgen.config.prompt import PromptConfig
+from dpgen.config.schema import Config
+from dpgen.data.chat import Message
+from dpgen.output.conversations import append_turn, get_messages_type
 from dpgen.output.json_lines import JSONL_ENCODING
 from dpgen.records import Completion, RowResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+MESSAGES = "messages"  # the only column that needs the input as well as the result
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class DatasetFormat:
         reasoning: True if there is a column of reasoning.
         tool_calls: True if there is a column of tool calls.
         parsed: True if there is a column of parsed texts.
+        messages: how rows became chats, if there is a column of these with the model's turn; None if there is none.
         kept_columns: the input columns in the dataset; None for all.
         jsonl_encoding: how JSON lines hold the input's values; see `dpgen.output.json_lines`.
     """
@@ -41,16 +48,22 @@ class DatasetFormat:
     reasoning: bool = False
     tool_calls: bool = False
     parsed: bool = False
+    messages: PromptConfig | None = None
     file_format: str = "parquet"
     kept_columns: list[str] | None = None
     jsonl_encoding: int = JSONL_ENCODING
 
     @classmethod
-    def from_config(
-        cls, sampling: Mapping[str, Any], output: OutputConfig, kept_columns: list[str] | None
-    ) -> DatasetFormat:
-        """Return the format that a configuration asks for: its sampling, its output, and `data.columns`."""
-        return cls.from_identity({"sampling": sampling, "output": dataclasses.asdict(output), "columns": kept_columns})
+    def from_config(cls, config: Config) -> DatasetFormat:
+        """Return the format that a configuration asks for."""
+        return cls.from_identity(
+            {
+                "sampling": config.sampling,
+                "output": dataclasses.asdict(config.output),
+                "columns": config.data.columns,
+                "prompt": dataclasses.asdict(config.prompt),
+            }
+        )
 
     @classmethod
     def from_identity(cls, identity: Mapping[str, Any], jsonl_encoding: int = JSONL_ENCODING) -> DatasetFormat:
@@ -63,6 +76,7 @@ class DatasetFormat:
             reasoning=output.get("reasoning") == "split",
             tool_calls=output.get("tool_parser") is not None,
             parsed=output.get("parse") == "json",
+            messages=PromptConfig(**identity["prompt"]) if output.get("messages") else None,
             file_format=str(output.get("format", "parquet")),
             kept_columns=identity.get("columns"),
             jsonl_encoding=jsonl_encoding,
@@ -84,10 +98,17 @@ class Entry(NamedTuple):
 
     Attributes:
         sample: index of the sample; None for the whole result, and for one without samples.
+        conversation: the messages that the row was generated from; None where no column asks for them.
     """
 
     result: RowResult
     sample: int | None = None
+    conversation: Sequence[Message] | None = None
+
+    @property
+    def completion(self) -> Completion | None:
+        """Return the sample, or the only one of a result."""
+        return next(iter(self.result.completions[self.sample or 0 :]), None)
 
 
 @dataclass(frozen=True)
@@ -117,18 +138,30 @@ class ResultColumn:
         if has_lists:
             values = [[self.get(completion) for completion in entry.result.completions] or None for entry in entries]
             return pa.array(values, pa.list_(self.get_type()))
-        chosen = [entry.result.completions[entry.sample or 0 :][:1] for entry in entries]
-        return pa.array([self.get(samples[0]) if samples else None for samples in chosen], self.get_type())
+        chosen = [None if entry.completion is None else self.get(entry.completion) for entry in entries]
+        return pa.array(chosen, self.get_type())
 
 
-def list_entries(results: Iterable[RowResult], dataset_format: DatasetFormat) -> list[Entry]:
+def list_entries(
+    results: Sequence[RowResult],
+    dataset_format: DatasetFormat,
+    conversations: Sequence[Sequence[Message] | None] | None = None,
+) -> list[Entry]:
     """Return the dataset's rows for some results: one for each, or with `output.explode` one for each sample.
 
     A result without samples is one row, too.
+
+    Args:
+        conversations: one for each result; None where no column asks for them.
     """
+    sources = list(zip(results, conversations or [None] * len(results), strict=True))
     if not dataset_format.explode:
-        return [Entry(result) for result in results]
-    return [Entry(result, sample) for result in results for sample in (range(len(result.completions)) or (None,))]
+        return [Entry(result, None, conversation) for result, conversation in sources]
+    return [
+        Entry(result, sample, conversation)
+        for result, conversation in sources
+        for sample in (range(len(result.completions)) or (None,))
+    ]
 
 
 def build_result_arrays(entries: Sequence[Entry], dataset_format: DatasetFormat) -> dict[str, pa.Array]:
@@ -182,6 +215,22 @@ def _tool_calls() -> pa.DataType:
     return pa.list_(pa.struct([(name, pa.string()) for name in ("id", "name", "arguments")]))
 
 
+def _get_messages(entry: Entry) -> list[dict[str, Any]] | None:
+    if entry.completion is None or entry.conversation is None:
+        return None
+    messages: list[dict[str, Any]] = escape_all_surrogates(append_turn(entry.conversation, entry.completion))
+    return messages
+
+
+def escape_all_surrogates(value: Any) -> Any:
+    """Return a JSON value whose texts have lone surrogates as escapes."""
+    if isinstance(value, str):
+        return escape_surrogates(value)
+    if isinstance(value, dict):
+        return {key: escape_all_surrogates(item) for key, item in value.items()}
+    return [escape_all_surrogates(item) for item in value] if isinstance(value, list) else value
+
+
 def _escape_if_any(text: str | None) -> str | None:
     return None if text is None else escape_surrogates(text)
 
@@ -233,6 +282,13 @@ _RESULT_COLUMNS = (
         _string,
         lambda completion: completion.parsed,
         is_present=lambda dataset_format: dataset_format.parsed,
+    ),
+    ResultColumn(
+        MESSAGES,
+        get_messages_type,
+        _get_messages,
+        is_of_sample=False,
+        is_present=lambda dataset_format: dataset_format.messages is not None,
     ),
     ResultColumn(
         "parse_error",

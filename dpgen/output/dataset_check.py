@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from dpgen.data.chat import Message
 from dpgen.data.input_rows import InputRows
 from dpgen.formatting import format_count
 from dpgen.journal.reader import BATCH_BYTES, BATCH_ROWS, JournalIndex, JournalReader
-from dpgen.output.columns import DatasetFormat, Entry, build_result_arrays, list_entries
+from dpgen.output.columns import MESSAGES, DatasetFormat, Entry, build_result_arrays, list_entries
+from dpgen.output.conversations import ConversationReader
 from dpgen.output.json_lines import to_json_columns
 from dpgen.output.result_stats import ResultStats
 from dpgen.output.row_ranges import format_rows
@@ -137,6 +139,7 @@ class DatasetCheck:
 
     def _compare_results(self, row_ids: np.ndarray, samples: list[int | None], batch: dict[str, list[Any]]) -> None:
         positions, entries = [], []
+        conversations = self._read_conversations(row_ids)
         for position, result in enumerate(self._results.get_many(row_ids)):
             if result is None:
                 continue
@@ -147,10 +150,18 @@ class DatasetCheck:
                 self._stats.add(result)
                 self._num_expected[result.row] = len(list_entries([result], self._format))
             positions.append(position)
-            entries.append(Entry(result, sample))
+            entries.append(Entry(result, sample, conversations[position] if conversations else None))
         for name, values in build_result_arrays(entries, self._format).items():
+            if name == MESSAGES and conversations is None:
+                continue  # it can't be checked without the input
             actual = [batch[name][position] for position in positions]
             self._compare(f"{name} differs from the journal's", row_ids[positions], values.to_pylist(), actual)
+
+    def _read_conversations(self, row_ids: np.ndarray) -> list[list[Message] | None] | None:
+        """Return the rows' conversations; None where no column holds them, or without the input."""
+        if self._format.messages is None or self._rows is None or self._rows.is_empty:
+            return None
+        return ConversationReader(self._rows, self._format.messages).read(row_ids)
 
     def _compare_input(self, rows: InputRows, row_ids: np.ndarray, batch: dict[str, list[Any]]) -> None:
         kept_columns = rows.columns if self._format.kept_columns is None else self._format.kept_columns

@@ -22,6 +22,7 @@ from dpgen.journal.reader import BATCH_ROWS, DamagedRecord, JournalIndex, Journa
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.segment import RowsLost, repair_segment
 from dpgen.output.columns import DatasetFormat, Entry, build_result_arrays, build_result_schema, list_entries
+from dpgen.output.conversations import ConversationReader
 from dpgen.output.json_lines import JSONL_ENCODING, build_card_schema, iter_json_lines
 from dpgen.output.result_stats import ResultStats
 from dpgen.records import RowResult
@@ -116,6 +117,7 @@ def write_dataset_files(
         read_results: returns the results of rows, given as int64[num_rows], in batches and in this order.
     """
     stats, kept_columns = ResultStats(), dataset_format.kept_columns
+    conversations = None if dataset_format.messages is None else ConversationReader(rows, dataset_format.messages)
     schema = rows.build_output_schema(build_result_schema(dataset_format), kept_columns)
     if len(rows):
         rows.write_card(directory, build_card_schema(schema) if dataset_format.file_format == "jsonl" else schema)
@@ -125,7 +127,8 @@ def write_dataset_files(
             for results in read_results(np.arange(start, start + table.num_rows)):
                 for result in results:
                     stats.add(result)
-                writer.write(table.slice(num_written, len(results)), results)
+                read = None if conversations is None else conversations.read([result.row for result in results])
+                writer.write(table.slice(num_written, len(results)), list_entries(results, dataset_format, read))
                 num_written += len(results)
     return stats
 
@@ -158,15 +161,19 @@ class _FileSetWriter:
         for number, path in enumerate(self._paths):  # their number is known now
             path.rename(path.with_name(f"train-{number:05d}-of-{len(self._paths):05d}{path.suffix}"))
 
-    def write(self, table: pa.Table, results: list[RowResult]) -> None:
-        """Append rows: the input's kept columns and the results."""
-        entries = list_entries(results, self._format)
-        if len(entries) == len(results):
+    def write(self, table: pa.Table, entries: list[Entry]) -> None:
+        """Append entries, each with the kept columns of its row.
+
+        Args:
+            table: the input's columns, one row for each result.
+        """
+        if len(entries) == table.num_rows:
             self._write_entries(table, entries)
             return
-        for start in range(0, len(entries), len(results)):  # no more rows at a time than the input's
-            part = entries[start : start + len(results)]
-            self._write_entries(table.take([entry.result.row - results[0].row for entry in part]), part)
+        first_row = entries[0].result.row
+        for start in range(0, len(entries), table.num_rows):  # no more rows at a time than the input's
+            part = entries[start : start + table.num_rows]
+            self._write_entries(table.take([entry.result.row - first_row for entry in part]), part)
 
     def _write_entries(self, table: pa.Table, entries: list[Entry]) -> None:
         import pyarrow as pa

@@ -63,19 +63,28 @@ def drop_all_results(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def make_run(
-    folder: Path, table: pa.Table, results: Sequence[RowResult], file_format: Any = "parquet", **sections: Any
+    folder: Path,
+    table: pa.Table | DataConfig,
+    results: Sequence[RowResult],
+    file_format: Any = "parquet",
+    **sections: Any,
 ) -> RunDir:
     """Make a finished run in FOLDER/run, with its input in FOLDER/rows.parquet, without a job.
 
     Args:
+        table: the input, or the configuration of one that is there already.
         sections: `sampling`, and the keys of `output`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, folder / "rows.parquet")
+    if isinstance(table, DataConfig):
+        data = table
+    else:
+        data = DataConfig(path=str(folder / "rows.parquet"), prompt_column=table.column_names[0])
+        pq.write_table(table, folder / "rows.parquet")
     config = Config(
         run=RunConfig(dir=str(folder / "run"), engine="fake"),
         model="none",
-        data=DataConfig(path=str(folder / "rows.parquet"), prompt_column=table.column_names[0]),
+        data=data,
         sampling=sections.pop("sampling", {}),
         output=OutputConfig(format=file_format, rows_per_file=4, **sections),
     )
@@ -88,5 +97,5 @@ def make_run(
     for result in results:
         journal.append(result)
     journal.close()
-    write_dataset(rows, run_dir, DatasetFormat.from_config(config.sampling, config.output, None), 4)
+    write_dataset(rows, run_dir, DatasetFormat.from_config(config), 4)
     return run_dir
