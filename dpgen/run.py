@@ -17,14 +17,20 @@ from dpgen.data.input_rows import InputRows
 from dpgen.data.render import select_prompt_columns
 from dpgen.data.time_limit import limit_render_time
 from dpgen.distributed.agreement import check_same_job, find_what_names_stand_for, open_input
-from dpgen.distributed.attempt import JobStart, begin_attempt, read_job_start
+from dpgen.distributed.attempt import begin_attempt, read_job_start
 from dpgen.distributed.engine_deaths import note_engine
 from dpgen.distributed.gloo.leases import end_stuck_process, read_lease_timing
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout, build_layout
 from dpgen.distributed.stages import Stage, run_stages
 from dpgen.distributed.topology import Topology
-from dpgen.engine.launch import TextPipeline, build_text_pipeline, has_cold_caches, prepare_engine
+from dpgen.engine.launch import (
+    TextPipeline,
+    build_text_pipeline,
+    check_engine_options,
+    has_cold_caches,
+    prepare_engine,
+)
 from dpgen.engine.loading import ModelLoader
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.supervisor import EngineSupervisor
@@ -33,7 +39,7 @@ from dpgen.formatting import format_count, format_duration
 from dpgen.journal.engine_notes import remove_engine_notes
 from dpgen.journal.row_notes import RowNote, compute_overdue_s, open_note
 from dpgen.journal.row_watch import RowWatch
-from dpgen.journal.run_dir import RunDir, compute_run_identity, describe_hashed_files, diff_identities
+from dpgen.journal.run_dir import RunDir, compute_run_identity, describe_hashed_files
 from dpgen.journal.writer import JournalWriter
 from dpgen.lifecycle.shutdown import ShutdownMonitor, find_deadline
 from dpgen.lifecycle.status_file import StatusFile
@@ -43,7 +49,7 @@ from dpgen.monitoring.startup import StartupTimer
 from dpgen.output.column_check import check_columns, list_used_columns
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.format_check import check_output_format
-from dpgen.output.result import gather_results, raise_if_no_row_succeeded, write_result
+from dpgen.output.result import gather_results, is_already_complete, write_result
 from dpgen.records import RankManifest
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
 from dpgen.scheduling.order import OrderConfig
@@ -155,12 +161,12 @@ class _Job:
         identity = compute_run_identity(config, fingerprint, find_what_names_stand_for(config, group))
         startup.mark("input")
         start = read_job_start(config, group, self._run_dir)
-        self._is_complete = _is_already_complete(config, group, self._run_dir, identity, start)
+        self._is_complete = is_already_complete(config.run, group, self._run_dir, identity, start.resume)
         if self._is_complete:
             return
         self._loaded_text = group.run_on_all_ranks(self._load_text)
         startup.mark("tokenizer")
-        _check_engine_options(self._engine, config, group)
+        check_engine_options(self._engine, config.parallel, group)
         self._text_needs = group.run_on_all_ranks(lambda: self._text.wait_until_ready(group.raise_if_peer_failed))
         startup.mark("engine's options")
         self._attempt = begin_attempt(config, group, self._run_dir, identity, start, self._rows.fingerprint)
@@ -389,29 +395,3 @@ def _check_output(config: Config, rows: InputRows) -> None:
     """Raise ConfigError if a file of the result can't hold what a kept column holds."""
     for note in [] if rows.is_empty else check_output_format(rows, config.data.columns, config.output.format):
         logger.warning(note)
-
-
-def _is_already_complete(
-    config: Config, group: RankGroup, run_dir: RunDir, identity: Mapping[str, Any], start: JobStart
-) -> bool:
-    """Return True if rank 0's run directory holds this run's result, and nothing is to be retried. Collective."""
-    is_same = not diff_identities(run_dir.read_metadata().get("identity"), identity)
-    wants_more = bool(config.run.retry_errors) or start.resume == "never"
-    is_complete: bool = group.all_gather_object(run_dir.is_finished and is_same and not wants_more)[0]
-    if is_complete:
-        logger.info(f"{run_dir.path} holds this run's finished result already, nothing to do")
-
-        def check() -> None:
-            if group.rank == 0 and not config.run.allow_all_errors:
-                raise_if_no_row_succeeded(run_dir.read_success(), run_dir)
-
-        group.run_on_all_ranks(check)
-    return is_complete
-
-
-def _check_engine_options(engine: EngineSupervisor, config: Config, group: RankGroup) -> None:
-    """Raise ConfigError if vLLM rejects an option, before a model loads. Collective."""
-    if config.parallel.lock_step and not config.parallel.enable_expert_parallel:
-        logger.info("parallel.lock_step=true: engines wait for each other at every step, which only costs time here")
-    for note in group.run_on_all_ranks(lambda: engine.check_options(group.raise_if_peer_failed)):
-        logger.info(note)

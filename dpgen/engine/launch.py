@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpgen.config.schema import Config
+from dpgen.config.schema import Config, ParallelConfig
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
 from dpgen.data.hub import check_cache
 from dpgen.data.render import PromptRenderer, RenderFn
@@ -108,6 +108,18 @@ def prepare_engine(
     start = make_engine_factory(config, topology, group, world, log)
     spec, limits = build_engine_spec(config, topology, world), EngineLimits.from_config(config.run)
     return lambda: EngineSupervisor(start, spec, limits, can_restart=world is None)
+
+
+def check_engine_options(engine: EngineSupervisor, config: ParallelConfig, group: RankGroup) -> None:
+    """Check the engine's options before a model loads. Collective.
+
+    Raises:
+        ConfigError: vLLM rejects one.
+    """
+    if config.lock_step and not config.enable_expert_parallel:
+        logger.info("parallel.lock_step=true: engines wait for each other at every step, which only costs time here")
+    for note in group.run_on_all_ranks(lambda: engine.check_options(group.raise_if_peer_failed)):
+        logger.info(note)
 
 
 @dataclass(frozen=True)

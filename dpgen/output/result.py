@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dpgen.config.schema import OutputConfig
+from dpgen.config.schema import OutputConfig, RunConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.distributed.attempt import shares_run_dir
 from dpgen.distributed.group import RankGroup
@@ -16,7 +16,7 @@ from dpgen.errors import DpgenError
 from dpgen.formatting import format_count
 from dpgen.journal.format import parse_name
 from dpgen.journal.reader import list_segments
-from dpgen.journal.run_dir import RunDir
+from dpgen.journal.run_dir import RunDir, diff_identities
 from dpgen.journal.writer import JournalWriter
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_writer import write_dataset
@@ -24,6 +24,31 @@ from dpgen.output.gather import gather_segments
 from dpgen.records import RankManifest
 
 logger = logging.getLogger(__name__)
+
+
+def is_already_complete(
+    config: RunConfig, group: RankGroup, run_dir: RunDir, identity: Mapping[str, Any], resume: str
+) -> bool:
+    """Return True if rank 0's run directory holds this run's result, and nothing is to be retried. Collective.
+
+    Args:
+        resume: `run.resume`, as the job's restarts leave it.
+
+    Raises:
+        DpgenError: the result is there, and no row has succeeded.
+    """
+    is_same = not diff_identities(run_dir.read_metadata().get("identity"), identity)
+    wants_more = bool(config.retry_errors) or resume == "never"
+    is_complete: bool = group.all_gather_object(run_dir.is_finished and is_same and not wants_more)[0]
+    if is_complete:
+        logger.info(f"{run_dir.path} holds this run's finished result already, nothing to do")
+
+        def check() -> None:
+            if group.rank == 0 and not config.allow_all_errors:
+                raise_if_no_row_succeeded(run_dir.read_success(), run_dir)
+
+        group.run_on_all_ranks(check)
+    return is_complete
 
 
 def gather_results(
