@@ -393,5 +393,7 @@ def _watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: St
 
 def _check_output(config: Config, rows: InputRows) -> None:
     """Raise ConfigError if a file of the result can't hold what a kept column holds."""
-    for note in [] if rows.is_empty else check_output_format(rows, config.data.columns, config.output.format):
-        logger.warning(note)
+    if not rows.is_empty:
+        kept_columns = DatasetFormat.from_config(config).select_kept_columns(rows.columns)
+        for note in check_output_format(rows, kept_columns, config.output.format):
+            logger.warning(note)

@@ -82,6 +82,17 @@ class DatasetFormat:
             jsonl_encoding=jsonl_encoding,
         )
 
+    def select_kept_columns(self, input_columns: Sequence[str]) -> list[str]:
+        """Return the input's columns in the dataset.
+
+        A column `messages` that chats were made of is not among them: the result's, which has the model's turn as well,
+        takes its place.
+        """
+        kept = list(input_columns) if self.kept_columns is None else self.kept_columns
+        if self.messages is None or self.messages.messages_column != MESSAGES:
+            return kept
+        return [name for name in kept if name != MESSAGES]
+
     @property
     def is_parsing(self) -> bool:
         """Return True if texts are parsed, so that a row may tell why its text could not be."""

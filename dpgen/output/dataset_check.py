@@ -164,8 +164,10 @@ class DatasetCheck:
         return ConversationReader(self._rows, self._format.messages).read(row_ids)
 
     def _compare_input(self, rows: InputRows, row_ids: np.ndarray, batch: dict[str, list[Any]]) -> None:
-        kept_columns = rows.columns if self._format.kept_columns is None else self._format.kept_columns
-        table = rows.dataset.select_columns(list(kept_columns)).with_format("arrow")[row_ids.tolist()]
+        kept_columns = self._format.select_kept_columns(rows.columns)
+        if not kept_columns:  # `datasets` takes a table without columns for one without rows
+            return
+        table = rows.dataset.select_columns(kept_columns).with_format("arrow")[row_ids.tolist()]
         if self._format.file_format == "jsonl":
             expected = to_json_columns(table, self._format.jsonl_encoding)
         else:

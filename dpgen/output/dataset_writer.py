@@ -38,15 +38,14 @@ def check_output_columns(input_columns: list[str], dataset_format: DatasetFormat
         ConfigError: the input lacks a column, or a column has the name of a result column.
     """
     added = {column.name for column in dataset_format.result_columns}
-    kept_columns = dataset_format.kept_columns
-    for name in input_columns if kept_columns is None else kept_columns:
+    for name in dataset_format.select_kept_columns(input_columns):
         if name in added:
             others = [column for column in input_columns if column not in added]
             raise ConfigError(
                 f"data.columns: the input's column {name!r} has the name of a result column. Keep only others: "
                 f"data.columns=[{','.join(others)}]"
             )
-    for name in kept_columns or ():
+    for name in dataset_format.kept_columns or ():
         if name not in input_columns:
             raise ConfigError(
                 f"data.columns: there is no column {name!r}{suggest_name(name, input_columns, 'columns')}"
@@ -116,7 +115,7 @@ def write_dataset_files(
     Args:
         read_results: returns the results of rows, given as int64[num_rows], in batches and in this order.
     """
-    stats, kept_columns = ResultStats(), dataset_format.kept_columns
+    stats, kept_columns = ResultStats(), dataset_format.select_kept_columns(rows.columns)
     conversations = None if dataset_format.messages is None else ConversationReader(rows, dataset_format.messages)
     schema = rows.build_output_schema(build_result_schema(dataset_format), kept_columns)
     if len(rows):
@@ -133,11 +132,11 @@ def write_dataset_files(
     return stats
 
 
-def _iter_input_batches(rows: InputRows, kept_columns: list[str] | None) -> Iterator[tuple[int, pa.Table]]:
+def _iter_input_batches(rows: InputRows, kept_columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
     """Yield (index of the first row, table) in input order."""
     start = 0
     # A table without columns has no rows either, so one column is read even if none is kept.
-    for table in rows.iter_tables(BATCH_ROWS, rows.columns[:1] if kept_columns == [] else kept_columns):
+    for table in rows.iter_tables(BATCH_ROWS, kept_columns or rows.columns[:1]):
         yield start, table
         start += table.num_rows
 

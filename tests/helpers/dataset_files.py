@@ -73,13 +73,15 @@ def make_run(
 
     Args:
         table: the input, or the configuration of one that is there already.
-        sections: `sampling`, and the keys of `output`.
+        sections: `sampling`, keys of `data`, and the keys of `output`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(table, DataConfig):
         data = table
     else:
-        data = DataConfig(path=str(folder / "rows.parquet"), prompt_column=table.column_names[0])
+        data = DataConfig(
+            path=str(folder / "rows.parquet"), prompt_column=table.column_names[0], **sections.pop("data", {})
+        )
         pq.write_table(table, folder / "rows.parquet")
     config = Config(
         run=RunConfig(dir=str(folder / "run"), engine="fake"),

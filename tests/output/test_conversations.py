@@ -39,12 +39,14 @@ def drop_nulls(messages: Any) -> Any:
     return None if messages is None else [{k: v for k, v in one.items() if v is not None} for one in messages]
 
 
-@pytest.fixture(params=["parquet", "jsonl"])
+# In the second case the result's column takes the place of the input's.
+@pytest.fixture(params=[("parquet", "chat"), ("jsonl", "messages")])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"chat": chat}) + "\n" for chat in MESSAGES))
-    data = DataConfig(path=str(tmp_path / "rows.jsonl"), messages_column="chat", system_prompt="be brief")
+    file_format, column = request.param
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({column: chat}) + "\n" for chat in MESSAGES))
+    data = DataConfig(path=str(tmp_path / "rows.jsonl"), messages_column=column, system_prompt="be brief")
     keys = {"reasoning": "split", "tool_parser": "hermes", "explode": True, "messages": True}
-    return make_run(tmp_path, data, RESULTS, request.param, sampling={"n": 2}, **keys).path
+    return make_run(tmp_path, data, RESULTS, file_format, sampling={"n": 2}, **keys).path
 
 
 def test_the_conversation_ends_with_the_turn_of_the_model(run: Path, tmp_path: Path) -> None:

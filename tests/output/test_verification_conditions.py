@@ -461,6 +461,12 @@ def test_the_hash_is_not_compared_where_the_dataset_is_incomplete(run: Path) -> 
     assert report.notes[-1].startswith("_SUCCESS: only num_rows was checked")
 
 
+def test_a_run_that_keeps_no_column_of_its_input_is_sound(tmp_path: Path) -> None:
+    run = make_run(tmp_path, TABLE, [make_result(row) for row in range(ROWS)], data={"columns": []}).path
+    report = check(run, check_input=True)
+    assert (report.verdict, report.problems, report.input) == ("sound", [], "same")
+
+
 @pytest.mark.parametrize(
     ("identity", "expected"),
     [
