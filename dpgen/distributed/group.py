@@ -35,7 +35,8 @@ T = TypeVar("T")
 Milestone = Literal["gathered", "complete"]  # rank 0 has all rows; it has written the result
 
 _POLL_S = 0.02
-_MAX_POLL_S = 1.0  # once a node's leader takes long: a thousand ranks ask the one store
+_MAX_POLL_S = 1.0  # up to a thousand ranks ...
+_MAX_POLL_PER_RANK_S = 0.001  # ... and with more of them, their one store gets about a thousand questions a second
 
 
 class PeerLost(PeerFailed):
@@ -67,6 +68,21 @@ class HostLimitReached(DpgenError):
             f"rank {rank} on {socket.gethostname()} can't connect to the other ranks: {cause} (open files: limit "
             f"{soft:,}, hard limit {hard:,}). Raise the hard limit (ulimit -Hn), and rerun the same command to resume"
         )
+
+
+class StorePoll:
+    """Sleep between two questions to the store: the longer a rank waits, and the more ranks wait, the longer.
+
+    Args:
+        num_ranks: how many ranks may wait for the same.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self._sleep_s, self._max_s = _POLL_S, max(_MAX_POLL_S, num_ranks * _MAX_POLL_PER_RANK_S)
+
+    def sleep(self) -> None:
+        time.sleep(self._sleep_s)
+        self._sleep_s = min(1.5 * self._sleep_s, self._max_s)
 
 
 class PendingReduce(Protocol):
@@ -238,12 +254,11 @@ class RankGroup(ABC):
         """
         key = f"dpgen/node_ready/{self._take_sequence_number()}/{self.nodes[self.rank]}"
         if not self.is_node_leader:
-            poll_s, log = _POLL_S, self.make_node_leader_log("to go first")
+            poll, log = StorePoll(self.size), self.make_node_leader_log("to go first")
             while self.checked_store.add(key, 0) == 0:
                 self.raise_if_peer_failed()
                 log()
-                time.sleep(poll_s)
-                poll_s = min(2 * poll_s, _MAX_POLL_S)
+                poll.sleep()
         try:
             yield
         finally:

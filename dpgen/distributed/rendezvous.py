@@ -5,6 +5,7 @@
   other nodes waiting first (torch 2.13, elastic/agent/server/api.py, `_invoke_run`).
 - So every rank publishes a random token, rank 0 replies to the token with the round number, and the rank confirms.
 - Tokens left over from an earlier round are never confirmed.
+- Ranks append to one value of the store, so rank 0 reads what all of them say by one request, not by one for each.
 - Rank 0 ends the round for all ranks: when all have confirmed, when the time is up, or when a rank leaves
   (`Departure`). Rank 0 then keeps the store for a moment, so that the others learn why.
 
@@ -22,17 +23,20 @@ import uuid
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from dpgen.distributed.group import StorePoll
 from dpgen.errors import EXIT_RESUMABLE, ConfigError, JoinFailed, PeerFailed
 from dpgen.log import PeriodicLog, log_while_waiting
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
-_MAX_POLL_S = 1.0
 _MAX_LISTED_RANKS = 10
 _EXTRA_S = 60.0  # how much longer than rank 0's own limit the others wait for its word
 _TELL_S = 5.0  # how long rank 0 keeps the store of a round that failed
+_ANNOUNCE_S = 1.0
 _LEAVE_S = 2.0  # how long a rank that leaves tries to say so
+_ARRIVED = "dpgen/arrived"  # store key: which ranks have arrived, with their tokens
+_CONFIRMED = "dpgen/confirm"  # store key: below it, which ranks have seen the number of a round
 
 
 def read_join_timeout(environ: Mapping[str, str]) -> float:
@@ -70,7 +74,7 @@ class Departure:
                 open_store().set(f"dpgen/leaving/{round_id}", message)
                 return
             open_store().set(f"dpgen/joined/{round_id}", message)
-            time.sleep(_MAX_POLL_S)  # the store may end with this process: the others ask that often
+            time.sleep(_ANNOUNCE_S)  # the store may end with this process: up to a thousand ranks ask that often
 
         self._announce = announce
 
@@ -107,16 +111,16 @@ def join_rendezvous(
         on_round(round_id := int(store.add("dpgen/rounds", 1)))
         _lead(store, round_id, size, timeout_s, given)
     else:
-        on_round(round_id := _follow(store, rank, timeout_s, given))
-        _wait_for_all(store, round_id, timeout_s)
+        on_round(round_id := _follow(store, rank, size, timeout_s, given))
+        _wait_for_all(store, round_id, size, timeout_s)
     return round_id
 
 
-def _follow(store: Any, rank: int, timeout_s: float, given: str) -> int:
+def _follow(store: Any, rank: int, size: int, timeout_s: float, given: str) -> int:
     """Return the number of the round, once rank 0 has given it."""
     token = uuid.uuid4().hex
-    store.set(f"dpgen/arrived/{rank}", token)
-    deadline_s, poll_s = time.monotonic() + timeout_s, _POLL_S
+    store.append(_ARRIVED, f"{rank} {token}\n")
+    deadline_s, poll = time.monotonic() + timeout_s, StorePoll(size)
     # Rank 0 answers each rank at once, so one that waits here waits for rank 0 alone.
     with log_while_waiting(logger, lambda: f"waiting for rank 0 to start: it has not answered rank {rank}{given}"):
         while not store.check([f"dpgen/ack/{token}"]):
@@ -124,23 +128,21 @@ def _follow(store: Any, rank: int, timeout_s: float, given: str) -> int:
                 raise JoinFailed(
                     f"rank 0 did not answer rank {rank} within {timeout_s:,g} s. Check that it was started{given}"
                 )
-            time.sleep(poll_s)
-            poll_s = min(_MAX_POLL_S, 1.5 * poll_s)  # the longer it takes, the less it is asked for
+            poll.sleep()
     round_id = int(store.get(f"dpgen/ack/{token}"))
-    store.set(f"dpgen/confirm/{round_id}/{token}", "1")
+    store.append(f"{_CONFIRMED}/{round_id}", f"{rank} {token}\n")
     return round_id
 
 
-def _wait_for_all(store: Any, round_id: int, timeout_s: float) -> None:
+def _wait_for_all(store: Any, round_id: int, size: int, timeout_s: float) -> None:
     """Return once rank 0 says that all ranks have arrived; it also logs which are missing."""
-    key, deadline_s, poll_s = f"dpgen/joined/{round_id}", time.monotonic() + timeout_s + _EXTRA_S, _POLL_S
+    key, deadline_s, poll = f"dpgen/joined/{round_id}", time.monotonic() + timeout_s + _EXTRA_S, StorePoll(size)
     while not store.check([key]):
         if time.monotonic() > deadline_s:
             raise JoinFailed(
                 f"rank 0 has not answered for {timeout_s + _EXTRA_S:,.0f} s, while it waited for other ranks to start"
             )
-        time.sleep(poll_s)
-        poll_s = min(_MAX_POLL_S, 1.5 * poll_s)
+        poll.sleep()
     if problem := store.get(key).decode():
         store.add(f"dpgen/told/{round_id}", 1)
         raise PeerFailed(problem, EXIT_RESUMABLE)
@@ -165,6 +167,8 @@ def _answer_all(store: Any, round_id: int, size: int, timeout_s: float, given: s
     """Return why the ranks can't join, or "" once all have arrived; and how many ranks wait for that word."""
     deadline_s = time.monotonic() + timeout_s
     acknowledged: dict[int, str] = {}  # rank → the token that it was last replied to
+    confirmed: set[str] = set()
+    arrivals, confirmations = _Entries(store, _ARRIVED), _Entries(store, f"{_CONFIRMED}/{round_id}")
     pending_ranks = set(range(1, size))
     log_waiting = PeriodicLog(
         logger,
@@ -174,15 +178,13 @@ def _answer_all(store: Any, round_id: int, size: int, timeout_s: float, given: s
         ),
     )
     while pending_ranks:
-        for rank in sorted(pending_ranks):
-            if not store.check([f"dpgen/arrived/{rank}"]):
-                continue
-            token = store.get(f"dpgen/arrived/{rank}").decode()
-            if acknowledged.get(rank) != token:  # a token of an earlier round may have been here first
-                acknowledged[rank] = token
-                store.set(f"dpgen/ack/{token}", str(round_id))
-            elif store.check([f"dpgen/confirm/{round_id}/{token}"]):
-                pending_ranks.remove(rank)
+        # The last token of a rank: one of an earlier round may have been there first.
+        arrived = {rank: token for rank, token in arrivals.read_new() if rank in pending_ranks}
+        if arrived:
+            acknowledged |= arrived
+            store.set_many({f"dpgen/ack/{token}": str(round_id) for token in arrived.values()})
+        confirmed.update(token for _, token in confirmations.read_new())
+        pending_ranks = {rank for rank in pending_ranks if acknowledged.get(rank) not in confirmed}
         num_waiting = size - 1 - len(pending_ranks)
         if store.check([f"dpgen/leaving/{round_id}"]):
             return store.get(f"dpgen/leaving/{round_id}").decode(), num_waiting - 1
@@ -200,6 +202,21 @@ def _answer_all(store: Any, round_id: int, size: int, timeout_s: float, given: s
 def _try(action: Callable[[str], None], argument: str) -> None:
     with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever waited
         action(argument)
+
+
+class _Entries:
+    """Read what ranks append to a value of the store, each entry once: a rank's number and its token."""
+
+    def __init__(self, store: Any, key: str) -> None:
+        self._store, self._key, self._num_bytes = store, key, 0
+
+    def read_new(self) -> list[tuple[int, str]]:
+        if not self._store.check([self._key]):
+            return []
+        value: bytes = self._store.get(self._key)
+        lines = value[self._num_bytes :].decode().splitlines()
+        self._num_bytes = len(value)
+        return [(int(rank), token) for rank, _, token in (line.partition(" ") for line in lines)]
 
 
 def _format_ranks(ranks: Collection[int]) -> str:

@@ -34,6 +34,14 @@ class SharedStore:
     def check(self, keys: list[str]) -> bool:
         return all(key in self._values for key in keys)
 
+    def set_many(self, values: dict[str, str]) -> None:
+        for key, value in values.items():
+            self.set(key, value)
+
+    def append(self, key: str, value: str) -> None:
+        with self._changed:
+            self._values[key] = self._values.get(key, b"") + value.encode()
+
     def add(self, key: str, amount: int) -> int:
         with self._changed:
             self._values[key] = str(int(self._values.get(key, b"0")) + amount).encode()
@@ -55,14 +63,14 @@ def test_all_ranks_of_a_round_receive_the_same_new_number(order: list[int]) -> N
 
 def test_a_token_left_by_a_rank_that_never_joined_is_ignored() -> None:
     store = SharedStore()
-    store.set("dpgen/arrived/1", "token of a rank that was killed while it waited")
-    store.set("dpgen/arrived/5", "token of a rank of a larger world")
+    store.append("dpgen/arrived", "1 token of a rank that was killed while it waited\n")
+    store.append("dpgen/arrived", "5 token of a rank of a larger world\n")
     assert join_all(store, [0, 1, 2]) == {1}
 
 
 def test_the_error_names_the_ranks_that_did_not_start() -> None:
     store = SharedStore()
-    store.set("dpgen/arrived/2", "token of a rank that was killed")
+    store.append("dpgen/arrived", "2 token of a rank that was killed\n")
     with pytest.raises(JoinFailed, match=r"2 of 3 ranks did not start within 0.1 s \(.*missing: 1, 2\)"):
         join_rendezvous(store, 0, 3, timeout_s=0.1)
 
@@ -130,8 +138,11 @@ def test_rank_0_that_leaves_while_others_join_ends_them_at_once() -> None:
     store, departure = SharedStore(), Departure()
     with ThreadPoolExecutor(2) as pool:
         joining = [pool.submit(join_rendezvous, store, rank, 4, 60.0) for rank in (1, 2)]
-        for rank in (1, 2):
-            store.set(f"dpgen/ack/{store.get(f'dpgen/arrived/{rank}').decode()}", "1")
+        arrived: list[str] = []
+        while len(arrived) < 2:
+            arrived = store.get("dpgen/arrived").decode().splitlines() if store.check(["dpgen/arrived"]) else []
+        for line in arrived:
+            store.set(f"dpgen/ack/{line.partition(' ')[2]}", "1")
         departure.prepare(lambda: store, 0, 1)
         departure.announce("interrupted by SIGTERM")
         errors = [future.exception(30) for future in joining]
@@ -164,3 +175,34 @@ def test_a_rank_whose_rank_0_never_answers_gives_up_resumable() -> None:
     with pytest.raises(JoinFailed, match=r"rank 0 did not answer rank 1 within 0.1 s") as raised:
         join_rendezvous(SharedStore(), 1, 2, timeout_s=0.1)
     assert raised.value.exit_status == 75
+
+
+class PromptRanks(SharedStore):
+    """Ranks that have arrived, and confirm each reply immediately; rank 0's requests are counted."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.num_requests = 0
+        self._values["dpgen/arrived"] = b"".join(b"%d token-%d\n" % (rank, rank) for rank in range(1, size))
+
+    def check(self, keys: list[str]) -> bool:
+        self.num_requests += 1
+        return super().check(keys)
+
+    def get(self, key: str) -> bytes:
+        self.num_requests += 1
+        return super().get(key)
+
+    def set_many(self, values: dict[str, str]) -> None:
+        self.num_requests += 1
+        tokens = [key.rpartition("/")[2] for key in values]
+        self._values["dpgen/confirm/1"] = "".join(f"{token[6:]} {token}\n" for token in tokens).encode()
+
+    def set(self, key: str, value: str) -> None:
+        self.num_requests += 1
+
+
+def test_rank_0_asks_a_few_times_for_a_thousand_ranks() -> None:
+    store = PromptRanks(1000)
+    assert join_rendezvous(store, 0, 1000, 10.0) == 1
+    assert store.num_requests == 7, "two values are read; one request replies to all, one ends the round"

@@ -103,8 +103,8 @@ class Leases:
 
     def create_for(self, members: Iterable[int]) -> None:
         """Create the leases of these ranks: one that dies before it has created its own must be seen to expire."""
-        for member in members:
-            self._store.add(_lease_key(member), 0)
+        # A member that has renewed its lease by now has a lower counter then, which is as new as a higher one.
+        self._store.set_many(dict.fromkeys(map(_lease_key, members), "0"))
 
     def enter_phase(self, *, is_slow: bool = False) -> None:
         """Expect heartbeats from now on; see `RankGroup.enter_phase`."""

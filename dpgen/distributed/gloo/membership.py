@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dpgen.distributed.gloo.leases import Leases
+from dpgen.distributed.group import StorePoll
 
 _POLL_S = 0.05
 _SHRINK = "dpgen/shrink"  # store key: each shrink, the ranks that entered it, and its members
@@ -51,13 +52,14 @@ class Membership:
         self.num_shrinks += 1
         key = f"{_SHRINK}/{self.num_shrinks}"
         self._store.set(key, "1")
-        self._store.set(f"{key}/{self._rank}", "1")
+        self._store.append(f"{key}/entered", f"{self._rank} ")  # one value, which rank 0 reads by one request
         return self._publish_members(key) if self._rank == 0 else self._wait_for_members(key)
 
     def _publish_members(self, key: str) -> list[int]:
         """Wait on rank 0 for every rank that still renews its lease, and publish those that entered the shrink."""
         while True:
-            present = [member for member in self.members if self._store.check([f"{key}/{member}"])]
+            entered = set(map(int, self._store.get(f"{key}/entered").split()))
+            present = [member for member in self.members if member in entered]
             expired = self._leases.find_expired(self.members, self._broken_lease_s)
             if set(present) | set(expired) >= set(self.members):
                 break
@@ -67,8 +69,9 @@ class Membership:
         return present
 
     def _wait_for_members(self, key: str) -> list[int]:
+        poll = StorePoll(len(self.members))
         while not self._store.check([f"{key}/members"]):
             self._on_wait()
-            time.sleep(_POLL_S)
+            poll.sleep()
         members: list[int] = json.loads(self._store.get(f"{key}/members"))
         return members

@@ -42,6 +42,7 @@ from dpgen.distributed.group import (
     PendingReduce,
     RankGroup,
     StoreLost,
+    StorePoll,
 )
 from dpgen.distributed.network import (
     LOOPBACK,
@@ -63,7 +64,8 @@ if TYPE_CHECKING:
 _CONNECT_TIMEOUT_S = 30.0  # every rank has just arrived, or entered the shrink ...
 _CONNECT_TIMEOUT_PER_RANK_S = 0.05  # ... and connects to every other
 _AGENT_TIMEOUT_S = 30.0
-_PEER_CHECK_INTERVAL_S = 0.5
+_PEER_CHECK_INTERVAL_S = 0.5  # up to a thousand ranks ...
+_PEER_CHECK_INTERVAL_PER_RANK_S = 0.0005  # ... and with more of them, their one store is asked no more often
 _POLL_S = 0.05
 _SHORT_POLL_S = 0.001
 _MILESTONE = "dpgen/milestone"  # store key: below it, how far rank 0 has come
@@ -165,7 +167,7 @@ class GlooGroup(RankGroup):
         now = time.monotonic()
         if now < self._next_peer_check_s:
             return
-        self._next_peer_check_s = now + _PEER_CHECK_INTERVAL_S
+        self._next_peer_check_s = now + max(_PEER_CHECK_INTERVAL_S, self.size * _PEER_CHECK_INTERVAL_PER_RANK_S)
         with self.translate_errors():
             self._failures.raise_if_announced()
             if self._membership.is_shrinking():
@@ -199,7 +201,7 @@ class GlooGroup(RankGroup):
             with contextlib.suppress(RuntimeError):  # the store is gone: no rank waits for the word
                 self.store.set(key, "1")
             return
-        on_wait = self._wait_log.start()
+        on_wait, poll = self._wait_log.start(), StorePoll(self.size)
         with self.translate_errors():
             while not self.store.check([key]):
                 self._check_rank_0()
@@ -207,7 +209,7 @@ class GlooGroup(RankGroup):
                 if milestone == "gathered" and self._membership.is_shrinking():
                     raise PeerLost("lost another rank (reported by a peer)")
                 on_wait()
-                time.sleep(_POLL_S)
+                poll.sleep()
 
     @contextmanager
     def translate_errors(self) -> Iterator[None]:

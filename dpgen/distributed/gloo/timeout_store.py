@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,6 +37,14 @@ class TimeoutStore:
 
     def set(self, key: str, value: str) -> None:
         self._call(lambda: self._store.set(key, value))
+
+    def set_many(self, values: Mapping[str, str]) -> None:
+        """Set these keys in one request."""
+        self._call(lambda: self._store.multi_set(list(values), list(values.values())))
+
+    def append(self, key: str, value: str) -> None:
+        """Append to the value of a key, from an empty one."""
+        self._call(lambda: self._store.append(key, value))
 
     def get(self, key: str) -> bytes:
         """Return the value of a key, which must exist."""
