@@ -146,8 +146,12 @@ class RankGroup(ABC):
         """
 
     @abstractmethod
-    def gather_object(self, value: Any) -> list[Any] | None:
-        """Return every rank's value, as `all_gather_object` does, on rank 0; None on the others. Collective."""
+    def gather_object(self, value: Any, senders: Sequence[int] | None = None) -> list[Any] | None:
+        """Return every rank's value, as `all_gather_object` does, on rank 0; None on the others. Collective.
+
+        Args:
+            senders: the ranks that have a value, the same on all ranks; None for all. The others' are None.
+        """
 
     @abstractmethod
     def all_reduce_any(self, mask: np.ndarray) -> np.ndarray:
@@ -317,7 +321,7 @@ class SingleRankGroup(RankGroup):
     def all_gather_object(self, value: Any) -> list[Any]:
         return [decode(encode(value))]  # as among several ranks: tuples become lists, and other types are rejected
 
-    def gather_object(self, value: Any) -> list[Any] | None:
+    def gather_object(self, value: Any, senders: Sequence[int] | None = None) -> list[Any] | None:
         return self.all_gather_object(value)
 
     def all_reduce_any(self, mask: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Send journal segments to rank 0 by `gather_object`, in rounds that fit in rank 0's memory.
 
 - Segments travel as files, byte for byte, so that rank 0 reads gathered rows like any other journal.
+- Where fewer than half of the ranks have something to send, these alone take part in a round, with larger chunks.
 - A received segment gets its name only once all of it is on rank 0's disk.
 - The id in its header tells which segment it is. One that rank 0 has already is not kept twice. One whose name belongs
   to another segment gets a free name: no segment is overwritten, and none is dropped.
@@ -8,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ def gather_segments(group: RankGroup, journal_dir: Path, segments: list[Path], g
     Args:
         journal_dir: this rank's journal directory; rank 0's is the target.
         segments: this rank's segments to send; none if rank 0 has them already.
-        gather_bytes: bytes that rank 0 receives in one round at most, over all ranks. `gather_object` pads every
-            rank's object to the largest one, so each rank may send a `size`-th of the bytes.
+        gather_bytes: bytes that rank 0 receives in one round at most, over all ranks. Where most ranks send, these are
+            divided by all ranks, since `gather_object` pads every rank's object to the largest one.
 
     Returns:
         the number of rounds; 0 if no rank had anything to send.
@@ -40,39 +41,65 @@ def gather_segments(group: RankGroup, journal_dir: Path, segments: list[Path], g
         RowsLost: a segment is damaged.
     """
     group.run_on_all_ranks(lambda: _remove_unpublished(journal_dir) if group.rank == 0 else None)
-    chunks = _read_chunks(segments, max(1, gather_bytes // group.size))
+    chunks = group.run_on_all_ranks(lambda: _ChunkReader(segments))
     num_rounds = 0
-    while True:
-        chunk = group.run_on_all_ranks(lambda: next(chunks, None))
-        if not any(group.all_gather_object(chunk is not None)):
-            break
+    while senders := [rank for rank, sends in enumerate(group.all_gather_object(not chunks.is_finished)) if sends]:
         num_rounds += 1
-        received = group.gather_object(chunk)
+        few = senders if 2 * len(senders) < group.size else None
+        max_bytes = max(1, gather_bytes // len(few or group.nodes))
+        chunk = group.run_on_all_ranks(partial(chunks.read_next, max_bytes))
+        received = group.gather_object(chunk, few)
         group.run_on_all_ranks(partial(_write_received, journal_dir, received))
     if num_rounds:
         group.run_on_all_ranks(lambda: _publish_received(journal_dir) if group.rank == 0 else None)
     return num_rounds
 
 
-def _read_chunks(paths: list[Path], max_bytes: int) -> Iterator[_Chunk]:
-    """Yield the content of all paths in chunks of at most `max_bytes`.
+class _ChunkReader:
+    """Read the content of segments in chunks, one segment after the other.
 
     Raises:
         DpgenError: a segment can't be read.
-        RowsLost: a segment is damaged. This rank repairs the segment, and its lost rows count as missing from now on.
-            Rank 0 could repair only its own copy, and this node would send the damaged segment again and again.
     """
-    for path in paths:
-        if lost_rows := repair_segment(path):
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths, self._offset = [path for path in reversed(paths) if _read_size(path)], 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Return True once all has been read."""
+        return not self._paths
+
+    def read_next(self, max_bytes: int) -> _Chunk | None:
+        """Return the next chunk, of at most `max_bytes`; None once all has been read.
+
+        Raises:
+            RowsLost: a segment is damaged. This rank repairs the segment, and its lost rows count as missing from now
+                on. Rank 0 could repair only its own copy, and this node would send the damaged segment again and again.
+        """
+        if not self._paths:
+            return None
+        path, offset = self._paths[-1], self._offset
+        if offset == 0 and (lost_rows := repair_segment(path)):
             raise RowsLost(path, lost_rows)
         try:
             with path.open("rb") as file:
-                offset = 0
-                while data := file.read(max_bytes):
-                    yield path.name, offset, data
-                    offset += len(data)
+                file.seek(offset)
+                data = file.read(max_bytes)
         except OSError as error:
             raise make_read_error(path, error) from None
+        self._offset += len(data)
+        if not data or self._offset >= _read_size(path):
+            self._paths.pop()
+            self._offset = 0
+        return path.name, offset, data
+
+
+def _read_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise make_read_error(path, error) from None
 
 
 def _write_received(journal_dir: Path, received: list[_Chunk | None] | None) -> None:

@@ -12,6 +12,7 @@ from helpers.results import load_all_rows
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
 GATHER = "dpgen.output.result:gather_segments:before"
+SEND = "torch.distributed:send:after"  # rank 0 knows how many bytes to wait for
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,7 @@ GATHER = "dpgen.output.result:gather_segments:before"
         pytest.param("dpgen.scheduling.generation_loop:GenerationLoop._record:after", True, id="generating"),
         pytest.param(GATHER, True, id="gathering"),
         pytest.param(GATHER, False, id="gathering, with rows that nobody else has"),
+        pytest.param(SEND, False, id="sending rows that nobody else has"),
         pytest.param("dpgen.run:_Job.write:before", True, id="writing"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_two_senders_of_one_name_do_not_mix_their_bytes(tmp_path: Path) -> None:
     first, second = (write_segment(tmp_path / str(start), range(start, start + 40)) for start in (0, 40))
 
     class TwoSenders(SingleRankGroup):
-        def gather_object(self, value: Any) -> list[Any] | None:
+        def gather_object(self, value: Any, senders: Sequence[int] | None = None) -> list[Any] | None:
             name, offset, data = value
             return [None, value, (name, offset, second.read_bytes()[offset : offset + len(data)])]
 
@@ -86,6 +87,47 @@ def test_a_segment_is_gathered_in_rounds_of_as_many_bytes_as_rank_0_may_receive(
     assert gather_segments(SingleRankGroup(), home, [foreign], num_bytes - 1) == 2
     assert gather_segments(SingleRankGroup(), home, [], num_bytes) == 0
     assert read_all(home) == read_all(foreign.parent)
+
+
+class SomeSenders(SingleRankGroup):
+    """Rank 1 of eight ranks, of which some have something to send: so many chunks, where a chunk is a byte count.
+
+    Attributes:
+        rounds: the senders of each round, None for all ranks, and the bytes of this rank's chunk.
+    """
+
+    rank, size = 1, 8
+
+    def __init__(self, num_rounds_of_others: list[int]) -> None:
+        super().__init__()
+        self.nodes = [""] * self.size
+        self.num_rounds_of_others = num_rounds_of_others
+        self.rounds: list[tuple[list[int] | None, int]] = []
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        if not isinstance(value, bool):
+            return [value] * self.size
+        others = [num_rounds > len(self.rounds) for num_rounds in self.num_rounds_of_others]
+        return ([False, value, *others] + [False] * self.size)[: self.size]
+
+    def gather_object(self, value: Any, senders: Sequence[int] | None = None) -> list[Any] | None:
+        self.rounds.append((None if senders is None else list(senders), len(value[2]) if value else 0))
+        return None
+
+
+def test_a_round_is_divided_by_the_ranks_that_still_send_where_these_are_few(tmp_path: Path) -> None:
+    foreign = write_segment(tmp_path / "foreign", range(500))
+    num_bytes = foreign.stat().st_size
+    gather_bytes = num_bytes // 3
+    group = SomeSenders([1, 1, 1, 2])
+    num_rounds = gather_segments(group, foreign.parent, [foreign], gather_bytes)
+    sizes = [size for _, size in group.rounds]
+    assert group.rounds[0] == (None, gather_bytes // 8), "most ranks send, and gather_object pads all to the largest"
+    assert group.rounds[1] == ([1, 5], gather_bytes // 2)
+    assert {tuple(senders or ()) for senders, _ in group.rounds[2:]} == {(1,)}
+    assert max(sizes) == gather_bytes, "a last sender may use all of it"
+    assert sum(sizes) == num_bytes
+    assert num_rounds == len(group.rounds) == 5, "an eighth of the bytes each time would be 24 rounds"
 
 
 def test_a_segment_of_a_third_sender_gets_a_name_of_its_own(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from dpgen.distributed.gloo.torch_world import (
     add_prefix,
     connect_world,
     forget_world,
+    gather_values,
     open_store,
     summarize_error,
 )
@@ -136,16 +137,14 @@ class GlooGroup(RankGroup):
         pairs = zip(buffers, sizes, strict=True)
         return [decode(buffer[: int(size)].numpy().tobytes()) for buffer, size in pairs]
 
-    def gather_object(self, value: Any) -> list[Any] | None:
-        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+    def gather_object(self, value: Any, senders: Sequence[int] | None = None) -> list[Any] | None:
         # In a thread, since the call blocks even if a peer is lost.
-        gathered = self._gather_thread.submit(dist.gather_object, value, values, dst=0)
+        gathered = self._gather_thread.submit(gather_values, value, senders)
         with self.translate_errors():
             on_wait = self._wait_log.start()
             while True:
                 try:
-                    gathered.result(_POLL_S)
-                    return values
+                    return gathered.result(_POLL_S)
                 except TimeoutError:
                     self.raise_if_peer_failed()
                     on_wait()

@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
@@ -151,6 +151,40 @@ def connect_world(base: Any, store: Any, rank: int, size: int, timeout_s: float)
         _connections.update(_list_connections(base.port).items() - before.items())
     c10d._set_pg_timeout(_NO_TIMEOUT)  # from now on slow ranks are waited for
     base.set_timeout(_NO_TIMEOUT)
+
+
+def gather_values(value: Any, senders: Sequence[int] | None = None) -> list[Any] | None:
+    """Return the ranks' values on rank 0, with None for those that are no senders; None elsewhere. Collective; blocks.
+
+    torch's `gather_object` pads each rank's object to the largest one, so that a few large ones would take as much as
+    large ones of all ranks. Senders that are named send theirs directly, over the connections that all ranks have.
+
+    Args:
+        senders: see `RankGroup.gather_object`.
+
+    Raises:
+        RuntimeError: a connection was closed, for example by `forget_world`.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    values: list[Any] | None = [None] * size if rank == 0 else None
+    if senders is None:
+        dist.gather_object(value, values, dst=0)
+    elif values is not None:
+        for sender in senders:
+            values[sender] = _receive_object(sender) if sender else value
+    elif rank in senders:
+        data = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)
+        dist.send(torch.tensor([len(data)]), 0)
+        dist.send(data, 0)
+    return values
+
+
+def _receive_object(sender: int) -> Any:
+    num_bytes = torch.zeros(1, dtype=torch.int64)
+    dist.recv(num_bytes, sender)
+    data = torch.empty(int(num_bytes), dtype=torch.uint8)
+    dist.recv(data, sender)
+    return decode(data.numpy().tobytes())
 
 
 def forget_world() -> None:
