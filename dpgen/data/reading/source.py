@@ -11,6 +11,7 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 
 BATCH_BYTES = 16 << 20  # read at a time; a longer line is read whole
+_BUFFER_BYTES = 128 << 10  # more than is looked at before reading; a batch is read past the buffer, not through it
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}  # Arrow's names
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -41,7 +42,7 @@ def open_file(path: str) -> BinaryIO:
     if suffix == ".xz":
         return cast(BinaryIO, io.BufferedReader(lzma.open(path), BATCH_BYTES))
     if suffix not in _COMPRESSIONS:
-        return open(path, "rb", buffering=BATCH_BYTES)
+        return open(path, "rb", buffering=_BUFFER_BYTES)
     stream = pa.input_stream(path, compression=_COMPRESSIONS[suffix])
     return cast(BinaryIO, io.BufferedReader(stream, BATCH_BYTES))
 
@@ -49,12 +50,16 @@ def open_file(path: str) -> BinaryIO:
 def iter_line_batches(stream: BinaryIO) -> Iterator[bytes]:
     """Yield a file's lines, some 16 MB of them at a time, without a byte order mark."""
     is_first = True
-    while batch := stream.read(BATCH_BYTES):
-        if not batch.endswith(b"\n"):
-            batch += stream.readline()
+    while True:
+        batch = bytearray(BATCH_BYTES + _BUFFER_BYTES)  # room for the rest of a line, which then moves no batch
+        num_bytes = stream.readinto(memoryview(batch)[:BATCH_BYTES])  # type: ignore[attr-defined]
+        if not num_bytes:
+            return
+        rest = b"" if batch[num_bytes - 1] == ord("\n") else stream.readline()
+        batch[num_bytes:] = rest
         if is_first:
             batch, is_first = batch.removeprefix(b"\xef\xbb\xbf"), False
-        yield batch
+        yield batch  # type: ignore[misc]  # not copied to bytes only for its type: nobody changes or hashes it
 
 
 def check_encoding(file: str, head: bytes) -> None:

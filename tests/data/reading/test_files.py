@@ -15,6 +15,8 @@ from dpgen.config.schema import DataConfig
 from dpgen.data.input_rows import InputRows, load_input
 from dpgen.data.reading import cache
 from dpgen.data.reading.files import check_run_dir_apart
+from dpgen.data.reading.json_lines import _measure_lines
+from dpgen.data.reading.source import iter_line_batches, open_file
 from dpgen.errors import ConfigError
 
 
@@ -179,3 +181,23 @@ def test_files_of_several_kinds_are_named(tmp_path: Path) -> None:
     write(tmp_path, "a.csv", "b.jsonl")
     with pytest.raises(ConfigError, match=r"several kinds: csv, json \(.*a\.csv, .*b\.jsonl\)"):
         load(f"{tmp_path}/*")
+
+
+@pytest.mark.parametrize("length", [10, 5_000], ids=["short lines", "long lines"])
+@pytest.mark.parametrize("end", ["", "\n"], ids=["cut", "whole"])
+def test_every_line_is_read_whole_wherever_a_batch_of_bytes_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, end: str
+) -> None:
+    monkeypatch.setattr("dpgen.data.reading.source.BATCH_BYTES", 1_000)
+    lines = [json.dumps({"row": row, "text": "x" * (length + row % 7)}) for row in range(300)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\ufeff" + "\n".join(lines) + end)
+    with open_file(str(path)) as stream:
+        batches = [bytes(batch) for batch in iter_line_batches(stream)]
+    assert b"".join(batches).decode() == "\n".join(lines) + end
+    assert len(batches) > 5 and all(batch.endswith(b"\n") for batch in batches[:-1])
+    measured = [_measure_lines(batch) for batch in batches]
+    assert sum(num_lines for _, num_lines in measured) == 300
+    assert max(longest for longest, _ in measured) == max(map(len, lines)) + 1, "with its end"
+    assert _measure_lines(batches[0] + b"\n" + batches[1])[0] == 0, "a blank line is no object"
+    assert _measure_lines(b"[]\n" + batches[0])[0] == 0
