@@ -7,14 +7,11 @@ use the product's own functions on one real store (scale_ranks.py). Plans, a res
 synthetic rows and journals (scale_rows.py). A figure is
 
 counted   by the kernel or by Python's audit hooks, with as many ranks, rows or files as the line says
-measured  in seconds, which depend on this machine; of plans, the main thread's processor time
+measured  in seconds, which depend on this machine; where it says so, processor time, which other work changes little
 reckoned  from counted or measured figures, as the line says
 
 Prints a table, and one JSON line last; `--json` prints that line alone. Ends with status 1 if a budget is missed.
 `--counts-only` judges no seconds, for a machine that is busy with other work.
-
-Where a name server does not answer, each rank's connection to the store takes 5 s longer, since torch looks for the
-names of addresses.
 """
 
 from __future__ import annotations
@@ -111,17 +108,20 @@ def count_ranks(options: argparse.Namespace, work_dir: Path) -> Iterator[Figure]
     yield Figure(f"{title}: messages to it", group["messages"], "", "counted")
     yield Figure(f"{title}: rank 0's files, without gloo's", group["rank_0_files"], "", "counted")
     yield Figure(f"{title}: time, all on one machine", group["formation_s"], "s", "measured", 10)
-    yield Figure(f"{title}: rank 0's main thread runs for", group["formation_cpu_s"], "s", "measured")
+    yield Figure(f"{title}: rank 0's main thread, processor time", group["formation_cpu_s"], "s", "measured")
+    yield Figure(f"{title}: rank 0's process, its store included", group["formation_process_s"], "s", "measured")
     watched = _run("scale_ranks.py", "leases", options.watched, options.seconds)
     title = f"leases and totals of {watched['ranks']:,} stand-ins: rank 0's"
     busy = 100 * (watched["leases_fraction"] + watched["totals_fraction"])
-    yield Figure(f"{title} main thread is busy or waits for the store", busy, "%", "measured", 2)
-    yield Figure(f"{title} main thread runs, its loop included", 100 * watched["loop_cpu_fraction"], "%", "measured")
+    yield Figure(f"{title} main thread is busy, processor time", busy, "%", "measured", 2)
+    waits = 100 * watched["wait_fraction"]
+    yield Figure(f"{title} main thread, waits for the store and a core included", waits, "%", "measured")
+    yield Figure(f"{title} loop of 100 turns a second", 100 * watched["loop_cpu_fraction"], "%", "measured")
     yield Figure(f"{title} files, without gloo's", watched["rank_0_files"], "", "counted")
 
 
 def count_rows(options: argparse.Namespace, work_dir: Path) -> Iterator[Figure]:
-    """Yield the figures of plans, of a resumed shard, and of writing the result."""
+    """Yield the figures of plans and of a resumed shard, in processor time, and of writing the result."""
     plans = _run("scale_rows.py", "reshard", options.rows, work_dir / "plans")
     for kind in ("dataset", "longest_first", "measured", "prefix"):
         title, plan = f"{plans['rows']:,} rows over {plans['ranks']:,} ranks, {kind}", plans[kind]

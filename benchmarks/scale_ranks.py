@@ -9,7 +9,8 @@ its lease and exchanges an address by the product's own functions. Up to 128 sta
 machine holds thousands. Rank 0 has a process of its own.
 
 Traffic is the kernel's own count for each connection to the store (TCP_INFO), so nothing stands between a rank and the
-store. Prints one JSON line.
+store. No name server is asked: torch looks for the name of each address it connects to, and a thousand ranks of one
+machine are more than its server answers. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+
+os.environ.setdefault("RES_OPTIONS", "attempts:0")  # of the C library's resolver: see above
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or torch says so for each address
 
 import torch
 import torch.distributed as dist
@@ -109,19 +113,20 @@ def run_stand_ins(num_ranks: int, seconds: float) -> dict[str, Any]:
     """Let stand-ins form a group; then watch rank 0's main thread while it watches their leases and syncs totals.
 
     Returns:
-        seconds, bytes and messages of forming the group, rank 0's open files, and the fractions of `seconds` during
-        which rank 0's main thread waited for leases and totals, or ran for them.
+        seconds until the last one has joined, bytes and messages of forming the group, rank 0's processor time and open
+        files, and the fractions of `seconds` during which rank 0's main thread was busy with leases and totals.
     """
     port = _find_free_port()
     others = list(range(1, num_ranks))
     parts = [others[start : start + _STAND_INS_PER_PROCESS] for start in range(0, len(others), _STAND_INS_PER_PROCESS)]
     jobs: list[Callable[[], dict[str, Any]]] = [lambda: _lead_stand_ins(num_ranks, port, seconds)]
     jobs += [lambda part=part: _join_stand_ins(part, num_ranks, port) for part in parts]  # type: ignore[misc]
-    measured: dict[str, Any] = {"ranks": num_ranks, "bytes": 0, "messages": 0}
+    measured: dict[str, Any] = {"ranks": num_ranks, "bytes": 0, "messages": 0, "formation_s": 0.0}
     with _fork(jobs) as results:
         for result in results:
             for name in ("bytes", "messages"):
                 measured[name] += result.pop(name, 0)
+            measured["formation_s"] = max(measured["formation_s"], result.pop("formation_s"))
             measured |= result
     return measured
 
@@ -129,21 +134,24 @@ def run_stand_ins(num_ranks: int, seconds: float) -> dict[str, Any]:
 def _join_stand_ins(ranks: Sequence[int], num_ranks: int, port: int) -> dict[str, Any]:
     threading.stack_size(1 << 18)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    started_s = time.monotonic()
     with ThreadPoolExecutor(len(ranks)) as pool:
         groups = list(pool.map(lambda rank: StandInGroup(_make_topology(rank, num_ranks, port)), ranks))
     _KEPT.extend(groups)  # they renew their leases until the process ends
-    traffic = _read_store_traffic(port)
+    joined = {"formation_s": time.monotonic() - started_s, **_read_store_traffic(port)}
     groups[0].store.add(_JOINED, len(groups))
-    return traffic
+    return joined
 
 
 def _lead_stand_ins(num_ranks: int, port: int, seconds: float) -> dict[str, Any]:
-    started_s, cpu_s, num_files = time.monotonic(), time.thread_time(), _count_files()
+    started_s, num_files = time.monotonic(), _count_files()
+    cpu_s, process_s = time.thread_time(), time.process_time()
     group = StandInGroup(_make_topology(0, num_ranks, port))
     _KEPT.append(group)
     joined = {
         "formation_s": time.monotonic() - started_s,
         "formation_cpu_s": time.thread_time() - cpu_s,
+        "formation_process_s": time.process_time() - process_s,
         "rank_0_files": _count_files() - num_files,
     }
     if seconds == 0:
@@ -155,16 +163,23 @@ def _lead_stand_ins(num_ranks: int, port: int, seconds: float) -> dict[str, Any]
 
 
 def _watch_main_thread(group: GlooGroup, seconds: float) -> dict[str, Any]:
-    """Do what rank 0's loop does for leases and totals, and return the fractions of the time that this takes."""
+    """Do what rank 0's loop does for leases and totals, and return the fractions of the time that this takes.
+
+    Returns:
+        by "leases" and "totals", the processor time of the main thread and of the thread that asks the store for it;
+        "wait_fraction", the seconds of both, with all waits for the store and for a core.
+    """
+    store_clock = time.pthread_getcpuclockid(next(iter(group.store._thread._threads)).ident)
     values = Totals().as_list(0, group.size, 1000)
-    busy_s = dict.fromkeys(("leases", "totals"), 0.0)
+    busy_s = dict.fromkeys(("leases", "totals", "wait"), 0.0)
     started_s, cpu_s = time.monotonic(), time.thread_time()
 
     @contextmanager
     def busy(name: str) -> Iterator[None]:
-        begin_s = time.monotonic()
+        begin_s, begin_cpu_s = time.monotonic(), time.thread_time() + time.clock_gettime(store_clock)
         yield
-        busy_s[name] += time.monotonic() - begin_s
+        busy_s[name] += time.thread_time() + time.clock_gettime(store_clock) - begin_cpu_s
+        busy_s["wait"] += time.monotonic() - begin_s
 
     next_sync_s = started_s
     while (now := time.monotonic()) < started_s + seconds:
@@ -228,7 +243,7 @@ def _fork(jobs: Sequence[Callable[[], dict[str, Any]]]) -> Iterator[list[dict[st
         with os.fdopen(result[0]) as lines:
             yield [_check_result(json.loads(line)) for _, line in zip(jobs, lines, strict=False)]
     finally:
-        for child in children:
+        for child in children[::-1]:  # rank 0's last: the others would report that it is gone
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
