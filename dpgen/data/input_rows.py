@@ -28,7 +28,16 @@ from dpgen.config.schema import DataConfig
 from dpgen.data.input_source import InputSource
 from dpgen.data.reading.cache import compute_files_key, describe_error, read_files
 from dpgen.data.reading.dataset_folder import has_configurations, is_read_alike, load_files_with_rows
-from dpgen.data.reading.files import check_all_read, find_files, find_kind, list_other_files, looks_local
+from dpgen.data.reading.files import (
+    check_all_read,
+    check_names_read,
+    explain_no_data,
+    find_all_files,
+    find_kind,
+    list_other_files,
+    looks_local,
+    reject_hub_keys,
+)
 from dpgen.data.reading.source import UnreadableInput
 from dpgen.data.row_view import Shard, TableView, to_float
 from dpgen.errors import ConfigError
@@ -259,21 +268,19 @@ def _cut(config: DataConfig, dataset: datasets.Dataset, source: InputSource) -> 
 def _load(config: DataConfig) -> tuple[datasets.Dataset, InputSource]:
     import datasets
 
-    paths = [config.path] if isinstance(config.path, str) else list(config.path)
-    files = [file for path in paths for file in find_files(path)]
+    files = find_all_files(config.path)
     if files:
-        _reject_hub_keys(config, "name", "revision")
+        reject_hub_keys(config, "name", "revision")
         return _read_splits({"train": files}, config, lambda: _load_files_before(files, config.split or "train"))
-    if len(paths) > 1:
-        raise ConfigError("data.path may list files, not directories or Hub names")
-    path = str(Path(paths[0]).expanduser()) if looks_local(paths[0]) else paths[0]
+    path = config.path if isinstance(config.path, str) else config.path[0]
+    path = str(Path(path).expanduser()) if looks_local(path) else path
     if not os.path.isdir(path):
         loaded = datasets.load_dataset(path, config.name, split=config.split, revision=config.revision)
         return _select_split(loaded, config.split), InputSource()
-    _reject_hub_keys(config, "revision")
+    reject_hub_keys(config, "revision")
     if not _SAVED_DATASET & set(os.listdir(path)):
         return _load_folder(path, config)
-    _reject_hub_keys(config, "name")
+    reject_hub_keys(config, "name")
     files = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
     try:
         saved = _select_split(datasets.load_from_disk(path), config.split)
@@ -292,6 +299,8 @@ def _load_folder(path: str, config: DataConfig) -> tuple[datasets.Dataset, Input
 
     try:
         builder = datasets.load_dataset_builder(path, config.name)
+    except datasets.exceptions.DataFilesNotFoundError:
+        raise ConfigError(f"data.path={path}: {explain_no_data(path)}") from None
     except ValueError as error:
         if re.search("Config name is missing|BuilderConfig", str(error)) is None:
             raise
@@ -302,6 +311,7 @@ def _load_folder(path: str, config: DataConfig) -> tuple[datasets.Dataset, Input
     files = [file for names in splits.values() for file in names]
     if not has_configurations(path):
         check_all_read(path, files)
+        check_names_read(files)
     others = list_other_files(path, files)
     if config.split is None and len(splits) > 1:
         raise ConfigError(f"data.split is needed: there are {', '.join(sorted(splits))}")
@@ -369,17 +379,6 @@ def _get_cache() -> Path:
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE)
-
-
-def _reject_hub_keys(config: DataConfig, *names: str) -> None:
-    """Reject keys that have no meaning for an input on disk, rather than ignore what they ask for."""
-    mistakes = [
-        f"data.{name}={value} is for a dataset of the Hub; data.path={config.path} is read from disk"
-        for name in names
-        if (value := getattr(config, name)) is not None
-    ]
-    if mistakes:
-        raise ConfigError(*mistakes)
 
 
 def _select_split(loaded: Any, split: str | None) -> datasets.Dataset:

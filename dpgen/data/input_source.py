@@ -45,6 +45,7 @@ class InputSource:
         if self.description is not None:
             notes = [f"column {name}: {change}" for name, change in self.description.changed.items()]
             notes += [f"column {name} is left out: {reason}" for name, reason in self.description.unreadable.items()]
+            notes += self.description.notes
             if num_invalid := len(self.description.invalid):
                 notes.append(f"{format_count(num_invalid, 'row')} with text that is not valid Unicode")
             text += "".join(f"; {note}" for note in notes)

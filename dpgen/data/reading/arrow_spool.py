@@ -55,8 +55,9 @@ class ArrowSpool:
         """
         self._close_segment()
         schema = pa.schema([]) if self._schema is None else self._schema
-        for name, type in types.items():
-            schema = schema.set(schema.get_field_index(name), pa.field(name, type))
+        if types:  # all at once: a change of one field copies the schema
+            fields = [pa.field(field.name, types[field.name]) if field.name in types else field for field in schema]
+            schema = pa.schema(fields, metadata=schema.metadata)
         if len(self._segments) == 1 and self._segments[0][1].equals(schema, check_metadata=True):
             os.rename(self._segments[0][0], path)
             return schema
@@ -115,12 +116,13 @@ def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return a table with the columns and types of a schema; a column that it lacks is null."""
     if table.schema.equals(schema, check_metadata=True):
         return table
+    given = dict(zip(table.column_names, table.columns, strict=True))
     columns = []
     for field in schema:
-        if field.name not in table.column_names:
+        column = given.get(field.name)
+        if column is None:
             columns.append(pa.nulls(table.num_rows, field.type))
             continue
-        column = table[field.name]
         try:
             columns.append(column if column.type.equals(field.type) else convert_array(column, field.type))
         except (pa.ArrowInvalid, OverflowError):

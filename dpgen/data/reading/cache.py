@@ -23,7 +23,7 @@ from pathlib import Path
 from dpgen.data.reading.conversion import ARROW_FILE, PLACE_FILE, InputDescription, convert
 from dpgen.data.reading.source import UnreadableInput
 
-_VERSION = 1  # of what the readers make of a file
+_VERSION = 2  # of what the readers make of a file
 _DESCRIPTION_FILE = "description.json"
 _SMALL_BYTES = 1 << 20  # text up to this size is parsed by Python alone, which can't crash
 _HEAD_BYTES = 4096

@@ -5,14 +5,16 @@ A column that can't be read, or whose type differs between files, is left out an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 
 from dpgen.data.reading.invalid_text import InvalidValues, repair_column
-from dpgen.data.reading.source import BATCH_BYTES, UnreadableColumns, UnreadableInput
+from dpgen.data.reading.source import BATCH_BYTES, UnreadableColumns, UnreadableInput, find_disguise
 
 _MAX_ROWS = 1_000
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 class ColumnarReader:
@@ -25,11 +27,14 @@ class ColumnarReader:
 
     Attributes:
         invalid: values with text that is not UTF-8, by the row's number over all files.
+        notes: none.
     """
 
     def __init__(self, kind: str, report_place: Callable[[str], None], skipped: frozenset[str] = frozenset()) -> None:
         self._kind, self._report_place, self._skipped = kind, report_place, skipped
         self.invalid: InvalidValues = {}
+        self.notes: list[str] = []
+        self._changed: dict[str, str] = {}
         self._num_rows = 0
 
     def iter_tables(self, file: str) -> Iterator[pa.Table]:
@@ -39,35 +44,40 @@ class ColumnarReader:
             UnreadableInput: the file can't be read; names the file and the row group.
             UnreadableColumns: some columns can't be read.
         """
-        tables = self._iter_parquet(file) if self._kind == "parquet" else self._iter_arrow(file)
-        for table in tables:
-            table = self._normalize(file, table)
+        batches = self._iter_parquet(file) if self._kind == "parquet" else self._iter_arrow(file)
+        for batch in batches:
+            table = self._normalize(file, batch)
             self._num_rows += table.num_rows
             yield table
 
-    def _iter_parquet(self, file: str) -> Iterator[pa.Table]:
+    def describe_changes(self) -> dict[str, str]:
+        """Return what changes in which column, where other readers see values of another kind."""
+        return self._changed
+
+    def _iter_parquet(self, file: str) -> Iterator[pa.RecordBatch]:
         import pyarrow.parquet as pq
 
         try:
-            parquet = pq.ParquetFile(file)
-            names = [name for name in parquet.schema_arrow.names if name not in self._skipped]
+            # Where its writer has added checksums, they are compared.
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            schema = parquet.schema_arrow
         except (pa.ArrowException, OSError) as error:
             raise _make_file_error(file, error) from None
+        names = self._select_names(file, schema)
         with parquet:
             if not parquet.metadata.num_row_groups:
-                yield parquet.schema_arrow.empty_table().select(names)
+                yield pa.RecordBatch.from_arrays([pa.array([], schema.field(name).type) for name in names], names)
             for number in range(parquet.metadata.num_row_groups):
                 self._report_place(f"{file}, row group {number}")
                 group = parquet.metadata.row_group(number)
                 bytes_per_row = max(1, group.total_byte_size // max(1, group.num_rows))
                 num_rows = max(1, min(_MAX_ROWS, BATCH_BYTES // bytes_per_row))
                 try:
-                    for batch in parquet.iter_batches(num_rows, row_groups=[number], columns=names):
-                        yield pa.Table.from_batches([batch])
+                    yield from parquet.iter_batches(num_rows, row_groups=[number], columns=names)
                 except (pa.ArrowException, OSError) as error:
                     _raise_for_columns(parquet, file, number, names, error)
 
-    def _iter_arrow(self, file: str) -> Iterator[pa.Table]:
+    def _iter_arrow(self, file: str) -> Iterator[pa.RecordBatch]:
         with pa.memory_map(file) as source:
             try:
                 try:
@@ -79,26 +89,46 @@ class ColumnarReader:
                     if isinstance(reader, pa.RecordBatchStreamReader)
                     else map(reader.get_batch, range(reader.num_record_batches))
                 )
-                names = [name for name in reader.schema.names if name not in self._skipped]
-                yield reader.schema.empty_table().select(names)
+                names = self._select_names(file, reader.schema)
+                is_empty = True
                 for batch in batches:
-                    yield pa.Table.from_batches([batch]).select(names)
+                    is_empty = False
+                    yield batch.select(names)
+                if isinstance(reader, pa.RecordBatchStreamReader):
+                    _check_end(file)
             except (pa.ArrowException, OSError) as error:
                 raise _make_file_error(file, error) from None
+            if is_empty:
+                yield pa.RecordBatch.from_arrays(
+                    [pa.array([], reader.schema.field(name).type) for name in names], names
+                )
 
-    def _normalize(self, file: str, table: pa.Table) -> pa.Table:
+    def _select_names(self, file: str, schema: pa.Schema) -> list[str]:
+        """Return the names of the columns to read.
+
+        Raises:
+            UnreadableColumns: several columns have the same name.
+        """
+        names = [name for name in schema.names if name not in self._skipped]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise UnreadableColumns(dict.fromkeys(repeated, f"{file} has several columns of this name"))
+        return names
+
+    def _normalize(self, file: str, batch: pa.RecordBatch) -> pa.Table:
         """Return a table with types that `datasets` knows, and with text that is UTF-8."""
         columns, reasons = [], {}
-        for field in table.schema:
+        for field, array in zip(batch.schema, batch.columns, strict=True):
             try:
-                column = to_known_type(table[field.name])
+                column = to_known_type(pa.chunked_array([array]))
                 columns.append(self._validate(field.name, column))
-            except (pa.ArrowException, TypeError, ValueError, UnicodeDecodeError) as error:
+            except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
                 reasons[field.name] = f"{file}: {_first_line(error)}"
+            if (change := _describe_change(field.type)) is not None:
+                self._changed[field.name] = change
         if reasons:
             raise UnreadableColumns(reasons)
-        is_same = all(column.type.equals(field.type) for column, field in zip(columns, table.schema, strict=True))
-        return pa.table(columns, names=table.column_names, metadata=table.schema.metadata if is_same else None)
+        is_same = all(column.type.equals(field.type) for column, field in zip(columns, batch.schema, strict=True))
+        return pa.table(columns, names=batch.schema.names, metadata=batch.schema.metadata if is_same else None)
 
     def _validate(self, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
         try:
@@ -120,6 +150,11 @@ def to_known_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
     target = _find_known_type(column.type)
     if target.equals(column.type):
         return column
+    if isinstance(column.type, pa.BaseExtensionType):
+        storage = [chunk.storage for chunk in column.chunks]
+        column = pa.chunked_array(storage, column.type.storage_type)
+        if not pa.types.is_boolean(target):  # of `bool8`, whose storage is a number
+            return to_known_type(column)
     try:
         converted = column.cast(target)
         converted.validate()  # Arrow 26 gives list views with a null too few offsets
@@ -150,11 +185,23 @@ def _find_known_type(type: pa.DataType) -> pa.DataType:
         return pa.large_list(type.value_field.with_type(_find_known_type(type.value_type)))
     if is_type.is_list(type) or is_type.is_list_view(type):
         return pa.list_(type.value_field.with_type(_find_known_type(type.value_type)))
+    if isinstance(type, pa.Bool8Type):
+        return pa.bool_()
     if isinstance(type, pa.BaseExtensionType) and not isinstance(type, pa.JsonType):
         return _find_known_type(type.storage_type)
     if is_type.is_union(type) or is_type.is_interval(type):
         raise TypeError(f"the type {type} is not supported: cast the column to another one")
     return type
+
+
+def _describe_change(type: pa.DataType) -> str | None:
+    """Return how the values of a type look after `to_known_type`, where other readers see another kind of value."""
+    if pa.types.is_map(type):
+        return "a map is read as a list of {key, value}"
+    if isinstance(type, pa.BaseExtensionType) and not isinstance(type, pa.JsonType | pa.Bool8Type):
+        return f"{type.extension_name} is read as {_find_known_type(type.storage_type)}"
+    children = (type.field(index).type for index in range(type.num_fields))
+    return next(filter(None, map(_describe_change, children)), None)
 
 
 def _to_lists(value: object, type: pa.DataType) -> object:
@@ -187,12 +234,22 @@ def _raise_for_columns(parquet: object, file: str, number: int, names: list[str]
     raise UnreadableInput(f"{file}, row group {number}: {_first_line(error)}")
 
 
-def _make_file_error(file: str, error: Exception) -> UnreadableInput:
+def _check_end(file: str) -> None:
+    """Check that an Arrow stream has its end: without it, a reader takes what a cut left for all rows.
+
+    Raises:
+        UnreadableInput: it has none.
+    """
     with open(file, "rb") as stream:
-        is_pointer = stream.read(20).startswith(b"version https://git-")
-    if is_pointer:
-        return UnreadableInput(f"{file} is a pointer of Git LFS, not the data: run `git lfs pull`")
-    return UnreadableInput(f"{file}: {_first_line(error)}")
+        stream.seek(-len(_STREAM_END), os.SEEK_END)
+        if stream.read() != _STREAM_END:
+            raise UnreadableInput(
+                f"{file} lacks the end of an Arrow stream: it was cut short, or its writer not closed"
+            )
+
+
+def _make_file_error(file: str, error: Exception) -> UnreadableInput:
+    return UnreadableInput(f"{file}: {find_disguise(file) or _first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

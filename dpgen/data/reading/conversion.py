@@ -6,9 +6,12 @@ Runs in the rank's process, or as `python -m dpgen.data.reading.conversion` in a
 from __future__ import annotations
 
 import json
+import lzma
 import os
+import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,9 +22,11 @@ import pyarrow as pa
 from dpgen.data.reading.arrow_spool import ArrowSpool
 from dpgen.data.reading.columnar import ColumnarReader
 from dpgen.data.reading.csv_and_text import TextTableReader
+from dpgen.data.reading.files import list_names
 from dpgen.data.reading.json_lines import JsonReader
 from dpgen.data.reading.json_types import join_types, makes_decimals
-from dpgen.data.reading.source import UnreadableColumns, UnreadableInput, open_file
+from dpgen.data.reading.source import UnreadableColumns, UnreadableInput, find_disguise, open_file
+from dpgen.formatting import format_count
 from dpgen.lifecycle.parent_death import set_parent_death_signal
 
 ARROW_FILE = "rows.arrow"
@@ -38,12 +43,14 @@ class InputDescription:
         num_rows: of each file.
         changed: column → how its values differ from what the files say.
         unreadable: column → why it was left out.
+        notes: one sentence each about what is not as it should be.
         invalid: row → column → value as JSON text, where a text can't be encoded.
     """
 
     num_rows: list[int] = field(default_factory=list)
     changed: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     invalid: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -91,20 +98,48 @@ def _convert(
         reader = ColumnarReader(kind, report_place, frozenset(unreadable))
     join_json = _JoinJson()
     spool = ArrowSpool(folder, join_json if kind == "json" else _join_columns)
+    columns: dict[str, set[str]] = {}  # of each file with rows
     for file in files:
         report_place(file)
         num_before = spool.num_rows
         for table in _iter_tables(reader, kind, file):
             spool.add(table)
+            if table.num_rows:
+                columns.setdefault(file, set()).update(table.column_names)
         description.num_rows.append(spool.num_rows - num_before)
     types = reader.choose_types() if kind in _SEPARATORS else {}
-    spool.finish(folder / ARROW_FILE, types)
+    schema = spool.finish(folder / ARROW_FILE, types)
+    if unreadable and not schema.names:
+        raise UnreadableInput(f"no column can be read: {'; '.join(unreadable.values())}")
     if kind == "json":
         description.changed = dict.fromkeys([*reader.mixed_columns, *join_json.mixed_columns], _MIXED)
-    elif kind in _SEPARATORS:
-        description.changed = reader.describe_changes()
-    description.invalid = reader.invalid
+    else:
+        description.changed = _describe_lacking(columns) | reader.describe_changes()
+    description.notes, description.invalid = [*_describe_names(files), *reader.notes], reader.invalid
     return description
+
+
+def _describe_names(files: Sequence[str]) -> Iterator[str]:
+    """Yield what the files' names tell and their rows don't: files read twice, and values in folders' names."""
+    counts = Counter(map(os.path.realpath, files))
+    if repeated := [file for file, count in counts.items() if count > 1]:
+        yield f"read more than once: {list_names(repeated)}"
+    parts = [set(Path(file).parent.parts) for file in files]
+    values = set().union(*parts) - set(parts[0]).intersection(*parts)
+    if values := {part for part in values if re.fullmatch(r"[A-Za-z_]\w*=.*", part)}:
+        yield f"the names of folders are no columns: {list_names(sorted(values))}"
+
+
+def _describe_lacking(columns: dict[str, set[str]]) -> dict[str, str]:
+    """Return column → which files lack it, where others have it."""
+    lacking: dict[str, list[str]] = {}
+    for name in sorted(set().union(*columns.values())):
+        if files := [file for file, names in columns.items() if name not in names]:
+            lacking[name] = files
+    return {
+        name: f"null in {format_count(len(files), 'file')} without it ({list_names(files)})"
+        for name, files in lacking.items()
+    }
 
 
 def _iter_tables(reader: Any, kind: str, file: str) -> Iterator[pa.Table]:
@@ -114,9 +149,10 @@ def _iter_tables(reader: Any, kind: str, file: str) -> Iterator[pa.Table]:
             return
         with open_file(file) as stream:
             yield from reader.iter_tables(file, stream)
-    except (OSError, EOFError, pa.ArrowException, MemoryError) as error:
+    except (OSError, EOFError, lzma.LZMAError, pa.ArrowException, MemoryError) as error:
         lines = str(error).strip().splitlines()
-        raise UnreadableInput(f"{file}: {lines[0] if lines else type(error).__name__}") from None
+        reason = find_disguise(file) or (lines[0] if lines else type(error).__name__)
+        raise UnreadableInput(f"{file}: {reason}") from None
 
 
 class _JoinJson:
@@ -139,9 +175,15 @@ def _join_columns(name: str, one: pa.DataType, other: pa.DataType) -> pa.DataTyp
         joined = pa.unify_schemas(schemas, promote_options="permissive").field(name).type
     except (pa.ArrowTypeError, pa.ArrowInvalid):
         joined = None
-    if joined is None or makes_decimals(one, joined) or makes_decimals(other, joined):
+    is_binary = [type for type in (one, other) if _is_binary(type)]
+    if joined is None or len(is_binary) == 1 or makes_decimals(one, joined) or makes_decimals(other, joined):
         raise UnreadableColumns({name: f"it is {one} in one file and {other} in another"})
     return joined
+
+
+def _is_binary(type: pa.DataType) -> bool:
+    is_kind = pa.types
+    return bool(is_kind.is_binary(type) or is_kind.is_large_binary(type) or is_kind.is_fixed_size_binary(type))
 
 
 def main(run: Callable[..., InputDescription] = convert) -> int:

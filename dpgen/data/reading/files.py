@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from dpgen.config.schema import DataConfig
 from dpgen.errors import ConfigError
 from dpgen.formatting import format_count
 
@@ -19,6 +20,7 @@ _KINDS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".feather": "arrow",
     ".txt": "text",
 }
 _COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz", ".lz4"}
@@ -26,6 +28,22 @@ _COMPRESSED_KINDS = {"json", "csv", "tsv", "text"}
 # Files of a folder that are about the data; `datasets` ignores them, too.
 _DESCRIPTIONS = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 _MAX_LISTED = 5
+
+
+def find_all_files(path: str | Sequence[str]) -> list[str]:
+    """Return the files that `data.path` names; none if it is a directory or may be a Hub name.
+
+    Raises:
+        ConfigError: as `find_files`, or a list holds something else than files, or nothing.
+    """
+    paths = [path] if isinstance(path, str) else list(path)
+    if not paths:
+        raise ConfigError("data.path=[] names no file")
+    found = {part: find_files(part) for part in paths}
+    others = [part for part, files in found.items() if not files]
+    if others and len(paths) > 1:
+        raise ConfigError(f"data.path may list files, not directories or Hub names: {list_names(others)}")
+    return [file for part in paths for file in found[part]]
 
 
 def find_files(path: str) -> list[str]:
@@ -57,7 +75,8 @@ def find_files(path: str) -> list[str]:
             )
         return files
     if looks_local(path):
-        raise ConfigError(f"data.path: no such file or directory: {path}")
+        hint = ". Braces are no pattern: write a list of paths" if re.search(r"\{.*,.*\}", path) else ""
+        raise ConfigError(f"data.path: no such file or directory: {path}{hint}")
     return []
 
 
@@ -116,6 +135,34 @@ def check_all_read(folder: str, read: Iterable[str]) -> None:
         )
 
 
+def explain_no_data(folder: str) -> str:
+    """Return why `datasets` finds no data in a folder, and what to do."""
+    files = list_data_files(folder)
+    if not files:
+        return f"the directory holds no file of a known kind ({', '.join(_KINDS)})"
+    pattern = os.path.join(folder, "*" + os.path.splitext(files[0])[1])
+    return f"{list_names(files)} would not be read by their names. Name the files: data.path={pattern}, or a list"
+
+
+def check_names_read(files: Iterable[str]) -> None:
+    """Check that the files of a folder that are read have a data file's name, and that all are of one kind.
+
+    `datasets` also reads what has the suffix anywhere in its name, such as a backup: `a.jsonl.bak`.
+
+    Raises:
+        ConfigError: names the files that are none.
+    """
+    files = list(files)
+    others = [file for file in files if _get_data_suffix(file) not in _KINDS]
+    if others and len(others) < len(files):
+        raise ConfigError(
+            f"data.path would also read {list_names(others)}, which is no data file by its name. Move it elsewhere, or "
+            "name the files that you want"
+        )
+    if not others:
+        find_kind(files)
+
+
 def list_data_files(folder: str) -> list[str]:
     """Return all files below a folder that data may be read from, but hidden ones."""
     return [file for file in _walk(folder) if _get_data_suffix(file) in _KINDS]
@@ -129,11 +176,31 @@ def list_other_files(folder: str, read: Iterable[str]) -> tuple[str, ...]:
 
 
 def _walk(folder: str) -> Iterator[str]:
+    walked = set()  # a link may lead back
     for directory, subdirectories, names in os.walk(folder, followlinks=True):
+        if (identity := os.path.realpath(directory)) in walked:
+            subdirectories.clear()
+            continue
+        walked.add(identity)
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith((".", "__")))
         for name in sorted(names):
             if not name.startswith(".") and name not in _DESCRIPTIONS:
                 yield os.path.join(directory, name)
+
+
+def reject_hub_keys(config: DataConfig, *names: str) -> None:
+    """Reject keys that have no meaning for an input on disk, rather than ignore what they ask for.
+
+    Raises:
+        ConfigError: the configuration sets one of them.
+    """
+    mistakes = [
+        f"data.{name}={value} is for a dataset of the Hub; data.path={config.path} is read from disk"
+        for name in names
+        if (value := getattr(config, name)) is not None
+    ]
+    if mistakes:
+        raise ConfigError(*mistakes)
 
 
 def check_run_dir_apart(path: object, run_dir: Path) -> None:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -30,8 +31,10 @@ _LONG_LINE_BYTES = 1 << 10
 _EXACT_FLOAT = 1 << 53
 _MAX_ARROW_DEPTH = 20
 _MAX_MISSES = 3
+_MAX_ODDITIES = 10
 _LIST_ROWS = 1_000  # rows of a JSON list that become one table
 _SPACE = re.compile(r"\s*")
+_LARGE_NUMBER = re.compile(r"[0-9][eE]\+?[0-9]{3}|[0-9]{309}")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _INT_IN_LIST = re.compile(rb"[\[,]\s*-?\d+\s*[,\]]")
 
@@ -46,6 +49,7 @@ class JsonReader:
     Attributes:
         invalid: values with text that can't be encoded, by the row's number over all files.
         mixed_columns: columns in which whole numbers and decimals shared a place, and all became decimals.
+        notes: one sentence each about values that JSON's readers take differently.
     """
 
     def __init__(self, report_place: Callable[[str], None], uses_arrow: bool = True) -> None:
@@ -53,8 +57,17 @@ class JsonReader:
         self._num_misses = 0 if uses_arrow else _MAX_MISSES  # batches in a row that had to be parsed again
         self.invalid: InvalidValues = {}
         self.mixed_columns: dict[str, None] = {}
+        self._where = ""  # the place of what is parsed
+        self._oddities: dict[str, str] = {}  # what was odd → where it was first
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._make_object)
+        # Slower, so only for lines that may hold a number beyond a float64's range.
+        self._range_decoder = json.JSONDecoder(object_pairs_hook=self._make_object, parse_float=self._parse_float)
         self._num_rows = 0
         self._text_fields: dict[str, pa.DataType] = {}  # columns of texts that Arrow would take for dates
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"{oddity} (first: {where})" for oddity, where in self._oddities.items()]
 
     def iter_tables(self, file: str, stream: BinaryIO) -> Iterator[pa.Table]:
         """Yield the rows of a file, blank lines left out.
@@ -76,7 +89,7 @@ class JsonReader:
                 except UnreadableInput:
                     if first_line > 1 or not _is_cut(batch):
                         raise
-                    objects = _parse_spread_out(batch + stream.read())
+                    objects = self._parse_spread_out(file, batch + stream.read())
                     if objects is None:
                         raise
                     yield from self._iter_objects(objects, may_be_invalid=True)
@@ -102,7 +115,7 @@ class JsonReader:
             table.validate(full=True)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
             return None
-        if table.num_rows != num_lines or not table.num_columns:
+        if table.num_rows != num_lines or not table.num_columns or any("\0" in name for name in table.column_names):
             return None
         may_hold_whole = cache(lambda key: _may_hold_whole_number(key, batch))
         is_exact = all(
@@ -118,12 +131,12 @@ class JsonReader:
         rows: list[dict[str, Any]] = []
         for number, line in enumerate(batch.split(b"\n"), first_line):
             if line.strip():
-                rows.append(_parse_line(line, f"{file}, line {number:,}"))
+                rows.append(self._parse_line(line, f"{file}, line {number:,}"))
         return self._build_table(rows, _may_be_invalid(batch))
 
     def _iter_list(self, file: str, content: bytes) -> Iterator[pa.Table]:
         """Yield the rows of a file that is one list: of objects, or of strings, which get the column `text`."""
-        items, may_be_invalid = _load(content, file), _may_be_invalid(content)
+        items, may_be_invalid = self._load(content, file), _may_be_invalid(content)
         rows = [{"text": item} if isinstance(item, str) else item for item in items]
         for index, row in enumerate(rows):
             if not isinstance(row, dict):
@@ -143,6 +156,8 @@ class JsonReader:
                 self.invalid[self._num_rows + index] = invalid
         columns: dict[str, Any] = {}
         for name in dict.fromkeys(name for row in rows for name in row):
+            if "\0" in name:
+                raise UnreadableInput(f"the key {name!r} holds a zero character, which no column's name can: rename it")
             values = [row.get(name) for row in rows]
             inference = TypeInference()
             columns[name] = build_array(values, inference.infer(values))
@@ -151,6 +166,66 @@ class JsonReader:
         if rows and not columns:
             raise UnreadableInput("the input's objects are empty: there is no column")
         return pa.table(columns)
+
+    # ---- values
+
+    def _parse_line(self, line: bytes, where: str) -> dict[str, Any]:
+        value = self._load(line, where)
+        if not isinstance(value, dict):
+            raise UnreadableInput(f'{where} is {describe_type(value)}, not an object like {{"question": ...}}')
+        return value
+
+    def _load(self, content: bytes, where: str) -> Any:
+        text = content.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+        self._where = where
+        try:
+            return self._choose_decoder(text).decode(text)
+        except RecursionError:
+            raise UnreadableInput(f"{where} is nested too deep") from None
+        except ValueError as error:
+            raise UnreadableInput(f"{where} is not valid JSON: {_describe(error)}. Mend or remove it") from None
+
+    def _parse_spread_out(self, file: str, content: bytes) -> list[dict[str, Any]] | None:
+        """Return the objects of a file whose objects are spread over several lines; None if it holds anything else.
+
+        A single object of lists of the same length, or of objects with the same keys, is a table by columns, as pandas
+        writes it.
+        """
+        objects: list[Any] = []
+        position, self._where = 0, file
+        text = content.decode("utf-8", "surrogateescape").strip()
+        decoder = self._choose_decoder(text)
+        try:
+            while position < len(text):
+                value, end = decoder.raw_decode(text, position)
+                objects.append(value)
+                position = end + len(_SPACE.match(text, end)[0])  # type: ignore[index]
+        except (ValueError, RecursionError):
+            return None
+        if not all(isinstance(value, dict) for value in objects):
+            return None
+        return _turn_columns(objects[0]) if len(objects) == 1 else objects
+
+    def _choose_decoder(self, text: str) -> json.JSONDecoder:
+        return self._decoder if _LARGE_NUMBER.search(text) is None else self._range_decoder
+
+    def _make_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = next(name for name in value if names.count(name) > 1)
+            self._note(f"an object repeats the key {repeated!r}, whose last value counts")
+        return value
+
+    def _parse_float(self, text: str) -> float:
+        value = float(text)
+        if math.isinf(value):
+            self._note("a number beyond a float's range is read as an infinity")
+        return value
+
+    def _note(self, oddity: str) -> None:
+        if len(self._oddities) < _MAX_ODDITIES:
+            self._oddities.setdefault(oddity, self._where)
 
 
 def _starts_with_list(file: str, stream: BinaryIO) -> bool:
@@ -167,22 +242,6 @@ def _is_line_of_list(head: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return bool(rest.strip())
-
-
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
-    value = _load(line, where)
-    if not isinstance(value, dict):
-        raise UnreadableInput(f'{where} is {describe_type(value)}, not an object like {{"question": ...}}')
-    return value
-
-
-def _load(content: bytes, where: str) -> Any:
-    try:
-        return json.loads(content.decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
-    except RecursionError:
-        raise UnreadableInput(f"{where} is nested too deep") from None
-    except ValueError as error:
-        raise UnreadableInput(f"{where} is not valid JSON: {_describe(error)}. Mend or remove it") from None
 
 
 def _may_be_invalid(content: bytes) -> bool:
@@ -211,26 +270,6 @@ def _describe(error: ValueError) -> str:
         return str(error)
     place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno:,} column {error.colno}"
     return f"{error.msg} ({place})"
-
-
-def _parse_spread_out(content: bytes) -> list[dict[str, Any]] | None:
-    """Return the objects of a file whose objects are spread over several lines; None if it holds anything else.
-
-    A single object of lists of the same length, or of objects with the same keys, is a table by columns, as pandas
-    writes it.
-    """
-    decoder, objects, position = json.JSONDecoder(), [], 0
-    text = content.decode("utf-8", "surrogateescape").strip()
-    try:
-        while position < len(text):
-            value, end = decoder.raw_decode(text, position)
-            objects.append(value)
-            position = end + len(_SPACE.match(text, end)[0])  # type: ignore[index]
-    except (ValueError, RecursionError):
-        return None
-    if not all(isinstance(value, dict) for value in objects):
-        return None
-    return _turn_columns(objects[0]) if len(objects) == 1 else objects
 
 
 def _turn_columns(table: dict[str, Any]) -> list[dict[str, Any]]:
@@ -305,7 +344,7 @@ def _is_exact(array: pa.Array, key: str, may_hold_whole: Callable[[str], bool], 
             return False
         return not (values == np.floor(values)).any() or not may_hold_whole(key)
     if pa.types.is_struct(array.type):
-        if not array.type.num_fields:
+        if not array.type.num_fields or any("\0" in field.name for field in array.type):
             return False
         children = zip(array.type, array.flatten(), strict=True)
         return all(

@@ -68,8 +68,8 @@ class TypeInference:
 
     def _infer_struct(self, objects: Sequence[dict[str, Any]], depth: int) -> pa.DataType:
         keys = objects[0].keys()
-        if not keys or any(value.keys() != keys for value in objects):
-            return JSON
+        if not keys or any(value.keys() != keys for value in objects) or any("\0" in key for key in keys):
+            return JSON  # Arrow's files cut a name at a zero character
         return pa.struct([(key, self.infer([value[key] for value in objects], depth + 1)) for key in keys])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import lzma
 import os
+import re
 from collections.abc import Iterator
 from typing import BinaryIO, cast
 
@@ -14,6 +15,23 @@ BATCH_BYTES = 16 << 20  # read at a time; a longer line is read whole
 _BUFFER_BYTES = 128 << 10  # more than is looked at before reading; a batch is read past the buffer, not through it
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}  # Arrow's names
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# Which of a text's first four bytes are zero → its encoding, where no mark says it.
+_WIDE_ENCODINGS: dict[tuple[bool, ...], str] = {
+    (False, True, False, True): "UTF-16LE",
+    (True, False, True, False): "UTF-16BE",
+    (False, True, True, True): "UTF-32LE",
+    (True, True, True, False): "UTF-32BE",
+}
+# First bytes → what a file is then, whatever its name says.
+_SIGNATURES = {
+    b"\x1f\x8b": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"\xfd7zXZ\0": ".xz",
+    b"\x04\x22\x4d\x18": ".lz4",
+    b"PK\3\4": ".zip",
+    b"ARROW1\0\0": ".arrow",
+    b"PAR1\x15": ".parquet",
+} | {f"BZh{level}1AY&SY".encode(): ".bz2" for level in range(1, 10)}
 
 
 class UnreadableInput(Exception):
@@ -37,14 +55,33 @@ def open_file(path: str) -> BinaryIO:
 
     Raises:
         OSError: it can't be opened.
+        UnreadableInput: it is empty, though compressed.
     """
     suffix = os.path.splitext(path)[1].lower()
+    if suffix in (*_COMPRESSIONS, ".xz") and not os.path.getsize(path):
+        raise UnreadableInput(f"{path} has 0 bytes, and the smallest {suffix} file has more. Was it cut short?")
     if suffix == ".xz":
         return cast(BinaryIO, io.BufferedReader(lzma.open(path), BATCH_BYTES))
     if suffix not in _COMPRESSIONS:
         return open(path, "rb", buffering=_BUFFER_BYTES)
     stream = pa.input_stream(path, compression=_COMPRESSIONS[suffix])
     return cast(BinaryIO, io.BufferedReader(stream, BATCH_BYTES))
+
+
+def find_disguise(path: str) -> str | None:
+    """Return what a file is, where its first bytes show that it isn't what its suffix says; None if they don't."""
+    with open(path, "rb") as stream:
+        head = stream.read(64)
+    if head.startswith(_LFS_POINTER):
+        return "it is a pointer of Git LFS, not the data: run `git lfs pull`"
+    suffix = os.path.splitext(path)[1].lower()
+    actual = next((name for signature, name in _SIGNATURES.items() if head.startswith(signature)), None)
+    if actual not in (None, suffix):
+        advice = "unpack it" if actual == ".zip" else f"let its name end in {actual}"
+        return f"its content is that of a {actual} file: {advice}"
+    if suffix in (*_COMPRESSIONS, ".xz") and actual is None and re.match(rb"(?!BZh)[ -~\s]{2}", head):
+        return f"it is not compressed: let its name not end in {suffix}"
+    return None
 
 
 def iter_line_batches(stream: BinaryIO) -> Iterator[bytes]:
@@ -66,13 +103,13 @@ def check_encoding(file: str, head: bytes) -> None:
     """Check that a text file's first bytes look like UTF-8.
 
     Raises:
-        UnreadableInput: it is UTF-16 or UTF-32, or a pointer of Git LFS.
+        UnreadableInput: it is UTF-16 or UTF-32, or another kind of file.
     """
-    if head.startswith(_LFS_POINTER):
-        raise UnreadableInput(f"{file} is a pointer of Git LFS, not the data: run `git lfs pull`")
+    if (disguise := find_disguise(file)) is not None:
+        raise UnreadableInput(f"{file}: {disguise}")
     encodings = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
     encoding = next((name for mark, name in encodings.items() if head.startswith(mark)), None)
-    if encoding is None and b"\0" in head[:4]:
-        encoding = "UTF-16" if head[:4].count(b"\0") == 2 else "UTF-32"
+    if encoding is None:
+        encoding = _WIDE_ENCODINGS.get(tuple(byte == 0 for byte in head[:4]))
     if encoding is not None:
         raise UnreadableInput(f"{file}, line 1: {encoding}, not UTF-8. Convert it: iconv -f {encoding} -t UTF-8")

@@ -90,6 +90,43 @@ def test_a_glob_that_matches_what_is_no_file_is_refused(tmp_path: Path) -> None:
         load(f"{tmp_path}/**/*.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["a.JSONL"], r"a\.JSONL would not be read by their names\. Name the files: data\.path=.*/\*\.JSONL"),
+        (["a.jsonl", "b.jsonl.bak"], r"would also read .*b\.jsonl\.bak, which is no data file by its name"),
+        (["a.csv", "b.tsv"], "several kinds: csv, tsv"),
+    ],
+)
+def test_names_that_datasets_takes_otherwise_are_refused(tmp_path: Path, names: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(str(write(tmp_path, *names)))
+
+
+def test_a_folder_in_a_list_is_not_left_out(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", "deep/b.jsonl")
+    with pytest.raises(ConfigError, match=r"may list files, not directories or Hub names: .*/deep"):
+        load([str(tmp_path / "a.jsonl"), str(tmp_path / "deep")])
+    with pytest.raises(ConfigError, match=r"data\.path=\[\] names no file"):
+        load([])
+    with pytest.raises(ConfigError, match="Braces are no pattern: write a list of paths"):
+        load(str(tmp_path / "{a,b}.jsonl"))
+
+
+def test_what_only_the_names_of_files_tell_is_said(tmp_path: Path) -> None:
+    folder = write(tmp_path, "lang=de/a.jsonl", "lang=en/b.jsonl")
+    rows = load([f"{folder}/*/*.jsonl", f"{folder}/lang=de/a.jsonl"])
+    assert read(rows) == ["lang=de/a.jsonl", "lang=en/b.jsonl", "lang=de/a.jsonl"]
+    assert f"read more than once: {folder}/lang=de/a.jsonl" in rows.describe([])
+    assert "the names of folders are no columns: lang=de, lang=en" in rows.describe([])
+
+
+def test_a_link_back_to_its_folder_is_walked_once(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", "note")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert load(str(tmp_path)).describe([]) == "read 1 json file, 1 row, 1 column; not read: note"
+
+
 @pytest.mark.parametrize("path", ["{}", "{}/**/*.jsonl", ["{}/**"]])
 def test_a_run_directory_inside_the_input_is_refused(tmp_path: Path, path: Any) -> None:
     path = [part.format(tmp_path) for part in path] if isinstance(path, list) else path.format(tmp_path)

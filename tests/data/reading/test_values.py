@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def test_rows_of_json_lines_are_what_json_loads_returns(
         [{"mixed": "5"}, {"mixed": 5}, {"mixed": [5]}, {"mixed": True}, {"mixed": 0.1234567890123456789}],
         [{"empty": {}}, {"empty": {}}],
         [{"path": "a/b\\c\u2028"}, {"path": "\x00"}],
+        [{"named": {"\x00": 1, "a\x00b": [{"\x00": None}]}}, {"named": {"\x00": 2, "a\x00b": []}}],
     ],
 )
 def test_values_that_readers_like_to_change_are_kept(
@@ -187,6 +189,7 @@ def check_first_row_is_invalid(rows: InputRows, column: str) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        (b'{"a\\u0000": 1}\n', r"the key 'a\\x00' holds a zero character"),
         (b"null\n{}\n", "rows.jsonl, line 1 is null, not an object"),
         (b'{"a": 1}\n\n[1, 2]\n', "line 3 is a list, not an object"),
         (b'{"a": 1}\n{"a": "x\n{"a": 2}\n', r"line 2 is not valid JSON: Unterminated string starting at \(column 7\)"),
@@ -200,6 +203,23 @@ def test_a_file_that_is_no_json_lines_is_named_with_its_line(tmp_path: Path, con
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(ConfigError, match=words):
         load(tmp_path / "*.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "value", "note"),
+    [
+        ('{"a": 1, "a": 2}', {"a": 2}, "an object repeats the key 'a', whose last value counts"),
+        ('{"a": {"b": 1, "b": [2]}}', {"a": {"b": [2]}}, "an object repeats the key 'b', whose last value counts"),
+        ('{"a": 1e400}', {"a": float("inf")}, "a number beyond a float's range is read as an infinity"),
+    ],
+)
+def test_a_value_that_readers_take_differently_is_said(
+    tmp_path: Path, line: str, value: dict[str, Any], note: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": null}\n' + line + "\n")
+    rows = load(tmp_path / "rows.jsonl")
+    assert read(rows) == [{"a": None}, value]
+    assert f"; {note} (first: {tmp_path}/rows.jsonl, line 2)" in rows.describe([])
 
 
 def test_the_line_of_an_error_counts_all_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +242,31 @@ def test_compressed_files_need_no_package(tmp_path: Path, suffix: str) -> None:
         with pa.output_stream(str(path), compression=names[suffix]) as stream:
             stream.write(content)
     assert read(load(path)) == [{"question": "1 + 1 ="}] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "rows.jsonl",
+            gzip.compress(b'{"question": "a"}\n'),
+            r"its content is that of a \.gz file: let its name end in",
+        ),
+        ("rows.csv", b"PK\3\4" + bytes(30), r"its content is that of a \.zip file: unpack it"),
+        ("rows.jsonl.gz", b'{"question": "a"}\n', r"it is not compressed: let its name not end in \.gz"),
+        ("rows.jsonl.xz", b'{"question": "a"}\n', r"it is not compressed: let its name not end in \.xz"),
+        ("rows.jsonl.zst", gzip.compress(b"{}"), r"its content is that of a \.gz file"),
+        ("rows.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        ("rows.jsonl.gz", b"", "has 0 bytes, and the smallest .gz file has more"),
+        ("rows.csv.xz", b"", "has 0 bytes"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_refused(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        load(tmp_path / name)
 
 
 def test_types_that_other_readers_do_not_know_become_plain_ones(tmp_path: Path) -> None:

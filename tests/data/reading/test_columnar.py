@@ -1,0 +1,118 @@
+"""A column that can't be read costs that column; a type that other readers see in another way is said."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpgen.config.schema import DataConfig
+from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.reading import cache, conversion
+from dpgen.errors import ConfigError
+
+UNION = pa.UnionArray.from_sparse(pa.array([0, 1], pa.int8()), [pa.array([1, 2]), pa.array(["a", "b"])])
+TENSOR = pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(4, dtype=np.int32).reshape(2, 2))
+UUID = pa.array([b"0123456789abcdef", None], pa.uuid())
+BOOL8 = pa.ExtensionArray.from_storage(pa.bool8(), pa.array([1, 0], pa.int8()))
+RUNS = pa.compute.run_end_encode(pa.array(["a", "a"]))
+
+
+@pytest.fixture(autouse=True)
+def convert_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save the second that a process of its own takes; other tests let it crash."""
+    monkeypatch.setattr(cache, "_convert_apart", partial(conversion.convert, may_crash=True))
+
+
+def write(path: Path, table: pa.Table) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+def load(path: Path) -> InputRows:
+    return load_input(DataConfig(path=str(path), prompt_column="question"))
+
+
+def read(rows: InputRows) -> list[dict[str, Any]]:
+    return list(rows.iter_rows(np.arange(len(rows)), rows.columns))
+
+
+@pytest.mark.parametrize(
+    ("array", "values", "note"),
+    [
+        (TENSOR, [[0, 1], [2, 3]], "arrow.fixed_shape_tensor is read as fixed_size_list<item: int32>[2]"),
+        (UUID, [b"0123456789abcdef", None], "arrow.uuid is read as fixed_size_binary[16]"),
+        (BOOL8, [True, False], ""),
+        (pa.ListArray.from_arrays([0, 1, 2], BOOL8), [[True], [False]], ""),
+        (pa.ListArray.from_arrays([0, 1, 2], RUNS), [["a"], ["a"]], ""),
+        (pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int64())), [[{"key": "k", "value": 1}], None], "a map"),
+    ],
+)
+def test_rare_types_are_read_and_a_change_is_said(
+    tmp_path: Path, array: pa.Array, values: list[Any], note: str
+) -> None:
+    rows = load(write(tmp_path / "rows.arrow", pa.table({"question": ["a", "b"], "x": array})))
+    assert [row["x"] for row in read(rows)] == values
+    assert (f"column x: {note}" if note else "2 columns") in rows.describe([])
+    assert len(rows.fingerprint()["content"]) == 32
+
+
+@pytest.mark.parametrize("array", [UNION, pa.StructArray.from_arrays([UNION], ["x"])])
+def test_a_type_that_cannot_be_read_costs_only_its_column(tmp_path: Path, array: pa.Array) -> None:
+    rows = load(write(tmp_path / "rows.arrow", pa.table({"question": ["a", "b"], "x": array})))
+    assert [row["question"] for row in read(rows)] == ["a", "b"]
+    assert "column x is left out: " in rows.describe([])
+    assert "the type sparse_union<0: int64=0, 1: string=1> is not supported" in rows.describe([])
+    with pytest.raises(ConfigError, match=r"no column can be read: .* is not supported"):
+        load(write(tmp_path / "rows.arrow", pa.table({"x": array})))
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+def test_columns_of_the_same_name_cost_only_themselves(tmp_path: Path, name: str) -> None:
+    arrays = [pa.array(["a"]), pa.array([1]), pa.array([2])]
+    rows = load(write(tmp_path / name, pa.Table.from_arrays(arrays, ["question", "x", "x"])))
+    assert read(rows) == [{"question": "a"}]
+    assert f"column x is left out: {tmp_path}/{name} has several columns of this name" in rows.describe([])
+
+
+def test_text_and_bytes_are_not_joined(tmp_path: Path) -> None:
+    write(tmp_path / "1.parquet", pa.table({"question": ["a"], "x": [b"1"]}))
+    write(tmp_path / "2.parquet", pa.table({"question": ["b"], "x": ["2"]}))
+    assert list(load(tmp_path / "*.parquet").unreadable) == ["x"]
+
+
+@pytest.mark.parametrize("num_cut_batches", [0, 1, 2])
+def test_an_arrow_stream_without_its_end_is_refused(tmp_path: Path, num_cut_batches: int) -> None:
+    """Cut between two batches, it looks whole to Arrow."""
+    table, ends = pa.table({"question": ["a" * 100] * 30}), []
+    path = tmp_path / "rows.arrow"
+    with path.open("wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        for batch in table.to_batches(max_chunksize=10):
+            writer.write_batch(batch)
+            ends.append(file.tell())
+    assert len(load(path)) == 30
+    path.write_bytes(path.read_bytes()[: ends[-1 - num_cut_batches]])
+    with pytest.raises(ConfigError, match="lacks the end of an Arrow stream"):
+        load(path)
+
+
+def test_checksums_of_parquet_pages_are_compared(tmp_path: Path) -> None:
+    path, options = tmp_path / "rows.parquet", {"write_page_checksum": True, "compression": "none"}
+    pq.write_table(pa.table({"question": ["needle" * 9, "b"]}), path, use_dictionary=False, **options)
+    assert len(load(path)) == 2
+    path.write_bytes(path.read_bytes().replace(b"needle" * 9, b"needle" * 8 + b"noodle"))
+    with pytest.raises(ConfigError, match=r"rows\.parquet, row group 0: .*(CRC|checksum)"):
+        load(path)
+
+
+def test_a_feather_file_is_an_arrow_file(tmp_path: Path) -> None:
+    assert read(load(write(tmp_path / "rows.feather", pa.table({"question": ["a"]})))) == [{"question": "a"}]
