@@ -14,6 +14,7 @@ import numpy as np
 
 from dpgen.data.chat import Message
 from dpgen.data.input_rows import InputRows
+from dpgen.data.reading.python_values import to_python_values
 from dpgen.formatting import format_count
 from dpgen.journal.reader import BATCH_BYTES, BATCH_ROWS, JournalIndex, JournalReader
 from dpgen.output.columns import MESSAGES, DatasetFormat, Entry, build_result_arrays, list_entries
@@ -171,7 +172,7 @@ class DatasetCheck:
         if self._format.file_format == "jsonl":
             expected = to_json_columns(table, self._format.jsonl_encoding)
         else:
-            expected = table.to_pydict()
+            expected = {name: to_python_values(table[name]) for name in table.column_names}
         for name in kept_columns:
             self._compare(f"{name} differs from the input's", row_ids, expected[name], batch[name])
 
@@ -191,7 +192,7 @@ def _iter_batches(path: Path) -> Iterator[dict[str, list[Any]]]:
 
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(_compute_batch_rows(file.metadata)):
-                yield batch.to_pydict()
+                yield dict(zip(batch.schema.names, map(to_python_values, batch.columns), strict=True))
         return
     with path.open(encoding="utf-8") as lines:
         rows: list[dict[str, Any]] = []

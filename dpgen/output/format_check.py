@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpgen.data.input_rows import InputRows
+from dpgen.data.reading.python_values import get_item_type
 from dpgen.errors import ConfigError
 from dpgen.journal.reader import BATCH_ROWS
-from dpgen.output.json_lines import get_item_type
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,7 +55,7 @@ def check_output_format(rows: InputRows, kept_columns: Sequence[str] | None, fil
         other_format = "parquet"
     if not reasons:
         return [
-            f"output.format=jsonl: column {name!r}: {found[name]}, which `datasets`, jq and pandas read as a float. "
+            f"output.format=jsonl: column {name!r}: {found[name]}, which jq and pandas read as a float. "
             "output.format=parquet avoids it"
             for name in large_integers
         ]
@@ -87,7 +87,7 @@ def _find_write_error(table: pa.Table) -> str | None:
 
     try:
         pq.write_table(table, pa.BufferOutputStream())
-    except (pa.ArrowException, NotImplementedError, ValueError) as error:
+    except (pa.ArrowException, NotImplementedError, ValueError, OSError) as error:
         return str(error).strip().partition(". ")[0].rstrip(".")
     return None
 

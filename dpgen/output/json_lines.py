@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from dpgen.data.reading.python_values import get_item_type, replace_leaf_types, to_python_values
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -52,35 +54,19 @@ def format_json_line(row: dict[str, Any]) -> str:
 def build_card_schema(schema: pa.Schema) -> pa.Schema:
     """Return the types that `datasets` can read a schema's columns with, out of JSON lines.
 
-    Arrow casts text to a timestamp only with as many digits as the unit has, and to a time of day not at all.
+    Arrow casts text to a timestamp only with as many digits as the unit has, and to a time of day not at all. It reads
+    numbers beyond 63 bits as floats.
     """
     import pyarrow as pa
 
-    return pa.schema([field.with_type(_replace_leaf_types(field.type, _to_card_type)) for field in schema])
-
-
-def get_item_type(type: pa.DataType) -> pa.DataType | None:
-    """Return the type of a list's items, for any kind of list; None for other types, maps included."""
-    import pyarrow as pa
-
-    is_list = (
-        pa.types.is_list,
-        pa.types.is_large_list,
-        pa.types.is_fixed_size_list,
-        pa.types.is_list_view,
-        pa.types.is_large_list_view,
-    )
-    return type.value_type if any(is_kind(type) for is_kind in is_list) else None
+    return pa.schema([field.with_type(replace_leaf_types(field.type, _to_card_type)) for field in schema])
 
 
 def _to_json_values(column: pa.ChunkedArray, encoding: int) -> list[Any]:
     if encoding == 1:
         return [_to_encoding_1(value) for value in column.to_pylist()]
-    castable_type = _replace_leaf_types(column.type, _to_castable_type)
-    if castable_type != column.type:
-        column = column.cast(castable_type)
     convert = _make_converter(column.type)
-    values: list[Any] = column.to_pylist()
+    values = to_python_values(column)
     return values if convert is None else list(map(convert, values))
 
 
@@ -106,32 +92,13 @@ def _accept_null(convert: Converter) -> Converter:
     return lambda value: None if value is None else convert(value)
 
 
-def _replace_leaf_types(type: pa.DataType, replace: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
-    """Return a type whose leaves, inside lists and structs, are replaced."""
-    import pyarrow as pa
-
-    if pa.types.is_struct(type):
-        return pa.struct([field.with_type(_replace_leaf_types(field.type, replace)) for field in type])
-    if get_item_type(type) is None:
-        return replace(type)
-    item = type.value_field.with_type(_replace_leaf_types(type.value_type, replace))
-    if pa.types.is_fixed_size_list(type):
-        return pa.list_(item, type.list_size)
-    return pa.large_list(item) if pa.types.is_large_list(type) else pa.list_(item)
-
-
-def _to_castable_type(type: pa.DataType) -> pa.DataType:
-    """Return text in place of times in nanoseconds, which Python's `time` would cut off."""
-    import pyarrow as pa
-
-    return pa.string() if type == pa.time64("ns") else type
-
-
 def _to_card_type(type: pa.DataType) -> pa.DataType:
     import pyarrow as pa
 
     if pa.types.is_time(type):
         return pa.string()
+    if type == pa.uint64():
+        return pa.json_()  # which `datasets` decodes as Python does
     is_ms = pa.types.is_timestamp(type) and type.unit == "ms"
     return pa.timestamp("us", type.tz) if is_ms else type  # `str` writes microseconds
 

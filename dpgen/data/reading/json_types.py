@@ -14,6 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from dpgen.data.reading.python_values import to_python_values
+
 JSON = pa.json_()
 _MAX_DEPTH = 20  # Arrow's files allow 64 levels; nobody reads so many as columns
 _EXACT_FLOAT = 1 << 53  # each whole number up to this one is a float64
@@ -119,7 +121,8 @@ def build_array(values: Sequence[Any], target: pa.DataType) -> pa.Array:
 def to_python(array: pa.Array | pa.ChunkedArray) -> list[Any]:
     """Return an array's values, those that are stored as JSON text decoded."""
     decode = _make_walk(array.type, json.loads)
-    return array.to_pylist() if decode is None else list(map(decode, array.to_pylist()))
+    values = to_python_values(array)
+    return values if decode is None else list(map(decode, values))
 
 
 def convert_array(array: pa.Array | pa.ChunkedArray, target: pa.DataType) -> pa.Array | pa.ChunkedArray:
