@@ -21,7 +21,7 @@ from dpgen.config.environment import read_versions, select_result_variables
 from dpgen.config.schema import Config, DataConfig
 from dpgen.config.secrets import redact_secrets
 from dpgen.data.input_rows import InputRows, load_input
-from dpgen.data.model_files import hash_chat_template, identify_model
+from dpgen.data.model_identity import hash_chat_template, identify_model
 from dpgen.data.reading.files import check_run_dir_apart
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import ConfigError

@@ -26,7 +26,7 @@ from dpgen.distributed.topology import Topology
 from dpgen.engine.limits import EngineLimits
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineTextConfig
-from dpgen.engine.model_files import check_model_files, has_weights
+from dpgen.engine.model_damage import check_model_files, has_weights
 from dpgen.engine.parsing.completion_parser import CompletionParser, start_completion_parser
 from dpgen.engine.process import EngineProcess, build_engine_env
 from dpgen.engine.supervisor import EngineSupervisor

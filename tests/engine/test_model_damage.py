@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dpgen.engine.model_files import check_model_files, has_weights
+from dpgen.engine.model_damage import check_model_files, has_weights
 from dpgen.errors import ConfigError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 5312\n"
@@ -123,6 +123,17 @@ BROKEN: list[tuple[str, Callable[[Path], Any], str]] = [
     ),
     ("half a zip file", lambda folder: use_bin(folder, save_zip(folder)[:60]), "is cut short: it has a zip file's"),
     ("half a config.json", lambda folder: (folder / "config.json").write_text('{"a": '), "config.json is damaged"),
+    (
+        "half of the sampling's defaults, which vLLM would do without",
+        lambda folder: (folder / "generation_config.json").write_text('{"temperature": 0.'),
+        "generation_config.json is damaged",
+    ),
+    ("no adapter", lambda folder: (folder / "adapter_config.json").touch(), "adapter_config.json is damaged"),
+    (
+        "an empty chat template",
+        lambda folder: (folder / "chat_template.jinja").touch(),
+        "a chat template in .*/model is empty",
+    ),
     (
         "half an index",
         lambda folder: (use_shards(folder), os.truncate(folder / "model.safetensors.index.json", 20)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import Config, DataConfig, RunConfig
-from dpgen.data import model_files
-from dpgen.data.model_files import hash_chat_template, identify_model
+from dpgen.data import model_identity
+from dpgen.data.model_identity import hash_chat_template, identify_model
 from dpgen.journal.run_dir import FOUND_KEYS, compute_run_identity, diff_identities
 
 FILES = {"config.json": b"{}", "tokenizer.json": b"[]", "chat_template.jinja": b"{{ messages }}", "README.md": b"#"}
@@ -63,19 +64,34 @@ def test_files_that_no_model_is_made_of_do_not_count(model: Path) -> None:
 def test_a_tokenizer_elsewhere_and_other_files_that_options_name_count(model: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "tokenizer.json").write_text("[]")
-    engine = {"tokenizer": str(tmp_path / "other"), "some_adapter": str(tmp_path / "other")}
+    engine = {
+        "tokenizer": str(tmp_path / "other"),
+        "some_adapter": str(tmp_path / "other"),
+        "speculative_config": {"model": str(tmp_path / "other"), "method": "eagle", "cache": str(tmp_path / "other")},
+    }
     before = compute_identity(str(model), engine)
     (tmp_path / "other" / "tokenizer.json").write_text("[1]")
     differences = diff_identities(before, compute_identity(str(model), engine))
     assert [difference.partition(":")[0] for difference in differences] == [
         "tokenizer.json of engine.some_adapter",
+        "tokenizer.json of engine.speculative_config[model]",
         "tokenizer.json of engine.tokenizer",
     ]
 
 
+def test_an_option_may_name_a_folder_by_a_relative_path(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "drafts").mkdir()
+    shutil.copytree(model, tmp_path / "drafts" / "small")
+    monkeypatch.chdir(tmp_path)
+    engine = {"speculative_config": {"model": "drafts/small"}, "some_adapter": "drafts/small", "other": "no/path"}
+    assert identify_model(str(model), engine).keys() == {"model", "speculative_config[model]", "some_adapter"}
+
+
 def test_a_branch_that_moved_on_the_hub_is_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
     commits = iter(["1111", "2222"])
-    monkeypatch.setattr(model_files, "fetch_config_files", lambda *_: Path("/cache/snapshots", next(commits)))
+    monkeypatch.setattr(model_identity, "fetch_config_files", lambda *_: Path("/cache/snapshots", next(commits)))
     differences = diff_identities(compute_identity("user/model"), compute_identity("user/model"))
     assert differences == ['commit of model: "1111" → "2222"']
 

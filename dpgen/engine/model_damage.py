@@ -1,8 +1,8 @@
-"""Check a model's files before a model loads: that all are there, whole, and not Git LFS pointers; and its caches.
+"""Find damage in a model's files before it loads: missing or cut ones, and Git LFS pointers; and check its caches.
 
 - Follows vLLM 0.32 (`model_loader/default_loader.py`, `_prepare_weights`) in which files it would load. Where another
   `engine.load_format` chooses them, only the small files are checked.
-- Reads the headers of safetensors files, and no weights.
+- Reads the headers of safetensors files, and no weights. `dpgen.data.model_identity` tells which model they are.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dpgen.data.hub import (
     find_broken_file,
     is_lfs_pointer,
 )
+from dpgen.data.model_identity import read_safetensors_header
 from dpgen.data.tokenizer import looks_like_path
 from dpgen.errors import ConfigError
 
@@ -35,6 +36,11 @@ _PATTERNS = {
     "pt": ("*.pt",),
     "npcache": ("*.bin",),
 }
+# Read by vLLM and transformers, some of which take a broken one for a missing one, and go on with other values.
+_READ_FILES = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.json", "processor_config.json", "adapter_config.json"),
+)
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)")
 _MAX_HEADER_BYTES = 100 << 20  # of safetensors: the format's own limit
@@ -97,8 +103,13 @@ def _check_small_files(key: str, folder: Path) -> None:
     pointers = [path.name for pattern in _SMALL_FILES for path in folder.glob(pattern) if is_lfs_pointer(path)]
     if pointers:
         raise ConfigError(f"{key}: {describe_lfs_pointers(folder, sorted(pointers))}")
-    if broken := find_broken_file(folder, "config.json"):
-        raise ConfigError(f"{key}: {broken}")
+    for name in _READ_FILES:
+        if broken := find_broken_file(folder, name):
+            raise ConfigError(f"{key}: {broken}")
+    if any(path.stat().st_size == 0 for path in folder.glob("*.jinja")):
+        raise ConfigError(
+            f"{key}: a chat template in {folder} is empty. If a download was cut short, download it again"
+        )
 
 
 def _check_weights(key: str, folder: Path, load_format: str) -> None:
@@ -166,14 +177,12 @@ def _find_damage(path: Path) -> str | None:
     if num_bytes == 0:
         return "is empty"
     with path.open("rb") as file:
-        start = file.read(8)
         if path.suffix != ".safetensors":
-            is_cut = start.startswith(b"PK") and not zipfile.is_zipfile(path)
+            is_cut = file.read(2) == b"PK" and not zipfile.is_zipfile(path)
             return "is cut short: it has a zip file's beginning and no end" if is_cut else None
-        num_header_bytes = int.from_bytes(start, "little")
-        if len(start) < 8 or num_header_bytes > _MAX_HEADER_BYTES:
+        num_header_bytes, header_bytes = read_safetensors_header(file, _MAX_HEADER_BYTES)
+        if num_bytes < 8 or num_header_bytes > _MAX_HEADER_BYTES:
             return "is no safetensors file: it does not begin with the length of a header"
-        header_bytes = file.read(num_header_bytes)
     if len(header_bytes) < num_header_bytes:
         return f"is cut short: it has {num_bytes:,} bytes, and its header alone has {8 + num_header_bytes:,}"
     try:

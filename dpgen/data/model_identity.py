@@ -3,15 +3,17 @@
 - Configuration, tokenizer and code are hashed whole. Weights are known by size, date, header and samples of their
   bytes: hashing all of them would take longer than loading them.
 - A model of the Hub is known by its commit.
+- `dpgen.engine.model_damage` tells whether the files are whole.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.render import load_chat_template
@@ -26,6 +28,8 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 _MAX_HEADER_BYTES = 16 << 20
 # Engine options that name further folders, files or repositories; revision of which option they have.
 _PLACES = {"tokenizer": "tokenizer_revision", "hf_config_path": "revision", "generation_config": "revision"}
+# Keys inside of options that name a model: of a draft, for example.
+_MODEL_KEYS = {"model", "draft_model", "tokenizer", "hf_config_path", "local_path", "lora_path"}
 
 
 def identify_model(model: str, engine: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,10 +46,9 @@ def identify_model(model: str, engine: Mapping[str, Any]) -> dict[str, Any]:
         name = engine.get(option)
         if isinstance(name, str) and name not in (model, "auto", "vllm"):
             places[option] = (name, engine.get(revision) or engine.get("revision"))
-    # Any other option that names something on the disk: a draft model, adapters, quantization parameters.
     for option, value in engine.items():
-        if option not in places and isinstance(value, str) and value.startswith(("/", "~", ".")):
-            places[option] = (value, None)
+        if option not in places:
+            places |= {place: (path, None) for place, path in _iter_paths(option, value)}
     found = {option: _identify(*place) for option, place in places.items()}
     return {option: facts for option, facts in found.items() if facts}
 
@@ -60,6 +63,30 @@ def hash_chat_template(prompt: PromptConfig) -> str | None:
     if text is None or text == prompt.chat_template:
         return None
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def read_safetensors_header(file: BinaryIO, max_bytes: int) -> tuple[int, bytes]:
+    """Return the length that a safetensors file names for its header, and at most `max_bytes` of that header.
+
+    Fewer bytes than both mean that the file ends there. A file of fewer than 8 bytes names no length: 0.
+    """
+    start = file.read(8)
+    num_bytes = int.from_bytes(start, "little") if len(start) == 8 else 0
+    return num_bytes, file.read(min(num_bytes, max_bytes))
+
+
+def _iter_paths(place: str, value: Any, is_option: bool = True) -> Iterator[tuple[str, str]]:
+    """Yield (place, path) for what an option names on the disk: a draft model, adapters, quantization parameters."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _iter_paths(f"{place}[{key}]", item, key in _MODEL_KEYS)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _iter_paths(f"{place}[{index}]", item, False)
+    elif is_option and isinstance(value, str):
+        has_form = value.startswith(("/", "~", "."))
+        if has_form or ("/" in value and os.path.exists(value)):
+            yield place, value
 
 
 def _identify(name: str, revision: str | None) -> dict[str, str]:
@@ -95,10 +122,10 @@ def _describe_file(file: Path) -> str:
                 digest.update(part)
         return f"{status.st_size:,} bytes, hash {digest.hexdigest()}"
     with file.open("rb") as stream:
-        head = stream.read(8)
-        digest.update(head)
+        digest.update(stream.read(8))
         if file.suffix == ".safetensors":
-            digest.update(stream.read(min(int.from_bytes(head, "little"), _MAX_HEADER_BYTES)))
+            stream.seek(0)
+            digest.update(read_safetensors_header(stream, _MAX_HEADER_BYTES)[1])
         for number in range(_NUM_SAMPLES + 1):
             stream.seek(max(0, status.st_size - _SAMPLE_BYTES) * number // _NUM_SAMPLES)
             digest.update(stream.read(_SAMPLE_BYTES))
