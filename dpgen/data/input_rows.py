@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 _READ_BATCH_ROWS = 1_000
 _READ_BATCH_BYTES = 64 << 20
 _HASH_BATCH_ROWS = 10_000  # part of the definition of the first version's fingerprint
+_CACHE_PREFIXES = ("cache-", "tmp")  # of files that `datasets` adds to a saved dataset when it selects rows
 _SAVED_DATASET = {"state.json", "dataset_dict.json"}  # files that save_to_disk writes
 
 
@@ -281,12 +282,13 @@ def _load(config: DataConfig) -> tuple[datasets.Dataset, InputSource]:
     if not _SAVED_DATASET & set(os.listdir(path)):
         return _load_folder(path, config)
     reject_hub_keys(config, "name")
-    files = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
+    names = (file for file in Path(path).rglob("*") if not file.name.startswith(_CACHE_PREFIXES))
+    files = sorted(str(file) for file in names if file.is_file())
     try:
         saved = _select_split(datasets.load_from_disk(path), config.split)
     except IndexError:  # `datasets` raises it where a saved dataset has no rows
         saved = datasets.Dataset.from_dict({})
-    return saved, InputSource(num_files=len(files), key=compute_files_key(files))
+    return saved, InputSource(num_files=len(files), key=compute_files_key(files), mapped_files=tuple(files))
 
 
 def _load_folder(path: str, config: DataConfig) -> tuple[datasets.Dataset, InputSource]:

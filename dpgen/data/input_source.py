@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpgen.data.reading.cache import compute_files_key
 from dpgen.data.reading.conversion import InputDescription
 from dpgen.data.reading.files import list_names
 from dpgen.formatting import format_count
@@ -22,6 +23,7 @@ class InputSource:
         description: what the readers found; None where `datasets` read.
         base: int64[num_rows], or a range: each row's number in the files, before `data.select` and `data.limit`.
         other_files: names of files beside the data that are not read.
+        mapped_files: files that are read where they are while the run goes on; empty where a copy in the cache is.
         load_before: loads the same rows as older versions did, for the fingerprint in their run directories; None if
             these versions read them alike.
     """
@@ -32,7 +34,17 @@ class InputSource:
     description: InputDescription | None = None
     base: Any = None
     other_files: tuple[str, ...] = ()
+    mapped_files: tuple[str, ...] = ()
     load_before: Callable[[], Any] | None = None
+
+    def has_changed(self) -> bool:
+        """Return True if rows that are read now may not be those that the run began with."""
+        if not self.mapped_files:
+            return False
+        try:
+            return not str(self.key).startswith(compute_files_key(self.mapped_files))
+        except OSError:
+            return True
 
     def describe(self, num_rows: int, columns: Sequence[str], used_columns: Iterable[str]) -> str:
         """Return one line for the log: files, rows, columns used, and columns whose values or types are others."""

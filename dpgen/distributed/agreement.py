@@ -3,7 +3,8 @@
 - A difference is a `ConfigError` on every rank, before a model loads.
 - The configurations are compared first, since the sections `parallel`, `work`, `run` and `output` also decide which
   collectives the ranks make.
-- The contents are hashed once a node, by its first rank; the others load what that one has cached.
+- The contents are hashed once a node, by its first rank; the others load what that one has cached. A rank that finds
+  other files than its node's first rank, or files that were replaced meanwhile, hashes them itself.
 """
 
 from __future__ import annotations
@@ -79,15 +80,26 @@ def open_input(
             return rows, find_fingerprint(read, recorded) if group.is_node_leader else None
 
     rows, fingerprint = group.run_on_all_ranks(load)
-    fingerprints = [node for node in group.all_gather_object(fingerprint) if node is not None]
+    key_of_leader = group.all_gather_object(rows.key)[group.nodes.index(group.nodes[group.rank])]
+
+    def hash_other_files() -> dict[str, Any] | None:
+        if fingerprint is None and rows.key != key_of_leader:
+            return find_fingerprint(rows.with_progress(group.heartbeat), recorded)
+        return fingerprint
+
+    fingerprint = group.run_on_all_ranks(hash_other_files)
+    fingerprints = [found for found in group.all_gather_object(fingerprint) if found is not None]
     sizes = group.all_gather_object(len(rows))
 
     def check() -> None:
         if any(num_rows != len(rows) for num_rows in sizes):
             counts = ", ".join(f"{num_rows:,}" for num_rows in sorted(set(sizes)))
             raise ConfigError(f"data.path={data.path}: ranks read different numbers of rows ({counts}). Is it growing?")
-        if any(node != fingerprints[0] for node in fingerprints):
-            raise ConfigError(f"data.path={data.path}: nodes hold different rows. Copy the same files to all of them")
+        if any(found != fingerprints[0] for found in fingerprints):
+            raise ConfigError(
+                f"data.path={data.path}: ranks or nodes hold different rows. Copy the same files to all nodes, and "
+                "change none while a run starts"
+            )
         if not rows.is_empty:
             check_columns(rows)
 

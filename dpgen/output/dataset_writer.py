@@ -64,9 +64,14 @@ def write_dataset(
         the content of `_SUCCESS` (see `ResultStats.to_dict`), and first_error and most_frequent_error, for a person.
 
     Raises:
-        DpgenError: a row has no result, or a file can't be written.
+        DpgenError: a row has no result, the input has changed, or a file can't be written.
         RowsLost: a journal segment is damaged.
     """
+    if rows.source.has_changed():
+        raise DpgenError(
+            "the input's files changed while the run went on, so that its rows are no longer those of the results. "
+            "Put the files back as they were and rerun the same command, or start with another run.dir"
+        )
     index = index_journal(run_dir.journal)
     _check_complete(index, len(rows))
     try:

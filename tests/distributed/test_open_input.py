@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,35 @@ def test_the_input_of_an_older_run_directory_is_compared_as_it_was_read_then(
     if is_changed:
         path.write_text(path.read_text().replace("3 +", "4 +"))
     assert (open_rows(path, run_dir)[1] == before) is not is_changed
+
+
+class SecondRank(SingleRankGroup):
+    """Stand in for the second rank of a node, whose first rank has read the input already."""
+
+    def __init__(self, first: InputRows, fingerprint: dict[str, Any]) -> None:
+        super().__init__()
+        self.rank, self.nodes = 1, ["node", "node"]
+        self._answers = [{}, first.key, fingerprint, len(first)]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [self._answers.pop(0), value]
+
+    def run_on_all_ranks(self, action: Callable[[], Any]) -> Any:
+        return action()
+
+    def node_leader_first(self) -> Any:
+        return nullcontext()
+
+
+def test_a_file_replaced_between_two_ranks_of_a_node_is_noticed(path: Path, run_dir: RunDir) -> None:
+    data = DataConfig(path=str(path), prompt_column="question")
+    first, fingerprint = open_rows(path, run_dir)
+    assert open_input(data, SecondRank(first, fingerprint), run_dir, lambda rows: None)[1] == fingerprint
+    path.write_text(path.read_text())
+    assert open_input(data, SecondRank(first, fingerprint), run_dir, lambda rows: None)[1] == fingerprint, "same rows"
+    path.write_text(path.read_text().replace("3 +", "4 +"))
+    with pytest.raises(ConfigError, match="ranks or nodes hold different rows"):
+        open_input(data, SecondRank(first, fingerprint), run_dir, lambda rows: None)
 
 
 def test_a_run_directory_inside_the_input_is_refused_before_anything_is_read(tmp_path: Path, path: Path) -> None:

@@ -23,10 +23,12 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.schema import DataConfig
+from dpgen.config.schema import DataConfig, OutputConfig
 from dpgen.data.input_rows import load_input
 from dpgen.data.render import PromptRenderer
-from dpgen.errors import ConfigError
+from dpgen.errors import ConfigError, DpgenError
+from dpgen.journal.run_dir import RunDir
+from dpgen.output.dataset_writer import write_dataset
 from dpgen.output.format_check import check_output_format
 from dpgen.output.json_lines import to_json_columns
 
@@ -261,6 +263,17 @@ def test_integers_that_other_programs_round_are_named() -> None:
     [note] = check_output_format(make_rows(make_column(pa.uint64(), 2**63 - 1, 2**63)), None, "jsonl")
     assert "column 'x': it holds an integer above 2^63 - 1 (row 1), which jq and pandas read" in note
     assert check_output_format(make_rows(make_column(pa.uint64(), 2**63 - 1, None)), None, "jsonl") == []
+
+
+def test_an_input_that_changed_under_the_run_is_no_part_of_its_result(tmp_path: Path) -> None:
+    """What `save_to_disk` wrote is read where it lies; all other files are read once, into the cache."""
+    datasets.Dataset.from_dict({"question": ["a", "b", "c"]}).save_to_disk(tmp_path / "saved")
+    rows = load_input(DataConfig(path=str(tmp_path / "saved"), prompt_column="question", select="0:3:2"))
+    assert not rows.source.has_changed()
+    [file] = (tmp_path / "saved").glob("*.arrow")
+    file.write_bytes(file.read_bytes())
+    with pytest.raises(DpgenError, match="the input's files changed while the run went on"):
+        write_dataset(rows, RunDir(str(tmp_path / "run")), OutputConfig(), None, False)
 
 
 # ---- a result as the next input
