@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 _NOTE_AFTER_S = 5.0
 _MAX_LISTED_RANKS = 5
 _PHASE = "dpgen/phase"  # store key: what each rank does, in words
-_WAITING = "dpgen/waiting"  # store key: each rank's note, the group's shrinks and the number of the collective
+_WAITING = "dpgen/waiting"  # store key: each rank's note of a collective
+_COLLECTIVES_PER_EPOCH = 10**12  # a note is one number, the epoch's before the collective's
 _WARNING = "dpgen/waiting_for_rank_0"  # store key: how many ranks were about to warn of a collective
 
 
@@ -45,8 +46,10 @@ class WaitLog:
         self._epoch = self._num_started = 0
 
     def begin_epoch(self, epoch: int) -> None:
-        """Number the collectives from 1 again, since the group has shrunk."""
+        """Number the collectives from 1 again, since the group is new or has shrunk."""
         self._epoch, self._num_started = epoch, 0
+        if self._rank == 0:  # before the first collective, so no rank has noted one of this epoch
+            self._store.set_many({_make_key(member): "0" for member in self._list_members()})
 
     def set_phase(self, name: str) -> None:
         """Tell the other ranks what this rank does from now on, e.g. "loading the model"."""
@@ -67,7 +70,7 @@ class WaitLog:
             nonlocal has_noted
             if not has_noted and self._clock() >= note_due_s:
                 has_noted = True
-                self._store.set(f"{_WAITING}/{self._rank}", f"{self._epoch}.{number}")
+                self._store.set(_make_key(self._rank), str(self._make_note(number)))
             if timer.is_due():
                 self._log(number)
 
@@ -76,17 +79,22 @@ class WaitLog:
     def _log(self, number: int) -> None:
         if self._rank == 0:
             members = self._list_members()
-            missing = [member for member in members if member != 0 and not self._is_waiting(member, number)]
+            missing = self._find_missing([member for member in members if member != 0], number)
             if missing:
                 listed = [f"rank {member} ({self.get_phase(member)})" for member in missing[:_MAX_LISTED_RANKS]]
                 names = ", ".join(listed + ["..."] * (len(missing) > _MAX_LISTED_RANKS))
                 logger.info(f"waiting for {len(missing):,} of {format_count(len(members), 'rank')}: {names}")
-        elif not self._is_waiting(0, number) and self._store.add(f"{_WARNING}/{self._epoch}.{number}", 1) == 1:
+        elif self._find_missing([0], number) and self._store.add(f"{_WARNING}/{self._epoch}.{number}", 1) == 1:
             logger.warning(f"waiting for rank 0 ({self.get_phase(0)})")
 
-    def _is_waiting(self, member: int, number: int) -> bool:
-        key = f"{_WAITING}/{member}"
-        if not self._store.check([key]):
-            return False
-        epoch, _, noted = self._store.get(key).decode().partition(".")
-        return (int(epoch), int(noted)) >= (self._epoch, number)
+    def _find_missing(self, members: list[int], number: int) -> list[int]:
+        """Return the members that have not noted this collective or a later one; one request for all of them."""
+        notes = self._store.get_many([_make_key(member) for member in members])
+        return [member for member, note in zip(members, notes, strict=True) if note < self._make_note(number)]
+
+    def _make_note(self, number: int) -> int:
+        return self._epoch * _COLLECTIVES_PER_EPOCH + number
+
+
+def _make_key(member: int) -> str:
+    return f"{_WAITING}/{member}"
