@@ -225,6 +225,9 @@ def find_nearest_name(name: str, legal: Collection[str]) -> str | None:
     have says nothing about the rest.
     """
     names = sorted(legal)
+    written = {legal_name.lower(): legal_name for legal_name in names}
+    if same := written.get(name.lower().replace("-", "_")):
+        return same
     section, _, last = name.rpartition(".")
     if same_last_part := [legal_name for legal_name in names if legal_name.rpartition(".")[2] == last]:
         return same_last_part[0]

@@ -17,8 +17,17 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpgen.config.schema import Config, describe_option, find_wrong_values, legal_keys
-from dpgen.config.vllm_fields import find_section_of_field
+from dpgen.config.schema import (
+    MISSING,
+    Config,
+    describe_option,
+    find_type,
+    find_wrong_values,
+    is_text,
+    is_utf8,
+    legal_keys,
+)
+from dpgen.config.vllm_fields import describe_home_of_field
 from dpgen.errors import ConfigError, find_nearest_name, suggest_name
 
 if TYPE_CHECKING:
@@ -26,14 +35,16 @@ if TYPE_CHECKING:
 
 # Texts in which `${` is never OmegaConf's: ``Price: ${{ price }}``.
 _PROMPT_TEXTS = ("data.template", "data.system_prompt", "data.chat_template")
-# Texts in which a backslash and an n are likely meant as a line break.
-_TEXTS_WITH_LINES = re.compile(
-    r"data\.(template|system_prompt|chat_template)|sampling(_by_rank\.\d+)?\.(stop|bad_words)\b"
-)
-# Keys of no fixed type, and words that YAML 1.1 took for true and false: as texts, all of them count as true.
-_UNTYPED = re.compile(r"(data\.chat_template_kwargs|engine)\.")
-_PASSED_THROUGH = re.compile(r"(data\.chat_template_kwargs|engine|sampling)\.")
-_YAML_1_1_BOOLEANS = re.compile(r"yes|no|on|off", re.IGNORECASE)
+# `${` that no interpolation of OmegaConf begins with: ``$${{``, ``^\\d+${``.
+_NO_INTERPOLATION = re.compile(r"(\\*)\$\{(?!\s*[\w.\[$])")
+_ANY_DOLLAR = re.compile(r"(\\*)\$\{")
+_KEY = re.compile(r"\w+(\.\w+)*")
+_NULLS = ("null", "Null", "NULL", "~")
+_SECTION_NAMES = tuple(field.name for field in dataclasses.fields(Config))
+_LITERAL = " (for a literal ${ write \\${)"
+_REQUIRED = {name for name, default, _ in legal_keys() if default == MISSING}
+# Texts within a passed-through section, and the sections that hold them.
+_TEXT_FIELDS = ("stop", "bad_words", "from_columns")
 
 
 def load_from_args(arguments: Sequence[str]) -> Config:
@@ -84,6 +95,8 @@ class _LayerMerger:
             name: a file's path, or ``key=value``.
             read: reads it.
         """
+        from dpgen.config.misread_texts import find_misread_texts
+
         try:
             source = read(name)
         except ConfigError as error:
@@ -93,14 +106,14 @@ class _LayerMerger:
         values, paths = {}, {}
         for path, value in _iter_keys(source.value, self._legal):
             key = ".".join(path)
-            if source.is_empty(path) and len(path) == 1 and key != "model":  # all its keys are in comments
-                continue
+            if source.is_empty(path) and key in _SECTION_NAMES and key != "model":
+                continue  # all its keys are in comments
             if problem := _find_problem(path, value, self._legal):
                 self._note_mistake(find_nearest_name(key, self._legal), source.describe(path, problem))
             else:
                 values[key], paths[key] = _take_texts_as_written(source, path, value), path
         self._note_places(source, values)
-        self._mistakes += _find_misread_texts(source)
+        self._mistakes += find_misread_texts(source)
         self._merge(source, values, paths)
 
     def make_config(self) -> Config:
@@ -115,8 +128,7 @@ class _LayerMerger:
         try:
             missing = sorted(OmegaConf.missing_keys(self._merged))
         except OmegaConfBaseException as error:
-            mistake = self._add_place(f"{_summarize_error(error)} (for a literal ${{ write \\${{)")
-            raise ConfigError(*self._mistakes, mistake) from None
+            raise ConfigError(*self._mistakes, self._add_place(_summarize_error(error))) from None
         self._note_missing(missing)
         found: Sequence[str] = ()
         try:
@@ -206,34 +218,75 @@ def _is_interpolation(value: Any) -> bool:
 
 
 def _find_problem(path: tuple[str, ...], value: Any, legal: Collection[str]) -> str | None:
+    from dpgen.config.misread_texts import iter_texts
+
     key = ".".join(path)
-    if key == "sampling_by_rank" and isinstance(value, Mapping):  # OmegaConf's message names no key
-        return "sampling_by_rank is a list of sections: [{temperature: 0.2}, ...]"
-    if _is_section(key, legal):
-        return f"{key} is a section of keys, not a value: {key}.KEY=VALUE"
-    if _find_type(key).startswith("dict") and not isinstance(value, Mapping) and not _is_interpolation(value):
-        colon = re.match(r"([A-Za-z_]\w*):(?=\S)", value) if isinstance(value, str) else None
-        hint = f"; a blank is missing after the colon of {value!r}" if colon else f": {key}.KEY=VALUE"
-        return f"{key} is a section of keys, not a value{hint}"
-    if _find_type(key).startswith("str") and isinstance(value, (Mapping, list)):
-        return f"{key} is a text, not a {'section' if isinstance(value, Mapping) else 'list'}: {key}=TEXT"
+    is_no_mapping = not isinstance(value, Mapping) and not _is_interpolation(value)
+    if _is_section(key, legal) or (_is_passed_through(key) and is_no_mapping):
+        return _describe_no_section(key, value)
     if key not in legal:
-        section = find_section_of_field(path[-1])
-        hint = f"; write {section}.{path[-1]}" if section else suggest_name(key, legal, "keys")
-        return f"unknown key {key!r}{hint}"
+        return _describe_unknown(path, key, legal)
     if path != tuple(key.split(".")):
         section, _, name = key.partition(".")
         return f"{key!r} must be a key of its section: {section}: {{{name}: VALUE}}"
+    is_needed = key in _REQUIRED and value == MISSING  # OmegaConf's sign of a value that another source gives
+    missing = [".".join(place) for place, text in iter_texts(value, path) if text == MISSING]
+    if missing and not is_needed:
+        return f"{missing[0]}: {MISSING} stands for a value that is missing, and can't be given; leave the key out"
+    return _find_wrong_type(key, value)
+
+
+def _find_wrong_type(key: str, value: Any) -> str | None:
+    """Return what is wrong with a value whose type OmegaConf would take, or would reject without naming the key."""
+    kind, is_interpolation = find_type(key), _is_interpolation(value)
+    if key == "sampling_by_rank" and not (
+        is_interpolation or (isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value))
+    ):
+        return "sampling_by_rank is a list of sections: [{temperature: 0.2}, ...]"
+    if kind.startswith("str") and isinstance(value, (Mapping, list)):
+        return f"{key} is a text, not a {'section' if isinstance(value, Mapping) else 'list'}: {key}=TEXT"
+    if kind == "bool" and isinstance(value, int) and value not in (0, 1):
+        return f"{key}={value}: must be true or false"
+    if kind == "list[str] | None" and value is not None and not is_interpolation:
+        is_list_of_names = isinstance(value, list) and all(isinstance(name, (str, int, float)) for name in value)
+        return None if is_list_of_names else f"{key} is a list of names: {key}=[NAME, ...]"
     return None
 
 
+def _is_passed_through(key: str) -> bool:
+    return find_type(key).startswith("dict")
+
+
+def _describe_no_section(key: str, value: Any) -> str:
+    colon = re.match(r"([A-Za-z_]\w*):(?=\S)", value) if isinstance(value, str) else None
+    hint = f"; a blank is missing after the colon of {value!r}" if colon else f": {key}.KEY=VALUE"
+    return f"{key} is a section of keys, not a value{hint}"
+
+
+def _describe_unknown(path: KeyPath, key: str, legal: Collection[str]) -> str:
+    section, _, name = key.partition(".")
+    if len(path) == 1 and name and _is_passed_through(section):  # sampling.temperature: 1
+        return f"{key!r} must be a key of its section: {section}: {{{name}: VALUE}}"
+    hint = describe_home_of_field(path[-1], legal)
+    return f"unknown key {key!r}{hint or suggest_name(key, legal, 'keys')}"
+
+
+def _escape_dollars(key: str, value: Any) -> Any:
+    """Return a value with each `${` escaped that is none of OmegaConf's; in prompt texts none is."""
+    if isinstance(value, str):
+        pattern = _ANY_DOLLAR if key in _PROMPT_TEXTS else _NO_INTERPOLATION
+        return pattern.sub(r"\1\1\\${", value)  # backslashes before ${ count twice in OmegaConf
+    if isinstance(value, Mapping):
+        return {name: _escape_dollars(key, item) for name, item in value.items()}
+    return [_escape_dollars(key, item) for item in value] if isinstance(value, list) else value
+
+
 def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the layer of dotted keys, with `${` escaped in prompt texts."""
+    """Return the layer of dotted keys, with `${` escaped where it is text."""
     layer: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
-        if key in _PROMPT_TEXTS and isinstance(value, str):
-            value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # backslashes before ${ count twice in OmegaConf
+        value = _escape_dollars(key, value)
         if name:
             layer.setdefault(section, {})[name] = value
         else:
@@ -245,77 +298,83 @@ def _read_override(argument: str) -> YamlSource:
     from dpgen.config.yaml_source import read_argument, take_as_it_stands
 
     key, equals, text = argument.partition("=")
-    if not equals or not re.fullmatch(r"[\w.]+", key):
-        raise ConfigError(f"{argument!r} is neither a YAML file nor key=value")
+    if not equals or not _KEY.fullmatch(key):
+        raise ConfigError(f"{argument!r} is neither a YAML file nor key=value{_suggest_argument(argument)}")
+    if not is_utf8(argument):
+        raise ConfigError(
+            f"{key}: {argument!r} is no UTF-8: give it in the encoding of the terminal, or in a YAML file"
+        )
     path = tuple(key.split("."))
-    is_null = text == "null" and _find_type(key) == "str | None"
+    is_null = text in _NULLS and find_type(key) == "str | None"
     is_list = text.startswith("[") and key == "data.path"
-    if _is_text(key) and not is_null and not is_list:
+    if is_text(key) and not is_null and not is_list:
         return take_as_it_stands(argument, path, text)
-    return read_argument(argument, path, text, may_be_text=_find_type(key) in ("", "Any"))
+    return read_argument(argument, path, text, may_be_text=find_type(key) in ("", "Any"))
 
 
-def _find_type(key: str) -> str:
-    section, _, name = key.partition(".")
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    if name and section in fields and dataclasses.is_dataclass(fields[section].default_factory):
-        fields = {field.name: field for field in dataclasses.fields(fields[section].default_factory)}  # type: ignore[arg-type]
-    option = fields.get(name or section)
-    return "" if option is None else str(option.type)
-
-
-def _is_text(key: str) -> bool:
-    """Return True if a key's value, or each item of it, is a text that is taken as it stands."""
-    return key == "data.path" or _find_type(key) in ("str", "str | None")
+def _suggest_argument(argument: str) -> str:
+    """Return how to write an argument that has the form of another tool; "" if none is recognised."""
+    match = re.fullmatch(r"[-+~\s]*([A-Za-z][\w.-]*?)\s*(?:[=:]\s*(.*))?", argument, re.DOTALL)
+    key = "" if match is None else re.sub(r"(?<=\w)-(?=\w)", "_", match[1])
+    if (
+        match is None
+        or not _KEY.fullmatch(key)
+        or not (find_type(key) or key.startswith(tuple(f"{name}." for name in _SECTION_NAMES)))
+    ):
+        return ""
+    if argument.startswith("~"):
+        return f"; no key can be removed: write {key}=null"
+    return f"; write {key}={'VALUE' if match[2] is None else match[2]}"
 
 
 def _take_texts_as_written(source: YamlSource, path: KeyPath, value: Any) -> Any:
     """Return the value of a key; a text is taken as it is written: ``1e3`` and ``true`` are texts there."""
     key = ".".join(path)
-    if _find_type(key).startswith("int") and isinstance(value, float) and value.is_integer():
+    if key in ("sampling", "sampling_by_rank"):
+        return _take_fields_as_written(source, path, value)
+    if find_type(key).startswith("int") and isinstance(value, float) and value.is_integer():
         return int(value)  # 1e6
-    if not _is_text(key) and key != "data.columns":
+    if not is_text(key) and key != "data.columns":
         return value
+    return _take_as_written(source, path, value)
+
+
+def _take_fields_as_written(source: YamlSource, path: KeyPath, value: Any) -> Any:
+    """Return a section of sampling, or a list of them, with the texts in it as they are written."""
     if isinstance(value, list):
-        texts = [source.find_plain_text((*path, str(index))) for index in range(len(value))]
-        return [item if text is None else text for item, text in zip(value, texts, strict=True)]
+        return [_take_fields_as_written(source, (*path, str(index)), item) for index, item in enumerate(value)]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        name: _take_as_written(source, (*path, str(name)), item) if name in _TEXT_FIELDS else item
+        for name, item in value.items()
+    }
+
+
+def _take_as_written(source: YamlSource, path: KeyPath, value: Any) -> Any:
+    """Return a scalar, or those in a list or mapping, as the texts that are written, where no quotes are."""
+    if isinstance(value, (list, Mapping)):
+        items = enumerate(value) if isinstance(value, list) else value.items()
+        texts = {name: source.find_plain_text((*path, str(name))) for name, _ in items}
+        if isinstance(value, list):
+            return [item if texts[index] is None else texts[index] for index, item in enumerate(value)]
+        return {name: item if texts[name] is None else texts[name] for name, item in value.items()}
     text = source.find_plain_text(path)
     return value if text is None else text
 
 
-def _find_misread_texts(source: YamlSource) -> Iterator[str]:
-    r"""Yield one line for each text that likely means something else than is read: ``\n``, ``enable_thinking: no``."""
-    from dpgen.config import yaml_slips
-
-    for path, text in _iter_texts(source.value):
-        key = ".".join(path)
-        if _TEXTS_WITH_LINES.match(key) and not source.reads_escapes(path) and yaml_slips.has_unread_escape(text):
-            problem = yaml_slips.explain_unread_escape(key, text, is_yaml=path in source.nodes, is_file=source.is_file)
-            yield source.describe_value(path, problem)
-        if any(part.isdigit() for part in path) or not source.find_plain_text(path):
-            continue
-        if _UNTYPED.match(key) and _YAML_1_1_BOOLEANS.fullmatch(text):
-            meant = "true" if text.lower() in ("yes", "on") else "false"
-            problem = f"{text} is a text here, not {meant}; write {meant}, or for the text '{text}', with quotes"
-            yield source.describe_value(path, problem)
-        if _PASSED_THROUGH.match(key) and re.fullmatch(r"[-+]?\d+(_\d+)+", text):
-            number = text.replace("_", "")
-            problem = f"{text} is a text here, not {number}; write {number}, or for the text '{text}', with quotes"
-            yield source.describe_value(path, problem)
-
-
-def _iter_texts(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
-    if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, (Mapping, list)):
-        for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _iter_texts(item, (*path, str(name)))
-
-
 def _summarize_error(error: Exception) -> str:
     """Return the lines of a library's message that help a user: what is wrong, and at which key or line."""
+    from omegaconf.errors import GrammarParseError, InterpolationResolutionError
+
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kept = [lines[0]] if lines else [type(error).__name__]
+    if variable := re.search(r"Environment variable '(.*)' not found", kept[0]):
+        kept[0] = f"the environment variable {variable[1]} is not set"
+    elif isinstance(error, (GrammarParseError, InterpolationResolutionError)) and "could not be conv" not in kept[0]:
+        name = re.search(r"Interpolation key '(\w+)' not found", kept[0])
+        is_variable = name is not None and name[1] in os.environ
+        kept[0] += f" (for an environment variable write ${{oc.env:{name[1]}}})" if name and is_variable else _LITERAL
     for line in lines[1:]:
         if line.startswith("full_key:"):
             kept.append(f"at {line.removeprefix('full_key:').strip()}")

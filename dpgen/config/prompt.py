@@ -58,8 +58,8 @@ class PromptConfig:
         sources = {name: getattr(self, name) for name in ("prompt_column", "messages_column", "template")}
         given = [name for name, value in sources.items() if value is not None]
         if len(given) != 1:
-            state = f"{_join_keys(given, ' and ')} are set" if given else "none is set"
-            yield f"a prompt comes from exactly one of {_join_keys(sources, ', ')}; {state}"
+            source = f"a prompt comes from exactly one of {_join_keys(sources, ', ')}"
+            yield f"{_join_keys(given, ' and ')} are set: {source}" if given else f"{source}; none is set"
         if self.as_chat and self.messages_column is not None:
             yield "data.as_chat=true makes a text one message, but data.messages_column holds messages already"
         for name in ("system_prompt", "chat_template", "chat_template_kwargs", "continue_final_message"):

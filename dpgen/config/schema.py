@@ -18,6 +18,8 @@ from dpgen.config.prompt import PromptConfig
 from dpgen.config.secrets import redact_secrets
 from dpgen.errors import ConfigError
 
+_MAX_NUMBER = 2**63  # libraries hold sizes in 64 bits
+_MAX_SECONDS = 1e9  # 30 years; a timer of the system takes no more
 MISSING = "???"  # OmegaConf's mark of a value that must be given
 
 
@@ -298,6 +300,32 @@ def describe_option(key: str) -> str:
     return next(help for name, _, help in legal_keys() if name == key)
 
 
+def find_type(key: str) -> str:
+    """Return the annotation of a key; "" for one that is unknown, or a field of a passed-through section."""
+    section, _, name = key.partition(".")
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    if name and section in fields and dataclasses.is_dataclass(fields[section].default_factory):
+        fields = {field.name: field for field in dataclasses.fields(fields[section].default_factory)}  # type: ignore[arg-type]
+    elif name:
+        return ""
+    option = fields.get(name or section)
+    return "" if option is None else str(option.type)
+
+
+def is_text(key: str) -> bool:
+    """Return True if a key's value, or each item of it, is a text that is taken as it stands."""
+    return key == "data.path" or find_type(key) in ("str", "str | None")
+
+
+def is_utf8(text: str) -> bool:
+    """Return True if a text can be written as UTF-8: it holds no byte of another encoding, and no half of a pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
     """Yield one line for each value that is wrong by itself, whatever the other keys say.
 
@@ -310,6 +338,9 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
         minimum = option.metadata["minimum"]
         if minimum is not None and value is not None and (math.isnan(value) or value < minimum):
             yield f"{key}={value}: must be at least {minimum}"
+        limit = _MAX_SECONDS if key.endswith("_s") else _MAX_NUMBER
+        if isinstance(value, (int, float)) and value >= limit and key != "run.seed":
+            yield f"{key}={value}: must be below {limit:g}"
         if value == "" and option.type == "str | None" and key != "data.system_prompt":  # an empty variable of a shell
             yield f"{key}='': must be a text, or null for none"
     yield from checks.find_wrong_run_values(sections["run"])

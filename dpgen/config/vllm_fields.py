@@ -114,6 +114,17 @@ _COMMON = {
 }  # fmt: skip
 
 
+# Names that other tools have for keys of dpgen.
+_OURS = {
+    **dict.fromkeys(("output_dir", "out_dir", "output_path", "save_dir"), "write run.dir"),
+    **dict.fromkeys(("num_rows", "max_rows", "max_samples", "num_examples"), "write data.limit"),
+    **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "input", "input_path"), "write data.path"),
+    "prompt_template": "write data.template",
+    **dict.fromkeys(("system", "system_message"), "write data.system_prompt"),
+    "data_parallel_size": "data parallelism comes from dpgen's ranks: start more of them",
+}
+
+
 def describe_unknown_field(section: str, name: str, legal: Collection[str], other: Collection[str] = ()) -> str:
     """Return the mistake of a key in a passed-through section that vLLM doesn't know.
 
@@ -132,6 +143,16 @@ def describe_unknown_field(section: str, name: str, legal: Collection[str], othe
     return f"unknown key {full!r}{suggest_name(full, {f'{section}.{field}' for field in legal}, 'keys')}"
 
 
-def find_section_of_field(name: str) -> str | None:
-    """Return `engine` or `sampling` for a well-known field of vLLM that stands elsewhere, or None."""
-    return _COMMON.get(name)
+def describe_home_of_field(name: str, legal: Collection[str]) -> str:
+    """Return the end of a sentence about a key that stands in the wrong section; "" if its home is not known.
+
+    Args:
+        name: the key's last part.
+        legal: the configuration's keys. One that ends in the name is left to `suggest_name`.
+    """
+    if section := _COMMON.get(name):
+        return f"; write {section}.{name}"
+    if any(key.rpartition(".")[2] == name for key in legal):
+        return ""
+    homes = {table[name] for table in (_OURS, _ENGINE, _SAMPLING) if name in table}
+    return f"; {homes.pop()}" if len(homes) == 1 else ""

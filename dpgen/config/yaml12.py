@@ -53,12 +53,27 @@ def _integer(loader: Loader, node: yaml.ScalarNode) -> int:
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)  # 010 is ten
 
 
+def _text(loader: Loader, node: yaml.ScalarNode) -> str:
+    """Return a text, with each pair of surrogates as one character, as JSON writes those beyond U+FFFF."""
+    text: str = loader.construct_scalar(node)
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        problem = "it holds half of a surrogate pair, which no text can hold"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
 Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+Loader.add_constructor("tag:yaml.org,2002:str", _text)
+Loader.add_constructor("tag:yaml.org,2002:merge", _text)  # << as a value
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
-    # Double quotes show that a backslash is meant as one.
-    return dumper.represent_scalar(_TEXT, text, style='"' if "\\" in text else None)
+    from dpgen.config.misread_texts import needs_quotes
+
+    # Double quotes show that a backslash is meant as one; single ones, that a text such as None is.
+    style = '"' if "\\" in text else "'" if needs_quotes(text) else None
+    return dumper.represent_scalar(_TEXT, text, style=style)
 
 
 _Dumper.add_representer(str, _represent_text)

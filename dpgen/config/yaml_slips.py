@@ -19,7 +19,13 @@ _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""")
 _MAX_EXCERPT = 100  # characters of a line
 
 # What a backslash and a letter stand for where no escapes are read. `\nabla` and `\text` are LaTeX.
-_ESCAPE = re.compile(r"\\[rt](?![a-z])|\\n(?!(?:abla|eq|e|u|ot|otin|ewline|ewcommand|oindent|mid|olimits)(?![a-z]))")
+_ESCAPE = re.compile(
+    r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\[rt](?![a-z])|\\n(?!(?:abla|eq|e|u|ot|otin|ewline|ewcommand|oindent|mid|olimits)(?![a-z]))"
+)
+
+# Characters that look like a blank: no-break, of a fixed width, of no width, ideographic.
+_ODD_BLANKS = "\u00a0\u1680\u2000-\u200c\u202f\u205f\u2060\u3000\ufeff"
+_CURLY_QUOTES = "\u201c-\u201f\u2018-\u201b"
 
 # Words of PyYAML's messages, and what they mean to a user.
 _MEANINGS = (
@@ -83,20 +89,44 @@ def has_unread_escape(text: str) -> bool:
     return any(kind == "data" and _ESCAPE.search(part) for _, kind, part in tokens)
 
 
+def explain_plain_text(text: str) -> str | None:
+    """Return what is wrong with a text or key without quotes that reads otherwise than it looks; None if nothing is."""
+    if odd := re.search(rf"^[{_ODD_BLANKS}]|(?<=:)[{_ODD_BLANKS}]|[{_ODD_BLANKS}]$", text):
+        return f"U+{ord(odd[0]):04X} looks like a blank and is none here: write a blank, or put the text in quotes"
+    if "\uff1a" in text and re.match(r"\w+\uff1a", text):
+        return "U+FF1A looks like a colon and is none here: write a colon and a blank, or put the text in quotes"
+    if re.match(rf"[{_CURLY_QUOTES}]", text) and not re.search(rf"[{_CURLY_QUOTES}][^{_CURLY_QUOTES}]+$", text[1:]):
+        return f"{text[0]} is no quote in YAML: write ' or \", or put the text in quotes, with {text[0]}"
+    quote_mark = text[-1:]
+    if quote_mark in ("'", '"') and text.count(quote_mark) % 2 == 1 and len(text) > 1:
+        return f"a quote is lost: the text ends in {quote_mark} and does not begin with it; for it write {quote(text)}"
+    return None
+
+
 def explain_unread_escape(key: str, text: str, *, is_yaml: bool, is_file: bool) -> str:
     r"""Return what is wrong with a text for which `has_unread_escape` is true, and how to write it."""
     escape = _ESCAPE.findall(text)[0]
+    meaning = "a line break or a tab" if len(escape) == 2 else "the character"
     remedy = "put it in double quotes"
     if not is_file:
-        meant = re.sub(r"\\([nrt])", lambda match: {"n": "\n", "r": "\r", "t": "\t"}[match[1]], text)
-        if is_yaml:
+        meant = _decode_escapes(text)
+        if is_yaml and re.search(r"\.\d", key):  # an item of a list
+            remedy = f"write the item as {json.dumps(meant, ensure_ascii=False)}, in double quotes"
+        elif is_yaml:
             remedy = f"write {shlex.quote(f'{key}={json.dumps(meant, ensure_ascii=False)}')}"
         else:
             remedy = "write, in bash, $'" + f"{key}={text}".replace("'", "\\'") + "'"
+    what = "a letter" if len(escape) == 2 else "letters"
     return (
-        f"{escape} is a backslash and a letter here; for a line break or a tab {remedy}; if the backslash is meant, "
-        "put the text below | in a YAML file"
+        f"{escape} is a backslash and {what} here; for {meaning} {remedy}; if the backslash is meant, put the text "
+        "below | in a YAML file"
     )
+
+
+def _decode_escapes(text: str) -> str:
+    letters = {"n": "\n", "r": "\r", "t": "\t"}
+    pattern = r"\\+(?:([nrt])|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4}))"
+    return re.sub(pattern, lambda match: letters.get(match[1]) or chr(int(match[2] or match[3], 16)), text)
 
 
 def explain_syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, int, str]:
@@ -116,6 +146,9 @@ def explain_syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, int, st
             mark = context
     elif mark.line >= len(lines) or not lines[mark.line].strip():  # the end of the file
         mark = context or mark
+    at_mark = lines[mark.line][mark.column : mark.column + 1] if mark.line < len(lines) else ""
+    if at_mark in ("]", "}") and "expected <block end>" in problem:
+        return mark.line, mark.column, f"this {at_mark} closes nothing; put a text that holds it in quotes"
     slip = _find_slip(lines, mark.line, mark.column)
     meaning = explain_in_general(error)
     if context is not None and context.line != mark.line and meaning.startswith(("the [", "the {")):

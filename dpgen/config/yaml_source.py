@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from dpgen.config import yaml12, yaml_slips
+from dpgen.config.secrets import redact_secrets
 from dpgen.errors import ConfigError
 
 KeyPath = tuple[str, ...]
@@ -76,6 +77,14 @@ class YamlSource:
             return None
         return str(node.value)
 
+    def find_comment(self, path: KeyPath) -> str | None:
+        """Return the comment that follows a value without quotes in its line of a file; None if there is none."""
+        if not self.is_file or self.find_plain_text(path) is None:
+            return None
+        rest = yaml_slips.split_lines(self.text[self.nodes[path].end_mark.index :])[0]
+        comment = re.match(r"\s+(#.*)", rest)
+        return comment[1].rstrip() if comment else None
+
     def reads_escapes(self, path: KeyPath) -> bool:
         r"""Return True if ``\n`` is a line break there, or a text of several lines shows that none is missing."""
         node = self.nodes.get(path)
@@ -125,6 +134,8 @@ def read_argument(argument: str, path: KeyPath, text: str, *, may_be_text: bool)
         remedy = "; put each text in it in quotes"
     elif may_be_text:
         remedy = f"; {_write_text(key, text)}"
+    if re.match(r"\w+: ", text):
+        remedy = f"; for a mapping write {shlex.quote(f'{key}={{{text}}}')}" + (f", {remedy[2:]}" if remedy else "")
     if may_be_text and text.startswith(("{{", "{%")):
         raise ConfigError(f"{name}: {text[:2]} begins a YAML mapping; {_write_text(key, text)}")
     try:
@@ -137,6 +148,8 @@ def read_argument(argument: str, path: KeyPath, text: str, *, may_be_text: bool)
         value = checker.construct(root, path)
     except yaml.YAMLError as error:
         problem = yaml_slips.explain_in_general(error)
+        if text[0] in "'\"" and "what stands before" in problem:
+            problem = "text follows the closing quote"
         if "in quotes" in problem and text[0] in "[{":
             remedy = ""
         raise ConfigError(f"{name}: the value is not valid YAML: {problem}{remedy}") from None
@@ -226,11 +239,11 @@ class _NodeChecker:
                 problem = "YAML reads braces in braces as a mapping; put a text such as {{ name }} in quotes"
                 self._note(node.start_mark, self._explain(node) or problem)
                 continue
-            name, key_path = self._read_key(key), (*path, key.value)
+            name, key_path = self._read_scalar(key), (*path, key.value)
             if len(path) < 2 and not key.tag.endswith((":str", ":merge")):
-                self._note(key.start_mark, f"a key is a name here, not {name[1]!r}")
+                self._note(key.start_mark, f"a key is a name here, not {name!r}")
                 continue
-            if name in first_lines:
+            if name in first_lines:  # 1 and 1.0 are the same key
                 lines = f": in line {first_lines[name] + 1} and in line {key.start_mark.line + 1}"
                 self._note(key.start_mark, f"{'.'.join(key_path)} is there twice{lines if self._is_file else ''}")
             first_lines.setdefault(name, key.start_mark.line)
@@ -265,10 +278,11 @@ class _NodeChecker:
                 self.nodes.setdefault((*path, str(key.value)), value)
                 self.marks.setdefault((*path, str(key.value)), key.start_mark)
 
-    def _read_key(self, node: yaml.ScalarNode) -> tuple[str, Any]:
-        return node.tag, node.value if node.tag.endswith(":merge") else self._read_scalar(node)
-
     def _read_scalar(self, node: yaml.ScalarNode) -> Any:
+        if node.style is None and node.tag.endswith(":str"):
+            problem = yaml_slips.explain_plain_text(node.value)
+            if problem is not None:
+                self._note(node.start_mark, problem)
         try:
             return self._loader.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
@@ -285,6 +299,9 @@ class _NodeChecker:
         name, colon, value = key.value.partition(":")
         if colon and key.style is None:
             return f"a blank is missing after the colon of {key.value!r}: write {name}: {value}"
+        if re.fullmatch(r"\w+=.*", key.value) and key.style is None:
+            name, _, value = key.value.partition("=")
+            return f"a key and its value are written {name}: {value}, not {key.value}"
         remedy = f"put a text in braces in quotes: {yaml_slips.quote('{' + key.value + '}')}"
         return self._explain(key) or f"YAML reads {{{key.value!r}: None}}; {remedy}"
 
@@ -292,9 +309,10 @@ class _NodeChecker:
         if lone_key is not None:  # an item of a list: "Question:"
             remedy = f"for the text write {yaml_slips.quote(f'{lone_key}:')}"
             return f"YAML reads {{{lone_key!r}: None}}; {remedy}, for a mapping {{{lone_key}: null}}"
-        comment = re.search(r":\s+(#.*?)\s*$", yaml_slips.split_lines(self._text)[line])
+        comment = re.search(r"[:-]\s+(#.*?)\s*$", yaml_slips.split_lines(self._text)[line])
         if comment:
-            remedy = f"for the text write {path[-1]}: {yaml_slips.quote(comment[1])}"
+            key = "- " if path[-1].isdigit() else f"{path[-1]}: "
+            remedy = f"for the text write {key}{yaml_slips.quote(comment[1])}"
             return f"{'.'.join(path)} has no value, since what follows # is a comment; {remedy}; {_NO_VALUE}"
         return f"{'.'.join(path)} has no value; {_NO_VALUE}"
 
@@ -315,8 +333,10 @@ def _write_text(key: str, text: str) -> str:
 
 
 def _show_argument(argument: str) -> str:
-    """Return an argument in one line."""
-    shown = argument if argument.isprintable() else repr(argument)[1:-1]
+    """Return an argument in one line, without a secret in it."""
+    key, equals, text = argument.partition("=")
+    shown = f"{key}{equals}{redact_secrets(text, key.rpartition('.')[2])}"
+    shown = shown if shown.isprintable() else repr(shown)[1:-1]
     return shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,9 +68,8 @@ WRONG = [
     ("sampling.stop=[Question:, A]", r"YAML reads \{'Question': None\}; for the text write 'Question:'"),
     ("sampling.stop=[Q: x]", r"""YAML reads \{'Q': 'x'\}, no text; .* 'sampling.stop=\["Q: x"\]'"""),
     ("sampling.stop=- a", "YAML reads .'a'.; for the text write 'sampling.stop=\"- a\"'"),
-    ("sampling.stop=007", "YAML reads 7, no text; quotes make it one: 'sampling.stop=\"7\"'"),
     ("sampling.stop=[a, null]", "YAML reads None, no text; quotes make it one: 'sampling.stop=..null"),
-    ("sampling_by_rank=[{stop: [true]}]", r"sampling_by_rank\[0\].stop: YAML reads True"),
+    ("sampling_by_rank=[{stop: [[true]]}]", r"sampling_by_rank\[0\].stop: YAML reads \[True\]"),
     ("sampling.stop=\n", r"sampling.stop=\\n: YAML reads no value; for the text write 'sampling.stop=\"\\n\"'"),
     (r"sampling.stop=\n", r"for a line break or a tab write 'sampling.stop=\"\\n\"'"),
     (r"sampling.stop=[a, '\n\n']", r"\\n is a backslash and a letter here"),
@@ -113,7 +113,10 @@ WRONG = [
     ("sampling_by_rank=3", "sampling_by_rank=3"),
     ("sampling_by_rank={temperature: 1}", "sampling_by_rank is a list of sections"),
     ("sampling_by_rank.0.temperature=1", "sampling_by_rank is a list of sections"),
-    ("sampling_by_rank=[1]", r"sampling_by_rank=\[1\]"),
+    *(
+        (f"sampling_by_rank={text}", f"sampling_by_rank={re.escape(text)}: sampling_by_rank is a list of sections")
+        for text in ("[1]", "null", "[null]", "[[]]")
+    ),
     ("sampling_by_rank=[{}, {seed: 1}]", r"sampling_by_rank\[1\].seed can't be set: .*run.seed"),
     ("sampling_by_rank=[{n: 2}]", r"sampling_by_rank\[0\].n can't be set: .*sampling.n"),
     ("sampling_by_rank=[{from_columns: {n: n}}]", r"\[0\].from_columns can't be set: sampling.from_columns"),
@@ -123,6 +126,50 @@ WRONG = [
     ("parallel.tensor_parallel_size=0", "at least 1"),
     ("run.seed=[", "not valid YAML"),
     ("nonsense", "neither a YAML file nor key=value"),
+    # Slips of a hand, and forms of other tools.
+    ("sampling.stop=“Question:”", "“ is no quote in YAML: write ' or \""),
+    ("sampling.stop=[‘a’, b]", "‘ is no quote in YAML"),
+    ('sampling.stop=a"', "a quote is lost: the text ends in \" .* write 'a\"'"),
+    ("sampling.n=2\u00a0", r"U\+00A0 looks like a blank and is none"),
+    ("sampling.stop=None", "None is a text here, not null; write null"),
+    ("data.split=None", "None is a text here, not null; write data.split=null"),
+    ("run.dir=None", "None is a text here, not null; give a value"),
+    ("engine.hf_overrides={'a': None}", "None is a text here, not null"),
+    ("run.dir='out'", "the quotes are a part of the text here; write the text without them"),
+    ("data.template=“{{ q }}”", "the quotes are a part of the text here"),
+    ("run.dir==out", "two equals signs; write run.dir=out"),
+    ("sampling.stop=???", r"sampling.stop: \?\?\? stands for a value that is missing"),
+    ("engine={x: ['???']}", r"engine.x.0: \?\?\? stands for a value that is missing"),
+    ("data.limit=???", r"data.limit: \?\?\? stands for a value that is missing"),
+    (r"sampling.stop=\x0a", r"for the character write 'sampling.stop=\"\\n\"'"),
+    (r"sampling.stop=[\u003c]", 'for the character write the item as "<", in double quotes'),
+    ("sampling.stop=café\udce9", "is no UTF-8"),
+    ("run.dir=café\udce9", "is no UTF-8"),
+    ('sampling.stop="\\ud83d"', "half of a surrogate pair"),
+    ("sampling={n=2}", "a key and its value are written n: 2, not n=2"),
+    ("sampling=n: 2", "for a mapping write 'sampling={n: 2}'"),
+    ("sampling={logit_bias: {1: 2, 1.0: 3}}", "sampling.logit_bias.1.0 is there twice"),
+    ("sampling.stop='a', 'b'", "text follows the closing quote; for the text write"),
+    ("+run.seed=2", "nor key=value; write run.seed=2"),
+    ("~run.seed", "no key can be removed: write run.seed=null"),
+    ("run.seed =2", "write run.seed=2"),
+    ("run.seed: 2", "write run.seed=2"),
+    ("--engine.max-num-seqs=2", "write engine.max_num_seqs=2"),
+    ("sampling..n=2", r"nor key=value$"),
+    ("sampling.stop=${nothing}", r"not found \(for a literal \${ write \\\${\)"),
+    ("sampling.stop=${oc.env:DPGEN_NOT_SET}", "the environment variable DPGEN_NOT_SET is not set"),
+    ("sampling.stop=${PATH}", r"for an environment variable write \${oc.env:PATH}"),
+    ("data.columns=a", r"data.columns is a list of names: data.columns=\[NAME, ...\]"),
+    ("data.columns=[[a]]", "data.columns is a list of names"),
+    ("data.as_chat=2", "data.as_chat=2: must be true or false"),
+    ("data.render_timeout_s=.inf", r"data.render_timeout_s=inf: must be below 1e\+09"),
+    ("output.rows_per_file=1e30", "output.rows_per_file=.*: must be below"),
+    ("data.limit=.nan", "Integer.*data.limit"),
+    ("run.stop_margin_s=nan", "must be at least 0"),
+    ("work=x", "work is a section of keys, not a value: work.KEY=VALUE"),
+    ("work=steal:false", "a blank is missing after the colon of 'steal:false'"),
+    ("DATA.LIMIT=3", "did you mean 'data.limit'"),
+    ("engine_max=3", "unknown key 'engine_max'"),
     ("model=", "model='': must be a directory or a Hub name"),
 ]
 
@@ -195,7 +242,12 @@ def test_wrong_values_and_contradictions_are_reported_at_once(load: Callable[...
         "data.continue_final_message=true",
     )
     starts = ["data.limit=-1", "run.seed=-1", "run.time_limit", "data.select='a:b'", "engine.model", "sampling.seed"]
-    starts += ["sampling_by_rank[0].n", "parallel.lock_step=true", "a prompt comes", "data.continue_final_message=true"]
+    starts += [
+        "sampling_by_rank[0].n",
+        "parallel.lock_step=true",
+        "data.prompt_column and",
+        "data.continue_final_message=true",
+    ]
     for mistake, start in zip(mistakes, starts, strict=True):
         assert mistake.startswith(start)
 
@@ -270,6 +322,8 @@ def test_the_dumped_configuration_holds_no_secret_and_loads_again(
         ("data.path=out/a b", "out/a b"),
         ("data.path=[a,b]", ["a", "b"]),
         ("data.limit=null", None),
+        ("data.split=~", None),
+        ("data.split=NULL", None),
     ],
 )
 def test_a_text_on_the_command_line_is_taken_as_it_stands(
@@ -278,6 +332,23 @@ def test_a_text_on_the_command_line_is_taken_as_it_stands(
     section, _, key = override.partition("=")[0].partition(".")
     body = getattr(load(override), section)
     assert (getattr(body, key) if key else body) == value
+
+
+@pytest.mark.parametrize("text", ["007", "1e3", "true", ".5", "0x10", "<<", "${", "$${{ x }}", "a=b", "</s>", "12:30"])
+def test_a_stop_string_is_the_text_that_is_written(load: Callable[..., schema.Config], text: str) -> None:
+    assert load(f"sampling.stop={text}").sampling == {"stop": text}
+    config = load(text=BASE + f"sampling_by_rank:\n- bad_words:\n  - {text}\n")
+    assert config.sampling_by_rank == [{"bad_words": [text]}]
+    assert load(text=schema.to_yaml(config)) == config, "the resolved configuration is read as the same"
+
+
+def test_a_required_value_may_be_marked_as_missing_for_another_source_to_give(
+    load: Callable[..., schema.Config],
+) -> None:
+    text = BASE.replace("some/model", "???")
+    assert load("model=m", text=text).model == "m"
+    with pytest.raises(ConfigError, match="missing: model"):
+        load(text=text)
 
 
 def test_a_template_needs_no_quoting_and_may_hold_dollars(load: Callable[..., schema.Config]) -> None:

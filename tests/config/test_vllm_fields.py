@@ -60,7 +60,17 @@ def test_a_misspelt_key_is_compared_within_its_section(name: str, nearest: str |
 
 
 def test_a_field_without_its_section_is_told_its_section() -> None:
-    for override, words in (("temperature=1", "write sampling.temperature"), ("run.dtype=half", "write engine.dtype")):
+    for override, words in (
+        ("temperature=1", "write sampling.temperature"),
+        ("run.dtype=half", "write engine.dtype"),
+        ("tp=2", "write parallel.tensor_parallel_size"),
+        ("work.batch_size=8", "write engine.max_num_seqs"),
+        ("max_new_tokens=5", "write sampling.max_tokens"),
+        ("data.enable_thinking=false", "write data.chat_template_kwargs={enable_thinking: ...}"),
+        ("parallel.data_parallel_size=2", "data parallelism comes from dpgen's ranks"),
+        ("data.prompt_template=x", "write data.template"),
+        ("output_dir=x", "write run.dir"),
+    ):
         with pytest.raises(ConfigError, match=re.escape(words)):
             loader.load([], [override])
 

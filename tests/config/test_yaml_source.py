@@ -79,6 +79,32 @@ SLIPS = [
         (6, 25),
         "write true, or for the text 'yes', with quotes",
     ),
+    ("None", BASE + "sampling: {stop: None}\n", (6, 18), "None is a text here, not null; write null, or for the text"),
+    ("None for a text", BASE + "work: {hint_column: None}\n", (6, 21), "None is a text here, not null"),
+    ("curly quotes", BASE + "sampling:\n  stop: “Q:”\n", (7, 9), "“ is no quote in YAML"),
+    ("curly quotes in a list", BASE + "sampling: {stop: [a, ‘b’]}\n", (6, 22), "‘ is no quote in YAML"),
+    ("a lost quote", BASE + 'sampling:\n  stop: Q:"\n', (7, 9), 'a quote is lost: the text ends in "'),
+    ("a lost quote in a list", BASE + 'sampling: {stop: [Q:"]}\n', (6, 19), "a quote is lost"),
+    ("a lost quote of a key", BASE + 'engine: {a": 1}\n', (6, 10), "a quote is lost"),
+    ("a no-break space", BASE + "sampling:\n  n:\u00a02\n", (7, 3), "U+00A0 looks like a blank and is none"),
+    ("one behind a value", BASE + "sampling:\n  n: 2\u00a0\n", (7, 6), "U+00A0 looks like a blank"),
+    ("one in the indentation", BASE + "sampling:\n\u00a0 n: 2\n", (7, 1), "U+00A0 looks like a blank"),
+    ("a wide colon", BASE + "sampling:\n  n：2\n", (7, 3), "U+FF1A looks like a colon"),
+    ("a mark of byte order", "run: {dir: x}\n\ufeffmodel: m\n", (2, 1), "U+FEFF looks like a blank"),
+    ("a number sign in a text", BASE + "sampling:\n  stop: a #1\n", (7, 9), "for the text write stop: 'a #1'"),
+    (
+        "one before a column",
+        HEAD + "  template: No. #{{ q }}\n",
+        (5, 13),
+        "for the text write template: 'No. #{{ q }}'",
+    ),
+    ("one in a path", BASE.replace("some/model", "m #2"), (2, 8), "for the text write model: 'm #2'"),
+    ("a comment in a list", BASE + "sampling:\n  stop:\n  - ### Human\n", (8, 4), "for the text write - '### Human'"),
+    ("an equals sign in braces", BASE + "sampling: {n=2}\n", (6, 12), "written n: 2, not n=2"),
+    ("the same key as a float", BASE + "engine: {a: {1: 2, 1.0: 3}}\n", (6, 20), "engine.a.1.0 is there twice"),
+    ("half of a pair", BASE + 'sampling: {stop: "\\ud800"}\n', (6, 18), "half of a surrogate pair"),
+    ("a bracket too many", BASE + "sampling:\n  stop: [a]]\n", (7, 12), "this ] closes nothing"),
+    ("a brace too many", BASE + "sampling: {n: 1}}\n", (6, 17), "this } closes nothing"),
     ("a number with _", BASE + "sampling: {max_tokens: 1_000}\n", (6, 24), "write 1000"),
 ]
 
@@ -100,7 +126,9 @@ def test_a_slip_is_shown_with_its_line_a_caret_and_how_to_write_it(
     line, column = place
     assert head.startswith(f"{tmp_path / 'a.yaml'}:{line}:{column}: ") and words in head
     written = re.split(r"\n", text)[line - 1]
-    assert shown == "    " + written.replace("\t", "→").replace("\x07", "?")
+    assert shown == "    " + written.replace("\t", "→").replace("\x07", "?").replace("\u00a0", "?").replace(
+        "\ufeff", "?"
+    )
     assert caret == " " * (4 + column - 1) + "^"
 
 
@@ -126,6 +154,8 @@ def test_all_slips_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
         (BASE + f"  limit: {'9' * 5000}\n", "a.yaml:6"),
         (BASE + "sampling: !!int x\n", "a.yaml:6"),
         (BASE + "?\nsampling:\n  n: 1\n", "a.yaml:6:2: a key is a name here, not None"),
+        (BASE + "resume:\n", "a.yaml:6: unknown key 'resume'"),
+        (BASE + "sampling.n: 2\n", r"a.yaml:6: 'sampling.n' must be a key of its section: sampling: \{n: VALUE\}"),
         (BASE + "engine: {true: 1}\n", "a.yaml:6:10: a key is a name here, not True"),
     ],
     ids=lambda value: str(value)[-20:],
@@ -162,6 +192,15 @@ def test_what_no_yaml_reader_should_be_given_is_refused_in_one_message(
         (BASE + "  as_chat: yes\n", "data.as_chat", True),
         ("\ufeff---\n" + BASE.replace("\n", "\r\n"), "data.prompt_column", "prompt"),
         (BASE + "sampling: &s {n: 2}\nengine: {<<: *s, n: 3}\n", "engine", {"n": 3}),
+        (BASE + "sampling: {stop: ['None', '“a”', 'b\"', 'a #1', 'x\u00a0']} # one\n", "sampling",
+         {"stop": ["None", "“a”", 'b"', "a #1", "x\u00a0"]}),
+        (BASE + "sampling: {stop: [“a” said b, it's, a  b, 5\"x]} #two\n", "sampling",
+         {"stop": ["“a” said b", "it's", "a  b", '5"x']}),
+        (BASE + 'sampling: {stop: "\\ud83d\\ude00"}\n', "sampling", {"stop": "\U0001f600"}),
+        (BASE + "sampling: {stop: [007, true, 1e3, <<]}\n", "sampling", {"stop": ["007", "true", "1e3", "<<"]}),
+        (BASE + "sampling: {stop: '${{ x }}', structured_outputs: {regex: '^${'}}\n", "sampling",
+         {"stop": "${{ x }}", "structured_outputs": {"regex": "^${"}}),
+        (BASE + "sampling_by_rank:\n  # - {n: 2}\n", "sampling_by_rank", []),
         (BASE + "sampling: {structured_outputs: {choice: [yes, no], regex: '\\n+'}}\n", "sampling",
          {"structured_outputs": {"choice": ["yes", "no"], "regex": "\\n+"}}),
     ],
