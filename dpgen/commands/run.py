@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dpgen.commands.parser import CommandParser, complete_files
+from dpgen.config.secrets import redact_text
 from dpgen.errors import (
     EXIT_OK,
     EXIT_RESUMABLE,
@@ -215,10 +216,11 @@ def _write_error(error: DpgenError, log_format: LogFormat) -> None:
     one (torch.distributed.elastic's error file protocol); without a message it prints "To enable traceback see ...".
     """
     is_resumable = error.exit_status == EXIT_RESUMABLE
-    message = f"dpgen: {'stopped' if is_resumable else 'error'}: {error}"
+    reason = redact_text(str(error))
+    message = f"dpgen: {'stopped' if is_resumable else 'error'}: {reason}"
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if log_format == "json":
-        logger.log(logging.WARNING if is_resumable else logging.ERROR, str(error))
+        logger.log(logging.WARNING if is_resumable else logging.ERROR, reason)
     elif not path:
         write_to_stderr(message)
     flush_logging()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dpgen.commands.parser import complete_files
+from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, DpgenError
 from dpgen.formatting import format_count, format_duration
 from dpgen.simulation.lengths import LENGTHS_HELP
@@ -82,7 +83,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         _print_report(options, build_scenario(options))
     except DpgenError as error:
-        print(f"dpgen simulate: {error}", file=sys.stderr)
+        print(f"dpgen simulate: {redact_text(str(error))}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
     return EXIT_OK
 

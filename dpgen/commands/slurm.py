@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dpgen.commands.parser import CommandParser, complete_files
+from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, find_nearest_name
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         script, submit = script_for(options.arguments)
     except ConfigError as error:
-        print(f"dpgen slurm: {error}", file=sys.stderr)
+        print(f"dpgen slurm: {redact_text(str(error))}", file=sys.stderr)
         return EXIT_USAGE
     if keys := _find_secret_keys(options.arguments):
         message = f"the script holds secrets in clear text: {', '.join(keys)}. Set variables (HF_TOKEN, ...) instead"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpgen.commands.parser import complete_directories
+from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, DpgenError
 from dpgen.formatting import format_count
 
@@ -54,7 +55,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         report = verify(path, check_input=options.check_input)
     except DpgenError as error:
-        print(f"dpgen: error: {error}", file=sys.stderr)
+        print(f"dpgen: error: {redact_text(str(error))}", file=sys.stderr)
         return EXIT_FAILED
     if options.json:
         print(json.dumps({"verdict": report.verdict, **dataclasses.asdict(report)}))

@@ -67,6 +67,12 @@ def show_place(text: str, line: int, column: int) -> str:
     return f"    {shown[start : start + _MAX_EXCERPT].rstrip()}\n    {' ' * (column - start)}^"
 
 
+def split_entry(line: str) -> tuple[str, str]:
+    """Return the key and the value of a line ``key: value``; "" for a key that is not there."""
+    entry = _ENTRY.match(line)
+    return (entry["key"] or "", entry["value"]) if entry else ("", "")
+
+
 def quote(text: str) -> str:
     """Return how to write a text in YAML, so that it is read as it stands."""
     if re.search(r"[\n\t\r]", text):

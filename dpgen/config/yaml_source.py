@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from dpgen.config import yaml12, yaml_slips
-from dpgen.config.secrets import redact_secrets
+from dpgen.config.secrets import REMOVED, has_secret, redact_secrets
 from dpgen.errors import ConfigError
 
 KeyPath = tuple[str, ...]
@@ -126,6 +126,16 @@ def read_argument(argument: str, path: KeyPath, text: str, *, may_be_text: bool)
     Raises:
         ConfigError: the value is no YAML, or YAML reads something else than stands there.
     """
+    try:
+        return _read_argument(argument, path, text, may_be_text)
+    except ConfigError:
+        if not has_secret(text, path[-1]):
+            raise
+        problem = "YAML reads it as something else than a text; put it in quotes"
+        raise ConfigError(f"{_show_argument(argument)}: {problem}") from None
+
+
+def _read_argument(argument: str, path: KeyPath, text: str, may_be_text: bool) -> YamlSource:
     name, key = _show_argument(argument), ".".join(path)
     if not text.strip(" "):
         raise ConfigError(f"{name}: {key} has no value; {_NO_VALUE}")
@@ -318,8 +328,14 @@ class _NodeChecker:
 
 
 def _at(name: str, text: str, line: int, column: int, problem: str) -> str:
-    """Return a mistake in a file: its place, counted from 1, what is wrong, and the line with a caret below."""
-    return f"{name}:{line + 1}:{column + 1}: {problem}\n{yaml_slips.show_place(text, line, column)}"
+    """Return a mistake in a file: its place, counted from 1, what is wrong, and the line with a caret below.
+
+    A secret in the line is left out.
+    """
+    mistake = f"{name}:{line + 1}:{column + 1}: {problem}\n{yaml_slips.show_place(text, line, column)}"
+    lines = yaml_slips.split_lines(text)
+    key, value = yaml_slips.split_entry(lines[line]) if line < len(lines) else ("", "")
+    return mistake.replace(value, REMOVED) if value and has_secret(value, key) else mistake
 
 
 def _nest(path: KeyPath, value: Any) -> Any:

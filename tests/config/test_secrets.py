@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpgen.commands import slurm
-from dpgen.config.secrets import REMOVED, has_secret, redact_secrets
+from dpgen.commands.run import _write_error
+from dpgen.config import loader
+from dpgen.config.secrets import REMOVED, has_secret, redact_secrets, redact_text
+from dpgen.errors import ConfigError
 from dpgen.journal.run_dir import diff_identities
 
 HF_TOKEN = "hf_" + "a1B2" * 8
@@ -22,6 +26,7 @@ AWS_KEY = "AKIA" + "Z" * 16
         *("hf_token", "token", "HF-Token", "wandb_token", "api_key", "OPENAI_API_KEY", "password", "auth"),
         *("aws_secret_access_key", "access_key", "secret", "client_secret", "credentials", "private_key"),
         *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "apiKey", "secretKey", "accessToken", "hfToken", "X-API-Key"),
+        *("db_pwd", "cookie", "account_key", "signing_key", "connection_string", "bearer", "APIKey", "x-auth-token"),
     ],
 )
 def test_a_secret_is_recognised_by_its_key(key: str) -> None:
@@ -44,11 +49,42 @@ def test_a_secret_is_recognised_by_its_key(key: str) -> None:
         ("glpat-" + "a1" * 12, REMOVED),
         ("sk-proj-" + "a" * 30, REMOVED),
         ("https://account.blob/x?sp=r&sig=a%2Fb&x=1", f"https://account.blob/x?sp=r&sig={REMOVED}&x=1"),
+        ("s3://key:sec/ret+x@bucket/rows", f"s3://{REMOVED}@bucket/rows"),
+        ("https://0123456789abcdef0123456789abcdef@host/x", f"https://{REMOVED}@host/x"),
+        ("https://host/x?API-Key=abc&page=2", f"https://host/x?API-Key={REMOVED}&page=2"),
+        ("https://host/x?clientSecret=abc", f"https://host/x?clientSecret={REMOVED}"),
+        ("https://host/x#access_token=abc", f"https://host/x#access_token={REMOVED}"),
+        ("https://host/x?X-Goog-Signature=abc", f"https://host/x?X-Goog-Signature={REMOVED}"),
+        (
+            "https://host/x?X-Amz-Security-Token=abc&Key-Pair-Id=K",
+            f"https://host/x?X-Amz-Security-Token={REMOVED}&Key-Pair-Id=K",
+        ),
+        ("AccountName=a;AccountKey=b0b==;Suffix=c", f"AccountName=a;AccountKey={REMOVED};Suffix=c"),
+        ("bearer 0123456789abcdef.x", f"bearer {REMOVED}"),
+        ("gsk_" + "a1" * 16, REMOVED),
+        ("nvapi-" + "a1" * 16, REMOVED),
+        ("ya29." + "a1" * 12, REMOVED),
+        ("sk_live_" + "a1" * 12, REMOVED),
     ],
 )
 def test_a_secret_is_recognised_by_its_form_under_any_key(text: str, redacted: str) -> None:
     assert redact_secrets({"path": [text]}) == {"path": [redacted]}
     assert has_secret(text)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"api_keys": ["a", "b"]},
+        {"hf_tokens": ["a"]},
+        {"passwords": ["a"]},
+        {"secrets": {"me": "a"}},
+        {"auth": {"u": "p"}},
+    ],
+)
+def test_all_texts_in_a_list_or_mapping_of_secrets_are_secrets(value: dict[str, Any]) -> None:
+    assert "a" not in str(redact_secrets(value)).replace(REMOVED, "").replace(next(iter(value)), "")
+    assert REMOVED in str(redact_secrets(value)) and has_secret(value)
 
 
 @pytest.mark.parametrize(
@@ -60,12 +96,38 @@ def test_a_secret_is_recognised_by_its_form_under_any_key(text: str, redacted: s
         {"tokenizer": "a/b", "max_tokens": "7", "tokens": "x", "token_column": "t", "password_column": "p"},
         {"api_key_env": "X", "secretary": "x", "authors": "x", "public_key": "x", "key": "x", "keys": ["x"]},
         {"path": "https://host:8080?mail=me@host", "model": "sk-learn-model-of-a-long-name"},
+        {"ignore_eos_token": "x", "prefix_token": "▁", "max_token": "5", "my_bos_token": "B", "hf_token": ""},
+        {"path": "https://me@host/x?max_tokens=5&page=2", "template": "x?token={{ token }}", "cache_key": "a"},
         {"template": "risk-averse: {{ question }}", "path": "https://host:8080/rows", "author": "me"},
     ],
 )
 def test_other_values_are_kept(value: dict[str, Any]) -> None:
     assert redact_secrets(value) == value
     assert not has_secret(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("", ["engine.hf_token=abcdef # x"]),
+        ("", ["engine.api_keys=[abcdef, {b]"]),
+        ("", ["data.path=[https://me:abcdef@host/x"]),
+        ("engine:\n  hf_token: 'abcdef\n", []),
+        ("engine:\n  hf_token: {{ abcdef }}\n", []),
+        ('engine: 1\nengine: 2\n  password: "abcdef" x\n', []),
+    ],
+)
+def test_an_error_of_the_configuration_shows_no_secret(tmp_path: Path, text: str, arguments: list[str]) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        loader.load([str(tmp_path / "a.yaml")], arguments)
+    assert "abcdef" not in redact_text(str(raised.value))
+
+
+def test_the_closing_error_of_a_run_shows_no_secret(capfd: pytest.CaptureFixture[str]) -> None:
+    _write_error(ConfigError("data.path=https://me:abcdef@host/x: addresses are not read"), "text")
+    written = capfd.readouterr().err
+    assert f"https://{REMOVED}@host/x" in written and "abcdef" not in written
 
 
 def test_a_run_directory_of_a_version_that_recognised_other_secrets_is_the_same_run() -> None:
