@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
 import zlib
@@ -43,9 +44,12 @@ class _MpiVariables:
         return cls(rank, size, local_rank, local_size)
 
 
-# Open MPI, MVAPICH, MPICH and Intel MPI. PMIx gives no size, so a rank of it is rejected where nothing else gives one.
+# Open MPI, MVAPICH, IBM's jsrun, horovodrun, MPICH and Intel MPI. PMIx gives no size, so a rank of it is rejected where
+# nothing else gives one.
 _MPI_VARIABLES = (
     *map(_MpiVariables.of_prefix, ("OMPI", "MV2", "MVP")),
+    _MpiVariables("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE"),
+    _MpiVariables("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
     _MpiVariables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", is_set_by_srun=True),
     _MpiVariables("PMIX_RANK", "PMIX_SIZE", "PMIX_LOCAL_RANK", "PMIX_LOCAL_SIZE", is_set_by_srun=True),
 )
@@ -91,6 +95,11 @@ class Topology:
                     f"the launcher's environment gives {name} {rank} of {size}: must be at least 0 and below {size} "
                     f"({self.source})"
                 )
+        if self.local_size > self.dp_size:
+            raise ConfigError(
+                f"the launcher's environment gives {format_count(self.local_size, 'rank')} on this node, of "
+                f"{self.dp_size} in all: unset the variables that another job has left ({self.source})"
+            )
 
     @property
     def is_rank_0(self) -> bool:
@@ -109,7 +118,7 @@ def read_topology(environ: Mapping[str, str]) -> Topology:
     Raises:
         ConfigError: a variable is missing beside the others, is no integer, or contradicts the others; names it.
     """
-    environ = {name: value for name, value in environ.items() if value.strip()}  # a blank one is not set
+    environ = {name: value.strip() for name, value in environ.items() if value.strip()}  # a blank one is not set
     node = socket.gethostname()
     num_given = ("RANK" in environ) + ("WORLD_SIZE" in environ)
     # Only srun sets SLURM_STEP_NUM_TASKS. A batch script has SLURM_PROCID, too, but runs as one process.
@@ -182,7 +191,7 @@ def expand_tasks_per_node(text: str, name: str = "SLURM_STEP_TASKS_PER_NODE") ->
     """
     counts: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        match = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part.strip())
         if not match:
             raise ConfigError(f"{name}={text!r}: must be SLURM's tasks per node, in the form 2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
@@ -249,7 +258,7 @@ def _read_torchrun_topology(environ: Mapping[str, str], node: str) -> Topology:
         local_size=_read_int(environ, "LOCAL_WORLD_SIZE", 1) if is_whole else 1,
         node=node,
         launcher="torchrun" if is_whole else "wrapper",
-        master_addr=environ.get("MASTER_ADDR", ""),
+        master_addr=_read_address(environ, "") if size > 1 else "",
         master_port=_read_port(environ, is_needed=size > 1),
         restart=_read_int(environ, "TORCHELASTIC_RESTART_COUNT", 0),
         source=_describe(environ, *names, "MASTER_ADDR", "MASTER_PORT"),
@@ -262,7 +271,7 @@ def _read_mpi_topology(environ: Mapping[str, str], node: str, names: _MpiVariabl
     local_size = _read_int(environ, names.local_size) if has_local else 1
     # The ranks' common name, of which they derive ports; only some versions of mpirun give one.
     namespace = environ.get("PMIX_NAMESPACE", "")
-    address = environ.get("MASTER_ADDR") or ("127.0.0.1" if local_size == size else "")
+    address = _read_address(environ, LOOPBACK if local_size == size else "")
     port = _read_port(environ, is_needed=False)
     if size > 1 and not (address and (port or namespace)):
         missing = "MASTER_ADDR" if not address else "MASTER_PORT"
@@ -299,7 +308,7 @@ def _read_slurm_topology(environ: Mapping[str, str], node: str) -> Topology:
         local_size=_count_slurm_tasks_here(environ),
         node=environ.get("SLURMD_NODENAME", node),
         launcher="slurm",
-        master_addr=environ.get("MASTER_ADDR") or first_host(nodes) or "127.0.0.1",
+        master_addr=_read_address(environ, first_host(nodes) or LOOPBACK),
         master_port=port,
         discovery_ports=() if port else derive_job_ports(job, step),
         restart=restart,
@@ -334,6 +343,29 @@ def _describe(environ: Mapping[str, str], *names: str) -> str:
     return ", ".join(f"{name}={environ[name]}" for name in names if name in environ)
 
 
+def _read_address(environ: Mapping[str, str], default: str) -> str:
+    """Return MASTER_ADDR; an address of IPv6 without its brackets.
+
+    Raises:
+        ConfigError: it can be no host's name or address, or is the address of any host.
+    """
+    if "MASTER_ADDR" not in environ:
+        return default
+    text = environ["MASTER_ADDR"]
+    address = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    try:
+        ipaddress.ip_address(address)
+        is_address = True
+    except ValueError:
+        is_address = False
+    if address in ("0.0.0.0", "::") or not (is_address or re.fullmatch(r"[\w.-]+", address)):
+        raise ConfigError(
+            f"MASTER_ADDR={text!r}: must be the name or address of rank 0's host alone, which all ranks can reach; its "
+            "port is MASTER_PORT"
+        )
+    return address
+
+
 def _read_port(environ: Mapping[str, str], *, is_needed: bool) -> int:
     """Return MASTER_PORT; 0 where it is not set, or is 0 and not needed."""
     port = _read_int(environ, "MASTER_PORT", 0)
@@ -346,7 +378,6 @@ def _read_int(environ: Mapping[str, str], name: str, default: int | None = None)
     text = environ.get(name, "")
     if not text and default is not None:
         return default
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f"{name}={text!r}: must be an integer") from None
+    if not re.fullmatch("[-+]?[0-9]{1,18}", text):  # int() takes 1_0, and digits of other scripts
+        raise ConfigError(f"{name}={text!r}: must be an integer")
+    return int(text)

@@ -154,6 +154,20 @@ def test_pmis_variables_that_srun_sets_itself_change_nothing() -> None:
         ({**SRUN, "SLURM_NODEID": "-1"}, "SLURM_NODEID=-1"),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": ""}, "SLURM_NODEID=1 .* SLURM_STEP_TASKS_PER_NODE is not set"),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "two"}, "SLURM_STEP_TASKS_PER_NODE='two': must be"),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x1000000000)"}, r"SLURM_STEP_TASKS_PER_NODE='2\(x1000000000\)'"),
+        (
+            {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "9(x2)"},
+            r"9 ranks on this node, of 4 in all: .*NODE=9\(x2\)",
+        ),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "9"}, "9 ranks on this node, of 8 in all: .*LOCAL_WORLD_SIZE=9"),
+        ({**SRUN, "SLURM_JOB_ID": "12_3"}, "SLURM_JOB_ID='12_3': must be an integer"),
+        ({"JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "3"}, "JSM_NAMESPACE_SIZE=3 gives 3 ranks, but MASTER_ADDR"),
+        ({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "3"}, "HOROVOD_SIZE=3 gives 3 ranks, but MASTER_ADDR"),
+        *(
+            ({**launcher, "MASTER_ADDR": address}, "MASTER_ADDR=.*: must be the name or address of rank 0's host alone")
+            for launcher in (TORCHRUN, SRUN, OMPI)
+            for address in ("n1:29500", "tcp://n1", "n[1-2]", "n1,n2", "n1 n2", "$(hostname)", "0.0.0.0", "::", "[::]")
+        ),
         ({**SRUN, "SLURM_LOCALID": "2"}, r"local rank 2 of 2: .*SLURM_LOCALID=2, SLURM_STEP_TASKS_PER_NODE=2\(x2\)"),
     ],
 )
@@ -174,6 +188,21 @@ def test_one_torchrun_on_each_node_may_be_started_by_srun_or_mpirun() -> None:
     assert read_topology({**SRUN, **OMPI, **torchrun, "TORCHELASTIC_RUN_ID": "none"}).dp_size == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        (" node0 ", "node0"),
+        ("[::1]", "::1"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("10.0.0.1", "10.0.0.1"),
+        ("a_b", "a_b"),
+    ],
+)
+def test_an_address_may_have_blanks_around_it_or_brackets(text: str, address: str) -> None:
+    for launcher in (TORCHRUN, SRUN):
+        assert read_topology({**launcher, "MASTER_ADDR": text}).master_addr == address
+
+
 def test_an_empty_environment_is_a_world_of_one() -> None:
     topology = read_topology({})
     assert (topology.dp_rank, topology.dp_size, topology.is_rank_0) == (0, 1, True)
@@ -184,6 +213,9 @@ def test_an_empty_environment_is_a_world_of_one() -> None:
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two': must be an integer"),
         ({"RANK": "8"}, "rank 8 of 8: must be at least 0 and below 8"),
+        ({"RANK": "1_0"}, "RANK='1_0': must be an integer"),
+        ({"RANK": "１"}, "RANK='１': must be an integer"),
+        ({"RANK": "9" * 30}, "RANK='9+': must be an integer"),
         ({"LOCAL_RANK": "4"}, "local rank 4 of 4"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is not"),
     ],
