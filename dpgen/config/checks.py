@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dpgen.errors import ConfigError
+from dpgen.errors import ERROR_TYPES, ConfigError, suggest_name
 from dpgen.lifecycle.shutdown import parse_time_limit
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ def find_wrong_run_values(run: RunConfig) -> Iterator[str]:
         isinstance(errors, list) and all(isinstance(name, str) for name in errors)
     ):
         yield f"run.retry_errors={errors!r}: must be true, false, or a list of error types"
+    for name in errors if isinstance(errors, list) else ():
+        if isinstance(name, str) and name not in ERROR_TYPES:
+            yield f"run.retry_errors: there is no error type {name!r}{suggest_name(name, ERROR_TYPES, 'types')}"
     if run.time_limit is not None:
         try:
             parse_time_limit(run.time_limit)

@@ -41,6 +41,7 @@ from dpgen.data.reading.files import (
 from dpgen.data.reading.source import UnreadableInput
 from dpgen.data.row_view import Shard, TableView, to_float
 from dpgen.errors import ConfigError
+from dpgen.formatting import format_count
 from dpgen.imports import imports_without_gc
 
 if TYPE_CHECKING:
@@ -250,8 +251,13 @@ def _cut(config: DataConfig, dataset: datasets.Dataset, source: InputSource) -> 
     dataset = dataset.with_format(None)
     base = range(len(dataset)) if source.base is None else source.base
     if config.select is not None:
-        chosen = parse_range(config.select)
-        dataset, base = dataset.select(range(*chosen.indices(len(dataset)))), base[chosen]
+        chosen, num_rows = parse_range(config.select), len(dataset)
+        indices = range(*chosen.indices(num_rows))
+        if num_rows and not indices:
+            raise ConfigError(
+                f"data.select={config.select}: selects none of the input's {format_count(num_rows, 'row')}"
+            )
+        dataset, base = dataset.select(indices) if indices else dataset, base[chosen]
     if config.limit is not None:
         length = min(config.limit, len(dataset))
         dataset, base = dataset.select(range(length)), base[:length]

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,18 +182,53 @@ def make_prompt_text_fn(config: PromptConfig) -> Callable[[Mapping[str, Any]], s
 
 def _resolve_chat_template(tokenizer: Any, own_template: str | None, tools: Any) -> str:
     """Return `data.chat_template` or else the tokenizer's (`resolve_chat_template` of vLLM)."""
-    import jinja2
-
     try:
         template = str(tokenizer.get_chat_template(own_template, tools=tools))
     except (ValueError, AttributeError) as error:
         reason = f"the tokenizer has no chat template; set data.chat_template ({_describe_error(error)})"
         raise ConfigError(reason) from error
+    _check_syntax(template)
+    return template
+
+
+def _check_syntax(template: str) -> None:
+    import jinja2
+
     try:
         template_variables(template)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"data.chat_template, line {error.lineno}: {error.message}") from error
-    return template
+
+
+def check_chat_without_tokenizer(config: PromptConfig, model: str) -> str | None:
+    """Check `data.chat_template` and its variables where no tokenizer is loaded; return a note if they can't be.
+
+    Args:
+        model: the model's folder, whose own chat template counts if there is no other; or any name.
+
+    Raises:
+        ConfigError: as `PromptRenderer`.
+    """
+    template = load_chat_template(config) or _read_chat_template(Path(model).expanduser())
+    if template is not None:
+        _check_syntax(template)
+        if config.chat_template_kwargs:
+            check_template_kwargs(config.chat_template_kwargs, None, template)
+        return None
+    return "data.chat_template_kwargs is not checked without a chat template" if config.chat_template_kwargs else None
+
+
+def _read_chat_template(folder: Path) -> str | None:
+    """Return the chat template in a model's folder; None if there is none, or several."""
+    try:
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        pass
+    try:
+        template = json.loads((folder / "tokenizer_config.json").read_bytes())["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return template if isinstance(template, str) else None
 
 
 def _select_template_kwargs(config: PromptConfig, tokenizer: Any, template: str) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from dpgen.errors import ConfigError, suggest_name
 # What transformers gives every chat template: `transformers.utils.chat_template_utils`.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "tojson"}
 
+# The names of special tokens that each tokenizer may have; it gives them to its template.
+_SPECIAL_TOKENS = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+
 
 def find_accepted_names(tokenizer: Any, template: str) -> set[str]:
     """Return the keywords that reach a chat template, or `apply_chat_template` itself."""
@@ -50,5 +53,5 @@ def _describe_unknown(name: str, own: Iterable[str]) -> str:
 def _find_own_variables(tokenizer: Any, template: str) -> set[str]:
     from jinja2.defaults import DEFAULT_NAMESPACE
 
-    special_tokens = getattr(tokenizer, "special_tokens_map", {})
-    return template_variables(template) - _GIVEN - set(DEFAULT_NAMESPACE) - set(special_tokens)
+    special_tokens = {*_SPECIAL_TOKENS, *getattr(tokenizer, "special_tokens_map", {})}
+    return template_variables(template) - _GIVEN - set(DEFAULT_NAMESPACE) - special_tokens

@@ -17,7 +17,7 @@ from typing import Any
 from dpgen.config.schema import Config, ParallelConfig
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
 from dpgen.data.hub import check_cache
-from dpgen.data.render import PromptRenderer, RenderFn
+from dpgen.data.render import PromptRenderer, RenderFn, check_chat_without_tokenizer
 from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer
 from dpgen.distributed.devices import assign_cores, assign_gpus
 from dpgen.distributed.group import RankGroup
@@ -170,6 +170,8 @@ def build_text_pipeline(config: Config, log: EngineLog) -> TextPipeline:
         from dpgen.engine.fake_backend import FakeTokenizer
 
         fake, text_renderer = FakeTokenizer(), PromptRenderer(prompt, None)
+        if prompt.is_chat and (note := check_chat_without_tokenizer(prompt, config.model)):
+            logger.info(f"run.engine=fake: {note}")
         return TextPipeline(
             lambda row: (fake.encode(str(text_renderer.build_prompt(row))), None), parser=start_parser(None)
         )

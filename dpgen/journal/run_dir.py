@@ -222,12 +222,16 @@ class RunDir:
         """Return the content of run.json; empty if there is none.
 
         Raises:
+            ConfigError: there is a file in place of the directory.
             DpgenError: run.json can't be read or holds no JSON object.
         """
         try:
             metadata = json.loads(self._run_json.read_bytes())
         except FileNotFoundError:
             return {}
+        except NotADirectoryError:
+            what = "is a file" if self.path.exists() else "has a file above it"
+            raise ConfigError(f"run.dir={self.path} {what}: must be a directory") from None
         except (OSError, ValueError) as error:
             raise DpgenError(f"{self._run_json} can't be read: {error}") from None
         if not isinstance(metadata, dict):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.jobs import REPO
 
 from dpgen.config import checks, loader, schema
-from dpgen.errors import ConfigError
+from dpgen.errors import ERROR_TYPES, ConfigError
 
 BASE = """
 run: {dir: out}
@@ -49,6 +50,7 @@ WRONG = [
     ("run.seed=-1", "run.seed=-1: must be from 0"),
     ("run.resume=sometimes", "'auto', 'never', 'force'"),
     ("run.retry_errors=poison_row", "must be true, false, or a list"),
+    ("run.retry_errors=[poison_rwo]", "no error type 'poison_rwo'; did you mean 'poison_row'"),
     ("run.time_limit=soon", "must be seconds, or H:MM:SS"),
     ("run.engine=tgi", "'vllm', 'fake'"),
     ("run.log_format=xml", "'text', 'json'"),
@@ -349,6 +351,13 @@ def test_a_required_value_may_be_marked_as_missing_for_another_source_to_give(
     assert load("model=m", text=text).model == "m"
     with pytest.raises(ConfigError, match="missing: model"):
         load(text=text)
+
+
+def test_run_retry_errors_takes_each_error_type_that_a_row_can_get() -> None:
+    source = "".join(path.read_text() for path in (REPO / "dpgen").rglob("*.py"))
+    raised = set(re.findall(r'(?:RowRefused|RowError|make_rejected_result)\(\s*"(\w+)"', source))
+    assert {"wrong_type", "poison_row"} <= raised <= set(ERROR_TYPES)
+    assert all(f"`{name}`" in (REPO / "README.md").read_text() for name in ERROR_TYPES)
 
 
 def test_a_template_needs_no_quoting_and_may_hold_dollars(load: Callable[..., schema.Config]) -> None:

@@ -70,6 +70,18 @@ def test_a_directory_of_several_splits_needs_data_split(tmp_path: Path) -> None:
         load(str(tmp_path / "saved"), split="validation")
 
 
+@pytest.mark.parametrize("select", ["100:", "5:5", "8:2", "100:200:3"])
+def test_a_range_that_selects_no_row_is_rejected_with_the_number_of_rows(jsonl: Path, select: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^data.select={select}: selects none of the input's \d+ rows$"):
+        load(str(jsonl), select=select)
+
+
+def test_an_input_without_rows_has_none_in_any_range(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    for options in ({"select": "3:"}, {"select": ":"}, {"limit": 3}, {"select": "1:", "limit": 0}):
+        assert len(load(str(tmp_path / "empty.jsonl"), **options)) == 0
+
+
 def test_limit_applies_after_select(jsonl: Path) -> None:
     rows = load(str(jsonl), select="1:9:2", limit=3)
     assert [row["size"] for table in rows.iter_tables(9) for row in table.to_pylist()] == [1, 3, 5]

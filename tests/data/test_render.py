@@ -18,7 +18,7 @@ from helpers.chat_templates import CONTENT_FORMATS
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.chat import merge_developer_role, to_conversation, validate_messages
 from dpgen.data.content_format import detect_content_format
-from dpgen.data.render import PromptRenderer, check_prompt_columns, load_chat_template
+from dpgen.data.render import PromptRenderer, check_chat_without_tokenizer, check_prompt_columns, load_chat_template
 from dpgen.data.tokenizer import (
     TokenizerConfig,
     find_reason_to_tokenize_in_engine,
@@ -100,6 +100,32 @@ def test_a_missing_column_is_reported_with_the_nearest_one(keys: dict[str, Any],
     with pytest.raises(ConfigError, match=words) as raised:
         check_prompt_columns(PromptConfig(**keys), COLUMNS)
     assert "\n" not in str(raised.value), "one mistake is one line"
+
+
+@pytest.mark.parametrize("place", ["data.chat_template", "chat_template.jinja", "tokenizer_config.json"])
+def test_without_a_tokenizer_a_chat_templates_variables_are_still_checked(tmp_path: Path, place: str) -> None:
+    template, keys = "{% if enable_thinking %}{{ messages }}{% endif %}", {}
+    if place == "data.chat_template":
+        keys = {"chat_template": template}
+    elif place == "chat_template.jinja":
+        (tmp_path / place).write_text(template)
+    else:
+        (tmp_path / place).write_text(json.dumps({"chat_template": template}))
+    for name in ("enable_thinking", "enable_thinkng"):
+        config = PromptConfig(messages_column="messages", chat_template_kwargs={name: False}, **keys)
+        if name == "enable_thinking":
+            assert check_chat_without_tokenizer(config, str(tmp_path)) is None
+            continue
+        with pytest.raises(ConfigError, match="does not use 'enable_thinkng'; did you mean 'enable_thinking'"):
+            check_chat_without_tokenizer(config, str(tmp_path))
+
+
+def test_without_a_chat_template_it_is_said_that_its_variables_are_not_checked(tmp_path: Path) -> None:
+    config = PromptConfig(messages_column="messages", chat_template_kwargs={"x": 1})
+    assert check_chat_without_tokenizer(config, "some/model") == (
+        "data.chat_template_kwargs is not checked without a chat template"
+    )
+    assert check_chat_without_tokenizer(PromptConfig(messages_column="messages"), str(tmp_path)) is None
 
 
 def test_all_missing_columns_of_a_template_are_reported_at_once() -> None:
@@ -346,18 +372,19 @@ def test_a_variable_that_the_chat_template_does_not_use_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("template", "kwargs"),
+    ("template", "kwargs", "prompt"),
     [
-        ("{{ messages[0].content }}{% if date is defined %}{{ date }}{% endif %}", {"date": "2024-01-02"}),
-        ("{% if not date is defined %}{% set date = 'x' %}{% endif %}{{ date }}", {"date": "y"}),
-        ("{{ messages[0].content }}", {"tools": [], "documents": [], "padding": False}),
+        ("{{ messages[0].content }}{% if date is defined %} {{ date }}{% endif %}", {"date": "now"}, "hello now"),
+        ("{% if not date is defined %}{% set date = 'x' %}{% endif %}{{ date }}", {"date": "y"}, "y"),
+        ("{{ messages[0].content }}", {"tools": [], "documents": [], "padding": False}, "hello"),
     ],
 )
 def test_variables_of_the_template_and_of_transformers_are_known(
-    tokenizers: dict[str, Any], template: str, kwargs: dict[str, Any]
+    tokenizers: dict[str, Any], template: str, kwargs: dict[str, Any], prompt: str
 ) -> None:
+    plain = tokenizers["plain"]
     config = PromptConfig(messages_column="m", chat_template=template, chat_template_kwargs=kwargs)
-    PromptRenderer(config, tokenizers["plain"])
+    assert plain.decode(PromptRenderer(config, plain).tokenize_row({"m": HELLO})) == prompt
 
 
 def test_a_template_without_variables_says_so(tokenizers: dict[str, Any]) -> None:

@@ -171,12 +171,19 @@ def test_a_new_run_may_use_an_empty_directory(tmp_path: Path, resume: str) -> No
     run_dir.create()
     (run_dir.path / ".lock").write_text("")
     run_dir.check_resumable(RUN, resume)
+    assert sorted(path.name for path in run_dir.path.iterdir()) == [".lock", "journal"]
+    (run_dir.path / "notes.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"notes\.txt|is not empty"):
+        run_dir.check_resumable(RUN, resume)
 
 
 def test_a_file_in_place_of_the_run_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
-    with pytest.raises(ConfigError, match="is a file: must be a directory"):
-        RunDir(str(tmp_path / "run")).check_resumable(RUN, "auto")
+    run_dir = RunDir(str(tmp_path / "run"))
+    assert run_dir.read_metadata() == {}, "reading it is no error, so that the next line is the one that is seen"
+    for check in (lambda: run_dir.check_resumable(RUN, "auto"), run_dir.lock):
+        with pytest.raises(ConfigError, match=r"^run.dir=.*/run is a file: must be a directory$"):
+            check()
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "journal/attempt-0001-rank-00000-part-0000.journal"])
