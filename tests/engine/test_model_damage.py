@@ -158,7 +158,11 @@ def test_files_that_vllm_does_not_load_may_be_anything(folder: Path) -> None:
     use_shards(folder)
     (folder / "extra.safetensors").write_text(POINTER)  # not in the index
     check_model_files(str(folder), {})
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin .*LFS"):  # the format that does load it
+        check_model_files(str(folder), {"load_format": "npcache"})
     (folder / SHARDS[0]).unlink()
+    with pytest.raises(ConfigError, match=f"weights are missing.*{SHARDS[0]}"):
+        check_model_files(str(folder), {})
     for load_format in ("dummy", "sharded_state", "a plugin's"):
         check_model_files(str(folder), {"load_format": load_format})
 
@@ -168,6 +172,10 @@ def test_bin_weights_are_whole_if_their_zip_file_or_old_pickle_is(folder: Path) 
     check_model_files(str(folder), {})
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02 an old pickle")
     check_model_files(str(folder), {})
+    for content, words in ((save_zip(folder)[:-30], "is cut short"), (b"", "is empty")):
+        (folder / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ConfigError, match=f"pytorch_model.bin {words}"):
+            check_model_files(str(folder), {})
 
 
 def test_a_tokenizer_of_its_own_is_checked_too(folder: Path, tmp_path: Path) -> None:
