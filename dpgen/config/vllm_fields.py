@@ -140,7 +140,7 @@ def describe_unknown_field(section: str, name: str, legal: Collection[str], othe
         successor = f"write {'sampling' if is_engine else 'engine'}.{name}"
     if successor is not None:
         return f"unknown key {full!r}: {successor}"
-    return f"unknown key {full!r}{suggest_name(full, {f'{section}.{field}' for field in legal}, 'keys')}"
+    return f"unknown key {full!r}{suggest_name(full, sorted(f'{section}.{field}' for field in legal), 'keys')}"
 
 
 def describe_home_of_field(name: str, legal: Collection[str]) -> str:

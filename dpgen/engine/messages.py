@@ -49,11 +49,16 @@ class EngineSpec:
     world: EngineWorld | None = None
     token_ids: bool = False
 
+    def iter_sampling_sections(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield `sampling` and each entry of `sampling_by_rank`, as (section, fields)."""
+        yield "sampling", self.sampling
+        yield from ((f"sampling_by_rank[{index}]", entry) for index, entry in enumerate(self.sampling_by_rank))
+
     def iter_sampling_names(self) -> Iterator[tuple[str, str]]:
         """Yield every field of SamplingParams that the configuration names, as (section, field)."""
-        yield from (("sampling", name) for name in (*self.sampling, *self.sampling_columns))
-        for index, entry in enumerate(self.sampling_by_rank):
-            yield from ((f"sampling_by_rank[{index}]", name) for name in entry)
+        yield from (("sampling", name) for name in self.sampling_columns)
+        for section, entry in self.iter_sampling_sections():
+            yield from ((section, name) for name in entry)
 
 
 @dataclass(frozen=True)

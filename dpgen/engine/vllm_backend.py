@@ -24,7 +24,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
@@ -187,6 +187,12 @@ class VllmBackend:
         for section, name in self._spec.iter_sampling_names():
             if name not in sampling_fields:
                 yield describe_unknown_field(section, name, sampling_fields, engine_fields)
+        constraints = {field.name for field in dataclasses.fields(StructuredOutputsParams) if field.name[0] != "_"}
+        for section, entry in self._spec.iter_sampling_sections():
+            given = entry.get("structured_outputs")
+            for name in given if isinstance(given, dict) else ():  # vLLM ignores those that it doesn't know
+                if name not in constraints:
+                    yield describe_unknown_field(f"{section}.structured_outputs", str(name), constraints)
 
     def _create_config(self, options: dict[str, Any]) -> tuple[VllmConfig, list[str]]:
         """Return vLLM's configuration, without loading the model, and notes for the log."""
@@ -210,8 +216,7 @@ class VllmBackend:
     def _find_wrong_sampling(self) -> Iterator[str]:
         """Yield one line for each sampling section that vLLM rejects."""
         self._sampling = self._build_default_sampling()
-        entries = {f"sampling_by_rank[{index}]": entry for index, entry in enumerate(self._spec.sampling_by_rank)}
-        for section, entry in {"sampling": {}, **entries}.items():
+        for section, entry in self._spec.iter_sampling_sections():
             try:
                 self._params.validate_python({**self._sampling, **entry})
             except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base

@@ -149,6 +149,11 @@ BAD_ENGINE_CONFIGS: list[tuple[str, list[str], str]] = [
     ("a sampling key that is gone", ["sampling.best_of=2"], "unknown key 'sampling.best_of': vLLM has removed it"),
     ("a sampling key of beam search", ["sampling.use_beam_search=true"], "SamplingParams has no beam search"),
     ("an adapter", ["sampling.lora_request=x"], "merge the adapter into the model"),
+    (
+        "a kind of structured output that is none",
+        ["sampling.structured_outputs={json: {}, whitespace_patern: x}"],
+        "did you mean 'sampling.structured_outputs.whitespace_pattern'",
+    ),
     ("a sampling key like no other", ["sampling.zzz=1"], "unknown key 'sampling.zzz'"),
     ("a rank's sampling key misspelt", ["sampling_by_rank=[{}, {top_q: 1}]"], "did you mean 'sampling_by_rank[1].top_"),
     ("a rank's sampling number that is a word", ["sampling_by_rank=[{temperature: hot}]"], "sampling_by_rank[0]"),
