@@ -251,16 +251,14 @@ def _cut(config: DataConfig, dataset: datasets.Dataset, source: InputSource) -> 
     dataset = dataset.with_format(None)
     base = range(len(dataset)) if source.base is None else source.base
     if config.select is not None:
-        chosen, num_rows = parse_range(config.select), len(dataset)
-        indices = range(*chosen.indices(num_rows))
-        if num_rows and not indices:
-            raise ConfigError(
-                f"data.select={config.select}: selects none of the input's {format_count(num_rows, 'row')}"
-            )
-        dataset, base = dataset.select(indices) if indices else dataset, base[chosen]
+        chosen = parse_range(config.select)
+        indices, base = range(len(dataset))[chosen], base[chosen]
+        if len(dataset) and not indices:
+            num_rows = format_count(len(dataset), "row")
+            raise ConfigError(f"data.select={config.select}: selects none of the input's {num_rows}")
+        dataset = dataset.select(indices) if indices else dataset
     if config.limit is not None:
-        length = min(config.limit, len(dataset))
-        dataset, base = dataset.select(range(length)), base[:length]
+        dataset, base = dataset.select(range(min(config.limit, len(dataset)))), base[: config.limit]
     key = None if source.key is None else f"{source.key} {config.split} {config.select} {config.limit}"
     load_before = source.load_before
 
