@@ -197,7 +197,7 @@ class _Job:
         self._stack.callback(self._note.close)
         self._stack.enter_context(_watch_rows(self._config, self._group, self._note, self._status_file))
         self._journal = JournalWriter(self._run_dir.journal, self._attempt, self._topology.dp_rank)
-        self._journal.before_first_write = self._run_dir.mark_unfinished
+        self._journal.before_first_write = self._run_dir.prepare_to_mark_unfinished()
         self._stack.callback(self._journal.close)
         self._stack.push(self._shutdown.defer_signals_on_error)
 

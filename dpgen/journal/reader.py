@@ -125,6 +125,12 @@ def merge_segments(segments: Sequence[SegmentContents]) -> JournalIndex:
     return _merge([segment.path for segment in ordered], [segment.frames for segment in ordered])
 
 
+def index_other_results(segments: Sequence[SegmentContents]) -> JournalIndex:
+    """Return an index over the results that `merge_segments` leaves out; a row may have several entries."""
+    ordered = sorted(segments, key=lambda segment: _get_sort_key(segment.path))
+    return _merge([segment.path for segment in ordered], [segment.frames for segment in ordered], are_kept=False)
+
+
 def read_segment(path: Path, *, check: bool = False) -> SegmentContents:
     """Return the sound frames of a segment.
 
@@ -154,10 +160,13 @@ class JournalReader:
 
     At most half as many files are open at a time as the process may open (64 at least), so a run of a thousand ranks
     opens each segment once.
+
+    Attributes:
+        index: locates the results.
     """
 
     def __init__(self, index: JournalIndex) -> None:
-        self._index = index
+        self.index = index
         self._open: OrderedDict[int, int] = OrderedDict()  # index into `files` → descriptor, least recently used first
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._max_open_files = len(index.files) if limit == resource.RLIM_INFINITY else max(_MIN_OPEN_FILES, limit // 2)
@@ -182,7 +191,7 @@ class JournalReader:
             DamagedRecord: the checksum of a result is wrong.
             DpgenError: a segment can't be read.
         """
-        index = self._index
+        index = self.index
         ends = np.cumsum(index.length[positions], dtype=np.int64)
         start = num_bytes = 0
         while start < len(positions):
@@ -202,7 +211,7 @@ class JournalReader:
             DamagedRecord: its checksum is wrong.
             DpgenError: the segment can't be read.
         """
-        index = self._index
+        index = self.index
         row, file = int(index.row[position]), int(index.file[position])
         start = int(index.offset[position]) - fmt.FRAME_HEADER.size
         try:
@@ -220,7 +229,7 @@ class JournalReader:
         else:
             if len(self._open) >= self._max_open_files:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[file] = os.open(self._index.files[file], os.O_RDONLY | os.O_CLOEXEC)
+            self._open[file] = os.open(self.index.files[file], os.O_RDONLY | os.O_CLOEXEC)
         return self._open[file]
 
 
@@ -238,8 +247,12 @@ def _get_sort_key(path: Path) -> tuple[int, int, int]:
     return key
 
 
-def _merge(files: Sequence[Path], frames: list[Frames]) -> JournalIndex:
-    """Return one index over segments in their order; empties `frames` on the way to save memory."""
+def _merge(files: Sequence[Path], frames: list[Frames], *, are_kept: bool = True) -> JournalIndex:
+    """Return one index over segments in their order; empties `frames` on the way to save memory.
+
+    Args:
+        are_kept: index the one result of each row that counts, or else all others.
+    """
     count = sum(map(len, frames))
     key, offset = np.empty(count, np.int64), np.empty(count, np.int64)
     length, file, error = np.empty(count, np.uint32), np.empty(count, np.int32), np.empty(count, bool)
@@ -256,6 +269,7 @@ def _merge(files: Sequence[Path], frames: list[Frames]) -> JournalIndex:
     key >>= 1
     keep = np.ones(count, dtype=bool)
     keep[1:] = key[1:] != key[:-1]
+    keep = keep if are_kept else ~keep
     row, order = key[keep], order[keep]
     del key
     offset = offset[order]

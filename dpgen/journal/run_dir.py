@@ -19,7 +19,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -137,6 +137,26 @@ class RunDir:
             OSError: the file can't be removed.
         """
         self.success.unlink(missing_ok=True)
+
+    def prepare_to_mark_unfinished(self) -> Callable[[], None]:
+        """Return what removes the `_SUCCESS` of now, if there is one; see `mark_unfinished`.
+
+        One that is written later stays: this rank may have been cut off while the others completed the result.
+        """
+        before = self._identify_success()
+
+        def mark() -> None:
+            if before is not None and self._identify_success() == before:
+                self.mark_unfinished()
+
+        return mark
+
+    def _identify_success(self) -> tuple[int, int, int] | None:
+        try:
+            stat = self.success.stat()
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
     def lock(self) -> None:
         """Reserve the directory for this run until this process ends. Only rank 0 calls this.

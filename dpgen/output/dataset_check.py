@@ -26,11 +26,15 @@ from dpgen.records import RowResult
 
 
 class ResultLookup:
-    """Look up the journal's results by row."""
+    """Look up the journal's results by row.
 
-    def __init__(self, index: JournalIndex, reader: JournalReader) -> None:
+    Args:
+        others: results of rows that have several, without those in `index`; see `index_other_results`.
+    """
+
+    def __init__(self, index: JournalIndex, reader: JournalReader, others: JournalReader | None = None) -> None:
         self.index = index
-        self._reader = reader
+        self._reader, self._others = reader, others
 
     def get_many(self, rows: Iterable[int]) -> Iterator[RowResult | None]:
         """Yield the result of each row; None if the journal has none."""
@@ -41,6 +45,13 @@ class ResultLookup:
         results = chain.from_iterable(self._reader.iter_batches(positions[is_present]))
         for has_result in is_present:
             yield next(results) if has_result else None
+
+    def get_others(self, row: int) -> Iterator[RowResult]:
+        """Yield the row's other results."""
+        if self._others is not None:
+            rows = self._others.index.row
+            positions = np.arange(*np.searchsorted(rows, [row, row + 1]))
+            yield from chain.from_iterable(self._others.iter_batches(positions))
 
 
 @dataclass
@@ -144,19 +155,42 @@ class DatasetCheck:
         for position, result in enumerate(self._results.get_many(row_ids)):
             if result is None:
                 continue
-            sample = samples[position]
-            if self._format.explode and sample not in (range(len(result.completions)) or (None,)):
-                raise ValueError(f"row {result.row} has a sample_id that its result does not have: {sample}")
-            if not sample:  # a row's first entry
-                self._stats.add(result)
-                self._num_expected[result.row] = len(list_entries([result], self._format))
+            entry = Entry(result, samples[position], conversations[position] if conversations else None)
+            entry = self._select_entry(entry, batch, position)
+            if not self._has_sample(entry):
+                raise ValueError(f"row {result.row} has a sample_id that its result does not have: {entry.sample}")
+            if not entry.sample:  # a row's first entry
+                self._stats.add(entry.result)
+                self._num_expected[result.row] = len(list_entries([entry.result], self._format))
             positions.append(position)
-            entries.append(Entry(result, sample, conversations[position] if conversations else None))
-        for name, values in build_result_arrays(entries, self._format).items():
-            if name == MESSAGES and conversations is None:
-                continue  # it can't be checked without the input
+            entries.append(entry)
+        for name, values in self._build_expected(entries).items():
             actual = [batch[name][position] for position in positions]
-            self._compare(f"{name} differs from the journal's", row_ids[positions], values.to_pylist(), actual)
+            self._compare(f"{name} differs from the journal's", row_ids[positions], values, actual)
+
+    def _select_entry(self, entry: Entry, batch: dict[str, list[Any]], position: int) -> Entry:
+        """Return the entry with that result of its row which the dataset was made from.
+
+        A rank that was cut off may have journaled the row again since, in a segment that comes before.
+        """
+
+        def is_source(candidate: Entry) -> bool:
+            expected = {name: values[0] for name, values in self._build_expected([candidate]).items()}
+            return self._has_sample(candidate) and _to_canonical_json(expected) == _to_canonical_json(
+                {name: batch[name][position] for name in expected}
+            )
+
+        others = [entry._replace(result=other) for other in self._results.get_others(entry.result.row)]
+        return next(filter(is_source, [entry, *others]), entry) if others else entry
+
+    def _has_sample(self, entry: Entry) -> bool:
+        return not self._format.explode or entry.sample in (range(len(entry.result.completions)) or (None,))
+
+    def _build_expected(self, entries: list[Entry]) -> dict[str, list[Any]]:
+        """Return the columns that results add, but those that can't be checked without the input."""
+        can_check_messages = self._rows is not None and not self._rows.is_empty
+        arrays = build_result_arrays(entries, self._format)
+        return {name: values.to_pylist() for name, values in arrays.items() if name != MESSAGES or can_check_messages}
 
     def _read_conversations(self, row_ids: np.ndarray) -> list[list[Message] | None] | None:
         """Return the rows' conversations; None where no column holds them, or without the input."""

@@ -23,6 +23,7 @@ from dpgen.journal.reader import (
     JournalIndex,
     JournalReader,
     SegmentContents,
+    index_other_results,
     list_segments,
     merge_segments,
     read_segment,
@@ -92,11 +93,11 @@ def verify(path: Path, *, check_input: bool = True) -> VerificationReport:
     run_dir = RunDir(str(path))
     report = VerificationReport(str(path), is_finished=run_dir.is_finished)
     identity = _read_identity(run_dir, report)
-    index = _check_journal(run_dir, report)
+    index, others = _check_journal(run_dir, report)
     rows = _check_input(run_dir, identity, report) if check_input and identity else None
     _note_what_is_not_checked(run_dir, report, has_input=rows is not None, check_input=check_input)
-    with JournalReader(index) as reader:
-        results = ResultLookup(index, reader)
+    with JournalReader(index) as reader, JournalReader(others) as other_reader:
+        results = ResultLookup(index, reader, other_reader)
         _count_failed(results, report)
         if run_dir.is_finished and identity and report.num_rows is not None:
             success = _read_success(run_dir, report)
@@ -134,10 +135,10 @@ def _read_identity(run_dir: RunDir, report: VerificationReport) -> dict[str, Any
     return identity
 
 
-def _check_journal(run_dir: RunDir, report: VerificationReport) -> JournalIndex:
-    """Read every byte of the journal, and return the index of its sound records."""
+def _check_journal(run_dir: RunDir, report: VerificationReport) -> tuple[JournalIndex, JournalIndex]:
+    """Read every byte of the journal, and return the index of its sound records, and of those that do not count."""
     segments = [read_segment(path, check=True) for path in list_segments(run_dir.journal)]
-    index = merge_segments(segments)
+    index, others = merge_segments(segments), index_other_results(segments)
     report.num_segments, report.num_done = len(segments), len(index)
     report.doubled = format_ranges(_find_duplicate_rows(segments))
     for segment in segments:
@@ -148,7 +149,7 @@ def _check_journal(run_dir: RunDir, report: VerificationReport) -> JournalIndex:
         if segment.torn_bytes:
             report.torn_segments[name] = segment.torn_bytes
     if report.num_rows is None:
-        return index
+        return index, others
     unknown = index.row[~_is_of_input(index.row, report.num_rows)]
     if len(unknown):
         report.num_done -= len(unknown)
@@ -157,7 +158,7 @@ def _check_journal(run_dir: RunDir, report: VerificationReport) -> JournalIndex:
     report.missing = format_ranges(missing)
     if len(missing) and report.is_finished:
         report.problems.append(f"the journal lacks rows, so their results can't be proven: {format_rows(missing)}")
-    return index
+    return index, others
 
 
 def _find_duplicate_rows(segments: list[SegmentContents]) -> np.ndarray:

@@ -157,6 +157,25 @@ def test_a_success_file_that_is_damaged_counts_as_empty(
     assert not run_dir.is_finished
 
 
+def test_a_rank_removes_the_success_file_that_was_there_when_it_began_and_none_that_others_write_later(
+    tmp_path: Path,
+) -> None:
+    run_dir = RunDir(str(tmp_path))
+    mark = run_dir.prepare_to_mark_unfinished()
+    run_dir.success.write_text("written while this rank was cut off")
+    mark()
+    assert run_dir.is_finished
+    mark = run_dir.prepare_to_mark_unfinished()
+    mark()
+    assert not run_dir.is_finished, "failed rows are generated again"
+    run_dir.success.write_text("an earlier result")
+    mark = run_dir.prepare_to_mark_unfinished()
+    run_dir.mark_unfinished()
+    run_dir.success.write_text("the result of this attempt")
+    mark()
+    assert run_dir.is_finished
+
+
 # ---- which run may resume in a directory
 
 

@@ -341,6 +341,17 @@ def test_damage_that_costs_rows_is_a_problem_with_its_rows(
     assert problem in printed and printed.endswith("NOT SOUND\n"), printed
 
 
+@pytest.mark.parametrize("row", [3, BAD_ROW])
+def test_a_result_stays_sound_if_a_rank_that_was_cut_off_journals_its_rows_again(run: Path, row: int) -> None:
+    late = JournalWriter(run / "journal", 0, 0)  # read before all others
+    late.append(RowResult(row, 5, (Completion("another sample", "stop", 2),)))
+    late.close()
+    report = verify(run)
+    assert report.problems == [] and report.is_finished and report.doubled == str(row)
+    rewrite(get_dataset_file(run, 0), lambda columns: columns["generated_text"].__setitem__(row, "from no journal"))
+    assert verify(run).problems[0] == f"the dataset's generated_text differs from the journal's: 1 ({row})"
+
+
 def test_a_damaged_record_is_reported_with_its_offset_and_row(run: Path) -> None:
     path = find_segment_with_rows(run)
     frames = read_segment(path).frames
