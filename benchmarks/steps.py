@@ -52,7 +52,7 @@ class Bench:
         from transformers import AutoTokenizer
 
         from dpgen.engine.messages import EngineSpec, EngineTextConfig
-        from dpgen.engine.vllm_backend import VllmBackend
+        from dpgen.engine.vllm.vllm_backend import VllmBackend
 
         model = make_tiny_model(work_dir)
         sampling = {"temperature": 1.0, "ignore_eos": True}

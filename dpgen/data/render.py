@@ -11,7 +11,7 @@
 - Follows vLLM 0.32: `vllm/entrypoints/common/offline.py` (_preprocess_cmpl, _preprocess_chat),
   `vllm/renderers/base.py` (_tokenize_prompt), `vllm/renderers/hf.py` (safe_apply_chat_template).
 - Limits: text only, decoder-only models. Where `is_supported_by_transformers` is false, only vLLM knows the tokenizer,
-  and `dpgen.engine.vllm_render` renders. A chat template that writes today's date gives other tokens tomorrow.
+  and `dpgen.engine.vllm.vllm_render` renders. A chat template that writes today's date gives other tokens tomorrow.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def _build_backend(spec: EngineSpec) -> Backend:
     import_logger = logging.getLogger("vllm.triton_utils.importing")
     import_logger.addFilter(lambda record: "doesn't include CPU backend" not in record.getMessage())
     with imports_without_gc():
-        from dpgen.engine.vllm_backend import VllmBackend
+        from dpgen.engine.vllm.vllm_backend import VllmBackend
 
     return VllmBackend(spec)
 

@@ -314,7 +314,7 @@ def generate(llm: Any, case: Case) -> list[int]:
 def render_in_engine(llm: Any, case: Case) -> list[int] | str:
     from vllm.renderers.hf import HfRenderer
 
-    from dpgen.engine.vllm_render import VllmRenderer
+    from dpgen.engine.vllm.vllm_render import VllmRenderer
 
     renderer = llm.llm_engine.renderer
     has_template = isinstance(renderer, HfRenderer)  # the others have code instead, which takes any name

@@ -77,7 +77,7 @@ EACH_CHECKED = """
 import json, sys
 from dpgen.config.loader import load_from_args
 from dpgen.engine.launch import build_engine_spec
-from dpgen.engine.vllm_backend import VllmBackend
+from dpgen.engine.vllm.vllm_backend import VllmBackend
 from dpgen.errors import ConfigError
 from dpgen.distributed.topology import Topology
 

@@ -190,7 +190,8 @@ def test_experts_split_over_ranks_work_up_to_vllms_communicator_for_the_cpu(
 @pytest.mark.slow
 def test_vllm_accepts_pipeline_stages_below_a_rank(launcher: Launcher, tmp_path: Path, model: Path) -> None:
     program = (
-        "import sys; from dpgen.engine.messages import EngineSpec; from dpgen.engine.vllm_backend import VllmBackend; "
+        "import sys; from dpgen.engine.messages import EngineSpec; "
+        "from dpgen.engine.vllm.vllm_backend import VllmBackend; "
         "print(VllmBackend(EngineSpec('vllm', sys.argv[1], pipeline_parallel_size=2)).check_options())"
     )
     job = launcher.start([launcher.python, "-c", program, str(model)])

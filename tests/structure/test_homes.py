@@ -18,7 +18,7 @@ HOMES = {
         "dpgen/distributed/gloo/rank_group.py": "gloo exchanges tensors",
         "dpgen/distributed/gloo/torch_world.py": "sets torch.distributed up",
         "dpgen/engine/lockstep.py": "the engine processes of one group exchange tensors",
-        "dpgen/engine/vllm_backend.py": "run.json records torch's version next to vLLM's",
+        "dpgen/engine/vllm/vllm_backend.py": "run.json records torch's version next to vLLM's",
     },
     "torch.distributed": {
         "dpgen/distributed/gloo/address_book.py": "gloo asks a Store for addresses",
@@ -27,9 +27,9 @@ HOMES = {
         "dpgen/engine/lockstep.py": "engine processes that step together: a group of their own, apart from the ranks'",
     },
     "vllm": {
-        "dpgen/engine/vllm_backend.py": "vLLM's engine",
         "dpgen/engine/parsing/vllm_parsers.py": "vLLM's reasoning and tool parsers, in a worker process",
-        "dpgen/engine/vllm_render.py": "vLLM's renderer, for tokenizers that only vLLM knows",
+        "dpgen/engine/vllm/vllm_backend.py": "vLLM's engine",
+        "dpgen/engine/vllm/vllm_render.py": "vLLM's renderer, for tokenizers that only vLLM knows",
     },
     "datasets": {"dpgen/data/input_rows.py": "reads all input"},
     "omegaconf": {"dpgen/config/loader.py": "merges files and overrides"},

@@ -86,7 +86,7 @@ class VllmBackend:
             usage_context=UsageContext.LLM_CLASS,
         )
         if text_config.prompt_config is not None:
-            from dpgen.engine.vllm_render import VllmRenderer
+            from dpgen.engine.vllm.vllm_render import VllmRenderer
 
             self._render = VllmRenderer(self._engine, text_config.prompt_config).render
         config = self._engine.vllm_config
