@@ -31,10 +31,10 @@ from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_writer import write_dataset
 from dpgen.records import Completion, RowResult
 from dpgen.scheduling import order
+from dpgen.scheduling.groups.prefix_groups import _LEVELS, PrefixGroups
+from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.order import OrderConfig
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
-from dpgen.scheduling.prefix_groups import _LEVELS, PrefixGroups
-from dpgen.scheduling.prompt_groups import RankState
 from dpgen.scheduling.request_source import RequestBuilder
 
 _NUM_RANKS = 1000

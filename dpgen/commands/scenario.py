@@ -18,8 +18,8 @@ from dpgen.config.schema import Config, WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError, suggest_name
 from dpgen.log import setup_logging
+from dpgen.scheduling.groups.prompt_groups import PromptGroups, RankState
 from dpgen.scheduling.order import OrderConfig, PromptTextFn, RowOrder, order_by_measured_lengths
-from dpgen.scheduling.prompt_groups import PromptGroups, RankState
 from dpgen.simulation.lengths import sample_lengths
 from dpgen.simulation.simulator import EngineCostModel, Workload
 
@@ -124,8 +124,8 @@ def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
     from dpgen.data.input_rows import load_input
     from dpgen.data.render import check_prompt_columns, select_prompt_columns
     from dpgen.distributed.group import SingleRankGroup
+    from dpgen.scheduling.groups.prefix_groups import group_by_prefix
     from dpgen.scheduling.order import order_rows
-    from dpgen.scheduling.prefix_groups import group_by_prefix
     from dpgen.scheduling.slow_rows import SlowRowFilter
 
     rows = load_input(config.data)

@@ -25,9 +25,9 @@ from dpgen.errors import Interrupted, PeerFailed
 from dpgen.formatting import format_count
 from dpgen.records import RankManifest, Request, RowResult, UndecodedRow
 from dpgen.scheduling.admission import AdmissionController
+from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.leading_errors import LeadingErrorCheck
 from dpgen.scheduling.order import RowOrder
-from dpgen.scheduling.prompt_groups import RankState
 from dpgen.scheduling.request_source import RequestSource
 from dpgen.scheduling.throughput import ThroughputMeter, compute_slowdowns
 from dpgen.scheduling.totals import Totals

@@ -23,8 +23,8 @@ from dpgen.config.schema import WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.render import select_prompt_columns
 from dpgen.formatting import format_count
-from dpgen.scheduling.prefix_groups import PrefixGroups, group_by_prefix, shard_groups
-from dpgen.scheduling.prompt_groups import LengthTracker, PromptGroups, RankState, group_by_prompt
+from dpgen.scheduling.groups.prefix_groups import PrefixGroups, group_by_prefix, shard_groups
+from dpgen.scheduling.groups.prompt_groups import LengthTracker, PromptGroups, RankState, group_by_prompt
 
 _SAMPLE_ROWS = 20_000
 # longest_first needs values that vary: the 99th percentile over the median, at least. Prompt lengths predict completion

@@ -20,7 +20,7 @@ from dpgen.errors import RowRefused
 from dpgen.journal.row_notes import RENDERING, RowNote
 from dpgen.records import Request, RowError, RowResult, derive_row_seed, make_rejected_result
 from dpgen.scheduling.claims import Claim
-from dpgen.scheduling.prompt_groups import LengthTracker
+from dpgen.scheduling.groups.prompt_groups import LengthTracker
 
 
 class Claimer(Protocol):

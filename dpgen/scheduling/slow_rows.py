@@ -18,8 +18,8 @@ from dpgen.distributed.group import RankGroup
 from dpgen.formatting import format_count
 from dpgen.journal.row_notes import ORDERING, RowNote
 from dpgen.records import RowError
+from dpgen.scheduling.groups.prefix_groups import SlowRow
 from dpgen.scheduling.order import PromptTextFn
-from dpgen.scheduling.prefix_groups import SlowRow
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from dpgen.config.schema import WorkConfig
 from dpgen.distributed.group import InMemoryStore
 from dpgen.scheduling.admission import AdmissionController
 from dpgen.scheduling.claims import Claim, ShardClaimer
+from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.order import RowOrder, ShardSpec, order_by_measured_lengths
-from dpgen.scheduling.prompt_groups import RankState
 from dpgen.scheduling.request_source import RequestBuilder, RequestSource
 from dpgen.scheduling.sources import SourceMaker
 from dpgen.scheduling.throughput import ThroughputMeter, compute_slowdowns

@@ -22,7 +22,7 @@ from dpgen.config.prompt import PromptConfig
 from dpgen.data.render import PromptRenderer
 from dpgen.errors import Interrupted
 from dpgen.lifecycle.shutdown import ShutdownMonitor, SignalReceived, find_deadline
-from dpgen.scheduling.prefix_groups import group_by_prefix
+from dpgen.scheduling.groups.prefix_groups import group_by_prefix
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

@@ -269,7 +269,7 @@ def test_rows_that_are_appended_are_groups_of_their_own_and_of_mean_weight() -> 
 def test_a_million_small_groups_are_shared_out_evenly_without_a_step_for_each(
     monkeypatch: pytest.MonkeyPatch, num_shards: int
 ) -> None:
-    monkeypatch.setattr("dpgen.scheduling.prefix_groups._MAX_BALANCED_GROUPS", 64)
+    monkeypatch.setattr("dpgen.scheduling.groups.prefix_groups._MAX_BALANCED_GROUPS", 64)
     num_rows = 6_000
     groups = np.arange(0, num_rows, 3)
     weights = np.random.default_rng(0).lognormal(5, 1, num_rows)

@@ -21,9 +21,9 @@ from dpgen.journal.engine_notes import BlameState, EngineNote, write_engine_note
 from dpgen.journal.row_notes import RENDERING, open_note
 from dpgen.journal.writer import JournalWriter
 from dpgen.records import Completion, Request, RowError, RowResult
+from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.order import OrderConfig
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
-from dpgen.scheduling.prompt_groups import RankState
 from dpgen.scheduling.request_source import RequestBuilder, RequestSource
 
 NUM_ROWS = 20

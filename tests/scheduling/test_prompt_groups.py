@@ -13,8 +13,8 @@ from helpers.jobs import REPO, Launcher, load_result
 
 from dpgen.config.schema import WorkConfig
 from dpgen.journal.reader import index_journal
+from dpgen.scheduling.groups.prompt_groups import PromptGroups, RankState, group_by_prompt
 from dpgen.scheduling.order import RowOrder, order_by_measured_lengths
-from dpgen.scheduling.prompt_groups import PromptGroups, RankState, group_by_prompt
 from dpgen.simulation.lengths import sample_lengths
 from dpgen.simulation.simulator import EngineCostModel, Workload, simulate
 
