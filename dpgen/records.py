@@ -27,12 +27,14 @@ class Request:
         prompt: the text or the chat messages if `prompt_token_ids` is None.
         sampling: SamplingParams fields of this row only: from its entry of sampling_by_rank, its seed, and values
             taken from columns.
+        adapter: the name of the row's LoRA adapter; None for the model without one.
     """
 
     row: int
     prompt_token_ids: list[int] | None
     prompt: Any = None
     sampling: dict[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ from dpgen.output.format_check import check_output_format
 from dpgen.output.result import gather_results, is_already_complete, write_result
 from dpgen.records import RankManifest
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
+from dpgen.scheduling.groups.adapters import AdapterConfig
 from dpgen.scheduling.order import OrderConfig
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
 from dpgen.scheduling.request_source import RequestBuilder, RequestSource
@@ -204,13 +205,10 @@ class _Job:
     def _make_planner(self) -> ShardPlanner:
         config = self._config
         columns = {*select_prompt_columns(config.prompt, self._rows.columns), *config.sampling_columns.values()}
+        if config.data.lora_column is not None:
+            columns.add(config.data.lora_column)
         planner_config = PlannerConfig(
-            order=OrderConfig(
-                config.work,
-                config.prompt,
-                config.sampling_columns.get("max_tokens"),
-                bool(config.engine.get("enable_prefix_caching", True)),
-            ),
+            order=OrderConfig.from_config(config),
             retry_errors=config.run.retry_errors,
             columns=tuple(sorted(columns)),
             lockstep=self._layout.lockstep,
@@ -228,6 +226,7 @@ class _Job:
             {name: value for name, value in self._text_needs.items() if name not in config.sampling},
             self._note,
             has_added_nulls=self._rows.has_added_nulls,
+            adapters=AdapterConfig.from_config(config),
         )
         return ShardPlanner(planner_config, self._rows, self._run_dir.journal, self._group, builder)
 

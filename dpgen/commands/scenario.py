@@ -132,12 +132,7 @@ def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
     check_prompt_columns(config.prompt, rows.columns)
     row_ids, prompt_lengths = np.arange(len(rows)), np.zeros(len(rows), dtype=np.int64)
     lengths = _read_lengths(options, config, rows)
-    order_config = OrderConfig(
-        work=config.work,
-        prompt=config.prompt,
-        max_tokens_column=config.sampling_columns.get("max_tokens"),
-        prefix_caching=config.engine.get("enable_prefix_caching", True),
-    )
+    order_config = OrderConfig.from_config(config)
 
     def order(row_ids: np.ndarray, text_of: PromptTextFn) -> RowOrder:
         prompts = group_by_prefix(rows, row_ids, select_prompt_columns(config.prompt, rows.columns), text_of)

@@ -66,6 +66,26 @@ def find_wrong_engine_keys(engine: Mapping[str, Any]) -> Iterator[str]:
         yield "engine.data_parallel_size can't be set: dpgen's ranks are the data-parallel ones"
 
 
+def find_wrong_adapters(lora: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line for each adapter without a name or a place."""
+    for name, place in lora.items():
+        if not name.strip():
+            yield f"lora={{{name!r}: {place}}}: an adapter needs a name"
+        elif not isinstance(place, str) or not place.strip():
+            yield f"lora.{name}={place!r}: must be the adapter's directory or Hub name"
+
+
+def find_wrong_adapter_choice(lora: Mapping[str, str], column: str | None) -> Iterator[str]:
+    """Yield a line if the configuration leaves open which rows use which adapter."""
+    if column and not lora:
+        yield "data.lora_column needs lora, the adapters by name: lora={NAME: PATH}"
+    if column is None and len(lora) > 1:
+        yield (
+            f"lora holds {len(lora)} adapters ({', '.join(lora)}): data.lora_column must name the column that chooses "
+            "one for each row"
+        )
+
+
 def find_wrong_sampling(sampling: Mapping[str, Any], by_rank: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Yield one line for each mistake in `sampling` and `sampling_by_rank` that shows without vLLM."""
     columns = sampling.get("from_columns")

@@ -334,7 +334,7 @@ def _take_texts_as_written(source: YamlSource, path: KeyPath, value: Any) -> Any
         return _take_fields_as_written(source, path, value)
     if find_type(key).startswith("int") and isinstance(value, float) and value.is_integer():
         return int(value)  # 1e6
-    if not is_text(key) and key != "data.columns":
+    if not is_text(key) and key != "data.columns" and find_type(key) != "dict[str, str]":
         return value
     return _take_as_written(source, path, value)
 

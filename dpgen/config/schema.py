@@ -114,6 +114,10 @@ class DataConfig:
     )
     add_generation_prompt: bool = _option("end a chat prompt with the opening of the assistant's answer", True)
     continue_final_message: bool = _option("leave the last chat message open, for the model to continue", False)
+    lora_column: str | None = _option(
+        "a column that names the row's adapter in lora; null: the model without an adapter; with more adapters than "
+        "engine.max_loras (4 unless given) the rows of each run together, unless work.order=dataset"
+    )
     render_timeout_s: float = _option(
         "reject a row, as render_timeout, whose prompt takes longer than this many seconds to render", 60.0, minimum=0.1
     )
@@ -238,6 +242,12 @@ class Config:
     engine: dict[str, Any] = _option(
         "any field of vLLM's EngineArgs, passed through, e.g. {max_model_len: 8192}", factory=dict
     )
+    lora: dict[str, str] = _option(
+        "LoRA adapters of the model, by name: {math: adapters/math}, each a directory or a Hub name; their ranks come "
+        "from their own configurations; one alone is used for all rows, unless data.lora_column is set; several need "
+        "data.lora_column",
+        factory=dict,
+    )
     sampling: dict[str, Any] = _option(
         "any field of vLLM's SamplingParams, passed through, over the model's generation config; max_tokens is the "
         "rest of the context unless one of them gives it; sampling.from_columns takes fields from columns: "
@@ -346,6 +356,7 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
     yield from checks.find_wrong_run_values(sections["run"])
     yield from checks.find_wrong_input(sections["data"], sections["model"])
     yield from checks.find_wrong_engine_keys(sections["engine"])
+    yield from checks.find_wrong_adapters(sections["lora"])
     yield from checks.find_wrong_sampling(sections["sampling"], sections["sampling_by_rank"])
 
 
@@ -377,6 +388,7 @@ def _validate(config: Config) -> None:
         mistakes.append("output.messages=true makes one conversation a row: set output.explode=true where n is not 1")
     if config.output.reasoning == "keep" and config.output.reasoning_parser != "auto":
         mistakes.append("output.reasoning_parser has no effect: set output.reasoning=split or strip")
+    mistakes += checks.find_wrong_adapter_choice(config.lora, config.data.lora_column)
     try:
         if not config.prompt.is_chat and config.output.messages:
             mistakes.append("output.messages=true needs a chat: set data.messages_column, or data.as_chat=true")

@@ -13,7 +13,7 @@ from dpgen.errors import suggest_name
 
 _STRUCTURED = "sampling.structured_outputs={{{0}: ...}}"
 _NO_BEAM_SEARCH = "SamplingParams has no beam search; leave it out"
-_NO_ADAPTERS = "dpgen passes no adapters to requests; merge the adapter into the model"
+_ADAPTERS = "write lora={NAME: PATH}, and data.lora_column where rows have different ones"
 _GONE = "vLLM has removed it without a successor; leave it out"
 _SPECULATIVE = "write engine.speculative_config={model: ..., num_speculative_tokens: ...}"
 _EPLB = "write engine.eplb_config={...}"
@@ -30,7 +30,8 @@ _SAMPLING = {
     **dict.fromkeys(
         ("use_beam_search", "beam_width", "num_beams", "length_penalty", "early_stopping"), _NO_BEAM_SEARCH
     ),
-    **dict.fromkeys(("lora_request", "lora_path", "lora_name", "prompt_adapter_request"), _NO_ADAPTERS),
+    **dict.fromkeys(("lora_request", "lora_path", "lora_name"), _ADAPTERS),
+    "prompt_adapter_request": _GONE,
     "logits_processors": "write engine.logits_processors=[...]: they belong to the engine, not to a request",
     "truncate_prompt_tokens": "dpgen shortens no prompt; a row that is too long gets the error prompt_too_long",
     **dict.fromkeys(
@@ -86,7 +87,7 @@ _ENGINE = {
          "override_neuron_config", "max_num_partial_prefills", "max_long_partial_prefills"),
         _GONE,
     ),
-    **dict.fromkeys(("lora_modules", "lora_path", "adapter"), _NO_ADAPTERS),
+    **dict.fromkeys(("lora_modules", "lora_path", "adapter"), _ADAPTERS),
     "use_tqdm": "write engine.use_tqdm_on_load",
     "torch_dtype": "write engine.dtype",
     **dict.fromkeys(

@@ -22,6 +22,7 @@ _MAX_POINTER_BYTES = 1024
 _WRITE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 _PROBE_BYTES = 4096
 _MAX_LISTED = 3
+_ADAPTER_FILES = ["adapter_config.json", "adapter_model.*"]
 _LOG_IN = "log in (`hf auth login`, or set HF_TOKEN) on every node"
 
 
@@ -54,6 +55,30 @@ def explain_hub_error(name: str, error: BaseException) -> str | None:
                 f"can (now: {constants.HF_HUB_CACHE}, of {HUB_CACHE_VARIABLES})"
             )
     return None
+
+
+def fetch_adapter(place: str, *, is_cached: bool) -> Path:
+    """Return the folder of a LoRA adapter: the place itself, or the commit of a Hub repository in the Hub's cache.
+
+    Args:
+        place: a folder, or a name on the Hub.
+        is_cached: take what an earlier call has fetched, without asking the Hub.
+
+    Raises:
+        ConfigError: there is no such folder, and the Hub gives none; the caller names the adapter.
+    """
+    folder = Path(place).expanduser()
+    if folder.exists():
+        return folder
+    if place.startswith((".", "/", "~")) or place.count("/") != 1:
+        raise ConfigError("there is no such directory")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(place, allow_patterns=_ADAPTER_FILES, local_files_only=is_cached))
+    except Exception as error:  # noqa: BLE001 - the client passes on errors of its HTTP library, which it has changed
+        reason = explain_hub_error(place, error) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"there is no such directory, and the Hub gives no such repository: {reason}") from None
 
 
 def check_cache(folder: str | Path, what: str, variables: str) -> None:

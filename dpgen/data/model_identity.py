@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dpgen.config.prompt import PromptConfig
+from dpgen.data.hub import fetch_adapter
 from dpgen.data.render import load_chat_template
 from dpgen.data.tokenizer import fetch_config_files
 from dpgen.errors import ConfigError
@@ -51,6 +52,20 @@ def identify_model(model: str, engine: Mapping[str, Any]) -> dict[str, Any]:
             places |= {place: (path, None) for place, path in _iter_paths(option, value)}
     found = {option: _identify(*place) for option, place in places.items()}
     return {option: facts for option, facts in found.items() if facts}
+
+
+def identify_adapters(lora: Mapping[str, str]) -> dict[str, Any]:
+    """Return what identifies each LoRA adapter: name → file → facts, or name → the Hub's commit.
+
+    Raises:
+        ConfigError: a file can't be read.
+    """
+    found = {}
+    for name, place in lora.items():
+        folder = fetch_adapter(place, is_cached=True)
+        is_own = folder == Path(place).expanduser()
+        found[name] = _identify(str(folder), None) if is_own else {"commit": folder.name}
+    return found
 
 
 def hash_chat_template(prompt: PromptConfig) -> str | None:

@@ -22,7 +22,7 @@ from dpgen.config.environment import read_versions, select_result_variables
 from dpgen.config.schema import Config, DataConfig
 from dpgen.config.secrets import redact_secrets
 from dpgen.data.input_rows import InputRows, load_input
-from dpgen.data.model_identity import hash_chat_template, identify_model
+from dpgen.data.model_identity import hash_chat_template, identify_adapters, identify_model
 from dpgen.data.reading.files import check_run_dir_apart
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import ConfigError
@@ -124,6 +124,8 @@ def find_what_names_stand_for(config: Config, group: RankGroup) -> dict[str, Any
         if config.run.engine == "fake":
             return found
         template = hash_chat_template(config.prompt)
+        if config.lora:  # older run directories lack the key
+            found["lora_files"] = identify_adapters(config.lora)
         return {**found, "model_files": identify_model(config.model, config.engine), "chat_template_hash": template}
 
     found: dict[str, Any] = group.all_gather_object(group.run_on_all_ranks(find))[0]

@@ -1,6 +1,7 @@
 """Stand in for vLLM without a model: same messages, made-up text. For trying a configuration, tests and simulations.
 
-- The text depends only on the prompt, the seed and max_tokens, as a real engine's text should.
+- The text depends only on the prompt, the seed, max_tokens and the adapter, as a real engine's text should. It begins
+  with the adapter's name.
 - Its options (`FakeOptions`) make it slow, small, or broken in each way that real engines break.
 """
 
@@ -135,13 +136,14 @@ class FakeBackend:
         self._inject_fault(prompt)
         sampling: dict[str, Any] = {**self._spec.sampling, **request.sampling}
         digest = hashlib.blake2b(f"{prompt}/{sampling.get('seed')}".encode(), digest_size=8)
+        text = digest.hexdigest() if request.adapter is None else f"{request.adapter} {digest.hexdigest()}"
         max_tokens = sampling.get("max_tokens")
         if max_tokens is None:
             max_tokens = 1 + digest.digest()[0] % 32
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise RowRefused("bad_sampling", f"max_tokens={max_tokens!r}: must be at least 1")
         max_tokens = min(max_tokens, self._options.max_model_len - num_prompt_tokens)
-        self._rows[request.row] = _Running(request, digest.hexdigest(), max_tokens, int(sampling.get("n") or 1))
+        self._rows[request.row] = _Running(request, text, max_tokens, int(sampling.get("n") or 1))
 
     def step(self) -> list[RowResult | UndecodedRow]:
         time.sleep(self._options.step_s)

@@ -23,6 +23,7 @@ from dpgen.distributed.devices import assign_cores, assign_gpus
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import EngineWorld, Layout, build_engine_world
 from dpgen.distributed.topology import Topology
+from dpgen.engine.adapters import check_adapters, find_adapter_folders
 from dpgen.engine.limits import EngineLimits
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineTextConfig
@@ -42,7 +43,11 @@ _GPU_UUID = re.compile("GPU-[0-9A-Fa-f-]+|MIG-[0-9A-Fa-f-]+|MIG-GPU-[0-9A-Fa-f-]
 
 
 def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | None) -> EngineSpec:
-    """Return the spec of this rank's engine."""
+    """Return the spec of this rank's engine.
+
+    Raises:
+        ConfigError: an adapter's folder is not there.
+    """
     return EngineSpec(
         kind=config.run.engine,
         model=_expand_model_path(config),
@@ -56,6 +61,7 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
         enable_expert_parallel=config.parallel.enable_expert_parallel,
         world=world,
         token_ids=config.output.token_ids,
+        adapters=find_adapter_folders(config.lora) if config.run.engine == "vllm" else dict(config.lora),
     )
 
 
@@ -65,7 +71,8 @@ def make_engine_factory(
     """Return a function that starts an engine on this rank's share of its node's devices. Collective.
 
     Raises:
-        ConfigError: the model's files are not there or not whole, or the node has too few GPUs for its ranks.
+        ConfigError: files of the model or an adapter are not there or not whole, or the node has too few GPUs for its
+            ranks.
     """
     group.run_on_all_ranks(lambda: _check_model(config, is_node_leader=group.is_node_leader))
     affinities = [frozenset(cores) for cores in group.all_gather_object(sorted(os.sched_getaffinity(0)))]
@@ -106,7 +113,8 @@ def prepare_engine(
     """
     world = build_engine_world(topology, layout, group)
     start = make_engine_factory(config, topology, group, world, log)
-    spec, limits = build_engine_spec(config, topology, world), EngineLimits.from_config(config.run)
+    spec = group.run_on_all_ranks(lambda: build_engine_spec(config, topology, world))
+    limits = EngineLimits.from_config(config.run)
     return lambda: EngineSupervisor(start, spec, limits, can_restart=world is None)
 
 
@@ -243,10 +251,11 @@ def _expand_model_path(config: Config) -> str:
 
 
 def _check_model(config: Config, *, is_node_leader: bool) -> None:
-    """Check the model's files and the caches that loading fills, once on each node."""
+    """Check the model's and the adapters' files, and the caches that loading fills, once on each node."""
     if config.run.engine != "vllm" or not is_node_leader:
         return
     check_model_files(_expand_model_path(config), config.engine)
+    check_adapters(config.lora, _expand_model_path(config))
     if not config.engine.get("enforce_eager"):
         check_cache(_find_compile_cache(os.environ), "vLLM's cache of compiled code", "VLLM_CACHE_ROOT")
 

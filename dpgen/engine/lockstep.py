@@ -47,7 +47,7 @@ def encode_requests(requests: Iterable[Request]) -> tuple[list[bytes], list[RowR
         try:
             sampling = encode(request.sampling)
             error_type = "unsupported_content"
-            encoded.append(encode([request.row, request.prompt_token_ids, request.prompt, sampling]))
+            encoded.append(encode([request.row, request.prompt_token_ids, request.prompt, sampling, request.adapter]))
         except TypeError as error:
             rejected.append(make_rejected_result(request.row, RowRefused(error_type, str(error))))
     return encoded, rejected
@@ -106,6 +106,6 @@ class LockstepGroup:
 def _decode_requests(message: bytes) -> list[Request]:
     requests = []
     for data in decode(message) if message else ():
-        row, prompt_token_ids, prompt, sampling = decode(data)
-        requests.append(Request(row, prompt_token_ids, prompt, decode(sampling)))
+        row, prompt_token_ids, prompt, sampling, adapter = decode(data)
+        requests.append(Request(row, prompt_token_ids, prompt, decode(sampling), adapter))
     return requests

@@ -34,6 +34,7 @@ class EngineSpec:
         enable_expert_parallel: split a mixture of experts over the devices.
         world: the processes that form one engine, or step together, with this one; None for an engine of its own.
         token_ids: return the generated token ids with each result.
+        adapters: the folder of each LoRA adapter that rows may name.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class EngineSpec:
     enable_expert_parallel: bool = False
     world: EngineWorld | None = None
     token_ids: bool = False
+    adapters: dict[str, str] = field(default_factory=dict)
 
     def iter_sampling_sections(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield `sampling` and each entry of `sampling_by_rank`, as (section, fields)."""

@@ -144,7 +144,7 @@ def _check_weights(key: str, folder: Path, load_format: str) -> None:
     if pointers := [path.name for path in paths if is_lfs_pointer(path)]:
         raise ConfigError(f"{key}: {describe_lfs_pointers(folder, pointers)}")
     for path in paths:
-        if (damage := _find_damage(path)) is not None:
+        if (damage := find_damage(path)) is not None:
             raise ConfigError(f"{key}: {path} {damage}. If a download was cut short, start it again")
 
 
@@ -171,7 +171,7 @@ def _find_missing_shards(paths: list[Path]) -> set[str]:
     return missing
 
 
-def _find_damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """Return what is wrong with a file of weights, as a predicate; None if nothing is seen to be."""
     num_bytes = path.stat().st_size
     if num_bytes == 0:

@@ -89,8 +89,11 @@ _SAME_WEIGHTS_LOAD_FORMATS = (
 )
 
 # Keys of an identity that run directories of older versions lack: the model's files, the text of a chat template that
-# is a file, and environment variables. They are compared where both sides have them.
-FOUND_KEYS = ("model_files", "chat_template_hash", "variables")
+# is a file, environment variables, and the adapters' files. They are compared where both sides have them.
+FOUND_KEYS = ("model_files", "chat_template_hash", "variables", "lora_files")
+
+# Engine options that dpgen sets for `lora`. With adapters they only change the speed.
+_ADAPTER_OPTIONS = ("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras")
 
 # "ranks" is of older versions. Hidden files (.lock, .dataset.tmp) are ignored.
 _RUN_FILES = frozenset(["journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs"])
@@ -353,6 +356,9 @@ def compute_run_identity(
     identity |= found or {}
     if config.sampling_by_rank:  # older run directories lack the key, so an empty list must leave it out
         identity["sampling_by_rank"] = config.sampling_by_rank
+    if config.lora:  # as above
+        identity |= {"lora": config.lora, "lora_column": config.data.lora_column}
+        identity["engine"] = {key: value for key, value in identity["engine"].items() if key not in _ADAPTER_OPTIONS}
     round_trip: dict[str, Any] = json.loads(json.dumps(redact_secrets(identity), default=str))
     return round_trip
 
@@ -383,10 +389,14 @@ def diff_identities(before: Any, now: Any, path: str = "") -> list[str]:
 def _to_config_key(path: str) -> str:
     """Return the configuration key behind a path in an identity, which is what the user can change."""
     renamed = {"seed": "run.seed", "columns": "data.columns", "engine.kind": "run.engine"}
+    renamed |= {"lora_column": "data.lora_column"}
     renamed |= {"chat_template_hash": "the text in the file data.chat_template"}
     if path.startswith("model_files."):
         option, _, name = path.removeprefix("model_files.").partition(".")
         return f"{name} of {option if option == 'model' else f'engine.{option}'}"
+    if path.startswith("lora_files."):
+        adapter, _, name = path.removeprefix("lora_files.").partition(".")
+        return f"{name} of lora.{adapter}"
     if path.startswith("variables."):
         return f"environment variable {path.removeprefix('variables.')}"
     return renamed.get(path, f"data.{path.removeprefix('prompt.')}" if path.startswith("prompt.") else path)

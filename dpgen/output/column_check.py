@@ -14,8 +14,8 @@ from dpgen.output.dataset_writer import check_output_columns
 
 def list_used_columns(config: Config, columns: Sequence[str]) -> list[str]:
     """Return the columns that requests are made from."""
-    hint = [] if config.work.hint_column is None else [config.work.hint_column]
-    return [*select_prompt_columns(config.prompt, columns), *config.sampling_columns.values(), *hint]
+    others = [name for name in (config.data.lora_column, config.work.hint_column) if name is not None]
+    return [*select_prompt_columns(config.prompt, columns), *config.sampling_columns.values(), *others]
 
 
 def check_columns(config: Config, rows: InputRows) -> None:
@@ -30,8 +30,8 @@ def check_columns(config: Config, rows: InputRows) -> None:
                 f"data.columns=[{','.join(columns)}]"
             )
     named = {f"sampling.from_columns.{field}": column for field, column in config.sampling_columns.items()}
-    if config.work.hint_column is not None:
-        named["work.hint_column"] = config.work.hint_column
+    others = {"data.lora_column": config.data.lora_column, "work.hint_column": config.work.hint_column}
+    named |= {key: column for key, column in others.items() if column is not None}
     for key, column in named.items():
         if column not in columns:
             hint = suggest_name(column, columns, "columns")

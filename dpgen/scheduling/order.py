@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.schema import WorkConfig
+from dpgen.config.schema import Config, WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.render import select_prompt_columns
 from dpgen.formatting import format_count
+from dpgen.scheduling.groups.adapters import AdapterConfig, AdapterGroups, group_by_adapter
 from dpgen.scheduling.groups.prefix_groups import PrefixGroups, group_by_prefix, shard_groups
 from dpgen.scheduling.groups.prompt_groups import LengthTracker, PromptGroups, RankState, group_by_prompt
 
@@ -48,12 +49,25 @@ class OrderConfig:
     Attributes:
         max_tokens_column: column of each row's own `max_tokens`; None where rows have none.
         prefix_caching: whether the engines cache prefixes.
+        adapters: which row uses which LoRA adapter.
     """
 
     work: WorkConfig
     prompt: PromptConfig
     max_tokens_column: str | None
     prefix_caching: bool
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+
+    @classmethod
+    def from_config(cls, config: Config) -> OrderConfig:
+        """Return the settings of a run."""
+        return cls(
+            config.work,
+            config.prompt,
+            config.sampling_columns.get("max_tokens"),
+            bool(config.engine.get("enable_prefix_caching", True)),
+            AdapterConfig.from_config(config),
+        )
 
     @property
     def hint_column(self) -> str | None:
@@ -75,6 +89,7 @@ class RowOrder:
         num_probes: rows at the front that are probes. Once half of them are finished, the remaining rows are
             resharded by `order_by_measured_lengths`.
         num_spread: rows at the front that `spread_first` has put there.
+        adapter_groups: rows with the same adapter, which `sort_by_adapter` has put together; None where it has not.
         make_tracker: makes the tracker of one rank's measured lengths until the next plan; it may return None.
     """
 
@@ -86,6 +101,7 @@ class RowOrder:
     prompt_groups: PromptGroups | None = None
     num_probes: int = 0
     num_spread: int = 0
+    adapter_groups: AdapterGroups | None = None
     make_tracker: Callable[[], LengthTracker | None] = lambda: None
 
     def select(self, is_remaining: np.ndarray) -> RowOrder | None:
@@ -100,7 +116,8 @@ class RowOrder:
         if len(positions) != np.count_nonzero(is_remaining):
             return None
         groups, weights = self._regroup(positions)
-        return RowOrder(self.rows[positions], self.kind, "(as in the first plan)", groups, weights)
+        order = RowOrder(self.rows[positions], self.kind, "(as in the first plan)", groups, weights)
+        return dataclasses.replace(order, adapter_groups=self.adapter_groups)
 
     def spread_first(self) -> RowOrder:
         """Return the order with a few rows from all of its parts at the front, the last row first.
@@ -121,6 +138,14 @@ class RowOrder:
             num_probes=self.num_probes and self.num_probes + len(picked),
             num_spread=len(picked),
         )
+
+    def sort_by_adapter(self, adapter_groups: AdapterGroups | None) -> RowOrder:
+        """Return the order with the rows of each adapter together, after the probes; the same order without groups."""
+        if adapter_groups is None:
+            return self
+        groups, weights = self._regroup(positions := adapter_groups.sort(self.rows, self.num_probes))
+        order = dataclasses.replace(self, rows=self.rows[positions], groups=groups, weights=weights)
+        return dataclasses.replace(order, adapter_groups=adapter_groups)
 
     def put_last(self, rows: Collection[int]) -> RowOrder:
         """Return the order with these of its rows at its end."""
@@ -154,7 +179,8 @@ class RowOrder:
     @property
     def description(self) -> str:
         """Return kind and reason: ``longest first by prompt length (min 1, median 20, max 300 characters)``."""
-        return f"{_ORDER_NAMES[self.kind]} {self.reason}".rstrip()
+        description = f"{_ORDER_NAMES[self.kind]} {self.reason}".rstrip()
+        return description if self.adapter_groups is None else f"{description}, {self.adapter_groups.description}"
 
     def __str__(self) -> str:
         return f"order of work: {self.description}"
@@ -202,6 +228,13 @@ def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text
     """
     if config.work.order == "dataset" or len(remaining) < 2:
         return RowOrder(remaining)
+    order = _order_rows(config, rows, remaining, text_of)
+    if not config.adapters.exceeds_slots:
+        return order
+    return order.sort_by_adapter(group_by_adapter(config.adapters, rows, remaining))
+
+
+def _order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:
     if config.work.order == "prefix":
         prefixes = _group_by_prefix(config, rows, remaining, text_of)
         if prefixes.num_groups == 0:
@@ -212,7 +245,12 @@ def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text
     return _choose_order(config, rows, remaining, text_of)
 
 
-def order_by_measured_lengths(remaining: np.ndarray, prompt_groups: PromptGroups, counts: np.ndarray) -> RowOrder:
+def order_by_measured_lengths(
+    remaining: np.ndarray,
+    prompt_groups: PromptGroups,
+    counts: np.ndarray,
+    adapter_groups: AdapterGroups | None = None,
+) -> RowOrder:
     """Return the remaining rows longest first, by the measured lengths of their prompt groups.
 
     See `PromptGroups.sort` for rows of unmeasured groups.
@@ -220,6 +258,7 @@ def order_by_measured_lengths(remaining: np.ndarray, prompt_groups: PromptGroups
     Args:
         remaining: row indices, int64[num_remaining], ascending.
         counts: `PromptGroups.count`, summed over all ranks.
+        adapter_groups: keep the rows of each adapter together; None to mix them.
     """
     ordered, num_probes = prompt_groups.sort(remaining, counts)
     lengths = prompt_groups.estimate_lengths(remaining, counts)
@@ -232,7 +271,7 @@ def order_by_measured_lengths(remaining: np.ndarray, prompt_groups: PromptGroups
         detail = f"({format_count(num_probes, 'probe row')} first, one of each unmeasured prompt group)"
     else:
         detail = "(no prompt group of a remaining row is measured yet)"
-    return RowOrder(
+    order = RowOrder(
         ordered,
         "longest_first",
         f"by measured length {detail}",
@@ -240,6 +279,7 @@ def order_by_measured_lengths(remaining: np.ndarray, prompt_groups: PromptGroups
         num_probes=num_probes,
         make_tracker=lambda: prompt_groups.make_tracker(remaining, counts),
     )
+    return order.sort_by_adapter(adapter_groups)
 
 
 def _choose_order(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:
@@ -321,7 +361,8 @@ def _order_by_prefix(config: OrderConfig, rows: InputRows, remaining: np.ndarray
 
 
 def _group_by_prefix(config: OrderConfig, rows: InputRows, row_ids: np.ndarray, text_of: PromptTextFn) -> PrefixGroups:
-    return group_by_prefix(rows, row_ids, select_prompt_columns(config.prompt, rows.columns), text_of)
+    columns = select_prompt_columns(config.prompt, rows.columns)
+    return group_by_prefix(rows, row_ids, columns, text_of, config.adapters.column)
 
 
 def _sample(remaining: np.ndarray) -> np.ndarray:

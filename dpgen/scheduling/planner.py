@@ -252,7 +252,8 @@ class ShardPlanner:
         if first_order is not None and peers.have_same_first_order:
             if first_order.prompt_groups is not None:
                 counts = self._group.all_reduce_sum(first_order.prompt_groups.count(state))
-                return order_by_measured_lengths(rows, first_order.prompt_groups, counts)
+                adapter_groups = first_order.adapter_groups
+                return order_by_measured_lengths(rows, first_order.prompt_groups, counts, adapter_groups)
             if (order := first_order.select(self._mask(rows))) is not None:
                 return order
         self._first_order, self._first_order_plan = self._compute_order(rows), plan

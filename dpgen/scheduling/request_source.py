@@ -20,6 +20,7 @@ from dpgen.errors import RowRefused
 from dpgen.journal.row_notes import RENDERING, RowNote
 from dpgen.records import Request, RowError, RowResult, derive_row_seed, make_rejected_result
 from dpgen.scheduling.claims import Claim
+from dpgen.scheduling.groups.adapters import AdapterConfig
 from dpgen.scheduling.groups.prompt_groups import LengthTracker
 
 
@@ -48,7 +49,7 @@ class ShardReader(Protocol):
 
 @dataclass(frozen=True)
 class RequestBuilder:
-    """Build a row's request: its prompt, and the sampling parameters that are its own.
+    """Build a row's request: its prompt, its adapter, and the sampling parameters that are its own.
 
     Attributes:
         render: returns a row's (prompt token ids, None), or (None, prompt) where the engine has to tokenize.
@@ -62,6 +63,7 @@ class RequestBuilder:
         rejected_rows: rows known to take too long to render, or to kill their rank; they are rejected without another
             try.
         has_added_nulls: True if Arrow may have given objects of a column the keys of other rows' objects, as null.
+        adapters: which row uses which LoRA adapter.
     """
 
     render: RenderFn
@@ -72,12 +74,13 @@ class RequestBuilder:
     note: RowNote = field(default_factory=RowNote)
     rejected_rows: Mapping[int, RowError] = field(default_factory=dict)
     has_added_nulls: bool = True
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
 
     def build(self, row: int, columns: Mapping[str, Any]) -> Request:
         """Return the request of a row.
 
         Raises:
-            RowRefused: the prompt could not be made.
+            RowRefused: the prompt could not be made, or there is no such adapter.
         """
         if (error := self.rejected_rows.get(row)) is not None:
             raise RowRefused(error.type, error.message)
@@ -91,8 +94,9 @@ class RequestBuilder:
             value = _drop_nulls(columns[column]) if self.has_added_nulls else columns[column]
             if value is not None:  # a null keeps the value of the run or of the entry
                 sampling[name] = value
+        adapter = self.adapters.choose(columns)
         token_ids, prompt = self.note.run(RENDERING, row, self.render, columns)
-        return Request(row, token_ids, prompt, sampling)
+        return Request(row, token_ids, prompt, sampling, adapter)
 
 
 def _drop_nulls(value: Any) -> Any:

@@ -195,7 +195,7 @@ def _reshard(ranks: Sequence[_SimulatedRank], work: WorkConfig, order: RowOrder)
     begun = np.concatenate([rows for state in states for rows in (state.finished, state.running)])
     remaining = np.setdiff1d(order.rows, begun, assume_unique=True)
     counts = np.sum([order.prompt_groups.count(state) for state in states], axis=0)
-    new_order = order_by_measured_lengths(np.sort(remaining), order.prompt_groups, counts)
+    new_order = order_by_measured_lengths(np.sort(remaining), order.prompt_groups, counts, order.adapter_groups)
     num_running = sum(len(state.running) for state in states)
     for rank, (claimer, source) in zip(ranks, _plan_shards(new_order, len(ranks), work, num_running), strict=True):
         claimer.num_claims = rank.claimer.num_claims

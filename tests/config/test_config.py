@@ -173,6 +173,14 @@ WRONG = [
     ("DATA.LIMIT=3", "did you mean 'data.limit'"),
     ("engine_max=3", "unknown key 'engine_max'"),
     ("model=", "model='': must be a directory or a Hub name"),
+    ("lora=adapters/math", "lora is a section of keys, not a value: lora.KEY=VALUE"),
+    ("lora.math=", "lora.math has no value"),
+    ("lora.math.path=x", "lora.math=.*: must be the adapter's directory or Hub name"),
+    ("lora={'': x}", "an adapter needs a name"),
+    ("lora={a: x, b: y}", r"lora holds 2 adapters \(a, b\): data.lora_column must name the column"),
+    ("data.lora_column=kind", "data.lora_column needs lora, the adapters by name"),
+    ("data.lora_column=", "data.lora_column='': must be a text, or null"),
+    ("lora_column=kind", "did you mean 'data.lora_column'"),
 ]
 
 
@@ -326,6 +334,8 @@ def test_the_dumped_configuration_holds_no_secret_and_loads_again(
         ("data.limit=null", None),
         ("data.split=~", None),
         ("data.split=NULL", None),
+        ("lora.a=007", {"a": "007"}),
+        ("lora={a: 1e3}", {"a": "1e3"}),
     ],
 )
 def test_a_text_on_the_command_line_is_taken_as_it_stands(
@@ -333,7 +343,7 @@ def test_a_text_on_the_command_line_is_taken_as_it_stands(
 ) -> None:
     section, _, key = override.partition("=")[0].partition(".")
     body = getattr(load(override), section)
-    assert (getattr(body, key) if key else body) == value
+    assert (getattr(body, key) if key and section != "lora" else body) == value
 
 
 @pytest.mark.parametrize("text", ["007", "1e3", "true", ".5", "0x10", "<<", "${", "$${{ x }}", "a=b", "</s>", "12:30"])

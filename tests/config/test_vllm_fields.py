@@ -28,7 +28,7 @@ SAMPLING = {"stop", "top_p", "top_k", "temperature", "max_tokens", "structured_o
             "'sampling_by_rank[1].guided_regex': write sampling.structured_outputs",
         ),
         ("sampling", "best_of", "sampling.n samples are all returned"),
-        ("sampling", "lora_request", "merge the adapter into the model"),
+        ("sampling", "lora_request", "write lora={NAME: PATH}, and data.lora_column"),
         ("sampling", "use_beam_search", "no beam search"),
         ("sampling", "max_new_tokens", "write sampling.max_tokens"),
         ("sampling", "max_model_len", "write engine.max_model_len"),

@@ -12,7 +12,7 @@ import pytest
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import Config, DataConfig, RunConfig
 from dpgen.data import model_identity
-from dpgen.data.model_identity import hash_chat_template, identify_model
+from dpgen.data.model_identity import hash_chat_template, identify_adapters, identify_model
 from dpgen.journal.run_dir import FOUND_KEYS, compute_run_identity, diff_identities
 
 FILES = {"config.json": b"{}", "tokenizer.json": b"[]", "chat_template.jinja": b"{{ messages }}", "README.md": b"#"}
@@ -94,6 +94,58 @@ def test_a_branch_that_moved_on_the_hub_is_another_model(monkeypatch: pytest.Mon
     monkeypatch.setattr(model_identity, "fetch_config_files", lambda *_: Path("/cache/snapshots", next(commits)))
     differences = diff_identities(compute_identity("user/model"), compute_identity("user/model"))
     assert differences == ['commit of model: "1111" → "2222"']
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    folder = tmp_path / "math"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"r": 8}')
+    (folder / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}" + bytes(100))
+    return folder
+
+
+def compute_adapter_identity(
+    lora: dict[str, str], column: str | None = None, engine: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    data = DataConfig(path="rows.jsonl", prompt_column="prompt", lora_column=column)
+    config = Config(run=RunConfig(dir="run"), data=data, model="none", engine=engine or {}, lora=lora)
+    return compute_run_identity(config, {"num_rows": 1}, {"lora_files": identify_adapters(lora)} if lora else {})
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_changed_under_the_same_name_is_another_run(adapter: Path, name: str) -> None:
+    before = compute_adapter_identity({"math": str(adapter)})
+    content = (adapter / name).read_bytes()
+    (adapter / name).write_bytes(content + b" ")
+    [difference] = diff_identities(before, compute_adapter_identity({"math": str(adapter)}))
+    assert difference.startswith(f"{name} of lora.math: ")
+
+
+def test_other_adapters_or_another_choice_of_them_are_another_run(adapter: Path) -> None:
+    before = compute_adapter_identity({"math": str(adapter)})
+    assert diff_identities(compute_adapter_identity({}), before) == [f'lora: null → {{"math": "{adapter}"}}']
+    assert diff_identities(before, compute_adapter_identity({"math": str(adapter)}, "kind")) == [
+        'data.lora_column: null → "kind"'
+    ]
+    renamed = diff_identities(before, compute_adapter_identity({"maths": str(adapter)}))
+    assert f'lora.math: "{adapter}" → null' in renamed
+
+
+def test_options_that_follow_from_the_adapters_change_no_run(adapter: Path) -> None:
+    lora = {"math": str(adapter)}
+    engine = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 64, "max_cpu_loras": 9}
+    assert compute_adapter_identity(lora) == compute_adapter_identity(lora, engine=engine)
+    assert "max_loras" in compute_adapter_identity({}, engine=engine)["engine"], "as older versions wrote it"
+
+
+def test_a_run_without_adapters_is_what_older_versions_wrote() -> None:
+    assert not [key for key in compute_adapter_identity({}) if "lora" in key]
+
+
+def test_an_adapter_of_the_hub_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_identity, "fetch_adapter", lambda place, is_cached: Path("/cache/snapshots/1111"))
+    assert identify_adapters({"math": "user/math"}) == {"math": {"commit": "1111"}}
 
 
 def test_a_chat_template_file_is_known_by_its_text(model: Path, tmp_path: Path) -> None:

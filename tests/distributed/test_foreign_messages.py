@@ -14,9 +14,9 @@ import torch
 from helpers.jobs import Launcher, free_port
 from torch.distributed import distributed_c10d as c10d
 
-from dpgen.distributed.codec import ForeignMessage
+from dpgen.distributed.codec import ForeignMessage, encode
 from dpgen.distributed.gloo import torch_world
-from dpgen.engine.lockstep import encode_requests
+from dpgen.engine.lockstep import _decode_requests, encode_requests
 from dpgen.errors import DpgenError
 from dpgen.records import Request
 
@@ -98,6 +98,12 @@ def test_a_pickle_from_a_peer_is_not_run(launcher: Launcher, tmp_path: Path) -> 
     assert [job.wait() for job in jobs] == [0, 0], "".join(job.output for job in jobs)
     assert re.findall(r"\w+ dropped", jobs[0].output) == ["all_gather_object dropped", "gather_object dropped"]
     assert not target.exists()
+
+
+def test_a_request_reaches_the_other_processes_of_an_engine_as_it_is() -> None:
+    requests = [Request(0, [5]), Request(2, None, "text", {"seed": 7}, "math")]
+    encoded, _ = encode_requests(requests)
+    assert _decode_requests(encode(encoded)) == requests
 
 
 @pytest.mark.parametrize(

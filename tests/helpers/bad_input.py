@@ -71,6 +71,13 @@ BAD_ROWS: dict[str, list[tuple[str, dict[str, Any], str, str]]] = {
     ],
 }
 
+# The same for rows that name an adapter of conf/lora.yaml.
+BAD_ADAPTER_ROWS: list[tuple[str, dict[str, Any], str, str]] = [
+    ("an adapter that is not there", {"question": "hello", "adapter": "cod"}, "unknown_adapter", "did you mean 'code'"),
+    ("an adapter without a name", {"question": "hello", "adapter": ""}, "unknown_adapter", "adapters: code, math"),
+    ("an adapter by its number", {"question": "hello", "adapter": 1}, "wrong_type", "adapter is an int, not a string"),
+]
+
 TEMPLATE = (
     "{% if kind == 'upper' %}{{ text.upper() }}{% elif kind == 'divide' %}{{ 1 / number }}"
     "{% elif kind == 'add' %}{{ text + 1 }}{% elif kind == 'field' %}{{ meta.author.name }}"
@@ -132,6 +139,21 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
         ["data.as_chat=true", "data.chat_template_kwargs={enable_thinkng: false}"],
         "the chat template does not use 'enable_thinkng'",
     ),
+    ("an adapter that is not there", ["lora.math=./no-such"], "lora.math=./no-such: there is no such directory"),
+    ("an adapter that is a file", ["lora.math=README.md"], "lora.math=README.md: is a file"),
+    ("a model as an adapter", ["lora.math=conf/demo/model"], "is no adapter: conf/demo/model holds no adapter_config"),
+    (
+        "adapters and no choice",
+        ["lora={math: a, code: b}"],
+        "lora holds 2 adapters (math, code): data.lora_column must",
+    ),
+    ("a choice without adapters", ["data.lora_column=adapter"], "data.lora_column needs lora"),
+    ("an adapter without a place", ["lora.math=' '"], "lora.math=' ': must be the adapter's directory or Hub name"),
+    (
+        "a column of adapters that is not there",
+        ["lora.math=@adapter", "data.lora_column=promt"],
+        "data.lora_column: 'promt' is no column of the dataset; did you mean 'prompt'",
+    ),
     ("a model that is not there", ["model=./no-such-model"], "model=./no-such-model: there is no such directory"),
 ]
 
@@ -143,17 +165,21 @@ BAD_ENGINE_CONFIGS: list[tuple[str, list[str], str]] = [
     ("an engine's key of an older vLLM", ["engine.guided_decoding_backend=outlines"], "structured_outputs_config"),
     ("an engine's key that is of sampling", ["engine.top_p=0.9"], "unknown key 'engine.top_p': write sampling.top_p"),
     ("a context longer than the model's", ["engine.max_model_len=100000"], "max_model_len"),
+    ("an adapter's rank above the limit", ["lora.x=@rank-12", "engine.max_lora_rank=8"], "lora.x has rank 12; leave"),
+    ("adapters that are switched off", ["lora.x=@rank-12", "engine.enable_lora=false"], "contradicts lora"),
+    ("too few slots for adapters", ["lora.x=@rank-12", "engine.max_loras=1"], "engine.max_loras=1: vLLM on the CPU"),
+    ("an adapter that only vLLM rejects", ["lora.x=@odd"], "vLLM rejects lora.x="),
     ("a sampling key that is misspelt", ["sampling.top_q=1"], "did you mean 'sampling.top_"),
     ("a sampling number that is a word", ["sampling.temperature=hot"], "sampling"),
     ("a sampling key of an older vLLM", ["sampling.guided_json={type: object}"], "sampling.structured_outputs={json: "),
     ("a sampling key that is gone", ["sampling.best_of=2"], "unknown key 'sampling.best_of': vLLM has removed it"),
     ("a sampling key of beam search", ["sampling.use_beam_search=true"], "SamplingParams has no beam search"),
-    ("an adapter", ["sampling.lora_request=x"], "merge the adapter into the model"),
     (
         "a kind of structured output that is none",
         ["sampling.structured_outputs={json: {}, whitespace_patern: x}"],
         "did you mean 'sampling.structured_outputs.whitespace_pattern'",
     ),
+    ("an adapter in sampling", ["sampling.lora_request=x"], "write lora={NAME: PATH}"),
     ("a sampling key like no other", ["sampling.zzz=1"], "unknown key 'sampling.zzz'"),
     ("a rank's sampling key misspelt", ["sampling_by_rank=[{}, {top_q: 1}]"], "did you mean 'sampling_by_rank[1].top_"),
     ("a rank's sampling number that is a word", ["sampling_by_rank=[{temperature: hot}]"], "sampling_by_rank[0]"),

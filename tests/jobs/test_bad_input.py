@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from helpers.bad_input import BAD_CONFIGS, BAD_ENGINE_CONFIGS, BAD_ROWS, HELLO, TEMPLATE
 from helpers.jobs import EACH_IN_TURN, Launcher, load_result, run_each_command
+from helpers.tiny_adapter import save_adapter
 from helpers.tiny_model import ENGINE, save_tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.multi]
@@ -101,6 +102,7 @@ def test_a_bad_configuration_is_rejected_in_one_line_before_a_model_loads(
     launcher: Launcher, write: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
+    save_adapter(tmp_path / "adapter")
     conf = write([{"prompt": "hello"}])
     commands = [[conf, *(word.replace("@", f"{tmp_path}/") for word in words)] for _, words, _ in BAD_CONFIGS]
     for (what, _, message), (status, output) in zip(
@@ -123,14 +125,19 @@ def test_several_mistakes_are_reported_at_once_one_per_line(
     assert not (tmp_path / "run").exists(), "no run directory is made for a bad configuration"
 
 
-def test_bad_engine_options_are_rejected_before_a_model_loads(launcher: Launcher, write: Callable[..., str]) -> None:
+def test_bad_engine_options_are_rejected_before_a_model_loads(
+    launcher: Launcher, write: Callable[..., str], tmp_path: Path
+) -> None:
     conf = write([{"prompt": "hello"}])
+    save_adapter(tmp_path / "rank-12", rank=12)
+    save_adapter(tmp_path / "odd", lora_alpha="high")
     several = [
         "engine.max_num_seqs=many",
         "engine.max_model_len=long",
         "sampling_by_rank=[{top_p: high}, {min_p: low}]",
     ]
-    commands = [[conf, *words] for words in (*(words for _, words, _ in BAD_ENGINE_CONFIGS), several)]
+    all_words = [*(words for _, words, _ in BAD_ENGINE_CONFIGS), several]
+    commands = [[conf, *(word.replace("@", f"{tmp_path}/") for word in words)] for words in all_words]
     *problems, all_at_once = run_each_command(launcher, EACH_CHECKED, commands)
     headline, *lines = all_at_once.splitlines()
     assert headline == "4 mistakes in the configuration:" and len(lines) == 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -15,7 +15,9 @@ from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.render import make_prompt_text_fn
-from dpgen.scheduling.order import OrderConfig, RowOrder, order_rows
+from dpgen.scheduling.groups.adapters import AdapterConfig
+from dpgen.scheduling.groups.prompt_groups import RankState
+from dpgen.scheduling.order import OrderConfig, RowOrder, order_by_measured_lengths, order_rows
 
 DOCUMENTS = ["".join(random.Random(seed).choices("abcdefgh ", k=900 + 300 * seed)) for seed in range(20)]
 
@@ -27,9 +29,11 @@ def make_config(
     max_tokens_column: str | None = None,
     prompt: PromptConfig | None = None,
     prefix_caching: bool = True,
+    adapters: AdapterConfig | None = None,
 ) -> OrderConfig:
     work = WorkConfig(order=order, hint_column=hint_column)
-    return OrderConfig(work, prompt or PromptConfig(prompt_column="prompt"), max_tokens_column, prefix_caching)
+    prompt = prompt or PromptConfig(prompt_column="prompt")
+    return OrderConfig(work, prompt, max_tokens_column, prefix_caching, adapters or AdapterConfig())
 
 
 def find_order(config: OrderConfig, rows: list[dict[str, Any]], remaining: list[int] | None = None) -> RowOrder:
@@ -52,7 +56,7 @@ def make_questions(num_per_document: int, shuffled: bool = True) -> list[dict[st
     return rows
 
 
-def count_changes(documents: list[int]) -> int:
+def count_changes(documents: Sequence[Any]) -> int:
     return sum(first != second for first, second in itertools.pairwise(documents))
 
 
@@ -303,3 +307,92 @@ def test_rows_without_a_prompt_are_no_prompts_of_length_0() -> None:
 def test_a_hint_column_without_a_number_has_no_range() -> None:
     order = find_order(make_config("longest_first", hint_column="hint"), [{"prompt": "x", "hint": "a"}] * 3)
     assert str(order) == "order of work: longest first by hint column hint (no row has one)"
+
+
+TWO_SLOTS = AdapterConfig(("a", "b", "c"), "adapter", num_slots=2)
+
+
+def make_rows_with_adapters(num_rows: int) -> list[dict[str, Any]]:
+    names = ["b", "a", None, "c"]
+    return [
+        {"prompt": f"question {row}", "adapter": names[row % 4], "budget": (row * 7) % 40} for row in range(num_rows)
+    ]
+
+
+def test_rows_of_one_adapter_run_together_where_slots_are_few() -> None:
+    rows = make_rows_with_adapters(40)
+    order = find_order(make_config(adapters=TWO_SLOTS), rows)
+    assert [rows[row]["adapter"] for row in order.rows] == ["b"] * 10 + ["a"] * 10 + [None] * 10 + ["c"] * 10
+    assert all(list(part) == sorted(part) for part in np.split(order.rows, 4)), "in their own order"
+    assert order.description.startswith("dataset order because ")
+    assert order.description.endswith(", one adapter after the other (3 adapters, 2 slots)")
+    remaining = np.ones(40, dtype=bool)
+    remaining[order.rows[:5]] = False
+    later = order.select(remaining)
+    assert later is not None and later.rows.tolist() == order.rows[5:].tolist()
+    assert "(as in the first plan), one adapter after the other" in later.description
+
+
+def test_long_rows_of_an_adapter_come_first_among_its_rows() -> None:
+    rows = make_rows_with_adapters(40)
+    order = find_order(make_config("longest_first", hint_column="budget", adapters=TWO_SLOTS), rows)
+    parts = np.split(order.rows, 4)
+    assert len({rows[part[0]]["adapter"] for part in parts}) == 4
+    assert count_changes([rows[row]["adapter"] for row in order.rows]) == 3
+    for part in parts:
+        budgets = [rows[row]["budget"] for row in part]
+        assert budgets == sorted(budgets, reverse=True)
+    assert rows[order.rows[0]]["budget"] == 39, "the adapter of the longest row comes first"
+
+
+def test_every_rank_gets_its_part_of_each_adapters_rows() -> None:
+    rows = make_rows_with_adapters(400)
+    order = find_order(make_config(adapters=TWO_SLOTS), rows)
+    shards = [[rows[row]["adapter"] for row in order.rows[shard::4]] for shard in range(4)]
+    assert all(shard.count(name) == 25 for shard in shards for name in ("a", "b", "c", None))
+
+
+@pytest.mark.parametrize("order", ["auto", "dataset"])
+def test_adapters_change_no_order_with_enough_slots_or_in_dataset_order(order: str) -> None:
+    num_slots = 3 if order == "auto" else 1
+    config = make_config(order, adapters=AdapterConfig(("a", "b", "c"), "adapter", num_slots))
+    found = find_order(config, make_rows_with_adapters(40))
+    assert found.rows.tolist() == list(range(40)) and "adapter" not in found.description
+
+
+def test_prompts_of_different_adapters_share_no_prefix() -> None:
+    rows = [{"prompt": DOCUMENTS[row // 2 % 10], "adapter": "ab"[row % 2]} for row in range(20)]
+    config = make_config("prefix", adapters=AdapterConfig(("a", "b"), "adapter", 2))
+    assert find_order(config, rows).reason == "because no prompts share a prefix"
+    assert find_order(make_config("prefix"), rows).kind == "prefix"
+
+
+def test_prefix_groups_stay_whole_and_one_adapters_groups_run_together() -> None:
+    rows = [{**question, "adapter": "abc"[question["document"] % 3]} for question in make_questions(6)]
+    order = find_order(make_config(adapters=TWO_SLOTS), rows)
+    assert order.kind == "prefix" and order.groups is not None
+    assert len(order.groups) == len(DOCUMENTS)
+    assert count_changes([rows[row]["document"] for row in order.rows]) == len(DOCUMENTS) - 1
+    assert count_changes([rows[row]["adapter"] for row in order.rows]) == 2
+    shards = order.shard(2, max_rows=8)
+    assert shards.groups is not None
+    for shard, _ in shards.groups:
+        adapters = [rows[row]["adapter"] for row in shard]
+        assert {*adapters} == {"a", "b", "c"}
+        assert count_changes(adapters) <= 2 + 4, "but for heads that are computed early"
+
+
+def test_probes_stay_first_and_a_reshard_keeps_adapters_together() -> None:
+    rows = [{"prompt": f"solve {row % 10}", "adapter": "abc"[row % 10 % 3]} for row in range(80)]
+    order = find_order(make_config(adapters=TWO_SLOTS), rows)
+    assert order.num_probes == 10 and order.prompt_groups is not None
+    assert sorted(order.rows[:10]) == list(range(10))
+    for part in (order.rows[:10], order.rows[10:]):
+        assert count_changes([rows[row]["adapter"] for row in part]) == 2
+    state = RankState(np.arange(10), np.arange(10) + 1)
+    remaining = np.arange(10, 80)
+    later = order_by_measured_lengths(
+        remaining, order.prompt_groups, order.prompt_groups.count(state), order.adapter_groups
+    )
+    assert count_changes([rows[row]["adapter"] for row in later.rows]) == 2
+    assert later.rows[0] % 10 == 9, "the longest prompt's adapter comes first"

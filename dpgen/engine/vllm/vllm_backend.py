@@ -33,6 +33,7 @@ from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniP
 from dpgen.config.vllm_fields import describe_unknown_field
 from dpgen.data.hub import explain_hub_error
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
+from dpgen.engine.vllm.adapters import VllmAdapters
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Completion, Request, RowError, RowResult, UndecodedRow
 
@@ -48,6 +49,7 @@ class VllmBackend:
         self._params = pydantic.TypeAdapter(SamplingParams)
         self._config: VllmConfig | None = None
         self._engine: LLMEngine | None = None
+        self._adapters = VllmAdapters(spec.adapters)
         self._sampling: dict[str, Any] = {}
         self._render: Callable[[Any], list[int]] | None = None
         self._skip_detokenize = False
@@ -64,6 +66,9 @@ class VllmBackend:
         if not mistakes:
             try:
                 self._config, notes = self._create_config(options)
+                mistakes += self._adapters.find_rejected(self._config.lora_config)
+            except ConfigError as error:
+                mistakes += error.mistakes
             except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
                 reason = explain_hub_error(self._spec.model, error) or _summarize_error(error)
                 mistakes.append(f"vLLM rejects the model or an engine.* key: {reason}")
@@ -85,6 +90,7 @@ class VllmBackend:
             log_stats=False,
             usage_context=UsageContext.LLM_CLASS,
         )
+        self._adapters.load_all(self._engine)
         if text_config.prompt_config is not None:
             from dpgen.engine.vllm.vllm_render import VllmRenderer
 
@@ -113,7 +119,8 @@ class VllmBackend:
             params.detokenize = False
             self._undecoded[request.row] = params
         try:
-            self._engine.add_request(str(request.row), tokens_input(token_ids), params)
+            adapter = self._adapters.get_request(request.adapter)
+            self._engine.add_request(str(request.row), tokens_input(token_ids), params, lora_request=adapter)
         except Exception as error:  # noqa: BLE001 - foreign code over a row's own values: one bad row costs one row
             self._undecoded.pop(request.row, None)
             self._engine.abort_request([str(request.row)])  # vLLM may have added a part of it
@@ -196,9 +203,9 @@ class VllmBackend:
 
     def _create_config(self, options: dict[str, Any]) -> tuple[VllmConfig, list[str]]:
         """Return vLLM's configuration, without loading the model, and notes for the log."""
-        notes = []
+        notes = self._adapters.add_options(options)
         if current_platform.is_cpu():
-            notes = _apply_cpu_defaults(options, self._spec.local_size)
+            notes += _apply_cpu_defaults(options, self._spec.local_size)
         if self._spec.world is not None:
             options["data_parallel_size"] = self._spec.world.num_groups
         options.setdefault("disable_log_stats", True)

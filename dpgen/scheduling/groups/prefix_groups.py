@@ -99,7 +99,11 @@ class PrefixGroups:
 
 
 def group_by_prefix(
-    rows: InputRows, row_ids: np.ndarray, columns: Sequence[str], text_of: Callable[[int, Mapping[str, Any]], str]
+    rows: InputRows,
+    row_ids: np.ndarray,
+    columns: Sequence[str],
+    text_of: Callable[[int, Mapping[str, Any]], str],
+    adapter_column: str | None = None,
 ) -> PrefixGroups:
     """Read the prompts of some rows and group them.
 
@@ -107,6 +111,7 @@ def group_by_prefix(
         row_ids: indices of the rows, int64[num_rows].
         columns: columns that `text_of` reads.
         text_of: returns a row's prompt, given its index and columns. Where it raises, the row has no prompt.
+        adapter_column: rows that differ in it share no prefix: vLLM caches a prefix for one adapter.
 
     Raises:
         SlowRow: `text_of` raised RenderTimeout.
@@ -114,6 +119,7 @@ def group_by_prefix(
     lengths = np.zeros(len(row_ids), dtype=np.int64)
     hashes = np.zeros((len(_LEVELS), len(row_ids)), dtype=np.uint32)
     prompt_hashes = np.zeros(len(row_ids), dtype=np.int64)
+    columns = list(dict.fromkeys([*columns, *([] if adapter_column is None else [adapter_column])]))
     for position, row in enumerate(rows.iter_rows(row_ids, columns)):
         try:
             text = text_of(int(row_ids[position]), row)
@@ -122,7 +128,8 @@ def group_by_prefix(
         except Exception:  # noqa: BLE001 - a template is a program; rendering rejects the row later, with the reason
             continue
         lengths[position] = len(text)
-        value = start = 0
+        adapter = None if adapter_column is None else row[adapter_column]
+        value, start = 0 if adapter is None else _hash(str(adapter), 0), 0
         for level, stop in enumerate(_LEVELS):
             if len(text) < stop:
                 break

@@ -1,0 +1,107 @@
+"""Choose each row's LoRA adapter, and keep the rows of one adapter together where engines can't hold all of them.
+
+- An engine runs rows of at most `num_slots` adapters in one step. With more adapters in any order, rows would wait for
+  a slot, and adapters would be loaded again and again.
+- Rows without an adapter take no slot. They are ordered as those of one more adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpgen.config.schema import Config
+from dpgen.data.input_rows import InputRows
+from dpgen.engine.adapters import choose_num_slots
+from dpgen.errors import RowRefused, suggest_name
+from dpgen.formatting import describe_type, format_count
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Settings that decide which row uses which adapter.
+
+    Attributes:
+        names: the run's adapters.
+        column: the column that names a row's adapter. None: all rows use the only adapter; or none, without adapters.
+        num_slots: adapters that an engine has in use at a time.
+    """
+
+    names: tuple[str, ...] = ()
+    column: str | None = None
+    num_slots: int = 1
+
+    @classmethod
+    def from_config(cls, config: Config) -> AdapterConfig:
+        """Return the settings of a run."""
+        names = tuple(sorted(config.lora))
+        return cls(names, config.data.lora_column, choose_num_slots(len(names), config.engine))
+
+    @property
+    def exceeds_slots(self) -> bool:
+        """Return True if there are more adapters than an engine has in use at a time."""
+        return self.column is not None and len(self.names) > self.num_slots
+
+    def choose(self, columns: Mapping[str, Any]) -> str | None:
+        """Return a row's adapter; None for the model without one.
+
+        Raises:
+            RowRefused: `unknown_adapter`, `wrong_type`.
+        """
+        if self.column is None:
+            return self.names[0] if self.names else None
+        name = columns[self.column]
+        if name is None:
+            return None
+        if not isinstance(name, str):
+            raise RowRefused("wrong_type", f"{self.column} is {describe_type(name)}, not a string")
+        if name not in self.names:
+            hint = suggest_name(name, self.names, "adapters")
+            raise RowRefused("unknown_adapter", f"{self.column}: there is no adapter {name!r}{hint}")
+        return name
+
+
+class AdapterGroups:
+    """Group rows that use the same adapter.
+
+    Args:
+        group: each row's adapter by a number, int32[num_dataset_rows]; -1 for a row without one, or not grouped.
+    """
+
+    def __init__(self, group: np.ndarray, config: AdapterConfig) -> None:
+        self._group = group
+        self.description = (
+            f"one adapter after the other ({format_count(len(config.names), 'adapter')}, "
+            f"{format_count(config.num_slots, 'slot')})"
+        )
+
+    def sort(self, rows: np.ndarray, num_first: int) -> np.ndarray:
+        """Return the rows' positions, int64[num_rows], with the rows of each adapter together, in their order.
+
+        Adapters come in the order of their first rows.
+
+        Args:
+            rows: row indices, int64[num_rows].
+            num_first: rows at the front that stay before all others.
+        """
+        _, first, group = np.unique(self._group[rows], return_index=True, return_inverse=True)
+        positions: np.ndarray = np.lexsort((first[group], np.arange(len(rows)) >= num_first))
+        return positions
+
+
+def group_by_adapter(config: AdapterConfig, rows: InputRows, row_ids: np.ndarray) -> AdapterGroups:
+    """Read the adapters' names of some rows and group them.
+
+    Args:
+        row_ids: indices of the rows, int64[n].
+    """
+    assert config.column is not None
+    numbers = {name: number for number, name in enumerate(config.names)}
+    group = np.full(len(rows), -1, dtype=np.int32)
+    for row_id, columns in zip(row_ids, rows.iter_rows(row_ids, [config.column]), strict=True):
+        name = columns[config.column]
+        group[row_id] = numbers.get(name, -1) if isinstance(name, str) else -1
+    return AdapterGroups(group, config)
