@@ -122,14 +122,15 @@ def _sample_workload(options: argparse.Namespace, num_rows: int, random: np.rand
 def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
     """Return the rows of a configuration's dataset, in the order of work that a run would take."""
     from dpgen.data.input_rows import load_input
-    from dpgen.data.render import check_prompt_columns, select_prompt_columns
+    from dpgen.data.render import select_prompt_columns
     from dpgen.distributed.group import SingleRankGroup
+    from dpgen.output.column_check import check_columns
     from dpgen.scheduling.groups.prefix_groups import group_by_prefix
     from dpgen.scheduling.order import order_rows
     from dpgen.scheduling.slow_rows import SlowRowFilter
 
     rows = load_input(config.data)
-    check_prompt_columns(config.prompt, rows.columns)
+    check_columns(config, rows)
     row_ids, prompt_lengths = np.arange(len(rows)), np.zeros(len(rows), dtype=np.int64)
     lengths = _read_lengths(options, config, rows)
     order_config = OrderConfig.from_config(config)

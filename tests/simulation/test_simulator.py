@@ -256,6 +256,14 @@ def test_a_row_that_takes_too_long_to_render_is_left_out_of_a_simulated_order(
             ["conf/demo.yaml", "--length-column", "answr"],
             "'answr' is no column of the dataset; did you mean 'answer'?",
         ),
+        (
+            ["conf/demo.yaml", "--lengths", "constant:5", "work.order=longest_first", "work.hint_column=answr"],
+            "work.hint_column: 'answr' is no column of the dataset; did you mean 'answer'?",
+        ),
+        (
+            ["conf/demo.yaml", "--lengths", "constant:5", "lora={a: x, b: y}", "data.lora_column=answr"],
+            "data.lora_column: 'answr' is no column of the dataset; did you mean 'answer'?",
+        ),
     ],
 )
 def test_wrong_usage_is_one_clear_line(arguments: list[str], message: str) -> None:
