@@ -17,7 +17,7 @@ from typing import Any
 from dpgen.config.schema import Config, ParallelConfig
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
 from dpgen.data.hub import check_cache
-from dpgen.data.render import PromptRenderer, RenderFn, check_chat_without_tokenizer
+from dpgen.data.prompts.render import PromptRenderer, RenderFn, check_chat_without_tokenizer
 from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer
 from dpgen.distributed.devices import assign_cores, assign_gpus
 from dpgen.distributed.group import RankGroup

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import Config
-from dpgen.data.chat import Message
+from dpgen.data.prompts.chat import Message
 from dpgen.output.conversations import append_turn, get_messages_type
 from dpgen.output.json_lines import JSONL_ENCODING
 from dpgen.records import Completion, RowResult

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.data.chat import Message
 from dpgen.data.input_rows import InputRows
-from dpgen.data.render import PromptRenderer, select_prompt_columns
+from dpgen.data.prompts.chat import Message
+from dpgen.data.prompts.render import PromptRenderer, select_prompt_columns
 from dpgen.errors import RowRefused
 from dpgen.records import Completion
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dpgen.data.chat import Message
 from dpgen.data.input_rows import InputRows
+from dpgen.data.prompts.chat import Message
 from dpgen.data.reading.python_values import to_python_values
 from dpgen.formatting import format_count
 from dpgen.journal.reader import BATCH_BYTES, BATCH_ROWS, JournalIndex, JournalReader

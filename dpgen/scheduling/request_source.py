@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dpgen.data.nested import drop_nulls
-from dpgen.data.render import RenderFn
+from dpgen.data.prompts.render import RenderFn
 from dpgen.errors import RowRefused
 from dpgen.journal.row_notes import RENDERING, RowNote
 from dpgen.records import Request, RowError, RowResult, derive_row_seed, make_rejected_result

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.data.render import make_prompt_text_fn
+from dpgen.data.prompts.render import make_prompt_text_fn
 from dpgen.data.time_limit import RenderTimer
 from dpgen.distributed.group import RankGroup
 from dpgen.formatting import format_count

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.multi, pytest.mark.slow]
 # Python imports this module in every process. It gives one row's rendering the fault of a broken native tokenizer.
 BROKEN_RENDERER = """
 import os, signal, time
-from dpgen.data.render import PromptRenderer
+from dpgen.data.prompts.render import PromptRenderer
 
 build_prompt = PromptRenderer.build_prompt
 

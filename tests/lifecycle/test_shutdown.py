@@ -19,7 +19,7 @@ from helpers.clock import FakeClock
 from helpers.jobs import REPO, wait_for
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.data.render import PromptRenderer
+from dpgen.data.prompts.render import PromptRenderer
 from dpgen.errors import Interrupted
 from dpgen.lifecycle.shutdown import ShutdownMonitor, SignalReceived, find_deadline
 from dpgen.scheduling.groups.prefix_groups import group_by_prefix

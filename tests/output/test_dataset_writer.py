@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import DataConfig, OutputConfig
 from dpgen.data.input_rows import load_input
-from dpgen.data.render import PromptRenderer
+from dpgen.data.prompts.render import PromptRenderer
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.run_dir import RunDir
 from dpgen.output.dataset_writer import write_dataset

@@ -14,7 +14,7 @@ import pytest
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import WorkConfig
 from dpgen.data.input_rows import InputRows
-from dpgen.data.render import make_prompt_text_fn
+from dpgen.data.prompts.render import make_prompt_text_fn
 from dpgen.scheduling.groups.adapters import AdapterConfig
 from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.order import OrderConfig, RowOrder, order_by_measured_lengths, order_rows

@@ -98,7 +98,11 @@ def test_an_import_that_runs_down_or_stays_on_its_floor_passes(path: str, source
         ("dpgen/records.py", "import dpgen.lifecycle as l", 1),
         ("dpgen/config/schema.py", "from dpgen import data", 1),
         ("dpgen/config/schema.py", "from dpgen import errors, run", 1),
-        ("dpgen/config/schema.py", "def f():\n    def g():\n        from dpgen.data.render import PromptRenderer", 3),
+        (
+            "dpgen/config/schema.py",
+            "def f():\n    def g():\n        from dpgen.data.tokenizer import load_tokenizer",
+            3,
+        ),
         ("dpgen/engine/launch.py", "if TYPE_CHECKING:\n    from dpgen.scheduling.claims import ShardClaimer", 2),
         ("dpgen/engine/launch.py", "from ..scheduling import claims", 1),
         ("dpgen/engine/launch.py", "from .. import run", 1),

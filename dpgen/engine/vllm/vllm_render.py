@@ -11,9 +11,9 @@ import copy
 from typing import Any
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.data.chat import Message
-from dpgen.data.render import load_chat_template
-from dpgen.data.template_kwargs import check_template_kwargs
+from dpgen.data.prompts.chat import Message
+from dpgen.data.prompts.render import load_chat_template
+from dpgen.data.prompts.template_kwargs import check_template_kwargs
 from dpgen.errors import ConfigError, RowRefused
 
 

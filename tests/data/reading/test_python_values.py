@@ -12,8 +12,8 @@ import pytest
 from helpers.dataset_files import make_rows, make_run
 
 from dpgen.config.prompt import PromptConfig
+from dpgen.data.prompts.render import PromptRenderer
 from dpgen.data.reading.python_values import to_python_values
-from dpgen.data.render import PromptRenderer
 from dpgen.output.verification import verify
 from dpgen.records import Completion, RowResult
 

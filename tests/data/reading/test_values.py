@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import DataConfig
 from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.prompts.render import PromptRenderer
 from dpgen.data.reading import json_lines
-from dpgen.data.render import PromptRenderer
 from dpgen.errors import ConfigError, RowRefused
 
 

@@ -1,7 +1,7 @@
 """Turn a row's chat messages into the conversation that vLLM passes to a chat template.
 
 - Follows vLLM 0.32: `vllm/renderers/chat_utils.py` (parse_chat_messages and what it calls) and `vllm/renderers/hf.py`
-  (the developer role). `dpgen.data.content_format` finds the content format that a template expects.
+  (the developer role). `dpgen.data.prompts.content_format` finds the content format that a template expects.
 - A row's messages are never changed: each function returns copies.
 - Limits: text only; a message with an image or another medium is rejected.
 """

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from dpgen.data.chat import ContentFormat
+from dpgen.data.prompts.chat import ContentFormat
 
 if TYPE_CHECKING:
     from jinja2 import nodes

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dpgen.data.content_format import template_variables
+from dpgen.data.prompts.content_format import template_variables
 from dpgen.errors import ConfigError, suggest_name
 
 # What transformers gives every chat template: `transformers.utils.chat_template_utils`.

@@ -16,9 +16,14 @@ from helpers import tiny_tokenizers
 from helpers.chat_templates import CONTENT_FORMATS
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.data.chat import merge_developer_role, to_conversation, validate_messages
-from dpgen.data.content_format import detect_content_format
-from dpgen.data.render import PromptRenderer, check_chat_without_tokenizer, check_prompt_columns, load_chat_template
+from dpgen.data.prompts.chat import merge_developer_role, to_conversation, validate_messages
+from dpgen.data.prompts.content_format import detect_content_format
+from dpgen.data.prompts.render import (
+    PromptRenderer,
+    check_chat_without_tokenizer,
+    check_prompt_columns,
+    load_chat_template,
+)
 from dpgen.data.tokenizer import (
     TokenizerConfig,
     find_reason_to_tokenize_in_engine,
@@ -603,7 +608,9 @@ def test_an_empty_text_is_a_prompt_where_tokens_are_added(tokenizers: dict[str, 
 
 
 def test_importing_the_renderer_loads_nothing_heavy() -> None:
-    code = "import sys, dpgen.data.render; print({'transformers', 'jinja2', 'torch', 'vllm'} & set(sys.modules))"
+    code = (
+        "import sys, dpgen.data.prompts.render; print({'transformers', 'jinja2', 'torch', 'vllm'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -22,9 +22,9 @@ from helpers.jobs import REPO
 from helpers.tiny_model import save_tiny_model
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.data.chat import KNOWN_PART_KEYS
-from dpgen.data.render import PromptRenderer
-from dpgen.data.template_kwargs import find_accepted_names
+from dpgen.data.prompts.chat import KNOWN_PART_KEYS
+from dpgen.data.prompts.render import PromptRenderer
+from dpgen.data.prompts.template_kwargs import find_accepted_names
 from dpgen.data.tokenizer import TokenizerConfig, is_supported_by_transformers, load_tokenizer
 from dpgen.errors import RowRefused
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.data.chat import Message, merge_developer_role, to_conversation, validate_messages
-from dpgen.data.content_format import detect_content_format, template_variables
-from dpgen.data.row_template import check_row_template, compile_row_template, render_row, template_columns
-from dpgen.data.template_kwargs import check_template_kwargs, find_accepted_names
+from dpgen.data.prompts.chat import Message, merge_developer_role, to_conversation, validate_messages
+from dpgen.data.prompts.content_format import detect_content_format, template_variables
+from dpgen.data.prompts.row_template import check_row_template, compile_row_template, render_row, template_columns
+from dpgen.data.prompts.template_kwargs import check_template_kwargs, find_accepted_names
 from dpgen.errors import ConfigError, RowRefused, suggest_name
 from dpgen.formatting import describe_type
 
