@@ -27,6 +27,7 @@ from dpgen.config.schema import (
     is_utf8,
     legal_keys,
 )
+from dpgen.config.text_files import FILE_KEYS, read_text_files
 from dpgen.config.vllm_fields import describe_home_of_field
 from dpgen.errors import ConfigError, find_nearest_name, suggest_name
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _PROMPT_TEXTS = ("data.template", "data.system_prompt", "data.chat_template")
 # `${` that no interpolation of OmegaConf begins with: ``$${{``, ``^\\d+${``.
 _NO_INTERPOLATION = re.compile(r"(\\*)\$\{(?!\s*[\w.\[$])")
+_ESCAPED_DOLLAR = r"\1\1\\${"  # backslashes before ${ count twice in OmegaConf
 _ANY_DOLLAR = re.compile(r"(\\*)\$\{")
 _KEY = re.compile(r"\w+(\.\w+)*")
 _NULLS = ("null", "Null", "NULL", "~")
@@ -132,6 +134,7 @@ class _LayerMerger:
         self._note_missing(missing)
         found: Sequence[str] = ()
         try:
+            self._insert_text_files()
             if self._mistakes:
                 found = list(find_wrong_values(self._make_sections(missing)))
             else:
@@ -159,6 +162,16 @@ class _LayerMerger:
                 return
             for key, value in values.items():  # OmegaConf names only the first wrong key
                 self._merge(source, {key: value}, paths)
+
+    def _insert_text_files(self) -> None:
+        """Put the text of each file that a key of `data` names in the name's place."""
+        from omegaconf import OmegaConf
+
+        data = {key: OmegaConf.select(self._merged, f"data.{key}") for key in FILE_KEYS}
+        texts, mistakes = read_text_files(data)
+        self._mistakes += map(self._add_place, mistakes)
+        escaped = {key: _ANY_DOLLAR.sub(_ESCAPED_DOLLAR, text) for key, text in texts.items()}
+        self._merged = OmegaConf.merge(self._merged, {"data": escaped})
 
     def _note_places(self, source: YamlSource, values: Mapping[str, Any]) -> None:
         replaced = tuple(f"{key}." for key, value in values.items() if not isinstance(value, Mapping))
@@ -275,7 +288,7 @@ def _escape_dollars(key: str, value: Any) -> Any:
     """Return a value with each `${` escaped that is none of OmegaConf's; in prompt texts none is."""
     if isinstance(value, str):
         pattern = _ANY_DOLLAR if key in _PROMPT_TEXTS else _NO_INTERPOLATION
-        return pattern.sub(r"\1\1\\${", value)  # backslashes before ${ count twice in OmegaConf
+        return pattern.sub(_ESCAPED_DOLLAR, value)
     if isinstance(value, Mapping):
         return {name: _escape_dollars(key, item) for name, item in value.items()}
     return [_escape_dollars(key, item) for item in value] if isinstance(value, list) else value

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from dpgen.config import checks
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.secrets import redact_secrets
+from dpgen.config.text_files import escape_file_name
 from dpgen.errors import ConfigError
 
 _MAX_NUMBER = 2**63  # libraries hold sizes in 64 bits
@@ -102,12 +103,14 @@ class DataConfig:
     messages_column: str | None = _option("a column of chat messages, as LLM.chat takes it")
     template: str | None = _option(
         "a Jinja template over the columns that makes the prompt: 'Q: {{ question }}'; {{ row['my col'] }} where a "
-        "column's name is no variable"
+        "column's name is no variable; or its file, relative to the working directory: '@prompts/solve.jinja'"
     )
     as_chat: bool = _option(
         "send the text of prompt_column or template as one user message through the chat template", False
     )
-    system_prompt: str | None = _option("a system message put before the others (with messages_column or as_chat)")
+    system_prompt: str | None = _option(
+        "a system message put before the others (with messages_column or as_chat), or its file: '@prompts/system.txt'"
+    )
     chat_template: str | None = _option("a chat template, or the path of one, instead of the model's own")
     chat_template_kwargs: dict[str, Any] = _option(
         "passed to the chat template, e.g. {enable_thinking: false}", factory=dict
@@ -364,7 +367,9 @@ def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML, without values that look like secrets."""
     from dpgen.config import yaml12
 
-    return yaml12.dump(redact_secrets(dataclasses.asdict(config)))
+    sections = dataclasses.asdict(config)
+    sections["data"] = {key: escape_file_name(key, value) for key, value in sections["data"].items()}
+    return yaml12.dump(redact_secrets(sections))
 
 
 def _iter_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -121,7 +121,12 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ("input that is not there", ["data.path=nowhere.jsonl"], "no such file or directory: nowhere.jsonl"),
     ("a glob that matches nothing", ["data.path=nowhere/*.jsonl"], "no file matches nowhere/*.jsonl"),
     ("a kind of file that is unknown", ["data.path=README.md"], "is none of the known kinds"),
-    ("a file whose content does not fit its name", ["data.path=@broken.jsonl"], "broken.jsonl"),
+    ("a file whose content does not fit its name", ["data.path={folder}/broken.jsonl"], "broken.jsonl"),
+    (
+        "a template's file that is not there",
+        ["data.prompt_column=null", "data.template=@none.jinja"],
+        "data.template=@none.jinja can't be read: there is no such file in the working directory",
+    ),
     ("a revision of a file", ["data.revision=main"], "data.revision=main is for a dataset of the Hub"),
     ("a range without rows", ["data.select=100000:"], "data.select=100000:: selects none of the input's"),
     ("a range that ends before it begins", ["data.select=2:1"], "data.select=2:1: selects none of the input's"),

@@ -104,7 +104,7 @@ def test_a_bad_configuration_is_rejected_in_one_line_before_a_model_loads(
     (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
     save_adapter(tmp_path / "adapter")
     conf = write([{"prompt": "hello"}])
-    commands = [[conf, *(word.replace("@", f"{tmp_path}/") for word in words)] for _, words, _ in BAD_CONFIGS]
+    commands = [[conf, *(word.replace("{folder}", str(tmp_path)) for word in words)] for _, words, _ in BAD_CONFIGS]
     for (what, _, message), (status, output) in zip(
         BAD_CONFIGS, run_each_command(launcher, EACH_IN_TURN, commands), strict=True
     ):
