@@ -49,7 +49,7 @@ _CONTEXT_TOO_LONG = "larger than the available kv cache memory"
 ERROR_TYPES = (
     *("wrong_type", "empty_prompt", "template_failed", "chat_template_failed", "invalid_text", "unsupported_content"),
     *("tokenizer_failed", "render_timeout", "render_crashed", "prompt_too_long", "out_of_vocabulary", "bad_sampling"),
-    *("unknown_adapter", "engine_refused", "poison_row", "decode_failed"),
+    *("bad_tools", "bad_template_kwargs", "unknown_adapter", "engine_refused", "poison_row", "decode_failed"),
 )
 
 

@@ -24,7 +24,7 @@ class Request:
     Attributes:
         row: the row's index in the input.
         prompt_token_ids: the prompt; None if only the engine's own tokenizer can make the tokens from `prompt`.
-        prompt: the text or the chat messages if `prompt_token_ids` is None.
+        prompt: the text, or the chat (`ChatPrompt`), if `prompt_token_ids` is None.
         sampling: SamplingParams fields of this row only: from its entry of sampling_by_rank, its seed, and values
             taken from columns.
         adapter: the name of the row's LoRA adapter; None for the model without one.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
-from dpgen.data.prompts.render import select_prompt_columns
+from dpgen.data.prompts.columns import select_prompt_columns
 from dpgen.data.time_limit import limit_render_time
 from dpgen.distributed.agreement import check_same_job, find_what_names_stand_for, open_input
 from dpgen.distributed.attempt import begin_attempt, read_job_start
@@ -189,7 +189,7 @@ class _Job:
 
     def _load_text(self) -> TextPipeline:
         if self._loaded_text is None:
-            self._loaded_text = build_text_pipeline(self._config, self._engine_log)
+            self._loaded_text = build_text_pipeline(self._config, self._engine_log, self._rows.has_added_nulls)
             self._stack.callback(self._loaded_text.close)
         return self._loaded_text
 

@@ -14,7 +14,7 @@ import pytest
 from helpers.jobs import REPO, Launcher, WriteConfig, make_numbered_rows
 
 from dpgen.cli import COMMANDS, build_parser, main
-from dpgen.config import schema
+from dpgen.config import options, schema
 
 HEAVY = {"torch", "datasets", "vllm", "transformers", "numpy", "omegaconf", "yaml", "rich", "pyarrow", "shtab"}
 # A bare interpreter has about 60; argparse, json, logging and dpgen's own modules make about 150 with it.
@@ -78,7 +78,7 @@ def test_each_command_has_help_wherever_the_option_stands(name: str, capsys: pyt
 def test_help_of_run_has_every_key_with_its_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--help"]) == 0
     output = capsys.readouterr().out
-    for name, default, help in schema.legal_keys():
+    for name, default, help in options.legal_keys():
         shown = "required" if default == schema.MISSING else json.dumps(default)
         [entry] = re.findall(rf"^  {re.escape(name)}  \((.*)\)\n((?:      .*\n)+)", output, re.MULTILINE)
         assert entry[0] == shown

@@ -17,16 +17,8 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpgen.config.schema import (
-    MISSING,
-    Config,
-    describe_option,
-    find_type,
-    find_wrong_values,
-    is_text,
-    is_utf8,
-    legal_keys,
-)
+from dpgen.config.options import describe_option, find_type, is_text, is_utf8, legal_keys
+from dpgen.config.schema import MISSING, Config, find_wrong_values
 from dpgen.config.text_files import FILE_KEYS, read_text_files
 from dpgen.config.vllm_fields import describe_home_of_field
 from dpgen.errors import ConfigError, find_nearest_name, suggest_name
@@ -35,7 +27,8 @@ if TYPE_CHECKING:
     from dpgen.config.yaml_source import KeyPath, YamlSource
 
 # Texts in which `${` is never OmegaConf's: ``Price: ${{ price }}``.
-_PROMPT_TEXTS = ("data.template", "data.system_prompt", "data.chat_template")
+_PROMPT_TEXTS = ("data.template", "data.system_prompt", "data.chat_template", "data.tools")
+_CHAT_TEMPLATE_NAME = re.compile(r"\{\s*name\s*:")  # {name: tool_use}, and no template
 # `${` that no interpolation of OmegaConf begins with: ``$${{``, ``^\\d+${``.
 _NO_INTERPOLATION = re.compile(r"(\\*)\$\{(?!\s*[\w.\[$])")
 _ESCAPED_DOLLAR = r"\1\1\\${"  # backslashes before ${ count twice in OmegaConf
@@ -318,9 +311,11 @@ def _read_override(argument: str) -> YamlSource:
             f"{key}: {argument!r} is no UTF-8: give it in the encoding of the terminal, or in a YAML file"
         )
     path = tuple(key.split("."))
-    is_null = text in _NULLS and find_type(key) == "str | None"
+    is_null = text in _NULLS and (find_type(key) == "str | None" or key == "data.chat_template")
     is_list = text.startswith("[") and key == "data.path"
-    if is_text(key) and not is_null and not is_list:
+    is_name = key == "data.chat_template" and _CHAT_TEMPLATE_NAME.match(text) is not None
+    names_file = key == "data.tools" and text.startswith("@")
+    if names_file or (is_text(key) and not is_null and not is_list and not is_name):
         return take_as_it_stands(argument, path, text)
     return read_argument(argument, path, text, may_be_text=find_type(key) in ("", "Any"))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dpgen.config import yaml_slips
-from dpgen.config.schema import find_type, is_text
+from dpgen.config.options import find_type, is_text
 
 if TYPE_CHECKING:
     from dpgen.config.yaml_source import KeyPath, YamlSource

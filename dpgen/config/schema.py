@@ -105,15 +105,34 @@ class DataConfig:
         "a Jinja template over the columns that makes the prompt: 'Q: {{ question }}'; {{ row['my col'] }} where a "
         "column's name is no variable; or its file, relative to the working directory: '@prompts/solve.jinja'"
     )
+    token_ids_column: str | None = _option("a column of lists of token ids that are the prompt")
     as_chat: bool = _option(
         "send the text of prompt_column or template as one user message through the chat template", False
     )
     system_prompt: str | None = _option(
         "a system message put before the others (with messages_column or as_chat), or its file: '@prompts/system.txt'"
     )
-    chat_template: str | None = _option("a chat template, or the path of one, instead of the model's own")
+    system_prompt_column: str | None = _option("a text column that is the system message; a null keeps system_prompt")
+    prefill_column: str | None = _option(
+        "a text column that begins the assistant's answer; the model continues it, and generated_text holds only what "
+        "it adds; null or empty: none"
+    )
+    chat_template: Any = _option(
+        "a chat template, or the path of one, instead of the model's own; {name: tool_use} takes one of the "
+        "tokenizer's by its name"
+    )
     chat_template_kwargs: dict[str, Any] = _option(
         "passed to the chat template, e.g. {enable_thinking: false}", factory=dict
+    )
+    chat_template_kwargs_column: str | None = _option(
+        "a column of objects, or of JSON text, laid over chat_template_kwargs row by row"
+    )
+    tools: Any = _option(
+        "functions for the chat template: a list, in OpenAI's form or {name: ..., parameters: ...} alone, or JSON text "
+        "of one, or its file: '@tools.json'"
+    )
+    tools_column: str | None = _option(
+        "a column of the same, as lists or JSON text; a null keeps tools, an empty list is none"
     )
     add_generation_prompt: bool = _option("end a chat prompt with the opening of the assistant's answer", True)
     continue_final_message: bool = _option("leave the last chat message open, for the model to continue", False)
@@ -302,50 +321,13 @@ class Config:
         return self.parallel.tensor_parallel_size * self.parallel.pipeline_parallel_size
 
 
-def legal_keys() -> Iterator[tuple[str, Any, str]]:
-    """Yield every legal key in order, as (dotted name, default, help)."""
-    for name, option in _iter_options():
-        yield name, _get_default(option), option.metadata["help"]
-
-
-def describe_option(key: str) -> str:
-    """Return the help of one key."""
-    return next(help for name, _, help in legal_keys() if name == key)
-
-
-def find_type(key: str) -> str:
-    """Return the annotation of a key; "" for one that is unknown, or a field of a passed-through section."""
-    section, _, name = key.partition(".")
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    if name and section in fields and dataclasses.is_dataclass(fields[section].default_factory):
-        fields = {field.name: field for field in dataclasses.fields(fields[section].default_factory)}  # type: ignore[arg-type]
-    elif name:
-        return ""
-    option = fields.get(name or section)
-    return "" if option is None else str(option.type)
-
-
-def is_text(key: str) -> bool:
-    """Return True if a key's value, or each item of it, is a text that is taken as it stands."""
-    return key == "data.path" or find_type(key) in ("str", "str | None")
-
-
-def is_utf8(text: str) -> bool:
-    """Return True if a text can be written as UTF-8: it holds no byte of another encoding, and no half of a pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
     """Yield one line for each value that is wrong by itself, whatever the other keys say.
 
     Args:
         sections: the fields of a `Config`, by name.
     """
-    for key, option in _iter_options():
+    for key, option in iter_options():
         section, _, name = key.partition(".")
         value = getattr(sections[section], name) if name else sections[section]
         minimum = option.metadata["minimum"]
@@ -372,17 +354,14 @@ def to_yaml(config: Config) -> str:
     return yaml12.dump(redact_secrets(sections))
 
 
-def _iter_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+def iter_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Yield every legal key in order, as (dotted name, its field)."""
     for section in dataclasses.fields(Config):
         if "help" in section.metadata:
             yield section.name, section
             continue
         for option in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]
             yield f"{section.name}.{option.name}", option
-
-
-def _get_default(option: dataclasses.Field[Any]) -> Any:
-    return option.default_factory() if callable(option.default_factory) else option.default
 
 
 def _validate(config: Config) -> None:

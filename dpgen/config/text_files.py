@@ -13,7 +13,7 @@ from typing import Any
 
 # Of `data`. A line break at the end of these files is the editor's, and no part of the prompt.
 _PROMPT_KEYS = ("template", "system_prompt")
-FILE_KEYS = (*_PROMPT_KEYS, "chat_template")
+FILE_KEYS = (*_PROMPT_KEYS, "chat_template", "tools")
 
 
 def read_text_files(data: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.hub import fetch_adapter
-from dpgen.data.prompts.render import load_chat_template
+from dpgen.data.prompts.chat_template import load_chat_template
 from dpgen.data.tokenizer import fetch_config_files
 from dpgen.errors import ConfigError
 

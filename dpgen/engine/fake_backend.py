@@ -73,6 +73,14 @@ class FakeTokenizer:
         return list(text.encode("utf-8"))
 
 
+def _decode(token_ids: list[int]) -> str:
+    """Return the text of tokens of `FakeTokenizer`; tokens of another vocabulary as numbers."""
+    try:
+        return bytes(token_ids).decode("utf-8", "replace")
+    except ValueError:
+        return " ".join(map(str, token_ids))
+
+
 @dataclass
 class _Running:
     request: Request
@@ -132,7 +140,7 @@ class FakeBackend:
         if num_prompt_tokens >= self._options.max_model_len:
             limit = self._options.max_model_len
             raise RowRefused("prompt_too_long", f"the prompt has {num_prompt_tokens} tokens, max_model_len={limit}")
-        prompt = bytes(request.prompt_token_ids).decode("utf-8", "replace")
+        prompt = _decode(request.prompt_token_ids)
         self._inject_fault(prompt)
         sampling: dict[str, Any] = {**self._spec.sampling, **request.sampling}
         digest = hashlib.blake2b(f"{prompt}/{sampling.get('seed')}".encode(), digest_size=8)

@@ -17,7 +17,8 @@ from typing import Any
 from dpgen.config.schema import Config, ParallelConfig
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
 from dpgen.data.hub import check_cache
-from dpgen.data.prompts.render import PromptRenderer, RenderFn, check_chat_without_tokenizer
+from dpgen.data.prompts.chat_template import check_chat_without_tokenizer
+from dpgen.data.prompts.render import Prompt, PromptRenderer, RenderFn, describe_own_kwargs
 from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer
 from dpgen.distributed.devices import assign_cores, assign_gpus
 from dpgen.distributed.group import RankGroup
@@ -160,11 +161,12 @@ class TextPipeline:
             self.parser.close()
 
 
-def build_text_pipeline(config: Config, log: EngineLog) -> TextPipeline:
+def build_text_pipeline(config: Config, log: EngineLog, has_added_nulls: bool = True) -> TextPipeline:
     """Load the tokenizer, decide which process tokenizes and which one detokenizes, and start the parser.
 
     Args:
         log: takes what the parser's processes print.
+        has_added_nulls: see `PromptRenderer`.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded, or prompts are chats and there is no chat template.
@@ -175,33 +177,54 @@ def build_text_pipeline(config: Config, log: EngineLog) -> TextPipeline:
         return start_completion_parser(config.output, tokenizer, prompt.chat_template_kwargs, log.write)
 
     if config.run.engine == "fake":
-        from dpgen.engine.fake_backend import FakeTokenizer
-
-        fake, text_renderer = FakeTokenizer(), PromptRenderer(prompt, None)
-        if prompt.is_chat and (note := check_chat_without_tokenizer(prompt, config.model)):
-            logger.info(f"run.engine=fake: {note}")
-        return TextPipeline(
-            lambda row: (fake.encode(str(text_renderer.build_prompt(row))), None), parser=start_parser(None)
-        )
+        return _build_fake_text_pipeline(config, has_added_nulls, start_parser(None))
+    untokenized = PromptRenderer(prompt, None, has_added_nulls=has_added_nulls)
+    has_token_ids = prompt.token_ids_column is not None
     tokenizer_config = TokenizerConfig.from_engine(_expand_model_path(config), config.engine)
-    reason = find_reason_to_tokenize_in_engine(tokenizer_config)
+    needs_no_tokenizer = has_token_ids and bool(config.engine.get("skip_tokenizer_init"))
+    reason = "" if needs_no_tokenizer else find_reason_to_tokenize_in_engine(tokenizer_config)
     if reason is not None:
-        logger.info(f"prompts are tokenized in the engine process: {reason}")
-        text_renderer = PromptRenderer(prompt, None)
+        if not has_token_ids:
+            logger.info(f"prompts are tokenized in the engine process: {reason}")
         engine_part = EngineTextConfig(prompt_config=prompt)
         return TextPipeline(
-            lambda row: (None, text_renderer.build_prompt(row)),
+            lambda row: _split_prompt(untokenized.build_prompt(row)),
             engine_text_config=engine_part,
             parser=start_parser(tokenizer_config),
         )
     tokenizer = load_tokenizer(tokenizer_config)
-    renderer, fast = PromptRenderer(prompt, tokenizer), fast_tokenizer(tokenizer)
+    renderer = PromptRenderer(prompt, tokenizer, has_added_nulls=has_added_nulls)
+    fast = fast_tokenizer(tokenizer)
     return TextPipeline(
         lambda row: (renderer.tokenize_row(row), None),
         None if fast is None else Detokenizer(fast),
         EngineTextConfig(skip_detokenize=fast is not None),
         start_parser(tokenizer_config),
     )
+
+
+def _build_fake_text_pipeline(config: Config, has_added_nulls: bool, parser: CompletionParser | None) -> TextPipeline:
+    from dpgen.engine.fake_backend import FakeTokenizer
+
+    prompt_config = config.prompt
+    if prompt_config.is_chat and (note := check_chat_without_tokenizer(prompt_config, config.model)):
+        logger.info(f"run.engine=fake: {note}")
+    fake, renderer = FakeTokenizer(), PromptRenderer(prompt_config, None, has_added_nulls=has_added_nulls)
+
+    def render(row: Mapping[str, Any]) -> tuple[list[int], None]:
+        prompt = renderer.build_prompt(row)
+        if isinstance(prompt, list):
+            return prompt, None
+        if isinstance(prompt, str):
+            return fake.encode(prompt), None
+        return fake.encode(f"{describe_own_kwargs(prompt_config, prompt)}{prompt['messages']}"), None
+
+    return TextPipeline(render, parser=parser)
+
+
+def _split_prompt(prompt: Prompt) -> tuple[list[int] | None, Any]:
+    """Return the prompt as token ids, or else as what the engine tokenizes."""
+    return (prompt, None) if isinstance(prompt, list) else (None, prompt)
 
 
 def parse_visible_gpus(text: str) -> list[str]:

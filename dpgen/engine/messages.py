@@ -68,7 +68,8 @@ class EngineTextConfig:
     """Divide the work on text: the engine process does this part, and the rank does the rest while the engine steps.
 
     Attributes:
-        prompt_config: how to render prompts, for tokenizers that only vLLM knows; None where the rank renders.
+        prompt_config: how to render prompts, for tokenizers that only vLLM knows, or to check those that are token ids;
+            None where the rank does so.
         skip_detokenize: leave the text of finished rows to the rank, except where the engine itself needs it.
     """
 

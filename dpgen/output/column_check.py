@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
-from dpgen.data.prompts.render import check_prompt_columns, select_prompt_columns
+from dpgen.data.prompts.columns import check_prompt_columns, select_prompt_columns
 from dpgen.errors import ConfigError, suggest_name
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_writer import check_output_columns

@@ -17,7 +17,8 @@ import numpy as np
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.chat import Message
-from dpgen.data.prompts.render import PromptRenderer, select_prompt_columns
+from dpgen.data.prompts.columns import select_prompt_columns
+from dpgen.data.prompts.render import PromptRenderer
 from dpgen.errors import RowRefused
 from dpgen.records import Completion
 
@@ -42,11 +43,11 @@ class ConversationReader:
 
     def _build(self, row: dict[str, Any]) -> list[Message] | None:
         try:
-            messages = self._renderer.build_prompt(row)
+            prompt = self._renderer.build_prompt(row)
         except RowRefused:
             return None
-        assert not isinstance(messages, str), "the configuration was checked: prompts are chats"
-        return messages
+        assert isinstance(prompt, dict), "the configuration was checked: prompts are chats"
+        return prompt["messages"]
 
 
 def get_messages_type() -> pa.DataType:

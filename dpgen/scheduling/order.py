@@ -21,7 +21,7 @@ import numpy as np
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import Config, WorkConfig
 from dpgen.data.input_rows import InputRows
-from dpgen.data.prompts.render import select_prompt_columns
+from dpgen.data.prompts.columns import select_prompt_columns
 from dpgen.formatting import format_count
 from dpgen.scheduling.groups.adapters import AdapterConfig, AdapterGroups, group_by_adapter
 from dpgen.scheduling.groups.prefix_groups import PrefixGroups, group_by_prefix, shard_groups

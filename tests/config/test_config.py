@@ -11,7 +11,7 @@ import pytest
 import yaml
 from helpers.jobs import REPO
 
-from dpgen.config import checks, loader, schema
+from dpgen.config import checks, loader, options, schema
 from dpgen.errors import ERROR_TYPES, ConfigError
 
 BASE = """
@@ -269,7 +269,7 @@ def test_wrong_values_are_reported_beside_unknown_and_missing_keys(
     assert mistakes_of(load, "engin.x=1", text=text) == (
         "engin.x=1: unknown key 'engin.x'; did you mean 'engine'?",
         "missing: data.path, model; set them in a YAML file or as data.path=VALUE "
-        f"({schema.describe_option('data.path')})",
+        f"({options.describe_option('data.path')})",
         f"run.seed=-1: must be from 0 to 2**63 - 1, or null ({tmp_path / 'a.yaml'}:1)",
     )
 

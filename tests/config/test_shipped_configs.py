@@ -14,14 +14,15 @@ import pytest
 import yaml
 from helpers.jobs import REPO
 
-from dpgen.config import loader, schema
+from dpgen.config import loader, options, schema
 
 SHIPPED = sorted((REPO / "conf").glob("*.yaml"))
 HEAVY = {"torch", "vllm", "datasets", "transformers", "omegaconf", "numpy"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_every_shipped_configuration_loads(path: Path) -> None:
+def test_every_shipped_configuration_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
     config = loader.load([str(path)], [])
     assert config.run.dir and config.model and config.data.path, "a run could start from it"
 
@@ -33,8 +34,8 @@ def test_the_reference_file_has_every_key_with_its_default_and_meaning() -> None
     in_comments = " ".join(line.strip("# ") for line in text.splitlines() if line.lstrip().startswith("#"))
     keys = {name for name, body in given.items() if not isinstance(body, dict) or not body}
     keys |= {f"{section}.{key}" for section, body in given.items() if isinstance(body, dict) for key in body}
-    assert keys == {name for name, _, _ in schema.legal_keys()}
-    for name, default, help in schema.legal_keys():
+    assert keys == {name for name, _, _ in options.legal_keys()}
+    for name, default, help in options.legal_keys():
         assert help in in_comments, f"{name}: its meaning in conf/reference.yaml is not the code's"
         section, _, key = name.partition(".")
         value = given[section][key] if key else given[section]
@@ -66,7 +67,7 @@ def test_help_is_instant_and_imports_nothing_heavy(arguments: list[str]) -> None
 
 def test_help_lists_every_key() -> None:
     shown = subprocess.run([sys.executable, "-m", "dpgen", "run", "--help"], check=True, capture_output=True, text=True)
-    for name, _, help in schema.legal_keys():
+    for name, _, help in options.legal_keys():
         assert name in shown.stdout
         assert help.split(";")[0][:40] in " ".join(shown.stdout.split())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,12 +56,15 @@ def test_a_file_that_a_later_layer_replaces_is_not_read(load: Callable[..., Conf
     assert load("data.template={{ a }}", text=in_yaml).data.template == "{{ a }}"
 
 
-def test_the_texts_of_a_chat_may_be_files(load: Callable[..., Config]) -> None:
+def test_prompts_and_tools_may_be_files(load: Callable[..., Config]) -> None:
     Path("system.txt").write_text("be brief\n")
     Path("chat.jinja").write_text("{{ messages }}\n")
-    files = ["data.system_prompt=@system.txt", "data.chat_template=@chat.jinja"]
+    tools = [{"name": "sum", "description": "costs ${5}"}]
+    Path("tools.json").write_text(json.dumps(tools, indent=2))
+    files = ["data.system_prompt=@system.txt", "data.chat_template=@chat.jinja", "data.tools=@tools.json"]
     config = load("data.prompt_column=p", *AS_CHAT, *files)
     assert (config.data.system_prompt, config.data.chat_template) == ("be brief", "{{ messages }}\n")
+    assert config.prompt.tools == [{"type": "function", "function": tools[0]}]
 
 
 def test_a_system_prompt_may_begin_with_a_sign_and_is_written_so_that_it_is_read_again(
@@ -83,10 +87,14 @@ def test_a_system_prompt_may_begin_with_a_sign_and_is_written_so_that_it_is_read
         ("data.template=@latin.txt", "data.template=@latin.txt can't be read: it is no UTF-8 .byte 0xe9 at position 1"),
         ("data.system_prompt=@team", "no such file .*; a text that begins with @ is written @@"),
         ("data.chat_template=@none", "data.chat_template=@none can't be read"),
+        ("data.tools=@none.json", "data.tools=@none.json can't be read"),
+        ("data.tools=@latin.txt", "data.tools=@latin.txt can't be read: it is no UTF-8"),
+        ("data.tools=@broken.json", "data.tools: the text is not valid JSON: .*line 1"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(load: Callable[..., Config], argument: str, words: str) -> None:
     Path("latin.txt").write_bytes(b"caf\xe9"[2:])
+    Path("broken.json").write_text("[{")
     source = [] if argument.startswith("data.template") else ["data.prompt_column=p", *AS_CHAT]
     with pytest.raises(ConfigError, match=words) as raised:
         load(*source, argument)
@@ -101,3 +109,28 @@ def test_a_file_that_is_not_there_is_reported_with_the_other_mistakes_and_its_li
         load(text=in_yaml)
     assert [mistake.split("=")[0] for mistake in raised.value.mistakes] == ["data.template", "data.limit"]
     assert all("conf.yaml:" in mistake for mistake in raised.value.mistakes)
+
+
+@pytest.mark.parametrize("argument", ["data.chat_template={name: tool_use}", "data.chat_template.name=tool_use"])
+def test_a_chat_template_has_a_name_or_is_a_text(load: Callable[..., Config], argument: str) -> None:
+    chat = ["data.prompt_column=p", *AS_CHAT]
+    assert load(*chat, argument).data.chat_template == {"name": "tool_use"}
+    assert load(*chat, argument).prompt.chat_template_name == "tool_use"
+    for text in ("{{ messages }}", "{% for m in messages %}{{ m.content }}{% endfor %}", "chat.jinja", "1e3", "true"):
+        assert load(*chat, f"data.chat_template={text}").data.chat_template == text
+    assert load(*chat, "data.chat_template=null").data.chat_template is None
+    in_yaml = "{path: rows.jsonl, prompt_column: p, as_chat: true, chat_template: {name: tool_use}}"
+    assert load(text=BASE.replace("{path: rows.jsonl}", in_yaml)).prompt.chat_template_name == "tool_use"
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "data.tools=[{name: sum}]",
+        'data.tools=[{"type": "function", "function": {"name": "sum"}}]',
+        'data.tools=\'[{"name": "sum"}]\'',
+    ],
+)
+def test_tools_on_the_command_line_are_yaml_or_json(load: Callable[..., Config], argument: str) -> None:
+    config = load("data.prompt_column=p", *AS_CHAT, argument)
+    assert config.prompt.tools == [{"type": "function", "function": {"name": "sum"}}]

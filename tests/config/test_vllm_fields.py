@@ -7,7 +7,7 @@ import re
 import pytest
 
 from dpgen.config import loader, vllm_fields
-from dpgen.config.schema import legal_keys
+from dpgen.config.options import legal_keys
 from dpgen.errors import ConfigError, find_nearest_name
 
 ENGINE = {"max_num_seqs", "max_model_len", "structured_outputs_config", "dtype", "seed"}

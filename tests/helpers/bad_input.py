@@ -53,6 +53,17 @@ BAD_ROWS: dict[str, list[tuple[str, dict[str, Any], str, str]]] = {
         ("n 0", {"prompt": "hello", "n": 0}, "bad_sampling", "n must be"),
         ("n below 0", {"prompt": "hello", "n": -1}, "bad_sampling", "n must be"),
     ],
+    "data.token_ids_column": [
+        ("no value", {"ids": None}, "wrong_type", "ids is null, not a list of token ids"),
+        ("a text", {"ids": "1 2 3"}, "wrong_type", "ids is a str"),
+        ("no token", {"ids": []}, "empty_prompt", "no token ids"),
+        ("a null", {"ids": [1, None]}, "wrong_type", "item 1 is null"),
+        ("a number that is not whole", {"ids": [1, 2.5]}, "wrong_type", "item 1 is a float"),
+        ("a truth value", {"ids": [True]}, "wrong_type", "item 0 is a bool"),
+        ("a negative id", {"ids": [1, -1]}, "out_of_vocabulary", "-1, which is negative"),
+        ("an id beyond the vocabulary", {"ids": [99999]}, "out_of_vocabulary", "99999"),
+        ("too long", {"ids": [5] * 400}, "prompt_too_long", "256"),
+    ],
     "data.template": [
         ("no value where one is used", {"kind": "upper", "text": None}, "template_failed", "upper"),
         ("a division by zero", {"kind": "divide", "number": 0}, "template_failed", "zero"),
@@ -76,6 +87,23 @@ BAD_ADAPTER_ROWS: list[tuple[str, dict[str, Any], str, str]] = [
     ("an adapter that is not there", {"question": "hello", "adapter": "cod"}, "unknown_adapter", "did you mean 'code'"),
     ("an adapter without a name", {"question": "hello", "adapter": ""}, "unknown_adapter", "adapters: code, math"),
     ("an adapter by its number", {"question": "hello", "adapter": 1}, "wrong_type", "adapter is an int, not a string"),
+]
+
+# The same for parts of a prompt that come from columns; tests/jobs/test_prompt_columns.py runs it, on a recipe.
+BAD_PROMPT_COLUMNS: list[tuple[str, dict[str, Any], str, str]] = [
+    ("a system message that is no text", {"system": ["be brief"]}, "wrong_type", "system is a list, not a string"),
+    ("a beginning that is no text", {"prefill": 3}, "wrong_type", "prefill is an int, not a string"),
+    ("tools that are a number", {"tools": 3}, "bad_tools", "tools are an int, not a list of functions"),
+    ("tools that are no JSON", {"tools": "[{"}, "bad_tools", "not valid JSON"),
+    ("a tool without a name", {"tools": [{"parameters": {}}]}, "bad_tools", "tool 0 has no 'name'"),
+    ("a tool that is no function", {"tools": [{"type": "web_search"}]}, "bad_tools", "the type 'web_search'"),
+    ("a variable that is unknown", {"chat": {"enable_thinkng": False}}, "bad_template_kwargs", "'enable_thinking'?"),
+    ("a variable with a key of its own", {"chat": {"tools": []}}, "bad_template_kwargs", "chat may not hold tools"),
+    ("variables that are no JSON", {"chat": "{enable"}, "bad_template_kwargs", "not valid JSON"),
+    ("variables that are a list", {"chat": [1]}, "bad_template_kwargs", "chat is a list, not an object"),
+    ("a stop string that is a number", {"stop": 3}, "bad_sampling", "stop"),
+    ("an empty stop string", {"stop": ""}, "bad_sampling", "stop"),
+    ("a null among the stop strings", {"stop": ["a", None]}, "bad_sampling", "stop"),
 ]
 
 TEMPLATE = (
@@ -122,6 +150,26 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ("a glob that matches nothing", ["data.path=nowhere/*.jsonl"], "no file matches nowhere/*.jsonl"),
     ("a kind of file that is unknown", ["data.path=README.md"], "is none of the known kinds"),
     ("a file whose content does not fit its name", ["data.path={folder}/broken.jsonl"], "broken.jsonl"),
+    ("token ids and a text", ["data.token_ids_column=ids"], "data.prompt_column and data.token_ids_column are set"),
+    ("a beginning without a chat", ["data.prefill_column=prompt"], "data.prefill_column needs a chat"),
+    ("a column of a prompt's part that is not there", ["data.as_chat=true", "data.tools_column=promt"], "'prompt'"),
+    ("tools that are no tools", ["data.as_chat=true", "data.tools=[{}]"], "data.tools: tool 0 has no 'name'"),
+    ("tools that are no JSON", ["data.as_chat=true", "data.tools=@{folder}/broken.jsonl"], "not valid JSON"),
+    (
+        "tools in two places",
+        ["data.as_chat=true", "data.tools=[{name: f}]", "data.chat_template_kwargs={tools: []}"],
+        "data.chat_template_kwargs.tools and data.tools are set",
+    ),
+    (
+        "tools for a chat template that takes none",
+        ["data.as_chat=true", "data.tools=[{name: f}]", "data.chat_template={{ messages }}"],
+        "data.tools: the chat template does not use 'tools'",
+    ),
+    (
+        "a name of no chat template",
+        ["data.as_chat=true", "data.chat_template={name: tool_use}"],
+        "no chat template of this name; chat templates: default",
+    ),
     (
         "a template's file that is not there",
         ["data.prompt_column=null", "data.template=@none.jinja"],

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.multi]
 GOOD = {
     "data.messages_column": {"messages": HELLO},
     "data.prompt_column": {"prompt": "hello there"},
+    "data.token_ids_column": {"ids": [5, 6, 7]},
     "data.template": {"kind": "plain", "text": "hello there"},
 }
 
@@ -48,7 +49,7 @@ def test_a_bad_row_gets_its_error_and_its_neighbours_their_text(
     prompt = {"prompt_column": None, source.partition(".")[2]: TEMPLATE if source == "data.template" else None}
     if source != "data.template":
         prompt[source.partition(".")[2]] = next(iter(GOOD[source]))
-    sampling = sorted(fields - {"messages", "prompt", "kind", "text", "number", "meta", "list"})
+    sampling = sorted(fields - {"messages", "prompt", "ids", "kind", "text", "number", "meta", "list"})
     conf = write(
         rows,
         "bos" if source == "data.messages_column" else "plain",

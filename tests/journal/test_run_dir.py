@@ -28,10 +28,9 @@ from dpgen.records import Completion, RowResult
 INPUT = {"num_rows": 1, "columns": ["prompt"], "content": "00"}
 
 
-def compute_identity(engine: dict[str, Any]) -> dict[str, Any]:
-    config = Config(
-        run=RunConfig(dir="run"), data=DataConfig(path="rows.jsonl", prompt_column="prompt"), model="m", engine=engine
-    )
+def compute_identity(engine: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    data = DataConfig(path="rows.jsonl", prompt_column="prompt", **keys)
+    config = Config(run=RunConfig(dir="run"), data=data, model="m", engine=engine)
     return compute_run_identity(config, INPUT)
 
 
@@ -356,6 +355,21 @@ def test_a_difference_names_what_the_user_can_change(path: str, key: str) -> Non
 def test_a_difference_shows_the_beginning_of_a_long_value() -> None:
     whole, cut = "x" * 78, "y" * 79
     assert diff_identities({"model": whole}, {"model": cut}) == [f'model: "{whole}" → "{cut[:76]}...']
+
+
+def test_a_run_of_a_version_with_fewer_ways_to_make_a_prompt_is_the_same_run() -> None:
+    now = compute_identity({})
+    old_keys = {"prompt_column", "messages_column", "template", "as_chat", "system_prompt", "chat_template"}
+    old_keys |= {"chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
+    before = {**now, "prompt": {key: value for key, value in now["prompt"].items() if key in old_keys}}
+    assert diff_identities(before, now) == []
+    with_tools = [
+        compute_identity({}, as_chat=True, tools=tools)
+        for tools in ('[{"name": "f"}]', [{"type": "function", "function": {"name": "f"}}])
+    ]
+    assert with_tools[0] == with_tools[1], "tools are known by what they are, in whatever form"
+    keys = [difference.partition(":")[0] for difference in diff_identities(before, with_tools[0])]
+    assert keys == ["data.as_chat", "data.tools"]
 
 
 def test_a_key_that_older_versions_did_not_write_is_no_difference() -> None:

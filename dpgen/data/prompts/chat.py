@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from dpgen.data.nested import drop_nulls
 from dpgen.errors import RowRefused
@@ -18,6 +18,21 @@ from dpgen.formatting import describe_type
 
 Message = dict[str, Any]
 ContentFormat = Literal["string", "openai"]
+
+
+class ChatPrompt(TypedDict):
+    """Hold a chat prompt in plain values, since it may travel to the engine.
+
+    Keys:
+        messages: as `validate_messages` returns them.
+        template_kwargs: variables for the chat template, tools included.
+        is_continued: True if the model continues the last message.
+    """
+
+    messages: list[Message]
+    template_kwargs: dict[str, Any]
+    is_continued: bool
+
 
 # The key that holds the text, by the type of a text part (MM_PARSER_MAP of vLLM).
 _TEXT_KEYS = {

@@ -1,7 +1,7 @@
 """Turn dataset rows into prompt token ids: exactly those that vLLM's LLM.generate or LLM.chat would use.
 
     config = PromptConfig(messages_column="messages")
-    check_prompt_columns(config, dataset.column_names)
+    check_prompt_columns(config, dataset.column_names)  # dpgen.data.prompts.columns
     tokenizer = load_tokenizer(TokenizerConfig.from_engine(model, engine))
     PromptRenderer(config, tokenizer).tokenize_row(row)  # [1, 15, ...]
 
@@ -16,58 +16,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.data.prompts.chat import Message, merge_developer_role, to_conversation, validate_messages
-from dpgen.data.prompts.content_format import detect_content_format, template_variables
-from dpgen.data.prompts.row_template import check_row_template, compile_row_template, render_row, template_columns
-from dpgen.data.prompts.template_kwargs import check_template_kwargs, find_accepted_names
-from dpgen.errors import ConfigError, RowRefused, suggest_name
+from dpgen.data.prompts.chat import ChatPrompt, merge_developer_role, to_conversation, validate_messages
+from dpgen.data.prompts.chat_prompt import ChatPromptBuilder
+from dpgen.data.prompts.chat_template import ChatTemplates
+from dpgen.data.prompts.row_template import compile_row_template, render_row
+from dpgen.data.prompts.token_ids import count_token_ids, to_text, validate_token_ids
+from dpgen.errors import RowRefused
 from dpgen.formatting import describe_type
 
 RenderFn = Callable[[Mapping[str, Any]], tuple[list[int] | None, Any]]
-
-
-def check_prompt_columns(config: PromptConfig, columns: Sequence[str]) -> None:
-    """Check that the dataset has the columns that prompts are made of, before anything is loaded.
-
-    Raises:
-        ConfigError: a missing column, or a template that is broken or names no column.
-    """
-    if config.template is not None:
-        check_row_template(config.template, columns)
-        return
-    key = "prompt_column" if config.prompt_column is not None else "messages_column"
-    name = getattr(config, key)
-    if name not in columns:
-        raise ConfigError(f"data.{key}: {name!r} is no column of the dataset{suggest_name(name, columns, 'columns')}")
-
-
-def select_prompt_columns(config: PromptConfig, columns: Sequence[str]) -> list[str]:
-    """Return the dataset's columns that a prompt is made of."""
-    if config.template is not None:
-        return template_columns(config.template, columns)
-    return [name for name in (config.prompt_column, config.messages_column) if name is not None]
-
-
-def load_chat_template(config: PromptConfig) -> str | None:
-    """Return the text of `data.chat_template`, read from its file if it names one (`load_chat_template` of vLLM).
-
-    Raises:
-        ConfigError: it looks like a path, but can't be read.
-    """
-    if config.chat_template is None:
-        return None
-    try:
-        return Path(config.chat_template).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        if any(sign in config.chat_template for sign in "{}\n"):
-            return config.chat_template
-        raise ConfigError(f"data.chat_template={config.chat_template} can't be read: {error}") from None
+Prompt = str | list[int] | ChatPrompt
 
 
 class PromptRenderer:
@@ -76,30 +38,33 @@ class PromptRenderer:
     Args:
         config: how a row becomes a prompt.
         tokenizer: as `load_tokenizer` returns it; None where the engine renders, and only `build_prompt` is called.
+        has_added_nulls: True if Arrow may have given objects of a column the keys of other rows' objects, as null.
 
     Raises:
         ConfigError: a broken template, a chat without a chat template, or a variable that the template doesn't use.
     """
 
-    def __init__(self, config: PromptConfig, tokenizer: Any) -> None:
+    def __init__(self, config: PromptConfig, tokenizer: Any, *, has_added_nulls: bool = True) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._template = None if config.template is None else compile_row_template(config.template)
+        self._num_ids: int | None = None
+        if config.token_ids_column is not None and tokenizer is not None:
+            self._num_ids = count_token_ids(tokenizer)
+        self._chat = ChatPromptBuilder(config, has_added_nulls)
         if config.is_chat and tokenizer is not None:
-            self._tools = config.chat_template_kwargs.get("tools")
-            own_template = load_chat_template(config)
-            self._chat_template = _resolve_chat_template(tokenizer, own_template, self._tools)
-            check_template_kwargs(config.chat_template_kwargs, tokenizer, self._chat_template)
-            self._content_format = detect_content_format(self._chat_template)
-            self._chat_kwargs = _select_template_kwargs(config, tokenizer, self._chat_template)
+            self._chat_templates = ChatTemplates(config, tokenizer)
 
-    def build_prompt(self, row: Mapping[str, Any]) -> str | list[Message]:
-        """Return the row's prompt: the text for LLM.generate, or the messages for LLM.chat.
+    def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
+        """Return the row's prompt: the text or the token ids for LLM.generate, or the chat for LLM.chat.
 
         Raises:
-            RowRefused: `wrong_type`, `template_failed`, `empty_prompt`, `unsupported_content`, `invalid_text`.
+            RowRefused: `wrong_type`, `template_failed`, `empty_prompt`, `unsupported_content`, `invalid_text`,
+                `out_of_vocabulary`, `bad_template_kwargs`, `bad_tools`.
         """
         config = self._config
+        if config.token_ids_column is not None:
+            return validate_token_ids(config.token_ids_column, row.get(config.token_ids_column), self._num_ids)
         if config.messages_column is not None:
             messages = validate_messages(row.get(config.messages_column))
         else:
@@ -108,9 +73,7 @@ class PromptRenderer:
             if not config.as_chat:
                 return text
             messages = [{"role": "user", "content": text}]
-        if config.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": config.system_prompt})
-        return messages
+        return self._chat.build(messages, row)
 
     def tokenize_row(self, row: Mapping[str, Any]) -> list[int]:
         """Return the row's prompt as token ids, at least one.
@@ -120,6 +83,8 @@ class PromptRenderer:
         """
         assert self._tokenizer is not None, "this PromptRenderer was made without a tokenizer"
         prompt = self.build_prompt(row)
+        if isinstance(prompt, list):
+            return prompt
         if isinstance(prompt, str):
             return self._tokenize(prompt, add_special_tokens=True)
         return self._tokenize(self._apply_chat_template(prompt), add_special_tokens=False)
@@ -137,16 +102,24 @@ class PromptRenderer:
             raise RowRefused("wrong_type", f"{column} is {describe_type(text)}, not a string")
         return text
 
-    def _apply_chat_template(self, messages: list[Message]) -> str:
-        conversation = to_conversation(messages, self._content_format)
-        conversation = merge_developer_role(conversation, self._chat_template)
+    def _apply_chat_template(self, prompt: ChatPrompt) -> str:
+        template = self._chat_templates.select(prompt["template_kwargs"])
+        conversation = to_conversation(prompt["messages"], template.content_format)
+        conversation = merge_developer_role(conversation, template.text)
+        own = {
+            "add_generation_prompt": self._config.add_generation_prompt and not prompt["is_continued"],
+            "continue_final_message": prompt["is_continued"],
+            "return_dict": False,
+        }
+        keywords = {**prompt["template_kwargs"], **own}
+        tools = keywords.pop("tools", None)
         try:
             text = self._tokenizer.apply_chat_template(
                 conversation=conversation,
-                tools=self._tools,
-                chat_template=self._chat_template,
+                tools=tools,
+                chat_template=template.text,
                 tokenize=False,
-                **self._chat_kwargs,
+                **{key: value for key, value in keywords.items() if key in template.accepted_names},
             )
         except Exception as error:  # a template is a program: it may fail in any way
             raise RowRefused("chat_template_failed", f"the chat template failed: {_describe_error(error)}") from error
@@ -173,74 +146,21 @@ def make_prompt_text_fn(config: PromptConfig) -> Callable[[Mapping[str, Any]], s
 
     def make_text(row: Mapping[str, Any]) -> str:
         prompt = renderer.build_prompt(row)
+        if isinstance(prompt, list):
+            return to_text(prompt)
         if isinstance(prompt, str):
             return prompt
-        return "\n".join(f"{message['role']}\n{message['content']}" for message in prompt)
+        messages = "\n".join(f"{message['role']}\n{message['content']}" for message in prompt["messages"])
+        return f"{describe_own_kwargs(config, prompt)}{messages}"
 
     return make_text
 
 
-def _resolve_chat_template(tokenizer: Any, own_template: str | None, tools: Any) -> str:
-    """Return `data.chat_template` or else the tokenizer's (`resolve_chat_template` of vLLM)."""
-    try:
-        template = str(tokenizer.get_chat_template(own_template, tools=tools))
-    except (ValueError, AttributeError) as error:
-        reason = f"the tokenizer has no chat template; set data.chat_template ({_describe_error(error)})"
-        raise ConfigError(reason) from error
-    _check_syntax(template)
-    return template
-
-
-def _check_syntax(template: str) -> None:
-    import jinja2
-
-    try:
-        template_variables(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"data.chat_template, line {error.lineno}: {error.message}") from error
-
-
-def check_chat_without_tokenizer(config: PromptConfig, model: str) -> str | None:
-    """Check `data.chat_template` and its variables where no tokenizer is loaded; return a note if they can't be.
-
-    Args:
-        model: the model's folder, whose own chat template counts if there is no other; or any name.
-
-    Raises:
-        ConfigError: as `PromptRenderer`.
-    """
-    template = load_chat_template(config) or _read_chat_template(Path(model).expanduser())
-    if template is not None:
-        _check_syntax(template)
-        if config.chat_template_kwargs:
-            check_template_kwargs(config.chat_template_kwargs, None, template)
-        return None
-    return "data.chat_template_kwargs is not checked without a chat template" if config.chat_template_kwargs else None
-
-
-def _read_chat_template(folder: Path) -> str | None:
-    """Return the chat template in a model's folder; None if there is none, or several."""
-    try:
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        pass
-    try:
-        template = json.loads((folder / "tokenizer_config.json").read_bytes())["chat_template"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return template if isinstance(template, str) else None
-
-
-def _select_template_kwargs(config: PromptConfig, tokenizer: Any, template: str) -> dict[str, Any]:
-    """Return the keywords that reach the template."""
-    own = {
-        "add_generation_prompt": config.add_generation_prompt,
-        "continue_final_message": config.continue_final_message,
-        "return_dict": False,
-    }
-    accepted = find_accepted_names(tokenizer, template)
-    wanted = {**config.chat_template_kwargs, **own}
-    return {key: value for key, value in wanted.items() if key in accepted and key != "tools"}
+def describe_own_kwargs(config: PromptConfig, prompt: ChatPrompt) -> str:
+    """Return a text for the variables of a row's chat template, tools included; "" if they are the run's."""
+    of_run = {**config.chat_template_kwargs, **({} if config.tools is None else {"tools": config.tools})}
+    own = prompt["template_kwargs"]
+    return "" if own == of_run else f"{own}\n"
 
 
 def _reject_surrogates(text: str) -> None:

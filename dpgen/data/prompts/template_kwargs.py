@@ -1,4 +1,4 @@
-"""Know which names of `data.chat_template_kwargs` a chat template can use; any other one is refused.
+"""Know which names of `data.chat_template_kwargs`, and of its column, a chat template can use; others are refused.
 
 - The template's own variables count, and the parameters of `apply_chat_template` (`resolve_chat_template_kwargs` of
   vLLM, which drops all others without a word).
@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dpgen.data.prompts.content_format import template_variables
@@ -40,12 +40,14 @@ def check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: Any, template: s
     """
     unknown = sorted(kwargs.keys() - find_accepted_names(tokenizer, template))
     if unknown:
-        own = _find_own_variables(tokenizer, template)
-        raise ConfigError(*(f"data.chat_template_kwargs: {_describe_unknown(name, own)}" for name in unknown))
+        raise ConfigError(
+            *(f"data.chat_template_kwargs: {describe_unknown_name(name, tokenizer, template)}" for name in unknown)
+        )
 
 
-def _describe_unknown(name: str, own: Iterable[str]) -> str:
-    names = sorted(own)
+def describe_unknown_name(name: str, tokenizer: Any, template: str) -> str:
+    """Return a sentence about a name that the template can't use, with those that it can."""
+    names = sorted(_find_own_variables(tokenizer, template))
     hint = suggest_name(name, names, "its variables") if names else ", nor any other variable"
     return f"the chat template does not use {name!r}{hint}"
 

@@ -32,6 +32,7 @@ from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniP
 
 from dpgen.config.vllm_fields import describe_unknown_field
 from dpgen.data.hub import explain_hub_error
+from dpgen.data.prompts.token_ids import reject_unknown_ids
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.engine.vllm.adapters import VllmAdapters
 from dpgen.errors import ConfigError, RowRefused
@@ -52,6 +53,7 @@ class VllmBackend:
         self._adapters = VllmAdapters(spec.adapters)
         self._sampling: dict[str, Any] = {}
         self._render: Callable[[Any], list[int]] | None = None
+        self._num_ids: int | None = None  # of the vocabulary; None where the rank knows it
         self._skip_detokenize = False
         self._undecoded: dict[int, SamplingParams] = {}  # rows whose text the rank makes
         self._num_finished_tokens = self._num_cached_tokens = 0
@@ -92,9 +94,10 @@ class VllmBackend:
         )
         self._adapters.load_all(self._engine)
         if text_config.prompt_config is not None:
-            from dpgen.engine.vllm.vllm_render import VllmRenderer
+            from dpgen.engine.vllm.vllm_render import VllmRenderer, count_vocabulary
 
             self._render = VllmRenderer(self._engine, text_config.prompt_config).render
+            self._num_ids = count_vocabulary(self._engine)
         config = self._engine.vllm_config
         return EngineInfo(
             max_num_seqs=config.scheduler_config.max_num_seqs,
@@ -112,6 +115,8 @@ class VllmBackend:
         if token_ids is None:
             assert self._render is not None
             token_ids = self._render(request.prompt)
+        elif self._num_ids is not None:
+            reject_unknown_ids(token_ids, self._num_ids)
         params.skip_clone = True  # no other row shares them, and a copy takes longer than all else here
         # Only stop strings need the text before the row's end. Only vLLM can leave out spaces between special tokens.
         has_plain_spacing = params.skip_special_tokens or params.spaces_between_special_tokens

@@ -1,5 +1,7 @@
 """Tokenize prompts with vLLM's own renderer, for tokenizers that only vLLM knows. Runs in the engine process.
 
+For prompts that are token ids, only their vocabulary is found here.
+
 - Calls the functions that LLM.generate and LLM.chat call (`vllm/entrypoints/common/offline.py`, in vLLM 0.26
   `vllm/entrypoints/offline_utils.py`), so the token ids are the same.
 - One difference to 0.26: chat prompts of multi-modal models get no second BOS, as since vllm#55197.
@@ -11,9 +13,8 @@ import copy
 from typing import Any
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.data.prompts.chat import Message
-from dpgen.data.prompts.render import load_chat_template
-from dpgen.data.prompts.template_kwargs import check_template_kwargs
+from dpgen.data.prompts.chat import ChatPrompt
+from dpgen.data.prompts.chat_template import ChatTemplates, find_own_template
 from dpgen.errors import ConfigError, RowRefused
 
 
@@ -25,24 +26,28 @@ class VllmRenderer:
         config: how rows become prompts.
 
     Raises:
-        ConfigError: the prompts are chats and the tokenizer has no chat template, so no row could be rendered; or
-            `data.chat_template_kwargs` holds a name that the template doesn't use.
+        ConfigError: the prompts are chats and the tokenizer has no chat template, so no row could be rendered; or the
+            template can't use something that the configuration gives it.
     """
 
     def __init__(self, engine: Any, config: PromptConfig) -> None:
         self._renderer = getattr(engine, "renderer", engine)
+        self._config = config
         if config.is_chat:
-            self._chat_params = _build_chat_params(self._renderer, config)
+            self._tokenizes_chats = _tokenizes_chats(self._renderer)
+            self._own_template = find_own_template(config, self._renderer.tokenizer)
             self._require_chat_template()
-            _check_template_kwargs(self._renderer, config)
+            self._chat_templates = _find_chat_templates(self._renderer, config)
 
-    def render(self, prompt: str | list[Message]) -> list[int]:
+    def render(self, prompt: str | ChatPrompt) -> list[int]:
         """Return the prompt's token ids, at least one.
 
         Raises:
             RowRefused: `prompt_too_long`, `invalid_text`, `chat_template_failed`, `tokenizer_failed`,
-                `empty_prompt`.
+                `empty_prompt`, `bad_template_kwargs`.
         """
+        if not isinstance(prompt, str) and self._chat_templates is not None:
+            self._chat_templates.select(prompt["template_kwargs"])  # vLLM drops unknown names without a word
         is_text = isinstance(prompt, str)
         try:
             ids = self._tokenize_text(prompt) if isinstance(prompt, str) else self._tokenize_chat(prompt)
@@ -66,42 +71,58 @@ class VllmRenderer:
         ids: list[int] = rendered["prompt_token_ids"]
         return ids
 
-    def _tokenize_chat(self, messages: list[Message]) -> list[int]:
-        params = self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
+    def _tokenize_chat(self, prompt: ChatPrompt) -> list[int]:
+        from vllm.renderers import ChatParams
+
+        own = {
+            "add_generation_prompt": self._config.add_generation_prompt and not prompt["is_continued"],
+            "continue_final_message": prompt["is_continued"],
+            "tokenize": self._tokenizes_chats,
+        }
         # A copy, because vLLM parses tool arguments in place.
-        conversations = [copy.deepcopy(messages)]
-        _, (rendered,) = self._renderer.render_chat(conversations, self._chat_params, params)
+        copied = copy.deepcopy(prompt)
+        chat_params = ChatParams(
+            chat_template=self._own_template, chat_template_kwargs={**copied["template_kwargs"], **own}
+        )
+        params = self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
+        _, (rendered,) = self._renderer.render_chat([copied["messages"]], chat_params, params)
         ids: list[int] = rendered["prompt_token_ids"]
         return ids
 
     def _require_chat_template(self) -> None:
+        template_kwargs = dict(self._config.chat_template_kwargs)
+        if self._config.tools is not None:
+            template_kwargs["tools"] = self._config.tools
+        messages = [{"role": "user", "content": "warmup"}]
         try:
-            self._tokenize_chat([{"role": "user", "content": "warmup"}])
+            self._tokenize_chat({"messages": messages, "template_kwargs": template_kwargs, "is_continued": False})
         except Exception as error:
             # By name, because the class has moved between modules. Rows meet any other error again, and report it.
             if type(error).__name__ == "ChatTemplateResolutionError":
                 raise ConfigError("the tokenizer has no chat template; set data.chat_template") from error
 
 
-def _check_template_kwargs(renderer: Any, config: PromptConfig) -> None:
-    """Check the names that reach the chat template; renderers of other tokenizers have code instead of one."""
+def count_vocabulary(engine: Any) -> int:
+    """Return the number of token ids that prompts may have, counted from 0.
+
+    vLLM itself takes any id where it has no tokenizer, and the model then fails on those beyond its embeddings.
+    """
+    renderer = getattr(engine, "renderer", engine)
+    if renderer.tokenizer is None:
+        return int(renderer.model_config.get_vocab_size())
+    return int(renderer.tokenizer.max_token_id) + 1
+
+
+def _find_chat_templates(renderer: Any, config: PromptConfig) -> ChatTemplates | None:
+    """Return the chat templates, to check what they are given; None where code or a processor's template renders."""
     from vllm.renderers.hf import HfRenderer
 
-    template = load_chat_template(config) or getattr(renderer.tokenizer, "chat_template", None)
-    if isinstance(renderer, HfRenderer) and isinstance(template, str):
-        check_template_kwargs(config.chat_template_kwargs, renderer.tokenizer, template)
+    has_template = config.chat_template is not None or getattr(renderer.tokenizer, "chat_template", None) is not None
+    return ChatTemplates(config, renderer.tokenizer) if isinstance(renderer, HfRenderer) and has_template else None
 
 
-def _build_chat_params(renderer: Any, config: PromptConfig) -> Any:
-    from vllm.renderers import ChatParams
+def _tokenizes_chats(renderer: Any) -> bool:
+    """Return True if messages become tokens in one step, without a text between them."""
     from vllm.utils.mistral import is_mistral_tokenizer
 
-    # mistral-common turns messages into tokens in one step, without a text between them.
-    tokenize = is_mistral_tokenizer(renderer.tokenizer) or renderer.model_config.enable_prompt_embeds
-    own = {
-        "add_generation_prompt": config.add_generation_prompt,
-        "continue_final_message": config.continue_final_message,
-        "tokenize": tokenize,
-    }
-    kwargs = {**config.chat_template_kwargs, **own}
-    return ChatParams(chat_template=load_chat_template(config), chat_template_kwargs=kwargs)
+    return bool(is_mistral_tokenizer(renderer.tokenizer) or renderer.model_config.enable_prompt_embeds)

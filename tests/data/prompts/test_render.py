@@ -17,13 +17,10 @@ from helpers.chat_templates import CONTENT_FORMATS
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.prompts.chat import merge_developer_role, to_conversation, validate_messages
+from dpgen.data.prompts.chat_template import check_chat_without_tokenizer, load_chat_template
+from dpgen.data.prompts.columns import check_prompt_columns
 from dpgen.data.prompts.content_format import detect_content_format
-from dpgen.data.prompts.render import (
-    PromptRenderer,
-    check_chat_without_tokenizer,
-    check_prompt_columns,
-    load_chat_template,
-)
+from dpgen.data.prompts.render import PromptRenderer
 from dpgen.data.tokenizer import (
     TokenizerConfig,
     find_reason_to_tokenize_in_engine,
@@ -56,9 +53,41 @@ def tokenizers(folders: dict[str, Path]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({}, "exactly one of data.prompt_column, data.messages_column, data.template; none is set"),
+        (
+            {},
+            "one of data.prompt_column, data.messages_column, data.template, data.token_ids_column; none is set",
+        ),
         ({"prompt_column": "a", "template": "{{ a }}"}, "data.prompt_column and data.template are set"),
         ({"messages_column": "a", "as_chat": True}, "data.messages_column holds messages already"),
+        ({"token_ids_column": "a", "as_chat": True}, "data.token_ids_column holds tokens already"),
+        ({"token_ids_column": "a", "prompt_column": "b"}, "data.prompt_column and data.token_ids_column are set"),
+        ({"token_ids_column": "a", "tools_column": "t"}, "data.tools_column needs a chat"),
+        ({"prompt_column": "a", "prefill_column": "p"}, "data.prefill_column needs a chat"),
+        ({"template": "{{ a }}", "system_prompt_column": "s"}, "data.system_prompt_column needs a chat"),
+        ({"prompt_column": "a", "tools": [{"name": "f"}]}, "data.tools needs a chat"),
+        ({"prompt_column": "a", "chat_template_kwargs_column": "k"}, "data.chat_template_kwargs_column needs a chat"),
+        (
+            {
+                "messages_column": "a",
+                "prefill_column": "p",
+                "add_generation_prompt": False,
+                "continue_final_message": True,
+            },
+            "leaves the last message open, and data.prefill_column adds another",
+        ),
+        (
+            {"messages_column": "a", "tools": [{"name": "f"}], "chat_template_kwargs": {"tools": []}},
+            "data.chat_template_kwargs.tools and data.tools are set",
+        ),
+        (
+            {"messages_column": "a", "tools_column": "t", "chat_template_kwargs": {"tools": []}},
+            "data.chat_template_kwargs.tools and data.tools_column are set",
+        ),
+        ({"messages_column": "a", "tools": [{"parameters": {}}]}, "data.tools: tool 0 has no 'name'"),
+        ({"messages_column": "a", "chat_template": {"nam": "x"}}, "must be a text, a path, or {name: NAME}"),
+        ({"messages_column": "a", "chat_template": ["x"]}, "must be a text, a path, or {name: NAME}"),
+        ({"messages_column": "a", "chat_template": {"name": 1}}, "must be a text, a path, or {name: NAME}"),
+        ({"messages_column": "a", "chat_template": ""}, "must be a text, a path, or {name: NAME}"),
         (
             {"prompt_column": "a", "system_prompt": "s"},
             "data.system_prompt needs a chat: set data.messages_column, or data.as_chat=true",
@@ -143,7 +172,10 @@ def test_all_missing_columns_of_a_template_are_reported_at_once() -> None:
     ("keys", "prompt"),
     [
         ({"prompt_column": "question"}, "Why?"),
-        ({"messages_column": "messages"}, HELLO),
+        (
+            {"messages_column": "messages"},
+            {"messages": HELLO, "template_kwargs": {}, "is_continued": False},
+        ),
         ({"template": "{{ question }}{% for i in range(2) %}{{ i }}{{ loop.index }}{% endfor %}"}, "Why?0112"),
         ({"template": "{% set x = question %}{{ x }}"}, "Why?"),
     ],
@@ -316,7 +348,9 @@ def test_messages_are_passed_to_an_engine_that_renders(tokenizers: dict[str, Any
     config = PromptConfig(messages_column="m", system_prompt="be brief")
     row = {"m": [{"role": "user", "content": "hello", "name": None}]}
     # Without a tokenizer, since the engine renders.
-    assert PromptRenderer(config, None).build_prompt(row) == [{"role": "system", "content": "be brief"}, *HELLO]
+    prompt = PromptRenderer(config, None).build_prompt(row)
+    assert isinstance(prompt, dict)
+    assert prompt["messages"] == [{"role": "system", "content": "be brief"}, *HELLO]
     assert row["m"][0]["name"] is None, "the row itself is not changed"
 
 

@@ -6,6 +6,7 @@ file, run as a script, is that process. It also renders every prompt with `VllmR
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -23,10 +24,11 @@ from helpers.tiny_model import save_tiny_model
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.prompts.chat import KNOWN_PART_KEYS
+from dpgen.data.prompts.content_format import template_variables
 from dpgen.data.prompts.render import PromptRenderer
 from dpgen.data.prompts.template_kwargs import find_accepted_names
 from dpgen.data.tokenizer import TokenizerConfig, is_supported_by_transformers, load_tokenizer
-from dpgen.errors import RowRefused
+from dpgen.errors import ConfigError, RowRefused
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("render")]  # one process answers for all
 
@@ -35,12 +37,19 @@ MODES = [("deepseek_v32", "plain"), ("mistral", "mistral")]
 
 @dataclass
 class Case:
-    """Hold one row: `value` as the user means it, and the keys of `PromptConfig` that it is rendered with."""
+    """Hold one row: `value` as the user means it, and the keys of `PromptConfig` that it is rendered with.
+
+    Attributes:
+        columns: the row's further columns.
+        chat_keys: arguments of LLM.chat that stand for these columns; its messages, too.
+    """
 
     name: str
     value: Any
     keys: dict[str, Any] = field(default_factory=dict)
     only_vllm_accepts: bool = False
+    columns: dict[str, Any] = field(default_factory=dict)
+    chat_keys: dict[str, Any] = field(default_factory=dict)
 
 
 def message(role: str, content: Any = None, **more: Any) -> dict[str, Any]:
@@ -107,13 +116,18 @@ CHATS = {
     "text with uuid": [message("user", [{**text("one"), "uuid": "u"}])],
 }  # fmt: skip
 TOOLS = [{"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}]
+NAMED_TEMPLATES = {
+    "default": "{{ tools }}{{ messages[0].content }}",
+    "short": "{{ tools | length }}{{ messages[0].content }}",
+}
 OWN_TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ tail }}"
 OWN_PARTS = "{% for m in messages %}{% for part in m.content %}{{ part.text }};{% endfor %}{% endfor %}"
 PROMPT_KEYS: dict[str, dict[str, Any]] = {
     "system prompt": {"system_prompt": "be brief"},
     "no opening": {"add_generation_prompt": False},
     "variables": {"chat_template_kwargs": {"enable_thinking": False, "tail": "!", "padding": True}},
-    "tools": {"chat_template_kwargs": {"tools": TOOLS}},
+    "tools among the variables": {"chat_template_kwargs": {"tools": TOOLS}},
+    "tools": {"tools": TOOLS},
     "own template": {"chat_template": OWN_TEMPLATE, "chat_template_kwargs": {"tail": "~"}},
     "own template, parts": {"chat_template": OWN_PARTS},
     "continued": {"add_generation_prompt": False, "continue_final_message": True},
@@ -132,10 +146,32 @@ def make_cases() -> list[Case]:
     for name, keys in PROMPT_KEYS.items():
         cases.append(Case(f"{name}: messages", deepcopy(unfinished), chats | keys))
         cases.append(Case(f"{name}: parts", deepcopy(parts), chats | keys))
+    cases += make_column_cases(chats)
     cases.append(Case("template", "hello", {"template": "Q: {{ value }}\n"}))
     cases.append(Case("template as chat", "hello", {"template": "Q: {{ value }}\n", "as_chat": True}))
     cases.append(Case("number as text", [message("user", [text(3)])], chats, only_vllm_accepts=True))  # type: ignore[arg-type]
     return cases
+
+
+def make_column_cases(chats: dict[str, Any]) -> list[Case]:
+    """Return rows with parts of their prompts in further columns."""
+    opened = {"add_generation_prompt": False, "continue_final_message": True}
+    keys = {"p": "prefill_column", "s": "system_prompt_column", "k": "chat_template_kwargs_column", "t": "tools_column"}
+    prefilled = [HELLO, message("assistant", "well, ")]
+    rows: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"p": "well, "}, {"messages": prefilled, **opened}),
+        ({"p": None}, {}),
+        ({"s": "be kind"}, {"messages": [message("system", "be kind"), HELLO]}),
+        ({"t": TOOLS}, {"tools": TOOLS}),
+        ({"t": [TOOLS[0]["function"]]}, {"tools": TOOLS}),
+        ({"t": json.dumps(TOOLS), "p": "well, "}, {"tools": TOOLS, "messages": prefilled, **opened}),
+        ({"k": {"enable_thinking": False}}, {"chat_template_kwargs": {"enable_thinking": False}}),
+        ({"k": '{"documents": [{"text": "a"}]}'}, {"chat_template_kwargs": {"documents": [{"text": "a"}]}}),
+    ]
+    return [
+        Case(f"columns: {columns}", [HELLO], chats | {keys[name]: name for name in columns}, False, columns, theirs)
+        for columns, theirs in rows
+    ] + [Case("token ids", [5, 7, 40, 1], {"token_ids_column": "value"})]
 
 
 def with_nulls(value: Any) -> Any:
@@ -154,10 +190,12 @@ def make_config(case: Case, tokenizer: Any) -> PromptConfig:
     """Return the case's keys, without variables that the chat template does not use, which we refuse."""
     config = PromptConfig(**case.keys)
     template = config.chat_template or getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):
-        template = tokenizer.get_chat_template(tools=config.chat_template_kwargs.get("tools"))
     if not isinstance(template, str):
         return config
+    if "tools" not in template_variables(template):
+        config = replace(config, tools=None, tools_column=None)
+    if case.columns.get("k") and "enable_thinking" not in template:
+        config = replace(config, chat_template_kwargs_column=None)
     accepted = find_accepted_names(tokenizer, template)
     used = {name: value for name, value in config.chat_template_kwargs.items() if name in accepted}
     return replace(config, chat_template_kwargs=used)
@@ -166,7 +204,7 @@ def make_config(case: Case, tokenizer: Any) -> PromptConfig:
 def render_in_rank(case: Case, value: Any, tokenizer: Any) -> list[int] | str:
     """Return our token ids, or the type of the error; variables that we refuse have no effect on vLLM's."""
     try:
-        return PromptRenderer(make_config(case, tokenizer), tokenizer).tokenize_row({"value": value})
+        return PromptRenderer(make_config(case, tokenizer), tokenizer).tokenize_row({"value": value, **case.columns})
     except RowRefused as error:
         return error.type
 
@@ -227,6 +265,9 @@ def test_our_token_ids_equal_those_of_vllm_in_every_case(name: str, vllm_answers
             assert plain == generated, f"{case.name}: {tokenizer.decode(plain)!r} {tokenizer.decode(generated)!r}"
             assert rendered == generated, f"{case.name}, rendered in the engine"
     assert num_accepted > 40
+    by_name = tokenizer.encode("1hello", add_special_tokens=False)
+    assert theirs["named"]["short"] == by_name, "a template of the tokenizer by its name"
+    assert "the tokenizer has no chat template of this name; chat templates: default, short" in theirs["named"]["none"]
     assert theirs["formats"] == CONTENT_FORMATS
     assert set(theirs["known part keys"]) == KNOWN_PART_KEYS
 
@@ -285,6 +326,7 @@ def collect_answers(folder: str, engine: dict[str, Any]) -> dict[str, Any]:
         theirs["renderer"][case.name] = render_in_engine(llm, case)
     theirs["formats"] = {template: _detect_content_format(template, default="string") for template in CONTENT_FORMATS}
     theirs["known part keys"] = sorted(_KNOWN_CONTENT_PART_FIELDS)
+    theirs["named"] = render_named_templates(llm)
     llm.llm_engine.engine_core.shutdown()
     return theirs
 
@@ -293,13 +335,15 @@ def generate(llm: Any, case: Case) -> list[int]:
     """Generate as a user of vLLM would. The keys are read here by hand, so that none of our code takes part."""
     from vllm import SamplingParams
 
-    keys = dict(case.keys)
+    keys = {name: value for name, value in case.keys.items() if value not in list(case.columns)}
     as_chat = keys.pop("as_chat", False)
     prompt = deepcopy(case.value)
     if "template" in keys:
         prompt = keys.pop("template").replace("{{ value }}", prompt)
         prompt = prompt if isinstance(case.value, str) else ""
     sampling = SamplingParams(max_tokens=1)
+    if "token_ids_column" in keys:
+        prompt = {"prompt_token_ids": prompt}
     keys.pop("prompt_column", None)
     if keys.pop("messages_column", None) is None and not as_chat:
         (output,) = llm.generate(prompt, sampling, use_tqdm=False)
@@ -307,8 +351,28 @@ def generate(llm: Any, case: Case) -> list[int]:
     messages = [message("user", prompt)] if as_chat else prompt
     if "system_prompt" in keys:
         messages = [message("system", keys.pop("system_prompt")), *messages]
+    keys |= deepcopy(case.chat_keys)
+    messages = keys.pop("messages", messages)
     (output,) = llm.chat([messages], sampling, use_tqdm=False, **keys)
     return list(output.prompt_token_ids)
+
+
+def render_named_templates(llm: Any) -> dict[str, Any]:
+    """Return what `VllmRenderer` makes of HELLO, by the name of the template, or the error."""
+    from dpgen.engine.vllm_render import VllmRenderer
+
+    tokenizer, found = llm.llm_engine.renderer.tokenizer, {}
+    with contextlib.suppress(AttributeError):  # some tokenizers of vLLM's own have no template to set
+        tokenizer.chat_template = NAMED_TEMPLATES
+    for name in ("short", "none"):
+        config = PromptConfig(messages_column="value", chat_template={"name": name}, tools_column="t")
+        try:
+            prompt = PromptRenderer(config, None).build_prompt({"value": [HELLO], "t": TOOLS})
+            assert isinstance(prompt, dict)
+            found[name] = VllmRenderer(llm.llm_engine, config).render(prompt)
+        except (ConfigError, RowRefused) as error:
+            found[name] = str(error)
+    return found
 
 
 def render_in_engine(llm: Any, case: Case) -> list[int] | str:
@@ -320,8 +384,8 @@ def render_in_engine(llm: Any, case: Case) -> list[int] | str:
     has_template = isinstance(renderer, HfRenderer)  # the others have code instead, which takes any name
     config = make_config(case, renderer.tokenizer) if has_template else PromptConfig(**case.keys)
     try:
-        prompt = PromptRenderer(config, None).build_prompt({"value": with_nulls(case.value)})
-        return VllmRenderer(llm.llm_engine, config).render(prompt)
+        prompt = PromptRenderer(config, None).build_prompt({"value": with_nulls(case.value), **case.columns})
+        return prompt if isinstance(prompt, list) else VllmRenderer(llm.llm_engine, config).render(prompt)
     except RowRefused as error:
         return error.type
 

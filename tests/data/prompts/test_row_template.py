@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.data.prompts.render import PromptRenderer, check_prompt_columns, select_prompt_columns
+from dpgen.data.prompts.columns import check_prompt_columns, select_prompt_columns
+from dpgen.data.prompts.render import PromptRenderer
 from dpgen.errors import ConfigError, RowRefused
 
 ORDER = {"order": {"items": "2 apples", "values": "x", "title": "t"}}
