@@ -130,7 +130,7 @@ def count_rows(options: argparse.Namespace, work_dir: Path) -> Iterator[Figure]:
             f"{title}: a reshard after a loss, journals read", plan["reshard_after_loss_s"], "s", "measured", 5
         )
         yield Figure(f"{title}: prompts read again", plan["prompts_read_again"], "", "counted", 0)
-        yield Figure(f"{title}: opening a shard", 1e3 * plan["open_shard_s"], "ms", "measured", 50)
+        yield Figure(f"{title}: opening a shard, one claim read", 1e3 * plan["open_shard_s"], "ms", "measured", 50)
     reading, title = plans["reading"], "reading prompts and journals for a plan"
     yield Figure(f"{title}: rows between two heartbeats", reading["rows_per_heartbeat"], "", "counted", 1000)
     yield Figure(f"{title}: longest time between two heartbeats", reading["longest_gap_s"], "s", "measured", 60)

@@ -124,14 +124,16 @@ def _measure_order(rows: InputRows, journal_dir: Path, kind: str) -> dict[str, A
     reshard_s = _time(lambda: planner.plan(state))
     group.num_shrinks = 1
     reshard_after_loss_s = _time(lambda: planner.plan(state))
-    shards = planner.order.shard(_NUM_RANKS, WorkConfig().claim_rows)
+    claim_rows = WorkConfig().claim_rows
+    shards = planner.order.shard(_NUM_RANKS, claim_rows)
+    num_claimed = min(claim_rows, shards.sizes[1])  # rows, or groups of rows
     return {
         "order": planner.order.description,
         "first_plan_s": first_plan_s,
         "reshard_s": reshard_s,
         "reshard_after_loss_s": reshard_after_loss_s,
         "prompts_read_again": num_reads - num_first_reads,
-        "open_shard_s": _time(lambda: planner._open_shard(planner.order, shards, 1)),
+        "open_shard_s": _time(lambda: [*planner._open_shard(planner.order, shards, 1).read_positions(0, num_claimed)]),
     }
 
 
