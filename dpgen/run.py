@@ -39,7 +39,8 @@ from dpgen.formatting import format_count, format_duration
 from dpgen.journal.engine_notes import remove_engine_notes
 from dpgen.journal.row_notes import RowNote, compute_overdue_s, open_note
 from dpgen.journal.row_watch import RowWatch
-from dpgen.journal.run_dir import RunDir, compute_run_identity, describe_hashed_files
+from dpgen.journal.run_dir import RunDir
+from dpgen.journal.run_identity import compute_run_identity, describe_hashed_files
 from dpgen.journal.writer import JournalWriter
 from dpgen.lifecycle.shutdown import ShutdownMonitor, find_deadline
 from dpgen.lifecycle.status_file import StatusFile

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-
 _READ_BATCH_ROWS = 1_000
 _READ_BATCH_BYTES = 64 << 20
 _HASH_BATCH_ROWS = 10_000  # part of the definition of the first version's fingerprint

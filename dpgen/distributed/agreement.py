@@ -26,7 +26,8 @@ from dpgen.data.model_identity import hash_chat_template, identify_adapters, ide
 from dpgen.data.reading.files import check_run_dir_apart
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import ConfigError
-from dpgen.journal.run_dir import RunDir, find_fingerprint, select_result_options
+from dpgen.journal.run_dir import RunDir
+from dpgen.journal.run_identity import find_fingerprint, select_result_options
 
 # Keys that ranks may set differently: places on a node's own disk, whose contents are compared elsewhere or are this
 # rank's own, and what only the terminal shows.

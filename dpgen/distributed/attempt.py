@@ -27,7 +27,8 @@ from dpgen.distributed.topology import read_boot_id
 from dpgen.errors import DpgenError
 from dpgen.journal.reader import last_attempt
 from dpgen.journal.row_notes import remove_notes
-from dpgen.journal.run_dir import RunDir, diff_identities, get_fingerprint_version, get_num_rows
+from dpgen.journal.run_dir import RunDir
+from dpgen.journal.run_identity import diff_identities, get_fingerprint_version, get_num_rows
 from dpgen.lifecycle.restart import describe_start, is_restart, merge_starts
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def begin_attempt(
 
     Args:
         start: from `read_job_start`.
-        identity: what decides the results; see `dpgen.journal.run_dir.compute_run_identity`.
+        identity: what decides the results; see `dpgen.journal.run_identity.compute_run_identity`.
         fingerprint: returns the fingerprint of the input's first rows, given their number and the fingerprint's
             version, so that a run whose input has grown at its end resumes; None to accept only the same input.
 

@@ -15,99 +15,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from dpgen.config.schema import Config, OutputConfig, to_yaml
-from dpgen.config.secrets import REMOVED, redact_secrets
+from dpgen.config.schema import Config, to_yaml
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.files import atomic_write_text
 from dpgen.journal.reader import index_journal
-
-# Engine options that change the speed but not the results: a resumed run may change them. Every option that is not
-# listed here counts as changing results.
-_RESULT_NEUTRAL_ENGINE_KEYS = frozenset(
-    [
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "enforce_eager",
-        "block_size",
-        "enable_prefix_caching",
-        "enable_chunked_prefill",
-        "swap_space",
-        "cpu_offload_gb",
-        "download_dir",
-        "hf_token",
-        "disable_log_stats",
-        "disable_custom_all_reduce",
-        "max_parallel_loading_workers",
-        "distributed_executor_backend",
-        "async_scheduling",
-        "num_gpu_blocks_override",
-        "ray_workers_use_nsight",
-        "use_tqdm_on_load",
-        "max_cudagraph_capture_size",
-        "cudagraph_capture_sizes",
-        "step_s",
-        "load_s",
-        "load_error",
-        "crash_on",
-        "hang_on",
-        "raise_on",
-        "livelock_on",
-        "livelock_after",
-        "refuse_on",
-        "max_faults",
-        "fault_dir",
-    ]
-)
-
-# Values of engine.load_format that load a model's own weights and differ in how fast they do. Any other value gives
-# other weights (dummy: random ones) or may do so (a plugin's), so it is part of what a run is.
-_SAME_WEIGHTS_LOAD_FORMATS = (
-    None,
-    "auto",
-    "hf",
-    "safetensors",
-    "fastsafetensors",
-    "instanttensor",
-    "runai_streamer",
-    "runai_streamer_sharded",
-    "sharded_state",
-    "tensorizer",
-    "npcache",
-    "pt",
-    "mistral",
-)
-
-# Keys of an identity that run directories of older versions lack: the model's files, the text of a chat template that
-# is a file, environment variables, and the adapters' files. They are compared where both sides have them.
-FOUND_KEYS = ("model_files", "chat_template_hash", "variables", "lora_files")
-
-# Engine options that dpgen sets for `lora`. With adapters they only change the speed.
-_ADAPTER_OPTIONS = ("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras")
+from dpgen.journal.run_identity import diff_identities, get_num_rows
 
 # "ranks" is of older versions. Hidden files (.lock, .dataset.tmp) are ignored.
 _RUN_FILES = frozenset(["journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs"])
-
-
-class Fingerprinted(Protocol):
-    """Interface of the input rows, as this module uses it; see `dpgen.data.input_rows.InputRows`."""
-
-    @property
-    def key(self) -> str | None: ...
-
-    def __len__(self) -> int: ...
-
-    def fingerprint(self, num_rows: int | None, version: int | None) -> dict[str, Any]: ...
 
 
 class RunDir:
@@ -283,125 +205,3 @@ class RunDir:
                 f"run.dir={self.path} holds results of other settings: {'; '.join(differences)}. "
                 "Choose another directory, or resume anyway with run.resume=force"
             )
-
-
-def get_num_rows(metadata: Mapping[str, Any]) -> int | None:
-    """Return the number of input rows that a run.json names; None if it names none."""
-    identity = metadata.get("identity")
-    input = identity.get("input") if isinstance(identity, Mapping) else None
-    num_rows = input.get("num_rows") if isinstance(input, Mapping) else None
-    return num_rows if isinstance(num_rows, int) else None
-
-
-def get_fingerprint_version(metadata: Mapping[str, Any]) -> int:
-    """Return the version of the input's fingerprint in a run.json; 1 for those of older versions, which name none."""
-    input = (metadata.get("identity") or {}).get("input") or {}
-    return int(input.get("version", 1))
-
-
-def find_fingerprint(rows: Fingerprinted, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the input's fingerprint, of the version that run.json has, and without hashing if the files are the same.
-
-    Args:
-        metadata: the content of run.json; empty for a new run.
-    """
-    hashed = metadata.get("hashed_files") or {}
-    if rows.key is not None and hashed.get("key") == rows.key:
-        return dict(hashed["fingerprint"])
-    if get_num_rows(metadata) == len(rows) and get_fingerprint_version(metadata) == 1:
-        with suppress(ConfigError):  # a newer `datasets` may fail on what the older version read
-            fingerprint = rows.fingerprint(None, 1)
-            if fingerprint == metadata["identity"]["input"]:
-                return fingerprint
-    return rows.fingerprint(None, None)
-
-
-def describe_hashed_files(rows: Fingerprinted, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `find_fingerprint` needs at the next start, for run.json."""
-    return {"hashed_files": {"key": rows.key, "fingerprint": dict(fingerprint)}}
-
-
-def select_result_options(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `engine` that may change results."""
-    options = {key: value for key, value in engine.items() if key not in _RESULT_NEUTRAL_ENGINE_KEYS}
-    if options.get("load_format") in _SAME_WEIGHTS_LOAD_FORMATS:
-        options.pop("load_format", None)
-    return options
-
-
-def compute_run_identity(
-    config: Config,
-    input_fingerprint: Mapping[str, Any],
-    found: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return everything that determines the results, as JSON gives it back; equal for runs that may share results.
-
-    Args:
-        found: what the names in the configuration stand for on this machine now, by one of `FOUND_KEYS`.
-    """
-    identity: dict[str, Any] = {
-        "input": dict(input_fingerprint),
-        "prompt": dataclasses.asdict(config.prompt),
-        "model": config.model,
-        "engine": {"kind": config.run.engine, **select_result_options(config.engine)},
-        "sampling": config.sampling,
-        "seed": config.run.seed,
-        "columns": config.data.columns,
-        "output": {
-            "format": config.output.format,
-            "token_ids": config.output.token_ids,
-            **_select_output_keys(config),
-        },
-    }
-    identity |= found or {}
-    if config.sampling_by_rank:  # older run directories lack the key, so an empty list must leave it out
-        identity["sampling_by_rank"] = config.sampling_by_rank
-    if config.lora:  # as above
-        identity |= {"lora": config.lora, "lora_column": config.data.lora_column}
-        identity["engine"] = {key: value for key, value in identity["engine"].items() if key not in _ADAPTER_OPTIONS}
-    round_trip: dict[str, Any] = json.loads(json.dumps(redact_secrets(identity), default=str))
-    return round_trip
-
-
-def _select_output_keys(config: Config) -> dict[str, Any]:
-    """Return the keys of `output` that change rows or columns; none at their default, as in older directories."""
-    output, default = config.output, OutputConfig()
-    names = ["explode", "messages", "reasoning", "tool_parser", "parse"]
-    if output.reasoning != "keep":
-        names.append("reasoning_parser")
-    return {name: getattr(output, name) for name in names if getattr(output, name) != getattr(default, name)}
-
-
-def diff_identities(before: Any, now: Any, path: str = "") -> list[str]:
-    """Return the differences as ``key: before → now``, with configuration keys, or `input.*` for the data."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        if not path:  # older versions wrote fewer keys
-            now = {key: value for key, value in now.items() if key in before or key not in FOUND_KEYS}
-        differences = []
-        for key in sorted(set(before) | set(now)):
-            differences += diff_identities(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-        return differences
-    # Other versions recognised other secrets: what one of them removed can't be compared.
-    is_same = before in (now, REMOVED) or redact_secrets(before) == now
-    return [] if is_same else [f"{_to_config_key(path)}: {_truncate_json(before)} → {_truncate_json(now)}"]
-
-
-def _to_config_key(path: str) -> str:
-    """Return the configuration key behind a path in an identity, which is what the user can change."""
-    renamed = {"seed": "run.seed", "columns": "data.columns", "engine.kind": "run.engine"}
-    renamed |= {"lora_column": "data.lora_column"}
-    renamed |= {"chat_template_hash": "the text in the file data.chat_template"}
-    if path.startswith("model_files."):
-        option, _, name = path.removeprefix("model_files.").partition(".")
-        return f"{name} of {option if option == 'model' else f'engine.{option}'}"
-    if path.startswith("lora_files."):
-        adapter, _, name = path.removeprefix("lora_files.").partition(".")
-        return f"{name} of lora.{adapter}"
-    if path.startswith("variables."):
-        return f"environment variable {path.removeprefix('variables.')}"
-    return renamed.get(path, f"data.{path.removeprefix('prompt.')}" if path.startswith("prompt.") else path)
-
-
-def _truncate_json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -16,7 +16,8 @@ from dpgen.errors import DpgenError
 from dpgen.formatting import format_count
 from dpgen.journal.format import parse_name
 from dpgen.journal.reader import list_segments
-from dpgen.journal.run_dir import RunDir, diff_identities
+from dpgen.journal.run_dir import RunDir
+from dpgen.journal.run_identity import diff_identities
 from dpgen.journal.writer import JournalWriter
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_writer import write_dataset

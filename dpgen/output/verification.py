@@ -28,7 +28,8 @@ from dpgen.journal.reader import (
     merge_segments,
     read_segment,
 )
-from dpgen.journal.run_dir import RunDir, diff_identities, get_fingerprint_version
+from dpgen.journal.run_dir import RunDir
+from dpgen.journal.run_identity import diff_identities, get_fingerprint_version
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_check import DatasetCheck, DatasetFindings, ResultLookup
 from dpgen.output.json_lines import JSONL_ENCODING

@@ -13,7 +13,7 @@ from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import Config, DataConfig, RunConfig
 from dpgen.data import model_identity
 from dpgen.data.model_identity import hash_chat_template, identify_adapters, identify_model
-from dpgen.journal.run_dir import FOUND_KEYS, compute_run_identity, diff_identities
+from dpgen.journal.run_identity import FOUND_KEYS, compute_run_identity, diff_identities
 
 FILES = {"config.json": b"{}", "tokenizer.json": b"[]", "chat_template.jinja": b"{{ messages }}", "README.md": b"#"}
 

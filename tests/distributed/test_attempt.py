@@ -15,7 +15,8 @@ from dpgen.distributed.attempt import begin_attempt, read_job_start
 from dpgen.distributed.group import SingleRankGroup
 from dpgen.errors import DpgenError
 from dpgen.journal.row_notes import open_note
-from dpgen.journal.run_dir import RunDir, compute_run_identity
+from dpgen.journal.run_dir import RunDir
+from dpgen.journal.run_identity import compute_run_identity
 from dpgen.journal.writer import JournalWriter
 from dpgen.records import RowResult
 

@@ -15,7 +15,8 @@ from dpgen.data.input_rows import InputRows
 from dpgen.distributed.agreement import open_input
 from dpgen.distributed.group import SingleRankGroup
 from dpgen.errors import ConfigError
-from dpgen.journal.run_dir import RunDir, describe_hashed_files
+from dpgen.journal.run_dir import RunDir
+from dpgen.journal.run_identity import describe_hashed_files
 
 ROWS = [{"question": f"{i} + 1 =", "at": f"2024-05-{i + 10}"} for i in range(4)]
 

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from dpgen.config.schema import Config, DataConfig, OutputConfig, RunConfig
 from dpgen.data.input_rows import InputRows, load_input
-from dpgen.journal.run_dir import RunDir, compute_run_identity
+from dpgen.journal.run_dir import RunDir
+from dpgen.journal.run_identity import compute_run_identity
 from dpgen.journal.writer import JournalWriter
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_writer import write_dataset, write_dataset_files

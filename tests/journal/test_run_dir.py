@@ -13,8 +13,8 @@ import pytest
 
 from dpgen.config.schema import Config, DataConfig, RunConfig
 from dpgen.errors import ConfigError, DpgenError
-from dpgen.journal.run_dir import (
-    RunDir,
+from dpgen.journal.run_dir import RunDir
+from dpgen.journal.run_identity import (
     compute_run_identity,
     describe_hashed_files,
     diff_identities,

@@ -79,10 +79,7 @@ class GlooGroup(RankGroup):
     store: TimeoutStore
 
     def __init__(
-        self,
-        topology: Topology,
-        before_exit: Callable[[], None] = lambda: None,
-        departure: Departure | None = None,
+        self, topology: Topology, before_exit: Callable[[], None] = lambda: None, departure: Departure | None = None
     ) -> None:
         """Join the group, and return once all ranks have joined. Collective.
 
