@@ -173,6 +173,9 @@ def run_llm(pipe: Connection, core: int | None, model: str, engine: dict[str, An
 def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, Any], work_dir: str) -> None:
     """Generate with dpgen's rank: everything of `dpgen.run` between loading the engine and writing the result."""
     prepare_process(core, f"{work_dir}/dpgen.log")
+    import datasets
+
+    from dpgen.data.input_rows import InputRows
     from dpgen.distributed.group import SingleRankGroup
     from dpgen.distributed.topology import read_topology
     from dpgen.engine.launch import build_engine_spec, build_text_pipeline, make_engine_factory
@@ -190,7 +193,7 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
         EngineLimits(timeout_s=600, start_timeout_s=600, max_deaths=1),
     )
     print(supervisor.check_options(lambda: None), flush=True)
-    texts = build_text_pipeline(config, EngineLog(config.run.log_level))
+    texts = build_text_pipeline(config, EngineLog(config.run.log_level), InputRows(datasets.Dataset.from_dict({})))
     supervisor.load_model(lambda measured_bytes: measured_bytes, lambda: None, texts.engine_text_config)
     pipe.send("loaded")
     attempt = 0

@@ -190,7 +190,7 @@ class _Job:
 
     def _load_text(self) -> TextPipeline:
         if self._loaded_text is None:
-            self._loaded_text = build_text_pipeline(self._config, self._engine_log, self._rows.has_added_nulls)
+            self._loaded_text = build_text_pipeline(self._config, self._engine_log, self._rows)
             self._stack.callback(self._loaded_text.close)
         return self._loaded_text
 

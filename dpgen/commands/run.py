@@ -135,7 +135,8 @@ def main(options: argparse.Namespace) -> int:
 
 def format_config_help() -> str:
     """Return every configuration key with its default and meaning, one section after the other."""
-    from dpgen.config.schema import MISSING, legal_keys
+    from dpgen.config.options import legal_keys
+    from dpgen.config.schema import MISSING
 
     lines = []
     section = ""
@@ -175,7 +176,7 @@ def _find_log_format(loaded: Config | Exception | None, arguments: Sequence[str]
 
 def _describe_unknown_option(unknown: Iterable[str]) -> str:
     """Return the error for an option: `dpgen run` has none but --help, so a configuration key is likely meant."""
-    from dpgen.config.schema import legal_keys
+    from dpgen.config.options import legal_keys
 
     option = next(argument for argument in unknown if argument.startswith("-"))
     nearest = find_nearest_name(option.strip("-").partition("=")[0], [name for name, _, _ in legal_keys()])

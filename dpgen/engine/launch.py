@@ -17,6 +17,7 @@ from typing import Any
 from dpgen.config.schema import Config, ParallelConfig
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
 from dpgen.data.hub import check_cache
+from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.chat_template import check_chat_without_tokenizer
 from dpgen.data.prompts.render import Prompt, PromptRenderer, RenderFn, describe_own_kwargs
 from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer
@@ -29,7 +30,7 @@ from dpgen.engine.limits import EngineLimits
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineTextConfig
 from dpgen.engine.model_damage import check_model_files, has_weights
-from dpgen.engine.parsing.completion_parser import CompletionParser, start_completion_parser
+from dpgen.engine.parsing.completion_parser import CompletionParser, ToolFinder, start_completion_parser
 from dpgen.engine.process import EngineProcess, build_engine_env
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import ConfigError
@@ -161,20 +162,20 @@ class TextPipeline:
             self.parser.close()
 
 
-def build_text_pipeline(config: Config, log: EngineLog, has_added_nulls: bool = True) -> TextPipeline:
+def build_text_pipeline(config: Config, log: EngineLog, rows: InputRows) -> TextPipeline:
     """Load the tokenizer, decide which process tokenizes and which one detokenizes, and start the parser.
 
     Args:
         log: takes what the parser's processes print.
-        has_added_nulls: see `PromptRenderer`.
+        rows: the input, of which parsers need the tools that each row offered.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded, or prompts are chats and there is no chat template.
     """
-    prompt = config.prompt
+    prompt, has_added_nulls = config.prompt, rows.has_added_nulls
 
     def start_parser(tokenizer: TokenizerConfig | None) -> CompletionParser | None:
-        return start_completion_parser(config.output, tokenizer, prompt.chat_template_kwargs, log.write)
+        return start_completion_parser(config.output, tokenizer, ToolFinder(prompt, rows), log.write)
 
     if config.run.engine == "fake":
         return _build_fake_text_pipeline(config, has_added_nulls, start_parser(None))

@@ -124,7 +124,8 @@ def test_an_adapter_that_changed_under_the_same_name_is_another_run(adapter: Pat
 
 def test_other_adapters_or_another_choice_of_them_are_another_run(adapter: Path) -> None:
     before = compute_adapter_identity({"math": str(adapter)})
-    assert diff_identities(compute_adapter_identity({}), before) == [f'lora: null → {{"math": "{adapter}"}}']
+    [difference] = diff_identities(compute_adapter_identity({}), before)
+    assert difference.startswith('lora: null → {"math": "'), "a long path is cut"
     assert diff_identities(before, compute_adapter_identity({"math": str(adapter)}, "kind")) == [
         'data.lora_column: null → "kind"'
     ]

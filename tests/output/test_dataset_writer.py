@@ -23,11 +23,12 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.schema import DataConfig, OutputConfig
+from dpgen.config.schema import DataConfig
 from dpgen.data.input_rows import load_input
 from dpgen.data.prompts.render import PromptRenderer
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.run_dir import RunDir
+from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_writer import write_dataset
 from dpgen.output.format_check import check_output_format
 from dpgen.output.json_lines import to_json_columns
@@ -273,7 +274,7 @@ def test_an_input_that_changed_under_the_run_is_no_part_of_its_result(tmp_path: 
     [file] = (tmp_path / "saved").glob("*.arrow")
     file.write_bytes(file.read_bytes())
     with pytest.raises(DpgenError, match="the input's files changed while the run went on"):
-        write_dataset(rows, RunDir(str(tmp_path / "run")), OutputConfig(), None, False)
+        write_dataset(rows, RunDir(str(tmp_path / "run")), DatasetFormat(), 100)
 
 
 # ---- a result as the next input

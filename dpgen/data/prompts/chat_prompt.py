@@ -46,7 +46,7 @@ class ChatPromptBuilder:
         if prefill:
             messages.append({"role": "assistant", "content": prefill})
         template_kwargs = {**config.chat_template_kwargs, **self._read_template_kwargs(row)}
-        if tools := self._read_tools(row):
+        if tools := self.read_tools(row):
             template_kwargs["tools"] = tools
         return {
             "messages": messages,
@@ -70,8 +70,12 @@ class ChatPromptBuilder:
             raise RowRefused("bad_template_kwargs", f"{column} may not hold {forbidden[0]}, which has a key of its own")
         return dict(value)
 
-    def _read_tools(self, row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-        """Return the row's tools, perhaps none; None if neither the row nor the run has a value."""
+    def read_tools(self, row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """Return the row's tools, perhaps none; None if neither the row nor the run has a value.
+
+        Raises:
+            RowRefused: `bad_tools`.
+        """
         column = self._config.tools_column
         value = self._read_nested(row, column, "bad_tools")
         if value is None:

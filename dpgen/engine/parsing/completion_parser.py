@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import OutputConfig
+from dpgen.data.input_rows import InputRows
+from dpgen.data.prompts.chat_prompt import ChatPromptBuilder
 from dpgen.data.tokenizer import TokenizerConfig
 from dpgen.engine.parsing.vllm_parsers import ParserInfo, ParserSpec, ParseTask
 from dpgen.engine.process import select_own_environment
@@ -19,15 +24,40 @@ from dpgen.workers.pool import WorkerPool, WorkerSpec
 _TIMEOUT_S = 60.0
 
 
+Tools = list[dict[str, Any]]
+
+
+class ToolFinder:
+    """Find the tools that the model was offered for a row, which tell parsers the types of arguments.
+
+    Args:
+        prompt: how rows become prompts.
+    """
+
+    def __init__(self, prompt: PromptConfig, rows: InputRows) -> None:
+        self.template_kwargs = prompt.chat_template_kwargs
+        self._rows, self._column = rows, prompt.tools_column
+        self._builder = ChatPromptBuilder(prompt, rows.has_added_nulls)
+        self._of_run: Tools | None = prompt.tools or prompt.chat_template_kwargs.get("tools")
+
+    def find(self, row: int) -> Tools | None:
+        """Return the row's tools; None for none. Its request was made, so they are sound."""
+        if self._column is None:
+            return self._of_run
+        [columns] = self._rows.iter_rows(np.array([row]), [self._column])
+        return self._builder.read_tools(columns) or None
+
+
 class CompletionParser:
     """Parse completions, off the rank's main thread and in any order.
 
     Args:
         pool: workers that `vllm_parsers.start` has made ready.
+        tools: finds the tools of each row.
     """
 
-    def __init__(self, pool: WorkerPool) -> None:
-        self._pool = pool
+    def __init__(self, pool: WorkerPool, tools: ToolFinder) -> None:
+        self._pool, self._tools = pool, tools
         self._results: dict[int, RowResult] = {}  # rows that are being parsed
 
     @property
@@ -51,10 +81,10 @@ class CompletionParser:
         assert isinstance(info, ParserInfo)
         return info
 
-    def submit(self, result: RowResult, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def submit(self, result: RowResult) -> None:
         """Add a row; `poll` returns it, parsed."""
         self._results[result.row] = result
-        self._pool.submit(result.row, ParseTask(result.row, result.completions, tools))
+        self._pool.submit(result.row, ParseTask(result.row, result.completions, self._tools.find(result.row)))
 
     def poll(self) -> list[RowResult]:
         """Return the rows that have been parsed since the last call."""
@@ -79,14 +109,14 @@ class CompletionParser:
 def start_completion_parser(
     output: OutputConfig,
     tokenizer: TokenizerConfig | None,
-    template_kwargs: Mapping[str, Any],
+    tools: ToolFinder,
     log: Callable[[str], None],
 ) -> CompletionParser | None:
     """Start the workers that a configuration asks for; None if it asks for no parsing.
 
     Args:
         tokenizer: the model's; None for the fake engine.
-        template_kwargs: `data.chat_template_kwargs`.
+        tools: finds the tools of each row, and knows `data.chat_template_kwargs`.
         log: takes each line that the workers print.
     """
     wants_reasoning = output.reasoning != "keep"
@@ -98,7 +128,7 @@ def start_completion_parser(
         output.tool_parser,
         keep_reasoning=output.reasoning == "split",
         parse_json=output.parse == "json",
-        template_kwargs=dict(template_kwargs),
+        template_kwargs=dict(tools.template_kwargs),
     )
     environment = select_own_environment(os.environ)
     environment["CUDA_VISIBLE_DEVICES"] = ""  # parsing needs no device, and must not take memory from the engine
@@ -106,4 +136,4 @@ def start_completion_parser(
     workers = WorkerSpec(
         "the parser", "dpgen.engine.parsing.vllm_parsers:start", (spec,), environment, timeout_s=_TIMEOUT_S
     )
-    return CompletionParser(WorkerPool(workers, log))
+    return CompletionParser(WorkerPool(workers, log), tools)

@@ -359,7 +359,7 @@ def generate(llm: Any, case: Case) -> list[int]:
 
 def render_named_templates(llm: Any) -> dict[str, Any]:
     """Return what `VllmRenderer` makes of HELLO, by the name of the template, or the error."""
-    from dpgen.engine.vllm_render import VllmRenderer
+    from dpgen.engine.vllm.vllm_render import VllmRenderer
 
     tokenizer, found = llm.llm_engine.renderer.tokenizer, {}
     with contextlib.suppress(AttributeError):  # some tokenizers of vLLM's own have no template to set

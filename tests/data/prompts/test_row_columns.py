@@ -9,18 +9,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
-from dpgen.data.model_files import hash_chat_template
-from dpgen.engine.vllm_render import count_vocabulary
 from helpers import tiny_tokenizers
+from helpers.dataset_files import make_rows
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import Config, DataConfig, RunConfig
+from dpgen.data.model_identity import hash_chat_template
 from dpgen.data.prompts.columns import check_prompt_columns, select_prompt_columns
 from dpgen.data.prompts.render import PromptRenderer, make_prompt_text_fn
 from dpgen.data.prompts.token_ids import reject_unknown_ids
 from dpgen.data.tokenizer import TokenizerConfig, load_tokenizer
 from dpgen.engine.launch import build_text_pipeline
+from dpgen.engine.log_file import EngineLog
+from dpgen.engine.vllm.vllm_render import count_vocabulary
 from dpgen.errors import ConfigError, RowRefused
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -111,7 +114,7 @@ def test_token_ids_are_compared_and_measured_like_texts_of_four_characters_a_tok
 def test_token_ids_need_no_tokenizer_where_the_engine_has_none() -> None:
     data = DataConfig(path="rows.jsonl", token_ids_column="ids")
     config = Config(run=RunConfig(dir="d"), data=data, model="/none", engine={"skip_tokenizer_init": True})
-    pipeline = build_text_pipeline(config)
+    pipeline = build_text_pipeline(config, EngineLog("warning"), make_rows(pa.table({"ids": [[1]]})))
     assert pipeline.render({"ids": [1, 2]}) == ([1, 2], None) and pipeline.detokenizer is None
     assert pipeline.engine_text_config.prompt_config == config.prompt, "so that the engine checks the ids"
 
@@ -379,7 +382,8 @@ def test_rows_are_ordered_by_all_that_their_prompts_hold() -> None:
 def test_the_fake_engine_takes_all_of_it(tmp_path: Path) -> None:
     def make_ids(row: dict[str, Any], **keys: Any) -> Any:
         data = DataConfig(path="rows.jsonl", **keys)
-        return build_text_pipeline(Config(run=RunConfig(dir="d", engine="fake"), data=data, model="m")).render(row)
+        config = Config(run=RunConfig(dir="d", engine="fake"), data=data, model="m")
+        return build_text_pipeline(config, EngineLog("warning"), make_rows(pa.table({"ids": [[1]]}))).render(row)
 
     assert make_ids({"ids": [1, 70_000]}, token_ids_column="ids") == ([1, 70_000], None)
     row = {"m": HELLO, "t": [SUM], "p": "P"}
