@@ -252,13 +252,13 @@ def test_compressed_files_need_no_package(tmp_path: Path, suffix: str) -> None:
     [
         (
             "rows.jsonl",
-            gzip.compress(b'{"question": "a"}\n'),
+            gzip.compress(b'{"question": "a"}\n', mtime=0),
             r"its content is that of a \.gz file: let its name end in",
         ),
         ("rows.csv", b"PK\3\4" + bytes(30), r"its content is that of a \.zip file: unpack it"),
         ("rows.jsonl.gz", b'{"question": "a"}\n', r"it is not compressed: let its name not end in \.gz"),
         ("rows.jsonl.xz", b'{"question": "a"}\n', r"it is not compressed: let its name not end in \.xz"),
-        ("rows.jsonl.zst", gzip.compress(b"{}"), r"its content is that of a \.gz file"),
+        ("rows.jsonl.zst", gzip.compress(b"{}", mtime=0), r"its content is that of a \.gz file"),
         ("rows.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
         ("rows.jsonl.gz", b"", "has 0 bytes, and the smallest .gz file has more"),
         ("rows.csv.xz", b"", "has 0 bytes"),
