@@ -101,7 +101,8 @@ def count_ranks(options: argparse.Namespace, work_dir: Path) -> Iterator[Figure]
     square, linear = _fit(num_bytes)
     law = f"{square:.1f} N^2 + {linear:.0f} N bytes"
     reckoned_mb = (square * _LARGE**2 + linear * _LARGE) / 1e6
-    yield Figure(f"forming a group of {_LARGE:,}: through rank 0, by {law}", reckoned_mb, "MB", "reckoned", 50)
+    budget = 50 if num_bytes[-1][0] >= _MIN_RANKS_OF_LAW else None
+    yield Figure(f"forming a group of {_LARGE:,}: through rank 0, by {law}", reckoned_mb, "MB", "reckoned", budget)
     group = _run("scale_ranks.py", "addresses", options.forming)
     title = f"forming a group of {group['ranks']:,} stand-ins"
     yield Figure(f"{title}: through rank 0's store", group["bytes"] / 1e6, "MB", "counted", 50)
