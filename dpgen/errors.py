@@ -47,8 +47,16 @@ _CONTEXT_TOO_LONG = "larger than the available kv cache memory"
 
 # What a row's error can be. Users filter by these words, and `run.retry_errors` names them.
 ERROR_TYPES = (
-    *("wrong_type", "empty_prompt", "template_failed", "chat_template_failed", "invalid_text", "unsupported_content"),
-    *("tokenizer_failed", "render_timeout", "render_crashed", "prompt_too_long", "out_of_vocabulary", "bad_sampling"),
+    *("wrong_type", "empty_prompt", "empty_completion", "template_failed", "chat_template_failed", "invalid_text"),
+    *(
+        "unsupported_content",
+        "tokenizer_failed",
+        "render_timeout",
+        "render_crashed",
+        "prompt_too_long",
+        "out_of_vocabulary",
+        "bad_sampling",
+    ),
     *("bad_tools", "bad_template_kwargs", "unknown_adapter", "engine_refused", "poison_row", "decode_failed"),
 )
 

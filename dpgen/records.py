@@ -2,17 +2,21 @@
 
 - A row's index in the input identifies the row everywhere.
 - Classes and fields of results keep their names: hashes in the `_SUCCESS` files of older runs depend on them.
+- A journal record is one line of JSON. Large arrays follow the line as raw bytes, and the line lists them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from dpgen.errors import RowRefused
+from dpgen.logprobs import ARRAY_TYPES, TokenLogprobs
 
 _PARSED_TEXTS = ("reasoning", "parsed", "parse_error")
 
@@ -28,6 +32,8 @@ class Request:
         sampling: SamplingParams fields of this row only: from its entry of sampling_by_rank, its seed, and values
             taken from columns.
         adapter: the name of the row's LoRA adapter; None for the model without one.
+        num_completion_tokens: how many tokens at the end of the prompt are a given completion, which is scored instead
+            of generating one; 0 to generate.
     """
 
     row: int
@@ -35,6 +41,7 @@ class Request:
     prompt: Any = None
     sampling: dict[str, Any] = field(default_factory=dict)
     adapter: str | None = None
+    num_completion_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +67,12 @@ class Completion:
         text: the generated text; without the parts that the next four fields hold.
         finish_reason: vLLM's value: "stop", "length", ...
         num_tokens: number of generated tokens.
-        token_ids: the generated tokens; None unless output.token_ids asks for them.
+        token_ids: the generated tokens; None unless output.token_ids asks for them, or if `logprobs` has them.
         reasoning: what the model thought before it answered; None unless output.reasoning=split found any.
         tool_calls: the calls that output.tool_parser found.
         parsed: the text's JSON value, as canonical JSON text; None unless output.parse=json found one.
         parse_error: why the text could not be parsed; None if it could.
+        logprobs: the generated tokens with their log-probabilities; None unless sampling.logprobs asks for them.
     """
 
     text: str
@@ -75,6 +83,20 @@ class Completion:
     tool_calls: tuple[ToolCall, ...] = ()
     parsed: str | None = None
     parse_error: str | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredCompletion:
+    """Hold what the model makes of a given completion.
+
+    Attributes:
+        logprobs: its tokens with their log-probabilities.
+        is_greedy: True if each of its tokens is more likely than any other token there.
+    """
+
+    logprobs: TokenLogprobs
+    is_greedy: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +109,21 @@ class RowError:
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """Hold a row's result: one completion per sample, or an error.
+    """Hold a row's result: one completion per sample, a scored completion, or an error.
 
     Attributes:
         num_prompt_tokens: None if the row failed before the engine counted its prompt.
+        prompt_logprobs: the prompt's tokens with their log-probabilities; None unless sampling.prompt_logprobs asks for
+            them.
+        scored: the log-probabilities of the row's given completion; None unless data.completion_column names one.
     """
 
     row: int
     num_prompt_tokens: int | None = None
     completions: tuple[Completion, ...] = ()
     error: RowError | None = None
+    prompt_logprobs: TokenLogprobs | None = None
+    scored: ScoredCompletion | None = None
 
     @property
     def num_generated_tokens(self) -> int:
@@ -153,7 +180,10 @@ def make_rejected_result(row: int, why: RowRefused) -> RowResult:
 
 
 def encode_result(result: RowResult) -> bytes:
-    """Return a result as one journal record: a JSON object in ASCII on one line, with short keys.
+    """Return a result as one journal record: a JSON object in ASCII on one line, with short keys, and its arrays.
+
+    The line of a result with arrays lists them, as [whose, field, type, number of values], and ends with a line feed.
+    Their little-endian bytes follow in the same order.
 
     `_SUCCESS` holds a hash over these bytes. A field that is added later must therefore be left out of the record
     when it has its default value, so that records of older runs keep their bytes when decoded and encoded again.
@@ -165,20 +195,76 @@ def encode_result(result: RowResult) -> bytes:
         record["error"] = [result.error.type, result.error.message]
     if result.completions:
         record["out"] = [_encode_completion(completion) for completion in result.completions]
+    if result.scored is not None:
+        record["greedy"] = result.scored.is_greedy
+    arrays: list[list[Any]] = []
+    chunks: list[bytes] = []
+    for owner, logprobs in _iter_logprobs(result):
+        for name, data in logprobs.to_bytes().items():
+            dtype = ARRAY_TYPES[name]
+            arrays.append([owner, name, dtype, len(data) // np.dtype(dtype).itemsize])
+            chunks.append(data)
+    if arrays:
+        record["arrays"] = arrays
     # ASCII escapes can represent any str, including lone surrogates, which UTF-8 rejects.
-    return json.dumps(record, separators=(",", ":")).encode("ascii")
+    line = json.dumps(record, separators=(",", ":")).encode("ascii")
+    return b"".join([line, b"\n", *chunks]) if arrays else line
 
 
 def decode_result(record: bytes) -> RowResult:
     """Return the result from a record of `encode_result`.
 
     Raises:
-        ValueError, KeyError, TypeError: `encode_result` did not write these bytes.
+        ValueError, KeyError, TypeError: `encode_result` did not write these bytes, or not all of them are there.
     """
-    fields = json.loads(record)
+    line, line_feed, data = record.partition(b"\n")  # JSON escapes line feeds, so the first one ends the line
+    fields = json.loads(line)
+    logprobs = _decode_logprobs(fields.pop("arrays", []), data)
+    if bool(line_feed) != bool(logprobs):
+        raise ValueError("a record has a line feed if, and only if, arrays follow it")
     error = RowError(*fields["error"]) if "error" in fields else None
-    completions = tuple(_decode_completion(*completion) for completion in fields.get("out", ()))
-    return RowResult(fields["row"], fields.get("prompt_tokens"), completions, error)
+    completions = tuple(
+        _decode_completion(logprobs.pop(sample, None), *completion)
+        for sample, completion in enumerate(fields.get("out", ()))
+    )
+    scored = ScoredCompletion(logprobs.pop(_COMPLETION), fields["greedy"]) if "greedy" in fields else None
+    prompt_logprobs = logprobs.pop(_PROMPT, None)
+    if logprobs:
+        raise ValueError(f"the record has arrays that belong to nothing in it: {list(logprobs)}")
+    return RowResult(fields["row"], fields.get("prompt_tokens"), completions, error, prompt_logprobs, scored)
+
+
+_PROMPT, _COMPLETION = "prompt", "completion"  # whose arrays they are; those of a sample have its number
+
+
+def _iter_logprobs(result: RowResult) -> Iterator[tuple[int | str, TokenLogprobs]]:
+    """Yield all log-probabilities of a result, with the name of what they belong to."""
+    for sample, completion in enumerate(result.completions):
+        if completion.logprobs is not None:
+            yield sample, completion.logprobs
+    if result.prompt_logprobs is not None:
+        yield _PROMPT, result.prompt_logprobs
+    if result.scored is not None:
+        yield _COMPLETION, result.scored.logprobs
+
+
+def _decode_logprobs(entries: Sequence[Sequence[Any]], data: bytes) -> dict[int | str, TokenLogprobs]:
+    """Return the log-probabilities in the bytes after a record's line, by what they belong to.
+
+    Args:
+        entries: the record's list of arrays.
+    """
+    arrays: dict[int | str, dict[str, np.ndarray]] = {}
+    offset = 0
+    for owner, name, dtype, count in entries:
+        values = arrays.setdefault(owner, {})
+        if ARRAY_TYPES[name] != dtype or name in values or type(count) is not int or count < 0:
+            raise ValueError(f"the record's array {owner}.{name} of {count} values of type {dtype} is not valid")
+        values[name] = np.frombuffer(data, dtype, count, offset)
+        offset += values[name].nbytes
+    if offset != len(data):
+        raise ValueError(f"the record has {len(data)} bytes of arrays, and its line lists {offset}")
+    return {owner: TokenLogprobs(**values) for owner, values in arrays.items()}
 
 
 def _encode_completion(completion: Completion) -> list[Any]:
@@ -194,6 +280,7 @@ def _encode_completion(completion: Completion) -> list[Any]:
 
 
 def _decode_completion(
+    logprobs: TokenLogprobs | None,
     text: str,
     finish_reason: str | None,
     num_tokens: int,
@@ -202,7 +289,7 @@ def _decode_completion(
 ) -> Completion:
     parts = dict(parts or {})
     calls = tuple(ToolCall(*call) for call in parts.pop("tool_calls", ()))
-    return Completion(text, finish_reason, num_tokens, token_ids, tool_calls=calls, **parts)
+    return Completion(text, finish_reason, num_tokens, token_ids, tool_calls=calls, logprobs=logprobs, **parts)
 
 
 def derive_row_seed(run_seed: int, row: int) -> int:

@@ -15,7 +15,10 @@ from dpgen.errors import ERROR_TYPES, ConfigError, suggest_name
 from dpgen.lifecycle.shutdown import parse_time_limit
 
 if TYPE_CHECKING:
-    from dpgen.config.schema import DataConfig, RunConfig
+    from dpgen.config.schema import DataConfig, OutputConfig, RunConfig
+
+# Fields of SamplingParams whose log-probabilities are in the result.
+LOGPROB_FIELDS = ("logprobs", "logprob_token_ids", "prompt_logprobs")
 
 
 def find_wrong_run_values(run: RunConfig) -> Iterator[str]:
@@ -106,6 +109,49 @@ def find_wrong_sampling(sampling: Mapping[str, Any], by_rank: Iterable[Mapping[s
             if name in entry:
                 yield f"sampling_by_rank[{index}].{name} can't be set: {reason}"
         yield from _find_wrong_texts(f"sampling_by_rank[{index}]", entry)
+
+
+def find_wrong_logprobs(
+    engine: Mapping[str, Any], sampling: Mapping[str, Any], by_rank: Iterable[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Yield one line for each number of log-probabilities that can't be kept."""
+    limit = engine.get("max_logprobs")
+    for section, entry in _iter_sampling_sections(sampling, by_rank):
+        for name in ("logprobs", "prompt_logprobs"):
+            count, key = entry.get(name), f"{section}.{name}"
+            if count is None:
+                continue
+            if type(count) is not int or count < 0:
+                every = ", not -1 for the whole vocabulary" if count == -1 else ""
+                yield f"{key}={count!r}: must be how many of the most likely tokens to keep, from 0{every}; or null"
+            elif isinstance(limit, int) and 0 <= limit < count:
+                yield f"{key}={count}: engine.max_logprobs={limit} allows fewer; leave that out, or set it to {count}"
+
+
+def find_keys_without_effect_on_scores(sections: Mapping[str, Any], default: OutputConfig) -> Iterator[str]:
+    """Yield one line for each key that is about generated texts, where given completions are scored.
+
+    Args:
+        sections: the fields of a `Config`, by name.
+        default: `output` as it is where nothing is set.
+    """
+    entries = _iter_sampling_sections(sections["sampling"], sections["sampling_by_rank"])
+    keys = [f"{section}.{name}" for section, entry in entries for name in entry if name != "prompt_logprobs"]
+    names = ("token_ids", "explode", "messages", "reasoning", "tool_parser", "parse")
+    keys += [f"output.{name}" for name in names if getattr(sections["output"], name) != getattr(default, name)]
+    for key in keys:
+        yield (
+            f"{key} has no effect: data.completion_column scores given texts, and nothing is generated; leave one of "
+            "them out"
+        )
+
+
+def _iter_sampling_sections(
+    sampling: Mapping[str, Any], by_rank: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield `sampling` and the entries of `sampling_by_rank`, with their names."""
+    yield "sampling", sampling
+    yield from ((f"sampling_by_rank[{index}]", entry) for index, entry in enumerate(by_rank))
 
 
 def _find_wrong_texts(section: str, entry: Mapping[str, Any]) -> Iterator[str]:

@@ -36,6 +36,7 @@ class PromptConfig:
         template: a Jinja2 template over the row's columns, e.g. ``"Q: {{ question }}"``. A null that it inserts
             rejects the row; ``{{ column or "" }}`` accepts nulls.
         token_ids_column: a column of lists of token ids that are the prompt.
+        completion_column: a text column whose text is scored as the prompt's completion.
         as_chat: make the text one user message, and apply the chat template.
         system_prompt: a system message put before all others.
         system_prompt_column: a text column that takes its place; a null keeps it.
@@ -57,6 +58,7 @@ class PromptConfig:
     messages_column: str | None = None
     template: str | None = None
     token_ids_column: str | None = None
+    completion_column: str | None = None
     as_chat: bool = False
     system_prompt: str | None = None
     system_prompt_column: str | None = None

@@ -106,6 +106,9 @@ class DataConfig:
         "column's name is no variable; or its file, relative to the working directory: '@prompts/solve.jinja'"
     )
     token_ids_column: str | None = _option("a column of lists of token ids that are the prompt")
+    completion_column: str | None = _option(
+        "a text column with a given completion of each prompt: its log-probability is computed, nothing is generated"
+    )
     as_chat: bool = _option(
         "send the text of prompt_column or template as one user message through the chat template", False
     )
@@ -273,7 +276,7 @@ class Config:
     sampling: dict[str, Any] = _option(
         "any field of vLLM's SamplingParams, passed through, over the model's generation config; max_tokens is the "
         "rest of the context unless one of them gives it; sampling.from_columns takes fields from columns: "
-        "{max_tokens: budget}",
+        "{max_tokens: budget}; logprobs: k and prompt_logprobs: k add columns of log-probabilities",
         factory=dict,
     )
     sampling_by_rank: list[dict[str, Any]] = _option(
@@ -303,6 +306,18 @@ class Config:
     def has_samples(self) -> bool:
         """Return True if rows may have several samples."""
         return self.sampling.get("n", 1) != 1 or "n" in self.sampling_columns
+
+    @property
+    def keeps_logprobs(self) -> bool:
+        """Return True if any row may have log-probabilities of its prompt or its generated tokens."""
+        sections = [self.sampling, self.sampling_columns, *self.sampling_by_rank]
+        return any(section.get(name) is not None for section in sections for name in checks.LOGPROB_FIELDS)
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        """Return True if vLLM may reuse the cache of an earlier prompt: it does not for prompts' log-probabilities."""
+        scores_prompts = self.data.completion_column is not None or self.sampling.get("prompt_logprobs") is not None
+        return bool(self.engine.get("enable_prefix_caching", True)) and not scores_prompts
 
     @property
     def prompt(self) -> PromptConfig:
@@ -343,6 +358,9 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
     yield from checks.find_wrong_engine_keys(sections["engine"])
     yield from checks.find_wrong_adapters(sections["lora"])
     yield from checks.find_wrong_sampling(sections["sampling"], sections["sampling_by_rank"])
+    yield from checks.find_wrong_logprobs(sections["engine"], sections["sampling"], sections["sampling_by_rank"])
+    if sections["data"].completion_column is not None:
+        yield from checks.find_keys_without_effect_on_scores(sections, OutputConfig())
 
 
 def to_yaml(config: Config) -> str:

@@ -13,13 +13,17 @@ import os
 import signal
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from dpgen.config.vllm_fields import describe_unknown_field
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused
-from dpgen.records import Completion, Request, RowResult, UndecodedRow
+from dpgen.logprobs import TokenLogprobs, from_rows
+from dpgen.records import Completion, Request, RowResult, ScoredCompletion, UndecodedRow
 
 _BLOCK_TOKENS = 16
 _BYTES_PER_TOKEN = 64
@@ -63,7 +67,10 @@ class FakeOptions:
     fault_dir: str | None = None
 
 
-_SAMPLING_FIELDS = {"n", "temperature", "top_p", "max_tokens", "seed", "stop", "ignore_eos"}
+_SAMPLING_FIELDS = {
+    *("n", "temperature", "top_p", "max_tokens", "seed", "stop", "ignore_eos"),
+    *("logprobs", "prompt_logprobs"),
+}
 
 
 class FakeTokenizer:
@@ -87,6 +94,7 @@ class _Running:
     text: str
     max_tokens: int
     num_samples: int
+    sampling: dict[str, Any]
     num_tokens: int = 0
 
 
@@ -151,7 +159,9 @@ class FakeBackend:
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise RowRefused("bad_sampling", f"max_tokens={max_tokens!r}: must be at least 1")
         max_tokens = min(max_tokens, self._options.max_model_len - num_prompt_tokens)
-        self._rows[request.row] = _Running(request, text, max_tokens, int(sampling.get("n") or 1))
+        if request.num_completion_tokens:
+            max_tokens = 1
+        self._rows[request.row] = _Running(request, text, max_tokens, int(sampling.get("n") or 1), sampling)
 
     def step(self) -> list[RowResult | UndecodedRow]:
         time.sleep(self._options.step_s)
@@ -182,13 +192,30 @@ class FakeBackend:
         return
 
     def _make_result(self, running: _Running) -> RowResult:
-        token_ids = list(range(running.max_tokens)) if self._spec.token_ids else None
+        request, sampling = running.request, running.sampling
+        assert request.prompt_token_ids is not None
+        num_prompt_tokens = len(request.prompt_token_ids) - request.num_completion_tokens
+        k, prompt_k = sampling.get("logprobs"), sampling.get("prompt_logprobs")
+        prompt = None
+        if prompt_k is not None or request.num_completion_tokens:
+            prompt = _make_logprobs(request.prompt_token_ids, prompt_k or 0, num_without=1)
+        prompt_logprobs = None if prompt is None or prompt_k is None else prompt.slice(0, num_prompt_tokens)
+        if prompt is not None and request.num_completion_tokens:
+            completion = prompt.slice(num_prompt_tokens, len(prompt))
+            scored = ScoredCompletion(completion, bool((completion.logprobs > -2).all()))
+            return RowResult(request.row, num_prompt_tokens, prompt_logprobs=prompt_logprobs, scored=scored)
+        token_ids = list(range(running.max_tokens))
         completions = tuple(
-            Completion(f"{running.text}-{sample} {running.max_tokens}", "length", running.max_tokens, token_ids)
+            Completion(
+                f"{running.text}-{sample} {running.max_tokens}",
+                "length",
+                running.max_tokens,
+                token_ids if self._spec.token_ids and k is None else None,
+                logprobs=None if k is None else _make_logprobs(token_ids, k),
+            )
             for sample in range(running.num_samples)
         )
-        assert running.request.prompt_token_ids is not None
-        return RowResult(running.request.row, len(running.request.prompt_token_ids), completions)
+        return RowResult(request.row, num_prompt_tokens, completions, prompt_logprobs=prompt_logprobs)
 
     def _inject_fault(self, prompt: str) -> None:
         options = self._options
@@ -219,3 +246,15 @@ class FakeBackend:
             except FileExistsError:
                 number += 1
         return False
+
+
+def _make_logprobs(token_ids: Sequence[int], k: int, num_without: int = 0) -> TokenLogprobs:
+    """Return made-up log-probabilities, which depend on the tokens alone.
+
+    Args:
+        num_without: how many tokens at the start have none.
+    """
+    ids = np.asarray(token_ids[num_without:], np.int32)[:, None]
+    rows = np.concatenate([ids, (ids + np.arange(k)) % 256], axis=1)
+    values = np.concatenate([-(1 + ids % 7) / 10, np.repeat(-(1 + np.arange(k)[None]) / 10, len(ids), axis=0)], axis=1)
+    return from_rows(token_ids, rows, values, k)

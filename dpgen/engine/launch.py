@@ -19,7 +19,14 @@ from dpgen.data.detokenize import Detokenizer, fast_tokenizer
 from dpgen.data.hub import check_cache
 from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.chat_template import check_chat_without_tokenizer
-from dpgen.data.prompts.render import Prompt, PromptRenderer, RenderFn, describe_own_kwargs
+from dpgen.data.prompts.render import (
+    Prompt,
+    PromptRenderer,
+    RenderedPrompt,
+    RenderFn,
+    describe_own_kwargs,
+    get_completion,
+)
 from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer
 from dpgen.distributed.devices import assign_cores, assign_gpus
 from dpgen.distributed.group import RankGroup
@@ -62,7 +69,7 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
         local_size=topology.local_size,
         enable_expert_parallel=config.parallel.enable_expert_parallel,
         world=world,
-        token_ids=config.output.token_ids,
+        token_ids=config.output.token_ids or config.keeps_logprobs,
         adapters=find_adapter_folders(config.lora) if config.run.engine == "vllm" else dict(config.lora),
     )
 
@@ -185,11 +192,15 @@ def build_text_pipeline(config: Config, log: EngineLog, rows: InputRows) -> Text
     needs_no_tokenizer = has_token_ids and bool(config.engine.get("skip_tokenizer_init"))
     reason = "" if needs_no_tokenizer else find_reason_to_tokenize_in_engine(tokenizer_config)
     if reason is not None:
+        if prompt.completion_column is not None:
+            raise ConfigError(
+                f"data.completion_column needs a tokenizer that transformers can load{reason and f': {reason}'}"
+            )
         if not has_token_ids:
             logger.info(f"prompts are tokenized in the engine process: {reason}")
         engine_part = EngineTextConfig(prompt_config=prompt)
         return TextPipeline(
-            lambda row: _split_prompt(untokenized.build_prompt(row)),
+            lambda row: _wrap_prompt(untokenized.build_prompt(row)),
             engine_text_config=engine_part,
             parser=start_parser(tokenizer_config),
         )
@@ -197,7 +208,7 @@ def build_text_pipeline(config: Config, log: EngineLog, rows: InputRows) -> Text
     renderer = PromptRenderer(prompt, tokenizer, has_added_nulls=has_added_nulls)
     fast = fast_tokenizer(tokenizer)
     return TextPipeline(
-        lambda row: (renderer.tokenize_row(row), None),
+        renderer.render,
         None if fast is None else Detokenizer(fast),
         EngineTextConfig(skip_detokenize=fast is not None),
         start_parser(tokenizer_config),
@@ -211,21 +222,26 @@ def _build_fake_text_pipeline(config: Config, has_added_nulls: bool, parser: Com
     if prompt_config.is_chat and (note := check_chat_without_tokenizer(prompt_config, config.model)):
         logger.info(f"run.engine=fake: {note}")
     fake, renderer = FakeTokenizer(), PromptRenderer(prompt_config, None, has_added_nulls=has_added_nulls)
+    column = prompt_config.completion_column
 
-    def render(row: Mapping[str, Any]) -> tuple[list[int], None]:
-        prompt = renderer.build_prompt(row)
+    def tokenize(prompt: Prompt) -> list[int]:
         if isinstance(prompt, list):
-            return prompt, None
+            return prompt
         if isinstance(prompt, str):
-            return fake.encode(prompt), None
-        return fake.encode(f"{describe_own_kwargs(prompt_config, prompt)}{prompt['messages']}"), None
+            return fake.encode(prompt)
+        return fake.encode(f"{describe_own_kwargs(prompt_config, prompt)}{prompt['messages']}")
+
+    def render(row: Mapping[str, Any]) -> RenderedPrompt:
+        completion = [] if column is None else fake.encode(get_completion(row, column))
+        prompt = tokenize(renderer.build_prompt(row))
+        return RenderedPrompt(prompt + completion, num_completion_tokens=len(completion))
 
     return TextPipeline(render, parser=parser)
 
 
-def _split_prompt(prompt: Prompt) -> tuple[list[int] | None, Any]:
+def _wrap_prompt(prompt: Prompt) -> RenderedPrompt:
     """Return the prompt as token ids, or else as what the engine tokenizes."""
-    return (prompt, None) if isinstance(prompt, list) else (None, prompt)
+    return RenderedPrompt(prompt) if isinstance(prompt, list) else RenderedPrompt(None, prompt)
 
 
 def parse_visible_gpus(text: str) -> list[str]:

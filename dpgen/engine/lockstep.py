@@ -47,7 +47,8 @@ def encode_requests(requests: Iterable[Request]) -> tuple[list[bytes], list[RowR
         try:
             sampling = encode(request.sampling)
             error_type = "unsupported_content"
-            encoded.append(encode([request.row, request.prompt_token_ids, request.prompt, sampling, request.adapter]))
+            content = [request.row, request.prompt_token_ids, request.prompt, sampling, request.adapter]
+            encoded.append(encode([*content, request.num_completion_tokens]))
         except TypeError as error:
             rejected.append(make_rejected_result(request.row, RowRefused(error_type, str(error))))
     return encoded, rejected
@@ -106,6 +107,6 @@ class LockstepGroup:
 def _decode_requests(message: bytes) -> list[Request]:
     requests = []
     for data in decode(message) if message else ():
-        row, prompt_token_ids, prompt, sampling, adapter = decode(data)
-        requests.append(Request(row, prompt_token_ids, prompt, decode(sampling), adapter))
+        row, prompt_token_ids, prompt, sampling, *others = decode(data)
+        requests.append(Request(row, prompt_token_ids, prompt, decode(sampling), *others))
     return requests

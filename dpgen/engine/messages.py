@@ -56,6 +56,12 @@ class EngineSpec:
         yield "sampling", self.sampling
         yield from ((f"sampling_by_rank[{index}]", entry) for index, entry in enumerate(self.sampling_by_rank))
 
+    @property
+    def max_logprobs(self) -> int:
+        """Return the largest number of log-probabilities for a token that a section of sampling asks for."""
+        sections = (self.sampling, *self.sampling_by_rank)
+        return max(section.get(name) or 0 for section in sections for name in ("logprobs", "prompt_logprobs"))
+
     def iter_sampling_names(self) -> Iterator[tuple[str, str]]:
         """Yield every field of SamplingParams that the configuration names, as (section, field)."""
         yield from (("sampling", name) for name in self.sampling_columns)

@@ -21,6 +21,7 @@ _RESULT_NEUTRAL_ENGINE_KEYS = frozenset(
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
         "enforce_eager",
+        "max_logprobs",
         "block_size",
         "enable_prefix_caching",
         "enable_chunked_prefill",
@@ -173,7 +174,8 @@ def _select_output_keys(config: Config) -> dict[str, Any]:
     names = ["explode", "messages", "reasoning", "tool_parser", "parse"]
     if output.reasoning != "keep":
         names.append("reasoning_parser")
-    return {name: getattr(output, name) for name in names if getattr(output, name) != getattr(default, name)}
+    keys = {name: getattr(output, name) for name in names if getattr(output, name) != getattr(default, name)}
+    return keys | {"logprobs": True} if config.keeps_logprobs else keys  # older versions dropped them
 
 
 def diff_identities(before: Any, now: Any, path: str = "") -> list[str]:
@@ -195,6 +197,7 @@ def _to_config_key(path: str) -> str:
     renamed = {"seed": "run.seed", "columns": "data.columns", "engine.kind": "run.engine"}
     renamed |= {"lora_column": "data.lora_column"}
     renamed |= {"chat_template_hash": "the text in the file data.chat_template"}
+    renamed |= {"output.logprobs": "log-probabilities in the result"}
     if path.startswith("model_files."):
         option, _, name = path.removeprefix("model_files.").partition(".")
         return f"{name} of {option if option == 'model' else f'engine.{option}'}"

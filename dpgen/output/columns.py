@@ -2,6 +2,9 @@
 
 The writer, the verification and the check of the input's names all ask `ResultColumn`s, so a new column is one entry
 here.
+
+Log-probabilities are lists of float32, null where a token has none. In JSON lines they are the shortest decimals that
+float32 reads back as the same numbers.
 """
 
 from __future__ import annotations
@@ -9,14 +12,37 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import Config
 from dpgen.data.prompts.chat import Message
-from dpgen.output.conversations import append_turn, get_messages_type
+from dpgen.logprobs import TokenLogprobs
+from dpgen.output.column_values import (
+    BOOLEAN,
+    ERROR,
+    FLOAT64,
+    INT64,
+    LOGPROBS,
+    SMALL_TOKEN_IDS,
+    TEXT,
+    TOKEN_IDS,
+    TOOL_CALLS,
+    Entry,
+    escape_if_any,
+    get_error,
+    get_messages,
+    get_prompt_logprobs,
+    get_sample_logprobs,
+    get_scored_logprobs,
+    get_text,
+    get_token_ids,
+    get_tool_calls,
+    to_shortest_decimals,
+)
+from dpgen.output.conversations import get_messages_type
 from dpgen.output.json_lines import JSONL_ENCODING
-from dpgen.records import Completion, RowResult
+from dpgen.records import RowResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,6 +66,11 @@ class DatasetFormat:
         messages: how rows became chats, if there is a column of these with the model's turn; None if there is none.
         kept_columns: the input columns in the dataset; None for all.
         jsonl_encoding: how JSON lines hold the input's values; see `dpgen.output.json_lines`.
+        is_scored: True if rows have a given completion, and nothing is generated.
+        logprobs, prompt_logprobs: True if there are columns of log-probabilities of the generated tokens, and of the
+            prompts.
+        top_logprobs, prompt_top_logprobs: True if there are also columns of the most likely tokens in their place;
+            `prompt_top_logprobs` holds for given completions, too.
     """
 
     has_samples: bool = False
@@ -52,14 +83,21 @@ class DatasetFormat:
     file_format: str = "parquet"
     kept_columns: list[str] | None = None
     jsonl_encoding: int = JSONL_ENCODING
+    is_scored: bool = False
+    logprobs: bool = False
+    top_logprobs: bool = False
+    prompt_logprobs: bool = False
+    prompt_top_logprobs: bool = False
 
     @classmethod
     def from_config(cls, config: Config) -> DatasetFormat:
         """Return the format that a configuration asks for."""
+        output = dataclasses.asdict(config.output) | {"logprobs": config.keeps_logprobs}
         return cls.from_identity(
             {
                 "sampling": config.sampling,
-                "output": dataclasses.asdict(config.output),
+                "sampling_by_rank": config.sampling_by_rank,
+                "output": output,
                 "columns": config.data.columns,
                 "prompt": dataclasses.asdict(config.prompt),
             }
@@ -67,16 +105,32 @@ class DatasetFormat:
 
     @classmethod
     def from_identity(cls, identity: Mapping[str, Any], jsonl_encoding: int = JSONL_ENCODING) -> DatasetFormat:
-        """Return the format that the identity in run.json implies."""
+        """Return the format that the identity in run.json implies.
+
+        Runs of older versions kept no log-probabilities, whatever their sampling.
+        """
         sampling, output = identity.get("sampling") or {}, identity.get("output") or {}
+        from_columns = sampling.get("from_columns") or {}
+        sections = [sampling, *(identity.get("sampling_by_rank") or ())] if output.get("logprobs") else []
+
+        def wants(*names: str, is_wanted: Callable[[Any], bool] = lambda value: value is not None) -> bool:
+            by_column = bool(sections) and any(name in from_columns for name in names)
+            return by_column or any(is_wanted(section.get(name)) for section in sections for name in names)
+
+        logprobs = wants("logprobs", "logprob_token_ids")
         return cls(
-            has_samples=sampling.get("n", 1) != 1 or "n" in (sampling.get("from_columns") or {}),
+            has_samples=sampling.get("n", 1) != 1 or "n" in from_columns,
             explode=bool(output.get("explode")),
-            token_ids=bool(output.get("token_ids")),
+            token_ids=bool(output.get("token_ids")) or logprobs,
             reasoning=output.get("reasoning") == "split",
             tool_calls=output.get("tool_parser") is not None,
             parsed=output.get("parse") == "json",
             messages=PromptConfig(**identity["prompt"]) if output.get("messages") else None,
+            is_scored=(identity.get("prompt") or {}).get("completion_column") is not None,
+            logprobs=logprobs,
+            top_logprobs=wants("logprobs", "logprob_token_ids", is_wanted=bool),
+            prompt_logprobs=wants("prompt_logprobs"),
+            prompt_top_logprobs=wants("prompt_logprobs", is_wanted=bool),
             file_format=str(output.get("format", "parquet")),
             kept_columns=identity.get("columns"),
             jsonl_encoding=jsonl_encoding,
@@ -94,6 +148,11 @@ class DatasetFormat:
         return [name for name in kept if name != MESSAGES]
 
     @property
+    def has_lists(self) -> bool:
+        """Return True if the columns of a sample hold a list per row."""
+        return self.has_samples and not self.explode
+
+    @property
     def is_parsing(self) -> bool:
         """Return True if texts are parsed, so that a row may tell why its text could not be."""
         return self.reasoning or self.tool_calls or self.parsed
@@ -102,24 +161,6 @@ class DatasetFormat:
     def result_columns(self) -> tuple[ResultColumn, ...]:
         """Return the columns that results add, in their order in the dataset."""
         return tuple(column for column in _RESULT_COLUMNS if column.is_present(self))
-
-
-class Entry(NamedTuple):
-    """Hold what one row of the dataset tells: a result, or with `output.explode` one of its samples.
-
-    Attributes:
-        sample: index of the sample; None for the whole result, and for one without samples.
-        conversation: the messages that the row was generated from; None where no column asks for them.
-    """
-
-    result: RowResult
-    sample: int | None = None
-    conversation: Sequence[Message] | None = None
-
-    @property
-    def completion(self) -> Completion | None:
-        """Return the sample, or the only one of a result."""
-        return next(iter(self.result.completions[self.sample or 0 :]), None)
 
 
 @dataclass(frozen=True)
@@ -140,17 +181,20 @@ class ResultColumn:
     is_of_sample: bool = True
     is_present: Callable[[DatasetFormat], bool] = lambda _: True
 
-    def build_array(self, entries: Sequence[Entry], *, has_lists: bool) -> pa.Array:
+    def build_array(self, entries: Sequence[Entry], dataset_format: DatasetFormat) -> pa.Array:
         """Return the column's values, one for each entry."""
         import pyarrow as pa
 
+        type, get = self.get_type(), self.get
+        if dataset_format.file_format == "jsonl" and self.get_type is LOGPROBS:
+            type, get = pa.list_(pa.float64()), lambda item: to_shortest_decimals(self.get(item))
         if not self.is_of_sample:
-            return pa.array([self.get(entry) for entry in entries], self.get_type())
-        if has_lists:
-            values = [[self.get(completion) for completion in entry.result.completions] or None for entry in entries]
-            return pa.array(values, pa.list_(self.get_type()))
-        chosen = [None if entry.completion is None else self.get(entry.completion) for entry in entries]
-        return pa.array(chosen, self.get_type())
+            return pa.array([get(entry) for entry in entries], type, from_pandas=True)  # NaN becomes null
+        if dataset_format.has_lists:
+            values = [[get(completion) for completion in entry.result.completions] or None for entry in entries]
+            return pa.array(values, pa.list_(type), from_pandas=True)
+        chosen = [None if entry.completion is None else get(entry.completion) for entry in entries]
+        return pa.array(chosen, type, from_pandas=True)
 
 
 def list_entries(
@@ -177,8 +221,7 @@ def list_entries(
 
 def build_result_arrays(entries: Sequence[Entry], dataset_format: DatasetFormat) -> dict[str, pa.Array]:
     """Return the columns that results add, by name, as Arrow arrays with one value for each entry."""
-    has_lists = dataset_format.has_samples and not dataset_format.explode
-    return {column.name: column.build_array(entries, has_lists=has_lists) for column in dataset_format.result_columns}
+    return {column.name: column.build_array(entries, dataset_format) for column in dataset_format.result_columns}
 
 
 def build_result_schema(dataset_format: DatasetFormat) -> pa.Schema:
@@ -188,123 +231,106 @@ def build_result_schema(dataset_format: DatasetFormat) -> pa.Schema:
     return pa.schema([(name, values.type) for name, values in build_result_arrays([], dataset_format).items()])
 
 
-def escape_surrogates(text: str) -> str:
-    """Return the text with lone surrogates as escapes; UTF-8, and so every file format, rejects them."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+def list_float_columns(dataset_format: DatasetFormat) -> list[str]:
+    """Return the names of the columns of log-probabilities, one a token or more: nearly all of their bits are noise."""
+    return [column.name for column in dataset_format.result_columns if column.get_type is LOGPROBS]
 
 
-def _get_text(completion: Completion) -> str:
-    return escape_surrogates(completion.text)
+def _make_logprob_column(
+    name: str,
+    get_type: Callable[[], pa.DataType],
+    get_logprobs: Callable[[Any], TokenLogprobs | None],
+    field: str,
+    flag: str,
+) -> ResultColumn:
+    """Return the column of one field of the log-probabilities of a sample, a prompt or a given completion.
+
+    Args:
+        flag: the field of `DatasetFormat` that says whether there is the column.
+    """
+    is_scored = get_logprobs is get_scored_logprobs
+    return ResultColumn(
+        name,
+        get_type,
+        lambda item: None if (logprobs := get_logprobs(item)) is None else getattr(logprobs, field),
+        is_of_sample=get_logprobs is get_sample_logprobs,
+        is_present=lambda dataset_format: bool(
+            getattr(dataset_format, flag) and (dataset_format.is_scored or not is_scored)
+        ),
+    )
 
 
-def _get_error(entry: Entry) -> dict[str, str] | None:
-    error = entry.result.error
-    return None if error is None else {"type": error.type, "message": escape_surrogates(error.message)}
-
-
-def _int64() -> pa.DataType:
-    import pyarrow as pa
-
-    return pa.int64()
-
-
-def _string() -> pa.DataType:
-    import pyarrow as pa
-
-    return pa.string()
-
-
-def _error() -> pa.DataType:
-    import pyarrow as pa
-
-    return pa.struct([("type", pa.string()), ("message", pa.string())])
-
-
-def _tool_calls() -> pa.DataType:
-    import pyarrow as pa
-
-    return pa.list_(pa.struct([(name, pa.string()) for name in ("id", "name", "arguments")]))
-
-
-def _get_messages(entry: Entry) -> list[dict[str, Any]] | None:
-    if entry.completion is None or entry.conversation is None:
-        return None
-    messages: list[dict[str, Any]] = escape_all_surrogates(append_turn(entry.conversation, entry.completion))
-    return messages
-
-
-def escape_all_surrogates(value: Any) -> Any:
-    """Return a JSON value whose texts have lone surrogates as escapes."""
-    if isinstance(value, str):
-        return escape_surrogates(value)
-    if isinstance(value, dict):
-        return {key: escape_all_surrogates(item) for key, item in value.items()}
-    return [escape_all_surrogates(item) for item in value] if isinstance(value, list) else value
-
-
-def _escape_if_any(text: str | None) -> str | None:
-    return None if text is None else escape_surrogates(text)
-
-
-def _get_tool_calls(completion: Completion) -> list[dict[str, str]]:
-    return [
-        {"id": call.id, "name": escape_surrogates(call.name), "arguments": escape_surrogates(call.arguments)}
-        for call in completion.tool_calls
-    ]
-
-
-def _token_ids() -> pa.DataType:
-    import pyarrow as pa
-
-    return pa.list_(pa.int64())
+def _is_generated(dataset_format: DatasetFormat) -> bool:
+    return not dataset_format.is_scored
 
 
 _RESULT_COLUMNS = (
-    ResultColumn("row_id", _int64, lambda entry: entry.result.row, is_of_sample=False),
+    ResultColumn("row_id", INT64, lambda entry: entry.result.row, is_of_sample=False),
     ResultColumn(
         "sample_id",
-        _int64,
+        INT64,
         lambda entry: entry.sample,
         is_of_sample=False,
         is_present=lambda dataset_format: dataset_format.explode,
     ),
-    ResultColumn("generated_text", _string, _get_text),
-    ResultColumn("finish_reason", _string, lambda completion: completion.finish_reason),
-    ResultColumn("num_prompt_tokens", _int64, lambda entry: entry.result.num_prompt_tokens, is_of_sample=False),
-    ResultColumn("num_generated_tokens", _int64, lambda completion: completion.num_tokens),
-    ResultColumn("error", _error, _get_error, is_of_sample=False),
+    ResultColumn("generated_text", TEXT, get_text, is_present=_is_generated),
+    ResultColumn("finish_reason", TEXT, lambda completion: completion.finish_reason, is_present=_is_generated),
+    ResultColumn("num_prompt_tokens", INT64, lambda entry: entry.result.num_prompt_tokens, is_of_sample=False),
+    ResultColumn("num_generated_tokens", INT64, lambda completion: completion.num_tokens, is_present=_is_generated),
+    ResultColumn("error", ERROR, get_error, is_of_sample=False),
     ResultColumn(
-        "generated_token_ids",
-        _token_ids,
-        lambda completion: completion.token_ids,
-        is_present=lambda dataset_format: dataset_format.token_ids,
+        "generated_token_ids", TOKEN_IDS, get_token_ids, is_present=lambda dataset_format: dataset_format.token_ids
     ),
     ResultColumn(
         "reasoning",
-        _string,
-        lambda completion: _escape_if_any(completion.reasoning),
+        TEXT,
+        lambda completion: escape_if_any(completion.reasoning),
         is_present=lambda dataset_format: dataset_format.reasoning,
     ),
-    ResultColumn(
-        "tool_calls", _tool_calls, _get_tool_calls, is_present=lambda dataset_format: dataset_format.tool_calls
-    ),
+    ResultColumn("tool_calls", TOOL_CALLS, get_tool_calls, is_present=lambda dataset_format: dataset_format.tool_calls),
     ResultColumn(
         "parsed",
-        _string,
+        TEXT,
         lambda completion: completion.parsed,
         is_present=lambda dataset_format: dataset_format.parsed,
     ),
     ResultColumn(
         MESSAGES,
         get_messages_type,
-        _get_messages,
+        get_messages,
         is_of_sample=False,
         is_present=lambda dataset_format: dataset_format.messages is not None,
     ),
     ResultColumn(
         "parse_error",
-        _string,
-        lambda completion: _escape_if_any(completion.parse_error),
+        TEXT,
+        lambda completion: escape_if_any(completion.parse_error),
         is_present=lambda dataset_format: dataset_format.is_parsing,
     ),
+    _make_logprob_column("token_logprobs", LOGPROBS, get_sample_logprobs, "logprobs", "logprobs"),
+    _make_logprob_column("cumulative_logprob", FLOAT64, get_sample_logprobs, "total", "logprobs"),
+    _make_logprob_column("top_token_ids", SMALL_TOKEN_IDS, get_sample_logprobs, "top_token_ids", "top_logprobs"),
+    _make_logprob_column("top_logprobs", LOGPROBS, get_sample_logprobs, "top_logprobs", "top_logprobs"),
+    _make_logprob_column("completion_logprob", FLOAT64, get_scored_logprobs, "total", "is_scored"),
+    ResultColumn(
+        "completion_is_greedy",
+        BOOLEAN,
+        lambda entry: None if entry.result.scored is None else entry.result.scored.is_greedy,
+        is_of_sample=False,
+        is_present=lambda dataset_format: dataset_format.is_scored,
+    ),
+    _make_logprob_column("completion_token_ids", SMALL_TOKEN_IDS, get_scored_logprobs, "token_ids", "is_scored"),
+    _make_logprob_column("completion_token_logprobs", LOGPROBS, get_scored_logprobs, "logprobs", "is_scored"),
+    _make_logprob_column(
+        "completion_top_token_ids", SMALL_TOKEN_IDS, get_scored_logprobs, "top_token_ids", "prompt_top_logprobs"
+    ),
+    _make_logprob_column(
+        "completion_top_logprobs", LOGPROBS, get_scored_logprobs, "top_logprobs", "prompt_top_logprobs"
+    ),
+    _make_logprob_column("prompt_token_ids", SMALL_TOKEN_IDS, get_prompt_logprobs, "token_ids", "prompt_logprobs"),
+    _make_logprob_column("prompt_logprobs", LOGPROBS, get_prompt_logprobs, "logprobs", "prompt_logprobs"),
+    _make_logprob_column(
+        "prompt_top_token_ids", SMALL_TOKEN_IDS, get_prompt_logprobs, "top_token_ids", "prompt_top_logprobs"
+    ),
+    _make_logprob_column("prompt_top_logprobs", LOGPROBS, get_prompt_logprobs, "top_logprobs", "prompt_top_logprobs"),
 )

@@ -21,7 +21,14 @@ from dpgen.journal.files import atomic_write_text, publish_directory
 from dpgen.journal.reader import BATCH_ROWS, DamagedRecord, JournalIndex, JournalReader, index_journal
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.segment import RowsLost, repair_segment
-from dpgen.output.columns import DatasetFormat, Entry, build_result_arrays, build_result_schema, list_entries
+from dpgen.output.column_values import Entry
+from dpgen.output.columns import (
+    DatasetFormat,
+    build_result_arrays,
+    build_result_schema,
+    list_entries,
+    list_float_columns,
+)
 from dpgen.output.conversations import ConversationReader
 from dpgen.output.json_lines import JSONL_ENCODING, build_card_schema, iter_json_lines
 from dpgen.output.result_stats import ResultStats
@@ -206,9 +213,28 @@ class _FileSetWriter:
         path = self._directory / f"part-{len(self._paths):05d}.{self._format.file_format}"
         self._paths.append(path)
         if self._format.file_format == "parquet":
-            self._file = pq.ParquetWriter(path, self._schema, compression="zstd")
+            self._file = pq.ParquetWriter(path, self._schema, compression="zstd", **self._choose_encodings())
         else:
             self._file = path.open("w", encoding="utf-8")
+
+    def _choose_encodings(self) -> dict[str, Any]:
+        """Return how a Parquet file encodes columns of log-probabilities; nothing if there are none.
+
+        Such a number takes more than 4 bytes in a dictionary, and 3.2 where its bytes are split. Ids of tokens stay in
+        a dictionary, since few of them are different.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not (names := list_float_columns(self._format)):
+            return {}
+        sink = pa.BufferOutputStream()
+        pq.write_table(self._schema.empty_table(), sink)
+        schema = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+        paths = [schema.column(index).path for index in range(len(schema))]
+        split = [path for path in paths if path.startswith(tuple(f"{name}.list." for name in names))]
+        others = [path for path in paths if path not in split]
+        return {"use_dictionary": others, "use_byte_stream_split": split}
 
     def _write_part(self, part: pa.Table) -> None:
         if self._format.file_format == "parquet":

@@ -93,7 +93,8 @@ def _format_error_v1(error: RowError | None) -> str:
 
 
 def _encode_v2(result: RowResult) -> bytes:
-    return encode_result(result) + b"\n"  # a record is one line, so results can't run into each other
+    # A record is one line, which lists the bytes of arrays after it, so results can't run into each other.
+    return encode_result(result) + b"\n"
 
 
 # Version → what is hashed first, and the encoding of a result.

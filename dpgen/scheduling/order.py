@@ -65,7 +65,7 @@ class OrderConfig:
             config.work,
             config.prompt,
             config.sampling_columns.get("max_tokens"),
-            bool(config.engine.get("enable_prefix_caching", True)),
+            config.reads_prefix_cache,
             AdapterConfig.from_config(config),
         )
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dpgen.data.nested import drop_nulls
-from dpgen.data.prompts.render import RenderFn
+from dpgen.data.prompts.render import RenderedPrompt, RenderFn
 from dpgen.errors import RowRefused
 from dpgen.journal.row_notes import RENDERING, RowNote
 from dpgen.records import Request, RowError, RowResult, derive_row_seed, make_rejected_result
@@ -52,7 +52,7 @@ class RequestBuilder:
     """Build a row's request: its prompt, its adapter, and the sampling parameters that are its own.
 
     Attributes:
-        render: returns a row's (prompt token ids, None), or (None, prompt) where the engine has to tokenize.
+        render: returns a row's prompt.
         run_seed: every row's seed is derived from this one; None leaves sampling unseeded.
         sampling_columns: field of SamplingParams → column.
         sampling_by_rank: entries with fields of SamplingParams. Row i takes entry i modulo the number of entries. In
@@ -95,8 +95,8 @@ class RequestBuilder:
             if value is not None:  # a null keeps the value of the run or of the entry
                 sampling[name] = value
         adapter = self.adapters.choose(columns)
-        token_ids, prompt = self.note.run(RENDERING, row, self.render, columns)
-        return Request(row, token_ids, prompt, sampling, adapter)
+        rendered = RenderedPrompt(*self.note.run(RENDERING, row, self.render, columns))
+        return Request(row, rendered.token_ids, rendered.prompt, sampling, adapter, rendered.num_completion_tokens)
 
 
 def _drop_nulls(value: Any) -> Any:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from dpgen.config.schema import WorkConfig
+from dpgen.data.prompts.render import RenderedPrompt
 from dpgen.distributed.group import InMemoryStore
 from dpgen.scheduling.admission import AdmissionController
 from dpgen.scheduling.claims import Claim, ShardClaimer
@@ -235,8 +236,8 @@ class _SimulatedShard:
             yield row, {}
 
 
-def _render_nothing(columns: Mapping[str, Any]) -> tuple[list[int], None]:
-    return [], None
+def _render_nothing(columns: Mapping[str, Any]) -> RenderedPrompt:
+    return RenderedPrompt([])
 
 
 class _SimulatedRank:

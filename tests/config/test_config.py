@@ -122,6 +122,9 @@ WRONG = [
     ("sampling_by_rank=[{}, {seed: 1}]", r"sampling_by_rank\[1\].seed can't be set: .*run.seed"),
     ("sampling_by_rank=[{n: 2}]", r"sampling_by_rank\[0\].n can't be set: .*sampling.n"),
     ("sampling_by_rank=[{from_columns: {n: n}}]", r"\[0\].from_columns can't be set: sampling.from_columns"),
+    ("sampling.logprobs=-1", "sampling.logprobs=-1: must be how many .* not -1 for the whole vocabulary"),
+    ("sampling.prompt_logprobs=true", "sampling.prompt_logprobs=True: must be how many of the most likely tokens"),
+    ("sampling_by_rank=[{logprobs: many}]", r"sampling_by_rank\[0\].logprobs='many': must be how many"),
     ("work.claim_rows=0", "work.claim_rows=0: must be at least 1"),
     ("output.format=csv", "'parquet', 'jsonl'"),
     ("output.gather_bytes=10", "output.gather_bytes=10: must be at least 65536"),
@@ -260,6 +263,38 @@ def test_wrong_values_and_contradictions_are_reported_at_once(load: Callable[...
     ]
     for mistake, start in zip(mistakes, starts, strict=True):
         assert mistake.startswith(start)
+
+
+def test_log_probabilities_that_the_users_own_limit_forbids_are_refused_with_what_to_write(
+    load: Callable[..., schema.Config],
+) -> None:
+    with pytest.raises(ConfigError, match=r"engine.max_logprobs=10 allows fewer; .* set it to 30"):
+        load("sampling.logprobs=30", "engine.max_logprobs=10")
+    load("sampling.logprobs=30", "engine.max_logprobs=-1")
+    load("sampling.logprobs=30")
+
+
+def test_prompts_whose_log_probabilities_are_computed_are_not_ordered_for_the_prefix_cache(
+    load: Callable[..., schema.Config],
+) -> None:
+    assert load().reads_prefix_cache and load("sampling.logprobs=1").reads_prefix_cache
+    for override in ("engine.enable_prefix_caching=false", "sampling.prompt_logprobs=0", "data.completion_column=a"):
+        assert not load(override).reads_prefix_cache, "vLLM computes such prompts whole"
+
+
+def test_keys_that_scoring_would_ignore_are_refused(load: Callable[..., schema.Config]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load("data.completion_column=answer", "sampling={temperature: 1, n: 2}", "sampling_by_rank=[{logprobs: 1}]")
+    assert [line.partition(" has no effect: data.completion_column")[0] for line in raised.value.mistakes] == [
+        *("sampling.temperature", "sampling.n", "sampling_by_rank[0].logprobs")
+    ]
+    load("data.completion_column=answer", "sampling.prompt_logprobs=3")
+    output = "output={explode: true, parse: json, token_ids: true, reasoning: strip, format: jsonl}"
+    with pytest.raises(ConfigError) as raised:
+        load("data.completion_column=answer", output)
+    assert [line.partition(" has no effect: data.completion_column")[0] for line in raised.value.mistakes] == [
+        *("output.token_ids", "output.explode", "output.reasoning", "output.parse")
+    ]
 
 
 def test_wrong_values_are_reported_beside_unknown_and_missing_keys(

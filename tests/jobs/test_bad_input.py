@@ -46,7 +46,8 @@ def test_a_bad_row_gets_its_error_and_its_neighbours_their_text(
     rows = []
     for _, bad, _, _ in table:
         rows += [dict.fromkeys(fields) | GOOD[source], dict.fromkeys(fields) | bad]
-    prompt = {"prompt_column": None, source.partition(".")[2]: TEMPLATE if source == "data.template" else None}
+    prompt: dict[str, Any] = {"prompt_column": None, "columns": []}
+    prompt[source.partition(".")[2]] = TEMPLATE if source == "data.template" else None
     if source != "data.template":
         prompt[source.partition(".")[2]] = next(iter(GOOD[source]))
     sampling = sorted(fields - {"messages", "prompt", "ids", "kind", "text", "number", "meta", "list"})

@@ -17,7 +17,7 @@ def test_a_run_killed_while_it_parses_is_resumed_and_verifies(
     conf = write_config(
         [{"prompt": f"question {row}"} for row in range(60)],
         engine={"step_s": 0.01},
-        sampling={"max_tokens": 8, "n": 2},
+        sampling={"max_tokens": 8, "n": 2, "logprobs": 1},
         output={"parse": "json", "format": "jsonl"},
     )
     job = launcher.dpgen("run", conf)
@@ -32,6 +32,7 @@ def test_a_run_killed_while_it_parses_is_resumed_and_verifies(
         assert row["parsed"] == [None, None]
         assert all(error.startswith("no JSON: ") for error in row["parse_error"]), "the fake engine writes no JSON"
         assert all(row["generated_text"]), "the text stays"
+        assert [len(values) for values in row["token_logprobs"]] == [8, 8], "what parsers do not need is kept"
     verified = launcher.dpgen("verify", str(tmp_path / "run"))
     assert verified.wait() == 0, verified.output
     other = launcher.dpgen("run", conf, "output.parse=text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,16 @@ def test_a_column_that_is_needed_and_unreadable_is_refused_with_the_way_out(fold
 @pytest.mark.parametrize("columns", [[], ["prompt"]])
 def test_a_column_that_nobody_needs_is_left_out(folder: Path, columns: list[str]) -> None:
     check_columns(*open_rows(folder, columns=columns))
+
+
+def test_a_completion_column_that_is_not_there_is_refused_with_the_nearest_one(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.completion_column: 'promt' is no column .* did you mean 'prompt'"):
+        check_columns(*open_rows(folder, columns=[], completion_column="promt"))
+
+
+def test_an_input_column_with_the_name_of_a_column_of_log_probabilities_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a"], "top_logprobs": [1]}), tmp_path / "rows.parquet")
+    config, rows = open_rows(tmp_path)
+    check_columns(config, rows)
+    with pytest.raises(ConfigError, match="'top_logprobs' has the name of a result column"):
+        check_columns(dataclasses.replace(config, sampling={"logprobs": 1}), rows)

@@ -26,7 +26,7 @@ ORDER = (
     ("config",),
     ("workers",),
     ("lifecycle",),
-    ("records", "errors", "formatting", "log", "imports", "__init__"),
+    ("records", "logprobs", "errors", "formatting", "log", "imports", "__init__"),
 )
 FLOORS = {name: len(ORDER) - depth for depth, names in enumerate(ORDER) for name in names}
 

@@ -12,12 +12,16 @@
   `vllm/renderers/base.py` (_tokenize_prompt), `vllm/renderers/hf.py` (safe_apply_chat_template).
 - Limits: text only, decoder-only models. Where `is_supported_by_transformers` is false, only vLLM knows the tokenizer,
   and `dpgen.engine.vllm.vllm_render` renders. A chat template that writes today's date gives other tokens tomorrow.
+- A given completion (`data.completion_column`) is tokenized together with its prompt's text, so that its first token is
+  the one that the model knows there. Where the text on both sides of the border would become one token, it is
+  tokenized alone. Either way the prompt keeps the tokens that it has without a completion. After
+  a prompt of token ids it is tokenized alone, too, and after a prefill it continues the assistant's answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.prompts.chat import ChatPrompt, merge_developer_role, to_conversation, validate_messages
@@ -28,8 +32,24 @@ from dpgen.data.prompts.token_ids import count_token_ids, to_text, validate_toke
 from dpgen.errors import RowRefused
 from dpgen.formatting import describe_type
 
-RenderFn = Callable[[Mapping[str, Any]], tuple[list[int] | None, Any]]
 Prompt = str | list[int] | ChatPrompt
+
+
+class RenderedPrompt(NamedTuple):
+    """Hold a row's prompt.
+
+    Attributes:
+        token_ids: the prompt's tokens, and those of a given completion after them; None where the engine tokenizes.
+        prompt: the text or the chat messages if `token_ids` is None.
+        num_completion_tokens: how many tokens at the end are the given completion; 0 if there is none.
+    """
+
+    token_ids: list[int] | None
+    prompt: Any = None
+    num_completion_tokens: int = 0
+
+
+RenderFn = Callable[[Mapping[str, Any]], RenderedPrompt]
 
 
 class PromptRenderer:
@@ -89,6 +109,27 @@ class PromptRenderer:
             return self._tokenize(prompt, add_special_tokens=True)
         return self._tokenize(self._apply_chat_template(prompt), add_special_tokens=False)
 
+    def render(self, row: Mapping[str, Any]) -> RenderedPrompt:
+        """Return the row's prompt as token ids, and its given completion if there is one.
+
+        Raises:
+            RowRefused: as `tokenize_row`, and `empty_completion`.
+        """
+        if self._config.completion_column is None:
+            return RenderedPrompt(self.tokenize_row(row))
+        completion = get_completion(row, self._config.completion_column)
+        prompt = self.build_prompt(row)
+        if isinstance(prompt, list):
+            prompt_ids = both = prompt
+        else:
+            is_text = isinstance(prompt, str)
+            text = prompt if isinstance(prompt, str) else self._apply_chat_template(prompt)
+            prompt_ids = self._tokenize(text, add_special_tokens=is_text)
+            both = self._tokenize(text + completion, add_special_tokens=is_text)
+        if len(both) <= len(prompt_ids) or both[: len(prompt_ids)] != prompt_ids:
+            both = prompt_ids + self._tokenize(completion, add_special_tokens=False)
+        return RenderedPrompt(both, num_completion_tokens=len(both) - len(prompt_ids))
+
     def _build_text(self, row: Mapping[str, Any]) -> str:
         if self._template is not None:
             try:
@@ -137,21 +178,38 @@ class PromptRenderer:
         return list(ids)
 
 
+def get_completion(row: Mapping[str, Any], column: str) -> str:
+    """Return the text of `data.completion_column`.
+
+    Raises:
+        RowRefused: `wrong_type`, `empty_completion`, `invalid_text`.
+    """
+    text = row.get(column)
+    if not isinstance(text, str):
+        raise RowRefused("wrong_type", f"{column} is {describe_type(text)}, not a string")
+    if not text:
+        raise RowRefused("empty_completion", f"{column} is empty, so there is nothing to score")
+    _reject_surrogates(text)
+    return text
+
+
 def make_prompt_text_fn(config: PromptConfig) -> Callable[[Mapping[str, Any]], str]:
     """Return a function from a row to its prompt as one text, without the model's chat template.
 
-    The text serves to compare and measure prompts. The function raises as `PromptRenderer.build_prompt` does.
+    The text serves to compare and measure prompts. A given completion is a part of it, since it takes time as a prompt
+    does. The function raises as `PromptRenderer.render` does.
     """
     renderer = PromptRenderer(config, None)
 
     def make_text(row: Mapping[str, Any]) -> str:
         prompt = renderer.build_prompt(row)
+        completion = "" if config.completion_column is None else get_completion(row, config.completion_column)
         if isinstance(prompt, list):
-            return to_text(prompt)
+            return to_text(prompt) + completion
         if isinstance(prompt, str):
-            return prompt
+            return prompt + completion
         messages = "\n".join(f"{message['role']}\n{message['content']}" for message in prompt["messages"])
-        return f"{describe_own_kwargs(config, prompt)}{messages}"
+        return f"{describe_own_kwargs(config, prompt)}{messages}{completion}"
 
     return make_text
 

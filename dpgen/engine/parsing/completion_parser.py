@@ -84,7 +84,9 @@ class CompletionParser:
     def submit(self, result: RowResult) -> None:
         """Add a row; `poll` returns it, parsed."""
         self._results[result.row] = result
-        self._pool.submit(result.row, ParseTask(result.row, result.completions, self._tools.find(result.row)))
+        # Parsers need no log-probabilities: their arrays stay here.
+        completions = tuple(dataclasses.replace(completion, logprobs=None) for completion in result.completions)
+        self._pool.submit(result.row, ParseTask(result.row, completions, self._tools.find(result.row)))
 
     def poll(self) -> list[RowResult]:
         """Return the rows that have been parsed since the last call."""
@@ -93,7 +95,11 @@ class CompletionParser:
             assert isinstance(answer.key, int)
             result = self._results.pop(answer.key)
             if answer.failure is None:
-                completions: tuple[Completion, ...] = answer.value
+                answered: tuple[Completion, ...] = answer.value
+                completions = tuple(
+                    dataclasses.replace(completion, logprobs=before.logprobs)
+                    for completion, before in zip(answered, result.completions, strict=True)
+                )
             else:  # the text stays
                 completions = tuple(
                     dataclasses.replace(completion, parse_error=answer.failure) for completion in result.completions

@@ -35,11 +35,14 @@ from dpgen.data.hub import explain_hub_error
 from dpgen.data.prompts.token_ids import reject_unknown_ids
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.engine.vllm.adapters import VllmAdapters
+from dpgen.engine.vllm.results import RunningRow, read_result
 from dpgen.errors import ConfigError, RowRefused
-from dpgen.records import Completion, Request, RowError, RowResult, UndecodedRow
+from dpgen.records import Request, RowResult, UndecodedRow
 
 # Fields of SamplingParams that belong to dpgen: how results come back, and vLLM's own bookkeeping.
-_RESERVED_SAMPLING_FIELDS = {"output_kind", "skip_clone", "output_text_buffer_length", "stream_interval"}
+_RESERVED_SAMPLING_FIELDS = {
+    *("output_kind", "skip_clone", "output_text_buffer_length", "stream_interval", "flat_logprobs"),
+}
 
 
 class VllmBackend:
@@ -55,7 +58,7 @@ class VllmBackend:
         self._render: Callable[[Any], list[int]] | None = None
         self._num_ids: int | None = None  # of the vocabulary; None where the rank knows it
         self._skip_detokenize = False
-        self._undecoded: dict[int, SamplingParams] = {}  # rows whose text the rank makes
+        self._rows: dict[int, RunningRow] = {}
         self._num_finished_tokens = self._num_cached_tokens = 0
         self._num_finished_prompt_tokens = 0
         self._preemptions: dict[str, int] = {}  # preemptions of each running sequence that was preempted
@@ -120,14 +123,22 @@ class VllmBackend:
         params.skip_clone = True  # no other row shares them, and a copy takes longer than all else here
         # Only stop strings need the text before the row's end. Only vLLM can leave out spaces between special tokens.
         has_plain_spacing = params.skip_special_tokens or params.spaces_between_special_tokens
-        if self._skip_detokenize and params.detokenize and not params.stop and has_plain_spacing:
-            params.detokenize = False
-            self._undecoded[request.row] = params
+        is_scored = request.num_completion_tokens > 0
+        is_decoded_by_rank = self._skip_detokenize and params.detokenize and not params.stop and has_plain_spacing
+        params.detokenize = params.detokenize and not (is_decoded_by_rank or is_scored)
+        params.flat_logprobs = True  # no object for each log-probability
+        self._rows[request.row] = RunningRow(
+            params,
+            is_decoded_by_rank,
+            request.num_completion_tokens,
+            keeps_token_ids=self._spec.token_ids,
+            keeps_prompt=not is_scored or self._sampling.get("prompt_logprobs") is not None,
+        )
         try:
             adapter = self._adapters.get_request(request.adapter)
             self._engine.add_request(str(request.row), tokens_input(token_ids), params, lora_request=adapter)
         except Exception as error:  # noqa: BLE001 - foreign code over a row's own values: one bad row costs one row
-            self._undecoded.pop(request.row, None)
+            del self._rows[request.row]
             self._engine.abort_request([str(request.row)])  # vLLM may have added a part of it
             error_type = _classify_rejection(error, len(token_ids), self._max_model_len)
             raise RowRefused(error_type, _summarize_error(error)) from None
@@ -215,6 +226,8 @@ class VllmBackend:
             options["data_parallel_size"] = self._spec.world.num_groups
         options.setdefault("disable_log_stats", True)
         options.setdefault("use_tqdm_on_load", False)  # in a log file a progress bar is one long line
+        if self._spec.max_logprobs > EngineArgs.max_logprobs:
+            options.setdefault("max_logprobs", self._spec.max_logprobs)
         args = EngineArgs(
             model=self._spec.model,
             tensor_parallel_size=self._spec.tensor_parallel_size,
@@ -230,7 +243,7 @@ class VllmBackend:
         self._sampling = self._build_default_sampling()
         for section, entry in self._spec.iter_sampling_sections():
             try:
-                self._params.validate_python({**self._sampling, **entry})
+                self._check_logprobs(self._params.validate_python({**self._sampling, **entry}))
             except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
                 yield f"vLLM rejects a {section}.* key: {_summarize_error(error)}"
                 if section == "sampling":
@@ -242,40 +255,36 @@ class VllmBackend:
         return {"max_tokens": None, **of_model, **self._spec.sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
 
     def _build_params(self, request: Request) -> SamplingParams:
+        fields = {**self._sampling, **request.sampling}
+        if request.num_completion_tokens:  # vLLM has to generate one token; it is dropped
+            fields |= {"max_tokens": 1, "temperature": 0, "prompt_logprobs": fields.get("prompt_logprobs") or 0}
         try:
-            params = self._params.validate_python({**self._sampling, **request.sampling})
+            params = self._params.validate_python(fields)
+            assert isinstance(params, SamplingParams)
+            self._check_logprobs(params)
         except Exception as error:  # noqa: BLE001 - as in `add_request`
             raise RowRefused("bad_sampling", _summarize_error(error)) from None
-        assert isinstance(params, SamplingParams)
         return params
 
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        """Raise ValueError for a number of log-probabilities that dpgen can't keep, or that vLLM does not compute."""
+        model = None if self._config is None else self._config.model_config
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            if count is not None and count < 0:
+                raise ValueError(f"{name}={count}: must be at least 0; dpgen keeps the same number for each token")
+            if count is None or model is None:
+                continue
+            if count > model.get_vocab_size():
+                raise ValueError(f"{name}={count}: the model has only {model.get_vocab_size()} tokens")
+            if 0 <= model.max_logprobs < count:
+                raise ValueError(f"{name}={count}: more than engine.max_logprobs={model.max_logprobs}; set that higher")
+
     def _to_result(self, output: RequestOutput) -> RowResult | UndecodedRow:
-        row = int(output.request_id)
-        num_prompt_tokens = len(output.prompt_token_ids or ())
         self._num_cached_tokens += output.num_cached_tokens or 0
-        self._num_finished_prompt_tokens += num_prompt_tokens * max(1, len(output.outputs))
-        samples = sorted(output.outputs, key=lambda sample: sample.index)
-        self._num_finished_tokens += sum(len(sample.token_ids) for sample in samples)
-        undecoded = self._undecoded.pop(row, None)
-        if any(sample.finish_reason in ("error", "abort") for sample in samples):
-            error = RowError("engine_refused", "vLLM aborted the row while it ran")
-            return RowResult(row, num_prompt_tokens, error=error)
-        completions = tuple(
-            Completion(
-                sample.text,
-                sample.finish_reason,
-                len(sample.token_ids),
-                list(sample.token_ids) if self._spec.token_ids else None,
-            )
-            for sample in samples
-        )
-        result = RowResult(row, num_prompt_tokens, completions)
-        if undecoded is None:
-            return result
-        # A stop token (these rows have no stop strings) is no part of the text.
-        keep_stop = undecoded.include_stop_str_in_output
-        ids = [list(s.token_ids[:-1] if s.finish_reason == "stop" and not keep_stop else s.token_ids) for s in samples]
-        return UndecodedRow(result, tuple(ids), undecoded.skip_special_tokens)
+        self._num_finished_prompt_tokens += len(output.prompt_token_ids or ()) * max(1, len(output.outputs))
+        self._num_finished_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+        return read_result(output, self._rows.pop(int(output.request_id)))
 
 
 class _SyncKvMixin:

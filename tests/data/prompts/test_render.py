@@ -20,7 +20,7 @@ from dpgen.data.prompts.chat import merge_developer_role, to_conversation, valid
 from dpgen.data.prompts.chat_template import check_chat_without_tokenizer, load_chat_template
 from dpgen.data.prompts.columns import check_prompt_columns
 from dpgen.data.prompts.content_format import detect_content_format
-from dpgen.data.prompts.render import PromptRenderer
+from dpgen.data.prompts.render import PromptRenderer, make_prompt_text_fn
 from dpgen.data.tokenizer import (
     TokenizerConfig,
     find_reason_to_tokenize_in_engine,
@@ -334,6 +334,79 @@ def test_special_tokens_are_added_to_texts_and_not_to_chats(tokenizers: dict[str
     assert chat.count(1) == 1
     letters = tokenizers["parts"]
     assert PromptRenderer(PromptConfig(prompt_column="p"), letters).tokenize_row({"p": "ab"}) == [1, 68, 69, 2]
+
+
+def test_a_given_completion_is_tokenized_together_with_its_prompt(tokenizers: dict[str, Any]) -> None:
+    bos = tokenizers["bos"]
+    renderer = PromptRenderer(PromptConfig(prompt_column="p", completion_column="c"), bos)
+    rendered = renderer.render({"p": "hello", "c": " world"})
+    assert rendered.token_ids == bos("hello world")["input_ids"]
+    num_prompt_tokens = len(bos("hello")["input_ids"])
+    assert rendered.num_completion_tokens == len(rendered.token_ids) - num_prompt_tokens > 0
+
+
+def test_a_prompt_keeps_its_tokens_where_those_at_the_border_would_merge(tokenizers: dict[str, Any]) -> None:
+    bos = tokenizers["bos"]
+    assert bos("hello")["input_ids"][: len(bos("hel")["input_ids"])] != bos("hel")["input_ids"], "they merge here"
+    renderer = PromptRenderer(PromptConfig(prompt_column="p", completion_column="c"), bos)
+    rendered = renderer.render({"p": "hel", "c": "lo"})
+    completion = bos("lo", add_special_tokens=False)["input_ids"]
+    assert rendered == (bos("hel")["input_ids"] + completion, None, len(completion))
+    letters = PromptRenderer(PromptConfig(prompt_column="p", completion_column="c"), tokenizers["parts"])
+    assert letters.render({"p": "a", "c": "b"}) == ([1, 68, 2, 69], None, 1), "this tokenizer ends a prompt by a token"
+
+
+def test_a_given_completion_follows_a_chats_opening_of_the_answer_without_special_tokens(
+    tokenizers: dict[str, Any],
+) -> None:
+    bos = tokenizers["bos"]
+    renderer = PromptRenderer(PromptConfig(messages_column="m", completion_column="c"), bos)
+    rendered = renderer.render({"m": HELLO, "c": " world"})
+    assert rendered.token_ids == bos.encode("<s>[INST] hello [/INST] world", add_special_tokens=False)
+    assert bos.decode(rendered.token_ids[-rendered.num_completion_tokens :]) == " world"
+
+
+def test_a_given_completion_continues_a_prefill_and_follows_a_prompt_of_token_ids(tokenizers: dict[str, Any]) -> None:
+    bos = tokenizers["bos"]
+    keys = {"messages_column": "m", "prefill_column": "b", "completion_column": "c"}
+    rendered = PromptRenderer(PromptConfig(**keys), bos).render({"m": HELLO, "b": "the quick", "c": " world"})
+    assert bos.decode(rendered.token_ids).endswith("[/INST]the quick world"), "the prefill is a part of the prompt"
+    assert bos.decode(rendered.token_ids[-rendered.num_completion_tokens :]) == " world"
+    by_ids = PromptConfig(token_ids_column="ids", completion_column="c")
+    completion = bos("lo", add_special_tokens=False)["input_ids"]
+    assert PromptRenderer(by_ids, bos).render({"ids": [1, 5], "c": "lo"}) == (
+        [1, 5, *completion],
+        None,
+        len(completion),
+    )
+    make_text = make_prompt_text_fn(by_ids)
+    assert make_text({"ids": [1, 5], "c": "a"}) != make_text({"ids": [1, 5], "c": "b"})
+
+
+@pytest.mark.parametrize(
+    ("completion", "error_type"),
+    [
+        ("", "empty_completion"),
+        (None, "wrong_type"),
+        (3, "wrong_type"),
+        (["a"], "wrong_type"),
+        ("\ud83d", "invalid_text"),
+    ],
+)
+def test_a_bad_completion_is_rejected_with_its_type(
+    tokenizers: dict[str, Any], completion: Any, error_type: str
+) -> None:
+    renderer = PromptRenderer(PromptConfig(prompt_column="p", completion_column="c"), tokenizers["bos"])
+    with pytest.raises(RowRefused) as raised:
+        renderer.render({"p": "hello", "c": completion})
+    assert raised.value.type == error_type
+
+
+def test_rows_that_differ_only_in_their_completion_are_no_samples_of_one_prompt() -> None:
+    make_text = make_prompt_text_fn(PromptConfig(prompt_column="p", completion_column="c"))
+    assert make_text({"p": "hello", "c": " world"}) == "hello world"
+    with pytest.raises(RowRefused):
+        make_text({"p": "hello", "c": None})
 
 
 def test_a_template_reads_the_columns_of_a_row(tokenizers: dict[str, Any]) -> None:
