@@ -158,6 +158,9 @@ class FakeBackend:
             max_tokens = 1 + digest.digest()[0] % 32
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise RowRefused("bad_sampling", f"max_tokens={max_tokens!r}: must be at least 1")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := sampling.get(name)) is not None and (not isinstance(count, int) or count < 0):
+                raise RowRefused("bad_sampling", f"{name}={count!r}: must be at least 0")
         max_tokens = min(max_tokens, self._options.max_model_len - num_prompt_tokens)
         if request.num_completion_tokens:
             max_tokens = 1

@@ -9,7 +9,7 @@ import pytest
 
 from dpgen.engine.fake_backend import FakeBackend
 from dpgen.engine.messages import EngineSpec, EngineTextConfig
-from dpgen.errors import ConfigError
+from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Request
 
 
@@ -67,3 +67,11 @@ def test_all_wrong_options_of_an_engine_are_reported_at_once() -> None:
         "unknown key 'sampling.best_of': vLLM has removed it",
         "engine.max_num_seqs=0: must be a whole number of at least 1",
     ]
+
+
+def test_a_bad_number_of_log_probabilities_costs_its_row_and_not_the_engine() -> None:
+    backend = load_backend()
+    for count in (-1, "many"):
+        with pytest.raises(RowRefused, match="logprobs="):
+            backend.add_request(Request(1, [1, 2], sampling={"max_tokens": 2, "logprobs": count}))
+    assert not backend.has_unfinished_requests()
