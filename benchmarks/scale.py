@@ -28,6 +28,7 @@ from typing import Any
 from measure import REPO, make_parser, run_benchmark
 
 _LARGE, _LARGEST = 1000, 4096  # ranks of the budgets
+_MIN_RANKS_OF_LAW = 32  # of the largest real group: with fewer, how long ranks waited decides
 _RESULT_ROWS = 100_000_000
 
 

@@ -139,7 +139,7 @@ def test_bad_engine_options_are_rejected_before_a_model_loads(
         "sampling_by_rank=[{top_p: high}, {min_p: low}]",
     ]
     all_words = [*(words for _, words, _ in BAD_ENGINE_CONFIGS), several]
-    commands = [[conf, *(word.replace("@", f"{tmp_path}/") for word in words)] for words in all_words]
+    commands = [[conf, *(word.replace("{folder}", str(tmp_path)) for word in words)] for words in all_words]
     *problems, all_at_once = run_each_command(launcher, EACH_CHECKED, commands)
     headline, *lines = all_at_once.splitlines()
     assert headline == "4 mistakes in the configuration:" and len(lines) == 4
