@@ -151,14 +151,17 @@ def test_rank_0_that_leaves_while_others_join_ends_them_at_once() -> None:
 
 
 def test_a_rank_that_leaves_without_a_store_ends_all_the_same() -> None:
-    departure = Departure()
-    departure.announce("before it has a store")
+    departure, num_tries = Departure(), 0
 
     def fail() -> SharedStore:
+        nonlocal num_tries
+        num_tries += 1
         raise RuntimeError("Connection refused")
 
+    departure.announce("before it has a store")
     departure.prepare(fail, 1, 1)
     departure.announce("once the store is gone")
+    assert num_tries == 1
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "inf", "nan"])
