@@ -29,6 +29,10 @@ _CLOSE_TIMEOUT_S = 5.0
 _PIPE_TIMEOUT_S = 10
 
 
+class WorkerRefused(DpgenError):
+    """Report that a worker rejected its arguments. Another one would, too."""
+
+
 @dataclass(frozen=True)
 class WorkerSpec:
     """Describe a pool's workers.
@@ -93,7 +97,8 @@ class WorkerPool:
             on_wait: called again and again meanwhile.
 
         Raises:
-            DpgenError: a worker can't start.
+            WorkerRefused: a worker rejected its arguments.
+            DpgenError: workers died, or took too long, one after the other.
         """
         while not all(worker.is_ready for worker in self._workers):
             on_wait()
@@ -155,7 +160,7 @@ class WorkerPool:
     def _handle_message(self, worker: _Worker, succeeded: bool, value: Any) -> None:
         if not worker.is_ready:
             if not succeeded:
-                raise DpgenError(f"{self._spec.name} can't start: {value}")
+                raise WorkerRefused(f"{self._spec.name} can't start: {value}")
             worker.is_ready, self._info, self._num_start_deaths = True, value, 0
             return
         self._answers.append(Answer(worker.key, value) if succeeded else Answer(worker.key, failure=value))

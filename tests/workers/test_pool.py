@@ -13,7 +13,7 @@ import pytest
 from helpers.jobs import wait_for
 
 from dpgen.errors import DpgenError
-from dpgen.workers.pool import Answer, WorkerPool, WorkerSpec
+from dpgen.workers.pool import Answer, WorkerPool, WorkerRefused, WorkerSpec
 
 MakePool = Callable[..., WorkerPool]
 
@@ -105,17 +105,19 @@ def test_a_task_that_takes_too_long_is_given_up(make_pool: MakePool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("argument", "kind", "message"),
     [
-        ("refuse", "the helper can't start: ValueError: no such parser"),
-        ("die", "the helper process died (exit status 3) while it was starting, 3 times in a row"),
+        ("refuse", WorkerRefused, "the helper can't start: ValueError: no such parser"),
+        ("die", DpgenError, "the helper process died (exit status 3) while it was starting, 3 times in a row"),
     ],
 )
-def test_a_worker_that_can_not_start_ends_the_wait(make_pool: MakePool, argument: str, message: str) -> None:
+def test_a_worker_that_can_not_start_ends_the_wait(
+    make_pool: MakePool, argument: str, kind: type[DpgenError], message: str
+) -> None:
     pool = make_pool(argument)
     with pytest.raises(DpgenError) as raised:
         wait_ready(pool)
-    assert str(raised.value) == message
+    assert (type(raised.value), str(raised.value)) == (kind, message), "what kills workers is no wrong configuration"
 
 
 def test_workers_end_with_their_pool(make_pool: MakePool) -> None:

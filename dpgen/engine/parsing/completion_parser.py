@@ -17,12 +17,11 @@ from dpgen.data.prompts.chat_prompt import ChatPromptBuilder
 from dpgen.data.tokenizer import TokenizerConfig
 from dpgen.engine.parsing.vllm_parsers import ParserInfo, ParserSpec, ParseTask
 from dpgen.engine.process import select_own_environment
-from dpgen.errors import ConfigError, DpgenError
+from dpgen.errors import ConfigError
 from dpgen.records import Completion, RowResult
-from dpgen.workers.pool import WorkerPool, WorkerSpec
+from dpgen.workers.pool import WorkerPool, WorkerRefused, WorkerSpec
 
 _TIMEOUT_S = 60.0
-
 
 Tools = list[dict[str, Any]]
 
@@ -73,10 +72,11 @@ class CompletionParser:
 
         Raises:
             ConfigError: there is no such parser, or it doesn't fit the model.
+            DpgenError: the workers died.
         """
         try:
             info = self._pool.wait_until_ready(on_wait)
-        except DpgenError as error:
+        except WorkerRefused as error:
             raise ConfigError(str(error)) from None
         assert isinstance(info, ParserInfo)
         return info

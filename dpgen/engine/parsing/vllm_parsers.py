@@ -145,11 +145,10 @@ class _VllmParser:
                 raise ValueError(f"{kind}={name} can't be used with this model: {_describe(error)}") from error
         try:
             self.parse(Completion("text", "stop", 1), "", None)
-        except NotImplementedError as error:
-            names = " and ".join(name for name in (reasoning_parser, spec.tool_parser) if name is not None)
-            raise ValueError(f"vLLM's parser {names} reads only the streams of vLLM's server") from error
-        except Exception:  # noqa: BLE001 - rows meet this again, and report it
-            pass
+        except Exception as error:  # rows meet any other error again, and report it
+            if isinstance(error, NotImplementedError):
+                names = " and ".join(name for name in (reasoning_parser, spec.tool_parser) if name is not None)
+                raise ValueError(f"vLLM's parser {names} reads only the streams of vLLM's server") from error
 
     def find_info(self) -> ParserInfo:
         """Return what the parsers ask of the engine, as vLLM's server does for a request with tools."""
