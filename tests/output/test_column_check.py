@@ -39,7 +39,9 @@ def test_a_column_that_is_needed_and_unreadable_is_refused_with_the_way_out(fold
 
 @pytest.mark.parametrize("columns", [[], ["prompt"]])
 def test_a_column_that_nobody_needs_is_left_out(folder: Path, columns: list[str]) -> None:
-    check_columns(*open_rows(folder, columns=columns))
+    config, rows = open_rows(folder, columns=columns)
+    check_columns(config, rows)
+    assert rows.unreadable, "there is a column that can't be read"
 
 
 def test_a_completion_column_that_is_not_there_is_refused_with_the_nearest_one(folder: Path) -> None:
