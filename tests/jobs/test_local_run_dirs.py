@@ -37,8 +37,9 @@ def test_rank_0_gathers_all_rows_if_the_run_directory_is_not_shared(
     assert [row["row_id"] for row in results] == list(range(3000))
     run = read_run_json(tmp_path / "node0" / "run")
     assert [manifest["sees_rank_0"] for manifest in run["manifests"]] == [True, False, False]
-    max_bytes = max(manifest["num_bytes"] for manifest in run["manifests"][1:])
-    assert run["gather_rounds"] == -(-max_bytes // ((1 << 16) // 3)), "output.gather_bytes bounds each round"
+    sent_bytes = [manifest["num_bytes"] for manifest in run["manifests"][1:]]
+    assert run["gather_rounds"] * (1 << 16) >= sum(sent_bytes), "output.gather_bytes bounds each round"
+    assert run["gather_rounds"] <= -(-max(sent_bytes) // ((1 << 16) // 3)), "no round is sent nearly empty"
     assert not (tmp_path / "node1" / "run" / "_SUCCESS").exists()
 
 
