@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.schema import OutputConfig, WorkConfig
+from dpgen.config.sections import OutputConfig, WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.distributed.group import SingleRankGroup
 from dpgen.journal.reader import BATCH_ROWS, list_segments

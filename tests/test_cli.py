@@ -14,7 +14,7 @@ import pytest
 from helpers.jobs import REPO, Launcher, WriteConfig, make_numbered_rows
 
 from dpgen.cli import COMMANDS, build_parser, main
-from dpgen.config import options, schema
+from dpgen.config import options, sections
 
 HEAVY = {"torch", "datasets", "vllm", "transformers", "numpy", "omegaconf", "yaml", "rich", "pyarrow", "shtab"}
 # A bare interpreter has about 60; argparse, json, logging and dpgen's own modules make about 150 with it.
@@ -79,7 +79,7 @@ def test_help_of_run_has_every_key_with_its_default_and_meaning(capsys: pytest.C
     assert main(["run", "--help"]) == 0
     output = capsys.readouterr().out
     for name, default, help in options.legal_keys():
-        shown = "required" if default == schema.MISSING else json.dumps(default)
+        shown = "required" if default == sections.MISSING else json.dumps(default)
         [entry] = re.findall(rf"^  {re.escape(name)}  \((.*)\)\n((?:      .*\n)+)", output, re.MULTILINE)
         assert entry[0] == shown
         assert " ".join(entry[1].split()) == help

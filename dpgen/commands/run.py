@@ -136,7 +136,7 @@ def main(options: argparse.Namespace) -> int:
 def format_config_help() -> str:
     """Return every configuration key with its default and meaning, one section after the other."""
     from dpgen.config.options import legal_keys
-    from dpgen.config.schema import MISSING
+    from dpgen.config.sections import MISSING
 
     lines = []
     section = ""

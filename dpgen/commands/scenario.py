@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpgen.config.schema import Config, WorkConfig
+from dpgen.config.schema import Config
+from dpgen.config.sections import WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError, suggest_name
 from dpgen.log import setup_logging

@@ -15,7 +15,7 @@ from dpgen.errors import ERROR_TYPES, ConfigError, suggest_name
 from dpgen.lifecycle.shutdown import parse_time_limit
 
 if TYPE_CHECKING:
-    from dpgen.config.schema import DataConfig, OutputConfig, RunConfig
+    from dpgen.config.sections import DataConfig, OutputConfig, RunConfig
 
 # Fields of SamplingParams whose log-probabilities are in the result.
 LOGPROB_FIELDS = ("logprobs", "logprob_token_ids", "prompt_logprobs")

@@ -18,13 +18,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpgen.config.options import describe_option, find_type, is_text, is_utf8, legal_keys
-from dpgen.config.schema import MISSING, Config, find_wrong_values
+from dpgen.config.schema import Config, find_wrong_values
+from dpgen.config.sections import MISSING
 from dpgen.config.text_files import FILE_KEYS, read_text_files
 from dpgen.config.vllm_fields import describe_home_of_field
 from dpgen.errors import ConfigError, find_nearest_name, suggest_name
 
 if TYPE_CHECKING:
-    from dpgen.config.yaml_source import KeyPath, YamlSource
+    from dpgen.config.yaml.yaml_source import KeyPath, YamlSource
 
 # Texts in which `${` is never OmegaConf's: ``Price: ${{ price }}``.
 _PROMPT_TEXTS = ("data.template", "data.system_prompt", "data.chat_template", "data.tools")
@@ -59,7 +60,7 @@ def load(files: Sequence[str], overrides: Sequence[str]) -> Config:
         ConfigError: files that aren't there or aren't YAML, unknown keys (each with the nearest legal one), wrong
             types, missing required keys, values outside their limits; all of them at once.
     """
-    from dpgen.config.yaml_source import read_file
+    from dpgen.config.yaml.yaml_source import read_file
 
     merger = _LayerMerger()
     for path in files:
@@ -90,7 +91,7 @@ class _LayerMerger:
             name: a file's path, or ``key=value``.
             read: reads it.
         """
-        from dpgen.config.misread_texts import find_misread_texts
+        from dpgen.config.yaml.misread_texts import find_misread_texts
 
         try:
             source = read(name)
@@ -224,7 +225,7 @@ def _is_interpolation(value: Any) -> bool:
 
 
 def _find_problem(path: tuple[str, ...], value: Any, legal: Collection[str]) -> str | None:
-    from dpgen.config.misread_texts import iter_texts
+    from dpgen.config.yaml.misread_texts import iter_texts
 
     key = ".".join(path)
     is_no_mapping = not isinstance(value, Mapping) and not _is_interpolation(value)
@@ -301,7 +302,7 @@ def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_override(argument: str) -> YamlSource:
-    from dpgen.config.yaml_source import read_argument, take_as_it_stands
+    from dpgen.config.yaml.yaml_source import read_argument, take_as_it_stands
 
     key, equals, text = argument.partition("=")
     if not equals or not _KEY.fullmatch(key):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpgen.config.checks import parse_range
-from dpgen.config.schema import DataConfig
+from dpgen.config.sections import DataConfig
 from dpgen.data.input_source import InputSource
 from dpgen.data.reading.cache import compute_files_key, describe_error, read_files
 from dpgen.data.reading.dataset_folder import has_configurations, is_read_alike, load_files_with_rows

@@ -19,8 +19,9 @@ from typing import Any
 
 import dpgen
 from dpgen.config.environment import read_versions, select_result_variables
-from dpgen.config.schema import Config, DataConfig
+from dpgen.config.schema import Config
 from dpgen.config.secrets import redact_secrets
+from dpgen.config.sections import DataConfig
 from dpgen.data.input_rows import InputRows, load_input
 from dpgen.data.model_identity import hash_chat_template, identify_adapters, identify_model
 from dpgen.data.reading.files import check_run_dir_apart

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from dpgen.config.schema import ParallelConfig
+from dpgen.config.sections import ParallelConfig
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.network import LOOPBACK, find_local_address_to
 from dpgen.distributed.topology import Topology

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpgen.config.schema import Config, ParallelConfig
+from dpgen.config.schema import Config
+from dpgen.config.sections import ParallelConfig
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
 from dpgen.data.hub import check_cache
 from dpgen.data.input_rows import InputRows

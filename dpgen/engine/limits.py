@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from dpgen.config.schema import RunConfig
+from dpgen.config.sections import RunConfig
 from dpgen.engine.messages import EngineSpec
 from dpgen.errors import EngineError
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dpgen.config.schema import ParallelConfig
+from dpgen.config.sections import ParallelConfig
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout
 from dpgen.engine.messages import EngineInfo, EngineTextConfig

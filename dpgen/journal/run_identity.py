@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
-from dpgen.config.schema import Config, OutputConfig
+from dpgen.config.schema import Config
 from dpgen.config.secrets import REMOVED, redact_secrets
+from dpgen.config.sections import OutputConfig
 from dpgen.errors import ConfigError
 
 # Engine options that change the speed but not the results: a resumed run may change them. Every option that is not

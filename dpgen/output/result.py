@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dpgen.config.schema import OutputConfig, RunConfig
+from dpgen.config.sections import OutputConfig, RunConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.distributed.attempt import shares_run_dir
 from dpgen.distributed.group import RankGroup

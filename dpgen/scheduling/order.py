@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.schema import Config, WorkConfig
+from dpgen.config.schema import Config
+from dpgen.config.sections import WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.columns import select_prompt_columns
 from dpgen.formatting import format_count

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from dpgen.config.schema import WorkConfig
+from dpgen.config.sections import WorkConfig
 from dpgen.distributed.group import CounterStore
 from dpgen.scheduling.claims import ClaimPolicy, ShardClaimer
 from dpgen.scheduling.order import RowOrder

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dpgen.config.schema import WorkConfig
+from dpgen.config.sections import WorkConfig
 from dpgen.data.prompts.render import RenderedPrompt
 from dpgen.distributed.group import InMemoryStore
 from dpgen.scheduling.admission import AdmissionController

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from helpers.jobs import REPO
 
-from dpgen.config import loader, schema, yaml12
+from dpgen.config import loader, schema
+from dpgen.config.yaml import yaml12
 from dpgen.errors import ConfigError
 
 HEAD = "run: {dir: out}\nmodel: some/model\ndata:\n  path: rows.jsonl\n"

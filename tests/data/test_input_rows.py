@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 
-from dpgen.config.schema import DataConfig
+from dpgen.config.sections import DataConfig
 from dpgen.data import input_rows
 from dpgen.data.input_rows import InputRows, load_input
 from dpgen.errors import ConfigError

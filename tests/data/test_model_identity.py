@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.schema import Config, DataConfig, RunConfig
+from dpgen.config.schema import Config
+from dpgen.config.sections import DataConfig, RunConfig
 from dpgen.data import model_identity
 from dpgen.data.model_identity import hash_chat_template, identify_adapters, identify_model
 from dpgen.journal.run_identity import FOUND_KEYS, compute_run_identity, diff_identities

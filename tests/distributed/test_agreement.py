@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from helpers.jobs import Launcher, WriteConfig, make_numbered_rows
 
-from dpgen.config.schema import Config, DataConfig, ParallelConfig, RunConfig
+from dpgen.config.schema import Config
+from dpgen.config.sections import DataConfig, ParallelConfig, RunConfig
 from dpgen.distributed import agreement
 from dpgen.distributed.group import SingleRankGroup
 from dpgen.errors import ConfigError

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dpgen.config.schema import Config, DataConfig, RunConfig
+from dpgen.config.schema import Config
+from dpgen.config.sections import DataConfig, RunConfig
 from dpgen.distributed import attempt as attempt_module
 from dpgen.distributed.attempt import begin_attempt, read_job_start
 from dpgen.distributed.group import SingleRankGroup

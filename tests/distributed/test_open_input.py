@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dpgen.config.schema import DataConfig
+from dpgen.config.sections import DataConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.distributed.agreement import open_input
 from dpgen.distributed.group import SingleRankGroup

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import pytest
 
-from dpgen.config.schema import ParallelConfig
+from dpgen.config.sections import ParallelConfig
 from dpgen.distributed.group import PeerLost, PendingReduce, SingleRankGroup
 from dpgen.distributed.layout import Layout
 from dpgen.engine.loading import LoadedModel, ModelLoader

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.clock import FakeClock
 
-from dpgen.config.schema import RunConfig
+from dpgen.config.sections import RunConfig
 from dpgen.engine.limits import EngineLimits
 from dpgen.engine.messages import (
     EngineInfo,

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpgen.config.schema import Config, DataConfig, OutputConfig, RunConfig
+from dpgen.config.schema import Config
+from dpgen.config.sections import DataConfig, OutputConfig, RunConfig
 from dpgen.data.input_rows import InputRows, load_input
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.run_identity import compute_run_identity

@@ -13,7 +13,7 @@ from helpers.jobs import Launcher, WriteConfig, find_engine_pids, load_result, m
 from helpers.results import count_journal_bytes, load_all_rows
 from helpers.tiny_model import ENGINE, save_tiny_model, save_tiny_moe
 
-from dpgen.config.schema import ParallelConfig
+from dpgen.config.sections import ParallelConfig
 from dpgen.distributed.layout import build_layout
 from dpgen.distributed.topology import Topology
 from dpgen.errors import ConfigError

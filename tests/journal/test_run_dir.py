@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from dpgen.config.schema import Config, DataConfig, RunConfig
+from dpgen.config.schema import Config
+from dpgen.config.sections import DataConfig, RunConfig
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.run_identity import (

@@ -19,7 +19,7 @@ import pytest
 from helpers.clock import FakeClock
 from helpers.jobs import REPO, Launcher, WriteConfig, load_result, wait_for
 
-from dpgen.config.schema import RunConfig
+from dpgen.config.sections import RunConfig
 from dpgen.formatting import describe_type, format_count, format_duration
 from dpgen.monitoring.progress import ProgressDisplay
 from dpgen.monitoring.progress_bar import TerminalBar, can_draw

@@ -10,7 +10,8 @@ import pytest
 from helpers.clock import FakeClock
 from helpers.jobs import Launcher, WriteConfig, load_result, make_numbered_rows, read_run_json, wait_for
 
-from dpgen.config.schema import Config, DataConfig, RunConfig
+from dpgen.config.schema import Config
+from dpgen.config.sections import DataConfig, RunConfig
 from dpgen.engine.launch import has_cold_caches
 from dpgen.monitoring.startup import StartupTimer
 

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.dataset_files import make_run
 
-from dpgen.config.schema import Config, DataConfig, OutputConfig, RunConfig
+from dpgen.config.schema import Config
+from dpgen.config.sections import DataConfig, OutputConfig, RunConfig
 from dpgen.errors import ConfigError
 from dpgen.output.conversations import append_turn
 from dpgen.output.verification import verify

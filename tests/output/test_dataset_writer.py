@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.schema import DataConfig
+from dpgen.config.sections import DataConfig
 from dpgen.data.input_rows import load_input
 from dpgen.data.prompts.render import PromptRenderer
 from dpgen.errors import ConfigError, DpgenError

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.dataset_files import make_rows, make_run
 
-from dpgen.config.schema import Config, DataConfig, RunConfig
+from dpgen.config.schema import Config
+from dpgen.config.sections import DataConfig, RunConfig
 from dpgen.journal.run_identity import compute_run_identity, diff_identities
 from dpgen.logprobs import TokenLogprobs, from_rows
 from dpgen.output.columns import DatasetFormat

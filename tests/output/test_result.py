@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from helpers.dataset_files import make_run
 
-from dpgen.config.schema import DataConfig
+from dpgen.config.sections import DataConfig
 from dpgen.data.input_rows import load_input
 from dpgen.errors import EXIT_FAILED, DpgenError
 from dpgen.output.columns import DatasetFormat

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from dpgen.config.schema import WorkConfig
+from dpgen.config.sections import WorkConfig
 from dpgen.distributed.group import PeerLost, PendingReduce, SingleRankGroup
 from dpgen.engine.messages import Event, RowsFinished
 from dpgen.errors import DpgenError, Interrupted, NoEngineLeft

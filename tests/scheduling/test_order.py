@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.schema import WorkConfig
+from dpgen.config.sections import WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.render import make_prompt_text_fn
 from dpgen.scheduling.groups.adapters import AdapterConfig

@@ -13,7 +13,7 @@ import pytest
 from helpers.rank_threads import ThreadGroup, run_ranks
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.schema import WorkConfig
+from dpgen.config.sections import WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.distributed.group import InMemoryStore, PeerLost, SingleRankGroup
 from dpgen.errors import NoEngineLeft

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers.jobs import REPO, Launcher, load_result
 
-from dpgen.config.schema import WorkConfig
+from dpgen.config.sections import WorkConfig
 from dpgen.journal.reader import index_journal
 from dpgen.scheduling.groups.prompt_groups import PromptGroups, RankState, group_by_prompt
 from dpgen.scheduling.order import RowOrder, order_by_measured_lengths

@@ -17,7 +17,7 @@ from helpers.jobs import REPO
 
 from dpgen.cli import build_parser
 from dpgen.commands.scenario import build_scenario
-from dpgen.config.schema import WorkConfig
+from dpgen.config.sections import WorkConfig
 from dpgen.engine.messages import EngineInfo, Event, RowsFinished
 from dpgen.errors import ConfigError
 from dpgen.records import Completion, Request, RowResult

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.schema import OutputConfig
+from dpgen.config.sections import OutputConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.chat_prompt import ChatPromptBuilder
 from dpgen.data.tokenizer import TokenizerConfig

@@ -16,7 +16,8 @@ from helpers import tiny_tokenizers
 from helpers.dataset_files import make_rows
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.schema import Config, DataConfig, RunConfig
+from dpgen.config.schema import Config
+from dpgen.config.sections import DataConfig, RunConfig
 from dpgen.data.model_identity import hash_chat_template
 from dpgen.data.prompts.columns import check_prompt_columns, select_prompt_columns
 from dpgen.data.prompts.render import PromptRenderer, make_prompt_text_fn

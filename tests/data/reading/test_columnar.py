@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpgen.config.schema import DataConfig
+from dpgen.config.sections import DataConfig
 from dpgen.data.input_rows import InputRows, load_input
 from dpgen.data.reading import cache, conversion
 from dpgen.errors import ConfigError

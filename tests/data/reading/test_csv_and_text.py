@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpgen.config.schema import DataConfig
+from dpgen.config.sections import DataConfig
 from dpgen.data.input_rows import InputRows, load_input
 from dpgen.errors import ConfigError
 

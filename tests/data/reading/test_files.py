@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpgen.config.schema import DataConfig
+from dpgen.config.sections import DataConfig
 from dpgen.data.input_rows import InputRows, load_input
 from dpgen.data.reading import cache
 from dpgen.data.reading.files import check_run_dir_apart

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.schema import DataConfig
+from dpgen.config.sections import DataConfig
 from dpgen.data.input_rows import InputRows, load_input
 from dpgen.data.prompts.render import PromptRenderer
 from dpgen.data.reading import json_lines

@@ -69,7 +69,7 @@ Loader.add_constructor("tag:yaml.org,2002:merge", _text)  # << as a value
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
-    from dpgen.config.misread_texts import needs_quotes
+    from dpgen.config.yaml.misread_texts import needs_quotes
 
     # Double quotes show that a backslash is meant as one; single ones, that a text such as None is.
     style = '"' if "\\" in text else "'" if needs_quotes(text) else None

@@ -9,11 +9,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dpgen.config import yaml_slips
 from dpgen.config.options import find_type, is_text
+from dpgen.config.yaml import yaml_slips
 
 if TYPE_CHECKING:
-    from dpgen.config.yaml_source import KeyPath, YamlSource
+    from dpgen.config.yaml.yaml_source import KeyPath, YamlSource
 
 # Texts in which a backslash and an n are likely meant as a line break.
 _TEXTS_WITH_LINES = re.compile(

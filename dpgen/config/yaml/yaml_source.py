@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from dpgen.config import yaml12, yaml_slips
 from dpgen.config.secrets import REMOVED, has_secret, redact_secrets
+from dpgen.config.yaml import yaml12, yaml_slips
 from dpgen.errors import ConfigError
 
 KeyPath = tuple[str, ...]

@@ -1,0 +1,240 @@
+"""Declare the sections of the configuration: each key's default, help and limits.
+
+- Each field carries its help, so `--help` and conf/reference.yaml can't drift from the code (tests compare them).
+- Importing this module loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+MISSING = "???"  # OmegaConf's mark of a value that must be given
+
+
+def option(help: str, default: Any = None, *, factory: Any = None, minimum: float | None = None) -> Any:
+    """Return a field with its default, its help, and the least value it may have."""
+    metadata = {"help": help, "minimum": minimum}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Hold `run.*`: where the run lives and how it behaves."""
+
+    dir: str = option("the run directory: journal, result and report; required", MISSING)
+    seed: int | None = option(
+        "seed of the run; the seed of a row is derived from it, the row's index and the sample's index; "
+        "null leaves sampling unseeded (and not reproducible)",
+        0,
+    )
+    resume: Literal["auto", "never", "force"] = option(
+        "if the run directory holds an unfinished run: auto resumes it if nothing that changes results differs, "
+        "force resumes it whatever differs but the input, never rejects any directory that is not empty (but a job "
+        "that torchrun --max-restarts or SLURM restarts resumes its own run)",
+        "auto",
+    )
+    retry_errors: Any = option(
+        "generate failed rows again: true, or the error types to retry, e.g. [poison_row]; also in a finished run",
+        False,
+    )
+    engine: Literal["vllm", "fake"] = option(
+        "what generates: vllm, or fake, a stand-in without a model to try a configuration with", "vllm"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "the lowest level of the engine's log lines that are shown on the terminal; all of the engine's lines are in "
+        "RUN_DIR/logs/rank-N.engine.log",
+        "warning",
+    )
+    log_format: Literal["text", "json"] = option(
+        "of dpgen's log lines: text for people, json for one JSON object a line", "text"
+    )
+    engine_timeout_s: float = option(
+        "restart an engine that has work but makes no progress for this many seconds, since it hangs",
+        600.0,
+        minimum=1,
+    )
+    engine_start_timeout_s: float = option(
+        "the same while it starts: seconds for importing vLLM, and again for loading the model", 3600.0, minimum=1
+    )
+    max_engine_deaths: int = option(
+        "abandon an engine after this many deaths in a row without a finished row between them; other ranks take "
+        "its rows",
+        8,
+        minimum=1,
+    )
+    time_limit: str | None = option("stop after this time, resumable: seconds, or 'H:MM:SS' (in quotes, for YAML)")
+    stop_margin_s: float = option("seconds before SLURM's end time at which the run stops", 60.0, minimum=0)
+    progress_interval_s: float = option("seconds between progress lines where there is no terminal", 30.0, minimum=0.1)
+    max_leading_errors: int = option(
+        "stop the run if its first rows all fail, this many of them and a few from the rest of the order, since then "
+        "the fault is not in the rows; 0: never; without effect once a row of the run has succeeded",
+        100,
+        minimum=0,
+    )
+    allow_all_errors: bool = option("end with status 0 also if no row of the run has succeeded", False)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Hold `data.*`: the rows, and how a row becomes a prompt."""
+
+    path: Any = option(
+        "what to read: a file, glob, list of files, directory, save_to_disk directory, or Hub name; required",
+        MISSING,
+    )
+    name: str | None = option("the Hub dataset's configuration name")
+    split: str | None = option("the split; may be left out where there is only one")
+    revision: str | None = option("the Hub dataset's branch, tag or commit")
+    prompt_column: str | None = option("a text column that is the prompt, as LLM.generate takes it")
+    messages_column: str | None = option("a column of chat messages, as LLM.chat takes it")
+    template: str | None = option(
+        "a Jinja template over the columns that makes the prompt: 'Q: {{ question }}'; {{ row['my col'] }} where a "
+        "column's name is no variable; or its file, relative to the working directory: '@prompts/solve.jinja'"
+    )
+    token_ids_column: str | None = option("a column of lists of token ids that are the prompt")
+    completion_column: str | None = option(
+        "a text column with a given completion of each prompt: its log-probability is computed, nothing is generated"
+    )
+    as_chat: bool = option(
+        "send the text of prompt_column or template as one user message through the chat template", False
+    )
+    system_prompt: str | None = option(
+        "a system message put before the others (with messages_column or as_chat), or its file: '@prompts/system.txt'"
+    )
+    system_prompt_column: str | None = option("a text column that is the system message; a null keeps system_prompt")
+    prefill_column: str | None = option(
+        "a text column that begins the assistant's answer; the model continues it, and generated_text holds only what "
+        "it adds; null or empty: none"
+    )
+    chat_template: Any = option(
+        "a chat template, or the path of one, instead of the model's own; {name: tool_use} takes one of the "
+        "tokenizer's by its name"
+    )
+    chat_template_kwargs: dict[str, Any] = option(
+        "passed to the chat template, e.g. {enable_thinking: false}", factory=dict
+    )
+    chat_template_kwargs_column: str | None = option(
+        "a column of objects, or of JSON text, laid over chat_template_kwargs row by row"
+    )
+    tools: Any = option(
+        "functions for the chat template: a list, in OpenAI's form or {name: ..., parameters: ...} alone, or JSON text "
+        "of one, or its file: '@tools.json'"
+    )
+    tools_column: str | None = option(
+        "a column of the same, as lists or JSON text; a null keeps tools, an empty list is none"
+    )
+    add_generation_prompt: bool = option("end a chat prompt with the opening of the assistant's answer", True)
+    continue_final_message: bool = option("leave the last chat message open, for the model to continue", False)
+    lora_column: str | None = option(
+        "a column that names the row's adapter in lora; null: the model without an adapter; with more adapters than "
+        "engine.max_loras (4 unless given) the rows of each run together, unless work.order=dataset"
+    )
+    render_timeout_s: float = option(
+        "reject a row, as render_timeout, whose prompt takes longer than this many seconds to render", 60.0, minimum=0.1
+    )
+    select: str | None = option("a range of rows, start:stop or start:stop:step, counted from 0")
+    limit: int | None = option("the maximum number of rows, after select; a run resumes with a larger one", minimum=0)
+    columns: list[str] | None = option("the input columns kept in the result; all by default")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Hold `parallel.*`: how ranks and devices are laid out."""
+
+    tensor_parallel_size: int = option("GPUs that one model copy is split over, within a rank", 1, minimum=1)
+    pipeline_parallel_size: int = option("pipeline stages of one model copy, within a rank", 1, minimum=1)
+    launcher: Literal["internal", "external"] = option(
+        "who starts the processes of one model copy: internal, one process a rank, and vLLM starts workers below it; "
+        "external, one process a GPU, and neighbouring ranks make an engine together (vLLM's external_launcher)",
+        "internal",
+    )
+    enable_expert_parallel: bool = option(
+        "split a mixture of experts over GPUs: over those of a rank; with launcher=external over all ranks, whose "
+        "engines then step together",
+        False,
+    )
+    lock_step: bool = option(
+        "with launcher=external: all engines step together although no experts are split; this only costs time", False
+    )
+    load_first: Literal["auto", "always", "never"] = option(
+        "whether the first rank of each node loads its model before the others do, so that one rank downloads it and "
+        "fills vLLM's compile cache: auto where the weights or that cache are not there yet",
+        "auto",
+    )
+    sync_kv_cache: bool = option("give every rank the smallest rank's number of KV cache blocks", True)
+    share_devices: bool = option("let the ranks of a node share its GPUs where there are too few", False)
+
+
+@dataclass(frozen=True)
+class WorkConfig:
+    """Hold `work.*`: in which order rows run, and how ranks claim them."""
+
+    order: Literal["auto", "dataset", "longest_first", "prefix"] = option(
+        "which rows run first: dataset, in input order; longest_first, by work.hint_column, or else by the rows' own "
+        "max_tokens, or else by measured lengths of rows with the same prompt, or else by prompt lengths; prefix, "
+        "rows that share a prompt prefix together, for vLLM's prefix cache; auto chooses from a sample of the data, "
+        "and logs the choice",
+        "auto",
+    )
+    hint_column: str | None = option("a column of numbers that estimate how long rows get, e.g. expected output tokens")
+    steal: bool = option(
+        "a rank that has run out of rows, or is well ahead, steals rows from the fullest other shard", True
+    )
+    claim_rows: int = option(
+        "the maximum number of rows that a rank claims from a shard at a time, and no more than max_num_seqs; claims "
+        "shrink towards the end",
+        64,
+        minimum=1,
+    )
+    reserve_rows: int = option(
+        "the maximum number of sequences that wait in the engine beyond max_num_seqs, so that it never runs short; "
+        "fewer wait towards the end",
+        32,
+        minimum=0,
+    )
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Hold `output.*`: the final dataset."""
+
+    format: Literal["parquet", "jsonl"] = option(
+        "of RUN_DIR/dataset; jsonl can't hold bytes, durations, maps, NaN and infinities, and holds dates, times and "
+        "decimals as text",
+        "parquet",
+    )
+    rows_per_file: int = option("the maximum number of rows in one file of the result", 500_000, minimum=1)
+    gather: Literal["auto", "always", "never"] = option(
+        "send rows to rank 0 through gather_object: auto does where a rank does not see rank 0's run directory",
+        "auto",
+    )
+    gather_bytes: int = option(
+        "the maximum bytes of rows that rank 0 receives in one gather_object round", 64 << 20, minimum=1 << 16
+    )
+    token_ids: bool = option("add the column generated_token_ids", False)
+    explode: bool = option("write each sample as a row of its own, with its number in a column sample_id", False)
+    reasoning: Literal["keep", "split", "strip"] = option(
+        "what a model thinks before it answers: keep it in generated_text, split it off into a column reasoning, or "
+        "strip it",
+        "keep",
+    )
+    reasoning_parser: str = option(
+        "vLLM's reasoning parser that finds it, e.g. qwen3 or deepseek_r1; auto chooses by the model's type", "auto"
+    )
+    tool_parser: str | None = option(
+        "vLLM's tool parser, e.g. hermes: takes tool calls out of generated_text, into a column tool_calls of "
+        "{id, name, arguments}"
+    )
+    messages: bool = option(
+        "add the column messages: the conversation with the model's turn, ready for fine-tuning; one a row, hence with "
+        "output.explode where a row has several samples",
+        False,
+    )
+    parse: Literal["text", "json"] = option(
+        "how generated_text is read: as text; or as json, into a column parsed with its value as JSON text (a Markdown "
+        "fence around it is no error)",
+        "text",
+    )
