@@ -217,13 +217,13 @@ def load_config(work_dir: str, model: str, engine: dict[str, Any], path: str, se
 
 def time_rank(config: Any, journal_dir: Path, attempt: int, supervisor: Any, texts: Any) -> tuple[float, float]:
     """Generate all rows with a loaded engine; return the seconds, and the processor seconds of this process."""
-    from dpgen.data.input_rows import load_input
+    from dpgen.data.input_loading import load_input
     from dpgen.distributed.group import SingleRankGroup
     from dpgen.journal.writer import JournalWriter
     from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
     from dpgen.scheduling.order import OrderConfig
     from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
-    from dpgen.scheduling.request_source import RequestBuilder
+    from dpgen.scheduling.request_builder import RequestBuilder
     from dpgen.scheduling.result_recorder import ResultRecorder
 
     rows, group = load_input(config.data), SingleRankGroup()

@@ -35,7 +35,7 @@ from dpgen.scheduling.groups.prefix_groups import _LEVELS, PrefixGroups
 from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.order import OrderConfig
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
-from dpgen.scheduling.request_source import RequestBuilder
+from dpgen.scheduling.request_builder import RequestBuilder
 
 _NUM_RANKS = 1000
 _JOURNALED_FRACTION = 0.1  # of all rows, by this rank's node

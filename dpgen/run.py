@@ -56,7 +56,8 @@ from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
 from dpgen.scheduling.groups.adapters import AdapterConfig
 from dpgen.scheduling.order import OrderConfig
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
-from dpgen.scheduling.request_source import RequestBuilder, RequestSource
+from dpgen.scheduling.request_builder import RequestBuilder
+from dpgen.scheduling.request_source import RequestSource
 from dpgen.scheduling.result_recorder import ResultRecorder
 from dpgen.scheduling.totals import Totals
 

@@ -122,7 +122,7 @@ def _sample_workload(options: argparse.Namespace, num_rows: int, random: np.rand
 
 def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
     """Return the rows of a configuration's dataset, in the order of work that a run would take."""
-    from dpgen.data.input_rows import load_input
+    from dpgen.data.input_loading import load_input
     from dpgen.data.prompts.columns import select_prompt_columns
     from dpgen.distributed.group import SingleRankGroup
     from dpgen.output.column_check import check_columns

@@ -22,7 +22,8 @@ from dpgen.config.environment import read_versions, select_result_variables
 from dpgen.config.schema import Config
 from dpgen.config.secrets import redact_secrets
 from dpgen.config.sections import DataConfig
-from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.input_loading import load_input
+from dpgen.data.input_rows import InputRows
 from dpgen.data.model_identity import hash_chat_template, identify_adapters, identify_model
 from dpgen.data.reading.files import check_run_dir_apart
 from dpgen.distributed.group import RankGroup

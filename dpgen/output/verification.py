@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from dpgen.config.loader import load
-from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.input_loading import load_input
+from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.reader import (
     JournalIndex,

@@ -44,7 +44,8 @@ from dpgen.records import Request, RowError
 from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.order import OrderConfig, RowOrder, ShardSpec, order_by_measured_lengths, order_rows
-from dpgen.scheduling.request_source import RequestBuilder, RequestSource
+from dpgen.scheduling.request_builder import RequestBuilder
+from dpgen.scheduling.request_source import RequestSource
 from dpgen.scheduling.slow_rows import SlowRowFilter
 from dpgen.scheduling.sources import SourceMaker
 

@@ -15,7 +15,8 @@ from dpgen.config.sections import WorkConfig
 from dpgen.distributed.group import CounterStore
 from dpgen.scheduling.claims import ClaimPolicy, ShardClaimer
 from dpgen.scheduling.order import RowOrder
-from dpgen.scheduling.request_source import Claimer, RequestBuilder, RequestSource, ShardReader
+from dpgen.scheduling.request_builder import RequestBuilder
+from dpgen.scheduling.request_source import Claimer, RequestSource, ShardReader
 
 C = TypeVar("C", bound=ShardClaimer)
 

@@ -28,7 +28,8 @@ from dpgen.scheduling.admission import AdmissionController
 from dpgen.scheduling.claims import Claim, ShardClaimer
 from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.order import RowOrder, ShardSpec, order_by_measured_lengths
-from dpgen.scheduling.request_source import RequestBuilder, RequestSource
+from dpgen.scheduling.request_builder import RequestBuilder
+from dpgen.scheduling.request_source import RequestSource
 from dpgen.scheduling.sources import SourceMaker
 from dpgen.scheduling.throughput import ThroughputMeter, compute_slowdowns
 

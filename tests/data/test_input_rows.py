@@ -12,7 +12,8 @@ import pytest
 
 from dpgen.config.sections import DataConfig
 from dpgen.data import input_rows
-from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.input_loading import load_input
+from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError
 
 ROWS = [{"prompt": f"p{i}", "size": i} for i in range(10)]

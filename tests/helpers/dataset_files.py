@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from dpgen.config.schema import Config
 from dpgen.config.sections import DataConfig, OutputConfig, RunConfig
-from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.input_loading import load_input
+from dpgen.data.input_rows import InputRows
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.run_identity import compute_run_identity
 from dpgen.journal.writer import JournalWriter

@@ -102,9 +102,9 @@ def test_every_rank_gets_the_smallest_kv_cache(launcher: Launcher, write_config:
 SLOW_TO_PREPARE = """
 import os, sys, time
 from pathlib import Path
-from dpgen.data import input_rows
+from dpgen.data import input_loading
 
-load = input_rows.load_input
+load = input_loading.load_input
 
 def slow_load(*args, **kwargs):
     is_ready = any(Path(os.environ["HF_DATASETS_CACHE"]).rglob("*.arrow"))
@@ -113,7 +113,7 @@ def slow_load(*args, **kwargs):
     sys.stderr.write(f"rank {os.environ['RANK']}: {'finds it ready' if is_ready else 'prepares it'}\\n")
     return load(*args, **kwargs)
 
-input_rows.load_input = slow_load
+input_loading.load_input = slow_load
 from dpgen.__main__ import main
 main()
 """

@@ -12,7 +12,8 @@ import pytest
 
 from dpgen.config.schema import Config
 from dpgen.config.sections import DataConfig, RunConfig
-from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.input_loading import load_input
+from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError
 from dpgen.output.column_check import check_columns
 

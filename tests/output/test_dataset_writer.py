@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.sections import DataConfig
-from dpgen.data.input_rows import load_input
+from dpgen.data.input_loading import load_input
 from dpgen.data.prompts.render import PromptRenderer
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.run_dir import RunDir

@@ -9,7 +9,7 @@ import pytest
 from helpers.dataset_files import make_run
 
 from dpgen.config.sections import DataConfig
-from dpgen.data.input_rows import load_input
+from dpgen.data.input_loading import load_input
 from dpgen.errors import EXIT_FAILED, DpgenError
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.result import raise_if_no_row_succeeded, write_result

@@ -22,7 +22,8 @@ from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
 from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.order import RowOrder
-from dpgen.scheduling.request_source import RequestBuilder, RequestSource
+from dpgen.scheduling.request_builder import RequestBuilder
+from dpgen.scheduling.request_source import RequestSource
 from dpgen.scheduling.result_recorder import ResultRecorder
 from dpgen.scheduling.sources import SourceMaker
 

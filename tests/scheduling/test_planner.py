@@ -24,7 +24,8 @@ from dpgen.records import Completion, Request, RowError, RowResult
 from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.order import OrderConfig
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
-from dpgen.scheduling.request_source import RequestBuilder, RequestSource
+from dpgen.scheduling.request_builder import RequestBuilder
+from dpgen.scheduling.request_source import RequestSource
 
 NUM_ROWS = 20
 

@@ -9,7 +9,7 @@ import pytest
 from dpgen.errors import RowRefused
 from dpgen.records import derive_row_seed
 from dpgen.scheduling.groups.adapters import AdapterConfig
-from dpgen.scheduling.request_source import RequestBuilder
+from dpgen.scheduling.request_builder import RequestBuilder
 
 
 @pytest.mark.parametrize(

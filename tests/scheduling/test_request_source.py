@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpgen.errors import RowRefused
-from dpgen.scheduling.request_source import RequestBuilder
+from dpgen.scheduling.request_builder import RequestBuilder
 
 
 def build_sampling(value: Any) -> dict[str, Any]:

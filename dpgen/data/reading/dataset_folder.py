@@ -1,4 +1,4 @@
-"""Read what a folder's card and the builders of `datasets` say about its files, for `dpgen.data.input_rows`."""
+"""Read what a folder's card and the builders of `datasets` say about its files, for `dpgen.data.input_loading`."""
 
 from __future__ import annotations
 

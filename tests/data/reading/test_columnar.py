@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpgen.config.sections import DataConfig
-from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.input_loading import load_input
+from dpgen.data.input_rows import InputRows
 from dpgen.data.reading import cache, conversion
 from dpgen.errors import ConfigError
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dpgen.config.sections import DataConfig
-from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.input_loading import load_input
+from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError
 
 

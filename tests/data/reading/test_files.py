@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dpgen.config.sections import DataConfig
-from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.input_loading import load_input
+from dpgen.data.input_rows import InputRows
 from dpgen.data.reading import cache
 from dpgen.data.reading.files import check_run_dir_apart
 from dpgen.data.reading.json_lines import _measure_lines

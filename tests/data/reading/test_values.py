@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.sections import DataConfig
-from dpgen.data.input_rows import InputRows, load_input
+from dpgen.data.input_loading import load_input
+from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.render import PromptRenderer
 from dpgen.data.reading import json_lines
 from dpgen.errors import ConfigError, RowRefused

@@ -1,0 +1,79 @@
+"""Build a row's request: its prompt, its adapter, and the sampling parameters that are its own.
+
+A request depends on the row and the run's settings alone: not on the rank that builds the request, the world size, the
+order, or a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpgen.data.nested import drop_nulls
+from dpgen.data.prompts.render import RenderedPrompt, RenderFn
+from dpgen.errors import RowRefused
+from dpgen.journal.row_notes import RENDERING, RowNote
+from dpgen.records import Request, RowError, derive_row_seed
+from dpgen.scheduling.groups.adapters import AdapterConfig
+
+
+@dataclass(frozen=True)
+class RequestBuilder:
+    """Build a row's request: its prompt, its adapter, and the sampling parameters that are its own.
+
+    Attributes:
+        render: returns a row's prompt.
+        run_seed: every row's seed is derived from this one; None leaves sampling unseeded.
+        sampling_columns: field of SamplingParams → column.
+        sampling_by_rank: entries with fields of SamplingParams. Row i takes entry i modulo the number of entries. In
+            dataset order shards are strided, so with as many ranks as entries each rank's shard has one entry. A row
+            that another rank steals keeps its entry.
+        base_sampling: fields of SamplingParams that every row has, unless an entry or a column gives others.
+        note: says which row is being rendered, should this process die.
+        rejected_rows: rows known to take too long to render, or to kill their rank; they are rejected without another
+            try.
+        has_added_nulls: True if Arrow may have given objects of a column the keys of other rows' objects, as null.
+        adapters: which row uses which LoRA adapter.
+    """
+
+    render: RenderFn
+    run_seed: int | None
+    sampling_columns: Mapping[str, str]
+    sampling_by_rank: Sequence[Mapping[str, Any]] = ()
+    base_sampling: Mapping[str, Any] = field(default_factory=dict)
+    note: RowNote = field(default_factory=RowNote)
+    rejected_rows: Mapping[int, RowError] = field(default_factory=dict)
+    has_added_nulls: bool = True
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+
+    def build(self, row: int, columns: Mapping[str, Any]) -> Request:
+        """Return the request of a row.
+
+        Raises:
+            RowRefused: the prompt could not be made, or there is no such adapter.
+        """
+        if (error := self.rejected_rows.get(row)) is not None:
+            raise RowRefused(error.type, error.message)
+        entries = self.sampling_by_rank
+        sampling: dict[str, Any] = dict(self.base_sampling)
+        if entries:
+            sampling |= entries[row % len(entries)]
+        if self.run_seed is not None:
+            sampling["seed"] = derive_row_seed(self.run_seed, row)
+        for name, column in self.sampling_columns.items():
+            value = _drop_nulls(columns[column]) if self.has_added_nulls else columns[column]
+            if value is not None:  # a null keeps the value of the run or of the entry
+                sampling[name] = value
+        adapter = self.adapters.choose(columns)
+        rendered = RenderedPrompt(*self.note.run(RENDERING, row, self.render, columns))
+        return Request(row, rendered.token_ids, rendered.prompt, sampling, adapter, rendered.num_completion_tokens)
+
+
+def _drop_nulls(value: Any) -> Any:
+    """Return a column's value without null keys; None if no key is left, since some writers know no null structs."""
+    try:
+        kept = drop_nulls(value)
+        return None if value and kept == {} else kept
+    except RecursionError:
+        raise RowRefused("bad_sampling", "a value of sampling.from_columns is nested too deep") from None
