@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
-from dpgen.data.prompts.columns import select_prompt_columns
 from dpgen.data.time_limit import limit_render_time
 from dpgen.distributed.agreement import check_same_job, find_what_names_stand_for, open_input
 from dpgen.distributed.attempt import begin_attempt, read_job_start
@@ -54,7 +53,6 @@ from dpgen.output.result import gather_results, is_already_complete, write_resul
 from dpgen.records import RankManifest
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
 from dpgen.scheduling.groups.adapters import AdapterConfig
-from dpgen.scheduling.order import OrderConfig
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource
@@ -206,19 +204,7 @@ class _Job:
 
     def _make_planner(self) -> ShardPlanner:
         config = self._config
-        columns = {*select_prompt_columns(config.prompt, self._rows.columns), *config.sampling_columns.values()}
-        if config.data.lora_column is not None:
-            columns.add(config.data.lora_column)
-        planner_config = PlannerConfig(
-            order=OrderConfig.from_config(config),
-            retry_errors=config.run.retry_errors,
-            columns=tuple(sorted(columns)),
-            lockstep=self._layout.lockstep,
-            claims_rows=self._layout.is_group_leader,
-            has_shared_engine=self._layout.has_shared_engine,
-            attempt=self._attempt,
-            render_timeout_s=config.data.render_timeout_s,
-        )
+        planner_config = PlannerConfig.from_config(config, self._rows.columns, self._layout, self._attempt)
         render = limit_render_time(self._text.render, config.data.render_timeout_s)
         builder = RequestBuilder(
             render,

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
@@ -30,10 +30,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
+from dpgen.data.prompts.columns import select_prompt_columns
 from dpgen.data.row_view import Shard
 from dpgen.distributed.engine_deaths import gather_engine_notes
 from dpgen.distributed.group import RankGroup
+from dpgen.distributed.layout import Layout
 from dpgen.distributed.row_deaths import RowDeathJudge
 from dpgen.engine.blame import judge_notes
 from dpgen.errors import NoEngineLeft, RowRefused
@@ -80,6 +83,27 @@ class PlannerConfig:
     attempt: int
     has_shared_engine: bool = False
     render_timeout_s: float = 60.0
+
+    @classmethod
+    def from_config(cls, config: Config, columns: Sequence[str], layout: Layout, attempt: int) -> PlannerConfig:
+        """Return the settings of a run's planner.
+
+        Args:
+            columns: the input's columns.
+        """
+        read_columns = {*select_prompt_columns(config.prompt, columns), *config.sampling_columns.values()}
+        if config.data.lora_column is not None:
+            read_columns.add(config.data.lora_column)
+        return cls(
+            order=OrderConfig.from_config(config),
+            retry_errors=config.run.retry_errors,
+            columns=tuple(sorted(read_columns)),
+            lockstep=layout.lockstep,
+            claims_rows=layout.is_group_leader,
+            has_shared_engine=layout.has_shared_engine,
+            attempt=attempt,
+            render_timeout_s=config.data.render_timeout_s,
+        )
 
 
 class ShardPlanner:
