@@ -1,7 +1,7 @@
 """Keep the output of one rank's engine in a file of the run directory, and show its warnings on the terminal.
 
 - Every line of every engine life goes to the file.
-- Lines of `min_level` or higher also go to the logger `dpgen.engine.output`.
+- Lines of `min_level` or higher also go to the logger `dpgen.engine.output`, long ones cut.
 - A line without a level stays in the file: Python warnings, tracebacks, progress bars.
 - A file that cannot be written costs a warning, never the run.
 
@@ -25,6 +25,7 @@ from dpgen.log import ENGINE_OUTPUT
 logger = logging.getLogger(__name__)
 
 _MAX_EARLY_LINES = 10_000
+_MAX_SHOWN_CHARS = 1_000
 _ANSI_CODE = re.compile(r"\x1b\[[0-9;]*m")
 # vLLM 0.32: "(Worker_TP0 pid=7) WARNING 11-26 15:34:45 [cpu.py:224] ...", after VLLM_LOGGING_PREFIX where that is set.
 # Earlier versions name only their worker processes.
@@ -84,7 +85,13 @@ class EngineLog:
             self._keep(line)
         level = find_level(line)
         if level is not None and level >= self._min_level:
-            self._output.log(max(level, logging.INFO), line)  # the logger `dpgen` starts at INFO
+            self._output.log(max(level, logging.INFO), self._shorten(line))  # the logger `dpgen` starts at INFO
+
+    def _shorten(self, line: str) -> str:
+        """Return the line as the terminal shows it: before it dies, vLLM prints its configuration in thousands of words."""
+        if len(line) <= _MAX_SHOWN_CHARS or self.path is None:
+            return line
+        return f"{line[:_MAX_SHOWN_CHARS]}... ({len(line):,} characters, all in {self.path})"
 
     def _keep(self, line: str) -> None:
         if self._early is not None:

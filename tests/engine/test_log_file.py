@@ -73,6 +73,17 @@ def test_lines_of_the_wanted_level_reach_the_terminal_and_all_lines_the_file(
     assert log.path is not None and log.path.read_text().splitlines() == lines
 
 
+def test_the_terminal_shows_the_beginning_of_a_very_long_line_and_where_the_rest_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, line = EngineLog("warning"), f"{ERROR_LINE} Dumping input data {'x=1, ' * 1000}"
+    log.write(line)
+    log.open(tmp_path / "log")
+    log.write(line)
+    assert caplog.messages == [line, f"{line[:1000]}... ({len(line):,} characters, all in {tmp_path / 'log'})"]
+    assert log.path is not None and log.path.read_text().splitlines() == [line, line]
+
+
 def test_colours_are_removed_before_the_level_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = EngineLog("error")
     log.open(tmp_path / "log")

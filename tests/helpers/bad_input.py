@@ -95,6 +95,12 @@ BAD_ADAPTER_ROWS: list[tuple[str, dict[str, Any], str, str]] = [
     ("an adapter that is not there", {"question": "hello", "adapter": "cod"}, "unknown_adapter", "did you mean 'code'"),
     ("an adapter without a name", {"question": "hello", "adapter": ""}, "unknown_adapter", "adapters: code, math"),
     ("an adapter by its number", {"question": "hello", "adapter": 1}, "wrong_type", "adapter is an int, not a string"),
+    (
+        "a prompt's log-probabilities beside adapters, on the CPU",
+        {"question": "hello", "adapter": "math", "scores": 1},
+        "bad_sampling",
+        "vLLM on the CPU can't compute a prompt's log-probabilities with lora",
+    ),
 ]
 
 # The same for parts of a prompt that come from columns; tests/jobs/test_prompt_columns.py runs it, on a recipe.

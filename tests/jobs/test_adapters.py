@@ -54,7 +54,7 @@ def test_each_row_gets_the_tokens_that_vllm_generates_with_its_adapter(launcher:
     changes = [
         *(f"model={model}", f"data.path={data}", "data.as_chat=false", "sampling={temperature: 0, max_tokens: 12}"),
         *(f"engine.{name}={value}".lower() for name, value in ENGINE.items()),
-        *("output.token_ids=true", "run.engine=vllm"),
+        *("output.token_ids=true", "run.engine=vllm", "sampling.from_columns={prompt_logprobs: scores}"),
     ]
     with_adapters = launcher.dpgen(
         *("run", "conf/lora.yaml", *changes, f"run.dir={tmp_path / 'run'}"),

@@ -65,6 +65,14 @@ class VllmAdapters:
             options["max_cpu_loras"] = max(num_slots, options["max_cpu_loras"])
         return [f"vLLM on the CPU: {self._describe(options)}: one slot more than adapters, {reason}"]
 
+    def check_prompt_logprobs(self) -> None:
+        """Raise ValueError if log-probabilities of a prompt, or of a given completion, would kill the engine.
+
+        vLLM 0.32 on the CPU fails in `add_lora_logits`, where the logits of a whole prompt meet one row per sequence.
+        """
+        if self._folders and current_platform.is_cpu():
+            raise ValueError("prompt_logprobs: vLLM on the CPU can't compute a prompt's log-probabilities with lora")
+
     def _describe(self, options: Mapping[str, Any]) -> str:
         adapters = format_count(len(self._folders), "adapter")
         return f"{adapters}, max_lora_rank={options['max_lora_rank']}, max_loras={options['max_loras']}"

@@ -269,6 +269,8 @@ class VllmBackend:
     def _check_logprobs(self, params: SamplingParams) -> None:
         """Raise ValueError for a number of log-probabilities that dpgen can't keep, or that vLLM does not compute."""
         model = None if self._config is None else self._config.model_config
+        if params.prompt_logprobs is not None:
+            self._adapters.check_prompt_logprobs()
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(params, name)
             if count is not None and count < 0:
