@@ -94,7 +94,7 @@ class Bench:
         """Return the processor seconds of all rows."""
         from dpgen.engine.messages import RowsFinished
         from dpgen.journal.writer import JournalWriter
-        from dpgen.records import Request, RowResult
+        from dpgen.records import Request, RequestId, RowResult
         from dpgen.scheduling.result_recorder import ResultRecorder
 
         self.num_runs += 1
@@ -107,7 +107,7 @@ class Bench:
         journal = JournalWriter(journal_dir, 1, 0)
         results = ResultRecorder(journal, self.detokenizer)
         for row, (prompt, fields) in enumerate(zip(self.prompts, self.rows, strict=True)):
-            backend.add_request(Request(row, prompt, None, {"max_tokens": fields["budget"], **logprobs}))
+            backend.add_request(Request(RequestId(row), prompt, None, {"max_tokens": fields["budget"], **logprobs}))
             if way == "dropped":
                 assert backend._engine is not None
                 state = next(reversed(backend._engine.output_processor.request_states.values()))

@@ -92,7 +92,7 @@ class Bench:
 
         A step's sequences are those that run before the step.
         """
-        from dpgen.records import Request
+        from dpgen.records import Request, RequestId
 
         engine = self.backend._engine
         assert engine is not None
@@ -101,7 +101,9 @@ class Bench:
         remaining, num_in_flight, steps = iter(order), 0, []
         while True:
             while num_in_flight < max_rows and (row := next(remaining, None)) is not None:
-                self.backend.add_request(Request(row, self.prompts[row], None, {"max_tokens": self.budgets[row]}))
+                self.backend.add_request(
+                    Request(RequestId(row), self.prompts[row], None, {"max_tokens": self.budgets[row]})
+                )
                 num_in_flight += 1
             if not num_in_flight:
                 return steps

@@ -1,6 +1,6 @@
 """Define the records that pass between the wings: requests to the engine, results from it, and their journal form.
 
-- A row's index in the input identifies the row everywhere.
+- A row's index in the input identifies the row everywhere, and a `RequestId` each request for it.
 - Classes and fields of results keep their names: hashes in the `_SUCCESS` files of older runs depend on them.
 - A journal record is one line of JSON. Large arrays follow the line as raw bytes, and the line lists them.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,12 +21,28 @@ from dpgen.logprobs import ARRAY_TYPES, TokenLogprobs
 _PARSED_TEXTS = ("reasoning", "parsed", "parse_error")
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Hold one row that is ready to generate.
+class RequestId(NamedTuple):
+    """Identify a request: what it generates of which row. Its seed follows from it.
 
     Attributes:
         row: the row's index in the input.
+        call: number of the call, where generating a row takes several.
+        sample: the sample that is generated; 0 where all samples of the row are generated at once.
+        attempt: number of the try, of those that end with a completion.
+    """
+
+    row: int
+    call: int = 0
+    sample: int = 0
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Hold one row that is ready to generate, or a part of it.
+
+    Attributes:
+        id: identifies the request while it is in flight.
         prompt_token_ids: the prompt; None if only the engine's own tokenizer can make the tokens from `prompt`.
         prompt: the text, or the chat (`ChatPrompt`), if `prompt_token_ids` is None.
         sampling: SamplingParams fields of this row only: from its entry of sampling_by_rank, its seed, and values
@@ -36,12 +52,16 @@ class Request:
             of generating one; 0 to generate.
     """
 
-    row: int
+    id: RequestId
     prompt_token_ids: list[int] | None
     prompt: Any = None
     sampling: dict[str, Any] = field(default_factory=dict)
     adapter: str | None = None
     num_completion_tokens: int = 0
+
+    @property
+    def row(self) -> int:
+        return self.id.row
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +136,8 @@ class RowResult:
         prompt_logprobs: the prompt's tokens with their log-probabilities; None unless sampling.prompt_logprobs asks for
             them.
         scored: the log-probabilities of the row's given completion; None unless data.completion_column names one.
+        call, sample, attempt: as in the id of the request that this is the result of. A record does not hold them: a
+            row's own result has none.
     """
 
     row: int
@@ -124,10 +146,24 @@ class RowResult:
     error: RowError | None = None
     prompt_logprobs: TokenLogprobs | None = None
     scored: ScoredCompletion | None = None
+    call: int = 0
+    sample: int = 0
+    attempt: int = 0
+
+    @property
+    def id(self) -> RequestId:
+        """Return the id of the request that this is the result of."""
+        return RequestId(self.row, self.call, self.sample, self.attempt)
 
     @property
     def num_generated_tokens(self) -> int:
         return sum(completion.num_tokens for completion in self.completions)
+
+    def with_id(self, id: RequestId) -> RowResult:
+        """Return this as the result of a request."""
+        if id == self.id:
+            return self
+        return replace(self, row=id.row, call=id.call, sample=id.sample, attempt=id.attempt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +181,11 @@ class UndecodedRow:
     token_ids: tuple[list[int], ...]
     skip_special_tokens: bool
     prompt_token_ids: Sequence[int] = ()
+
+    @property
+    def id(self) -> RequestId:
+        """Return the id of the request that this is the result of."""
+        return self.result.id
 
 
 @dataclass(frozen=True)
@@ -174,9 +215,9 @@ class RankManifest:
     busy_s: float = 0.0
 
 
-def make_rejected_result(row: int, why: RowRefused) -> RowResult:
-    """Return the result of a rejected row."""
-    return RowResult(row, error=RowError(why.type, why.message))
+def make_rejected_result(id: RequestId, why: RowRefused) -> RowResult:
+    """Return the result of a rejected request."""
+    return RowResult(id.row, error=RowError(why.type, why.message)).with_id(id)
 
 
 def encode_result(result: RowResult) -> bytes:
@@ -299,4 +340,15 @@ def derive_row_seed(run_seed: int, row: int) -> int:
     index, sample index), not on the world size, the order or a restart.
     """
     digest = hashlib.blake2b(b"%d/%d" % (run_seed, row), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def derive_seed(run_seed: int, id: RequestId) -> int:
+    """Return the seed of a request's sampling: a 62-bit hash of the run's seed and the request's id.
+
+    That of a row's first request is `derive_row_seed`.
+    """
+    if id == RequestId(id.row):
+        return derive_row_seed(run_seed, id.row)
+    digest = hashlib.blake2b(b"%d/%d/%d/%d/%d" % (run_seed, *id), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2

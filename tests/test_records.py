@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpgen.logprobs import TokenLogprobs, from_rows
-from dpgen.records import Completion, RowError, RowResult, ScoredCompletion, ToolCall, decode_result, encode_result
+from dpgen.records import (
+    Completion,
+    RequestId,
+    RowError,
+    RowResult,
+    ScoredCompletion,
+    ToolCall,
+    decode_result,
+    derive_row_seed,
+    derive_seed,
+    encode_result,
+)
 
 
 @st.composite
@@ -123,3 +134,10 @@ def test_vllms_flat_log_probabilities_become_those_of_tokens_and_candidates() ->
 def test_log_probabilities_of_other_tokens_are_rejected(rows: list[int]) -> None:
     with pytest.raises(ValueError):
         from_rows([7, 4, 3], rows, [-1.0] * len(rows), 2)
+
+
+def test_a_rows_first_request_has_the_seed_that_it_always_had_and_every_other_request_one_of_its_own() -> None:
+    assert derive_seed(3, RequestId(7)) == derive_row_seed(3, 7) == 1745772262072714721
+    ids = [RequestId(7, call, sample, attempt) for call in (0, 1) for sample in (0, 1) for attempt in (0, 1, 2)]
+    seeds = {derive_seed(run_seed, id) for run_seed in (3, 4) for id in [*ids, RequestId(8, attempt=1)]}
+    assert len(seeds) == 2 * (len(ids) + 1) and max(seeds) < 2**62

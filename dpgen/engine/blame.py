@@ -1,6 +1,7 @@
 """Keep one rank's rows on their way through its engine, and find the rows that kill it. No process, no clock.
 
-- A row is in one place: in flight (the engine has it), waiting, in a group of suspects, or held.
+- A request is in one place: in flight (the engine has it), waiting, in a group of suspects, or held. Rows are blamed:
+  all requests for a row have its prompt, and the next attempt's requests for it may be others.
 - Rows that were in flight at two deaths become suspects, as one group. The engine gets a group without other rows.
   If the engine dies of a group, its unfinished rows are split in halves, which are tried before smaller groups: one
   poison row among 288 costs about ten deaths, and seldom more than three in a row.
@@ -21,12 +22,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from dpgen.errors import EngineError
 from dpgen.formatting import format_count
 from dpgen.journal.engine_notes import BlameState, EngineDeath, EngineNote
-from dpgen.records import Request, RowError, RowResult
+from dpgen.records import Request, RequestId, RowError, RowResult
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class BlameTracker:
     """Decide which rows the engine gets next, and what its death means for the rows that it had.
 
     Attributes:
-        in_flight: rows that the engine has; the canary is not among them.
+        in_flight: requests that the engine has; the canary is not among them.
         canary: the row that is generated again, as a witness that the engine works; None until a row is finished, or
             needed and taken from `find_canary`.
         find_canary: returns the request of a row that succeeded in an earlier attempt; None if there is none. Called
@@ -50,7 +51,7 @@ class BlameTracker:
     """
 
     def __init__(self) -> None:
-        self.in_flight: dict[int, Request] = {}
+        self.in_flight: dict[RequestId, Request] = {}
         self.canary: Request | None = None
         self.find_canary: Callable[[], Request | None] = _find_none
         self.num_finished = 0
@@ -59,7 +60,7 @@ class BlameTracker:
         self._is_trial = False  # the rows in flight are a group of suspects, or what is left of it
         self._is_isolated = False  # the group is one row
         self._waiting: deque[Request] = deque()
-        self._set_aside: dict[int, Request] = {}  # those of the suspects and the held rows that this rank has
+        self._set_aside: dict[RequestId, Request] = {}  # for those of the suspects and the held rows that this rank has
         self._groups: deque[list[int]] = deque()
         self._held: dict[int, str] = {}  # rows that killed the engine while alone, and how
         self._recalled: frozenset[int] = frozenset()  # suspects and held rows of the last attempt
@@ -91,7 +92,7 @@ class BlameTracker:
         """Add rows that wait for the engine."""
         for request in requests:
             if request.row in self._recalled:
-                self._set_aside[request.row] = request
+                self._set_aside[request.id] = request
             else:
                 self._waiting.append(request)
 
@@ -101,7 +102,8 @@ class BlameTracker:
         The canary goes first, then groups of suspects, each without other rows, then rows that wait. A held row is
         tried again when nothing else is left to run.
         """
-        group = next((group for group in self._groups if not self._set_aside.keys().isdisjoint(group)), None)
+        here = self._rows_here
+        group = next((group for group in self._groups if not here.isdisjoint(group)), None)
         if self.is_busy and (self._is_trial or self._is_canary_in_flight or group or self._awaits_canary(group)):
             return []
         if self._awaits_canary(group):
@@ -118,11 +120,11 @@ class BlameTracker:
             self._is_trial = True
             row = self._held_here[0]
             del self._held[row]
-            batch = [self._set_aside.pop(row)]
+            batch = self._take_set_aside([row])
         else:
             return []
-        self._is_isolated = self._is_trial and len(batch) == 1
-        self.in_flight |= {request.row: request for request in batch}
+        self._is_isolated = self._is_trial and len({request.row for request in batch}) == 1
+        self.in_flight |= {request.id: request for request in batch}
         return batch
 
     def finish(self, result: RowResult) -> Request | None:
@@ -147,17 +149,17 @@ class BlameTracker:
     def record_death(self, error: EngineError) -> None:
         """Return the rows in flight to those that wait, to a group of suspects, or to those held."""
         requests, self.in_flight = self.in_flight, {}
-        self._judge_death(list(requests), EngineDeath.from_error(error))
+        self._judge_death(_list_rows(requests), EngineDeath.from_error(error))
         suspects = self._held.keys() | {row for group in self._groups for row in group}
-        self._set_aside |= {row: request for row, request in requests.items() if row in suspects}
-        self._waiting.extendleft(request for row, request in reversed(requests.items()) if row not in suspects)
+        self._set_aside |= {id: request for id, request in requests.items() if id.row in suspects}
+        self._waiting.extendleft(request for id, request in reversed(requests.items()) if id.row not in suspects)
 
     # ---- from one attempt to the next
 
     def save(self) -> BlameState:
         """Return what the next attempt needs to know."""
         return BlameState(
-            list(self.in_flight),
+            _list_rows(self.in_flight),
             self._is_trial,
             self._is_canary_in_flight,
             self.num_finished,
@@ -223,7 +225,7 @@ class BlameTracker:
             return None
         for counter in (self._deaths_of_row, self._kills_of_row, self._isolated_kills):
             del counter[result.row]
-        return self.in_flight.pop(result.row)
+        return self.in_flight.pop(result.id)
 
     def _release_held(self) -> None:
         """Decide on the held rows, since the engine works now.
@@ -236,14 +238,29 @@ class BlameTracker:
             if num_canary_deaths:
                 self._groups.append([row])
                 continue
-            del self._set_aside[row]
+            requests = self._take_set_aside([row])
             logger.warning(f"row {row} killed its engine while it ran alone, recording error poison_row")
             message = f"this row killed its engine while it ran alone: {cause}"
-            self._verdicts.append(RowResult(row, error=RowError("poison_row", message)))
+            why = RowError("poison_row", message)
+            self._verdicts += [RowResult(row, error=why).with_id(request.id) for request in requests]
 
     @property
     def _held_here(self) -> list[int]:
-        return [row for row in self._held if row in self._set_aside]
+        here = self._rows_here if self._held else set()
+        return [row for row in self._held if row in here]
+
+    @property
+    def _rows_here(self) -> set[int]:
+        """Rows of the requests that are set aside."""
+        return {id.row for id in self._set_aside}
+
+    def _take_set_aside(self, rows: Collection[int]) -> list[Request]:
+        """Remove the requests for some rows from those that are set aside, and return them in the order of `rows`."""
+        taken = [request for request in self._set_aside.values() if request.row in rows]
+        for request in taken:
+            del self._set_aside[request.id]
+        places = {row: place for place, row in enumerate(rows)}
+        return sorted(taken, key=lambda request: places[request.row])
 
     def _awaits_canary(self, group: list[int] | None) -> bool:
         """Return True if the canary runs next.
@@ -264,7 +281,7 @@ class BlameTracker:
 
     def _take_group(self, group: list[int]) -> list[Request]:
         """Remove the rows of a group that this rank has, and return their requests."""
-        batch = [self._set_aside.pop(row) for row in group if row in self._set_aside]
+        batch = self._take_set_aside(group)
         taken = {request.row for request in batch}
         index = self._groups.index(group)
         if rest := [row for row in group if row not in taken]:
@@ -342,6 +359,11 @@ def judge_notes(notes: Sequence[EngineNote]) -> BlameState:
         logger.warning(f"the engine is sick: {tracker.sickness}, so no row is blamed")
         return BlameState()
     return tracker.save()
+
+
+def _list_rows(ids: Iterable[RequestId]) -> list[int]:
+    """Return the rows of some requests, each once, in order."""
+    return list(dict.fromkeys(id.row for id in ids))
 
 
 def _find_none() -> Request | None:

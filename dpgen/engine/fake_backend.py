@@ -23,7 +23,7 @@ from dpgen.config.vllm_fields import describe_unknown_field
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.logprobs import TokenLogprobs, from_rows
-from dpgen.records import Completion, Request, RowResult, ScoredCompletion, UndecodedRow
+from dpgen.records import Completion, Request, RequestId, RowResult, ScoredCompletion, UndecodedRow
 
 _BLOCK_TOKENS = 16
 _BYTES_PER_TOKEN = 64
@@ -104,7 +104,7 @@ class FakeBackend:
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._options = FakeOptions()
-        self._rows: OrderedDict[int, _Running] = OrderedDict()
+        self._rows: OrderedDict[RequestId, _Running] = OrderedDict()
         self._num_tokens = self._num_finished = 0
         self._is_livelocked = False
 
@@ -164,7 +164,7 @@ class FakeBackend:
         max_tokens = min(max_tokens, self._options.max_model_len - num_prompt_tokens)
         if request.num_completion_tokens:
             max_tokens = 1
-        self._rows[request.row] = _Running(request, text, max_tokens, int(sampling.get("n") or 1), sampling)
+        self._rows[request.id] = _Running(request, text, max_tokens, int(sampling.get("n") or 1), sampling)
 
     def step(self) -> list[RowResult | UndecodedRow]:
         time.sleep(self._options.step_s)
@@ -175,12 +175,12 @@ class FakeBackend:
         if self._is_livelocked:
             time.sleep(_LIVELOCK_STEP_S)
             return results
-        for row, running in list(self._rows.items())[: self._options.max_num_seqs]:
+        for id, running in list(self._rows.items())[: self._options.max_num_seqs]:
             running.num_tokens += 1
             self._num_tokens += running.num_samples
             if running.num_tokens >= running.max_tokens:
-                del self._rows[row]
-                results.append(self._make_result(running))
+                del self._rows[id]
+                results.append(self._make_result(running).with_id(id))
         self._num_finished += len(results)
         return results
 

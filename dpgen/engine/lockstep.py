@@ -22,7 +22,7 @@ from dpgen.distributed.codec import decode, encode
 from dpgen.distributed.gloo.torch_world import open_store
 from dpgen.distributed.layout import EngineWorld
 from dpgen.errors import RowRefused
-from dpgen.records import Request, RowResult, make_rejected_result
+from dpgen.records import Request, RequestId, RowResult, make_rejected_result
 
 _NO_TIMEOUT = timedelta(days=20)  # the longest that gloo takes; the ranks notice a lost process, and end this one
 
@@ -47,10 +47,10 @@ def encode_requests(requests: Iterable[Request]) -> tuple[list[bytes], list[RowR
         try:
             sampling = encode(request.sampling)
             error_type = "unsupported_content"
-            content = [request.row, request.prompt_token_ids, request.prompt, sampling, request.adapter]
+            content = [list(request.id), request.prompt_token_ids, request.prompt, sampling, request.adapter]
             encoded.append(encode([*content, request.num_completion_tokens]))
         except TypeError as error:
-            rejected.append(make_rejected_result(request.row, RowRefused(error_type, str(error))))
+            rejected.append(make_rejected_result(request.id, RowRefused(error_type, str(error))))
     return encoded, rejected
 
 
@@ -107,6 +107,6 @@ class LockstepGroup:
 def _decode_requests(message: bytes) -> list[Request]:
     requests = []
     for data in decode(message) if message else ():
-        row, prompt_token_ids, prompt, sampling, *others = decode(data)
-        requests.append(Request(row, prompt_token_ids, prompt, decode(sampling), *others))
+        id, prompt_token_ids, prompt, sampling, *others = decode(data)
+        requests.append(Request(RequestId(*id), prompt_token_ids, prompt, decode(sampling), *others))
     return requests

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.distributed.layout import EngineWorld
-from dpgen.records import Request, RowResult, UndecodedRow
+from dpgen.records import Request, RequestId, RowResult, UndecodedRow
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,10 @@ class RowsFinished:
     undecoded: list[UndecodedRow] = field(default_factory=list)
 
     @property
-    def rows(self) -> Iterator[int]:
-        """Indices of the rows, decoded or not."""
-        yield from (result.row for result in self.results)
-        yield from (undecoded.result.row for undecoded in self.undecoded)
+    def ids(self) -> Iterator[RequestId]:
+        """Ids of the finished requests, decoded or not."""
+        yield from (result.id for result in self.results)
+        yield from (undecoded.id for undecoded in self.undecoded)
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def _add_requests(backend: Backend, requests: list[Request]) -> list[RowResult |
         try:
             backend.add_request(request)
         except RowRefused as rejection:
-            results.append(make_rejected_result(request.row, rejection))
+            results.append(make_rejected_result(request.id, rejection))
     return results
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dpgen.records import Request, RowResult
+from dpgen.records import Request, RequestId, RowResult
 from dpgen.scheduling.request_source import RequestSource
 
 # Rows rejected in one call, at most: a file of bad rows must not keep the loop from its other duties.
@@ -33,7 +33,7 @@ class AdmissionController:
 
     def __init__(self, reserve_rows: int, num_samples: int = 1) -> None:
         self._reserve_rows, self._num_samples = reserve_rows, num_samples
-        self._in_flight: dict[int, tuple[float, int]] = {}  # row → (time of admission, sequences), oldest first
+        self._in_flight: dict[RequestId, tuple[float, int]] = {}  # (time of admission, sequences)
         self._num_seqs = 0
         self._seq_limit: int | None = None
         self._num_preemptions = 0
@@ -43,8 +43,8 @@ class AdmissionController:
         return len(self._in_flight)
 
     def __iter__(self) -> Iterator[int]:
-        """Iterate over the rows in flight, the oldest first."""
-        return iter(self._in_flight)
+        """Iterate over the rows of the requests in flight, the oldest first."""
+        return (id.row for id in self._in_flight)
 
     @property
     def oldest_admitted_s(self) -> float | None:
@@ -73,17 +73,17 @@ class AdmissionController:
                 rejected.append(request)
                 continue
             num_seqs = request.sampling.get("n", self._num_samples)
-            self._in_flight[request.row] = (now_s, num_seqs if isinstance(num_seqs, int) else 1)
-            self._num_seqs += self._in_flight[request.row][1]
+            self._in_flight[request.id] = (now_s, num_seqs if isinstance(num_seqs, int) else 1)
+            self._num_seqs += self._in_flight[request.id][1]
             requests.append(request)
             source.num_in_flight = len(self._in_flight)
         if max_num_seqs and not self._has_room(max_num_seqs, source):
             source.num_in_flight_when_full = len(self._in_flight)
         return requests, rejected
 
-    def release(self, row: int) -> None:
-        """Remove a row that the engine has finished."""
-        self._num_seqs -= self._in_flight.pop(row)[1]
+    def release(self, id: RequestId) -> None:
+        """Remove a request that the engine has finished."""
+        self._num_seqs -= self._in_flight.pop(id)[1]
 
     def clear(self) -> None:
         """Remove all rows: the engine that had them is gone."""

@@ -258,8 +258,8 @@ class GenerationLoop:
             )
 
     def _release(self, finished: RowsFinished) -> None:
-        for row in finished.rows:
-            self._admission.release(row)
+        for id in finished.ids:
+            self._admission.release(id)
 
     def _record_all(self, finished: RowsFinished) -> None:
         for result in finished.results:

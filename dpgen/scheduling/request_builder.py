@@ -14,7 +14,7 @@ from dpgen.data.nested import drop_nulls
 from dpgen.data.prompts.render import RenderedPrompt, RenderFn
 from dpgen.errors import RowRefused
 from dpgen.journal.row_notes import RENDERING, RowNote
-from dpgen.records import Request, RowError, derive_row_seed
+from dpgen.records import Request, RequestId, RowError, derive_seed
 from dpgen.scheduling.groups.adapters import AdapterConfig
 
 
@@ -60,14 +60,16 @@ class RequestBuilder:
         if entries:
             sampling |= entries[row % len(entries)]
         if self.run_seed is not None:
-            sampling["seed"] = derive_row_seed(self.run_seed, row)
+            sampling["seed"] = derive_seed(self.run_seed, RequestId(row))
         for name, column in self.sampling_columns.items():
             value = _drop_nulls(columns[column]) if self.has_added_nulls else columns[column]
             if value is not None:  # a null keeps the value of the run or of the entry
                 sampling[name] = value
         adapter = self.adapters.choose(columns)
         rendered = RenderedPrompt(*self.note.run(RENDERING, row, self.render, columns))
-        return Request(row, rendered.token_ids, rendered.prompt, sampling, adapter, rendered.num_completion_tokens)
+        return Request(
+            RequestId(row), rendered.token_ids, rendered.prompt, sampling, adapter, rendered.num_completion_tokens
+        )
 
 
 def _drop_nulls(value: Any) -> Any:

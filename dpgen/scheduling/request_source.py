@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from dpgen.errors import RowRefused
-from dpgen.records import Request, RowResult, make_rejected_result
+from dpgen.records import Request, RequestId, RowResult, make_rejected_result
 from dpgen.scheduling.claims import Claim
 from dpgen.scheduling.groups.prompt_groups import LengthTracker
 from dpgen.scheduling.request_builder import RequestBuilder
@@ -113,7 +113,7 @@ class RequestSource:
         try:
             self._ready.append(self._builder.build(row, columns))
         except RowRefused as error:
-            self._ready.append(make_rejected_result(row, error))
+            self._ready.append(make_rejected_result(RequestId(row), error))
         return True
 
     def next_request(self) -> Request | RowResult | None:

@@ -98,6 +98,5 @@ class ResultRecorder:
 def _make_decode_error(result: RowResult, action: str, error: Exception) -> RowResult:
     """Return the error that takes the place of a result; its tokens are lost with its text."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    return RowResult(
-        result.row, result.num_prompt_tokens, error=RowError("decode_failed", f"{action} failed: {reason}")
-    )
+    why = RowError("decode_failed", f"{action} failed: {reason}")
+    return RowResult(result.row, result.num_prompt_tokens, error=why).with_id(result.id)

@@ -14,7 +14,7 @@ import numpy as np
 
 from dpgen.engine.messages import EngineInfo, Event, RowsFinished
 from dpgen.errors import DpgenError
-from dpgen.records import Request
+from dpgen.records import Request, RequestId
 from dpgen.simulation.simulator import EngineCostModel
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,10 @@ def _time_batch_s(engine: TimedEngine, num_rows: int, num_prompt_tokens: int, nu
     requests = [
         # Random prompts, so that the prefix cache holds none of them.
         Request(
-            row, random.choices(_PLAIN_TOKEN_IDS, k=num_prompt_tokens), None, _make_fixed_length_sampling(num_tokens)
+            RequestId(row),
+            random.choices(_PLAIN_TOKEN_IDS, k=num_prompt_tokens),
+            None,
+            _make_fixed_length_sampling(num_tokens),
         )
         for row in range(num_rows)
     ]

@@ -24,6 +24,7 @@ import numpy as np
 from dpgen.config.sections import WorkConfig
 from dpgen.data.prompts.render import RenderedPrompt
 from dpgen.distributed.group import InMemoryStore
+from dpgen.records import RequestId
 from dpgen.scheduling.admission import AdmissionController
 from dpgen.scheduling.claims import Claim, ShardClaimer
 from dpgen.scheduling.groups.prompt_groups import RankState
@@ -344,7 +345,7 @@ class _SimulatedRank:
         while self._running and self._running[0][0] <= self._step:
             _, row, first_step, num_prefill = heapq.heappop(self._running)
             self._num_kv_tokens -= num_prefill + self._step - first_step
-            self._admission.release(row)
+            self._admission.release(RequestId(row))
             self._finished.append(row)
             self.busy_s = self.now_s
             self.source.record_finished(row)

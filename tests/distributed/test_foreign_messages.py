@@ -18,7 +18,7 @@ from dpgen.distributed.codec import ForeignMessage, encode
 from dpgen.distributed.gloo import torch_world
 from dpgen.engine.lockstep import _decode_requests, encode_requests
 from dpgen.errors import DpgenError
-from dpgen.records import Request
+from dpgen.records import Request, RequestId
 
 
 class Bomb:
@@ -101,7 +101,7 @@ def test_a_pickle_from_a_peer_is_not_run(launcher: Launcher, tmp_path: Path) -> 
 
 
 def test_a_request_reaches_the_other_processes_of_an_engine_as_it_is() -> None:
-    requests = [Request(0, [5]), Request(2, None, "text", {"seed": 7}, "math")]
+    requests = [Request(RequestId(0), [5]), Request(RequestId(2), None, "text", {"seed": 7}, "math")]
     encoded, _ = encode_requests(requests)
     assert _decode_requests(encode(encoded)) == requests
 
@@ -109,11 +109,13 @@ def test_a_request_reaches_the_other_processes_of_an_engine_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("request_", "error_type"),
     [
-        (Request(1, [5], None, {"temperature": {1, 2}}), "bad_sampling"),
-        (Request(1, None, [{"role": "user", "content": {1, 2}}], {}), "unsupported_content"),
+        (Request(RequestId(1), [5], None, {"temperature": {1, 2}}), "bad_sampling"),
+        (Request(RequestId(1), None, [{"role": "user", "content": {1, 2}}], {}), "unsupported_content"),
     ],
 )
 def test_a_row_that_cannot_be_sent_to_the_engines_processes_fails_alone(request_: Request, error_type: str) -> None:
-    encoded, [rejected] = encode_requests([Request(0, [5]), request_, Request(2, None, "text", {"seed": 7})])
+    encoded, [rejected] = encode_requests(
+        [Request(RequestId(0), [5]), request_, Request(RequestId(2), None, "text", {"seed": 7})]
+    )
     assert len(encoded) == 2
     assert rejected.row == 1 and rejected.error is not None and rejected.error.type == error_type

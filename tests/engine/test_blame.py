@@ -9,7 +9,7 @@ import pytest
 
 from dpgen.engine.blame import BlameTracker
 from dpgen.errors import EngineError
-from dpgen.records import Completion, Request, RowError, RowResult
+from dpgen.records import Completion, Request, RequestId, RowError, RowResult
 
 RAISED = EngineError("the engine failed: RuntimeError: boom")
 KILLED = EngineError("the engine process was killed by SIGKILL", signal=signal.SIGKILL)
@@ -39,7 +39,7 @@ class SimulatedEngine:
         return {row for row, result in self.results.items() if result.error is not None}
 
     def run(self, num_rows: int, first: int = 0) -> None:
-        self.blame.add(Request(row, [1]) for row in range(first, first + num_rows))
+        self.blame.add(Request(RequestId(row), [1]) for row in range(first, first + num_rows))
         self._num_rows += num_rows
         while self.num_deaths < self._max_deaths and not self.blame.sickness:
             self._check_counts()
@@ -146,11 +146,11 @@ def test_a_canary_that_is_rejected_is_no_witness_and_other_rejected_rows_change_
     engine = SimulatedEngine(dies_of({2}), max_deaths=3)
     engine.run(1)
     blame = engine.blame
-    blame.add([Request(1, [1])])
+    blame.add([Request(RequestId(1), [1])])
     blame.take_batch()
     blame.finish(RowResult(1, error=RowError("prompt_too_long", "too long")))
     assert blame.canary is not None and blame.canary.row == 0
-    blame.add([Request(2, [1])])
+    blame.add([Request(RequestId(2), [1])])
     for _ in range(3):
         assert [request.row for request in blame.take_batch()] == [2]
         blame.record_death(RAISED)
@@ -164,7 +164,7 @@ def test_nothing_joins_the_trial_of_a_row_that_is_held() -> None:
     engine = SimulatedEngine(dies_of({0}), max_deaths=3)
     engine.run(1)
     [held] = engine.blame.take_batch()
-    engine.blame.add([Request(1, [1])])
+    engine.blame.add([Request(RequestId(1), [1])])
     assert held.row == 0 and engine.blame.take_batch() == []
     engine.blame.record_death(RAISED)
     assert [request.row for request in engine.blame.take_batch()] == [1], "it is held again"
@@ -179,15 +179,15 @@ def test_running_out_of_memory_blames_no_row() -> None:
 
 def test_rows_that_were_in_flight_when_memory_ran_out_go_first_again_and_suspects_without_other_rows() -> None:
     blame = BlameTracker()
-    blame.add([Request(0, [1]), Request(1, [1])])
+    blame.add([Request(RequestId(0), [1]), Request(RequestId(1), [1])])
     blame.take_batch()
-    blame.add([Request(2, [1])])
+    blame.add([Request(RequestId(2), [1])])
     blame.record_death(OUT_OF_MEMORY)
     assert [request.row for request in blame.take_batch()] == [0, 1, 2]
     for _ in range(2):
         blame.record_death(RAISED)
         suspects = blame.take_batch()
-    blame.add([Request(3, [1])])
+    blame.add([Request(RequestId(3), [1])])
     blame.record_death(OUT_OF_MEMORY)
     assert blame.take_batch() == suspects and len(suspects) == 3
     assert blame.take_batch() == [], "nothing joins a trial"
@@ -195,7 +195,7 @@ def test_rows_that_were_in_flight_when_memory_ran_out_go_first_again_and_suspect
 
 def test_the_shortest_finished_row_is_the_canary_its_prompt_included() -> None:
     blame = BlameTracker()
-    blame.add(Request(row, [1]) for row in range(4))
+    blame.add(Request(RequestId(row), [1]) for row in range(4))
     blame.take_batch()
     for row, (num_prompt, num_generated) in enumerate([(5, 5), (3, 6), (8, 1), (1, 9)]):
         blame.finish(RowResult(row, num_prompt, (Completion("x", "stop", num_generated),)))
@@ -247,12 +247,12 @@ def test_a_row_held_alone_is_tried_again_until_the_deaths_run_out() -> None:
 
 def test_a_row_that_succeeded_in_an_earlier_attempt_is_the_canary_where_only_poison_is_left() -> None:
     engine = SimulatedEngine(lambda rows: RAISED if rows & {0, 1} else None)
-    engine.blame.find_canary = lambda: Request(77, [1])
+    engine.blame.find_canary = lambda: Request(RequestId(77), [1])
     engine.run(2)
     assert engine.poison == {0, 1} and not engine.blame.sickness
     assert {77} in engine.batches and 77 not in engine.results
     sick = SimulatedEngine(lambda rows: RAISED)
-    sick.blame.find_canary = lambda: Request(77, [1])
+    sick.blame.find_canary = lambda: Request(RequestId(77), [1])
     sick.run(2)
     assert sick.blame.sickness == "3 deaths on a row that had succeeded before" and not sick.poison
     assert sick.batches == [{0, 1}] * 3 + [{0}] + [{77}] * 3
@@ -269,7 +269,7 @@ def test_a_held_row_becomes_poison_once_another_row_is_finished() -> None:
 
 def test_the_last_row_of_a_group_was_not_alone() -> None:
     blame = BlameTracker()
-    blame.add([Request(0, [1]), Request(1, [1])])
+    blame.add([Request(RequestId(0), [1]), Request(RequestId(1), [1])])
     for _ in range(2):
         blame.take_batch()
         blame.record_death(RAISED)
@@ -282,7 +282,21 @@ def test_the_last_row_of_a_group_was_not_alone() -> None:
 def test_a_rejected_row_is_no_witness() -> None:
     engine = SimulatedEngine(dies_of({0}), max_deaths=3)
     engine.run(1)
-    engine.blame.add([Request(1, [1])])
+    engine.blame.add([Request(RequestId(1), [1])])
     assert [request.row for request in engine.blame.take_batch()] == [1]
     engine.blame.finish(RowResult(1, error=RowError("prompt_too_long", "too long")))
     assert engine.blame.take_verdicts() == [] and engine.blame.canary is None
+
+
+def test_all_requests_for_a_poison_row_get_its_verdict() -> None:
+    blame = BlameTracker()
+    samples = [RequestId(5, sample=sample, attempt=1) for sample in (0, 2)]
+    blame.add(Request(id, [1]) for id in samples)
+    for _ in range(3):
+        assert [request.id for request in blame.take_batch()] == samples, "a row is tried with all of its requests"
+        blame.record_death(RAISED)
+    blame.add([Request(RequestId(6), [1])])
+    assert [request.row for request in blame.take_batch()] == [6]
+    blame.finish(RowResult(6, 1, (Completion("x", "stop", 1),)))
+    assert [verdict.id for verdict in blame.take_verdicts()] == samples
+    assert blame.num_unfinished == 0

@@ -10,7 +10,7 @@ import pytest
 from dpgen.engine.blame import BlameTracker, judge_notes
 from dpgen.errors import EngineError
 from dpgen.journal.engine_notes import BlameState, EngineDeath, EngineNote
-from dpgen.records import Completion, Request, RowResult
+from dpgen.records import Completion, Request, RequestId, RowResult
 
 RAISED = EngineError("the engine failed: RuntimeError: boom")
 PEER_GONE = EngineError("the engine failed: RuntimeError: Connection closed by peer")
@@ -45,14 +45,14 @@ class SimulatedJob:
         trackers = [BlameTracker(), BlameTracker()]
         trackers[0].recall(self.state)
         for tracker in trackers:
-            tracker.find_canary = lambda: Request(min(self.finished), [1]) if self.finished else None
+            tracker.find_canary = lambda: Request(RequestId(min(self.finished)), [1]) if self.finished else None
         suspects = {row for group in self.state.groups for row in group}.union(dict(self.state.held))
-        trackers[0].add(Request(row, [1]) for row in sorted(suspects & self._remaining))
+        trackers[0].add(Request(RequestId(row), [1]) for row in sorted(suspects & self._remaining))
         while self._remaining:
             if not any(tracker.num_unfinished for tracker in trackers):
                 rows = sorted(self._remaining)[: 2 * self._width]
                 for rank, tracker in enumerate(trackers):
-                    tracker.add(Request(row, [1]) for row in rows[rank::2])
+                    tracker.add(Request(RequestId(row), [1]) for row in rows[rank::2])
             batches = [[request.row for request in tracker.take_batch()] for tracker in trackers]
             running = {row for batch in batches for row in batch}
             self.batches[-1].append(running)
@@ -83,7 +83,7 @@ def make_note(rank: int, cause: EngineError | None, tracker: BlameTracker, turn:
 def make_tracker(*rows: int) -> BlameTracker:
     """Return a tracker whose engine has these rows."""
     tracker = BlameTracker()
-    tracker.add(Request(row, [1]) for row in rows)
+    tracker.add(Request(RequestId(row), [1]) for row in rows)
     tracker.take_batch()
     return tracker
 
@@ -172,7 +172,7 @@ def test_rows_of_an_engine_that_did_not_die_are_not_blamed() -> None:
 def test_a_lone_row_is_not_held_for_the_death_of_an_engine_that_had_finished_nothing() -> None:
     tracker = BlameTracker()
     tracker.recall(BlameState(groups=[[5]]))
-    tracker.add([Request(5, [1])])
+    tracker.add([Request(RequestId(5), [1])])
     tracker.take_batch()
     state = judge_notes([make_note(0, RAISED, tracker), make_note(1, PEER_GONE, make_tracker())])
     assert state.groups == [[5]] and state.held == []
@@ -183,8 +183,8 @@ def test_three_deaths_on_a_row_that_had_succeeded_forget_all_suspects(caplog: py
     while state.held:
         tracker = BlameTracker()
         tracker.recall(state)
-        tracker.find_canary = lambda: Request(0, [1])
-        tracker.add([Request(5, [1])])
+        tracker.find_canary = lambda: Request(RequestId(0), [1])
+        tracker.add([Request(RequestId(5), [1])])
         assert [request.row for request in tracker.take_batch()] == [0]
         state = judge_notes([make_note(0, RAISED, tracker), make_note(1, PEER_GONE, make_tracker())])
         num_deaths += 1
@@ -195,7 +195,7 @@ def test_three_deaths_on_a_row_that_had_succeeded_forget_all_suspects(caplog: py
 def test_an_attempt_that_is_interrupted_goes_on_with_its_groups() -> None:
     tracker = BlameTracker()
     tracker.recall(BlameState(groups=[[1, 2], [3]], deaths=[(1, 2), (2, 2), (3, 2)]))
-    tracker.add([Request(1, [1]), Request(2, [1])])
+    tracker.add([Request(RequestId(1), [1]), Request(RequestId(2), [1])])
     tracker.take_batch()
     tracker.finish(succeed(2))
     state = judge_notes([make_note(0, None, tracker), make_note(1, None, make_tracker())])

@@ -27,7 +27,7 @@ from dpgen.engine.messages import (
 )
 from dpgen.engine.process import EngineProcess, build_engine_env
 from dpgen.errors import EngineError, EngineStuck
-from dpgen.records import Request
+from dpgen.records import Request, RequestId
 
 pytestmark = pytest.mark.multi
 
@@ -61,7 +61,7 @@ def engine() -> Iterator[EngineProcess]:
 def test_both_sides_may_send_more_than_the_pipe_holds_at_once(engine: EngineProcess) -> None:
     batch = 100  # about 10 MB to the engine and 4 MB back
     for first in range(0, 5 * batch, batch):
-        engine.submit([Request(row, [7] * 50_000) for row in range(first, first + batch)])
+        engine.submit([Request(RequestId(row), [7] * 50_000) for row in range(first, first + batch)])
         if first == 0:
             wait_for(lambda: count_unread_bytes(engine) > 100_000)  # more than the pipe holds, and nobody reads it
     rows: set[int] = set()
@@ -77,7 +77,7 @@ def test_both_sides_may_send_more_than_the_pipe_holds_at_once(engine: EngineProc
 def test_stats_come_before_the_last_row(engine: EngineProcess) -> None:
     num_tokens = 0
     for num_rows in (3, 1, 2):
-        engine.submit([Request(row, [7], None, {"max_tokens": 5 + row}) for row in range(num_rows)])
+        engine.submit([Request(RequestId(row), [7], None, {"max_tokens": 5 + row}) for row in range(num_rows)])
         num_tokens += sum(5 + row for row in range(num_rows))
         num_reported_tokens, num_finished = 0, 0
         while num_finished < num_rows:

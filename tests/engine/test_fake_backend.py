@@ -10,7 +10,7 @@ import pytest
 from dpgen.engine.fake_backend import FakeBackend
 from dpgen.engine.messages import EngineSpec, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused
-from dpgen.records import Request
+from dpgen.records import Request, RequestId
 
 
 def load_backend(**options: Any) -> FakeBackend:
@@ -21,7 +21,7 @@ def load_backend(**options: Any) -> FakeBackend:
 
 
 def make_request(row: int) -> Request:
-    return Request(row, list(f"row {row}".encode()), sampling={"max_tokens": 2})
+    return Request(RequestId(row), list(f"row {row}".encode()), sampling={"max_tokens": 2})
 
 
 def test_a_start_fails_as_often_as_max_faults_says(tmp_path: Path) -> None:
@@ -73,5 +73,5 @@ def test_a_bad_number_of_log_probabilities_costs_its_row_and_not_the_engine() ->
     backend = load_backend()
     for count in (-1, "many"):
         with pytest.raises(RowRefused, match="logprobs="):
-            backend.add_request(Request(1, [1, 2], sampling={"max_tokens": 2, "logprobs": count}))
+            backend.add_request(Request(RequestId(1), [1, 2], sampling={"max_tokens": 2, "logprobs": count}))
     assert not backend.has_unfinished_requests()

@@ -26,7 +26,7 @@ from dpgen.engine.messages import (
 )
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import ConfigError, EngineError, EngineStuck, LockstepEngineLost
-from dpgen.records import Completion, Request, RowError, RowResult, UndecodedRow
+from dpgen.records import Completion, Request, RequestId, RowError, RowResult, UndecodedRow
 
 OOM = "the engine failed: OutOfMemoryError: CUDA out of memory"
 LIMITS = EngineLimits(timeout_s=60.0, start_timeout_s=600.0, max_deaths=8)
@@ -110,7 +110,7 @@ class SupervisorHarness:
         self.engine.load_model(lambda measured: measured - 100, lambda: None)
 
     def run(self, rows: range, num_polls: int = 200) -> dict[int, RowResult]:
-        self.engine.submit([Request(row, [1]) for row in rows])
+        self.engine.submit([Request(RequestId(row), [1]) for row in rows])
         results: dict[int, RowResult] = {}
         for _ in range(num_polls):
             for event in self.engine.poll(0):
@@ -159,7 +159,10 @@ def test_rows_to_decode_come_with_their_prompts_and_a_canary_is_not_among_them(m
     harness = SupervisorHarness(lambda rows: "dead" if 2 in rows else None)
     undecoded: list[UndecodedRow] = []
     failed: list[int] = []
-    for requests in ([Request(0, [1, 2, 3]), Request(1, None, "text")], [Request(2, [1])]):
+    for requests in (
+        [Request(RequestId(0), [1, 2, 3]), Request(RequestId(1), None, "text")],
+        [Request(RequestId(2), [1])],
+    ):
         harness.engine.submit(requests)
         for event in (event for _ in range(30) for event in harness.engine.poll(0)):
             assert isinstance(event, RowsFinished) and (event.results or event.undecoded), "the canary leaves no event"
@@ -226,7 +229,7 @@ def test_deaths_are_in_a_row_where_no_row_succeeded_between_them() -> None:
 def test_a_rejected_row_does_not_show_that_the_engine_works() -> None:
     rejected = RowsFinished([RowResult(0, error=RowError("prompt_too_long", "too long"))])
     harness = SupervisorHarness(lambda rows: "dead", dataclasses.replace(LIMITS, max_deaths=2))
-    harness.engine.submit([Request(0, [1]), Request(1, [1])])
+    harness.engine.submit([Request(RequestId(0), [1]), Request(RequestId(1), [1])])
     while not harness.engine.is_ready or len(harness.processes) == 1:
         harness.engine.poll(0)
     second = harness.processes[1]
@@ -289,7 +292,7 @@ def test_the_death_of_an_engine_that_steps_together_ends_the_run_and_names_the_l
 
 def test_a_silent_engine_with_work_counts_as_hung(caplog: pytest.LogCaptureFixture) -> None:
     harness = SupervisorHarness(lambda rows: None)
-    harness.engine.submit([Request(0, [1])])
+    harness.engine.submit([Request(RequestId(0), [1])])
     silent = harness.processes[0]
     silent.poll = lambda timeout_s: []  # type: ignore[method-assign]
     for _ in range(61):
@@ -305,7 +308,7 @@ def test_a_silent_engine_with_work_counts_as_hung(caplog: pytest.LogCaptureFixtu
 
 def test_an_engine_that_reports_stats_and_gets_nowhere_counts_as_hung(caplog: pytest.LogCaptureFixture) -> None:
     harness = SupervisorHarness(lambda rows: None)
-    harness.engine.submit([Request(0, [1])])
+    harness.engine.submit([Request(RequestId(0), [1])])
     stuck = harness.processes[0]
     stuck.poll = lambda timeout_s: [EngineStats(7, num_waiting=1)]  # type: ignore[method-assign]
     for _ in range(62):
@@ -321,7 +324,7 @@ def test_an_engine_that_reports_stats_and_gets_nowhere_counts_as_hung(caplog: py
 @pytest.mark.parametrize("count", ["num_generated_tokens", "num_computed_tokens", "num_cached_tokens"])
 def test_an_engine_whose_tokens_grow_in_number_is_not_hung(count: str) -> None:
     harness = SupervisorHarness(lambda rows: None)
-    harness.engine.submit([Request(0, [1])])
+    harness.engine.submit([Request(RequestId(0), [1])])
     numbers = iter(range(1000))
     slow = harness.processes[0]
     slow.poll = lambda timeout_s: [EngineStats(**{count: next(numbers) // 50})]  # type: ignore[method-assign]
@@ -333,7 +336,7 @@ def test_an_engine_whose_tokens_grow_in_number_is_not_hung(count: str) -> None:
 
 def test_a_sequence_preempted_again_and_again_is_no_progress() -> None:
     harness = SupervisorHarness(lambda rows: None)
-    harness.engine.submit([Request(0, [1])])
+    harness.engine.submit([Request(RequestId(0), [1])])
     numbers = iter(range(1000))
     thrashing = harness.processes[0]
     thrashing.poll = lambda timeout_s: [  # type: ignore[method-assign]
@@ -487,7 +490,7 @@ def test_an_engine_that_is_killed_at_every_start_ends_the_run_resumable(caplog: 
 def test_deaths_at_the_start_do_not_count_once_the_engine_is_loaded() -> None:
     harness = StartHarness(*[KILLED] * (LIMITS.max_deaths - 1), *[None] * LIMITS.max_deaths)
     harness.load()
-    harness.engine.submit([Request(0, [1])])
+    harness.engine.submit([Request(RequestId(0), [1])])
     while not harness.engine.is_abandoned:
         harness.processes[-1]._find_cause = lambda rows: "dead"
         harness.engine.poll(0)
@@ -509,7 +512,7 @@ def test_a_context_that_does_not_fit_is_not_tried_again() -> None:
 def test_a_restart_that_fails_is_tried_again_later_and_nobody_waits_for_it(caplog: pytest.LogCaptureFixture) -> None:
     harness = StartHarness(None, "busy", None)
     harness.load()
-    harness.engine.submit([Request(0, [1])])
+    harness.engine.submit([Request(RequestId(0), [1])])
     harness.processes[0]._find_cause = lambda rows: "dead"
     for _ in range(3):
         harness.engine.poll(0)
@@ -532,7 +535,7 @@ def test_a_restart_that_is_killed_or_lacks_memory_is_tried_again_at_once(
 ) -> None:
     harness = StartHarness(None, cause, None)
     harness.load()
-    harness.engine.submit([Request(0, [1])])
+    harness.engine.submit([Request(RequestId(0), [1])])
     harness.processes[0]._find_cause = lambda rows: "dead"
     events = [event for _ in range(6) for event in harness.engine.poll(0)]
     assert any(isinstance(event, RowsFinished) for event in events)

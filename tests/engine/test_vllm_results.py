@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpgen.engine.vllm.results import RunningRow, read_result
-from dpgen.records import RowResult, UndecodedRow
+from dpgen.records import RequestId, RowResult, UndecodedRow
 
 
 def make_flat(rows: list[list[tuple[int, float]] | None], first_ranks: list[int] | None = None) -> Any:
@@ -35,7 +35,7 @@ def make_running(prompt_logprobs: int | None = None, **others: Any) -> RunningRo
     params = SimpleNamespace(
         prompt_logprobs=prompt_logprobs, skip_special_tokens=True, include_stop_str_in_output=False
     )
-    return RunningRow(params, **others)
+    return RunningRow(RequestId(7), params, **others)
 
 
 PROMPT = make_flat([None, [(11, -1.0)], [(12, -2.0)]], [0, 1, 3])

@@ -41,7 +41,7 @@ from dpgen.journal.reader import (
 )
 from dpgen.journal.segment import SegmentWriter, WriteBatch, repair_segment
 from dpgen.journal.writer import JournalWriter
-from dpgen.records import Completion, RowResult, decode_result, encode_result, make_rejected_result
+from dpgen.records import Completion, RequestId, RowResult, decode_result, encode_result, make_rejected_result
 
 NEVER_S = 1e6
 
@@ -89,7 +89,9 @@ TEXTS = ["", "plain", "ünïcode 漢字 🎉", "null \0 byte", "lone \ud800 surr
 results_of_any_kind = st.lists(
     st.one_of(
         st.builds(result, st.integers(0, 20), st.text(max_size=30)),
-        st.builds(lambda row: make_rejected_result(row, RowRefused("bad", "it was bad")), st.integers(0, 20)),
+        st.builds(
+            lambda row: make_rejected_result(RequestId(row), RowRefused("bad", "it was bad")), st.integers(0, 20)
+        ),
     ),
     min_size=1,
     max_size=12,
@@ -101,7 +103,7 @@ results_of_any_kind = st.lists(
 
 def test_every_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     results = [result(row, text) for row, text in enumerate(TEXTS)]
-    results.append(make_rejected_result(50, RowRefused("empty_prompt", "nothing")))
+    results.append(make_rejected_result(RequestId(50), RowRefused("empty_prompt", "nothing")))
     results.append(RowResult(51, 1, (Completion("a", "stop", 1, [5]), Completion("b", None, 2, [6, 7]))))
     write_sealed(tmp_path, results)
     assert read(tmp_path) == {expected.row: expected for expected in results}
@@ -335,7 +337,9 @@ def test_a_segment_that_cant_be_read_is_an_error(tmp_path: Path) -> None:
 
 def test_a_row_counts_once_a_completion_before_an_error_then_the_earlier_result(tmp_path: Path) -> None:
     write_sealed(
-        tmp_path, [make_rejected_result(0, RowRefused("x", "y")), result(1, "early"), result(2, "rank 0")], attempt=1
+        tmp_path,
+        [make_rejected_result(RequestId(0), RowRefused("x", "y")), result(1, "early"), result(2, "rank 0")],
+        attempt=1,
     )
     write_sealed(tmp_path, [result(2, "rank 1")], attempt=1, rank=1)
     write_sealed(tmp_path, [result(0, "late"), result(1, "late")], attempt=2)

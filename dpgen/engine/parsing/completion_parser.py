@@ -18,7 +18,7 @@ from dpgen.data.tokenizer import TokenizerConfig
 from dpgen.engine.parsing.vllm_parsers import ParserInfo, ParserSpec, ParseTask
 from dpgen.engine.process import select_own_environment
 from dpgen.errors import ConfigError
-from dpgen.records import Completion, RowResult
+from dpgen.records import Completion, RequestId, RowResult
 from dpgen.workers.pool import WorkerPool, WorkerRefused, WorkerSpec
 
 _TIMEOUT_S = 60.0
@@ -57,12 +57,12 @@ class CompletionParser:
 
     def __init__(self, pool: WorkerPool, tools: ToolFinder) -> None:
         self._pool, self._tools = pool, tools
-        self._results: dict[int, RowResult] = {}  # rows that are being parsed
+        self._results: dict[RequestId, RowResult] = {}  # rows that are being parsed
 
     @property
     def pending_rows(self) -> Sequence[int]:
         """Rows that are being parsed."""
-        return list(self._results)
+        return [id.row for id in self._results]
 
     def __len__(self) -> int:
         return len(self._results)
@@ -83,16 +83,16 @@ class CompletionParser:
 
     def submit(self, result: RowResult) -> None:
         """Add a row; `poll` returns it, parsed."""
-        self._results[result.row] = result
+        self._results[result.id] = result
         # Parsers need no log-probabilities: their arrays stay here.
         completions = tuple(dataclasses.replace(completion, logprobs=None) for completion in result.completions)
-        self._pool.submit(result.row, ParseTask(result.row, completions, self._tools.find(result.row)))
+        self._pool.submit(result.id, ParseTask(result.row, completions, self._tools.find(result.row)))
 
     def poll(self) -> list[RowResult]:
         """Return the rows that have been parsed since the last call."""
         parsed = []
         for answer in self._pool.poll():
-            assert isinstance(answer.key, int)
+            assert isinstance(answer.key, RequestId)
             result = self._results.pop(answer.key)
             if answer.failure is None:
                 answered: tuple[Completion, ...] = answer.value

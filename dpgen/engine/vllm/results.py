@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dpgen.logprobs import TokenLogprobs, from_rows
-from dpgen.records import Completion, RowError, RowResult, ScoredCompletion, UndecodedRow
+from dpgen.records import Completion, RequestId, RowError, RowResult, ScoredCompletion, UndecodedRow
 
 
 class RunningRow(NamedTuple):
     """Hold what a row's result depends on, besides vLLM's output.
 
     Attributes:
+        id: of the request.
         params: the row's `SamplingParams`, as vLLM got them.
         is_decoded_by_rank: True if vLLM makes no text of it.
         num_completion_tokens: as in its request.
@@ -25,6 +26,7 @@ class RunningRow(NamedTuple):
         keeps_prompt: True if the result holds the prompt's log-probabilities, where vLLM has computed them.
     """
 
+    id: RequestId
     params: Any
     is_decoded_by_rank: bool = False
     num_completion_tokens: int = 0
@@ -38,9 +40,25 @@ def read_result(output: Any, running: RunningRow) -> RowResult | UndecodedRow:
     Args:
         output: vLLM's `RequestOutput`.
     """
-    row, prompt_ids = int(output.request_id), output.prompt_token_ids or []
+    result = _read_undecoded(output, running).with_id(running.id)
+    if result.error is not None or result.scored is not None or not running.is_decoded_by_rank:
+        return result
+    # A stop token (these rows have no stop strings) is no part of the text.
+    keep_stop = running.params.include_stop_str_in_output
+    samples = _sort_samples(output)
+    ids = [list(s.token_ids[:-1] if s.finish_reason == "stop" and not keep_stop else s.token_ids) for s in samples]
+    return UndecodedRow(result, tuple(ids), running.params.skip_special_tokens)
+
+
+def _sort_samples(output: Any) -> list[Any]:
+    return sorted(output.outputs, key=lambda sample: sample.index)
+
+
+def _read_undecoded(output: Any, running: RunningRow) -> RowResult:
+    """Return the result; where the rank decodes it, without texts."""
+    row, prompt_ids = running.id.row, output.prompt_token_ids or []
     num_prompt_tokens = len(prompt_ids) - running.num_completion_tokens
-    samples = sorted(output.outputs, key=lambda sample: sample.index)
+    samples = _sort_samples(output)
     if any(sample.finish_reason in ("error", "abort") for sample in samples):
         error = RowError("engine_refused", "vLLM aborted the row while it ran")
         return RowResult(row, num_prompt_tokens, error=error)
@@ -54,13 +72,7 @@ def read_result(output: Any, running: RunningRow) -> RowResult | UndecodedRow:
     except ValueError as mismatch:
         error = RowError("engine_refused", f"vLLM returned wrong log-probabilities: {mismatch}")
         return RowResult(row, num_prompt_tokens, error=error)
-    result = RowResult(row, num_prompt_tokens, completions, prompt_logprobs=kept_prompt)
-    if not running.is_decoded_by_rank:
-        return result
-    # A stop token (these rows have no stop strings) is no part of the text.
-    keep_stop = running.params.include_stop_str_in_output
-    ids = [list(s.token_ids[:-1] if s.finish_reason == "stop" and not keep_stop else s.token_ids) for s in samples]
-    return UndecodedRow(result, tuple(ids), running.params.skip_special_tokens)
+    return RowResult(row, num_prompt_tokens, completions, prompt_logprobs=kept_prompt)
 
 
 def _read_completion(sample: Any, running: RunningRow) -> Completion:

@@ -37,7 +37,7 @@ from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats
 from dpgen.engine.vllm.adapters import VllmAdapters
 from dpgen.engine.vllm.results import RunningRow, read_result
 from dpgen.errors import ConfigError, RowRefused
-from dpgen.records import Request, RowResult, UndecodedRow
+from dpgen.records import Request, RequestId, RowResult, UndecodedRow
 
 # Fields of SamplingParams that belong to dpgen: how results come back, and vLLM's own bookkeeping.
 _RESERVED_SAMPLING_FIELDS = {
@@ -58,7 +58,7 @@ class VllmBackend:
         self._render: Callable[[Any], list[int]] | None = None
         self._num_ids: int | None = None  # of the vocabulary; None where the rank knows it
         self._skip_detokenize = False
-        self._rows: dict[int, RunningRow] = {}
+        self._rows: dict[str, RunningRow] = {}  # by vLLM's id of the request
         self._num_finished_tokens = self._num_cached_tokens = 0
         self._num_finished_prompt_tokens = 0
         self._preemptions: dict[str, int] = {}  # preemptions of each running sequence that was preempted
@@ -127,7 +127,9 @@ class VllmBackend:
         is_decoded_by_rank = self._skip_detokenize and params.detokenize and not params.stop and has_plain_spacing
         params.detokenize = params.detokenize and not (is_decoded_by_rank or is_scored)
         params.flat_logprobs = True  # no object for each log-probability
-        self._rows[request.row] = RunningRow(
+        name = _format_id(request.id)
+        self._rows[name] = RunningRow(
+            request.id,
             params,
             is_decoded_by_rank,
             request.num_completion_tokens,
@@ -136,10 +138,10 @@ class VllmBackend:
         )
         try:
             adapter = self._adapters.get_request(request.adapter)
-            self._engine.add_request(str(request.row), tokens_input(token_ids), params, lora_request=adapter)
+            self._engine.add_request(name, tokens_input(token_ids), params, lora_request=adapter)
         except Exception as error:  # noqa: BLE001 - foreign code over a row's own values: one bad row costs one row
-            del self._rows[request.row]
-            self._engine.abort_request([str(request.row)])  # vLLM may have added a part of it
+            del self._rows[name]
+            self._engine.abort_request([name])  # vLLM may have added a part of it
             error_type = _classify_rejection(error, len(token_ids), self._max_model_len)
             raise RowRefused(error_type, _summarize_error(error)) from None
 
@@ -286,7 +288,7 @@ class VllmBackend:
         self._num_cached_tokens += output.num_cached_tokens or 0
         self._num_finished_prompt_tokens += len(output.prompt_token_ids or ()) * max(1, len(output.outputs))
         self._num_finished_tokens += sum(len(sample.token_ids) for sample in output.outputs)
-        return read_result(output, self._rows.pop(int(output.request_id)))
+        return read_result(output, self._rows.pop(output.request_id))
 
 
 class _SyncKvMixin:
@@ -329,6 +331,11 @@ class SyncKvMultiprocExecutor(_SyncKvMixin, MultiprocExecutor):
     """Drive several devices, with a worker process for each."""
 
     backend = "mp"
+
+
+def _format_id(id: RequestId) -> str:
+    """Return the id as vLLM takes it: the row's index alone for its first request."""
+    return str(id.row) if id == RequestId(id.row) else "-".join(map(str, id))
 
 
 def _convert_types(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
