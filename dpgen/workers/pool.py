@@ -1,6 +1,8 @@
 """Give tasks to worker processes, and collect the answers in any order.
 
-- Nothing here waits, but `wait_until_ready`. A worker has one task at a time, so a death or a hang is that task's.
+- Nothing here waits, but `wait_until_ready`. A worker does its tasks in order, so a death or a hang is that of the
+  first one without an answer. The others go to its successor.
+- A worker has a few tasks ahead, so that it need not wait until the rank looks again. They fit in its pipe.
 - A worker that dies or hangs is replaced. One that can't start ends the run: it would fail for every task.
 - Workers end with their rank, killed or not.
 """
@@ -19,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from dpgen.errors import DpgenError
@@ -27,6 +30,7 @@ _READY_WAIT_S = 0.2
 _MAX_START_DEATHS = 2
 _CLOSE_TIMEOUT_S = 5.0
 _PIPE_TIMEOUT_S = 10
+_MAX_AHEAD, _MAX_AHEAD_BYTES = 8, 64 << 10  # tasks that a worker has at most; a larger one is alone
 
 
 class WorkerRefused(DpgenError):
@@ -84,7 +88,7 @@ class WorkerPool:
         self, spec: WorkerSpec, log: Callable[[str], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._spec, self._log, self._clock = spec, log, clock
-        self._waiting: deque[tuple[Hashable, Any]] = deque()
+        self._waiting: deque[tuple[Hashable, bytes]] = deque()  # pickled
         self._answers: list[Answer] = []  # that `poll` has not returned yet
         self._num_start_deaths = 0
         self._info: Any = None
@@ -109,17 +113,17 @@ class WorkerPool:
     @property
     def pending_keys(self) -> list[Hashable]:
         """Keys of the tasks whose answers `poll` has not returned."""
-        busy = [worker.key for worker in self._workers if worker.is_busy]
+        busy = [key for worker in self._workers for key, _ in worker.tasks]
         return [*busy, *(key for key, _ in self._waiting), *(answer.key for answer in self._answers)]
 
     @property
     def num_pending(self) -> int:
         """Number of these tasks."""
-        return len(self._waiting) + len(self._answers) + sum(worker.is_busy for worker in self._workers)
+        return len(self._waiting) + len(self._answers) + sum(len(worker.tasks) for worker in self._workers)
 
     def submit(self, key: Hashable, task: Any) -> None:
         """Add a task; `poll` returns its answer under the key."""
-        self._waiting.append((key, task))
+        self._waiting.append((key, bytes(ForkingPickler.dumps(task))))
         self._update_workers()
 
     def poll(self) -> list[Answer]:
@@ -163,11 +167,12 @@ class WorkerPool:
                 raise WorkerRefused(f"{self._spec.name} can't start: {value}")
             worker.is_ready, self._info, self._num_start_deaths = True, value, 0
             return
-        self._answers.append(Answer(worker.key, value) if succeeded else Answer(worker.key, failure=value))
-        worker.key, worker.is_busy = None, False
+        key, _ = worker.tasks.popleft()
+        worker.since_s = self._clock()
+        self._answers.append(Answer(key, value) if succeeded else Answer(key, failure=value))
 
     def _replace(self, index: int, reason: str) -> None:
-        """Start another worker in place of one that died or hangs; its task has failed."""
+        """Start another worker in place of one that died or hangs; the first of its tasks has failed."""
         worker = self._workers[index]
         worker.pipe.close()
         worker.end(0.0)
@@ -176,25 +181,34 @@ class WorkerPool:
             if self._num_start_deaths > _MAX_START_DEATHS:
                 raise DpgenError(f"{reason} while it was starting, {self._num_start_deaths} times in a row")
         if worker.is_busy:
-            self._answers.append(Answer(worker.key, failure=reason))
+            key, _ = worker.tasks.popleft()
+            self._answers.append(Answer(key, failure=reason))
+            self._waiting.extendleft(reversed(worker.tasks))
         self._workers[index] = self._start_worker()
 
     def _assign_tasks(self) -> None:
-        for index, worker in enumerate(self._workers):
-            if self._waiting and worker.is_ready and not worker.is_busy:
-                key, task = self._waiting.popleft()
-                worker.key, worker.is_busy, worker.since_s = key, True, self._clock()
-                try:
-                    worker.pipe.send(task)
-                except OSError:
-                    self._replace(index, f"{self._spec.name} process died ({worker.describe_end()})")
+        while self._waiting:
+            size = len(self._waiting[0][1])
+            free = [index for index, worker in enumerate(self._workers) if worker.is_ready and worker.has_room(size)]
+            if not free:
+                return
+            index = min(free, key=lambda index: len(self._workers[index].tasks))
+            worker = self._workers[index]
+            if not worker.is_busy:
+                worker.since_s = self._clock()
+            worker.tasks.append(self._waiting.popleft())
+            try:
+                worker.pipe.send_bytes(worker.tasks[-1][1])
+            except OSError:
+                self._replace(index, f"{self._spec.name} process died ({worker.describe_end()})")
 
 
 class _Worker:
     """Hold one worker process.
 
     Attributes:
-        since_s: time at which it was started, or got its task.
+        tasks: keys and pickled tasks without an answer, in the order in which it does them.
+        since_s: time at which it was started, or came to the first of its tasks.
     """
 
     def __init__(self, spec: WorkerSpec, log: Callable[[str], None], now_s: float) -> None:
@@ -215,9 +229,18 @@ class _Worker:
         threading.Thread(target=self._read_lines, args=[log], daemon=True).start()
         self.pipe: Connection = Connection(ours.detach())
         self.pipe.send((spec.factory, spec.arguments))
-        self.is_ready = self.is_busy = False
-        self.key: Hashable = None
+        self.is_ready = False
+        self.tasks: deque[tuple[Hashable, bytes]] = deque()
         self.since_s = now_s
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.tasks)
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Return True if a task of this size can be sent without waiting."""
+        num_bytes += sum(len(data) for _, data in self.tasks)
+        return not self.tasks or (len(self.tasks) < _MAX_AHEAD and num_bytes <= _MAX_AHEAD_BYTES)
 
     def _read_lines(self, log: Callable[[str], None]) -> None:
         assert self._process.stdout is not None

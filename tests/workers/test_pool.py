@@ -81,6 +81,37 @@ def test_a_worker_that_dies_costs_its_task_and_is_replaced(make_pool: MakePool) 
     assert answers[0].value != answers[2].value
 
 
+def test_a_worker_has_tasks_ahead_but_no_more_than_its_pipe_holds(make_pool: MakePool) -> None:
+    pool = make_pool()
+    wait_ready(pool)
+    for key in range(20):
+        pool.submit(key, "hang" if key == 0 else "a")
+    assert len(pool._workers[0].tasks) == 8
+    pool = make_pool()
+    wait_ready(pool)
+    for key, size in enumerate([40_000, 20_000, 20_000]):
+        pool.submit(key, "hang" if key == 0 else "a" * size)
+    assert len(pool._workers[0].tasks) == 3, "the first task is small"
+    pool.submit(3, "a" * 200_000)
+    assert len(pool._workers[0].tasks) == 3, "a pipe holds no more, and the rank must not wait for it"
+
+
+def test_tasks_ahead_of_a_death_or_a_hang_are_done_by_the_successor(make_pool: MakePool) -> None:
+    pool = make_pool(timeout_s=1.0)
+    wait_ready(pool)
+    for key, task in enumerate(["a", "die", "b", "hang", "c", "d"]):
+        pool.submit(key, task)
+    answers = collect(pool, 6)
+    assert {key: answer.value for key, answer in answers.items() if answer.failure is None} == {
+        0: "a",
+        2: "b",
+        4: "c",
+        5: "d",
+    }
+    assert answers[1].failure == "the helper process died (exit status -9)"
+    assert answers[3].failure == "the helper took longer than 1 s"
+
+
 def test_a_worker_that_dies_idle_costs_no_task(make_pool: MakePool) -> None:
     pool = make_pool()
     pid = wait_ready(pool)["pid"]
