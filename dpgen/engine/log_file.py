@@ -88,7 +88,7 @@ class EngineLog:
             self._output.log(max(level, logging.INFO), self._shorten(line))  # the logger `dpgen` starts at INFO
 
     def _shorten(self, line: str) -> str:
-        """Return the line as the terminal shows it: before it dies, vLLM prints its configuration in thousands of words."""
+        """Return the line as the terminal shows it: a dying vLLM prints its configuration in thousands of words."""
         if len(line) <= _MAX_SHOWN_CHARS or self.path is None:
             return line
         return f"{line[:_MAX_SHOWN_CHARS]}... ({len(line):,} characters, all in {self.path})"
