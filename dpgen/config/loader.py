@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -74,10 +75,7 @@ class _LayerMerger:
     """Merge layers into one configuration, and collect their mistakes."""
 
     def __init__(self) -> None:
-        from omegaconf import OmegaConf
-
-        # Config checks itself when it is made; until all layers are merged, keys may still be missing.
-        self._merged: Any = OmegaConf.structured(Config)
+        self._merged: Any = _make_defaults()
         self._legal = [name for name, _, _ in legal_keys()]
         self._mistakes: list[str] = []
         self._suspects: set[str] = set()  # legal keys with a mistake, or nearest to a misspelt key
@@ -164,6 +162,8 @@ class _LayerMerger:
         data = {key: OmegaConf.select(self._merged, f"data.{key}") for key in FILE_KEYS}
         texts, mistakes = read_text_files(data)
         self._mistakes += map(self._add_place, mistakes)
+        if not texts:
+            return
         escaped = {key: _ANY_DOLLAR.sub(_ESCAPED_DOLLAR, text) for key, text in texts.items()}
         self._merged = OmegaConf.merge(self._merged, {"data": escaped})
 
@@ -205,6 +205,14 @@ class _LayerMerger:
         return {
             name: OmegaConf.to_object(body) if OmegaConf.is_config(body) else body for name, body in sections.items()
         }
+
+
+@functools.cache
+def _make_defaults() -> Any:
+    """Return the defaults, without `Config`'s checks: keys are still missing. Merging copies it; loads share one."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(Config)
 
 
 def _iter_keys(layer: Mapping[str, Any], legal: Collection[str]) -> Iterator[tuple[tuple[str, ...], Any]]:
