@@ -11,7 +11,7 @@ import pytest
 from helpers.jobs import REPO
 from helpers.tiny_tokenizers import NAMES, save_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
 
@@ -33,6 +33,8 @@ def make_sentencepiece_like() -> Any:
 def load_named_tokenizer(name: str, folder: Path) -> Any:
     if name == "sentencepiece":
         return make_sentencepiece_like()
+    from transformers import AutoTokenizer  # takes seconds
+
     return AutoTokenizer.from_pretrained(
         REPO / "conf" / "demo" / "model" if name == "demo" else save_tokenizer(name, folder / name)
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.jobs import REPO
+from helpers.jobs import REPO, Launcher, run_each_command
 
 from dpgen.cli import build_parser
 from dpgen.commands.scenario import build_scenario
@@ -237,39 +237,50 @@ def test_a_row_that_takes_too_long_to_render_is_left_out_of_a_simulated_order(
     assert workload.prompt_lengths.tolist() == [0, 1, 2, 0, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "the rows' lengths are unknown: pass --lengths KIND"),
-        (["--calibrate"], "need a configuration"),
-        (["--lengths", "constant:5", "--ranks", "0"], "--ranks=0: must be numbers of at least 1"),
-        (["--lengths", "constant:5", "--step-ms", "-1"], "--step-ms=-1: must be at least 0"),
-        (["--lengths", "constant:5", "--group-rows", "0"], "--group-rows=0: must be at least 1"),
-        (
-            ["--lengths", "constant:5", "--group-rows", "4", "--group-noise", "-1"],
-            "--group-noise=-1: must be at least 0",
-        ),
-        (["conf/demo.yaml", "--lengths", "constant:5", "--group-rows", "4"], "only for sampled rows"),
-        (["--lengths", "some:5"], "must be constant:TOKENS"),
-        (
-            ["run.dir=x", "model=m", "data.path=conf/demo/questions.jsonl", "data.prompt_column=question"],
-            "the rows' lengths are unknown",
-        ),
-        (
-            ["conf/demo.yaml", "--length-column", "answr"],
-            "'answr' is no column of the dataset; did you mean 'answer'?",
-        ),
-        (
-            ["conf/demo.yaml", "--lengths", "constant:5", "work.order=longest_first", "work.hint_column=answr"],
-            "work.hint_column: 'answr' is no column of the dataset; did you mean 'answer'?",
-        ),
-        (
-            ["conf/demo.yaml", "--lengths", "constant:5", "lora={a: x, b: y}", "data.lora_column=answr"],
-            "data.lora_column: 'answr' is no column of the dataset; did you mean 'answer'?",
-        ),
-    ],
-)
-def test_wrong_usage_is_one_clear_line(arguments: list[str], message: str) -> None:
-    done = run_command(*arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+# Runs `dpgen simulate` with each list of arguments, and reports its exit status, stdout and stderr.
+EACH_SIMULATED = """
+import contextlib, io, json, sys
+from dpgen.cli import main
+
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        status = main(["simulate", *arguments])
+    print("REPORT " + json.dumps([status, stdout.getvalue(), stderr.getvalue()]), flush=True)
+"""
+
+WRONG_USAGE: list[tuple[list[str], str]] = [
+    ([], "the rows' lengths are unknown: pass --lengths KIND"),
+    (["--calibrate"], "need a configuration"),
+    (["--lengths", "constant:5", "--ranks", "0"], "--ranks=0: must be numbers of at least 1"),
+    (["--lengths", "constant:5", "--step-ms", "-1"], "--step-ms=-1: must be at least 0"),
+    (["--lengths", "constant:5", "--group-rows", "0"], "--group-rows=0: must be at least 1"),
+    (
+        ["--lengths", "constant:5", "--group-rows", "4", "--group-noise", "-1"],
+        "--group-noise=-1: must be at least 0",
+    ),
+    (["conf/demo.yaml", "--lengths", "constant:5", "--group-rows", "4"], "only for sampled rows"),
+    (["--lengths", "some:5"], "must be constant:TOKENS"),
+    (
+        ["run.dir=x", "model=m", "data.path=conf/demo/questions.jsonl", "data.prompt_column=question"],
+        "the rows' lengths are unknown",
+    ),
+    (
+        ["conf/demo.yaml", "--length-column", "answr"],
+        "'answr' is no column of the dataset; did you mean 'answer'?",
+    ),
+    (
+        ["conf/demo.yaml", "--lengths", "constant:5", "work.order=longest_first", "work.hint_column=answr"],
+        "work.hint_column: 'answr' is no column of the dataset; did you mean 'answer'?",
+    ),
+    (
+        ["conf/demo.yaml", "--lengths", "constant:5", "lora={a: x, b: y}", "data.lora_column=answr"],
+        "data.lora_column: 'answr' is no column of the dataset; did you mean 'answer'?",
+    ),
+]
+
+
+def test_wrong_usage_is_one_clear_line(launcher: Launcher) -> None:
+    reports = run_each_command(launcher, EACH_SIMULATED, [arguments for arguments, _ in WRONG_USAGE])
+    for (arguments, message), (status, stdout, stderr) in zip(WRONG_USAGE, reports, strict=True):
+        assert status == 2 and stdout == "", f"{arguments}: {stdout}{stderr}"
+        assert message in stderr and len(stderr.splitlines()) == 1, f"{arguments}: {stderr}"
