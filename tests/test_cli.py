@@ -190,6 +190,7 @@ def test_without_shtab_completion_tells_how_to_install_it(tmp_path: Path) -> Non
 # ---- dpgen run
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_with_log_format_json_every_line_of_every_rank_is_one_json_object(
     launcher: Launcher, write_config: WriteConfig
@@ -205,6 +206,7 @@ def test_with_log_format_json_every_line_of_every_rank_is_one_json_object(
     assert all(json.loads(line)["rank"] == 1 for line in jobs[1].output.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_with_log_format_json_the_error_is_one_record_for_all_ranks(
     launcher: Launcher, write_config: WriteConfig
@@ -218,6 +220,7 @@ def test_with_log_format_json_the_error_is_one_record_for_all_ranks(
     assert error == records[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_under_torchrun_a_json_error_is_a_record_and_in_torchrun_s_report(
     launcher: Launcher, write_config: WriteConfig

@@ -17,6 +17,7 @@ def count_engine_starts(run_dir: Path, rank: int) -> int:
     return (run_dir / "logs" / f"rank-{rank}.engine.log").read_text().count("dpgen: engine life")
 
 
+@pytest.mark.slow
 def test_a_sick_engine_is_abandoned_and_poisons_no_row(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

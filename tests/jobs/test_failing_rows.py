@@ -32,6 +32,7 @@ def test_a_bad_row_gets_a_typed_error_and_the_other_rows_are_generated(
     assert all(row["generated_text"] is None for row in results if row["error"])
 
 
+@pytest.mark.slow
 def test_a_run_whose_rows_all_fail_stops_and_shows_why(launcher: Launcher, write_config: WriteConfig) -> None:
     rows = [{"prompt": "x" * 600} for _ in range(300)]
     job = launcher.dpgen("run", write_config(rows), "run.max_leading_errors=100", ranks=2)
@@ -40,6 +41,7 @@ def test_a_run_whose_rows_all_fail_stops_and_shows_why(launcher: Launcher, write
     assert "prompt_too_long" in job.output
 
 
+@pytest.mark.slow
 def test_a_run_in_which_no_row_succeeded_ends_with_1_however_often_it_is_started(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -65,6 +67,7 @@ def test_rows_that_fail_first_do_not_stop_a_run_whose_good_rows_are_still_runnin
     assert sum(row["error"] is None for row in load_result(tmp_path / "run")) == 200
 
 
+@pytest.mark.slow
 def test_slow_rows_that_fail_first_do_not_stop_a_run_whose_good_rows_come_last(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ from helpers.results import count_journal_bytes, load_all_rows
 pytestmark = pytest.mark.multi
 
 
+@pytest.mark.slow
 def test_rank_0_gathers_all_rows_if_the_run_directory_is_not_shared(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

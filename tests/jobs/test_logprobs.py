@@ -35,6 +35,7 @@ def test_log_probabilities_survive_kills_and_are_the_same_on_any_number_of_ranks
     assert verified.wait() == 0 and "complete and sound" in verified.output, verified.output
 
 
+@pytest.mark.slow
 def test_given_completions_are_scored_and_bad_ones_fail_alone(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -73,6 +73,7 @@ def test_a_finished_run_of_an_older_commit_is_complete_and_sound(launcher: Launc
     assert "  input     same" in output, output
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_an_older_commit_is_left_as_it_is(launcher: Launcher, old_runs: Path) -> None:
     files = read_files(old_runs / "finished")
     assert "already" in run_to_end(launcher, "run", "conf.yaml", ranks=2)

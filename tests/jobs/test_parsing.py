@@ -11,6 +11,7 @@ from helpers.jobs import Launcher, WriteConfig, load_result, wait_for
 pytestmark = pytest.mark.multi
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_parses_is_resumed_and_verifies(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from dpgen.distributed.store_discovery import discover_store
 pytestmark = pytest.mark.multi
 
 
+@pytest.mark.slow
 def test_ranks_read_their_place_from_the_variables_of_slurm(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -90,6 +91,7 @@ def occupy_first_port() -> Iterator[tuple[str, int]]:
     pytest.fail("no job found whose first port is free")
 
 
+@pytest.mark.slow
 def test_every_rank_gets_the_smallest_kv_cache(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
     sizes = [[f"engine.kv_cache_memory_bytes={number << 20}"] for number in (8, 2, 4)]
     jobs = launcher.start_like_srun("run", write_config(make_numbered_rows(5)), rank_arguments=sizes)
@@ -137,6 +139,7 @@ def test_one_rank_per_node_prepares_the_data_while_the_others_wait(
     assert reports == ["rank 0: prepares it", "rank 1: finds it ready", "rank 2: finds it ready"], job.output
 
 
+@pytest.mark.slow
 def test_a_model_that_no_rank_can_load_is_one_error(launcher: Launcher, write_config: WriteConfig) -> None:
     jobs = launcher.start_like_srun(
         "run",
@@ -149,6 +152,7 @@ def test_a_model_that_no_rank_can_load_is_one_error(launcher: Launcher, write_co
     assert "the engine failed: RuntimeError: no such device" in outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agreement", ["true", "false"], ids=["with the KV agreement", "without it"])
 def test_a_rank_whose_engine_cannot_load_the_model_leaves_its_rows_to_the_others(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, agreement: str

@@ -60,7 +60,8 @@ def test_a_row_that_kills_its_engine_is_recorded_and_the_run_continues(
     assert errors[17]["type"] == "poison_row" and "SIGKILL" in errors[17]["message"]
 
 
-@pytest.mark.parametrize("steal", [pytest.param("true", marks=pytest.mark.slow), "false"])
+@pytest.mark.slow
+@pytest.mark.parametrize("steal", ["true", "false"])
 def test_the_other_ranks_generate_the_rows_of_an_abandoned_engine(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, steal: str
 ) -> None:
@@ -73,6 +74,7 @@ def test_the_other_ranks_generate_the_rows_of_an_abandoned_engine(
     assert all(row["error"] is None for row in load_all_rows(tmp_path / "run", 60))
 
 
+@pytest.mark.slow
 def test_without_any_engine_left_the_run_stops_and_can_be_resumed(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -178,6 +180,7 @@ def test_torchrun_restarts_all_ranks_after_a_killed_one_and_the_run_resumes(
     load_all_rows(tmp_path / "run", 120)
 
 
+@pytest.mark.slow
 def test_ranks_that_lose_the_stores_host_while_they_claim_rows_end_resumable(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -272,6 +275,7 @@ def test_a_time_limit_stops_a_job(launcher: Launcher, write_config: WriteConfig,
     assert count_journal_bytes(tmp_path / "run") > 100
 
 
+@pytest.mark.slow
 def test_a_time_limit_stops_ranks_that_still_load_their_models(launcher: Launcher, write_config: WriteConfig) -> None:
     conf = write_config(make_numbered_rows(20), engine={"load_s": 300.0})
     jobs = launcher.start_like_srun("run", conf, "run.time_limit=3", rank_arguments=[[], []])
@@ -286,6 +290,7 @@ def test_slurms_end_time_stops_a_job(launcher: Launcher, write_config: WriteConf
     assert "SLURM's time limit is near" in job.output
 
 
+@pytest.mark.slow
 def test_a_second_job_on_the_same_run_directory_is_rejected(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

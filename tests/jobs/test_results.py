@@ -14,6 +14,7 @@ from helpers.jobs import Launcher, WriteConfig, load_result, make_numbered_rows,
 pytestmark = pytest.mark.multi
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_same_rows_as_one_in_input_order(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -32,6 +33,7 @@ def test_two_ranks_write_the_same_rows_as_one_in_input_order(
     assert [manifest["num_rows"] for manifest in manifests] == [51, 50], "both ranks generated rows"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "ranks"), [(10, 3), (1, 2), (0, 2)])
 def test_a_run_over_few_rows_or_none_succeeds(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, count: int, ranks: int
@@ -91,6 +93,7 @@ def test_jsonl_is_written_in_several_files(launcher: Launcher, write_config: Wri
     assert [row["row_id"] for row in load_result(tmp_path / "run")] == list(range(25))
 
 
+@pytest.mark.slow
 def test_a_run_whose_format_cannot_hold_its_input_is_refused_before_the_model_loads(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def test_an_unfinished_run_resumes_at_any_world_size(
     assert load_all_rows(tmp_path / "run", 150) == run_undisturbed(launcher, conf, tmp_path / "undisturbed" / "run")
 
 
+@pytest.mark.slow
 def test_resume_never_rejects_a_directory_that_is_not_empty(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -89,6 +90,7 @@ def test_resume_never_lets_torchrun_restart_its_ranks(
     )
 
 
+@pytest.mark.slow
 def test_resume_force_resumes_with_other_settings_and_keeps_done_rows(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -120,6 +122,7 @@ def test_resume_force_rejects_another_input(launcher: Launcher, write_config: Wr
     assert len(load_all_rows(tmp_path / "run", 5)) == 5
 
 
+@pytest.mark.slow
 def test_a_larger_limit_continues_from_the_rows_of_the_smaller_one(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -140,6 +143,7 @@ def test_a_larger_input_with_other_first_rows_is_another_input(
     assert job.wait() == 2 and "results of another input" in job.output, job.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("retry", "left"), [("true", []), ("[poison_row]", [2]), ("[bad_sampling]", [7])])
 def test_failed_rows_are_retried_all_or_by_type(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, retry: str, left: list[int]
@@ -158,6 +162,7 @@ def test_failed_rows_are_retried_all_or_by_type(
     assert [row["row_id"] for row in load_all_rows(tmp_path / "run", 10) if row["error"]] == left
 
 
+@pytest.mark.slow
 def test_a_retry_that_fails_before_its_first_row_leaves_the_finished_result(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -173,6 +178,7 @@ def test_a_retry_that_fails_before_its_first_row_leaves_the_finished_result(
     assert not [row for row in load_all_rows(tmp_path / "run", 10) if row["error"]]
 
 
+@pytest.mark.slow
 def test_a_retry_that_is_interrupted_after_its_first_row_leaves_an_unfinished_run(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ def test_a_rank_waits_for_one_that_takes_ten_times_as_long(
     assert read_num_rows(tmp_path / "run") == [20, 20]
 
 
+@pytest.mark.slow
 def test_a_rank_that_has_finished_its_shard_steals_rows(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

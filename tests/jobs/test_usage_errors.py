@@ -33,6 +33,7 @@ WRONG_TOO = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("override", "words"), WRONG)
 def test_a_wrong_configuration_is_reported_once_for_all_ranks_with_exit_status_2(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, override: str, words: str
@@ -55,6 +56,7 @@ def test_other_wrong_configurations_are_reported_in_the_same_way(
     assert not (tmp_path / "run" / "_SUCCESS").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_shows_the_cause_once_at_the_end_of_its_output(launcher: Launcher, write_config: WriteConfig) -> None:
     job = launcher.dpgen("run", write_config(make_numbered_rows(3)), "engine.max_num_seq=3", ranks=2)
     assert job.wait() == 1, "torchrun exits with 1 whatever the status of its workers"
@@ -74,6 +76,7 @@ def test_an_input_column_with_the_name_of_an_output_column_is_rejected(
     assert load_result(tmp_path / "run")[0]["error"] is None
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated_and_a_different_run_in_its_directory_is_rejected(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -103,6 +106,7 @@ def test_a_directory_with_other_files_is_rejected_as_run_directory(
     assert "thesis.tex" in job.output
 
 
+@pytest.mark.slow
 def test_another_sampling_by_rank_makes_a_different_run(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

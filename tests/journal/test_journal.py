@@ -694,6 +694,7 @@ def test_two_attempts_at_once_write_separate_segments(tmp_path: Path) -> None:
     assert {kept.completions[0].text for kept in read(tmp_path).values()} == {"1"}
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_run_whose_journal_cant_grow_stops_and_can_be_resumed(
     launcher: Launcher, write_config: Callable[..., str], tmp_path: Path

@@ -119,6 +119,7 @@ def test_a_rank_that_is_stopped_while_it_joins_is_resumable(
         assert f"dpgen: stopped: {reason}\n" in job.output
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_stopped_run_writes_the_number_of_done_rows(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
@@ -131,6 +132,7 @@ def test_a_stopped_run_writes_the_number_of_done_rows(
     assert status == "75" and 0 < int(num_done) < 600
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_failed_run_stays_failed_though_torchrun_stops_its_other_ranks(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
@@ -140,6 +142,7 @@ def test_a_failed_run_stays_failed_though_torchrun_stops_its_other_ranks(
     assert read_status(tmp_path)[0] == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_run_that_lost_rank_0_is_resumable(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
     conf = write_config(make_numbered_rows(200), engine=SLOW)

@@ -89,6 +89,7 @@ def open_terminal() -> Iterator[int]:
 # ---- on a terminal
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_terminal_shows_one_bar_over_all_ranks(launcher: Launcher, write_config: WriteConfig) -> None:
     conf = write_slow_config(write_config)
@@ -105,6 +106,7 @@ def test_a_terminal_shows_one_bar_over_all_ranks(launcher: Launcher, write_confi
     assert "of 80 rows (" not in output, "where there is a bar there are no lines"
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_log_lines_appear_above_the_bar(launcher: Launcher, write_config: WriteConfig) -> None:
     conf = write_slow_config(write_config, {**SLOW, "crash_on": "row number 50"})

@@ -121,6 +121,7 @@ def test_a_sound_run_passes_and_stays_unchanged(run: Path) -> None:
     assert sorted(path.relative_to(run) for path in run.rglob("*")) == before, "verify changes nothing"
 
 
+@pytest.mark.slow
 def test_the_hash_is_checked_by_the_version_that_the_file_names(run: Path) -> None:
     assert json.loads((run / "_SUCCESS").read_text())["hash_version"] == 2
     replace_success_by_version_1(run)
@@ -130,6 +131,7 @@ def test_the_hash_is_checked_by_the_version_that_the_file_names(run: Path) -> No
     assert verify(run).verdict == "sound", "version 1 may be named"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "format"),
     [

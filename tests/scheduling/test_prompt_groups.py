@@ -103,15 +103,12 @@ def write(write_config: Callable[..., str], **run: Any) -> str:
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         pytest.param([], id="two ranks"),
-        pytest.param(
-            ["parallel.launcher=external", "parallel.tensor_parallel_size=2"],
-            marks=pytest.mark.slow,
-            id="one rank of two processes",
-        ),
+        pytest.param(["parallel.launcher=external", "parallel.tensor_parallel_size=2"], id="one rank of two processes"),
     ],
 )
 def test_a_run_reshards_once_half_of_the_probes_are_finished(
