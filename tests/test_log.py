@@ -223,7 +223,7 @@ def test_a_reader_that_never_reads_does_not_block(monkeypatch: pytest.MonkeyPatc
     assert not flush_logging()
     write_to_stderr("dpgen: error: the cause")
     setup_logging(0, stream=io.StringIO())  # ends the handler, whose thread is stuck
-    assert time.monotonic() - started_s < 10, "nothing waits for a reader"
+    assert time.monotonic() - started_s < 50, "nothing waits for a reader, who would come after a minute"
     stream.is_read.set()
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,12 @@ def test_importing_the_configuration_loads_nothing_heavy(module: str) -> None:
     assert done.stdout.strip() == "set()"
 
 
+def get_childrens_processor_s() -> float:
+    """Return the processor time of all processes that this one has started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["slurm", "--help"]])
 def test_help_is_instant_and_imports_nothing_heavy(arguments: list[str]) -> None:
     watch = (
@@ -57,12 +63,12 @@ def test_help_is_instant_and_imports_nothing_heavy(arguments: list[str]) -> None
         f"heavy = {HEAVY} & set(sys.modules); "
         "assert not heavy, heavy; sys.exit(status)"
     )
-    times_s = []
-    for _ in range(5):
-        started_s = time.monotonic()
+    for _ in range(5):  # a busy machine may slow down one or the other
+        started_s = get_childrens_processor_s()
         subprocess.run([sys.executable, "-c", watch, *arguments], check=True, capture_output=True)
-        times_s.append(time.monotonic() - started_s)
-    assert min(times_s) < 0.5
+        if get_childrens_processor_s() - started_s < 0.5:
+            return
+    pytest.fail("help took half a second of processor time, each time")
 
 
 def test_help_lists_every_key() -> None:

