@@ -143,10 +143,9 @@ def write_uneven(folder: Path, model: Path) -> str:
         pytest.param(2, 41, [TP_2], id="two ranks, TP 2 below each"),
         pytest.param(2, 1, [TP_2], id="two ranks, TP 2 below each, one row"),
         pytest.param(2, 41, [EXTERNAL, TP_2], id="TP 2 of two processes"),
-        pytest.param(2, 1, [EXTERNAL, TP_2], id="TP 2 of two processes, one row"),
         pytest.param(2, 41, [EXTERNAL, LOCKSTEP], id="DP 2 in lockstep"),
-        pytest.param(2, 1, [EXTERNAL, LOCKSTEP], id="DP 2 in lockstep, one row"),
         pytest.param(4, 41, [EXTERNAL, TP_2], id="DP 2 x TP 2 of four processes"),
+        # With one row, the other engine has none.
         pytest.param(4, 1, [EXTERNAL, TP_2], id="DP 2 x TP 2 of four processes, one row"),
         pytest.param(4, 1, [EXTERNAL, TP_2, LOCKSTEP], id="DP 2 x TP 2 in lockstep, one row"),
     ],
