@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # Run all checks and tests:  launch/test.sh [--fast] [pytest arguments]
 #
-# --fast skips slow tests, and tests that need an engine, SLURM or network namespaces. The script stops at the first
-# step that fails, and names it. `-n 0` among the pytest arguments runs one test at a time, in this process.
+# --fast skips slow tests, and tests that need an engine, SLURM or network namespaces; mypy, which takes as long on one
+# core, runs beside the tests then. The script stops at the first step that fails, and names it. `-n 0` among the pytest
+# arguments runs one test at a time, in this process.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# Without bytecode on disk, each of the many processes that tests start would compile dpgen again.
+unset PYTHONDONTWRITEBYTECODE
 
 select=()
 if [[ ${1:-} == --fast ]]; then
@@ -14,10 +18,14 @@ if [[ ${1:-} == --fast ]]; then
 fi
 
 current=
-report_failure() { # STATUS
-    (($1 == 0)) || echo "test: FAILED at: $current (exit status $1)" >&2
+types= # what mypy writes while it runs beside pytest
+# shellcheck disable=SC2329 # the trap calls it
+finish() { # STATUS
+    (($1 == 0)) || [[ -z $current ]] || echo "test: FAILED at: $current (exit status $1)" >&2
+    [[ -z $types ]] || { kill "$mypy" 2>/dev/null || true; }
+    rm -f "$types"
 }
-trap 'report_failure $?' EXIT
+trap 'finish $?' EXIT
 step() {
     current=$1
     echo "== $current"
@@ -33,15 +41,33 @@ step "ruff check"
 step "ruff format (repair with: ruff format .)"
 "$bin/ruff" format --check .
 
-step "mypy"
-"$bin/mypy"
+if ((${#select[@]})); then
+    types=$(mktemp)
+    "$bin/mypy" >"$types" 2>&1 &
+    mypy=$!
+else
+    step "mypy"
+    "$bin/mypy"
+fi
 
 scripts=(launch/*.sh launch/*.sbatch .ci/run)
 step "bash -n and shellcheck"
 for script in "${scripts[@]}"; do bash -n "$script"; done
 "$bin/shellcheck" "${scripts[@]}"
 
-step "pytest"
-trap - EXIT # pytest reports its failures itself, and its summary must be the last line
+# pytest reports its failures itself, and its summary must be the last line.
 # Three tests at a time, since most tests wait for processes; at most two of them with real engines (conftest.py).
-exec "$bin/python" -m pytest -n 3 --dist loadgroup "${select[@]}" "$@"
+pytest=("$bin/python" -m pytest -n 3 --dist loadgroup "${select[@]}" "$@")
+if [[ -z $types ]]; then
+    step "pytest"
+    trap - EXIT
+    exec "${pytest[@]}"
+fi
+
+step "pytest, and mypy beside it"
+status=0
+"${pytest[@]}" || status=$?
+current=mypy
+wait "$mypy" || { cat "$types" && exit 1; }
+current=
+exit "$status"
