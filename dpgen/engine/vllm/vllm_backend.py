@@ -4,16 +4,15 @@
   classes.
 - `LLM.generate` is not used: it raises on the first bad prompt, and its batch drains between calls.
 - An error that vLLM raises over one row's own values rejects that row; all other rows are generated.
-- The ranks agree on the KV cache size between vLLM's measurement and its allocation (`_SyncKvMixin`).
+- The ranks agree on the KV cache size between vLLM's measurement and its allocation (`executors`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import typing
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil
 import pydantic
@@ -27,15 +26,21 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor
-from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
 
+from dpgen.config.tools import parse_json_text
 from dpgen.config.vllm_fields import describe_unknown_field
 from dpgen.data.hub import explain_hub_error
 from dpgen.data.prompts.token_ids import reject_unknown_ids
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.engine.vllm.adapters import VllmAdapters
+from dpgen.engine.vllm.executors import (
+    SyncKvExternalExecutor,
+    SyncKvMixin,
+    SyncKvMultiprocExecutor,
+    SyncKvUniProcExecutor,
+)
 from dpgen.engine.vllm.results import RunningRow, read_result
+from dpgen.engine.vllm.sampling_check import check_params, name_constraint
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Request, RequestId, RowResult, UndecodedRow
 
@@ -86,7 +91,7 @@ class VllmBackend:
     def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:
         assert self._config is not None
         self._skip_detokenize = text_config.skip_detokenize
-        _SyncKvMixin.agree_kv = agree_kv
+        SyncKvMixin.agree_kv = agree_kv
         # The constructor takes our executor class. The configuration takes only vLLM's own names, at least for
         # pipelines and external launchers.
         self._engine = LLMEngine(
@@ -244,12 +249,29 @@ class VllmBackend:
         """Yield one line for each sampling section that vLLM rejects."""
         self._sampling = self._build_default_sampling()
         for section, entry in self._spec.iter_sampling_sections():
-            try:
-                self._check_logprobs(self._params.validate_python({**self._sampling, **entry}))
-            except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
-                yield f"vLLM rejects a {section}.* key: {_summarize_error(error)}"
-                if section == "sampling":
-                    return  # each entry stands over it, and would be rejected too
+            given = entry.get("structured_outputs")
+            name = name_constraint(section, given, is_output_schema=self._spec.has_output_schema)
+            others = {**self._sampling, **entry, "structured_outputs": None}
+            mistakes = list(self._find_rejected(f"a {section}.* key", others))
+            if given is not None:
+                mistakes += self._find_rejected(name, {"structured_outputs": given})
+            yield from mistakes
+            if mistakes and section == "sampling":
+                return  # each entry stands over it, and would be rejected too
+
+    def _find_rejected(self, name: str, fields: dict[str, Any]) -> Iterator[str]:
+        """Yield a line if vLLM rejects fields of sampling.
+
+        Args:
+            name: of their key, for the line.
+        """
+        try:
+            params = self._params.validate_python(fields)
+            self._check_logprobs(params)
+            if self._config is not None:
+                check_params(params, self._config)
+        except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
+            yield f"vLLM rejects {name}: {_summarize_error(error)}"
 
     def _build_default_sampling(self) -> dict[str, Any]:
         """Return the run's sampling over the model's generation config (as in `LLM.get_default_sampling_params`)."""
@@ -261,6 +283,7 @@ class VllmBackend:
         if request.num_completion_tokens:  # vLLM has to generate one token; it is dropped
             fields |= {"max_tokens": 1, "temperature": 0, "prompt_logprobs": fields.get("prompt_logprobs") or 0}
         try:
+            fields["structured_outputs"] = parse_json_text(fields.get("structured_outputs"))
             params = self._params.validate_python(fields)
             assert isinstance(params, SamplingParams)
             self._check_logprobs(params)
@@ -289,48 +312,6 @@ class VllmBackend:
         self._num_finished_prompt_tokens += len(output.prompt_token_ids or ()) * max(1, len(output.outputs))
         self._num_finished_tokens += sum(len(sample.token_ids) for sample in output.outputs)
         return read_result(output, self._rows.pop(output.request_id))
-
-
-class _SyncKvMixin:
-    """Agree on the KV cache size with the other ranks, between vLLM's measurement and its allocation.
-
-    vLLM creates the executor from its class, so the function that asks the ranks is a class attribute.
-
-    Attributes:
-        backend: vLLM's name of the executor that a subclass extends.
-    """
-
-    agree_kv: ClassVar[AgreeKvFn]
-    backend: ClassVar[str]
-
-    def determine_available_memory(self) -> list[int]:
-        measured: list[int] = super().determine_available_memory()  # type: ignore[misc]
-        agreed = _SyncKvMixin.agree_kv(min(measured))
-        return [agreed] * len(measured)
-
-
-class SyncKvUniProcExecutor(_SyncKvMixin, UniProcExecutor):
-    """Drive one device, with its worker in this process."""
-
-    backend = "uni"
-
-
-class SyncKvExternalExecutor(_SyncKvMixin, ExecutorWithExternalLauncher):
-    """Drive one of several devices; torchrun's other processes drive the others."""
-
-    backend = "external_launcher"
-
-    def _distributed_args(self) -> tuple[str, int, int]:
-        # Not vLLM's "env://": on the CPU vLLM names shared memory after the end of this address, and two groups of one
-        # node would then use the same memory.
-        _, rank, local_rank = super()._distributed_args()
-        return f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", rank, local_rank
-
-
-class SyncKvMultiprocExecutor(_SyncKvMixin, MultiprocExecutor):
-    """Drive several devices, with a worker process for each."""
-
-    backend = "mp"
 
 
 def _format_id(id: RequestId) -> str:
@@ -394,5 +375,7 @@ def _summarize_error(error: Exception) -> str:
                 parts.append(f"{path}: {problem['msg']}" if path else str(problem["msg"]))
         if parts:
             return "; ".join(parts)
-    lines = str(error).strip().splitlines()
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if lines and lines[0].endswith(":"):  # a regular expression, its place and the reason follow
+        return " ".join(lines)[:300]
     return lines[0] if lines else type(error).__name__
