@@ -49,6 +49,7 @@ from dpgen.monitoring.startup import StartupTimer
 from dpgen.output.column_check import check_columns, list_used_columns
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.format_check import check_output_format
+from dpgen.output.json_schema.derivation import derive_type
 from dpgen.output.result import gather_results, is_already_complete, write_result
 from dpgen.records import RankManifest
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
@@ -379,7 +380,9 @@ def _watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: St
 
 
 def _check_output(config: Config, rows: InputRows) -> None:
-    """Raise ConfigError if a file of the result can't hold what a kept column holds."""
+    """Log what of the result stays JSON text; raise ConfigError if its files can't hold what a kept column holds."""
+    if config.output.schema is not None and (note := derive_type(config.output.schema).describe_text_parts()):
+        logger.info(note)
     if not rows.is_empty:
         kept_columns = DatasetFormat.from_config(config).select_kept_columns(rows.columns)
         for note in check_output_format(rows, kept_columns, config.output.format):

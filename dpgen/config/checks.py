@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Fields of SamplingParams whose log-probabilities are in the result.
 LOGPROB_FIELDS = ("logprobs", "logprob_token_ids", "prompt_logprobs")
+# Of sampling.structured_outputs: what a text must follow. The other fields say how.
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 def find_wrong_run_values(run: RunConfig) -> Iterator[str]:
@@ -128,6 +130,25 @@ def find_wrong_logprobs(
                 yield f"{key}={count}: engine.max_logprobs={limit} allows fewer; leave that out, or set it to {count}"
 
 
+def find_wrong_schema(
+    output: OutputConfig, sampling: Mapping[str, Any], by_rank: Iterable[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Yield one line if `output.schema` is no schema, and for each section that gives another constraint."""
+    schema = output.schema
+    if schema is None:
+        return
+    if not isinstance(schema, Mapping) or not schema:
+        yield (
+            f"output.schema={schema!r}: must be a JSON Schema, its file (@schemas/answer.json), or a Pydantic model "
+            "(package.module:Model)"
+        )
+    for section, entry in _iter_sampling_sections(sampling, by_rank):
+        given = entry.get("structured_outputs")
+        for name in CONSTRAINTS:
+            if isinstance(given, Mapping) and given.get(name) is not None:
+                yield f"output.schema and {section}.structured_outputs.{name} are set: a text follows one of them"
+
+
 def find_keys_without_effect_on_scores(sections: Mapping[str, Any], default: OutputConfig) -> Iterator[str]:
     """Yield one line for each key that is about generated texts, where given completions are scored.
 
@@ -137,7 +158,7 @@ def find_keys_without_effect_on_scores(sections: Mapping[str, Any], default: Out
     """
     entries = _iter_sampling_sections(sections["sampling"], sections["sampling_by_rank"])
     keys = [f"{section}.{name}" for section, entry in entries for name in entry if name != "prompt_logprobs"]
-    names = ("token_ids", "explode", "messages", "reasoning", "tool_parser", "parse")
+    names = ("token_ids", "explode", "messages", "reasoning", "tool_parser", "parse", "schema")
     keys += [f"output.{name}" for name in names if getattr(sections["output"], name) != getattr(default, name)]
     for key in keys:
         yield (

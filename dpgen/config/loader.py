@@ -19,26 +19,24 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpgen.config.options import describe_option, find_type, is_text, is_utf8, legal_keys
+from dpgen.config.output_schema import read_output_schema
 from dpgen.config.schema import Config, find_wrong_values
 from dpgen.config.sections import MISSING
 from dpgen.config.text_files import FILE_KEYS, read_text_files
 from dpgen.config.vllm_fields import describe_home_of_field
+from dpgen.config.yaml.layers import escape_dollars, nest
 from dpgen.errors import ConfigError, find_nearest_name, suggest_name
 
 if TYPE_CHECKING:
     from dpgen.config.yaml.yaml_source import KeyPath, YamlSource
 
-# Texts in which `${` is never OmegaConf's: ``Price: ${{ price }}``.
-_PROMPT_TEXTS = ("data.template", "data.system_prompt", "data.chat_template", "data.tools")
 _CHAT_TEMPLATE_NAME = re.compile(r"\{\s*name\s*:")  # {name: tool_use}, and no template
-# `${` that no interpolation of OmegaConf begins with: ``$${{``, ``^\\d+${``.
-_NO_INTERPOLATION = re.compile(r"(\\*)\$\{(?!\s*[\w.\[$])")
-_ESCAPED_DOLLAR = r"\1\1\\${"  # backslashes before ${ count twice in OmegaConf
-_ANY_DOLLAR = re.compile(r"(\\*)\$\{")
 _KEY = re.compile(r"\w+(\.\w+)*")
 _NULLS = ("null", "Null", "NULL", "~")
 _SECTION_NAMES = tuple(field.name for field in dataclasses.fields(Config))
 _LITERAL = " (for a literal ${ write \\${)"
+# A schema takes the place of an earlier one: merged, they would be a third.
+_SCHEMAS = ("output.schema", "sampling.structured_outputs.json")
 _REQUIRED = {name for name, default, _ in legal_keys() if default == MISSING}
 # Texts within a passed-through section, and the sections that hold them.
 _TEXT_FIELDS = ("stop", "bad_words", "from_columns")
@@ -146,7 +144,13 @@ class _LayerMerger:
         from omegaconf.errors import OmegaConfBaseException
 
         try:
-            self._merged = OmegaConf.merge(self._merged, OmegaConf.create(_nest(values)))
+            layer = OmegaConf.create(nest(values))
+            for key in _SCHEMAS:
+                if all(OmegaConf.is_dict(OmegaConf.select(config, key)) for config in (self._merged, layer)):
+                    empty = OmegaConf.create()
+                    OmegaConf.update(empty, key, None)
+                    self._merged = OmegaConf.merge(self._merged, empty)
+            self._merged = OmegaConf.merge(self._merged, layer)
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             if len(values) == 1:
                 [key] = values
@@ -156,16 +160,21 @@ class _LayerMerger:
                 self._merge(source, {key: value}, paths)
 
     def _insert_text_files(self) -> None:
-        """Put the text of each file that a key of `data` names in the name's place."""
+        """Put the content of each file that a key of `data` or `output.schema` names in the name's place."""
         from omegaconf import OmegaConf
 
         data = {key: OmegaConf.select(self._merged, f"data.{key}") for key in FILE_KEYS}
         texts, mistakes = read_text_files(data)
+        contents: dict[str, Any] = {"data": texts}
+        if isinstance(schema := OmegaConf.select(self._merged, "output.schema"), str):
+            contents["output"] = {"schema": None}  # where it can't be read
+            try:
+                contents["output"]["schema"] = read_output_schema(schema)
+            except ConfigError as error:
+                mistakes += error.mistakes
         self._mistakes += map(self._add_place, mistakes)
-        if not texts:
-            return
-        escaped = {key: _ANY_DOLLAR.sub(_ESCAPED_DOLLAR, text) for key, text in texts.items()}
-        self._merged = OmegaConf.merge(self._merged, {"data": escaped})
+        if texts or "output" in contents:
+            self._merged = OmegaConf.merge(self._merged, escape_dollars(contents))
 
     def _note_places(self, source: YamlSource, values: Mapping[str, Any]) -> None:
         replaced = tuple(f"{key}." for key, value in values.items() if not isinstance(value, Mapping))
@@ -200,7 +209,7 @@ class _LayerMerger:
         """Return the sections, with a text for each missing key, so that the other keys can be checked."""
         from omegaconf import OmegaConf
 
-        filled: Any = OmegaConf.merge(self._merged, _nest(dict.fromkeys(missing, "missing")))
+        filled: Any = OmegaConf.merge(self._merged, nest(dict.fromkeys(missing, "missing")))
         sections = {field.name: filled[field.name] for field in dataclasses.fields(Config)}
         return {
             name: OmegaConf.to_object(body) if OmegaConf.is_config(body) else body for name, body in sections.items()
@@ -286,29 +295,6 @@ def _describe_unknown(path: KeyPath, key: str, legal: Collection[str]) -> str:
     return f"unknown key {key!r}{hint or suggest_name(key, legal, 'keys')}"
 
 
-def _escape_dollars(key: str, value: Any) -> Any:
-    """Return a value with each `${` escaped that is none of OmegaConf's; in prompt texts none is."""
-    if isinstance(value, str):
-        pattern = _ANY_DOLLAR if key in _PROMPT_TEXTS else _NO_INTERPOLATION
-        return pattern.sub(_ESCAPED_DOLLAR, value)
-    if isinstance(value, Mapping):
-        return {name: _escape_dollars(key, item) for name, item in value.items()}
-    return [_escape_dollars(key, item) for item in value] if isinstance(value, list) else value
-
-
-def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the layer of dotted keys, with `${` escaped where it is text."""
-    layer: dict[str, Any] = {}
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        value = _escape_dollars(key, value)
-        if name:
-            layer.setdefault(section, {})[name] = value
-        else:
-            layer[section] = value
-    return layer
-
-
 def _read_override(argument: str) -> YamlSource:
     from dpgen.config.yaml.yaml_source import read_argument, take_as_it_stands
 
@@ -323,7 +309,7 @@ def _read_override(argument: str) -> YamlSource:
     is_null = text in _NULLS and (find_type(key) == "str | None" or key == "data.chat_template")
     is_list = text.startswith("[") and key == "data.path"
     is_name = key == "data.chat_template" and _CHAT_TEMPLATE_NAME.match(text) is not None
-    names_file = key == "data.tools" and text.startswith("@")
+    names_file = key in ("data.tools", "output.schema") and text.startswith("@")
     if names_file or (is_text(key) and not is_null and not is_list and not is_name):
         return take_as_it_stands(argument, path, text)
     return read_argument(argument, path, text, may_be_text=find_type(key) in ("", "Any"))

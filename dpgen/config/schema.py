@@ -65,7 +65,10 @@ class Config:
     @property
     def sampling_fields(self) -> dict[str, Any]:
         """Return the fields of SamplingParams that are the same for every row."""
-        return {key: value for key, value in self.sampling.items() if key != "from_columns"}
+        fields = {key: value for key, value in self.sampling.items() if key != "from_columns"}
+        if self.output.schema is not None:
+            fields["structured_outputs"] = {**(fields.get("structured_outputs") or {}), "json": self.output.schema}
+        return fields
 
     @property
     def sampling_columns(self) -> dict[str, str]:
@@ -131,6 +134,7 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
     yield from checks.find_wrong_adapters(sections["lora"])
     yield from checks.find_wrong_sampling(sections["sampling"], sections["sampling_by_rank"])
     yield from checks.find_wrong_logprobs(sections["engine"], sections["sampling"], sections["sampling_by_rank"])
+    yield from checks.find_wrong_schema(sections["output"], sections["sampling"], sections["sampling_by_rank"])
     if sections["data"].completion_column is not None:
         yield from checks.find_keys_without_effect_on_scores(sections, OutputConfig())
 

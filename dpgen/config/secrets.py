@@ -100,6 +100,9 @@ _SECRET_FORMS = re.compile(
 )
 
 
+# Of JSON Schema: each maps names to schemas.
+_SCHEMA_KEYS = ("properties", "patternProperties", "$defs", "definitions")
+
 # ``name=value`` in the query or fragment of a URL, or in a connection string: ``AccountName=a;AccountKey=b``.
 _PAIR = re.compile(r"(?:(?<=[?&#;])|^)([A-Za-z][\w.-]*)=([^&#;\s]+)")
 
@@ -111,8 +114,7 @@ def redact_secrets(value: Any, key: str = "") -> Any:
         key: the last part of the key that the value belongs to.
     """
     if isinstance(value, Mapping):
-        is_secret = _is_secret_name(key)
-        return {str(name): redact_secrets(item, key if is_secret else str(name)) for name, item in value.items()}
+        return {str(name): redact_secrets(item, _find_item_key(key, str(name), item)) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [redact_secrets(item, key) for item in value]
     if not isinstance(value, str):
@@ -132,11 +134,22 @@ def redact_text(text: str) -> str:
 def has_secret(value: Any, key: str = "") -> bool:
     """Return True if `redact_secrets` would remove anything."""
     if isinstance(value, Mapping):
-        is_secret = _is_secret_name(key)
-        return any(has_secret(item, key if is_secret else str(name)) for name, item in value.items())
+        return any(has_secret(item, _find_item_key(key, str(name), item)) for name, item in value.items())
     if isinstance(value, (list, tuple)):
         return any(has_secret(item, key) for item in value)
     return isinstance(value, str) and redact_secrets(value, key) != value
+
+
+def _find_item_key(key: str, name: str, item: Any) -> str:
+    """Return the name that tells whether an item of a mapping is secret.
+
+    Args:
+        key: of the mapping.
+        name: of the item in it.
+    """
+    if key in _SCHEMA_KEYS and isinstance(item, Mapping):
+        return ""  # a schema says what a password looks like, and holds none
+    return key if _is_secret_name(key) else name
 
 
 def _is_secret_parameter(name: str, value: str) -> bool:

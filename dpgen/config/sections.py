@@ -238,3 +238,13 @@ class OutputConfig:
         "fence around it is no error)",
         "text",
     )
+    schema: Any = option(
+        "a JSON Schema that every text follows: the schema itself, its file ('@schemas/answer.json'), or the import "
+        "path of a Pydantic model (package.module:Model); sets sampling.structured_outputs.json and parse=json, and "
+        "gives the column parsed its types"
+    )
+
+    @property
+    def parses_json(self) -> bool:
+        """Return True if texts are read as JSON."""
+        return self.parse == "json" or self.schema is not None

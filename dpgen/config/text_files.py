@@ -31,7 +31,7 @@ def read_text_files(data: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]
         try:
             text = Path(value[1:]).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: of `~name`, an unknown user
-            mistakes.append(f"data.{key}={value} can't be read: {_explain(value, error)}{_hint(key)}")
+            mistakes.append(f"data.{key}={value} can't be read: {explain_unreadable(value[1:], error)}{_hint(key)}")
         else:
             texts[key] = text.removesuffix("\n") if key in _PROMPT_KEYS else text
     return texts, mistakes
@@ -50,9 +50,10 @@ def _iter_named(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, value
 
 
-def _explain(value: str, error: Exception) -> str:
+def explain_unreadable(path: str, error: Exception) -> str:
+    """Return why a file that the configuration names can't be read."""
     if isinstance(error, FileNotFoundError):
-        is_relative = not value[1:].startswith(("/", "~"))
+        is_relative = not path.startswith(("/", "~"))
         return "there is no such file" + (f" in the working directory {os.getcwd()}" if is_relative else "")
     if isinstance(error, UnicodeDecodeError):
         return f"it is no UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start})"

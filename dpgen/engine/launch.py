@@ -72,6 +72,7 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
         world=world,
         token_ids=config.output.token_ids or config.keeps_logprobs,
         adapters=find_adapter_folders(config.lora) if config.run.engine == "vllm" else dict(config.lora),
+        has_output_schema=config.output.schema is not None,
     )
 
 

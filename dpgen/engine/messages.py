@@ -35,6 +35,7 @@ class EngineSpec:
         world: the processes that form one engine, or step together, with this one; None for an engine of its own.
         token_ids: return the generated token ids with each result.
         adapters: the folder of each LoRA adapter that rows may name.
+        has_output_schema: True if `output.schema` has set the structured outputs in `sampling`.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class EngineSpec:
     world: EngineWorld | None = None
     token_ids: bool = False
     adapters: dict[str, str] = field(default_factory=dict)
+    has_output_schema: bool = False
 
     def iter_sampling_sections(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield `sampling` and each entry of `sampling_by_rank`, as (section, fields)."""

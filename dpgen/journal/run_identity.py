@@ -172,7 +172,7 @@ def compute_run_identity(
 def _select_output_keys(config: Config) -> dict[str, Any]:
     """Return the keys of `output` that change rows or columns; none at their default, as in older directories."""
     output, default = config.output, OutputConfig()
-    names = ["explode", "messages", "reasoning", "tool_parser", "parse"]
+    names = ["explode", "messages", "reasoning", "tool_parser", "parse", "schema"]
     if output.reasoning != "keep":
         names.append("reasoning_parser")
     keys = {name: getattr(output, name) for name in names if getattr(output, name) != getattr(default, name)}

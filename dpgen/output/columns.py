@@ -42,7 +42,9 @@ from dpgen.output.column_values import (
 )
 from dpgen.output.conversations import get_messages_type
 from dpgen.output.json_lines import JSONL_ENCODING
-from dpgen.records import RowResult
+from dpgen.output.json_schema.derivation import derive_type
+from dpgen.output.json_schema.value_types import ValueType, read_value
+from dpgen.records import Completion, RowResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,6 +65,7 @@ class DatasetFormat:
         reasoning: True if there is a column of reasoning.
         tool_calls: True if there is a column of tool calls.
         parsed: True if there is a column of parsed texts.
+        parsed_type: the type of its values, by `output.schema`; None if they are JSON text.
         messages: how rows became chats, if there is a column of these with the model's turn; None if there is none.
         kept_columns: the input columns in the dataset; None for all.
         jsonl_encoding: how JSON lines hold the input's values; see `dpgen.output.json_lines`.
@@ -79,6 +82,7 @@ class DatasetFormat:
     reasoning: bool = False
     tool_calls: bool = False
     parsed: bool = False
+    parsed_type: ValueType | None = None
     messages: PromptConfig | None = None
     file_format: str = "parquet"
     kept_columns: list[str] | None = None
@@ -118,13 +122,15 @@ class DatasetFormat:
             return by_column or any(is_wanted(section.get(name)) for section in sections for name in names)
 
         logprobs = wants("logprobs", "logprob_token_ids")
+        schema = output.get("schema")
         return cls(
             has_samples=sampling.get("n", 1) != 1 or "n" in from_columns,
             explode=bool(output.get("explode")),
             token_ids=bool(output.get("token_ids")) or logprobs,
             reasoning=output.get("reasoning") == "split",
             tool_calls=output.get("tool_parser") is not None,
-            parsed=output.get("parse") == "json",
+            parsed=output.get("parse") == "json" or schema is not None,
+            parsed_type=None if schema is None else derive_type(schema).value_type,
             messages=PromptConfig(**identity["prompt"]) if output.get("messages") else None,
             is_scored=(identity.get("prompt") or {}).get("completion_column") is not None,
             logprobs=logprobs,
@@ -160,7 +166,7 @@ class DatasetFormat:
     @property
     def result_columns(self) -> tuple[ResultColumn, ...]:
         """Return the columns that results add, in their order in the dataset."""
-        return tuple(column for column in _RESULT_COLUMNS if column.is_present(self))
+        return tuple(column.specialize(column, self) for column in _RESULT_COLUMNS if column.is_present(self))
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,7 @@ class ResultColumn:
         get: returns the value of an entry, or of one sample.
         is_of_sample: True if the value is of a sample, so that the column holds lists where an entry has several.
         is_present: whether a dataset of this format has the column.
+        specialize: returns the same column as a dataset of this format has it.
     """
 
     name: str
@@ -180,6 +187,7 @@ class ResultColumn:
     get: Callable[[Any], Any]
     is_of_sample: bool = True
     is_present: Callable[[DatasetFormat], bool] = lambda _: True
+    specialize: Callable[[ResultColumn, DatasetFormat], ResultColumn] = lambda column, _: column
 
     def build_array(self, entries: Sequence[Entry], dataset_format: DatasetFormat) -> pa.Array:
         """Return the column's values, one for each entry."""
@@ -260,6 +268,25 @@ def _make_logprob_column(
     )
 
 
+def _give_type(column: ResultColumn, parsed_type: ValueType | None) -> ResultColumn:
+    """Return the column of parsed texts with values of a type; JSON text where there is none."""
+    if parsed_type is None:
+        return column
+    get = lambda completion: read_value(completion.parsed, parsed_type)[0]  # noqa: E731 - a column of one line
+    return dataclasses.replace(column, get_type=parsed_type.to_arrow, get=get)
+
+
+def _add_misfits(column: ResultColumn, parsed_type: ValueType | None) -> ResultColumn:
+    """Return the column of parse errors with those of values that don't fit their type."""
+    if parsed_type is None:
+        return column
+
+    def get(completion: Completion) -> str | None:
+        return escape_if_any(completion.parse_error or read_value(completion.parsed, parsed_type)[1])
+
+    return dataclasses.replace(column, get=get)
+
+
 def _is_generated(dataset_format: DatasetFormat) -> bool:
     return not dataset_format.is_scored
 
@@ -293,6 +320,7 @@ _RESULT_COLUMNS = (
         TEXT,
         lambda completion: completion.parsed,
         is_present=lambda dataset_format: dataset_format.parsed,
+        specialize=lambda column, dataset_format: _give_type(column, dataset_format.parsed_type),
     ),
     ResultColumn(
         MESSAGES,
@@ -306,6 +334,7 @@ _RESULT_COLUMNS = (
         TEXT,
         lambda completion: escape_if_any(completion.parse_error),
         is_present=lambda dataset_format: dataset_format.is_parsing,
+        specialize=lambda column, dataset_format: _add_misfits(column, dataset_format.parsed_type),
     ),
     _make_logprob_column("token_logprobs", LOGPROBS, get_sample_logprobs, "logprobs", "logprobs"),
     _make_logprob_column("cumulative_logprob", FLOAT64, get_sample_logprobs, "total", "logprobs"),

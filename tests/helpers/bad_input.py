@@ -47,6 +47,18 @@ BAD_ROWS: dict[str, list[tuple[str, dict[str, Any], str, str]]] = {
             "a(b",
         ),
         (
+            "a schema that is not valid",
+            {"messages": HELLO, "structured_outputs": {"json": {"type": "objekt"}}},
+            "bad_sampling",
+            "Invalid type: objekt",
+        ),
+        (
+            "a constraint that is no JSON",
+            {"messages": HELLO, "structured_outputs": "{"},
+            "bad_sampling",
+            "not valid JSON",
+        ),
+        (
             "a token that does not exist",
             {"messages": HELLO, "allowed_token_ids": [99999]},
             "bad_sampling",
@@ -212,6 +224,23 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
         ["data.completion_column=prompt", "sampling.n=2"],
         "sampling.n has no effect: data.completion_column",
     ),
+    ("a schema's file that is not there", ["output.schema=@none.json"], "output.schema=none.json can't be read: there"),
+    ("a schema that is a number", ["output.schema=3"], "output.schema=3: must be a JSON Schema, its file (@schemas"),
+    (
+        "a schema of a model that is not there",
+        ["output.schema=json:Answer"],
+        "output.schema=json:Answer: json has no A",
+    ),
+    (
+        "a schema and another constraint",
+        ["output.schema={type: array}", "sampling.structured_outputs={regex: a}"],
+        "output.schema and sampling.structured_outputs.regex are set",
+    ),
+    (
+        "a schema where nothing is generated",
+        ["data.completion_column=prompt", "output.schema={type: array}"],
+        "output.schema has no effect: data.completion_column",
+    ),
     ("a rank's number of samples", ["sampling_by_rank=[{n: 2}]"], "sampling_by_rank[0].n can't be set"),
     (
         "a variable that the chat template does not use",
@@ -266,6 +295,47 @@ BAD_ENGINE_CONFIGS: list[tuple[str, list[str], str]] = [
         ["sampling.structured_outputs={json: {}, whitespace_patern: x}"],
         "did you mean 'sampling.structured_outputs.whitespace_pattern'",
     ),
+    (
+        "a schema that is not valid",
+        ["output.schema={type: objekt}"],
+        "vLLM rejects output.schema: Grammar error: Invalid",
+    ),
+    (
+        "a schema that no grammar can follow",
+        ["output.schema={type: array, items: {type: string}, uniqueItems: true}"],
+        'vLLM rejects output.schema: Grammar error: Unimplemented keys: ["uniqueItems"]',
+    ),
+    (
+        "a regular expression that is not valid",
+        ["sampling.structured_outputs={regex: a(b}"],
+        "vLLM rejects sampling.structured_outputs.regex: Grammar error: at 1(8): invalid regex",
+    ),
+    (
+        "a grammar that is not valid",
+        ["sampling.structured_outputs={grammar: 'start: foo'}"],
+        "vLLM rejects sampling.structured_outputs.grammar: Grammar error",
+    ),
+    (
+        "no choice",
+        ["sampling.structured_outputs={choice: []}"],
+        "vLLM rejects sampling.structured_outputs.choice: Choice '[]' cannot be an empty list",
+    ),
+    (
+        "a choice that is a number",
+        ["sampling.structured_outputs={choice: [3]}"],
+        "vLLM rejects sampling.structured_outputs.choice: ",
+    ),
+    (
+        "two constraints",
+        ["sampling.structured_outputs={choice: [a], regex: a}"],
+        "vLLM rejects sampling.structured_outputs: ",
+    ),
+    (
+        "a rank's regular expression that is not valid",
+        ["sampling_by_rank=[{}, {structured_outputs: {regex: a(b}}]"],
+        "vLLM rejects sampling_by_rank[1].structured_outputs.regex: Grammar error",
+    ),
+    ("a token that the model does not have", ["sampling.allowed_token_ids=[99999]"], "vLLM rejects a sampling.* key: "),
     ("an adapter in sampling", ["sampling.lora_request=x"], "write lora={NAME: PATH}"),
     ("more log-probabilities than tokens", ["sampling.logprobs=600"], "logprobs=600: the model has only 512 tokens"),
     ("how log-probabilities are passed on", ["sampling.flat_logprobs=true"], "unknown key 'sampling.flat_logprobs'"),

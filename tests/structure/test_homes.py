@@ -30,6 +30,7 @@ HOMES = {
         "dpgen/engine/parsing/vllm_parsers.py": "vLLM's reasoning and tool parsers, in a worker process",
         "dpgen/engine/vllm/adapters.py": "vLLM's requests for LoRA adapters, and its check of their configurations",
         "dpgen/engine/vllm/executors.py": "vLLM's executors, which drive the devices",
+        "dpgen/engine/vllm/sampling_check.py": "vLLM's check of sampling and of grammars",
         "dpgen/engine/vllm/vllm_backend.py": "vLLM's engine",
         "dpgen/engine/vllm/vllm_render.py": "vLLM's renderer, for tokenizers that only vLLM knows",
     },

@@ -126,14 +126,14 @@ def start_completion_parser(
         log: takes each line that the workers print.
     """
     wants_reasoning = output.reasoning != "keep"
-    if not wants_reasoning and output.tool_parser is None and output.parse == "text":
+    if not wants_reasoning and output.tool_parser is None and not output.parses_json:
         return None
     spec = ParserSpec(
         tokenizer,
         output.reasoning_parser if wants_reasoning else None,
         output.tool_parser,
         keep_reasoning=output.reasoning == "split",
-        parse_json=output.parse == "json",
+        parse_json=output.parses_json,
         template_kwargs=dict(tools.template_kwargs),
     )
     environment = select_own_environment(os.environ)
