@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,35 @@ def _save(folder: Path, tokenizer: str, model_class: Any, config_class: Any, **e
     )
     model_class(config).save_pretrained(folder)
     return folder
+
+
+def quantize(folder: Path) -> None:
+    """Turn the model's linear layers into 8-bit integers with a scale for each output (W8A8, compressed-tensors)."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    quantized = {}
+    for name, weight in weights.items():
+        if not name.endswith("_proj.weight"):
+            quantized[name] = weight
+            continue
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        quantized[name] = torch.round(weight / scale).to(torch.int8)
+        quantized[f"{name}_scale"] = scale
+    save_file(quantized, folder / "model.safetensors", metadata={"format": "pt"})
+    number = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**number, "strategy": "channel", "dynamic": False},
+        "input_activations": {**number, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))

@@ -1,0 +1,91 @@
+"""Recipes of engine options and of structured output, on real vLLM (its CPU build) with tiny models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.jobs import REPO, Launcher, load_result
+from helpers.tiny_model import ENGINE, quantize, save_tiny_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.multi]
+
+DOCUMENT = "the quick brown fox jumps over the lazy dog " * 16  # more than a block of the KV cache, 128 tokens
+QUESTIONS = [{"document": DOCUMENT, "question": f"hello {word}"} for word in ("fox", "dog", "world", "there")]
+PROMPTS = [{"prompt": f"{row['document']}\n\nQuestion: {row['question']}\nAnswer:"} for row in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"), "plain", max_model_len=1024)
+
+
+def run_recipe(launcher: Launcher, recipe: str, rows: list[dict[str, Any]], model: Path, *overrides: str) -> Path:
+    """Run a shipped recipe over other rows and another model, and return the run directory."""
+    data = launcher.folder / f"{recipe}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_dir = launcher.folder / recipe / "run"
+    engine = [f"engine.{name}={json.dumps(value)}" for name, value in {**ENGINE, "max_model_len": 1024}.items()]
+    job = launcher.dpgen(
+        "run",
+        str(REPO / "conf" / f"{recipe}.yaml"),
+        *(f"run.dir={run_dir}", f"model={model}", f"data.path={data}", "run.log_level=error", *engine, *overrides),
+    )
+    assert job.wait() == 0, job.output
+    return run_dir
+
+
+def test_speculation_and_the_prefix_cache_change_no_greedy_text(launcher: Launcher, model: Path) -> None:
+    cached = run_recipe(launcher, "prefix_caching", QUESTIONS, model, "sampling.max_tokens=40", "engine.max_num_seqs=1")
+    facts = json.loads((cached / "run.json").read_text())
+    assert facts["manifests"][0]["num_cached_tokens"] >= 3 * 128, "later rows found the document in the cache"
+    speculative = run_recipe(launcher, "speculative", PROMPTS, model, "data.as_chat=false", "sampling.max_tokens=40")
+    texts = [[row["generated_text"] for row in load_result(run)] for run in (cached, speculative)]
+    assert texts[0] == texts[1] and all(texts[0])
+
+
+def test_a_quantized_model_runs_and_answers_follow_the_schema(launcher: Launcher, model: Path, tmp_path: Path) -> None:
+    quantized = Path(shutil.copytree(model, tmp_path / "quantized"))
+    quantize(quantized)
+    rows = [{"prompt": "hello", "constraint": None}, {"prompt": "the fox", "constraint": '{"choice": ["yes", "no"]}'}]
+    run = run_recipe(
+        *(launcher, "quantized", rows, quantized, "data.as_chat=false", "sampling.max_tokens=200"),
+        "output.schema=@conf/schemas/review.json",
+        "sampling.structured_outputs={disable_any_whitespace: true}",
+        "sampling.from_columns={structured_outputs: constraint}",
+        "sampling.temperature=0",
+    )
+    answer, own = load_result(run)
+    if answer["finish_reason"] == "stop":  # a random model may not come to an end
+        assert answer["parse_error"] is None and answer["parsed"] == json.loads(answer["generated_text"])
+    assert answer["generated_text"].startswith('{"sentiment": "') or answer["generated_text"].startswith(
+        '{"sentiment":"'
+    )
+    assert own["generated_text"] in ("yes", "no") and own["parsed"] is None, "a row's own constraint has precedence"
+    assert own["parse_error"].startswith("no JSON: ")
+
+
+# Checks the options of each recipe as the engine process does before it loads a model.
+CHECK_OPTIONS = """
+import json, sys
+from dpgen.config.loader import load_from_args
+from dpgen.distributed.topology import Topology
+from dpgen.engine.launch import build_engine_spec
+from dpgen.engine.vllm.vllm_backend import VllmBackend
+
+for words in json.loads(sys.argv[1]):
+    VllmBackend(build_engine_spec(load_from_args(words), Topology(), None)).check_options()
+print("all accepted")
+"""
+
+
+def test_vllm_accepts_the_options_of_recipes_that_need_a_gpu(launcher: Launcher, model: Path) -> None:
+    words = [
+        [str(REPO / "conf" / f"{name}.yaml"), f"model={model}", "engine.max_model_len=1024"]
+        for name in ("kv_offload", "structured")
+    ]
+    job = launcher.start([launcher.python, "-c", CHECK_OPTIONS, json.dumps(words)])
+    assert job.wait() == 0 and "all accepted" in job.output, job.output
