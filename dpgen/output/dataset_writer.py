@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +17,13 @@ from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError, DpgenError, suggest_name
 from dpgen.formatting import format_count
 from dpgen.journal.files import atomic_write_text, publish_directory
-from dpgen.journal.reader import BATCH_ROWS, DamagedRecord, JournalIndex, JournalReader, index_journal
+from dpgen.journal.reader import DamagedRecord, JournalIndex, JournalReader, index_journal
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.segment import RowsLost, repair_segment
-from dpgen.output.column_values import Entry
-from dpgen.output.columns import (
-    DatasetFormat,
-    build_result_arrays,
-    build_result_schema,
-    list_entries,
-    list_float_columns,
-)
-from dpgen.output.conversations import ConversationReader
+from dpgen.output.columns import DatasetFormat, list_float_columns
+from dpgen.output.dataset_tables import DatasetTables, ResultReader
 from dpgen.output.json_lines import JSONL_ENCODING, build_card_schema, iter_json_lines
 from dpgen.output.result_stats import ResultStats
-from dpgen.records import RowResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -118,39 +109,23 @@ def _check_complete(index: JournalIndex, num_rows: int) -> None:
 def write_dataset_files(
     directory: Path,
     rows: InputRows,
-    read_results: Callable[[np.ndarray], Iterator[list[RowResult]]],
+    read_results: ResultReader,
     dataset_format: DatasetFormat,
     rows_per_file: int,
 ) -> ResultStats:
     """Write the files of a dataset, and the card with its columns' types, into a directory.
 
     Args:
-        read_results: returns the results of rows, given as int64[num_rows], in batches and in this order.
+        read_results: see `DatasetTables`.
     """
-    stats, kept_columns = ResultStats(), dataset_format.select_kept_columns(rows.columns)
-    conversations = None if dataset_format.messages is None else ConversationReader(rows, dataset_format.messages)
-    schema = rows.build_output_schema(build_result_schema(dataset_format), kept_columns)
+    stats, tables = ResultStats(), DatasetTables(rows, dataset_format, read_results)
+    schema = tables.schema
     if len(rows):
         rows.write_card(directory, build_card_schema(schema) if dataset_format.file_format == "jsonl" else schema)
     with _FileSetWriter(directory, dataset_format, schema, rows_per_file) as writer:
-        for start, table in _iter_input_batches(rows, kept_columns):
-            num_written = 0
-            for results in read_results(np.arange(start, start + table.num_rows)):
-                for result in results:
-                    stats.add(result)
-                read = None if conversations is None else conversations.read([result.row for result in results])
-                writer.write(table.slice(num_written, len(results)), list_entries(results, dataset_format, read))
-                num_written += len(results)
+        for table in tables.iter_tables(on_result=stats.add):
+            writer.write(table)
     return stats
-
-
-def _iter_input_batches(rows: InputRows, kept_columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
-    """Yield (index of the first row, table) in input order."""
-    start = 0
-    # A table without columns has no rows either, so one column is read even if none is kept.
-    for table in rows.iter_tables(BATCH_ROWS, kept_columns or rows.columns[:1]):
-        yield start, table
-        start += table.num_rows
 
 
 class _FileSetWriter:
@@ -172,31 +147,8 @@ class _FileSetWriter:
         for number, path in enumerate(self._paths):  # their number is known now
             path.rename(path.with_name(f"train-{number:05d}-of-{len(self._paths):05d}{path.suffix}"))
 
-    def write(self, table: pa.Table, entries: list[Entry]) -> None:
-        """Append entries, each with the kept columns of its row.
-
-        Args:
-            table: the input's columns, one row for each result.
-        """
-        if len(entries) == table.num_rows:
-            self._write_entries(table, entries)
-            return
-        first_row = entries[0].result.row
-        for start in range(0, len(entries), table.num_rows):  # no more rows at a time than the input's
-            part = entries[start : start + table.num_rows]
-            self._write_entries(table.take([entry.result.row - first_row for entry in part]), part)
-
-    def _write_entries(self, table: pa.Table, entries: list[Entry]) -> None:
-        import pyarrow as pa
-
-        columns = {name: table.column(i) for i, name in enumerate(table.column_names)}
-        columns |= build_result_arrays(entries, self._format)
-        # Not cast as a whole: pyarrow 26 fails to cast a slice of structs that have a column of type null.
-        arrays = [
-            columns[field.name] if columns[field.name].type == field.type else columns[field.name].cast(field.type)
-            for field in self._schema
-        ]
-        table = pa.Table.from_arrays(arrays, schema=self._schema)
+    def write(self, table: pa.Table) -> None:
+        """Append the rows of a table."""
         while table.num_rows:
             if not self._num_free_rows:
                 self._file.close()
