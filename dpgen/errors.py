@@ -12,6 +12,7 @@
     │   │   ├── PeerLost           75   a rank vanished (`dpgen.distributed.group`)
     │   │   └── StoreLost          75   the host of the store vanished (`dpgen.distributed.group`)
     │   ├── HostLimitReached       75   a rank's host has no file or port left (`dpgen.distributed.group`)
+    │   ├── UploadStopped          75   a push to the Hub broke off (`dpgen.output.export.hub`)
     │   ├── RowsLost                1   a journal write failed (`dpgen.journal.segment`)
     │   └── DamagedRecord           1   a journal record is corrupt (`dpgen.journal.reader`)
     └── RowRefused                  -   one row is rejected; it becomes a result with a typed error

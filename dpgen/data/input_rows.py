@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,14 +125,6 @@ class InputRows:
     def iter_tables(self, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield all rows in input order, as Arrow tables of at most `num_rows` rows, and of some 64 MB."""
         return self._iter_tables(num_rows, self.columns if columns is None else columns, len(self), _READ_BATCH_BYTES)
-
-    def write_card(self, directory: Path, schema: pa.Schema) -> None:
-        """Write the dataset card, from which `datasets` reads the columns' types; JSON lines don't hold them."""
-        import datasets
-
-        info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema))
-        card = datasets.info.DatasetInfosDict({"default": info})
-        card.write_to_directory(str(directory))
 
     def build_output_schema(self, added: pa.Schema, columns: Sequence[str] | None = None) -> pa.Schema:
         """Return the Arrow schema of the input's columns and the `added` ones, with the features of `datasets`.

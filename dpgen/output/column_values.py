@@ -85,6 +85,25 @@ def to_shortest_decimals(values: np.ndarray | None) -> np.ndarray | None:
     return None if values is None else values.astype("U").astype(np.float64)
 
 
+def shorten_decimals(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    """Return a table whose columns of lists of float32 are float64, as `to_shortest_decimals` returns them."""
+    import pyarrow as pa
+
+    for name in names:
+        index = table.column_names.index(name)
+        type = table.schema.types[index]
+        text = _replace_item_type(type, pa.float32(), pa.string())
+        number = _replace_item_type(type, pa.float32(), pa.float64())
+        table = table.set_column(index, pa.field(name, number), table.column(index).cast(text).cast(number))
+    return table
+
+
+def _replace_item_type(type: pa.DataType, old: pa.DataType, new: pa.DataType) -> pa.DataType:
+    from dpgen.data.reading.python_values import replace_leaf_types
+
+    return replace_leaf_types(type, lambda leaf: new if leaf == old else leaf)
+
+
 def get_token_ids(completion: Completion) -> Sequence[int] | np.ndarray | None:
     """Return the generated tokens; None if they were not kept."""
     return completion.token_ids if completion.logprobs is None else completion.logprobs.token_ids

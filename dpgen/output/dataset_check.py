@@ -124,14 +124,9 @@ class DatasetCheck:
         return findings
 
     def _list_files(self) -> list[Path]:
-        pattern = f"train-*.{self._format.file_format}"
-        files = sorted(self._dataset_dir.glob(pattern)) if self._dataset_dir.is_dir() else []
-        name = re.fullmatch(r"train-\d+-of-(\d+)", files[0].stem) if files else None
-        expected = int(name[1]) if name else None
-        if len(files) != expected:
-            self._findings.problems.append(
-                f"dataset/ holds {format_count(len(files), 'file')} of {expected or 'an unknown number'}"
-            )
+        files, problem = list_dataset_files(self._dataset_dir, self._format.file_format)
+        if problem is not None:
+            self._findings.problems.append(problem)
         return files
 
     def _check_batch(self, path: Path, batch: dict[str, list[Any]]) -> None:
@@ -222,13 +217,23 @@ class DatasetCheck:
                 self._differing_rows.setdefault(difference, []).append(row)
 
 
+def list_dataset_files(dataset_dir: Path, file_format: str) -> tuple[list[Path], str | None]:
+    """Return the files of a dataset in order, and what is wrong with their number; None if nothing is."""
+    files = sorted(dataset_dir.glob(f"train-*.{file_format}")) if dataset_dir.is_dir() else []
+    name = re.fullmatch(r"train-\d+-of-(\d+)", files[0].stem) if files else None
+    expected = int(name[1]) if name else None
+    if len(files) == expected:
+        return files, None
+    return files, f"dataset/ holds {format_count(len(files), 'file')} of {expected or 'an unknown number'}"
+
+
 def _iter_batches(path: Path) -> Iterator[dict[str, list[Any]]]:
     """Yield the rows of one file of the dataset as columns, in batches."""
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_compute_batch_rows(file.metadata)):
+            for batch in file.iter_batches(compute_batch_rows(file.metadata)):
                 yield dict(zip(batch.schema.names, map(to_python_values, batch.columns), strict=True))
         return
     with path.open(encoding="utf-8") as lines:
@@ -255,7 +260,7 @@ def _to_columns(rows: list[Any]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _compute_batch_rows(metadata: Any) -> int:
+def compute_batch_rows(metadata: Any) -> int:
     """Return how many rows of a Parquet file fit in a batch, by its group with the largest rows."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     bytes_per_row = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpgen.data.input_rows import InputRows
+from dpgen.data.saved_dataset import write_card
 from dpgen.errors import ConfigError, DpgenError, suggest_name
 from dpgen.formatting import format_count
 from dpgen.journal.files import atomic_write_text, publish_directory
@@ -121,7 +123,7 @@ def write_dataset_files(
     stats, tables = ResultStats(), DatasetTables(rows, dataset_format, read_results)
     schema = tables.schema
     if len(rows):
-        rows.write_card(directory, build_card_schema(schema) if dataset_format.file_format == "jsonl" else schema)
+        write_card(directory, build_card_schema(schema) if dataset_format.file_format == "jsonl" else schema)
     with _FileSetWriter(directory, dataset_format, schema, rows_per_file) as writer:
         for table in tables.iter_tables(on_result=stats.add):
             writer.write(table)
@@ -134,6 +136,7 @@ class _FileSetWriter:
     def __init__(self, directory: Path, dataset_format: DatasetFormat, schema: pa.Schema, rows_per_file: int) -> None:
         self._directory, self._format, self._schema = directory, dataset_format, schema
         self._rows_per_file = rows_per_file
+        self._encodings = choose_encodings(schema, list_float_columns(dataset_format))
         self._paths: list[Path] = []
         self._num_free_rows = 0  # that the open file still takes
         self._file: Any = None
@@ -144,8 +147,7 @@ class _FileSetWriter:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        for number, path in enumerate(self._paths):  # their number is known now
-            path.rename(path.with_name(f"train-{number:05d}-of-{len(self._paths):05d}{path.suffix}"))
+        number_files(self._paths)
 
     def write(self, table: pa.Table) -> None:
         """Append the rows of a table."""
@@ -165,31 +167,38 @@ class _FileSetWriter:
         path = self._directory / f"part-{len(self._paths):05d}.{self._format.file_format}"
         self._paths.append(path)
         if self._format.file_format == "parquet":
-            self._file = pq.ParquetWriter(path, self._schema, compression="zstd", **self._choose_encodings())
+            self._file = pq.ParquetWriter(path, self._schema, compression="zstd", **self._encodings)
         else:
             self._file = path.open("w", encoding="utf-8")
-
-    def _choose_encodings(self) -> dict[str, Any]:
-        """Return how a Parquet file encodes columns of log-probabilities; nothing if there are none.
-
-        Such a number takes more than 4 bytes in a dictionary, and 3.2 where its bytes are split. Ids of tokens stay in
-        a dictionary, since few of them are different.
-        """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        if not (names := list_float_columns(self._format)):
-            return {}
-        sink = pa.BufferOutputStream()
-        pq.write_table(self._schema.empty_table(), sink)
-        schema = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
-        paths = [schema.column(index).path for index in range(len(schema))]
-        split = [path for path in paths if path.startswith(tuple(f"{name}.list." for name in names))]
-        others = [path for path in paths if path not in split]
-        return {"use_dictionary": others, "use_byte_stream_split": split}
 
     def _write_part(self, part: pa.Table) -> None:
         if self._format.file_format == "parquet":
             self._file.write_table(part)
         else:
             self._file.writelines(iter_json_lines(part))
+
+
+def number_files(paths: Sequence[Path]) -> None:
+    """Rename the files of a dataset, in order, once their number is known: ``train-00000-of-00003.parquet``, ..."""
+    for number, path in enumerate(paths):
+        path.rename(path.with_name(f"train-{number:05d}-of-{len(paths):05d}{path.suffix}"))
+
+
+def choose_encodings(schema: pa.Schema, float_columns: Sequence[str]) -> dict[str, Any]:
+    """Return how a Parquet file encodes columns of log-probabilities; nothing if there are none.
+
+    Such a number takes more than 4 bytes in a dictionary, and 3.2 where its bytes are split. Ids of tokens stay in a
+    dictionary, since few of them are different.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not float_columns:
+        return {}
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    columns = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    paths = [columns.column(index).path for index in range(len(columns))]
+    split = [path for path in paths if path.startswith(tuple(f"{name}.list." for name in float_columns))]
+    others = [path for path in paths if path not in split]
+    return {"use_dictionary": others, "use_byte_stream_split": split}

@@ -47,7 +47,7 @@ def check_output_format(rows: InputRows, kept_columns: Sequence[str] | None, fil
         reasons = dict(_find_unwritable(rows, schema))
         other_format = "jsonl"
     else:
-        reasons = dict(_find_types_without_json(schema))
+        reasons = dict(find_types_without_json(schema))
         scanned = [field.name for field in schema if field.name not in reasons and _needs_scan(field.type)]
         found = _find_values_without_json(rows, scanned)
         large_integers = [name for name, why in found.items() if _LARGE_INTEGER in why]
@@ -92,7 +92,7 @@ def _find_write_error(table: pa.Table) -> str | None:
     return None
 
 
-def _find_types_without_json(schema: pa.Schema) -> Iterator[tuple[str, str]]:
+def find_types_without_json(schema: pa.Schema) -> Iterator[tuple[str, str]]:
     """Yield (column, reason) for each column whose type JSON can't represent."""
     for field in schema:
         for path, type in _iter_leaf_types(field.name, field.type):
@@ -150,7 +150,7 @@ def _find_values_without_json(rows: InputRows, columns: Sequence[str]) -> dict[s
     start = 0
     for table in rows.iter_tables(BATCH_ROWS, columns) if columns else ():
         for name in columns:
-            if name not in reasons and _find_reason(table[name].chunks) is not None:
+            if name not in reasons and find_reason(table[name].chunks) is not None:
                 reasons[name] = _locate(table[name], start)
         start += table.num_rows
     return reasons
@@ -161,14 +161,14 @@ def _locate(column: pa.ChunkedArray, start: int) -> str:
     low, high = 0, len(column)  # the first such row is in low..high-1
     while high - low > 1:
         middle = (low + high) // 2
-        if _find_reason(column.slice(low, middle - low).chunks) is not None:
+        if find_reason(column.slice(low, middle - low).chunks) is not None:
             high = middle
         else:
             low = middle
-    return f"it holds {_find_reason(column.slice(low, 1).chunks)} (row {start + low})"
+    return f"it holds {find_reason(column.slice(low, 1).chunks)} (row {start + low})"
 
 
-def _find_reason(arrays: Iterable[pa.Array]) -> str | None:
+def find_reason(arrays: Iterable[pa.Array]) -> str | None:
     """Return what the arrays hold that JSON can't represent; None if there is nothing."""
     for array in arrays:
         for leaf in _iter_leaves(array):

@@ -179,7 +179,7 @@ def test_a_batch_of_parquet_fits_the_group_with_the_largest_rows(
         writer.write_table(pa.table({"text": texts}))
     monkeypatch.setattr(dataset_check, "BATCH_BYTES", 250_000)
     with pq.ParquetFile(path) as file:
-        assert dataset_check._compute_batch_rows(file.metadata) == 2
+        assert dataset_check.compute_batch_rows(file.metadata) == 2
 
 
 def test_a_file_is_read_whole_though_the_system_returns_it_in_parts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,11 @@ HOMES = {
         "dpgen/engine/vllm/vllm_backend.py": "vLLM's engine",
         "dpgen/engine/vllm/vllm_render.py": "vLLM's renderer, for tokenizers that only vLLM knows",
     },
-    "datasets": {"dpgen/data/input_loading.py": "loads all input", "dpgen/data/input_rows.py": "reads all input"},
+    "datasets": {
+        "dpgen/data/input_loading.py": "loads all input",
+        "dpgen/data/input_rows.py": "reads all input",
+        "dpgen/data/saved_dataset.py": "writes its dataset cards and folders",
+    },
     "omegaconf": {"dpgen/config/loader.py": "merges files and overrides"},
 }
 
