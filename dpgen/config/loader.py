@@ -38,8 +38,6 @@ _LITERAL = " (for a literal ${ write \\${)"
 # A schema takes the place of an earlier one: merged, they would be a third.
 _SCHEMAS = ("output.schema", "sampling.structured_outputs.json")
 _REQUIRED = {name for name, default, _ in legal_keys() if default == MISSING}
-# Texts within a passed-through section, and the sections that hold them.
-_TEXT_FIELDS = ("stop", "bad_words", "from_columns")
 
 
 def load_from_args(arguments: Sequence[str]) -> Config:
@@ -48,8 +46,7 @@ def load_from_args(arguments: Sequence[str]) -> Config:
     Raises:
         ConfigError: see `load`.
     """
-    files = [argument for argument in arguments if "=" not in argument or os.path.isfile(argument)]
-    return load(files, [argument for argument in arguments if argument not in files])
+    return load(*_split_arguments(arguments))
 
 
 def load(files: Sequence[str], overrides: Sequence[str]) -> Config:
@@ -59,6 +56,30 @@ def load(files: Sequence[str], overrides: Sequence[str]) -> Config:
         ConfigError: files that aren't there or aren't YAML, unknown keys (each with the nearest legal one), wrong
             types, missing required keys, values outside their limits; all of them at once.
     """
+    return _merge_layers(files, overrides).make_config()
+
+
+def load_with_places(arguments: Sequence[str]) -> tuple[Config, dict[str, str | None]]:
+    """Return the configuration of a command line, and where each key's value comes from.
+
+    Returns:
+        the configuration; and key → file and line, or None for the command line. Keys of nested values are dotted;
+        a key that is not there has its default.
+
+    Raises:
+        ConfigError: see `load`.
+    """
+    merger = _merge_layers(*_split_arguments(arguments))
+    return merger.make_config(), merger.places
+
+
+def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the YAML files of a command line, and its overrides."""
+    files = [argument for argument in arguments if "=" not in argument or os.path.isfile(argument)]
+    return files, [argument for argument in arguments if argument not in files]
+
+
+def _merge_layers(files: Sequence[str], overrides: Sequence[str]) -> _LayerMerger:
     from dpgen.config.yaml.yaml_source import read_file
 
     merger = _LayerMerger()
@@ -66,11 +87,15 @@ def load(files: Sequence[str], overrides: Sequence[str]) -> Config:
         merger.add(path, read_file)
     for text in overrides:
         merger.add(text, _read_override)
-    return merger.make_config()
+    return merger
 
 
 class _LayerMerger:
-    """Merge layers into one configuration, and collect their mistakes."""
+    """Merge layers into one configuration, and collect their mistakes.
+
+    Attributes:
+        places: the file and line of a key's last value; None for an argument of the command line.
+    """
 
     def __init__(self) -> None:
         self._merged: Any = _make_defaults()
@@ -78,7 +103,7 @@ class _LayerMerger:
         self._mistakes: list[str] = []
         self._suspects: set[str] = set()  # legal keys with a mistake, or nearest to a misspelt key
         self._has_read_all = True
-        self._places: dict[str, str | None] = {}  # the file and line of a key's last value; None: an argument
+        self.places: dict[str, str | None] = {}
 
     def add(self, name: str, read: Callable[[str], YamlSource]) -> None:
         """Merge one layer over the layers before it, without its mistakes, which are noted.
@@ -88,6 +113,7 @@ class _LayerMerger:
             read: reads it.
         """
         from dpgen.config.yaml.misread_texts import find_misread_texts
+        from dpgen.config.yaml.written_texts import take_texts_as_written
 
         try:
             source = read(name)
@@ -103,7 +129,7 @@ class _LayerMerger:
             if problem := _find_problem(path, value, self._legal):
                 self._note_mistake(find_nearest_name(key, self._legal), source.describe(path, problem))
             else:
-                values[key], paths[key] = _take_texts_as_written(source, path, value), path
+                values[key], paths[key] = take_texts_as_written(source, path, value), path
         self._note_places(source, values)
         self._mistakes += find_misread_texts(source)
         self._merge(source, values, paths)
@@ -178,17 +204,17 @@ class _LayerMerger:
 
     def _note_places(self, source: YamlSource, values: Mapping[str, Any]) -> None:
         replaced = tuple(f"{key}." for key, value in values.items() if not isinstance(value, Mapping))
-        kept = {key: place for key, place in self._places.items() if not key.startswith(replaced)}
+        kept = {key: place for key, place in self.places.items() if not key.startswith(replaced)}
         new = {".".join(path): source.find_place(path) for path in source.nodes if path}
-        self._places = kept | dict.fromkeys(values) | new
+        self.places = kept | dict.fromkeys(values) | new
 
     def _add_place(self, mistake: str) -> str:
         """Return a mistake that a check of the whole configuration found, with the file and line of its key."""
         match = re.search(r"(?<=, at )[\w.\[\]]+", mistake) or re.match(r"[\w.\[\]]+", mistake)
         key = re.sub(r"\[(\d+)\]", r".\1", match[0]) if match else ""
-        while key and key not in self._places:
+        while key and key not in self.places:
             key = key.rpartition(".")[0]
-        place = self._places.get(key)
+        place = self.places.get(key)
         return f"{mistake} ({place})" if place else mistake
 
     def _note_mistake(self, suspect: str | None, mistake: str) -> None:
@@ -328,42 +354,6 @@ def _suggest_argument(argument: str) -> str:
     if argument.startswith("~"):
         return f"; no key can be removed: write {key}=null"
     return f"; write {key}={'VALUE' if match[2] is None else match[2]}"
-
-
-def _take_texts_as_written(source: YamlSource, path: KeyPath, value: Any) -> Any:
-    """Return the value of a key; a text is taken as it is written: ``1e3`` and ``true`` are texts there."""
-    key = ".".join(path)
-    if key in ("sampling", "sampling_by_rank"):
-        return _take_fields_as_written(source, path, value)
-    if find_type(key).startswith("int") and isinstance(value, float) and value.is_integer():
-        return int(value)  # 1e6
-    if not is_text(key) and key != "data.columns" and find_type(key) != "dict[str, str]":
-        return value
-    return _take_as_written(source, path, value)
-
-
-def _take_fields_as_written(source: YamlSource, path: KeyPath, value: Any) -> Any:
-    """Return a section of sampling, or a list of them, with the texts in it as they are written."""
-    if isinstance(value, list):
-        return [_take_fields_as_written(source, (*path, str(index)), item) for index, item in enumerate(value)]
-    if not isinstance(value, Mapping):
-        return value
-    return {
-        name: _take_as_written(source, (*path, str(name)), item) if name in _TEXT_FIELDS else item
-        for name, item in value.items()
-    }
-
-
-def _take_as_written(source: YamlSource, path: KeyPath, value: Any) -> Any:
-    """Return a scalar, or those in a list or mapping, as the texts that are written, where no quotes are."""
-    if isinstance(value, (list, Mapping)):
-        items = enumerate(value) if isinstance(value, list) else value.items()
-        texts = {name: source.find_plain_text((*path, str(name))) for name, _ in items}
-        if isinstance(value, list):
-            return [item if texts[index] is None else texts[index] for index, item in enumerate(value)]
-        return {name: item if texts[name] is None else texts[name] for name, item in value.items()}
-    text = source.find_plain_text(path)
-    return value if text is None else text
 
 
 def _summarize_error(error: Exception) -> str:

@@ -139,13 +139,19 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
         yield from checks.find_keys_without_effect_on_scores(sections, OutputConfig())
 
 
+def to_sections(config: Config) -> dict[str, Any]:
+    """Return the resolved configuration as a file would hold it, without values that look like secrets."""
+    sections = dataclasses.asdict(config)
+    sections["data"] = {key: escape_file_name(key, value) for key, value in sections["data"].items()}
+    redacted: dict[str, Any] = redact_secrets(sections)
+    return redacted
+
+
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML, without values that look like secrets."""
     from dpgen.config.yaml import yaml12
 
-    sections = dataclasses.asdict(config)
-    sections["data"] = {key: escape_file_name(key, value) for key, value in sections["data"].items()}
-    return yaml12.dump(redact_secrets(sections))
+    return yaml12.dump(to_sections(config))
 
 
 def iter_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from dpgen.errors import suggest_name
 
@@ -142,6 +142,15 @@ def describe_unknown_field(section: str, name: str, legal: Collection[str], othe
     if successor is not None:
         return f"unknown key {full!r}: {successor}"
     return f"unknown key {full!r}{suggest_name(full, sorted(f'{section}.{field}' for field in legal), 'keys')}"
+
+
+def iter_old_fields(section: str) -> Iterator[tuple[str, str]]:
+    """Yield each name that vLLM does not know, or no longer, with what to write instead.
+
+    Args:
+        section: `engine`, `sampling` or `sampling_by_rank`.
+    """
+    yield from (_ENGINE if section == "engine" else _SAMPLING).items()
 
 
 def describe_home_of_field(name: str, legal: Collection[str]) -> str:
