@@ -53,9 +53,9 @@ def build_parser(*names: str) -> tuple[CommandParser, dict[str, CommandParser]]:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument(
         "--print-completion",
-        choices=("bash", "zsh", "tcsh"),
+        choices=("bash", "zsh", "fish", "tcsh"),
         metavar="SHELL",
-        help="print a completion script for bash, zsh or tcsh, and exit",
+        help="print a completion script for bash, zsh, fish or tcsh, and exit",
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", prog="dpgen")
     commands = {name: subparsers.add_parser(name, help=text) for name, text in COMMANDS.items()}

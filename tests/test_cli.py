@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,29 +156,61 @@ def test_help_is_printed_into_a_pipe_that_is_closed_early() -> None:
 # ---- shell completion
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh"])
 def test_completion_covers_every_command_and_option(shell: str) -> None:
     done = run_cli("--print-completion", shell)
     assert done.returncode == 0, done.stderr
     for word in (*COMMANDS, "--no-input", "--torchrun", "--ranks"):
         assert word.lstrip("-") in done.stdout
-    if shell == "bash":
-        subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
+    if shell != "tcsh":
+        assert "run.engine=" in done.stdout and "longest_first" in done.stdout
+    if shell == "bash" or shutil.which(shell):  # zsh and fish read the script where they are installed
+        option = [] if shell == "tcsh" else ["-n"]
+        subprocess.run([shell, *option], input=done.stdout, text=True, check=True)
 
 
-def test_bash_completes_commands_and_their_options() -> None:
-    script = run_cli("--print-completion", "bash").stdout
-    complete = f"""{script}
-COMP_WORDS=(dpgen "$@"); COMP_CWORD=$#
-_shtab_dpgen 2>/dev/null; echo "${{COMPREPLY[*]}}"
+# Completes each line of stdin as bash does: readline splits words at "=", and the cursor is at the end.
+COMPLETE = r"""
+while IFS= read -r COMP_LINE; do
+  COMP_POINT=${#COMP_LINE}
+  spaced=${COMP_LINE//=/ = }
+  read -ra COMP_WORDS <<< "$spaced"
+  [[ $COMP_LINE == *" " ]] && COMP_WORDS+=("")
+  COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+  COMPREPLY=()
+  _dpgen 2>/dev/null
+  echo "${COMPREPLY[*]}"
+done
 """
 
-    def complete_words(*words: str) -> set[str]:
-        done = subprocess.run(["bash", "-s", "--", *words], input=complete, capture_output=True, text=True, check=True)
-        return set(done.stdout.split())
 
-    assert complete_words("s") == {"slurm", "simulate"}
-    assert complete_words("verify", "--") >= {"--json", "--no-input", "--help"}
+def test_bash_completes_commands_options_keys_and_their_values(tmp_path: Path) -> None:
+    script = run_cli("--print-completion", "bash").stdout
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "conf.yaml").write_text("")
+    (tmp_path / "complete.sh").write_text(script + COMPLETE)
+    expected = {
+        "dpgen s": {"slurm", "simulate"},
+        "dpgen verify --no": {"--no-input"},
+        "dpgen run con": {"conf.yaml", "configs"},
+        "dpgen run da": {"data."},
+        "dpgen run conf.yaml run.eng": {"run.engine=", "run.engine_timeout_s=", "run.engine_start_timeout_s="},
+        "dpgen run conf.yaml mod": {"model="},
+        "dpgen run conf.yaml run.engine=": {"vllm", "fake"},
+        "dpgen run conf.yaml run.engine=f": {"fake"},
+        "dpgen config conf.yaml work.steal=t": {"true"},
+        "dpgen slurm conf.yaml run.seed=3 work.order=l": {"longest_first"},
+        "dpgen simulate engine.dtype=bf": {"bfloat16"},
+        "dpgen run data.path=conf": {"conf.yaml", "configs"},
+        "dpgen run no.such.key=conf.": {"conf.yaml"},
+        "dpgen export run --format j": {"jsonl"},
+        "dpgen verify run.": set(),
+    }
+    lines = "".join(f"{line}\n" for line in expected)
+    command = ["bash", "--norc", "complete.sh"]
+    done = subprocess.run(command, input=lines, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = [set(line.split()) for line in done.stdout.split("\n")[:-1]]
+    assert dict(zip(expected, found, strict=True)) == expected
 
 
 def test_without_shtab_completion_tells_how_to_install_it(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dpgen.commands.parser import CommandParser, complete_files
+from dpgen.commands.parser import CommandParser, complete_configuration
 from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_OK, ConfigError
 
@@ -37,7 +37,7 @@ _DEFAULT, _COMMAND_LINE = "default", "command line"
 def add_arguments(parser: CommandParser) -> None:
     """Declare the command line of `dpgen config`."""
     parser.usage, parser.description, parser.epilog = _USAGE, _DESCRIPTION, _EPILOG
-    complete_files(
+    complete_configuration(
         parser.add_argument("configuration", nargs="*", metavar="CONFIG.yaml | key=value", help="as for dpgen run")
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object: key → {value, from}")

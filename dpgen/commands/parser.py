@@ -58,9 +58,29 @@ def describe_unknown(kind: str, name: str, legal: Collection[str]) -> str:
 
 def complete_files(argument: argparse.Action) -> None:
     """Let shells complete the argument by file names; shtab reads the attribute (`dpgen --print-completion`)."""
-    argument.complete = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # type: ignore[attr-defined]
+    argument.complete = {  # type: ignore[attr-defined]
+        "bash": "_shtab_compgen_files",
+        "zsh": "_files",
+        "fish": "(__fish_complete_path (commandline -ct))",
+        "tcsh": "f",
+    }
 
 
 def complete_directories(argument: argparse.Action) -> None:
     """Let shells complete the argument by directory names, as `complete_files` does by file names."""
-    argument.complete = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/", "tcsh": "d"}  # type: ignore[attr-defined]
+    argument.complete = {  # type: ignore[attr-defined]
+        "bash": "_shtab_compgen_dirs",
+        "zsh": "_files -/",
+        "fish": "(__fish_complete_directories)",
+        "tcsh": "d",
+    }
+
+
+def complete_configuration(argument: argparse.Action) -> None:
+    """Let shells complete the argument by file names, and by keys and their values; see `dpgen.commands.completion`."""
+    argument.complete = {  # type: ignore[attr-defined]
+        "bash": "_shtab_compgen_files",
+        "zsh": "_dpgen_configuration",
+        "fish": "(_dpgen_configuration)",
+        "tcsh": "f",
+    }

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from dpgen.commands.parser import CommandParser, complete_files
+from dpgen.commands.parser import CommandParser, complete_configuration
 from dpgen.config.secrets import redact_text
 from dpgen.errors import (
     EXIT_OK,
@@ -66,7 +66,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.usage, parser.description = _USAGE, _DESCRIPTION
     parser.make_epilog = format_config_help
     parser.set_defaults(accepts_unknown=True)  # and reports unknown options once for all ranks
-    complete_files(
+    complete_configuration(
         parser.add_argument(
             "configuration",
             nargs="*",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dpgen.commands.parser import complete_files
+from dpgen.commands.parser import complete_configuration
 from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, DpgenError
 from dpgen.formatting import format_count, format_duration
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments and description to its parser."""
     parser.description = _DESCRIPTION
     add = parser.add_argument
-    complete_files(
+    complete_configuration(
         add("configuration", nargs="*", metavar="CONFIG.yaml | key=value", help="as for dpgen run; may be left out")
     )
     add("--ranks", default="1,8,64,512,4096", help="numbers of ranks, separated by commas (default: %(default)s)")

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dpgen.commands.parser import CommandParser, complete_files
+from dpgen.commands.parser import CommandParser, complete_configuration
 from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, find_nearest_name
 
@@ -72,7 +72,7 @@ def add_arguments(parser: CommandParser) -> None:
     """Declare the command line of `dpgen slurm`."""
     parser.usage, parser.description, parser.epilog = _USAGE, _DESCRIPTION, _EPILOG
     parser.set_defaults(accepts_unknown=True)  # sbatch's options
-    complete_files(
+    complete_configuration(
         parser.add_argument("configuration", nargs="*", metavar="CONFIG.yaml | key=value", help="as for dpgen run")
     )
     parser.add_argument("--torchrun", action="store_true", help="one torchrun per node, not one srun task per rank")

@@ -77,7 +77,7 @@ def list_value_choices() -> dict[str, list[str]]:
 
     Fields that vLLM or dpgen reject are left out.
     """
-    choices = {}
+    choices: dict[str, list[str]] = {}
     for name, section in build_json_schema()["properties"].items():
         keys = section.get("properties", {})
         choices |= {f"{name}.{key}": list(_iter_choices(body)) for key, body in keys.items() if _is_legal(body)}

@@ -48,7 +48,7 @@ def write_export_card(
     size = next((name for limit, name in _SIZES if stats.num_rows < limit), "n>100M")
     card.data.tags, card.data.size_categories = _TAGS, [size]
     files = [{"split": "train", "path": "train-*.parquet"}]
-    card.data.configs = [{"config_name": "default", "data_files": files}]  # type: ignore[attr-defined]
+    card.data.configs = [{"config_name": "default", "data_files": files}]
     card.text = redact_text("\n".join(_iter_lines(run_dir, source, stats)))
     card.save(str(directory / "README.md"))
 

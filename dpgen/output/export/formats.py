@@ -70,7 +70,11 @@ def open_writer(format: str, path: Path, schema: pa.Schema, float_columns: Seque
         else:
             _check_json_types(format, schema)
             stream = stack.enter_context(_open_stream(path))
-            kinds = {"csv": _CsvWriter, "jsonl": _JsonLinesWriter, "messages": _MessagesWriter}
+            kinds: dict[str, type[_CsvWriter | _JsonLinesWriter]] = {
+                "csv": _CsvWriter,
+                "jsonl": _JsonLinesWriter,
+                "messages": _MessagesWriter,
+            }
             writer = kinds[format](stream, schema, float_columns)
         yield writer
         writer.close()

@@ -65,7 +65,7 @@ def push_run(run_dir: RunDir, target: HubTarget, selection: Selection) -> tuple[
         UploadStopped: the network, or the Hub, is not there; or the upload broke off.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -94,7 +94,7 @@ def _prepare_repository(api: HfApi, target: HubTarget, *, is_resumed: bool) -> s
         is_resumed: an earlier export began to push to it.
     """
     url = api.create_repo(target.name, repo_type="dataset", private=target.private or None, exist_ok=True)
-    info = api.repo_info(url.repo_id, repo_type="dataset")
+    info = api.dataset_info(url.repo_id)
     if target.private and not info.private:
         raise ConfigError(
             f"--private: the dataset {url.repo_id} is there already and is public: make it private in its settings, or "
