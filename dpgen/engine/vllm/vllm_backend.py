@@ -39,6 +39,7 @@ from dpgen.engine.vllm.executors import (
     SyncKvMultiprocExecutor,
     SyncKvUniProcExecutor,
 )
+from dpgen.engine.vllm.rejections import classify_rejection, summarize_error
 from dpgen.engine.vllm.results import RunningRow, read_result
 from dpgen.engine.vllm.sampling_check import check_params, name_constraint
 from dpgen.errors import ConfigError, RowRefused
@@ -80,7 +81,7 @@ class VllmBackend:
             except ConfigError as error:
                 mistakes += error.mistakes
             except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
-                reason = explain_hub_error(self._spec.model, error) or _summarize_error(error)
+                reason = explain_hub_error(self._spec.model, error) or summarize_error(error)
                 mistakes.append(f"vLLM rejects the model or an engine.* key: {reason}")
         if not unknown:
             mistakes += self._find_wrong_sampling()
@@ -147,8 +148,8 @@ class VllmBackend:
         except Exception as error:  # noqa: BLE001 - foreign code over a row's own values: one bad row costs one row
             del self._rows[name]
             self._engine.abort_request([name])  # vLLM may have added a part of it
-            error_type = _classify_rejection(error, len(token_ids), self._max_model_len)
-            raise RowRefused(error_type, _summarize_error(error)) from None
+            error_type = classify_rejection(error, len(token_ids), self._max_model_len)
+            raise RowRefused(error_type, summarize_error(error)) from None
 
     def step(self) -> list[RowResult | UndecodedRow]:
         assert self._engine is not None
@@ -271,7 +272,7 @@ class VllmBackend:
             if self._config is not None:
                 check_params(params, self._config)
         except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
-            yield f"vLLM rejects {name}: {_summarize_error(error)}"
+            yield f"vLLM rejects {name}: {summarize_error(error)}"
 
     def _build_default_sampling(self) -> dict[str, Any]:
         """Return the run's sampling over the model's generation config (as in `LLM.get_default_sampling_params`)."""
@@ -288,7 +289,7 @@ class VllmBackend:
             assert isinstance(params, SamplingParams)
             self._check_logprobs(params)
         except Exception as error:  # noqa: BLE001 - as in `add_request`
-            raise RowRefused("bad_sampling", _summarize_error(error)) from None
+            raise RowRefused("bad_sampling", summarize_error(error)) from None
         return params
 
     def _check_logprobs(self, params: SamplingParams) -> None:
@@ -335,7 +336,7 @@ def _convert_types(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             converted[name] = pydantic.TypeAdapter[Any](expected).validate_python(value)  # type: ignore[arg-type]
         except pydantic.ValidationError as error:
             hint = "; put it in quotes" if str in kinds and isinstance(value, (int, float)) else ""
-            mistakes.append(f"engine.{name}={value!r}: {_summarize_error(error)}{hint}")
+            mistakes.append(f"engine.{name}={value!r}: {summarize_error(error)}{hint}")
     return converted, mistakes
 
 
@@ -352,30 +353,3 @@ def _apply_cpu_defaults(options: dict[str, Any], local_size: int) -> list[str]:
             f"vLLM on the CPU: KV cache of {num_bytes >> 20:,} MiB, because vLLM's default exceeds free memory"
         )
     return notes
-
-
-def _classify_rejection(error: Exception, num_prompt_tokens: int, max_model_len: int) -> str:
-    """Return the error type of a row that vLLM's `add_request` rejected; vLLM itself gives only a message."""
-    if num_prompt_tokens == 0:
-        return "empty_prompt"
-    if num_prompt_tokens >= max_model_len:
-        return "prompt_too_long"
-    if "out of vocabulary" in str(error).lower():
-        return "out_of_vocabulary"
-    return "bad_sampling"
-
-
-def _summarize_error(error: Exception) -> str:
-    """Return an error of vLLM or pydantic as one line."""
-    if isinstance(error, pydantic.ValidationError):
-        parts = []
-        for problem in error.errors(include_url=False, include_context=False):
-            path = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))
-            if problem["type"] != "is_instance_of":
-                parts.append(f"{path}: {problem['msg']}" if path else str(problem["msg"]))
-        if parts:
-            return "; ".join(parts)
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    if lines and lines[0].endswith(":"):  # a regular expression, its place and the reason follow
-        return " ".join(lines)[:300]
-    return lines[0] if lines else type(error).__name__
