@@ -21,6 +21,19 @@ from dpgen.logprobs import ARRAY_TYPES, TokenLogprobs
 _PARSED_TEXTS = ("reasoning", "parsed", "parse_error")
 
 
+@dataclass(frozen=True, slots=True)
+class ServerRequest:
+    """Hold a request as vLLM's server takes it.
+
+    Attributes:
+        url: of the endpoint, as "/v1/chat/completions".
+        body: its fields, which nobody has checked; on the way to the engine, those that are not the prompt.
+    """
+
+    url: str
+    body: dict[str, Any]
+
+
 class RequestId(NamedTuple):
     """Identify a request: what it generates of which row. Its seed follows from it.
 
@@ -50,6 +63,8 @@ class Request:
         adapter: the name of the row's LoRA adapter; None for the model without one.
         num_completion_tokens: how many tokens at the end of the prompt are a given completion, which is scored instead
             of generating one; 0 to generate.
+        server_request: what says how to sample, over `sampling`, as it would say it to vLLM's server; None where only
+            `sampling` does.
     """
 
     id: RequestId
@@ -58,6 +73,7 @@ class Request:
     sampling: dict[str, Any] = field(default_factory=dict)
     adapter: str | None = None
     num_completion_tokens: int = 0
+    server_request: ServerRequest | None = None
 
     @property
     def row(self) -> int:

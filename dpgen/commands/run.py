@@ -116,7 +116,10 @@ def main(options: argparse.Namespace) -> int:
         config = group.run_on_all_ranks(lambda: _get_config(loaded))
 
         with imports_without_gc():
+            from dpgen.data.openai_batch.recognition import resolve_format
             from dpgen.run import run
+
+        config = group.run_on_all_ranks(lambda: resolve_format(config))
 
         run(config, topology, group, status_file, startup)
         status_file.write(EXIT_OK)

@@ -20,7 +20,8 @@ from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError, suggest_name
 from dpgen.log import setup_logging
 from dpgen.scheduling.groups.prompt_groups import PromptGroups, RankState
-from dpgen.scheduling.order import OrderConfig, PromptTextFn, RowOrder, order_by_measured_lengths
+from dpgen.scheduling.order import PromptTextFn, RowOrder, order_by_measured_lengths
+from dpgen.scheduling.order_config import OrderConfig
 from dpgen.simulation.lengths import sample_lengths
 from dpgen.simulation.simulator import EngineCostModel, Workload
 
@@ -123,6 +124,7 @@ def _sample_workload(options: argparse.Namespace, num_rows: int, random: np.rand
 def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
     """Return the rows of a configuration's dataset, in the order of work that a run would take."""
     from dpgen.data.input_loading import load_input
+    from dpgen.data.openai_batch.recognition import resolve_format
     from dpgen.data.prompts.columns import select_prompt_columns
     from dpgen.distributed.group import SingleRankGroup
     from dpgen.output.column_check import check_columns
@@ -130,6 +132,7 @@ def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
     from dpgen.scheduling.order import order_rows
     from dpgen.scheduling.slow_rows import SlowRowFilter
 
+    config = resolve_format(config)
     rows = load_input(config.data)
     check_columns(config, rows)
     row_ids, prompt_lengths = np.arange(len(rows)), np.zeros(len(rows), dtype=np.int64)

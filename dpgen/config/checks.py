@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dpgen.config.prompt import PROMPT_SOURCES
 from dpgen.errors import ERROR_TYPES, ConfigError, suggest_name
 from dpgen.lifecycle.shutdown import parse_time_limit
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 LOGPROB_FIELDS = ("logprobs", "logprob_token_ids", "prompt_logprobs")
 # Of sampling.structured_outputs: what a text must follow. The other fields say how.
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+_JSON_LINES = re.compile(r"\.(jsonl|ndjson|json)(\.(gz|zst|bz2|xz|lz4))?$", re.IGNORECASE)
 
 
 def find_wrong_run_values(run: RunConfig) -> Iterator[str]:
@@ -56,6 +58,32 @@ def find_wrong_input(data: DataConfig, model: str) -> Iterator[str]:
             yield from error.mistakes
     if not model.strip():
         yield f"model={model!r}: must be a directory or a Hub name"
+
+
+def may_hold_requests(data: DataConfig) -> bool:
+    """Return True if `data.path` names a batch file, by `data.format`; or may name one, until it is looked at."""
+    if data.format != "auto":
+        return data.format == "openai_batch"
+    paths = data.path if isinstance(data.path, (list, tuple)) else [data.path]
+    has_source = any(getattr(data, name) is not None for name in PROMPT_SOURCES)
+    return not has_source and all(isinstance(path, str) and _JSON_LINES.search(path) for path in paths)
+
+
+def find_keys_without_effect_on_requests(
+    data: DataConfig, default: DataConfig, sampling: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield one line for each key that says of all rows what each line of a batch file says of itself.
+
+    Args:
+        default: `data` as it is where nothing is set.
+    """
+    names = [*PROMPT_SOURCES, "completion_column", "as_chat", "system_prompt", "system_prompt_column", "prefill_column"]
+    names += ["chat_template_kwargs_column", "tools", "tools_column", "add_generation_prompt"]
+    names += ["continue_final_message", "lora_column"]
+    keys = [f"data.{name}" for name in names if getattr(data, name) != getattr(default, name)]
+    keys += ["sampling.from_columns"] if sampling.get("from_columns") else []
+    for key in keys:
+        yield f"{key} has no effect: with data.format=openai_batch each line is a whole request; leave one of them out"
 
 
 def find_wrong_engine_keys(engine: Mapping[str, Any]) -> Iterator[str]:

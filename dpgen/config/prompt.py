@@ -16,7 +16,8 @@ RESERVED_KWARGS = frozenset(
         *("conversation", "messages", "return_dict", "tokenize"),
     }
 )
-_SOURCES = ("prompt_column", "messages_column", "template", "token_ids_column")
+PROMPT_SOURCES = ("prompt_column", "messages_column", "template", "token_ids_column")
+REQUEST_COLUMN = "request"  # of a batch file: the line as it stands
 # Keys without effect unless a chat template is applied.
 _CHAT_KEYS = (
     *("system_prompt", "system_prompt_column", "prefill_column", "chat_template", "chat_template_kwargs"),
@@ -26,7 +27,9 @@ _CHAT_KEYS = (
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Hold the `data.*` keys that decide how a row becomes a prompt. Exactly one of the first four is set.
+    """Hold the `data.*` keys that decide how a row becomes a prompt.
+
+    Exactly one of the first four is set, or `request_column`.
 
     A key of a later version is None unless it is set: run directories of older versions lack it, which means the same.
 
@@ -49,6 +52,7 @@ class PromptConfig:
         tools_column: a column of tools that take their place; a null keeps them.
         add_generation_prompt: end a chat prompt with the opening of the assistant's answer.
         continue_final_message: leave the last message open, for the model to continue.
+        request_column: a text column of the lines of a batch file, which say all of this; no key of its own.
 
     Raises:
         ConfigError: keys that contradict each other, or that would have no effect; all of them at once.
@@ -70,6 +74,7 @@ class PromptConfig:
     tools_column: str | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    request_column: str | None = None
 
     def __post_init__(self) -> None:
         if mistakes := list(self._find_mistakes()):
@@ -82,6 +87,11 @@ class PromptConfig:
         return self.as_chat or self.messages_column is not None
 
     @property
+    def may_be_chat(self) -> bool:
+        """Return True if a chat template is applied to some rows, if not to all."""
+        return self.is_chat or self.request_column is not None
+
+    @property
     def chat_template_name(self) -> str | None:
         """Return the name of the tokenizer's chat template that `chat_template` asks for; None if it asks for none."""
         return self.chat_template["name"] if isinstance(self.chat_template, Mapping) else None
@@ -92,16 +102,16 @@ class PromptConfig:
         return self.tools is not None or self.tools_column is not None
 
     def _find_mistakes(self) -> Iterator[str]:
-        given = [name for name in _SOURCES if getattr(self, name) is not None]
-        if len(given) != 1:
-            source = f"a prompt comes from exactly one of {_join_keys(_SOURCES, ', ')}"
+        given = [name for name in PROMPT_SOURCES if getattr(self, name) is not None]
+        if self.request_column is None and len(given) != 1:
+            source = f"a prompt comes from exactly one of {_join_keys(PROMPT_SOURCES, ', ')}"
             yield f"{_join_keys(given, ' and ')} are set: {source}" if given else f"{source}; none is set"
         if self.as_chat and self.messages_column is not None:
             yield "data.as_chat=true makes a text one message, but data.messages_column holds messages already"
         if self.as_chat and self.token_ids_column is not None:
             yield "data.as_chat=true makes a text one message, but data.token_ids_column holds tokens already"
         for name in _CHAT_KEYS:
-            if getattr(self, name) and not self.is_chat:
+            if getattr(self, name) and not self.may_be_chat:
                 yield f"data.{name} needs a chat: set data.messages_column, or data.as_chat=true"
         if self.continue_final_message and self.add_generation_prompt:
             yield "data.continue_final_message=true needs data.add_generation_prompt=false"

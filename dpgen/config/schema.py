@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpgen.config import checks
-from dpgen.config.prompt import PromptConfig
+from dpgen.config.prompt import REQUEST_COLUMN, PromptConfig
 from dpgen.config.secrets import redact_secrets
 from dpgen.config.sections import MISSING, DataConfig, OutputConfig, ParallelConfig, RunConfig, WorkConfig, option
 from dpgen.config.text_files import escape_file_name
@@ -40,7 +40,7 @@ class Config:
     lora: dict[str, str] = option(
         "LoRA adapters of the model, by name: {math: adapters/math}, each a directory or a Hub name; their ranks come "
         "from their own configurations; one alone is used for all rows, unless data.lora_column is set; several need "
-        "data.lora_column",
+        "data.lora_column, or a batch file, whose lines name the model or one of them",
         factory=dict,
     )
     sampling: dict[str, Any] = option(
@@ -78,13 +78,20 @@ class Config:
     @property
     def has_samples(self) -> bool:
         """Return True if rows may have several samples."""
-        return self.sampling.get("n", 1) != 1 or "n" in self.sampling_columns
+        return self.sampling.get("n", 1) != 1 or "n" in self.sampling_columns or self.reads_requests
 
     @property
     def keeps_logprobs(self) -> bool:
         """Return True if any row may have log-probabilities of its prompt or its generated tokens."""
         sections = [self.sampling, self.sampling_columns, *self.sampling_by_rank]
-        return any(section.get(name) is not None for section in sections for name in checks.LOGPROB_FIELDS)
+        return self.reads_requests or any(
+            section.get(name) is not None for section in sections for name in checks.LOGPROB_FIELDS
+        )
+
+    @property
+    def reads_requests(self) -> bool:
+        """Return True if the input is a batch file, or if only its content tells; see `data.format`."""
+        return checks.may_hold_requests(self.data)
 
     @property
     def reads_prefix_cache(self) -> bool:
@@ -99,7 +106,9 @@ class Config:
         Raises:
             ConfigError: these keys contradict each other.
         """
-        return PromptConfig(**{key.name: getattr(self.data, key.name) for key in dataclasses.fields(PromptConfig)})
+        names = [key.name for key in dataclasses.fields(PromptConfig) if key.name != "request_column"]
+        request_column = REQUEST_COLUMN if self.reads_requests else None
+        return PromptConfig(**{name: getattr(self.data, name) for name in names}, request_column=request_column)
 
     @property
     def gpus_per_rank(self) -> int:
@@ -172,7 +181,10 @@ def _validate(config: Config) -> None:
         mistakes.append("output.messages=true makes one conversation a row: set output.explode=true where n is not 1")
     if config.output.reasoning == "keep" and config.output.reasoning_parser != "auto":
         mistakes.append("output.reasoning_parser has no effect: set output.reasoning=split or strip")
-    mistakes += checks.find_wrong_adapter_choice(config.lora, config.data.lora_column)
+    if not config.reads_requests:
+        mistakes += checks.find_wrong_adapter_choice(config.lora, config.data.lora_column)
+    if config.data.format == "openai_batch":
+        mistakes += checks.find_keys_without_effect_on_requests(config.data, DataConfig(), config.sampling)
     try:
         if not config.prompt.is_chat and config.output.messages:
             mistakes.append("output.messages=true needs a chat: set data.messages_column, or data.as_chat=true")

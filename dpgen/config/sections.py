@@ -85,6 +85,12 @@ class DataConfig:
         "what to read: a file, glob, list of files, directory, save_to_disk directory, or Hub name; required",
         MISSING,
     )
+    format: Literal["auto", "rows", "openai_batch"] = option(
+        "what the files hold: rows; or openai_batch, a request a line, {custom_id, method, url, body}, as OpenAI's "
+        "Batch API and `vllm run-batch` take them; auto takes files of JSON lines for requests if their first lines "
+        "are some and no key says how rows become prompts",
+        "auto",
+    )
     name: str | None = option("the Hub dataset's configuration name")
     split: str | None = option("the split; may be left out where there is only one")
     revision: str | None = option("the Hub dataset's branch, tag or commit")

@@ -28,10 +28,12 @@ from dpgen.data.reading.files import (
     check_names_read,
     explain_no_data,
     find_all_files,
+    find_input_kind,
     find_kind,
     list_other_files,
     looks_local,
     reject_hub_keys,
+    reject_requests,
 )
 from dpgen.data.reading.source import UnreadableInput
 from dpgen.errors import ConfigError
@@ -107,12 +109,14 @@ def _load(config: DataConfig) -> tuple[datasets.Dataset, InputSource]:
     path = config.path if isinstance(config.path, str) else config.path[0]
     path = str(Path(path).expanduser()) if looks_local(path) else path
     if not os.path.isdir(path):
+        reject_requests(config)
         loaded = datasets.load_dataset(path, config.name, split=config.split, revision=config.revision)
         return _select_split(loaded, config.split), InputSource()
     reject_hub_keys(config, "revision")
     if not _SAVED_DATASET & set(os.listdir(path)):
         return _load_folder(path, config)
     reject_hub_keys(config, "name")
+    reject_requests(config)
     names = (file for file in Path(path).rglob("*") if not file.name.startswith(_CACHE_PREFIXES))
     files = sorted(str(file) for file in names if file.is_file())
     try:
@@ -171,7 +175,7 @@ def _read_splits(
     if not wanted:
         raise ConfigError(f"data.split={spec}: there are only {', '.join(sorted(splits))}")
     files = [file for name in wanted for file in splits[name]]
-    kind = find_kind(files)
+    kind = find_input_kind(files, config.format)
     path, description, key = read_files(kind, files, _get_cache())
     dataset = datasets.Dataset.from_file(str(path))
     if not len(dataset) and not dataset.column_names:

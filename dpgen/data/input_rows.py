@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpgen.data.input_source import InputSource
+from dpgen.data.openai_batch.lines import FORMAT as BATCH_FORMAT
 from dpgen.data.row_view import Shard, TableView, to_float
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class InputRows:
     @property
     def has_added_nulls(self) -> bool:
         """Return True if an object's key may be null where the input has no such key."""
-        return self.source.kind not in ("json", "csv", "tsv", "text")
+        return self.source.kind not in ("json", "csv", "tsv", "text", BATCH_FORMAT)
 
     @property
     def is_empty(self) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dpgen.config.vllm_fields import describe_unknown_field
+from dpgen.data.openai_batch.requests import select_plain_sampling
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.logprobs import TokenLogprobs, from_rows
@@ -150,7 +151,7 @@ class FakeBackend:
             raise RowRefused("prompt_too_long", f"the prompt has {num_prompt_tokens} tokens, max_model_len={limit}")
         prompt = _decode(request.prompt_token_ids)
         self._inject_fault(prompt)
-        sampling: dict[str, Any] = {**self._spec.sampling, **request.sampling}
+        sampling = self._read_sampling(request)
         digest = hashlib.blake2b(f"{prompt}/{sampling.get('seed')}".encode(), digest_size=8)
         text = digest.hexdigest() if request.adapter is None else f"{request.adapter} {digest.hexdigest()}"
         max_tokens = sampling.get("max_tokens")
@@ -165,6 +166,15 @@ class FakeBackend:
         if request.num_completion_tokens:
             max_tokens = 1
         self._rows[request.id] = _Running(request, text, max_tokens, int(sampling.get("n") or 1), sampling)
+
+    def _read_sampling(self, request: Request) -> dict[str, Any]:
+        sampling: dict[str, Any] = {**self._spec.sampling, **request.sampling}
+        if request.server_request is None:
+            return sampling
+        sampling |= select_plain_sampling(request.server_request)
+        if type(num_samples := sampling.get("n", 1)) is not int or num_samples < 1:
+            raise RowRefused("bad_request", f"'n' is {num_samples!r}, and must be at least 1")
+        return sampling
 
     def step(self) -> list[RowResult | UndecodedRow]:
         time.sleep(self._options.step_s)

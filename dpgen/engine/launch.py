@@ -25,6 +25,7 @@ from dpgen.data.prompts.render import (
     PromptRenderer,
     RenderedPrompt,
     RenderFn,
+    add_server_requests,
     describe_own_kwargs,
     get_completion,
 )
@@ -36,7 +37,7 @@ from dpgen.distributed.topology import Topology
 from dpgen.engine.adapters import check_adapters, find_adapter_folders
 from dpgen.engine.limits import EngineLimits
 from dpgen.engine.log_file import EngineLog
-from dpgen.engine.messages import EngineSpec, EngineTextConfig
+from dpgen.engine.messages import EngineSpec, EngineTextConfig, RequestParsers
 from dpgen.engine.model_damage import check_model_files, has_weights
 from dpgen.engine.parsing.completion_parser import CompletionParser, ToolFinder, start_completion_parser
 from dpgen.engine.process import EngineProcess, build_engine_env
@@ -73,6 +74,7 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
         token_ids=config.output.token_ids or config.keeps_logprobs,
         adapters=find_adapter_folders(config.lora) if config.run.engine == "vllm" else dict(config.lora),
         has_output_schema=config.output.schema is not None,
+        reads_requests=config.reads_requests,
     )
 
 
@@ -182,6 +184,9 @@ def build_text_pipeline(config: Config, log: EngineLog, rows: InputRows) -> Text
         ConfigError: the tokenizer cannot be loaded, or prompts are chats and there is no chat template.
     """
     prompt, has_added_nulls = config.prompt, rows.has_added_nulls
+    wants_reasoning = config.output.reasoning != "keep"
+    reasoning_parser = config.output.reasoning_parser if wants_reasoning else None
+    parsers = RequestParsers(config.output.tool_parser, reasoning_parser, prompt.chat_template_kwargs)
 
     def start_parser(tokenizer: TokenizerConfig | None) -> CompletionParser | None:
         return start_completion_parser(config.output, tokenizer, ToolFinder(prompt, rows), log.write)
@@ -200,9 +205,9 @@ def build_text_pipeline(config: Config, log: EngineLog, rows: InputRows) -> Text
             )
         if not has_token_ids:
             logger.info(f"prompts are tokenized in the engine process: {reason}")
-        engine_part = EngineTextConfig(prompt_config=prompt)
+        engine_part = EngineTextConfig(prompt_config=prompt, parsers=parsers)
         return TextPipeline(
-            lambda row: _wrap_prompt(untokenized.build_prompt(row)),
+            add_server_requests(lambda row: _wrap_prompt(untokenized.build_prompt(row)), prompt),
             engine_text_config=engine_part,
             parser=start_parser(tokenizer_config),
         )
@@ -210,9 +215,9 @@ def build_text_pipeline(config: Config, log: EngineLog, rows: InputRows) -> Text
     renderer = PromptRenderer(prompt, tokenizer, has_added_nulls=has_added_nulls)
     fast = fast_tokenizer(tokenizer)
     return TextPipeline(
-        renderer.render,
+        add_server_requests(renderer.render, prompt),
         None if fast is None else Detokenizer(fast),
-        EngineTextConfig(skip_detokenize=fast is not None),
+        EngineTextConfig(skip_detokenize=fast is not None, parsers=parsers),
         start_parser(tokenizer_config),
     )
 
@@ -238,7 +243,7 @@ def _build_fake_text_pipeline(config: Config, has_added_nulls: bool, parser: Com
         prompt = tokenize(renderer.build_prompt(row))
         return RenderedPrompt(prompt + completion, num_completion_tokens=len(completion))
 
-    return TextPipeline(render, parser=parser)
+    return TextPipeline(add_server_requests(render, prompt_config), parser=parser)
 
 
 def _wrap_prompt(prompt: Prompt) -> RenderedPrompt:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +36,7 @@ class EngineSpec:
         token_ids: return the generated token ids with each result.
         adapters: the folder of each LoRA adapter that rows may name.
         has_output_schema: True if `output.schema` has set the structured outputs in `sampling`.
+        reads_requests: rows are requests of a batch file.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class EngineSpec:
     token_ids: bool = False
     adapters: dict[str, str] = field(default_factory=dict)
     has_output_schema: bool = False
+    reads_requests: bool = False
 
     def iter_sampling_sections(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield `sampling` and each entry of `sampling_by_rank`, as (section, fields)."""
@@ -72,6 +74,21 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
+class RequestParsers:
+    """Name vLLM's parsers of completions, which requests of a batch file are adjusted to.
+
+    Attributes:
+        tool_parser: vLLM's name; None for none.
+        reasoning_parser: vLLM's name, "auto" for that of the model's type, or None for none.
+        template_kwargs: `data.chat_template_kwargs`.
+    """
+
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class EngineTextConfig:
     """Divide the work on text: the engine process does this part, and the rank does the rest while the engine steps.
 
@@ -79,10 +96,12 @@ class EngineTextConfig:
         prompt_config: how to render prompts, for tokenizers that only vLLM knows, or to check those that are token ids;
             None where the rank does so.
         skip_detokenize: leave the text of finished rows to the rank, except where the engine itself needs it.
+        parsers: those of the run's completions.
     """
 
     prompt_config: PromptConfig | None = None
     skip_detokenize: bool = False
+    parsers: RequestParsers = field(default_factory=RequestParsers)
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,7 @@ def _to_config_key(path: str) -> str:
     """Return the configuration key behind a path in an identity, which is what the user can change."""
     renamed = {"seed": "run.seed", "columns": "data.columns", "engine.kind": "run.engine"}
     renamed |= {"lora_column": "data.lora_column"}
+    renamed |= {"prompt.request_column": "data.format"}
     renamed |= {"chat_template_hash": "the text in the file data.chat_template"}
     renamed |= {"output.logprobs": "log-probabilities in the result"}
     if path.startswith("model_files."):

@@ -117,14 +117,16 @@ class DatasetFormat:
         from_columns = sampling.get("from_columns") or {}
         sections = [sampling, *(identity.get("sampling_by_rank") or ())] if output.get("logprobs") else []
 
+        reads_requests = (identity.get("prompt") or {}).get("request_column") is not None  # which may want anything
+
         def wants(*names: str, is_wanted: Callable[[Any], bool] = lambda value: value is not None) -> bool:
-            by_column = bool(sections) and any(name in from_columns for name in names)
+            by_column = bool(sections) and (reads_requests or any(name in from_columns for name in names))
             return by_column or any(is_wanted(section.get(name)) for section in sections for name in names)
 
         logprobs = wants("logprobs", "logprob_token_ids")
         schema = output.get("schema")
         return cls(
-            has_samples=sampling.get("n", 1) != 1 or "n" in from_columns,
+            has_samples=sampling.get("n", 1) != 1 or "n" in from_columns or reads_requests,
             explode=bool(output.get("explode")),
             token_ids=bool(output.get("token_ids")) or logprobs,
             reasoning=output.get("reasoning") == "split",

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dpgen.config.prompt import PromptConfig
-from dpgen.config.schema import Config
-from dpgen.config.sections import WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.columns import select_prompt_columns
 from dpgen.formatting import format_count
-from dpgen.scheduling.groups.adapters import AdapterConfig, AdapterGroups, group_by_adapter
+from dpgen.scheduling.groups.adapters import AdapterGroups, group_by_adapter
 from dpgen.scheduling.groups.prefix_groups import PrefixGroups, group_by_prefix, shard_groups
 from dpgen.scheduling.groups.prompt_groups import LengthTracker, PromptGroups, RankState, group_by_prompt
+from dpgen.scheduling.order_config import OrderConfig
 
 _SAMPLE_ROWS = 20_000
 # longest_first needs values that vary: the 99th percentile over the median, at least. Prompt lengths predict completion
@@ -41,39 +39,6 @@ _ASSUMED_OUTPUT_TOKENS = 256  # of a row without a hint, to weigh its completion
 _ORDER_NAMES = {"dataset": "dataset order", "longest_first": "longest first", "prefix": "grouped by prefix"}
 
 PromptTextFn = Callable[[int, Mapping[str, Any]], str]
-
-
-@dataclass(frozen=True)
-class OrderConfig:
-    """Settings that decide the order of work.
-
-    Attributes:
-        max_tokens_column: column of each row's own `max_tokens`; None where rows have none.
-        prefix_caching: whether the engines cache prefixes.
-        adapters: which row uses which LoRA adapter.
-    """
-
-    work: WorkConfig
-    prompt: PromptConfig
-    max_tokens_column: str | None
-    prefix_caching: bool
-    adapters: AdapterConfig = field(default_factory=AdapterConfig)
-
-    @classmethod
-    def from_config(cls, config: Config) -> OrderConfig:
-        """Return the settings of a run."""
-        return cls(
-            config.work,
-            config.prompt,
-            config.sampling_columns.get("max_tokens"),
-            config.reads_prefix_cache,
-            AdapterConfig.from_config(config),
-        )
-
-    @property
-    def hint_column(self) -> str | None:
-        """Return the column that best predicts the rows' lengths; None where there is none."""
-        return self.work.hint_column or self.max_tokens_column
 
 
 @dataclass(frozen=True)
@@ -229,7 +194,7 @@ def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text
     """
     if config.work.order == "dataset" or len(remaining) < 2:
         return RowOrder(remaining)
-    order = _order_rows(config, rows, remaining, text_of)
+    order = _order_rows(config.drop_empty_hint(rows, _sample(remaining)), rows, remaining, text_of)
     if not config.adapters.exceeds_slots:
         return order
     return order.sort_by_adapter(group_by_adapter(config.adapters, rows, remaining))
@@ -301,7 +266,7 @@ def _choose_order(config: OrderConfig, rows: InputRows, remaining: np.ndarray, t
         prefixes = prompts if is_whole else _group_by_prefix(config, rows, remaining, text_of)
         return _order_by_prefix(config, rows, remaining, prefixes)
     if hint is not None:
-        if _compute_tail_ratio(rows.read_numbers(hint, sample)) >= _MIN_HINT_TAIL_RATIO:
+        if _compute_tail_ratio(config.read_hints(rows, hint, sample)) >= _MIN_HINT_TAIL_RATIO:
             return _order_by_hint(config, rows, remaining, hint)
         return RowOrder(remaining, reason=f"because column {hint} varies too little to sort by")
     if has_long_prompts and _compute_tail_ratio(prompts.lengths) >= _MIN_PROMPT_TAIL_RATIO:
@@ -318,7 +283,7 @@ def _order_longest_first(
 
 
 def _order_by_hint(config: OrderConfig, rows: InputRows, remaining: np.ndarray, hint: str) -> RowOrder:
-    values = rows.read_numbers(hint, remaining)
+    values = config.read_hints(rows, hint, remaining)
     hints = values[~np.isnan(values)]
     # A row without a hint may be as long as the longest one.
     lengths = np.where(np.isnan(values), hints.max() if len(hints) else 0, values)
@@ -350,7 +315,7 @@ def _order_by_prefix(config: OrderConfig, rows: InputRows, remaining: np.ndarray
     positions, groups = prefixes.sort_by_group()
     tokens = np.full(len(remaining), float(_ASSUMED_OUTPUT_TOKENS))
     if config.hint_column is not None:
-        values = rows.read_numbers(config.hint_column, remaining)
+        values = config.read_hints(rows, config.hint_column, remaining)
         tokens = np.where(np.isnan(values), tokens, values)
     weights = tokens + prefixes.uncached_chars / _CHARS_PER_TOKEN
     reason = (
@@ -362,8 +327,8 @@ def _order_by_prefix(config: OrderConfig, rows: InputRows, remaining: np.ndarray
 
 
 def _group_by_prefix(config: OrderConfig, rows: InputRows, row_ids: np.ndarray, text_of: PromptTextFn) -> PrefixGroups:
-    columns = select_prompt_columns(config.prompt, rows.columns)
-    return group_by_prefix(rows, row_ids, columns, text_of, config.adapters.column)
+    columns = [*select_prompt_columns(config.prompt, rows.columns), *config.adapters.columns]
+    return group_by_prefix(rows, row_ids, columns, text_of, config.adapters.find)
 
 
 def _sample(remaining: np.ndarray) -> np.ndarray:

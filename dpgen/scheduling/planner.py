@@ -46,7 +46,8 @@ from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
 from dpgen.records import Request, RowError
 from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.groups.prompt_groups import RankState
-from dpgen.scheduling.order import OrderConfig, RowOrder, ShardSpec, order_by_measured_lengths, order_rows
+from dpgen.scheduling.order import RowOrder, ShardSpec, order_by_measured_lengths, order_rows
+from dpgen.scheduling.order_config import OrderConfig
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource
 from dpgen.scheduling.slow_rows import SlowRowFilter

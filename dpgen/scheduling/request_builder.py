@@ -51,12 +51,14 @@ class RequestBuilder:
         """Return the request of a row.
 
         Raises:
-            RowRefused: the prompt could not be made, or there is no such adapter.
+            RowRefused: the prompt could not be made, or there is no such adapter or model.
         """
         if (error := self.rejected_rows.get(row)) is not None:
             raise RowRefused(error.type, error.message)
+        rendered = RenderedPrompt(*self.note.run(RENDERING, row, self.render, columns))
         entries = self.sampling_by_rank
-        sampling: dict[str, Any] = dict(self.base_sampling)
+        # A request is adjusted to the run's parsers as a whole, where it calls for them.
+        sampling: dict[str, Any] = dict(self.base_sampling) if rendered.server_request is None else {}
         if entries:
             sampling |= entries[row % len(entries)]
         if self.run_seed is not None:
@@ -65,10 +67,14 @@ class RequestBuilder:
             value = _drop_nulls(columns[column]) if self.has_added_nulls else columns[column]
             if value is not None:  # a null keeps the value of the run or of the entry
                 sampling[name] = value
-        adapter = self.adapters.choose(columns)
-        rendered = RenderedPrompt(*self.note.run(RENDERING, row, self.render, columns))
         return Request(
-            RequestId(row), rendered.token_ids, rendered.prompt, sampling, adapter, rendered.num_completion_tokens
+            RequestId(row),
+            rendered.token_ids,
+            rendered.prompt,
+            sampling,
+            self.adapters.choose(columns, rendered.server_request),
+            rendered.num_completion_tokens,
+            rendered.server_request,
         )
 
 

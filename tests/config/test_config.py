@@ -101,7 +101,7 @@ WRONG = [
     ("data.select=a:b", "data.select='a:b': must look like"),
     ("data.select=0:9:0", "step must be at least 1"),
     ("data.messages_column=m", "data.prompt_column and data.messages_column are set"),
-    ("data.prompt_column=null", "exactly one of data.prompt_column, .* none is set"),
+    ("data={path: a.csv, prompt_column: null}", "exactly one of data.prompt_column, .* none is set"),
     ("data.system_prompt=Hello", "data.system_prompt needs a chat"),
     ("data.chat_template_kwargs=[1]", "data.chat_template_kwargs"),
     ("engine=3", "engine"),

@@ -132,6 +132,66 @@ BAD_PROMPT_COLUMNS: list[tuple[str, dict[str, Any], str, str]] = [
     ("a null among the stop strings", {"stop": ["a", None]}, "bad_sampling", "stop"),
 ]
 
+_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+_IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+
+# The same for lines of a batch file, (what is wrong, URL, body, ...); tests/data/openai_batch runs it. Lines that are
+# no requests at all are in its test_lines.py; what only vLLM rejects is in tests/engine/test_server_requests_vllm.py.
+BAD_REQUESTS: list[tuple[str, str, dict[str, Any], str, str]] = [
+    ("a stream", _CHAT, {"messages": HELLO, "stream": True}, "bad_request", "'stream' is set"),
+    ("echo", _CHAT, {"messages": HELLO, "echo": True}, "unsupported_request", "'echo' is not supported"),
+    ("beam search", _CHAT, {"messages": HELLO, "use_beam_search": True}, "unsupported_request", "'use_beam_search'"),
+    ("a chat template", _CHAT, {"messages": HELLO, "chat_template": "x"}, "bad_request", "set data.chat_template"),
+    (
+        "a chat template among the variables",
+        _CHAT,
+        {"messages": HELLO, "chat_template_kwargs": {"chat_template": "x"}},
+        "bad_request",
+        "set data.chat_template",
+    ),
+    (
+        "a variable that is none",
+        _CHAT,
+        {"messages": HELLO, "chat_template_kwargs": {"tokenize": True}},
+        "bad_request",
+        "may not hold 'tokenize'",
+    ),
+    (
+        "variables that are a list",
+        _CHAT,
+        {"messages": HELLO, "chat_template_kwargs": [1]},
+        "bad_request",
+        "'chat_template_kwargs' is a list",
+    ),
+    (
+        "a flag that is a text",
+        _CHAT,
+        {"messages": HELLO, "add_generation_prompt": "yes"},
+        "bad_request",
+        "'add_generation_prompt' is a str, not true or false",
+    ),
+    ("no tool", _CHAT, {"messages": HELLO, "tools": []}, "bad_request", "'tools' is not a list of at least one tool"),
+    (
+        "a tool that is no function",
+        _CHAT,
+        {"messages": HELLO, "tools": [{"type": "x"}]},
+        "bad_request",
+        "tool 0 is not",
+    ),
+    ("a tool without a name", _CHAT, {"messages": HELLO, "tools": [{"function": {}}]}, "bad_request", "no 'name'"),
+    ("no messages", _CHAT, {}, "wrong_type", "messages are null"),
+    ("an empty list of messages", _CHAT, {"messages": []}, "empty_prompt", "the list of messages is empty"),
+    ("an image", _CHAT, {"messages": _IMAGE}, "unsupported_content", "only text parts"),
+    ("no prompt", _COMPLETIONS, {}, "bad_request", "'prompt' is null"),
+    ("an empty prompt", _COMPLETIONS, {"prompt": ""}, "empty_prompt", "'prompt' is empty"),
+    ("several prompts", _COMPLETIONS, {"prompt": ["a", "b"]}, "unsupported_request", "'prompt' holds 2 prompts"),
+    ("a suffix", _COMPLETIONS, {"prompt": "a", "suffix": "b"}, "unsupported_request", "'suffix'"),
+    ("embeddings of a prompt", _COMPLETIONS, {"prompt_embeds": "b"}, "unsupported_request", "'prompt_embeds'"),
+    ("a text among token ids", _COMPLETIONS, {"prompt": [1, "a"]}, "wrong_type", "'prompt': item 1 is a str"),
+    ("a negative token id", _COMPLETIONS, {"prompt": [-1]}, "out_of_vocabulary", "negative"),
+    ("another endpoint", "/v1/embeddings", {"input": "a"}, "unsupported_request", "not supported yet"),
+]
+
 TEMPLATE = (
     "{% if kind == 'upper' %}{{ text.upper() }}{% elif kind == 'divide' %}{{ 1 / number }}"
     "{% elif kind == 'add' %}{{ text + 1 }}{% elif kind == 'field' %}{{ meta.author.name }}"
@@ -151,6 +211,11 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ("a time that is not valid", ["run.time_limit=soon"], "must be seconds, or H:MM:SS"),
     ("two prompts", ["data.messages_column=m"], "data.prompt_column and data.messages_column are set"),
     ("no prompt", ["data.prompt_column=null"], "none is set"),
+    (
+        "a batch file and a key that its lines give",
+        ["data.format=openai_batch"],
+        "data.prompt_column has no effect: with data.format=openai_batch each line is a whole request",
+    ),
     ("a system prompt without a chat", ["data.system_prompt=Hello"], "needs a chat"),
     ("a key that another sets", ["engine.tensor_parallel_size=2"], "parallel.tensor_parallel_size"),
     ("not YAML", ["run.seed=["], "not valid YAML"),

@@ -17,7 +17,8 @@ from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.render import make_prompt_text_fn
 from dpgen.scheduling.groups.adapters import AdapterConfig
 from dpgen.scheduling.groups.prompt_groups import RankState
-from dpgen.scheduling.order import OrderConfig, RowOrder, order_by_measured_lengths, order_rows
+from dpgen.scheduling.order import RowOrder, order_by_measured_lengths, order_rows
+from dpgen.scheduling.order_config import OrderConfig
 
 DOCUMENTS = ["".join(random.Random(seed).choices("abcdefgh ", k=900 + 300 * seed)) for seed in range(20)]
 

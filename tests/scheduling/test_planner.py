@@ -22,7 +22,7 @@ from dpgen.journal.row_notes import RENDERING, open_note
 from dpgen.journal.writer import JournalWriter
 from dpgen.records import Completion, Request, RowError, RowResult
 from dpgen.scheduling.groups.prompt_groups import RankState
-from dpgen.scheduling.order import OrderConfig
+from dpgen.scheduling.order_config import OrderConfig
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource

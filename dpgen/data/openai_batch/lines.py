@@ -17,6 +17,8 @@ from dpgen.formatting import describe_type
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
 LINE_KEYS = ("custom_id", "method", "url", "body")
+CUSTOM_ID_COLUMN = "custom_id"  # that a batch file is read as, beside REQUEST_COLUMN
+FORMAT = "openai_batch"  # of `data.format`, and the kind of such files for their reader
 
 BAD_REQUEST = "bad_request"  # the line or its body is not what the API takes
 UNSUPPORTED_REQUEST = "unsupported_request"  # the API takes it, and dpgen does not yet
@@ -80,8 +82,8 @@ def parse_batch_line(text: str | bytes) -> BatchLine:
     text = text.strip()
     try:
         pairs, value = _parse_json(text)
-    except ValueError as error:
-        return BatchLine(_find_custom_id(text), None, None, BatchError(BAD_REQUEST, str(error)))
+    except ValueError as reason:
+        return BatchLine(_find_custom_id(text), None, None, BatchError(BAD_REQUEST, str(reason)))
     if not isinstance(value, dict):
         return BatchLine(
             None, None, None, BatchError(BAD_REQUEST, f"the line is {describe_type(value)}, not an object")
@@ -112,7 +114,9 @@ def _parse_json(text: str) -> tuple[list[tuple[str, Any]], Any]:
             text, object_pairs_hook=keep_pairs, parse_constant=_reject_constant, parse_float=_parse_float
         )
     except json.JSONDecodeError as error:
-        raise ValueError(f"the line is no JSON: {error.msg} at character {error.pos + 1:,} of {len(text):,}") from None
+        is_at_end = error.pos >= len(text)
+        place = "at its end" if is_at_end else f"at character {error.pos + 1:,} of {len(text):,}"
+        raise ValueError(f"the line is no JSON: {error.msg} {place}") from None
     except ValueError as error:
         raise ValueError(f"the line is no JSON: {str(error).partition(';')[0]}") from None
     except RecursionError:

@@ -27,11 +27,15 @@ class ChatPrompt(TypedDict):
         messages: as `validate_messages` returns them.
         template_kwargs: variables for the chat template, tools included.
         is_continued: True if the model continues the last message.
+        add_generation_prompt: True if the prompt ends with the opening of the assistant's answer.
+        add_special_tokens: True if the tokenizer adds its special tokens to what the template has written.
     """
 
     messages: list[Message]
     template_kwargs: dict[str, Any]
     is_continued: bool
+    add_generation_prompt: bool
+    add_special_tokens: bool
 
 
 # The key that holds the text, by the type of a text part (MM_PARSER_MAP of vLLM).

@@ -48,10 +48,13 @@ class ChatPromptBuilder:
         template_kwargs = {**config.chat_template_kwargs, **self._read_template_kwargs(row)}
         if tools := self.read_tools(row):
             template_kwargs["tools"] = tools
+        is_continued = bool(prefill) or config.continue_final_message
         return {
             "messages": messages,
             "template_kwargs": template_kwargs,
-            "is_continued": bool(prefill) or config.continue_final_message,
+            "is_continued": is_continued,
+            "add_generation_prompt": config.add_generation_prompt and not is_continued,
+            "add_special_tokens": False,
         }
 
     def _read_template_kwargs(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,6 +115,8 @@ class ChatTemplates:
             template = self._find(template_kwargs.get("tools") is not None)
         except ConfigError as error:  # a tokenizer whose only templates are for prompts of the other kind
             raise RowRefused("chat_template_failed", str(error)) from error
+        if self._config.request_column is not None:
+            return template  # vLLM's server leaves out what the template does not use
         own_names = template_kwargs.keys() - self._config.chat_template_kwargs.keys()
         for name in sorted(own_names - template.accepted_names):
             unknown = describe_unknown_name(name, self._tokenizer, template.text)

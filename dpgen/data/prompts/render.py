@@ -24,13 +24,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dpgen.config.prompt import PromptConfig
+from dpgen.data.openai_batch.requests import (
+    adds_special_tokens,
+    build_request_prompt,
+    drop_prompt,
+    get_cut_length,
+    read_server_request,
+)
 from dpgen.data.prompts.chat import ChatPrompt, merge_developer_role, to_conversation, validate_messages
 from dpgen.data.prompts.chat_prompt import ChatPromptBuilder
 from dpgen.data.prompts.chat_template import ChatTemplates
 from dpgen.data.prompts.row_template import compile_row_template, render_row
 from dpgen.data.prompts.token_ids import count_token_ids, to_text, validate_token_ids
-from dpgen.errors import RowRefused
+from dpgen.errors import ConfigError, RowRefused
 from dpgen.formatting import describe_type
+from dpgen.records import ServerRequest
 
 Prompt = str | list[int] | ChatPrompt
 
@@ -42,11 +50,13 @@ class RenderedPrompt(NamedTuple):
         token_ids: the prompt's tokens, and those of a given completion after them; None where the engine tokenizes.
         prompt: the text or the chat messages if `token_ids` is None.
         num_completion_tokens: how many tokens at the end are the given completion; 0 if there is none.
+        server_request: the request that the prompt is a part of, without the prompt; None if the row is no request.
     """
 
     token_ids: list[int] | None
     prompt: Any = None
     num_completion_tokens: int = 0
+    server_request: ServerRequest | None = None
 
 
 RenderFn = Callable[[Mapping[str, Any]], RenderedPrompt]
@@ -69,9 +79,11 @@ class PromptRenderer:
         self._tokenizer = tokenizer
         self._template = None if config.template is None else compile_row_template(config.template)
         self._num_ids: int | None = None
-        if config.token_ids_column is not None and tokenizer is not None:
+        may_hold_ids = config.token_ids_column is not None or config.request_column is not None
+        if may_hold_ids and tokenizer is not None:
             self._num_ids = count_token_ids(tokenizer)
         self._chat = ChatPromptBuilder(config, has_added_nulls)
+        self._chat_templates: ChatTemplates | None = None
         if config.is_chat and tokenizer is not None:
             self._chat_templates = ChatTemplates(config, tokenizer)
 
@@ -83,6 +95,8 @@ class PromptRenderer:
                 `out_of_vocabulary`, `bad_template_kwargs`, `bad_tools`.
         """
         config = self._config
+        if config.request_column is not None:
+            return self._build_request_prompt(row.get(config.request_column))
         if config.token_ids_column is not None:
             return validate_token_ids(config.token_ids_column, row.get(config.token_ids_column), self._num_ids)
         if config.messages_column is not None:
@@ -107,7 +121,7 @@ class PromptRenderer:
             return prompt
         if isinstance(prompt, str):
             return self._tokenize(prompt, add_special_tokens=True)
-        return self._tokenize(self._apply_chat_template(prompt), add_special_tokens=False)
+        return self._tokenize(self._apply_chat_template(prompt), prompt["add_special_tokens"])
 
     def render(self, row: Mapping[str, Any]) -> RenderedPrompt:
         """Return the row's prompt as token ids, and its given completion if there is one.
@@ -130,6 +144,31 @@ class PromptRenderer:
             both = prompt_ids + self._tokenize(completion, add_special_tokens=False)
         return RenderedPrompt(both, num_completion_tokens=len(both) - len(prompt_ids))
 
+    def _build_request_prompt(self, line: Any) -> Prompt:
+        request = read_server_request(line)
+        prompt = build_request_prompt(request, self._config)
+        if isinstance(prompt, list):
+            return validate_token_ids("'prompt'", prompt, self._num_ids)
+        if isinstance(prompt, str):
+            _reject_surrogates(prompt)
+            adds_specials, limit = adds_special_tokens(request), get_cut_length(request)
+            if self._tokenizer is not None and not (adds_specials and limit is None):
+                return self._tokenize(prompt, adds_specials, limit)
+        return prompt
+
+    def _get_chat_templates(self) -> ChatTemplates:
+        """Return the chat templates; a batch file may hold no chat, so that nobody has asked for them before.
+
+        Raises:
+            RowRefused: `chat_template_failed`, there is none.
+        """
+        if self._chat_templates is None:
+            try:
+                self._chat_templates = ChatTemplates(self._config, self._tokenizer)
+            except ConfigError as error:
+                raise RowRefused("chat_template_failed", str(error)) from error
+        return self._chat_templates
+
     def _build_text(self, row: Mapping[str, Any]) -> str:
         if self._template is not None:
             try:
@@ -144,11 +183,11 @@ class PromptRenderer:
         return text
 
     def _apply_chat_template(self, prompt: ChatPrompt) -> str:
-        template = self._chat_templates.select(prompt["template_kwargs"])
+        template = self._get_chat_templates().select(prompt["template_kwargs"])
         conversation = to_conversation(prompt["messages"], template.content_format)
         conversation = merge_developer_role(conversation, template.text)
         own = {
-            "add_generation_prompt": self._config.add_generation_prompt and not prompt["is_continued"],
+            "add_generation_prompt": prompt["add_generation_prompt"],
             "continue_final_message": prompt["is_continued"],
             "return_dict": False,
         }
@@ -168,9 +207,11 @@ class PromptRenderer:
         _reject_surrogates(text)
         return text
 
-    def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _tokenize(self, text: str, add_special_tokens: bool, limit: int | None = None) -> list[int]:
+        """Return the tokens of a text, cut to `limit` as the tokenizer does it, which keeps its special tokens."""
+        cut = {} if limit is None else {"truncation": True, "max_length": limit}
         try:
-            ids = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+            ids = self._tokenizer(text, add_special_tokens=add_special_tokens, **cut)["input_ids"]
         except Exception as error:  # foreign code, perhaps the model's own
             raise RowRefused("tokenizer_failed", f"the tokenizer failed: {_describe_error(error)}") from error
         if not ids:
@@ -193,6 +234,19 @@ def get_completion(row: Mapping[str, Any], column: str) -> str:
     return text
 
 
+def add_server_requests(render: RenderFn, config: PromptConfig) -> RenderFn:
+    """Return a function that renders as `render` does, and adds the row's request where rows are requests."""
+    column = config.request_column
+    if column is None:
+        return render
+
+    def render_request(row: Mapping[str, Any]) -> RenderedPrompt:
+        rendered = render(row)
+        return rendered._replace(server_request=drop_prompt(read_server_request(row[column])))
+
+    return render_request
+
+
 def make_prompt_text_fn(config: PromptConfig) -> Callable[[Mapping[str, Any]], str]:
     """Return a function from a row to its prompt as one text, without the model's chat template.
 
@@ -208,7 +262,7 @@ def make_prompt_text_fn(config: PromptConfig) -> Callable[[Mapping[str, Any]], s
             return to_text(prompt) + completion
         if isinstance(prompt, str):
             return prompt + completion
-        messages = "\n".join(f"{message['role']}\n{message['content']}" for message in prompt["messages"])
+        messages = "\n".join(f"{message['role']}\n{message.get('content', '')}" for message in prompt["messages"])
         return f"{describe_own_kwargs(config, prompt)}{messages}{completion}"
 
     return make_text

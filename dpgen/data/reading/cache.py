@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dpgen.data.openai_batch.lines import FORMAT as BATCH_FORMAT
 from dpgen.data.reading.conversion import ARROW_FILE, PLACE_FILE, InputDescription, convert
 from dpgen.data.reading.source import UnreadableInput
 
@@ -92,7 +93,7 @@ def _fill(folder: Path, kind: str, files: Sequence[str], key: str) -> None:
         num_bytes = sum(os.path.getsize(file) for file in files)
         is_compressed = any(file.endswith((".gz", ".zst", ".bz2", ".xz", ".lz4")) for file in files)
         is_small = num_bytes <= _SMALL_BYTES and not is_compressed
-        is_safe = kind in ("csv", "tsv", "text") or (kind == "json" and is_small)
+        is_safe = kind in ("csv", "tsv", "text", BATCH_FORMAT) or (kind == "json" and is_small)
         description = None if is_safe else _convert_apart(kind, files, temporary)
         if description is None:  # after a crash, too: Python's parser is slow, but reads the file, or names the line
             description = convert(kind, files, temporary, may_crash=False)

@@ -19,6 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from dpgen.data.openai_batch.lines import FORMAT as BATCH_FORMAT
+from dpgen.data.openai_batch.reader import RequestLinesReader
 from dpgen.data.reading.arrow_spool import ArrowSpool
 from dpgen.data.reading.columnar import ColumnarReader
 from dpgen.data.reading.csv_and_text import TextTableReader
@@ -66,7 +68,7 @@ def convert(kind: str, files: Sequence[str], folder: Path, may_crash: bool) -> I
     """Write the rows of files of one kind to FOLDER/rows.arrow, and return what was read.
 
     Args:
-        kind: "json", "csv", "tsv", "text", "parquet" or "arrow".
+        kind: "json", "csv", "tsv", "text", "parquet", "arrow" or "openai_batch".
         may_crash: True if a parser may be used that could crash this process.
 
     Raises:
@@ -94,6 +96,8 @@ def _convert(
         reader = JsonReader(report_place, uses_arrow=may_crash)
     elif kind in _SEPARATORS:
         reader = TextTableReader(_SEPARATORS[kind])
+    elif kind == BATCH_FORMAT:
+        reader = RequestLinesReader()
     else:
         reader = ColumnarReader(kind, report_place, frozenset(unreadable))
     join_json = _JoinJson()

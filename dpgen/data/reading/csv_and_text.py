@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Iterator
 from decimal import Decimal
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpgen.data.reading.files import list_names
-from dpgen.data.reading.invalid_text import InvalidValues, escape, has_surrogate
+from dpgen.data.reading.invalid_text import InvalidValues, has_surrogate, set_aside_invalid
 from dpgen.data.reading.source import BATCH_BYTES, UnreadableInput, check_encoding, iter_line_batches
 from dpgen.formatting import format_count
 
@@ -62,7 +61,7 @@ class TextTableReader:
         tables = _iter_lines(stream) if self._separator is None else self._iter_cells(file, stream, self._separator)
         for columns in tables:
             for name, values in columns.items():
-                self._take_invalid(name, values)
+                set_aside_invalid(values, name, self._num_rows, self.invalid)
             table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
             if self._separator is not None:
                 for name in table.column_names:
@@ -160,12 +159,6 @@ class TextTableReader:
                 f"the header of {file} repeats or lacks names, so columns are called {list_names(renamed)}"
             )
         return names
-
-    def _take_invalid(self, name: str, values: list[Any]) -> None:
-        for index, value in enumerate(values):
-            if value is not None and not value.isascii() and has_surrogate(value):
-                self.invalid.setdefault(self._num_rows + index, {})[name] = json.dumps(value)
-                values[index] = escape(value)
 
 
 def _fits(cells: pa.ChunkedArray, type: pa.DataType) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dpgen.config.sections import DataConfig
+from dpgen.data.openai_batch.lines import FORMAT as BATCH_FORMAT
 from dpgen.errors import ConfigError
 from dpgen.formatting import format_count
 
@@ -92,8 +93,22 @@ def _describe_address(path: str, scheme: str, rest: str) -> str:
     return f"data.path={path}: addresses are not read, only paths and names of Hub datasets: {advice}"
 
 
+def find_input_kind(files: Iterable[str], data_format: str) -> str:
+    """Return what kind of files these are, given `data.format`.
+
+    Raises:
+        ConfigError: as `find_kind`, or the format is openai_batch and these are no files of lines.
+    """
+    kind = find_kind(files)
+    if data_format != BATCH_FORMAT:
+        return kind
+    if kind not in ("json", "text"):
+        raise ConfigError(f"data.format={BATCH_FORMAT} is for files of JSON lines; data.path names {kind} files")
+    return BATCH_FORMAT
+
+
 def find_kind(files: Iterable[str]) -> str:
-    """Return what kind of files these are, all of one kind.
+    """Return what kind of files these are by their names, all of one kind.
 
     Raises:
         ConfigError: they are of several kinds, or of an unknown one.
@@ -201,6 +216,19 @@ def reject_hub_keys(config: DataConfig, *names: str) -> None:
     ]
     if mistakes:
         raise ConfigError(*mistakes)
+
+
+def reject_requests(config: DataConfig) -> None:
+    """Reject `data.format=openai_batch` for an input that is no file.
+
+    Raises:
+        ConfigError: the configuration asks for it.
+    """
+    if config.format == BATCH_FORMAT:
+        raise ConfigError(
+            f"data.format={BATCH_FORMAT} is for files of JSON lines; data.path={config.path} is no file, nor a folder "
+            "of files"
+        )
 
 
 def check_run_dir_apart(path: object, run_dir: Path) -> None:

@@ -48,6 +48,18 @@ def take_invalid(row: dict[str, Any]) -> dict[str, str]:
     return invalid
 
 
+def set_aside_invalid(values: list[Any], name: str, first_row: int, invalid: InvalidValues) -> None:
+    """Escape the texts of a column that can't be encoded, in place, and add them to `invalid`.
+
+    Args:
+        values: texts and nulls of neighbouring rows, from row `first_row` on.
+    """
+    for index, value in enumerate(values):
+        if value is not None and not value.isascii() and has_surrogate(value):
+            invalid.setdefault(first_row + index, {})[name] = json.dumps(value)
+            values[index] = escape(value)
+
+
 def repair_column(column: pa.Array, name: str, first_row: int, invalid: InvalidValues) -> pa.Array:
     """Return an Arrow column whose text may not be UTF-8 as one whose text is; its first row is `first_row`."""
     values = [_decode(value, column.type) for value in column.cast(_to_binary(column.type)).to_pylist()]

@@ -13,6 +13,7 @@ import numpy as np
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.sections import OutputConfig
 from dpgen.data.input_rows import InputRows
+from dpgen.data.openai_batch.requests import drop_prompt, read_server_request
 from dpgen.data.prompts.chat_prompt import ChatPromptBuilder
 from dpgen.data.tokenizer import TokenizerConfig
 from dpgen.engine.parsing.vllm_parsers import ParserInfo, ParserSpec, ParseTask
@@ -35,9 +36,17 @@ class ToolFinder:
 
     def __init__(self, prompt: PromptConfig, rows: InputRows) -> None:
         self.template_kwargs = prompt.chat_template_kwargs
-        self._rows, self._column = rows, prompt.tools_column
+        self._rows, self._column, self._request_column = rows, prompt.tools_column, prompt.request_column
         self._builder = ChatPromptBuilder(prompt, rows.has_added_nulls)
         self._of_run: Tools | None = prompt.tools or prompt.chat_template_kwargs.get("tools")
+
+    def make_task(self, row: int, completions: tuple[Completion, ...]) -> ParseTask:
+        """Return the task to parse a row's completions."""
+        if self._request_column is None:
+            return ParseTask(row, completions, self.find(row))
+        [columns] = self._rows.iter_rows(np.array([row]), [self._request_column])
+        request = drop_prompt(read_server_request(columns[self._request_column]))
+        return ParseTask(row, completions, request=request)
 
     def find(self, row: int) -> Tools | None:
         """Return the row's tools; None for none. Its request was made, so they are sound."""
@@ -86,7 +95,7 @@ class CompletionParser:
         self._results[result.id] = result
         # Parsers need no log-probabilities: their arrays stay here.
         completions = tuple(dataclasses.replace(completion, logprobs=None) for completion in result.completions)
-        self._pool.submit(result.id, ParseTask(result.row, completions, self._tools.find(result.row)))
+        self._pool.submit(result.id, self._tools.make_task(result.row, completions))
 
     def poll(self) -> list[RowResult]:
         """Return the rows that have been parsed since the last call."""

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpgen.data.tokenizer import TokenizerConfig, fetch_config_files
+from dpgen.engine.messages import RequestParsers
 from dpgen.engine.parsing.json_text import describe_json_error, extract_json
 from dpgen.errors import find_nearest_name
-from dpgen.records import Completion, ToolCall
+from dpgen.records import Completion, ServerRequest, ToolCall
 
 # By the model's type, for `output.reasoning_parser=auto`; names of vLLM 0.26 to 0.33.
 _REASONING_PARSERS = {
@@ -71,11 +72,12 @@ class ParserInfo:
 
 @dataclass(frozen=True)
 class ParseTask:
-    """Hold one row's completions, and the tools that the model was offered."""
+    """Hold one row's completions, and the tools that the model was offered, or the request that they answer."""
 
     row: int
     completions: tuple[Completion, ...]
     tools: Sequence[Mapping[str, Any]] | None = None
+    request: ServerRequest | None = None
 
 
 def start(spec: ParserSpec) -> tuple[Callable[[ParseTask], tuple[Completion, ...]], ParserInfo]:
@@ -92,12 +94,15 @@ def start(spec: ParserSpec) -> tuple[Callable[[ParseTask], tuple[Completion, ...
         info = text_parser.find_info()
 
     def handle(task: ParseTask) -> tuple[Completion, ...]:
-        return tuple(parse(completion, f"{task.row}_{i}", task.tools) for i, completion in enumerate(task.completions))
+        return tuple(parse(completion, f"{task.row}_{i}", task) for i, completion in enumerate(task.completions))
 
-    def parse(completion: Completion, sample: str, tools: Sequence[Mapping[str, Any]] | None) -> Completion:
+    def parse(completion: Completion, sample: str, task: ParseTask) -> Completion:
         if text_parser is not None:
             try:
-                completion = text_parser.parse(completion, sample, tools)
+                if task.request is None:
+                    completion = text_parser.parse(completion, sample, task.tools)
+                else:
+                    completion = text_parser.parse_answer(completion, sample, task.request)
             except Exception as error:  # noqa: BLE001 - foreign code: the text stays
                 return replace(completion, parse_error=_describe(error))
         if spec.parse_json and not completion.tool_calls:
@@ -131,9 +136,10 @@ class _VllmParser:
         )
         reasoning_parser = spec.reasoning_parser
         if reasoning_parser == "auto":
-            reasoning_parser = _choose_reasoning_parser(tokenizer, self._tokenizer)
+            reasoning_parser = choose_reasoning_parser(tokenizer, self._tokenizer)
         self._reasoning_class = None if reasoning_parser is None else _find_reasoning_parser(reasoning_parser)
         self._requests: dict[str, Any] = {}
+        self._request_parsers: Any = None  # made when the first answer to a request comes
         for kind, name, make in (
             ("output.reasoning_parser", reasoning_parser, self._make_reasoning_parser),
             ("output.tool_parser", spec.tool_parser, self._make_tool_parser),
@@ -188,6 +194,25 @@ class _VllmParser:
         kept = reasoning if self._spec.keep_reasoning else None
         return replace(completion, text=text, reasoning=kept, tool_calls=calls)
 
+    def parse_answer(self, completion: Completion, sample: str, request: ServerRequest) -> Completion:
+        """Return the answer to a request, with reasoning and calls in fields of their own.
+
+        Args:
+            sample: as for `parse`.
+        """
+        from dpgen.engine.parsing import request_parsers
+
+        if self._request_parsers is None:
+            spec = self._spec
+            parsers = RequestParsers(spec.tool_parser, spec.reasoning_parser, spec.template_kwargs)
+            assert spec.tokenizer is not None
+            parser_class = request_parsers.find_parser_class(parsers, spec.tokenizer, self._tokenizer)
+            self._request_parsers = request_parsers.ParserMaker(parser_class, self._tokenizer, spec.template_kwargs)
+        make_call_id = lambda id, number: _make_call_id(id, sample, number)  # noqa: E731
+        return request_parsers.parse_answer(
+            completion, request, self._request_parsers, make_call_id, keep_reasoning=self._spec.keep_reasoning
+        )
+
     def _get_request(self, tools: Sequence[Mapping[str, Any]] | None) -> Any:
         """Return the server's request that offers these tools; parsers read the tools' types from it."""
         key = json.dumps(tools)
@@ -217,7 +242,7 @@ def _make_call_id(id: str | None, sample: str, number: int) -> str:
     return f"call_{sample}_{number}" if is_random else str(id)
 
 
-def _choose_reasoning_parser(config: TokenizerConfig, tokenizer: Any) -> str:
+def choose_reasoning_parser(config: TokenizerConfig, tokenizer: Any) -> str:
     """Return vLLM's name of the parser for a model: by its type, or by its tags.
 
     Raises:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pydantic
@@ -30,8 +30,11 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from dpgen.config.tools import parse_json_text
 from dpgen.config.vllm_fields import describe_unknown_field
 from dpgen.data.hub import explain_hub_error
+from dpgen.data.openai_batch.lines import BAD_REQUEST
 from dpgen.data.prompts.token_ids import reject_unknown_ids
-from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
+from dpgen.data.tokenizer import TokenizerConfig
+from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig, RequestParsers
+from dpgen.engine.parsing.request_parsers import ParserMaker, find_parser_class
 from dpgen.engine.vllm.adapters import VllmAdapters
 from dpgen.engine.vllm.executors import (
     SyncKvExternalExecutor,
@@ -44,6 +47,9 @@ from dpgen.engine.vllm.results import RunningRow, read_result
 from dpgen.engine.vllm.sampling_check import check_params, name_constraint
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Request, RequestId, RowResult, UndecodedRow
+
+if TYPE_CHECKING:
+    from dpgen.engine.vllm.server_requests import RequestConverter
 
 # Fields of SamplingParams that belong to dpgen: how results come back, and vLLM's own bookkeeping.
 _RESERVED_SAMPLING_FIELDS = {
@@ -61,6 +67,7 @@ class VllmBackend:
         self._engine: LLMEngine | None = None
         self._adapters = VllmAdapters(spec.adapters)
         self._sampling: dict[str, Any] = {}
+        self._converter: RequestConverter | None = None
         self._render: Callable[[Any], list[int]] | None = None
         self._num_ids: int | None = None  # of the vocabulary; None where the rank knows it
         self._skip_detokenize = False
@@ -102,6 +109,8 @@ class VllmBackend:
             usage_context=UsageContext.LLM_CLASS,
         )
         self._adapters.load_all(self._engine)
+        if self._spec.reads_requests:
+            self._converter = self._make_converter(text_config.parsers)
         if text_config.prompt_config is not None:
             from dpgen.engine.vllm.vllm_render import VllmRenderer, count_vocabulary
 
@@ -119,18 +128,13 @@ class VllmBackend:
 
     def add_request(self, request: Request) -> None:
         assert self._engine is not None
-        params = self._build_params(request)
-        token_ids = request.prompt_token_ids
-        if token_ids is None:
-            assert self._render is not None
-            token_ids = self._render(request.prompt)
-        elif self._num_ids is not None:
-            reject_unknown_ids(token_ids, self._num_ids)
+        params, token_ids = self._prepare(request)
         params.skip_clone = True  # no other row shares them, and a copy takes longer than all else here
         # Only stop strings need the text before the row's end. Only vLLM can leave out spaces between special tokens.
         has_plain_spacing = params.skip_special_tokens or params.spaces_between_special_tokens
         is_scored = request.num_completion_tokens > 0
         is_decoded_by_rank = self._skip_detokenize and params.detokenize and not params.stop and has_plain_spacing
+        is_decoded_by_rank = is_decoded_by_rank and token_ids is request.prompt_token_ids
         params.detokenize = params.detokenize and not (is_decoded_by_rank or is_scored)
         params.flat_logprobs = True  # no object for each log-probability
         name = _format_id(request.id)
@@ -278,6 +282,46 @@ class VllmBackend:
         """Return the run's sampling over the model's generation config (as in `LLM.get_default_sampling_params`)."""
         of_model = {} if self._config is None else self._config.model_config.get_diff_sampling_param()
         return {"max_tokens": None, **of_model, **self._spec.sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+
+    def _prepare(self, request: Request) -> tuple[SamplingParams, list[int]]:
+        """Return a row's sampling parameters and its prompt.
+
+        Raises:
+            RowRefused: vLLM rejects one of them.
+        """
+        token_ids = request.prompt_token_ids
+        if token_ids is None:
+            assert self._render is not None
+            token_ids = self._render(request.prompt)
+        elif self._num_ids is not None:
+            reject_unknown_ids(token_ids, self._num_ids)
+        if request.server_request is None:
+            return self._build_params(request), token_ids
+        assert self._converter is not None
+        params, token_ids = self._converter.convert(request, token_ids)
+        try:
+            self._check_logprobs(params)
+        except ValueError as error:
+            raise RowRefused(BAD_REQUEST, str(error)) from None
+        return params, token_ids
+
+    def _make_converter(self, parsers: RequestParsers) -> RequestConverter:
+        """Return the converter of requests, given the run's parsers.
+
+        Raises:
+            ConfigError: vLLM has no such parser, or can't use it with this model.
+        """
+        from dpgen.engine.vllm.server_requests import RequestConverter  # of vLLM's server, whose modules move
+
+        assert self._engine is not None
+        model, tokenizer = self._engine.vllm_config.model_config, self._engine.renderer.tokenizer
+        config = TokenizerConfig.from_engine(self._spec.model, self._spec.options)
+        try:
+            parser_class = find_parser_class(parsers, config, tokenizer)
+        except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
+            raise ConfigError(f"vLLM rejects a parser in output.*: {summarize_error(error)}") from None
+        maker = None if parser_class is None else ParserMaker(parser_class, tokenizer, parsers.template_kwargs, model)
+        return RequestConverter(model, tokenizer, self._spec.sampling, maker)
 
     def _build_params(self, request: Request) -> SamplingParams:
         fields = {**self._sampling, **request.sampling}

@@ -33,10 +33,11 @@ class VllmRenderer:
     def __init__(self, engine: Any, config: PromptConfig) -> None:
         self._renderer = getattr(engine, "renderer", engine)
         self._config = config
-        if config.is_chat:
+        if config.may_be_chat:
             self._tokenizes_chats = _tokenizes_chats(self._renderer)
             self._own_template = find_own_template(config, self._renderer.tokenizer)
-            self._require_chat_template()
+            if config.is_chat:
+                self._require_chat_template()
             self._chat_templates = _find_chat_templates(self._renderer, config)
 
     def render(self, prompt: str | ChatPrompt) -> list[int]:
@@ -75,7 +76,7 @@ class VllmRenderer:
         from vllm.renderers import ChatParams
 
         own = {
-            "add_generation_prompt": self._config.add_generation_prompt and not prompt["is_continued"],
+            "add_generation_prompt": prompt["add_generation_prompt"],
             "continue_final_message": prompt["is_continued"],
             "tokenize": self._tokenizes_chats,
         }
@@ -84,7 +85,7 @@ class VllmRenderer:
         chat_params = ChatParams(
             chat_template=self._own_template, chat_template_kwargs={**copied["template_kwargs"], **own}
         )
-        params = self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
+        params = self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=prompt["add_special_tokens"])
         _, (rendered,) = self._renderer.render_chat([copied["messages"]], chat_params, params)
         ids: list[int] = rendered["prompt_token_ids"]
         return ids
@@ -95,7 +96,15 @@ class VllmRenderer:
             template_kwargs["tools"] = self._config.tools
         messages = [{"role": "user", "content": "warmup"}]
         try:
-            self._tokenize_chat({"messages": messages, "template_kwargs": template_kwargs, "is_continued": False})
+            self._tokenize_chat(
+                {
+                    "messages": messages,
+                    "template_kwargs": template_kwargs,
+                    "is_continued": False,
+                    "add_generation_prompt": self._config.add_generation_prompt,
+                    "add_special_tokens": False,
+                }
+            )
         except Exception as error:
             # By name, because the class has moved between modules. Rows meet any other error again, and report it.
             if type(error).__name__ == "ChatTemplateResolutionError":

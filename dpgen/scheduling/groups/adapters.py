@@ -7,17 +7,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from dpgen.config.prompt import REQUEST_COLUMN
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
+from dpgen.data.openai_batch.lines import BAD_REQUEST, UNKNOWN_MODEL
+from dpgen.data.openai_batch.requests import read_server_request
 from dpgen.engine.adapters import choose_num_slots
 from dpgen.errors import RowRefused, suggest_name
 from dpgen.formatting import describe_type, format_count
+from dpgen.records import ServerRequest
 
 
 @dataclass(frozen=True)
@@ -28,29 +33,45 @@ class AdapterConfig:
         names: the run's adapters.
         column: the column that names a row's adapter. None: all rows use the only adapter; or none, without adapters.
         num_slots: adapters that an engine has in use at a time.
+        model_names: names of the model itself, where rows are requests that name it or an adapter; None where they are
+            not.
     """
 
     names: tuple[str, ...] = ()
     column: str | None = None
     num_slots: int = 1
+    model_names: tuple[str, ...] | None = None
 
     @classmethod
     def from_config(cls, config: Config) -> AdapterConfig:
         """Return the settings of a run."""
         names = tuple(sorted(config.lora))
-        return cls(names, config.data.lora_column, choose_num_slots(len(names), config.engine))
+        num_slots = choose_num_slots(len(names), config.engine)
+        if config.reads_requests:
+            return cls(names, REQUEST_COLUMN if names else None, num_slots, list_model_names(config))
+        return cls(names, config.data.lora_column, num_slots)
+
+    @property
+    def columns(self) -> list[str]:
+        """Return the columns that name a row's adapter, besides those of its prompt."""
+        return [] if self.column is None else [self.column]
 
     @property
     def exceeds_slots(self) -> bool:
         """Return True if there are more adapters than an engine has in use at a time."""
         return self.column is not None and len(self.names) > self.num_slots
 
-    def choose(self, columns: Mapping[str, Any]) -> str | None:
+    def choose(self, columns: Mapping[str, Any], request: ServerRequest | None = None) -> str | None:
         """Return a row's adapter; None for the model without one.
 
+        Args:
+            request: the row's request; None where rows are none.
+
         Raises:
-            RowRefused: `unknown_adapter`, `wrong_type`.
+            RowRefused: `unknown_adapter`, `wrong_type`; for a request `unknown_model`, `bad_request`.
         """
+        if request is not None:
+            return self._choose_by_model(request.body.get("model"))
         if self.column is None:
             return self.names[0] if self.names else None
         name = columns[self.column]
@@ -62,6 +83,36 @@ class AdapterConfig:
             hint = suggest_name(name, self.names, "adapters")
             raise RowRefused("unknown_adapter", f"{self.column}: there is no adapter {name!r}{hint}")
         return name
+
+    def find(self, columns: Mapping[str, Any]) -> str | None:
+        """Return a row's adapter; None for the model without one, and for a row that is rejected."""
+        if not self.names:
+            return None
+        try:
+            request = None if self.model_names is None else read_server_request(columns[REQUEST_COLUMN])
+            return self.choose(columns, request)
+        except RowRefused:
+            return None
+
+    def _choose_by_model(self, name: Any) -> str | None:
+        if not name:  # the server takes the model itself, too
+            return None
+        if not isinstance(name, str):
+            raise RowRefused(BAD_REQUEST, f"'model' is {describe_type(name)}, not a string")
+        if name in self.names:
+            return name
+        model_names = self.model_names or ()
+        if name not in model_names:
+            hint = suggest_name(name, [*model_names, *self.names], "models")
+            raise RowRefused(UNKNOWN_MODEL, f"the model {name!r} does not exist{hint}")
+        return None
+
+
+def list_model_names(config: Config) -> tuple[str, ...]:
+    """Return the names by which a request may call the model: as vLLM's server, or the last part of its path."""
+    served = config.engine.get("served_model_name") or []
+    names = [served] if isinstance(served, str) else [str(name) for name in served]
+    return tuple(dict.fromkeys([*names, config.model, os.path.basename(config.model.rstrip("/"))]))
 
 
 class AdapterGroups:
@@ -99,9 +150,8 @@ def group_by_adapter(config: AdapterConfig, rows: InputRows, row_ids: np.ndarray
         row_ids: indices of the rows, int64[n].
     """
     assert config.column is not None
-    numbers = {name: number for number, name in enumerate(config.names)}
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(config.names)}
     group = np.full(len(rows), -1, dtype=np.int32)
     for row_id, columns in zip(row_ids, rows.iter_rows(row_ids, [config.column]), strict=True):
-        name = columns[config.column]
-        group[row_id] = numbers.get(name, -1) if isinstance(name, str) else -1
+        group[row_id] = numbers.get(config.find(columns), -1)
     return AdapterGroups(group, config)

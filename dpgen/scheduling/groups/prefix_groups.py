@@ -103,15 +103,15 @@ def group_by_prefix(
     row_ids: np.ndarray,
     columns: Sequence[str],
     text_of: Callable[[int, Mapping[str, Any]], str],
-    adapter_column: str | None = None,
+    find_adapter: Callable[[Mapping[str, Any]], str | None] = lambda row: None,
 ) -> PrefixGroups:
     """Read the prompts of some rows and group them.
 
     Args:
         row_ids: indices of the rows, int64[num_rows].
-        columns: columns that `text_of` reads.
+        columns: columns that `text_of` and `find_adapter` read.
         text_of: returns a row's prompt, given its index and columns. Where it raises, the row has no prompt.
-        adapter_column: rows that differ in it share no prefix: vLLM caches a prefix for one adapter.
+        find_adapter: returns a row's adapter. Rows of two adapters share no prefix: vLLM caches a prefix for one.
 
     Raises:
         SlowRow: `text_of` raised RenderTimeout.
@@ -119,7 +119,7 @@ def group_by_prefix(
     lengths = np.zeros(len(row_ids), dtype=np.int64)
     hashes = np.zeros((len(_LEVELS), len(row_ids)), dtype=np.uint32)
     prompt_hashes = np.zeros(len(row_ids), dtype=np.int64)
-    columns = list(dict.fromkeys([*columns, *([] if adapter_column is None else [adapter_column])]))
+    columns = list(dict.fromkeys(columns))
     for position, row in enumerate(rows.iter_rows(row_ids, columns)):
         try:
             text = text_of(int(row_ids[position]), row)
@@ -128,8 +128,8 @@ def group_by_prefix(
         except Exception:  # noqa: BLE001 - a template is a program; rendering rejects the row later, with the reason
             continue
         lengths[position] = len(text)
-        adapter = None if adapter_column is None else row[adapter_column]
-        value, start = 0 if adapter is None else _hash(str(adapter), 0), 0
+        adapter = find_adapter(row)
+        value, start = 0 if adapter is None else _hash(adapter, 0), 0
         for level, stop in enumerate(_LEVELS):
             if len(text) < stop:
                 break

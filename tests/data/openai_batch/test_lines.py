@@ -36,7 +36,7 @@ def test_other_keys_of_a_line_are_ignored() -> None:
 
 
 DEEP = "[" * 300 + "]" * 300
-BAD_LINES = {
+BAD_LINES: dict[str, tuple[str | bytes, str | None, str, str]] = {
     "blank": ("", None, BAD_REQUEST, "no JSON"),
     "no JSON": ("hello", None, BAD_REQUEST, "no JSON"),
     "cut short": (GOOD[:-4], "a", BAD_REQUEST, "no JSON"),
