@@ -71,6 +71,15 @@ class TokenLogprobs:
             self.token_ids[start:stop], self.logprobs[start:stop], self.top_token_ids[top], self.top_logprobs[top]
         )
 
+    def join(self, other: TokenLogprobs) -> TokenLogprobs:
+        """Return the tokens of both, this one's first.
+
+        Raises:
+            ValueError: they differ in the number of candidates.
+        """
+        names = ARRAY_TYPES
+        return TokenLogprobs(*(np.concatenate([getattr(self, name), getattr(other, name)]) for name in names))
+
     def to_bytes(self) -> dict[str, bytes]:
         """Return each array as little-endian bytes, by the field's name."""
         return {name: getattr(self, name).astype(dtype, copy=False).tobytes() for name, dtype in ARRAY_TYPES.items()}

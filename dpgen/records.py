@@ -18,7 +18,7 @@ import numpy as np
 from dpgen.errors import RowRefused
 from dpgen.logprobs import ARRAY_TYPES, TokenLogprobs
 
-_PARSED_TEXTS = ("reasoning", "parsed", "parse_error")
+_OPTIONAL_TEXTS = ("reasoning", "parsed", "parse_error", "rejection")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,8 @@ class Completion:
         parsed: the text's JSON value, as canonical JSON text; None unless output.parse=json found one.
         parse_error: why the text could not be parsed; None if it could.
         logprobs: the generated tokens with their log-probabilities; None unless sampling.logprobs asks for them.
+        rejection: why the sample failed its checks for the last time; None if it passed. Its text then is the rejected
+            one, or "" where that is not kept.
     """
 
     text: str
@@ -120,6 +122,7 @@ class Completion:
     parsed: str | None = None
     parse_error: str | None = None
     logprobs: TokenLogprobs | None = None
+    rejection: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,8 @@ class RowError:
 @dataclass(frozen=True, slots=True)
 class RowResult:
     """Hold a row's result: one completion per sample, a scored completion, or an error.
+
+    A row of which samples failed their checks has an error, and completions of the others in their places.
 
     Attributes:
         num_prompt_tokens: None if the row failed before the engine counted its prompt.
@@ -216,6 +221,8 @@ class RankManifest:
         num_generated_tokens: generated tokens of these rows.
         num_cached_tokens: prompt tokens that the engine found in its prefix cache.
         num_preemptions: sequences that the engine preempted because the KV cache was full.
+        num_retries: samples generated again, or continued, by the check that they had failed.
+        num_rejected_tokens: generated tokens of samples that failed their checks.
         busy_s: seconds from the first row submitted to the engine to the last row finished.
     """
 
@@ -228,6 +235,8 @@ class RankManifest:
     num_generated_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_retries: dict[str, int] = field(default_factory=dict)
+    num_rejected_tokens: int = 0
     busy_s: float = 0.0
 
 
@@ -328,7 +337,7 @@ def _encode_completion(completion: Completion) -> list[Any]:
     """Return a completion as a list: the four fields that each has, then an object with those that few have."""
     record = [completion.text, completion.finish_reason, completion.num_tokens, completion.token_ids]
     parts: dict[str, Any] = {}
-    for name in _PARSED_TEXTS:
+    for name in _OPTIONAL_TEXTS:
         if (value := getattr(completion, name)) is not None:
             parts[name] = value
     if completion.tool_calls:

@@ -58,6 +58,7 @@ from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource
 from dpgen.scheduling.result_recorder import ResultRecorder
+from dpgen.scheduling.retries.retry_tracker import RetryConfig, RetryTracker
 from dpgen.scheduling.totals import Totals
 
 logger = logging.getLogger(__name__)
@@ -227,7 +228,16 @@ class _Job:
         return GenerationLoop(self._planner, self._engine, results, self._group, loop_config, stop_reason)
 
     def _make_recorder(self) -> ResultRecorder:
-        return ResultRecorder(self._journal, self._text.detokenizer, self._note, self._text.parser)
+        retries = None
+        if self._text.checker is not None:
+            retries = RetryTracker(
+                RetryConfig.from_config(self._config),
+                self._text.checker,
+                self._journal.append_attempt,
+                self._planner.earlier_attempts.find,
+                lambda: self._engine.max_model_len,
+            )
+        return ResultRecorder(self._journal, self._text.detokenizer, self._note, self._text.parser, retries)
 
     # ---- plan
 

@@ -188,6 +188,7 @@ def find_keys_without_effect_on_scores(sections: Mapping[str, Any], default: Out
     keys = [f"{section}.{name}" for section, entry in entries for name in entry if name != "prompt_logprobs"]
     names = ("token_ids", "explode", "messages", "reasoning", "tool_parser", "parse", "schema")
     keys += [f"output.{name}" for name in names if getattr(sections["output"], name) != getattr(default, name)]
+    keys += ["check"] if sections["check"].is_used else []
     for key in keys:
         yield (
             f"{key} has no effect: data.completion_column scores given texts, and nothing is generated; leave one of "

@@ -12,10 +12,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpgen.config import checks
+from dpgen.config import checks, completion_checks
 from dpgen.config.prompt import REQUEST_COLUMN, PromptConfig
 from dpgen.config.secrets import redact_secrets
-from dpgen.config.sections import MISSING, DataConfig, OutputConfig, ParallelConfig, RunConfig, WorkConfig, option
+from dpgen.config.sections import (
+    MISSING,
+    CheckConfig,
+    DataConfig,
+    OutputConfig,
+    ParallelConfig,
+    RunConfig,
+    WorkConfig,
+    option,
+)
 from dpgen.config.text_files import escape_file_name
 from dpgen.errors import ConfigError
 
@@ -58,6 +67,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     work: WorkConfig = field(default_factory=WorkConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -144,6 +154,7 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
     yield from checks.find_wrong_sampling(sections["sampling"], sections["sampling_by_rank"])
     yield from checks.find_wrong_logprobs(sections["engine"], sections["sampling"], sections["sampling_by_rank"])
     yield from checks.find_wrong_schema(sections["output"], sections["sampling"], sections["sampling_by_rank"])
+    yield from completion_checks.find_wrong_check_values(sections["check"], CheckConfig())
     if sections["data"].completion_column is not None:
         yield from checks.find_keys_without_effect_on_scores(sections, OutputConfig())
 

@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from dpgen.config.completion_checks import read_json_schema
 
 MISSING = "???"  # OmegaConf's mark of a value that must be given
 
@@ -254,3 +257,62 @@ class OutputConfig:
     def parses_json(self) -> bool:
         """Return True if texts are read as JSON."""
         return self.parse == "json" or self.schema is not None
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Hold `check.*`: which completions are rejected, and what becomes of them.
+
+    A file of `json_schema` is read when the section is made, so that a run is known by its content.
+    """
+
+    non_empty: bool = option("reject a completion whose text is empty or blank, unless it calls a tool", False)
+    finish_reason: list[str] | None = option(
+        "reject a completion that ended for another reason than these, e.g. [stop]; null takes all"
+    )
+    json_schema: Any = option(
+        "reject a completion that is no JSON value of this JSON Schema (a Markdown fence around it is no error): the "
+        "schema itself, or its file, relative to the working directory: schema.json"
+    )
+    regex: str | None = option("reject a completion in whose text this regular expression of Python is found nowhere")
+    max_repetition: float | None = option(
+        "reject a completion if more than this fraction of its 4-grams (words, CJK characters and signs) occurred in "
+        "it before, from 0 to 1"
+    )
+    function: str | None = option(
+        "reject a completion by a function of your own, package.module:name, importable from the working directory; "
+        "it gets the row as a dict and the completion (text, finish_reason, reasoning, tool_calls, parsed, num_tokens, "
+        "token_ids, sample, attempt), and returns True, False or a reason, or raises; it runs in worker processes"
+    )
+    timeout_s: float = option(
+        "reject a completion whose checks take longer than this many seconds, or kill their worker process",
+        10.0,
+        minimum=0.1,
+    )
+    num_workers: int = option("worker processes of each rank for checks; more where the function is slow", 1, minimum=1)
+    max_attempts: int = option(
+        "the maximum number of times that a sample is generated; then its row gets the error check_failed", 3, minimum=1
+    )
+    retry_sampling: dict[str, Any] = option(
+        "fields of SamplingParams laid over those of a row for its further attempts, e.g. {temperature: 1.0}",
+        factory=dict,
+    )
+    continue_truncated: bool = option(
+        "a sample that ended by length continues from its own tokens, with check.retry_sampling.max_tokens or the same "
+        "number again, as often as check.max_attempts and the context allow; its checks follow the last piece",
+        False,
+    )
+    keep_rejected: bool = option(
+        "add the column rejected_text: the last text of a sample that failed its checks", False
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.json_schema, str):
+            with contextlib.suppress(ValueError):  # reported with all other mistakes
+                object.__setattr__(self, "json_schema", read_json_schema(self.json_schema))
+
+    @property
+    def is_used(self) -> bool:
+        """Return True if completions are checked, or continued."""
+        given = (self.finish_reason, self.json_schema, self.regex, self.max_repetition, self.function)
+        return self.non_empty or self.continue_truncated or any(value is not None for value in given)

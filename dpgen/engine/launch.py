@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import EngineWorld, Layout, build_engine_world
 from dpgen.distributed.topology import Topology
 from dpgen.engine.adapters import check_adapters, find_adapter_folders
+from dpgen.engine.checking.completion_checker import CompletionChecker, start_completion_checker
 from dpgen.engine.limits import EngineLimits
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineTextConfig, RequestParsers
@@ -71,7 +72,8 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
         local_size=topology.local_size,
         enable_expert_parallel=config.parallel.enable_expert_parallel,
         world=world,
-        token_ids=config.output.token_ids or config.keeps_logprobs,
+        token_ids=config.output.token_ids or config.keeps_logprobs or config.check.continue_truncated,
+        retry_sampling=dict(config.check.retry_sampling),
         adapters=find_adapter_folders(config.lora) if config.run.engine == "vllm" else dict(config.lora),
         has_output_schema=config.output.schema is not None,
         reads_requests=config.reads_requests,
@@ -152,37 +154,47 @@ class TextPipeline:
         detokenizer: makes the text of finished rows; None where the engine does so.
         engine_text_config: the engine's part.
         parser: parses the texts of finished rows; None where they stay as they are.
+        checker: checks these texts; None where all pass.
     """
 
     render: RenderFn
     detokenizer: Detokenizer | None = None
     engine_text_config: EngineTextConfig = field(default_factory=EngineTextConfig)
     parser: CompletionParser | None = None
+    checker: CompletionChecker | None = None
 
     def wait_until_ready(self, on_wait: Callable[[], None]) -> Mapping[str, Any]:
-        """Wait for the parser, and return the fields of SamplingParams that it needs.
+        """Wait for the parser and the checks, and return the fields of SamplingParams that the parser needs.
 
         Raises:
-            ConfigError: vLLM has no such parser, or it doesn't fit the model.
+            ConfigError: vLLM has no such parser, or it doesn't fit the model; or a check can't be made.
         """
+        if self.checker is not None:
+            self.checker.wait_until_ready(on_wait)
         return {} if self.parser is None else self.parser.wait_until_ready(on_wait).sampling
 
     def close(self) -> None:
-        """End the parser's processes."""
-        if self.parser is not None:
-            self.parser.close()
+        """End the processes of the parser and the checks."""
+        for workers in (self.parser, self.checker):
+            if workers is not None:
+                workers.close()
 
 
 def build_text_pipeline(config: Config, log: EngineLog, rows: InputRows) -> TextPipeline:
-    """Load the tokenizer, decide which process tokenizes and which one detokenizes, and start the parser.
+    """Load the tokenizer, decide which process tokenizes and which one detokenizes, and start the parser and checks.
 
     Args:
-        log: takes what the parser's processes print.
-        rows: the input, of which parsers need the tools that each row offered.
+        log: takes what the parser's and the checks' processes print.
+        rows: the input, of which parsers need the tools that each row offered, and checks the rows.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded, or prompts are chats and there is no chat template.
     """
+    pipeline = _build_pipeline(config, log, rows)
+    return replace(pipeline, checker=start_completion_checker(config.check, rows, log.write))
+
+
+def _build_pipeline(config: Config, log: EngineLog, rows: InputRows) -> TextPipeline:
     prompt, has_added_nulls = config.prompt, rows.has_added_nulls
     wants_reasoning = config.output.reasoning != "keep"
     reasoning_parser = config.output.reasoning_parser if wants_reasoning else None
@@ -199,10 +211,10 @@ def build_text_pipeline(config: Config, log: EngineLog, rows: InputRows) -> Text
     needs_no_tokenizer = has_token_ids and bool(config.engine.get("skip_tokenizer_init"))
     reason = "" if needs_no_tokenizer else find_reason_to_tokenize_in_engine(tokenizer_config)
     if reason is not None:
-        if prompt.completion_column is not None:
-            raise ConfigError(
-                f"data.completion_column needs a tokenizer that transformers can load{reason and f': {reason}'}"
-            )
+        is_continued = config.check.continue_truncated and not has_token_ids
+        if prompt.completion_column is not None or is_continued:
+            key = "check.continue_truncated" if is_continued else "data.completion_column"
+            raise ConfigError(f"{key} needs a tokenizer that transformers can load{reason and f': {reason}'}")
         if not has_token_ids:
             logger.info(f"prompts are tokenized in the engine process: {reason}")
         engine_part = EngineTextConfig(prompt_config=prompt, parsers=parsers)

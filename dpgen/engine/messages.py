@@ -29,6 +29,7 @@ class EngineSpec:
         sampling: fields of SamplingParams, the same for every row.
         sampling_columns: fields of SamplingParams that each row takes from its columns.
         sampling_by_rank: only checked here; a request carries the fields of its row's entry.
+        retry_sampling: only checked here; a request for a further attempt carries them.
         tensor_parallel_size, pipeline_parallel_size: devices of this one engine.
         local_size: engines on this node, which share its memory where they run on the CPU.
         enable_expert_parallel: split a mixture of experts over the devices.
@@ -54,10 +55,12 @@ class EngineSpec:
     adapters: dict[str, str] = field(default_factory=dict)
     has_output_schema: bool = False
     reads_requests: bool = False
+    retry_sampling: dict[str, Any] = field(default_factory=dict)
 
     def iter_sampling_sections(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield `sampling` and each entry of `sampling_by_rank`, as (section, fields)."""
+        """Yield `sampling` and the sections over it, as (section, fields)."""
         yield "sampling", self.sampling
+        yield "check.retry_sampling", self.retry_sampling
         yield from ((f"sampling_by_rank[{index}]", entry) for index, entry in enumerate(self.sampling_by_rank))
 
     @property

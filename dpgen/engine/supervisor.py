@@ -56,6 +56,7 @@ class EngineSupervisor:
 
     Attributes:
         blame: this engine's rows, and what their engine's deaths say about them.
+        max_model_len: tokens of prompt and completion together; 0 before the model is loaded.
         final_death: how the engine died, if it can't be restarted; None while it lives.
     """
 
@@ -84,7 +85,7 @@ class EngineSupervisor:
         self.blame = BlameTracker()
         self.final_death: EngineError | None = None
         self._deaths_in_a_row = 0
-        self.num_deaths = 0
+        self.num_deaths = self.max_model_len = 0
         self._earlier_stats = EngineStats()  # counts of earlier lives
         self._stats = EngineStats()
 
@@ -251,7 +252,7 @@ class EngineSupervisor:
             logger.warning(f"engine restarted, resuming {format_count(self.blame.num_unfinished, 'row')}")
 
     def _set_ready(self, info: EngineInfo) -> None:
-        self._info, self._is_ready = info, True
+        self._info, self._is_ready, self.max_model_len = info, True, info.max_model_len
         self._memory.record_start(info.max_num_seqs)
         self._mark_progress()
 

@@ -31,6 +31,7 @@ FRAME_HEADER = struct.Struct("<IIqB")  # CRC-32, payload length, row index, flag
 _BODY = struct.Struct("<IqB")  # FRAME_HEADER without the CRC-32
 TRAILER = struct.Struct("<8sQI")  # mark, offset of the index, CRC-32 of mark and offset
 FLAG_ERROR = 1
+FLAG_ATTEMPT = 2  # a rejected attempt at a row, which has no result by it
 _FLAG_INDEX = 0x80
 _CRC_BYTES = 4
 _MARK = b"\x89dpgenix"  # not ASCII, so that no payload can end like a trailer
@@ -105,21 +106,34 @@ class Frames:
         offset: int64[num_frames], where in the file each payload starts.
         length: uint32[num_frames], bytes of each payload.
         error: bool[num_frames], True if the result is an error.
+        attempt: bool[num_frames], True if the payload is a rejected attempt and no result; see
+            `dpgen.journal.attempts`.
     """
 
     row: np.ndarray
     offset: np.ndarray
     length: np.ndarray
     error: np.ndarray
+    attempt: np.ndarray
 
     def __len__(self) -> int:
         return len(self.row)
 
     def select(self, keep: np.ndarray) -> Frames:
-        return Frames(self.row[keep], self.offset[keep], self.length[keep], self.error[keep])
+        return Frames(*(values[keep] for values in (self.row, self.offset, self.length, self.error, self.attempt)))
+
+    @property
+    def results(self) -> Frames:
+        """Return the frames that are results."""
+        return self.select(~self.attempt) if self.attempt.any() else self
+
+    @property
+    def attempts(self) -> Frames:
+        """Return the frames that are rejected attempts."""
+        return self.select(self.attempt)
 
 
-NO_FRAMES = Frames(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint32), np.empty(0, bool))
+NO_FRAMES = Frames(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint32), *[np.empty(0, bool)] * 2)
 
 
 def index_offset(trailer: bytes, size: int) -> int | None:
@@ -189,7 +203,7 @@ def has_frame_after(data: bytes, offset: int) -> bool:
         return False
     head = [raw[byte : byte + count] for byte in range(FRAME_HEADER.size)]
     has_small_row = (head[13] | head[14] | head[15]) == 0
-    has_known_flags = (head[16] & ~np.uint8(FLAG_ERROR | _FLAG_INDEX)) == 0
+    has_known_flags = (head[16] & ~np.uint8(FLAG_ERROR | FLAG_ATTEMPT | _FLAG_INDEX)) == 0
     has_checksum = (head[0] | head[1] | head[2] | head[3]) != 0
     for candidate in np.flatnonzero(has_small_row & has_known_flags & has_checksum)[:_MAX_CANDIDATES]:
         start = offset + 1 + int(candidate)
@@ -203,4 +217,5 @@ def has_frame_after(data: bytes, offset: int) -> bool:
 def _make_contiguous_frames(row: np.ndarray, length: np.ndarray, flags: np.ndarray) -> Frames:
     """Return frames that follow each other without gaps after the header."""
     ends = HEADER_BYTES + np.cumsum(length + np.int64(FRAME_HEADER.size))
-    return Frames(row, ends - length, length, (flags & FLAG_ERROR).astype(bool))
+    is_error, is_attempt = (flags & FLAG_ERROR).astype(bool), (flags & FLAG_ATTEMPT).astype(bool)
+    return Frames(row, ends - length, length, is_error, is_attempt)

@@ -4,6 +4,7 @@
 - `JournalReader` checks a payload's checksum when it reads the payload. It reads many results in batches that are
   bounded by rows and by bytes, and opens each file at most once for a batch.
 - If a segment is damaged, the sound frames before the damage count.
+- Rejected attempts are no results: an index leaves them out, but for `index_attempts`.
 - A row with several results counts once: a completion before an error, then the earlier attempt, the lower rank, the
   earlier position.
 """
@@ -100,9 +101,42 @@ def index_journal(journal_dir: Path, on_segment: Callable[[], None] = lambda: No
     """
     files, frames = list_segments(journal_dir), []
     for path in files:
-        frames.append(read_segment(path).frames)
+        frames.append(read_segment(path).frames.results)
         on_segment()
     return _merge(files, frames)
+
+
+def index_attempts(
+    journal_dir: Path, is_wanted: Callable[[np.ndarray], np.ndarray]
+) -> tuple[JournalIndex, dict[int, int]]:
+    """Return an index over rejected attempts, in the order of segments and frames; a row may have several.
+
+    Also returns, for each wanted row with a result, the last attempt of the job that gave it one.
+
+    Args:
+        is_wanted: rows, int64[n] → which of them are wanted, bool[n].
+
+    Raises:
+        DpgenError: a segment can't be read.
+    """
+    files, parts, last_results = list_segments(journal_dir), [], dict[int, int]()
+    for number, path in enumerate(files):
+        frames = read_segment(path).frames
+        results = frames.results.row
+        last_results |= dict.fromkeys(results[is_wanted(results)].tolist(), _get_sort_key(path)[0])
+        attempts = frames.attempts
+        attempts = attempts.select(is_wanted(attempts.row))
+        parts.append((np.full(len(attempts), number, np.int32), attempts))
+    all_attempts = [fmt.NO_FRAMES, *(attempts for _, attempts in parts)]
+    index = JournalIndex(
+        tuple(files),
+        np.concatenate([attempts.row for attempts in all_attempts]),
+        np.concatenate([np.empty(0, np.int32), *(file for file, _ in parts)]),
+        np.concatenate([attempts.offset for attempts in all_attempts]),
+        np.concatenate([attempts.length for attempts in all_attempts]),
+        np.concatenate([attempts.error for attempts in all_attempts]),
+    )
+    return index, last_results
 
 
 def list_segments(journal_dir: Path) -> list[Path]:
@@ -122,13 +156,14 @@ def last_attempt(journal_dir: Path) -> int:
 def merge_segments(segments: Sequence[SegmentContents]) -> JournalIndex:
     """Return one index over segments, which may come in any order."""
     ordered = sorted(segments, key=lambda segment: _get_sort_key(segment.path))
-    return _merge([segment.path for segment in ordered], [segment.frames for segment in ordered])
+    return _merge([segment.path for segment in ordered], [segment.frames.results for segment in ordered])
 
 
 def index_other_results(segments: Sequence[SegmentContents]) -> JournalIndex:
     """Return an index over the results that `merge_segments` leaves out; a row may have several entries."""
     ordered = sorted(segments, key=lambda segment: _get_sort_key(segment.path))
-    return _merge([segment.path for segment in ordered], [segment.frames for segment in ordered], are_kept=False)
+    frames = [segment.frames.results for segment in ordered]
+    return _merge([segment.path for segment in ordered], frames, are_kept=False)
 
 
 def read_segment(path: Path, *, check: bool = False) -> SegmentContents:
@@ -211,6 +246,10 @@ class JournalReader:
             DamagedRecord: its checksum is wrong.
             DpgenError: the segment can't be read.
         """
+        return decode_result(self.payload(position))
+
+    def payload(self, position: int) -> bytes:
+        """Return the record that entry `position` of the index points to; raises as `result` does."""
         index = self.index
         row, file = int(index.row[position]), int(index.file[position])
         start = int(index.offset[position]) - fmt.FRAME_HEADER.size
@@ -221,7 +260,7 @@ class JournalReader:
         payload = fmt.decode_payload(frame, row) if len(frame) >= fmt.FRAME_HEADER.size else None
         if payload is None:
             raise DamagedRecord(index.files[file], row)
-        return decode_result(payload)
+        return payload
 
     def _get_fd(self, file: int) -> int:
         if file in self._open:

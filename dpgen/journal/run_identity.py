@@ -76,6 +76,9 @@ _SAME_WEIGHTS_LOAD_FORMATS = (
 # is a file, environment variables, and the adapters' files. They are compared where both sides have them.
 FOUND_KEYS = ("model_files", "chat_template_hash", "variables", "lora_files")
 
+# Keys of `check` that decide how long a check may take, and not what passes.
+_NEUTRAL_CHECK_KEYS = ("timeout_s", "num_workers")
+
 # Engine options that dpgen sets for `lora`. With adapters they only change the speed.
 _ADAPTER_OPTIONS = ("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras")
 
@@ -165,6 +168,8 @@ def compute_run_identity(
     if config.lora:  # as above
         identity |= {"lora": config.lora, "lora_column": config.data.lora_column}
         identity["engine"] = {key: value for key, value in identity["engine"].items() if key not in _ADAPTER_OPTIONS}
+    if config.check.is_used:  # as above
+        identity["check"] = {key: value for key, value in vars(config.check).items() if key not in _NEUTRAL_CHECK_KEYS}
     round_trip: dict[str, Any] = json.loads(json.dumps(redact_secrets(identity), default=str))
     return round_trip
 

@@ -158,7 +158,7 @@ def repair_segment(path: Path, files: FileSystem | None = None) -> list[int]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise DpgenError(format_write_error(path, error)) from None
-    return sorted(set(indexed.frames.row.tolist()) - set(checked.frames.row.tolist()))
+    return sorted(set(indexed.frames.results.row.tolist()) - set(checked.frames.results.row.tolist()))
 
 
 def format_write_error(path: Path, cause: OSError | str) -> str:
@@ -174,7 +174,8 @@ def _read_batch(path: Path, frames: Frames) -> WriteBatch:
     """Read frames of a segment into one batch."""
     batch = WriteBatch()
     with path.open("rb") as file:
-        for row, offset, length, error in zip(frames.row, frames.offset, frames.length, frames.error, strict=True):
+        flags = frames.error * fmt.FLAG_ERROR + frames.attempt * fmt.FLAG_ATTEMPT
+        for row, offset, length, flag in zip(frames.row, frames.offset, frames.length, flags, strict=True):
             file.seek(offset)
-            batch.add(int(row), int(error), file.read(length))
+            batch.add(int(row), int(flag), file.read(length))
     return batch

@@ -64,6 +64,7 @@ class JournalWriter:
         files: FileSystem | None = None,
     ) -> None:
         self.num_rows = self.num_synced_rows = self.num_bytes = 0
+        self._num_records = self._num_synced_records = 0  # rejected attempts included
         self.paths: list[Path] = []
         self._journal_dir, self.attempt, self.rank = journal_dir, attempt, rank
         self._files = files or FileSystem()
@@ -84,14 +85,20 @@ class JournalWriter:
 
     def append(self, result: RowResult) -> None:
         """Queue a result; blocks only if the disk is far behind."""
-        payload = encode_result(result)
-        flags = fmt.FLAG_ERROR if result.error is not None else 0
+        self._append(result.row, fmt.FLAG_ERROR if result.error is not None else 0, encode_result(result))
+
+    def append_attempt(self, row: int, record: bytes) -> None:
+        """Queue a rejected attempt at a row, which has no result by it; see `dpgen.journal.attempts`."""
+        self._append(row, fmt.FLAG_ATTEMPT, record)
+
+    def _append(self, row: int, flags: int, payload: bytes) -> None:
         with self._condition:
             self._wait_until(lambda: len(self._queued.data) < _MAX_QUEUED_BYTES)
             assert not self._closing
             is_first = not self._queued.rows
-            self._queued.add(result.row, flags, payload)
-            self.num_rows += 1
+            self._queued.add(row, flags, payload)
+            self._num_records += 1
+            self.num_rows += not flags & fmt.FLAG_ATTEMPT
             if is_first or len(self._queued.data) >= _BATCH_BYTES:
                 self._condition.notify_all()
 
@@ -103,10 +110,10 @@ class JournalWriter:
     def sync(self) -> None:
         """Wait until everything appended so far is safe."""
         with self._condition:
-            num_rows = self.num_rows
+            num_records = self._num_records
             self._flush_requested = True
             self._condition.notify_all()
-            self._wait_until(lambda: self.num_synced_rows >= num_rows)
+            self._wait_until(lambda: self._num_synced_records >= num_records)
 
     def seal(self) -> None:
         """Write, sync and seal everything so far, so that it can be read. The next result begins another segment."""
@@ -183,13 +190,14 @@ class JournalWriter:
                 self._condition.wait(due_s - now_s if batch.rows else None)
 
     def _write(self, batch: WriteBatch) -> None:
-        if not self.num_synced_rows:
+        if not self._num_synced_records:
             self.before_first_write()
         if self._segment is None:
             self._segment = self._open_next()
         self._segment.write(batch)
         with self._condition:
-            self.num_synced_rows += len(batch.rows)
+            self._num_synced_records += len(batch.rows)
+            self.num_synced_rows += sum(not flags & fmt.FLAG_ATTEMPT for flags in batch.flags)
             self._condition.notify_all()
         if self._segment.num_bytes >= self._segment_bytes:
             self._seal()

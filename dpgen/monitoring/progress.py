@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dpgen.config.completion_checks import CHECK_NAMES
 from dpgen.formatting import format_count, format_duration
+from dpgen.monitoring.run_report import format_fraction, format_retries
 from dpgen.scheduling.throughput import find_straggler
 from dpgen.scheduling.totals import Totals
 
@@ -97,6 +99,11 @@ class ProgressDisplay:
         if window_s >= min(_RATE_WINDOW_S, self._interval_s):
             self._window_start = (now_s, totals.num_generated_tokens)
         rates = f"{tokens_per_s:,.0f} tokens/s, {format_count(totals.num_errors, 'error')}"
+        retries = format_retries(dict(zip(CHECK_NAMES, totals.num_retries, strict=True)))
+        if retries:
+            rates += f", {retries}"
+        if totals.num_rejected_tokens:
+            rates += f", {format_fraction(totals.num_rejected_tokens, totals.num_generated_tokens)} of tokens rejected"
         # Once all rows are claimed, engines run out of rows, and their rates no longer show how fast they are.
         straggler = find_straggler(totals.rates) if totals.num_unclaimed else None
         if straggler is None:

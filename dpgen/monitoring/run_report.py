@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
+from dpgen.config.completion_checks import CHECK_NAMES
 from dpgen.formatting import format_count, format_duration
 from dpgen.records import RankManifest
 from dpgen.scheduling.throughput import UNKNOWN_RATE, find_straggler
@@ -34,11 +36,40 @@ def summarize_run(manifests: Sequence[RankManifest]) -> Iterator[str]:
     fraction = num_cached / max(1, sum(manifest.num_prompt_tokens for manifest in manifests))
     if fraction >= _MIN_REPORTED_FRACTION:
         yield f"prefix cache: {100 * fraction:.0f} % of all prompt tokens were cached"
+    yield from _describe_retries(manifests)
     num_preemptions = sum(manifest.num_preemptions for manifest in manifests)
     if num_preemptions:
         yield (
             f"KV cache: {format_count(num_preemptions, 'preemption')}, each recomputed a sequence since the cache was "
             "full. A larger KV cache or a lower engine.max_num_seqs avoids them"
+        )
+
+
+def format_retries(num_retries: Mapping[str, int]) -> str:
+    """Return ``312 retries (regex: 300, function: 12)``; "" if there are none."""
+    total = sum(num_retries.values())
+    if not total:
+        return ""
+    by_check = ", ".join(f"{check}: {number:,}" for check, number in num_retries.items() if number)
+    return f"{total:,} {'retry' if total == 1 else 'retries'} ({by_check})"
+
+
+def format_fraction(part: int, whole: int) -> str:
+    """Return a fraction as ``12.5 %``."""
+    return f"{100 * part / max(1, whole):.1f} %"
+
+
+def _describe_retries(manifests: Sequence[RankManifest]) -> Iterator[str]:
+    num_retries: Counter[str] = Counter()
+    for manifest in manifests:
+        num_retries.update(manifest.num_retries)
+    num_rejected = sum(manifest.num_rejected_tokens for manifest in manifests)
+    num_tokens = num_rejected + sum(manifest.num_generated_tokens for manifest in manifests)
+    if num_retries or num_rejected:
+        by_check = {check: num_retries[check] for check in CHECK_NAMES}
+        yield (
+            f"checks: {format_retries(by_check) or 'no retries'}, {format_fraction(num_rejected, num_tokens)} of "
+            "generated tokens in rejected attempts"
         )
 
 

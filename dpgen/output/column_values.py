@@ -10,7 +10,7 @@ import numpy as np
 from dpgen.data.prompts.chat import Message
 from dpgen.logprobs import TokenLogprobs
 from dpgen.output.conversations import append_turn
-from dpgen.records import Completion, RowResult
+from dpgen.records import Completion, RowError, RowResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,14 +45,17 @@ def get_text(completion: Completion) -> str:
 
 
 def get_error(entry: Entry) -> dict[str, str] | None:
-    """Return the error; None if there is none."""
+    """Return the error of a row, or of a sample that is a row of its own; None if there is none."""
     error = entry.result.error
+    if entry.sample is not None and entry.completion is not None:
+        rejection = entry.completion.rejection
+        error = None if rejection is None else RowError("check_failed", rejection)
     return None if error is None else {"type": error.type, "message": escape_surrogates(error.message)}
 
 
 def get_messages(entry: Entry) -> list[dict[str, Any]] | None:
     """Return the conversation with the model's turn; None where the row has none."""
-    if entry.completion is None or entry.conversation is None:
+    if entry.completion is None or entry.completion.rejection is not None or entry.conversation is None:
         return None
     messages: list[dict[str, Any]] = escape_all_surrogates(append_turn(entry.conversation, entry.completion))
     return messages

@@ -66,6 +66,7 @@ class DatasetFormat:
         tool_calls: True if there is a column of tool calls.
         parsed: True if there is a column of parsed texts.
         parsed_type: the type of its values, by `output.schema`; None if they are JSON text.
+        rejected_text: True if there is a column of the texts that failed their checks.
         messages: how rows became chats, if there is a column of these with the model's turn; None if there is none.
         kept_columns: the input columns in the dataset; None for all.
         jsonl_encoding: how JSON lines hold the input's values; see `dpgen.output.json_lines`.
@@ -83,6 +84,7 @@ class DatasetFormat:
     tool_calls: bool = False
     parsed: bool = False
     parsed_type: ValueType | None = None
+    rejected_text: bool = False
     messages: PromptConfig | None = None
     file_format: str = "parquet"
     kept_columns: list[str] | None = None
@@ -104,6 +106,7 @@ class DatasetFormat:
                 "output": output,
                 "columns": config.data.columns,
                 "prompt": dataclasses.asdict(config.prompt),
+                "check": vars(config.check),
             }
         )
 
@@ -133,6 +136,7 @@ class DatasetFormat:
             tool_calls=output.get("tool_parser") is not None,
             parsed=output.get("parse") == "json" or schema is not None,
             parsed_type=None if schema is None else derive_type(schema).value_type,
+            rejected_text=bool((identity.get("check") or {}).get("keep_rejected")),
             messages=PromptConfig(**identity["prompt"]) if output.get("messages") else None,
             is_scored=(identity.get("prompt") or {}).get("completion_column") is not None,
             logprobs=logprobs,
@@ -182,6 +186,7 @@ class ResultColumn:
         is_of_sample: True if the value is of a sample, so that the column holds lists where an entry has several.
         is_present: whether a dataset of this format has the column.
         specialize: returns the same column as a dataset of this format has it.
+        is_of_rejected: True if samples that failed their checks have the value, and others have none.
     """
 
     name: str
@@ -190,14 +195,17 @@ class ResultColumn:
     is_of_sample: bool = True
     is_present: Callable[[DatasetFormat], bool] = lambda _: True
     specialize: Callable[[ResultColumn, DatasetFormat], ResultColumn] = lambda column, _: column
+    is_of_rejected: bool = False
 
     def build_array(self, entries: Sequence[Entry], dataset_format: DatasetFormat) -> pa.Array:
         """Return the column's values, one for each entry."""
         import pyarrow as pa
 
-        type, get = self.get_type(), self.get
+        type: pa.DataType = self.get_type()
+        get: Callable[[Any], Any] = self._get_of_sample if self.is_of_sample else self.get
         if dataset_format.file_format == "jsonl" and self.get_type is LOGPROBS:
-            type, get = pa.list_(pa.float64()), lambda item: to_shortest_decimals(self.get(item))
+            type, get_float32 = pa.list_(pa.float64()), get
+            get = lambda item: to_shortest_decimals(get_float32(item))  # noqa: E731 - needs no name
         if not self.is_of_sample:
             return pa.array([get(entry) for entry in entries], type, from_pandas=True)  # NaN becomes null
         if dataset_format.has_lists:
@@ -205,6 +213,9 @@ class ResultColumn:
             return pa.array(values, pa.list_(type), from_pandas=True)
         chosen = [None if entry.completion is None else get(entry.completion) for entry in entries]
         return pa.array(chosen, type, from_pandas=True)
+
+    def _get_of_sample(self, completion: Completion) -> Any:
+        return self.get(completion) if (completion.rejection is not None) == self.is_of_rejected else None
 
 
 def list_entries(
@@ -307,6 +318,13 @@ _RESULT_COLUMNS = (
     ResultColumn("num_prompt_tokens", INT64, lambda entry: entry.result.num_prompt_tokens, is_of_sample=False),
     ResultColumn("num_generated_tokens", INT64, lambda completion: completion.num_tokens, is_present=_is_generated),
     ResultColumn("error", ERROR, get_error, is_of_sample=False),
+    ResultColumn(
+        "rejected_text",
+        TEXT,
+        get_text,
+        is_present=lambda dataset_format: dataset_format.rejected_text,
+        is_of_rejected=True,
+    ),
     ResultColumn(
         "generated_token_ids", TOKEN_IDS, get_token_ids, is_present=lambda dataset_format: dataset_format.token_ids
     ),

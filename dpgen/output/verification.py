@@ -164,7 +164,7 @@ def _check_journal(run_dir: RunDir, report: VerificationReport) -> tuple[Journal
 
 
 def _find_duplicate_rows(segments: list[SegmentContents]) -> np.ndarray:
-    rows = np.sort(np.concatenate([np.empty(0, np.int64), *(segment.frames.row for segment in segments)]))
+    rows = np.sort(np.concatenate([np.empty(0, np.int64), *(segment.frames.results.row for segment in segments)]))
     return np.unique(rows[1:][rows[1:] == rows[:-1]])
 
 

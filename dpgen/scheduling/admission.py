@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from dpgen.records import Request, RequestId, RowResult
 from dpgen.scheduling.request_source import RequestSource
@@ -56,17 +56,24 @@ class AdmissionController:
         """Sequences admitted at most because the KV cache is short; None where it is not."""
         return self._seq_limit
 
-    def admit(self, source: RequestSource, max_num_seqs: int, now_s: float) -> tuple[list[Request], list[RowResult]]:
+    def admit(
+        self,
+        source: RequestSource,
+        max_num_seqs: int,
+        now_s: float,
+        take_next: Callable[[], Request | RowResult | None] | None = None,
+    ) -> tuple[list[Request], list[RowResult]]:
         """Take as many rows from `source` as the engine should get now; return their requests, and rejected rows.
 
         Args:
             max_num_seqs: sequences that the engine runs at a time; 0 where it can run none.
+            take_next: returns the next request, or what `source` would return in its place.
         """
         source.max_num_seqs, source.num_in_flight = max_num_seqs, len(self._in_flight)
         requests: list[Request] = []
         rejected: list[RowResult] = []
         while len(rejected) < _MAX_REJECTED_PER_CALL and self._has_room(max_num_seqs, source):
-            request = source.next_request()
+            request = source.next_request() if take_next is None else take_next()
             if request is None:
                 break
             if isinstance(request, RowResult):
@@ -81,9 +88,9 @@ class AdmissionController:
             source.num_in_flight_when_full = len(self._in_flight)
         return requests, rejected
 
-    def release(self, id: RequestId) -> None:
-        """Remove a request that the engine has finished."""
-        self._num_seqs -= self._in_flight.pop(id)[1]
+    def release(self, ids: Iterable[RequestId]) -> None:
+        """Remove requests that the engine has finished."""
+        self._num_seqs -= sum(self._in_flight.pop(id)[1] for id in ids)
 
     def clear(self) -> None:
         """Remove all rows: the engine that had them is gone."""

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dpgen.config.completion_checks import CHECK_NAMES
 from dpgen.distributed.group import PendingReduce, RankGroup
 from dpgen.engine.messages import EngineStats, Event, RowsFinished
 from dpgen.errors import Interrupted, PeerFailed
@@ -29,6 +30,7 @@ from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.leading_errors import LeadingErrorCheck
 from dpgen.scheduling.order import RowOrder
 from dpgen.scheduling.request_source import RequestSource
+from dpgen.scheduling.retries.retry_tracker import RetryCounts
 from dpgen.scheduling.throughput import ThroughputMeter, compute_slowdowns
 from dpgen.scheduling.totals import Totals
 
@@ -39,9 +41,9 @@ _STALE_SYNC_S = 5.0  # a sync that is this late is too old to leave rows to othe
 _REJECTION_WINDOW_S = 0.5  # an engine returns a row that it rejects within this time
 _WAIT_S = 0.1  # the longest wait for an engine that has work
 _DRAIN_S = 5.0  # the longest wait for rows that are being parsed when the loop ends early
-# Rows that may be between engine and journal before no more are admitted.
+# Results that may be between engine and journal before no more rows are admitted.
 _MIN_PENDING, _PENDING_PER_SEQ = 64, 2
-_IDLE_WAIT_S = 0.01  # ... for one that has none, while other ranks still work
+_IDLE_WAIT_S = 0.01  # ... for one that has none while other ranks work, or while results are parsed or checked
 
 
 class Planner(Protocol):
@@ -79,20 +81,31 @@ class Engine(Protocol):
 
 
 class ResultSink(Protocol):
-    """Interface of a recorder of results, as the loop uses it; see `ResultRecorder`."""
+    """Interface of a recorder of results, as the loop uses it; see `ResultRecorder`, in `result_recorder`."""
 
     @property
-    def pending_rows(self) -> Sequence[int]:
-        """Rows that were added and are not recorded yet."""
+    def pending_rows(self) -> Sequence[int]: ...
 
-    def add(self, result: RowResult | UndecodedRow) -> None:
-        """Take a row's result; it is recorded now or later."""
+    @property
+    def num_processing(self) -> int: ...
 
-    def take_recorded(self) -> list[RowResult]:
-        """Return the results recorded since the last call, decoded."""
+    @property
+    def has_retries(self) -> bool: ...
 
-    def raise_if_failed(self) -> None:
-        """Raise what has failed since `add` returned."""
+    @property
+    def retry_counts(self) -> RetryCounts: ...
+
+    def begin(self, request: Request) -> Request | None: ...
+
+    def take_retry(self) -> Request | None: ...
+
+    def drop_retries(self) -> list[bytes]: ...
+
+    def add(self, result: RowResult | UndecodedRow) -> None: ...
+
+    def take_recorded(self) -> list[RowResult]: ...
+
+    def raise_if_failed(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -179,12 +192,15 @@ class GenerationLoop:
 
     def get_state(self) -> RankState:
         """Return the rows that this rank has finished or runs; those of an abandoned engine return to the plan."""
+        attempts = self._results.drop_retries() if self._engine.is_abandoned else []
         if self._engine.is_abandoned:
             self._admission.clear()
+        running = dict.fromkeys([*self._admission, *self._results.pending_rows])
         return RankState(
             np.array(self._finished_rows, dtype=np.int64),
             np.array(self._kept_tokens, dtype=np.int64),
-            np.array([*self._admission, *self._results.pending_rows], dtype=np.int64),
+            np.array(list(running), dtype=np.int64),
+            tuple(attempts),
         )
 
     def fill_manifest(self, manifest: RankManifest) -> RankManifest:
@@ -196,6 +212,8 @@ class GenerationLoop:
             num_generated_tokens=self._num_kept_tokens,
             num_cached_tokens=self._local.num_cached_tokens,
             num_preemptions=self._local.num_preemptions,
+            num_retries=dict(self._results.retry_counts.num_retries),
+            num_rejected_tokens=self._results.retry_counts.num_rejected_tokens,
             busy_s=round(max(0.0, busy_s), 3),
         )
 
@@ -205,20 +223,32 @@ class GenerationLoop:
 
     @property
     def _needs_engine(self) -> bool:
-        return len(self._admission) > 0 or not self._source.is_exhausted
+        return len(self._admission) > 0 or self._results.has_retries or not self._source.is_exhausted
 
     # ---- admit
 
     def _admit(self) -> None:
-        if len(self._results.pending_rows) > max(_MIN_PENDING, _PENDING_PER_SEQ * self._engine.max_num_seqs):
-            return  # what follows the engine is slower than the engine: finished rows must not fill the memory
+        # If what follows the engine is slower than the engine, finished rows must not fill the memory.
+        if self._results.num_processing > max(_MIN_PENDING, _PENDING_PER_SEQ * self._engine.max_num_seqs):
+            return
         now = time.monotonic()
-        requests, rejected = self._admission.admit(self._source, self._engine.max_num_seqs, now)
+        requests, rejected = self._admission.admit(self._source, self._engine.max_num_seqs, now, self._take_next)
         for result in rejected:
             self._results.add(result)
         if requests:
             self._first_admitted_s = self._first_admitted_s or now
             self._engine.submit(requests)
+
+    def _take_next(self) -> Request | RowResult | None:
+        """Return the next request: of a row that is generated again, or else of a new one."""
+        if (retry := self._results.take_retry()) is not None:
+            return retry
+        while True:
+            request = self._source.next_request()
+            if not isinstance(request, Request):
+                return request
+            if begun := self._results.begin(request):
+                return begun
 
     # ---- collect
 
@@ -228,9 +258,10 @@ class GenerationLoop:
         if not events and self._source.should_prefetch and not self._engine.is_abandoned and self._source.prefetch():
             return
         finished = []
-        for event in events or self._engine.poll(_WAIT_S if self._needs_engine else _IDLE_WAIT_S):
+        is_waiting = self._needs_engine and not self._results.num_processing
+        for event in events or self._engine.poll(_WAIT_S if is_waiting else _IDLE_WAIT_S):
             if isinstance(event, RowsFinished):
-                self._release(event)
+                self._admission.release(event.ids)
                 finished.append(event)
                 self._last_finished_s = time.monotonic()
             elif isinstance(event, EngineStats):
@@ -256,10 +287,6 @@ class GenerationLoop:
                 f"the KV cache is short: {format_count(stats.num_preemptions - num_before, 'sequence')} preempted "
                 f"within about 1 s, now running at most {format_count(self._admission.seq_limit or 0, 'sequence')}"
             )
-
-    def _release(self, finished: RowsFinished) -> None:
-        for id in finished.ids:
-            self._admission.release(id)
 
     def _record_all(self, finished: RowsFinished) -> None:
         for result in finished.results:
@@ -287,11 +314,11 @@ class GenerationLoop:
         """Record what the engine has finished by now, so that a resumed run need not generate these rows again."""
         for event in self._engine.poll(0):
             if isinstance(event, RowsFinished):
-                self._release(event)
+                self._admission.release(event.ids)
                 self._record_all(event)
         deadline_s = time.monotonic() + _DRAIN_S
         self._count_recorded()
-        while self._results.pending_rows and time.monotonic() < deadline_s:
+        while self._results.num_processing and time.monotonic() < deadline_s:
             time.sleep(_IDLE_WAIT_S)
             self._count_recorded()
 
@@ -333,6 +360,9 @@ class GenerationLoop:
         is_generating = oldest_s is not None and time.monotonic() - oldest_s > _REJECTION_WINDOW_S
         self._local.num_ranks_generating = int(is_generating)
         self._local.num_tried = self._leading_errors.num_tried
+        counts = self._results.retry_counts
+        self._local.num_rejected_tokens = counts.num_rejected_tokens
+        self._local.num_retries = tuple(counts.num_retries[check] for check in CHECK_NAMES)
         return self._local
 
     def _apply_totals(self, totals: Totals) -> None:

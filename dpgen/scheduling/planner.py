@@ -50,6 +50,7 @@ from dpgen.scheduling.order import RowOrder, ShardSpec, order_by_measured_length
 from dpgen.scheduling.order_config import OrderConfig
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource
+from dpgen.scheduling.retries.earlier_attempts import AttemptStore
 from dpgen.scheduling.slow_rows import SlowRowFilter
 from dpgen.scheduling.sources import SourceMaker
 
@@ -73,6 +74,7 @@ class PlannerConfig:
         claims_rows: this process claims rows; False for one that follows another process's engine.
         has_shared_engine: an engine's death ends all ranks, and its rows are judged by the next attempt.
         render_timeout_s: seconds that rendering one prompt may take.
+        has_checks: rows may have been begun by earlier attempts, and have rejected completions in a journal.
         attempt: number of the attempt; part of every cursor's name, so that no two attempts share a cursor.
     """
 
@@ -84,6 +86,7 @@ class PlannerConfig:
     attempt: int
     has_shared_engine: bool = False
     render_timeout_s: float = 60.0
+    has_checks: bool = False
 
     @classmethod
     def from_config(cls, config: Config, columns: Sequence[str], layout: Layout, attempt: int) -> PlannerConfig:
@@ -104,6 +107,7 @@ class PlannerConfig:
             has_shared_engine=layout.has_shared_engine,
             attempt=attempt,
             render_timeout_s=config.data.render_timeout_s,
+            has_checks=config.check.is_used,
         )
 
 
@@ -124,6 +128,7 @@ class ShardPlanner:
         num_inherited_rows: rows that only lost ranks have finished in this attempt; the same on every rank.
         has_completions: whether, as of the last plan, a journal holds a row that succeeded; the same on every rank.
         succeeded_row: one of those rows, with a short result; None if there is none. The same on every rank.
+        earlier_attempts: rejected attempts at rows that have no result; the same on every rank.
     """
 
     def __init__(
@@ -138,6 +143,7 @@ class ShardPlanner:
         self.succeeded_row: int | None = None
         self.num_remaining_rows = self.num_inherited_rows = self.num_postponed_rows = 0
         self.blame = BlameState()
+        self.earlier_attempts = AttemptStore(journal_dir, group)
         self._tried_apart = np.zeros(len(rows), dtype=bool)
         self._tried_last: set[int] = set()
         self._has_recalled = False
@@ -165,6 +171,9 @@ class ShardPlanner:
         self._recall_blame()
         cursor_prefix = self._create_cursor()  # before the gather, so that all cursors exist after it
         own_rows = state or RankState()
+        if self._config.has_checks:
+            for records in self._group.all_gather_object(list(own_rows.attempts)):
+                self.earlier_attempts.add(records)
         peers = self._gather_peers(own_rows, can_claim=has_engine and self._config.claims_rows)
         rows = self._find_remaining_rows(own_rows)  # all-reduce: without rows finished or running anywhere
         if len(rows) and not peers.claiming_ranks:
@@ -210,6 +219,8 @@ class ShardPlanner:
         self._deaths.judge(finished)
         self._left_out.errors |= self._deaths.errors
         self._journaled = self._group.all_reduce_any(self._mask(journaled[journaled < len(self._rows)]))
+        if self._config.has_checks:
+            self.earlier_attempts.read(self._journaled)
         if self._journaled_before is None:
             self._journaled_before = self._journaled
         self._num_shrinks, self._num_plans = self._group.num_shrinks, 0

@@ -1,4 +1,4 @@
-"""Record finished rows: add the text where the rank makes it, have it parsed, then append the result to the journal.
+"""Record finished rows: add the text where the rank makes it, have it parsed and checked, then journal the result.
 
 One row that can't be decoded or encoded becomes an error of its own, `decode_failed`: it would fail again in every
 attempt, and end each of them.
@@ -6,6 +6,7 @@ attempt, and end each of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from dpgen.data.detokenize import Detokenizer
@@ -13,7 +14,8 @@ from dpgen.engine.parsing.completion_parser import CompletionParser
 from dpgen.errors import DpgenError
 from dpgen.journal.row_notes import DECODING, RowNote
 from dpgen.journal.writer import JournalWriter
-from dpgen.records import RowError, RowResult, UndecodedRow
+from dpgen.records import Request, RowError, RowResult, UndecodedRow
+from dpgen.scheduling.retries.retry_tracker import RetryCounts, RetryTracker
 
 
 class ResultRecorder:
@@ -24,6 +26,7 @@ class ResultRecorder:
         detokenizer: makes the text of rows that the engine did not decode; None where the engine decodes all rows.
         note: says which row is being decoded, should this process die.
         parser: parses completions in worker processes; None where texts stay as they are.
+        retries: checks completions and has them generated again; None where all pass.
     """
 
     def __init__(
@@ -32,15 +35,56 @@ class ResultRecorder:
         detokenizer: Detokenizer | None = None,
         note: RowNote | None = None,
         parser: CompletionParser | None = None,
+        retries: RetryTracker | None = None,
     ) -> None:
         self._journal, self._detokenizer, self._note = journal, detokenizer, note or RowNote()
-        self._parser = parser
+        self._parser, self._retries = parser, retries
         self._recorded: list[RowResult] = []
+
+    # ---- requests
+
+    def begin(self, request: Request) -> Request | None:
+        """Return the request that a row begins with, its own or `take_retry`'s; None if it is recorded already."""
+        if self._retries is None:
+            return request
+        begun = self._retries.begin(request)
+        if isinstance(begun, RowResult):
+            self._append(begun)
+            return None
+        return begun or self._retries.take_retry()
+
+    @property
+    def has_retries(self) -> bool:
+        """True while rows wait to be generated again."""
+        return self._retries is not None and self._retries.has_retries
+
+    def take_retry(self) -> Request | None:
+        """Return the next request for a row, or a sample, that failed its checks; None if there is none."""
+        return None if self._retries is None else self._retries.take_retry()
+
+    def drop_retries(self) -> list[bytes]:
+        """Forget the rows that need an engine, since there is none, and return the records of their attempts."""
+        parsing = () if self._parser is None else self._parser.pending_ids
+        return [] if self._retries is None else self._retries.drop(parsing)
+
+    @property
+    def retry_counts(self) -> RetryCounts:
+        """What checks have cost this rank."""
+        return RetryCounts(Counter(), 0) if self._retries is None else self._retries.counts
+
+    # ---- results
 
     @property
     def pending_rows(self) -> Sequence[int]:
-        """Rows that were added and are not recorded yet, since they are being parsed."""
-        return () if self._parser is None else self._parser.pending_rows
+        """Rows that are not recorded yet, since they are being parsed or checked, or are generated again."""
+        parsing = [] if self._parser is None else [id.row for id in self._parser.pending_ids]
+        return parsing if self._retries is None else [*parsing, *self._retries.pending_rows]
+
+    @property
+    def num_processing(self) -> int:
+        """Number of results that are being parsed or checked."""
+        num_checking = 0 if self._retries is None else self._retries.num_checking
+        return num_checking + (0 if self._parser is None else len(self._parser))
 
     def add(self, result: RowResult | UndecodedRow) -> None:
         """Take a finished row; `take_recorded` returns it once the journal has it.
@@ -50,11 +94,15 @@ class ResultRecorder:
         Raises:
             DpgenError: the journal could not be written.
         """
+        if self._retries is not None:
+            result = self._retries.join_pieces(result)
         decoded = self._decode(result) if isinstance(result, UndecodedRow) else result
         if self._parser is not None and decoded.completions:
+            if self._retries is not None:
+                self._retries.keep_texts(decoded)
             self._parser.submit(decoded)
         else:
-            self._append(decoded)
+            self._check(decoded)
 
     def take_recorded(self) -> list[RowResult]:
         """Return the rows recorded since the last call, as the journal holds them.
@@ -65,9 +113,16 @@ class ResultRecorder:
             DpgenError: the journal could not be written, or parsing can't go on.
         """
         for result in () if self._parser is None else self._parser.poll():
+            self._check(result)
+        for result in () if self._retries is None else self._retries.poll():
             self._append(result)
         recorded, self._recorded = self._recorded, []
         return recorded
+
+    def _check(self, result: RowResult) -> None:
+        final = result if self._retries is None else self._retries.submit(result)
+        if final is not None:
+            self._append(final)
 
     def _append(self, result: RowResult) -> None:
         try:

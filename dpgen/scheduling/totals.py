@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
+
+from dpgen.config.completion_checks import CHECK_NAMES
 
 
 @dataclass
@@ -19,6 +22,8 @@ class Totals:
         num_groups_measured: see `RequestSource.should_reshard`.
         num_ranks_generating: ranks with a row in the engine for too long to be rejected.
         num_tried: see `LeadingErrorCheck`.
+        num_rejected_tokens: generated tokens of samples that failed their checks.
+        num_retries: samples generated again, or continued, by the check that they had failed: as in `CHECK_NAMES`.
         rates: generated tokens/s by rank; see `ThroughputMeter.get_tokens_per_s`.
     """
 
@@ -34,15 +39,19 @@ class Totals:
     num_groups_measured: int = 0
     num_ranks_generating: int = 0
     num_tried: int = 0
+    num_rejected_tokens: int = 0
+    num_retries: tuple[int, ...] = (0,) * len(CHECK_NAMES)
     rates: tuple[int, ...] = ()
 
     def as_list(self, rank: int, num_ranks: int, rate: int) -> list[int]:
         """Return the numbers to sum over all ranks: counts, then one rate per rank, of which a rank fills its own."""
-        counts = [getattr(self, field.name) for field in fields(self) if field.name != "rates"]
-        return [*counts, *(rate if other == rank else 0 for other in range(num_ranks))]
+        counts = [getattr(self, field.name) for field in fields(self) if field.type == "int"]
+        return [*counts, *self.num_retries, *(rate if other == rank else 0 for other in range(num_ranks))]
 
     @staticmethod
     def from_list(values: Sequence[int]) -> Totals:
         """Make totals from sums of `as_list`."""
-        num_counts = len(fields(Totals)) - 1
-        return Totals(*values[:num_counts], tuple(values[num_counts:]))  # type: ignore[call-arg, arg-type]
+        names = [field.name for field in fields(Totals) if field.type == "int"]
+        others, num_checks = values[len(names) :], len(CHECK_NAMES)
+        counts: dict[str, Any] = dict(zip(names, values, strict=False))
+        return Totals(num_retries=tuple(others[:num_checks]), rates=tuple(others[num_checks:]), **counts)

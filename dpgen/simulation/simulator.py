@@ -345,7 +345,7 @@ class _SimulatedRank:
         while self._running and self._running[0][0] <= self._step:
             _, row, first_step, num_prefill = heapq.heappop(self._running)
             self._num_kv_tokens -= num_prefill + self._step - first_step
-            self._admission.release(RequestId(row))
+            self._admission.release([RequestId(row)])
             self._finished.append(row)
             self.busy_s = self.now_s
             self.source.record_finished(row)

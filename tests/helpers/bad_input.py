@@ -327,6 +327,20 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
         ["lora.math={folder}/adapter", "data.lora_column=promt"],
         "data.lora_column: 'promt' is no column of the dataset; did you mean 'prompt'",
     ),
+    ("a check's pattern that is none", ["check.regex=("], "check.regex='(': is no regular expression"),
+    ("a schema's file that is not there", ["check.json_schema=no-such.json"], "no-such.json: can't be read"),
+    ("a schema's file that is no JSON", ["check.json_schema=README.md"], "check.json_schema=README.md: holds no JSON"),
+    ("a schema that is none", ["check.json_schema={type: objekt}"], "check.json_schema is no JSON Schema, at $.type"),
+    ("a check that is not there", ["check.function=no_such:f"], "check.function=no_such:f: no_such can't be imported"),
+    ("a check's name without a module", ["check.function=f"], "must look like package.module:name"),
+    ("a finish reason that is none", ["check.finish_reason=[stopp]"], "did you mean 'stop'"),
+    ("a fraction above 1", ["check.max_repetition=20"], "check.max_repetition=20.0: must be from 0 to 1"),
+    (
+        "a retry with several samples",
+        ["check.non_empty=true", "check.retry_sampling.n=2"],
+        "check.retry_sampling.n can't be set",
+    ),
+    ("retries without a check", ["check.max_attempts=5"], "check.max_attempts has no effect: no check is set"),
     ("a model that is not there", ["model=./no-such-model"], "model=./no-such-model: there is no such directory"),
 ]
 
@@ -405,6 +419,16 @@ BAD_ENGINE_CONFIGS: list[tuple[str, list[str], str]] = [
     ("more log-probabilities than tokens", ["sampling.logprobs=600"], "logprobs=600: the model has only 512 tokens"),
     ("how log-probabilities are passed on", ["sampling.flat_logprobs=true"], "unknown key 'sampling.flat_logprobs'"),
     ("a sampling key like no other", ["sampling.zzz=1"], "unknown key 'sampling.zzz'"),
+    (
+        "a retry's sampling key misspelt",
+        ["check.non_empty=true", "check.retry_sampling.top_q=1"],
+        "did you mean 'check.retry_sampling.top_",
+    ),
+    (
+        "a retry's sampling number that is a word",
+        ["check.non_empty=true", "check.retry_sampling.temperature=hot"],
+        "vLLM rejects a check.retry_sampling.* key",
+    ),
     ("a rank's sampling key misspelt", ["sampling_by_rank=[{}, {top_q: 1}]"], "did you mean 'sampling_by_rank[1].top_"),
     ("a rank's sampling number that is a word", ["sampling_by_rank=[{temperature: hot}]"], "sampling_by_rank[0]"),
 ]

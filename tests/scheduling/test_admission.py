@@ -43,8 +43,8 @@ def admit(
 def test_an_engine_has_a_reserve_beyond_the_rows_it_runs() -> None:
     admission = AdmissionController(reserve_rows=4)
     assert admit(admission, 8) == 12
-    admission.release(RequestId(3))
-    admission.release(RequestId(0))
+    admission.release([RequestId(3)])
+    admission.release([RequestId(0)])
     assert admit(admission, 8) == 2
     assert admission.oldest_admitted_s == 0.0
     assert len(admission) == 12
@@ -73,10 +73,10 @@ def test_fewer_sequences_are_admitted_after_preemptions_and_more_again_later() -
     assert admission.update_limit(num_running=40, num_preemptions=9, max_num_seqs=64, now_s=2)
     assert admission.seq_limit == 40
     for row in range(20):
-        admission.release(RequestId(row))
+        admission.release([RequestId(row)])
     assert admit(admission, 64) == 0, "48 are in flight, and 40 fit"
     for row in range(20, 30):
-        admission.release(RequestId(row))
+        admission.release([RequestId(row)])
     assert admit(admission, 64) == 2, "without a reserve"
     for second in range(3, 7):
         assert not admission.update_limit(num_running=40, num_preemptions=9, max_num_seqs=64, now_s=second)

@@ -12,12 +12,14 @@ import pytest
 
 from dpgen.config.sections import WorkConfig
 from dpgen.distributed.group import PeerLost, PendingReduce, SingleRankGroup
+from dpgen.engine.checking.completion_checker import CheckedResult
 from dpgen.engine.messages import Event, RowsFinished
 from dpgen.errors import DpgenError, Interrupted, NoEngineLeft
+from dpgen.journal.attempts import Rejection
 from dpgen.journal.reader import index_journal
 from dpgen.journal.row_notes import DECODING, RowNote, decode_word
 from dpgen.journal.writer import JournalWriter
-from dpgen.records import Completion, RankManifest, Request, RowError, RowResult, UndecodedRow
+from dpgen.records import Completion, RankManifest, Request, RequestId, RowError, RowResult, UndecodedRow
 from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
 from dpgen.scheduling.groups.prompt_groups import RankState
@@ -25,6 +27,7 @@ from dpgen.scheduling.order import RowOrder
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource
 from dpgen.scheduling.result_recorder import ResultRecorder
+from dpgen.scheduling.retries.retry_tracker import RetryConfig, RetryTracker
 from dpgen.scheduling.sources import SourceMaker
 
 DEFAULTS = LoopConfig()
@@ -79,8 +82,8 @@ class FakeEngine:
         self._requests += requests
 
     def poll(self, timeout_s: float) -> list[Event]:
-        rows, self._requests = [request.row for request in self._requests], []
-        return [RowsFinished([self._finish(row) for row in rows])] if rows else []
+        ids, self._requests = [request.id for request in self._requests], []
+        return [RowsFinished([self._finish(id.row).with_id(id) for id in ids])] if ids else []
 
     def _finish(self, row: int) -> RowResult:
         if row in self._failing:
@@ -323,3 +326,68 @@ def test_a_journal_that_cannot_be_written_is_no_error_of_the_row() -> None:
 
     with pytest.raises(DpgenError, match="No space left on device"):
         ResultRecorder(FullJournal()).add(RowResult(0, 4))  # type: ignore[arg-type]
+
+
+class RejectingChecker:
+    """Reject every completion at the next poll."""
+
+    def __init__(self) -> None:
+        self._results: list[RowResult] = []
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    @property
+    def pending_ids(self) -> list[RequestId]:
+        return [result.id for result in self._results]
+
+    def submit(self, result: RowResult, first_attempt: int) -> None:
+        self._results.append(result)
+
+    def poll(self) -> list[CheckedResult]:
+        results, self._results = self._results, []
+        return [CheckedResult(result, (Rejection("regex", "it is found nowhere"),)) for result in results]
+
+
+def make_checked_loop(
+    engine: FakeEngine, num_rows: int
+) -> tuple[GenerationLoop, FakePlanner, FakeJournal, list[bytes]]:
+    """Return a loop whose completions are all rejected, twice at most, and the records of the attempts."""
+    group, journal, records = SingleRankGroup(), FakeJournal(), list[bytes]()
+    planner = FakePlanner(num_rows, group)
+    tracker = RetryTracker(
+        RetryConfig(max_attempts=2),
+        RejectingChecker(),  # type: ignore[arg-type]
+        lambda row, record: records.append(record),
+        lambda row: None,
+        lambda: 100,
+    )
+    recorder = ResultRecorder(journal, retries=tracker)  # type: ignore[arg-type]
+    return GenerationLoop(planner, engine, recorder, group, DEFAULTS, lambda: None), planner, journal, records
+
+
+def test_rejected_rows_go_to_the_engine_again_until_they_have_no_attempt_left() -> None:
+    loop, planner, journal, records = make_checked_loop(FakeEngine(), 10)
+    totals = loop.run(planner.plan())
+    assert sorted(result.row for result in journal.results) == list(range(10)) and len(records) == 20
+    assert all(result.error is not None and result.error.type == "check_failed" for result in journal.results)
+    assert (totals.num_rows, totals.num_errors, totals.num_rejected_tokens) == (10, 10, 60)
+    assert sum(totals.num_retries) == 10
+    manifest = loop.fill_manifest(RankManifest(0, "node"))
+    assert (manifest.num_retries, manifest.num_rejected_tokens) == ({"regex": 10}, 60)
+
+
+def test_an_abandoned_engines_rejected_rows_are_planned_again_with_their_attempts() -> None:
+    class DyingEngine(FakeEngine):
+        def poll(self, timeout_s: float) -> list[Event]:
+            events = super().poll(timeout_s)
+            if events:
+                self.is_abandoned, self.max_num_seqs = True, 0
+            return events
+
+    loop, planner, journal, records = make_checked_loop(DyingEngine(), 2)
+    with pytest.raises(NoEngineLeft):
+        loop.run(planner.plan())
+    state = planner.states[-1]
+    assert not journal.results and len(state.running) == 0
+    assert list(state.attempts) == records and records, "whoever gets the rows repeats no attempt"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -69,9 +69,9 @@ class CompletionParser:
         self._results: dict[RequestId, RowResult] = {}  # rows that are being parsed
 
     @property
-    def pending_rows(self) -> Sequence[int]:
-        """Rows that are being parsed."""
-        return [id.row for id in self._results]
+    def pending_ids(self) -> Collection[RequestId]:
+        """Ids of the results that are being parsed."""
+        return self._results.keys()
 
     def __len__(self) -> int:
         return len(self._results)

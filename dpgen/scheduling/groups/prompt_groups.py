@@ -25,11 +25,13 @@ class RankState:
         finished: row indices, int64[num_finished].
         lengths: generated tokens of each finished row, int64[num_finished]; 0 for a failed row.
         running: rows that the rank has started and will finish, int64[num_running].
+        attempts: journal records of rejected attempts at rows that the rank has started and won't finish.
     """
 
     finished: np.ndarray = field(default_factory=lambda: _NO_ROWS)
     lengths: np.ndarray = field(default_factory=lambda: _NO_ROWS)
     running: np.ndarray = field(default_factory=lambda: _NO_ROWS)
+    attempts: tuple[bytes, ...] = ()
 
 
 class PromptGroups:
