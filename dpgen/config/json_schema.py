@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from dpgen.config.checks import find_wrong_engine_keys
 from dpgen.config.schema import Config
 from dpgen.config.sections import MISSING
-from dpgen.config.vllm_fields import iter_old_fields
-from dpgen.config.vllm_types import ENGINE_TYPES, ENGINE_VALUES, SAMPLING_TYPES, list_fields
+from dpgen.config.vllm.vllm_fields import iter_old_fields
+from dpgen.config.vllm.vllm_types import ENGINE_TYPES, ENGINE_VALUES, SAMPLING_TYPES, list_fields
 from dpgen.errors import ERROR_TYPES
 
 Schema = dict[str, Any]

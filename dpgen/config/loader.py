@@ -23,7 +23,7 @@ from dpgen.config.output_schema import read_output_schema
 from dpgen.config.schema import Config, find_wrong_values
 from dpgen.config.sections import MISSING
 from dpgen.config.text_files import FILE_KEYS, read_text_files
-from dpgen.config.vllm_fields import describe_home_of_field
+from dpgen.config.vllm.vllm_fields import describe_home_of_field
 from dpgen.config.yaml.layers import escape_dollars, nest
 from dpgen.errors import ConfigError, find_nearest_name, suggest_name
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dpgen.config.vllm_fields import describe_unknown_field
+from dpgen.config.vllm.vllm_fields import describe_unknown_field
 from dpgen.data.openai_batch.requests import select_plain_sampling
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused

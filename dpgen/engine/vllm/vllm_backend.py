@@ -28,7 +28,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from dpgen.config.tools import parse_json_text
-from dpgen.config.vllm_fields import describe_unknown_field
+from dpgen.config.vllm.vllm_fields import describe_unknown_field
 from dpgen.data.hub import explain_hub_error
 from dpgen.data.openai_batch.lines import BAD_REQUEST
 from dpgen.data.prompts.token_ids import reject_unknown_ids
