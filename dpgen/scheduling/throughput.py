@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
 
 _WINDOW_S = 10.0
 _STRAGGLER_FRACTION = 0.7  # of the other ranks' median; a rank below it is a straggler
@@ -12,17 +11,23 @@ UNKNOWN_RATE = -1
 
 
 class ThroughputMeter:
-    """Measure one rank's generated tokens per second over the last ten seconds, or a little more."""
+    """Measure generated tokens per second over the last ten seconds, or a little more.
 
-    def __init__(self) -> None:
+    Args:
+        window_s: over how many seconds.
+        min_window_s: after how many seconds there is a rate; None for `window_s`.
+    """
+
+    def __init__(self, window_s: float = _WINDOW_S, *, min_window_s: float | None = None) -> None:
+        self._window_s, self._min_window_s = window_s, window_s if min_window_s is None else min_window_s
         self._samples: deque[tuple[float, int]] = deque()  # (time in seconds, generated tokens so far)
 
     def record(self, now_s: float, num_generated_tokens: int) -> None:
         """Add the rank's generated tokens so far; call about once a second while the rank generates."""
-        if self._samples and now_s - self._samples[-1][0] > _WINDOW_S:
+        if self._samples and now_s - self._samples[-1][0] > self._window_s:
             self._samples.clear()  # the engine restarted or was idle meanwhile, which is no measure of its speed
         self._samples.append((now_s, num_generated_tokens))
-        while len(self._samples) > 2 and now_s - self._samples[1][0] >= _WINDOW_S:
+        while len(self._samples) > 2 and now_s - self._samples[1][0] >= self._window_s:
             self._samples.popleft()
 
     def reset(self) -> None:
@@ -34,24 +39,33 @@ class ThroughputMeter:
         if not self._samples:
             return UNKNOWN_RATE
         (first_s, first_tokens), (last_s, last_tokens) = self._samples[0], self._samples[-1]
-        if last_s - first_s < _WINDOW_S or now_s - last_s > _WINDOW_S:
+        if last_s - first_s < self._min_window_s or now_s - last_s > self._window_s:
             return UNKNOWN_RATE
         return round((last_tokens - first_tokens) / (last_s - first_s))
 
 
-def find_straggler(rates: Sequence[int]) -> tuple[int, float] | None:
-    """Return the slowest rank and its rate as a fraction of the others' median; None if no rank is a straggler.
+def find_stragglers(rates: Sequence[int]) -> list[tuple[int, float]]:
+    """Return each rank well below the others' median, with its rate as a fraction of that; the slowest first.
 
     Args:
         rates: tokens/s by rank; `UNKNOWN_RATE` excludes a rank.
     """
-    working = [rank for rank, rate in enumerate(rates) if rate != UNKNOWN_RATE]
-    if len(working) < 2:
-        return None
-    slowest = min(working, key=rates.__getitem__)
-    others = median(rates[rank] for rank in working if rank != slowest)
-    fraction = rates[slowest] / others if others else 1.0
-    return (slowest, fraction) if fraction < _STRAGGLER_FRACTION else None
+    working = sorted((rate, rank) for rank, rate in enumerate(rates) if rate != UNKNOWN_RATE)
+    num_others = len(working) - 1
+    stragglers = []
+    for place, (rate, rank) in enumerate(working if num_others > 0 else ()):
+        middle = [k + (k >= place) for k in ((num_others - 1) // 2, num_others // 2)]  # in `working`, without this one
+        others = (working[middle[0]][0] + working[middle[1]][0]) / 2
+        fraction = rate / others if others else 1.0
+        if fraction >= _STRAGGLER_FRACTION:
+            break  # those that follow are faster, and their others' medians are not higher
+        stragglers.append((rank, fraction))
+    return stragglers
+
+
+def find_straggler(rates: Sequence[int]) -> tuple[int, float] | None:
+    """Return the first of `find_stragglers`; None if no rank is a straggler."""
+    return next(iter(find_stragglers(rates)), None)
 
 
 def compute_slowdowns(rates: Sequence[int]) -> list[float]:

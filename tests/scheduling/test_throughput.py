@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from statistics import median
+
+import numpy as np
 import pytest
 
-from dpgen.scheduling.throughput import UNKNOWN_RATE, ThroughputMeter, compute_slowdowns, find_straggler
+from dpgen.scheduling.throughput import (
+    UNKNOWN_RATE,
+    ThroughputMeter,
+    compute_slowdowns,
+    find_straggler,
+    find_stragglers,
+)
 
 
 def test_the_rate_covers_the_last_ten_seconds() -> None:
@@ -46,6 +55,24 @@ def test_a_rank_well_below_the_others_median_is_a_straggler(
     rates: list[int], expected: tuple[int, float] | None
 ) -> None:
     assert find_straggler(rates) == expected
+
+
+def test_all_stragglers_are_found_the_slowest_first() -> None:
+    assert find_stragglers([100, 40, UNKNOWN_RATE, 110, 20, 105, 95]) == [(4, 0.2), (1, 0.4)]
+    rates = [int(rate) for rate in np.random.default_rng(0).integers(0, 200, 51)]
+    expected = []
+    for rank, rate in enumerate(rates):
+        fraction = rate / median(rates[:rank] + rates[rank + 1 :])
+        expected += [(fraction, rank)] if fraction < 0.7 else []
+    assert [(fraction, rank) for rank, fraction in find_stragglers(rates)] == sorted(expected)
+
+
+def test_a_meter_may_answer_before_its_window_is_full() -> None:
+    meter = ThroughputMeter(60.0, min_window_s=1.0)
+    meter.record(0.0, 0)
+    assert meter.get_tokens_per_s(0) == UNKNOWN_RATE
+    meter.record(20.0, 400)
+    assert meter.get_tokens_per_s(20) == 20
 
 
 def test_a_slowdown_is_the_others_mean_rate_over_the_own_rate() -> None:
