@@ -116,6 +116,7 @@ class RankGroup(ABC):
     size: int
     nodes: list[str]  # the node of each rank
     store: CounterStore
+    get_wait_s: Callable[[], float] = staticmethod(lambda: 0.0)  # how long this rank has waited for others by now
     can_shrink = False  # True if the launcher lets ranks continue without a lost one
 
     @property

@@ -38,10 +38,13 @@ class Stage:
     is_slow: bool = False
 
 
-def run_stages(group: RankGroup, stages: Sequence[Stage]) -> None:
+def run_stages(group: RankGroup, stages: Sequence[Stage], on_stage: Callable[[str], None] = lambda name: None) -> None:
     """Run the stages in order, and repeat some of them each time that ranks are lost. Collective.
 
     Returns early if rank 0 has reached the end and waits for no other rank.
+
+    Args:
+        on_stage: called with the name of each stage that begins.
 
     Raises:
         PeerLost: the launcher ends all ranks, or the remaining ones can't be connected.
@@ -51,6 +54,7 @@ def run_stages(group: RankGroup, stages: Sequence[Stage]) -> None:
     while index < len(stages):
         stage = stages[index]
         try:
+            on_stage(stage.name)
             group.enter_phase(stage.name, is_slow=stage.is_slow)
             stage.run()
             index += 1

@@ -81,7 +81,7 @@ class FakeTokenizer:
         return list(text.encode("utf-8"))
 
 
-def _decode(token_ids: list[int]) -> str:
+def decode(token_ids: Sequence[int]) -> str:
     """Return the text of tokens of `FakeTokenizer`; tokens of another vocabulary as numbers."""
     try:
         return bytes(token_ids).decode("utf-8", "replace")
@@ -149,7 +149,7 @@ class FakeBackend:
         if num_prompt_tokens >= self._options.max_model_len:
             limit = self._options.max_model_len
             raise RowRefused("prompt_too_long", f"the prompt has {num_prompt_tokens} tokens, max_model_len={limit}")
-        prompt = _decode(request.prompt_token_ids)
+        prompt = decode(request.prompt_token_ids)
         self._inject_fault(prompt)
         sampling = self._read_sampling(request)
         digest = hashlib.blake2b(f"{prompt}/{sampling.get('seed')}".encode(), digest_size=8)
@@ -199,7 +199,8 @@ class FakeBackend:
 
     def stats(self) -> EngineStats:
         num_running = min(len(self._rows), self._options.max_num_seqs)
-        return EngineStats(self._num_tokens, num_running, len(self._rows) - num_running)
+        usage = round(num_running / self._options.max_num_seqs, 4)
+        return EngineStats(self._num_tokens, num_running, len(self._rows) - num_running, kv_cache_usage=usage)
 
     def close(self) -> None:
         return

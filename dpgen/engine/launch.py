@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,7 @@ class TextPipeline:
         engine_text_config: the engine's part.
         parser: parses the texts of finished rows; None where they stay as they are.
         checker: checks these texts; None where all pass.
+        decode: returns the text of any token ids, special tokens included; None where only the engine can.
     """
 
     render: RenderFn
@@ -162,6 +163,7 @@ class TextPipeline:
     engine_text_config: EngineTextConfig = field(default_factory=EngineTextConfig)
     parser: CompletionParser | None = None
     checker: CompletionChecker | None = None
+    decode: Callable[[Sequence[int]], str] | None = None
 
     def wait_until_ready(self, on_wait: Callable[[], None]) -> Mapping[str, Any]:
         """Wait for the parser and the checks, and return the fields of SamplingParams that the parser needs.
@@ -231,11 +233,12 @@ def _build_pipeline(config: Config, log: EngineLog, rows: InputRows) -> TextPipe
         None if fast is None else Detokenizer(fast),
         EngineTextConfig(skip_detokenize=fast is not None, parsers=parsers),
         start_parser(tokenizer_config),
+        decode=tokenizer.decode,
     )
 
 
 def _build_fake_text_pipeline(config: Config, has_added_nulls: bool, parser: CompletionParser | None) -> TextPipeline:
-    from dpgen.engine.fake_backend import FakeTokenizer
+    from dpgen.engine.fake_backend import FakeTokenizer, decode
 
     prompt_config = config.prompt
     if prompt_config.is_chat and (note := check_chat_without_tokenizer(prompt_config, config.model)):
@@ -255,7 +258,7 @@ def _build_fake_text_pipeline(config: Config, has_added_nulls: bool, parser: Com
         prompt = tokenize(renderer.build_prompt(row))
         return RenderedPrompt(prompt + completion, num_completion_tokens=len(completion))
 
-    return TextPipeline(add_server_requests(render, prompt_config), parser=parser)
+    return TextPipeline(add_server_requests(render, prompt_config), parser=parser, decode=decode)
 
 
 def _wrap_prompt(prompt: Prompt) -> RenderedPrompt:

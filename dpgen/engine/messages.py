@@ -204,6 +204,7 @@ class EngineStats:
         num_cached_tokens: prompt tokens of finished rows that were in the prefix cache.
         num_computed_tokens: tokens of all rows that are in the KV cache or were, prompts included; a preempted
             sequence's count again from 0.
+        kv_cache_usage: fraction of the KV cache in use now; None where the engine does not say.
     """
 
     num_generated_tokens: int = 0
@@ -212,6 +213,7 @@ class EngineStats:
     num_preemptions: int = 0
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
+    kv_cache_usage: float | None = None
 
     @property
     def progress(self) -> tuple[int, ...]:
@@ -227,6 +229,7 @@ class EngineStats:
             earlier.num_preemptions + self.num_preemptions,
             earlier.num_cached_tokens + self.num_cached_tokens,
             earlier.num_computed_tokens + self.num_computed_tokens,
+            self.kv_cache_usage,
         )
 
 

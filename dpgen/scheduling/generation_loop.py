@@ -132,6 +132,9 @@ class GenerationLoop:
         results: records every result.
         group: the ranks.
         stop_reason: returns why the run must stop now; None to continue.
+
+    Attributes:
+        engine_stats: the engine's newest statistics, since the start of the attempt; None before the first.
     """
 
     def __init__(
@@ -147,6 +150,7 @@ class GenerationLoop:
         self._leading_errors, self._stop_reason = LeadingErrorCheck(config.max_leading_errors), stop_reason
         self._admission = AdmissionController(config.reserve_rows, config.num_samples)
         self._throughput = ThroughputMeter()
+        self.engine_stats: EngineStats | None = None
         self._source: RequestSource
         self._on_progress: Callable[[Totals], None]
         # Rows, and the tokens of each: twelve bytes a row, where a dictionary would take a hundred.
@@ -273,7 +277,7 @@ class GenerationLoop:
                 self._record_all(event)
 
     def _apply_engine_stats(self, stats: EngineStats) -> None:
-        now = time.monotonic()
+        now, self.engine_stats = time.monotonic(), stats
         self._local.num_generated_tokens = max(stats.num_generated_tokens, self._num_kept_tokens)
         self._local.num_cached_tokens = stats.num_cached_tokens
         num_before, self._local.num_preemptions = self._local.num_preemptions, stats.num_preemptions

@@ -197,11 +197,13 @@ class ShardPlanner:
 
     def build_succeeded_request(self) -> Request | None:
         """Return the request of `succeeded_row`, to generate it once more; None if there is none."""
-        if self.succeeded_row is None:
-            return None
+        return None if self.succeeded_row is None else self.build_request(self.succeeded_row)
+
+    def build_request(self, row: int) -> Request | None:
+        """Return the request of a row once more; None if it is rejected now."""
         try:
-            [row] = self._rows.iter_rows(np.array([self.succeeded_row]), self._config.columns)
-            return self._builder.build(self.succeeded_row, row)
+            [columns] = self._rows.iter_rows(np.array([row]), self._config.columns)
+            return self._builder.build(row, columns)
         except RowRefused:  # it needs more time to render than it did then
             return None
 

@@ -93,3 +93,16 @@ def test_a_note_of_an_earlier_group_counts_for_nothing_after_a_loss(caplog: pyte
     clock.now_s += 12
     on_wait()
     assert caplog.messages == ["waiting for 1 of 2 ranks: rank 1 (starting)"]
+
+
+def test_a_rank_knows_for_how_long_it_has_waited() -> None:
+    store, clock = CountedStore(), FakeClock(100.0)
+    _, log = make_logs(store, clock, [0, 1], 2)
+    assert log.wait_s == 0
+    on_wait = log.start()
+    for second in range(21):
+        clock.now_s = 100.0 + second
+        on_wait()
+    assert log.wait_s == 20
+    clock.now_s += 5  # the collective is complete, and the rank works
+    assert log.wait_s == 0

@@ -276,6 +276,7 @@ class GlooGroup(RankGroup):
                 on_wait=self._on_shrink_wait,
             )
             self._wait_log = WaitLog(self.store, self.rank, lambda: self._membership.members)
+            self.get_wait_s = lambda: self._wait_log.wait_s
         except (RuntimeError, ValueError, OSError) as error:
             raise JoinFailed(
                 f"rank {self.rank} could not join the group of {self.size} ranks at "

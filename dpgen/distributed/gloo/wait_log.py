@@ -20,6 +20,7 @@ from dpgen.log import NoticeTimer
 logger = logging.getLogger(__name__)
 
 _NOTE_AFTER_S = 5.0
+_SEEN_WAITING_S = 3.0  # a rank that waits is seen waiting more often
 _MAX_LISTED_RANKS = 5
 _PHASE = "dpgen/phase"  # store key: what each rank does, in words
 _WAITING = "dpgen/waiting"  # store key: each rank's note of a collective
@@ -44,6 +45,7 @@ class WaitLog:
     ) -> None:
         self._store, self._rank, self._list_members, self._clock = store, rank, list_members, clock
         self._epoch = self._num_started = 0
+        self._last_wait_s = (0.0, 0.0)  # when this rank began to wait, and when it was seen waiting
 
     def begin_epoch(self, epoch: int) -> None:
         """Number the collectives from 1 again, since the group is new or has shrunk."""
@@ -60,15 +62,24 @@ class WaitLog:
         key = f"{_PHASE}/{member}"
         return str(self._store.get(key).decode()) if self._store.check([key]) else "starting"
 
+    @property
+    def wait_s(self) -> float:
+        """Return for how many seconds this rank has waited by now; 0 if it does not wait. Any thread may ask."""
+        start_s, seen_s = self._last_wait_s
+        return seen_s - start_s if self._clock() - seen_s < _SEEN_WAITING_S else 0.0
+
     def start(self) -> Callable[[], None]:
         """Number the next collective, and return what to call at each turn of the wait for it."""
         self._num_started += 1
         number = self._num_started
-        timer, note_due_s, has_noted = NoticeTimer(self._clock), self._clock() + _NOTE_AFTER_S, False
+        start_s = self._clock()
+        timer, has_noted = NoticeTimer(self._clock), False
 
         def on_wait() -> None:
             nonlocal has_noted
-            if not has_noted and self._clock() >= note_due_s:
+            now_s = self._clock()
+            self._last_wait_s = (start_s, now_s)
+            if not has_noted and now_s >= start_s + _NOTE_AFTER_S:
                 has_noted = True
                 self._store.set(_make_key(self._rank), str(self._make_note(number)))
             if timer.is_due():

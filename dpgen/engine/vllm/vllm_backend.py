@@ -179,6 +179,7 @@ class VllmBackend:
             self._num_finished_prompt_tokens
             + self._num_finished_tokens
             + sum(request.num_computed_tokens for request in scheduler.requests.values()),
+            round(scheduler.kv_cache_manager.usage, 4),
         )
 
     def close(self) -> None:
