@@ -16,6 +16,7 @@ from dpgen.errors import EXIT_OK, EXIT_USAGE
 COMMANDS = {
     "run": "generate every row of a dataset that has no result yet",
     "config": "show a configuration as it resolves, with where each value comes from",
+    "status": "show how a run is, from any shell",
     "verify": "check a run directory, complete or not",
     "export": "write a run's rows as Parquet, JSON lines, CSV or a dataset of the Hub",
     "slurm": "print the sbatch script for a configuration, or submit it",

@@ -28,3 +28,13 @@ def format_duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def escape_text(text: str) -> str:
+    """Return foreign text on one line, safe for a terminal: what does not print as itself becomes an escape.
+
+    That is control characters, line breaks, marks that change the direction of text, and halves of pairs.
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text
+    )

@@ -34,7 +34,7 @@ from dpgen.engine.loading import ModelLoader
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE, DpgenError
-from dpgen.formatting import format_count, format_duration
+from dpgen.formatting import format_count
 from dpgen.journal.engine_notes import remove_engine_notes
 from dpgen.journal.row_notes import RowNote, compute_overdue_s, open_note
 from dpgen.journal.row_watch import RowWatch
@@ -43,9 +43,11 @@ from dpgen.journal.run_identity import compute_run_identity, describe_hashed_fil
 from dpgen.journal.writer import JournalWriter
 from dpgen.lifecycle.shutdown import ShutdownMonitor, find_deadline
 from dpgen.lifecycle.status_file import StatusFile
-from dpgen.monitoring.progress import ProgressDisplay
-from dpgen.monitoring.run_report import summarize_run
+from dpgen.monitoring.run_monitor import RunMonitor
+from dpgen.monitoring.run_report import describe_generation, summarize_run
 from dpgen.monitoring.startup import StartupTimer
+from dpgen.monitoring.status.reporter import EngineView, RankReporter
+from dpgen.monitoring.trackers import check_trackers
 from dpgen.output.column_check import check_columns, list_used_columns
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.format_check import check_output_format
@@ -64,10 +66,17 @@ from dpgen.scheduling.totals import Totals
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config, topology: Topology, group: RankGroup, status_file: StatusFile, startup: StartupTimer) -> None:
+def run(
+    config: Config,
+    topology: Topology,
+    group: RankGroup,
+    status_file: StatusFile,
+    startup: StartupTimer,
+    reporter: RankReporter | None = None,
+) -> None:
     """Generate every row of `config.data` that has no result yet, and write the final dataset. Collective.
 
-    Keeps `status_file.num_done` current, and marks each phase of the start-up in `startup`.
+    Keeps `status_file.num_done` current, marks each phase of the start-up in `startup`, and keeps `reporter` informed.
 
     Raises:
         ConfigError: something in the configuration or the input is wrong. No model was loaded.
@@ -78,7 +87,8 @@ def run(config: Config, topology: Topology, group: RankGroup, status_file: Statu
     if config.parallel.launcher == "external":
         group.can_shrink = False  # a lost rank was a part of other ranks' engines
     with shutdown.handle_signals(), ExitStack() as stack:
-        job = _Job(config, topology, group, stack, shutdown, _Reports(status_file, startup))
+        reports = _Reports(status_file, startup, reporter or RankReporter())
+        job = _Job(config, topology, group, stack, shutdown, reports)
         stages = [
             Stage("reading the input", job.begin, is_slow=True),
             Stage("planning", job.plan, is_slow=True),
@@ -86,7 +96,8 @@ def run(config: Config, topology: Topology, group: RankGroup, status_file: Statu
             Stage("generating", job.generate, repeat_from="planning"),
             Stage("gathering the result", job.gather, repeat_from="planning"),
         ]
-        run_stages(group, stages)
+        run_stages(group, stages, reports.reporter.enter_phase)
+        reports.reporter.enter_phase("writing the result")
         group.enter_phase("writing the result", is_slow=True)
         job.write()
 
@@ -96,6 +107,7 @@ class _Reports(NamedTuple):
 
     status_file: StatusFile
     startup: StartupTimer
+    reporter: RankReporter
 
 
 class _Job:
@@ -118,6 +130,7 @@ class _Job:
     _source: RequestSource
     _loader: ModelLoader
     _loop: GenerationLoop
+    _monitor: RunMonitor
 
     def __init__(
         self,
@@ -130,7 +143,7 @@ class _Job:
     ) -> None:
         self._config, self._topology, self._group = config, topology, group
         self._stack, self._shutdown = stack, shutdown
-        self._status_file, self._startup = reports
+        self._status_file, self._startup, self._reporter = reports
         self._engine_log = EngineLog(config.run.log_level)
         self._started_engine: EngineSupervisor | None = None
         self._loaded_text: TextPipeline | None = None
@@ -173,6 +186,7 @@ class _Job:
         self._text_needs = group.run_on_all_ranks(lambda: self._text.wait_until_ready(group.raise_if_peer_failed))
         startup.mark("engine's options")
         self._attempt = begin_attempt(config, group, self._run_dir, identity, start, self._rows.fingerprint)
+        self._reporter.begin_attempt(self._attempt)
         if group.rank == 0:
             self._run_dir.update_metadata(**describe_hashed_files(self._rows, fingerprint))
         used_columns = [] if self._rows.is_empty else list_used_columns(config, self._rows.columns)
@@ -182,6 +196,7 @@ class _Job:
         self._planner = self._make_planner()
         self._loader = ModelLoader(config.parallel, self._layout, group, startup.mark)
         self._loop = self._make_loop()
+        self._monitor = self._make_monitor()
 
     def _start_engine(self) -> None:
         start = prepare_engine(self._config, self._topology, self._layout, self._group, self._engine_log)
@@ -221,7 +236,9 @@ class _Job:
         return ShardPlanner(planner_config, self._rows, self._run_dir.journal, self._group, builder)
 
     def _make_loop(self) -> GenerationLoop:
-        config, results = self._config, self._make_recorder()
+        config = self._config
+        recorder = ResultRecorder(self._journal, self._text.detokenizer, self._note, self._text.parser)
+        results = self._reporter.tally.observe(recorder)
         num_samples = config.sampling.get("n") or 1
         loop_config = LoopConfig(config.work.reserve_rows, num_samples, config.run.max_leading_errors)
         stop_reason = lambda: self._shutdown.reason  # noqa: E731 - asked again and again
@@ -238,6 +255,12 @@ class _Job:
                 lambda: self._engine.max_model_len,
             )
         return ResultRecorder(self._journal, self._text.detokenizer, self._note, self._text.parser, retries)
+
+    def _make_monitor(self) -> RunMonitor:
+        loop, engine, group = self._loop, self._engine, self._group
+        self._reporter.logs_failure = group.is_node_leader
+        self._reporter.view = EngineView(lambda: loop.engine_stats, lambda: engine.num_deaths, group.get_wait_s)
+        return RunMonitor(self._config, self._run_dir, len(self._rows), self._reporter, is_rank_0=group.rank == 0)
 
     # ---- plan
 
@@ -258,6 +281,7 @@ class _Job:
         """Log what is left to do, and in which order."""
         num_rows = len(self._rows)
         self._status_file.num_done = self._num_before = num_rows - num_remaining
+        self._reporter.count_rows(num_rows, self._num_before)
         is_shared = self._layout.has_shared_engine
         ranks = format_count(self._layout.num_engines if is_shared else self._group.size, "rank")
         if self._attempt == 1:
@@ -293,15 +317,13 @@ class _Job:
         """Generate until no rank has unfinished work: the unfinished-work all-reduce. Rank 0 shows the progress."""
         if not self._needs_engine:
             return
-        progress = ProgressDisplay(len(self._rows), self._num_before, self._config.run.progress_interval_s)
+        monitor, started_s = self._monitor, time.monotonic()
 
         def on_progress(totals: Totals) -> None:
             self._status_file.num_done = self._num_before + totals.num_rows
-            progress.update(totals)
+            monitor.update(totals)
 
-        started_s = time.monotonic()
-        if self._group.rank == 0:
-            progress.open_bar()
+        monitor.begin(self._num_before)
         try:
             with self._shutdown.defer_signals():
                 totals = self._loop.run(self._source, on_progress)
@@ -312,14 +334,8 @@ class _Job:
             self._note_engine()
             raise
         finally:
-            progress.close()
-        elapsed_s = time.monotonic() - started_s
-        num_generated = totals.num_rows - totals.num_errors
-        logger.info(
-            f"generated {format_count(num_generated, 'row')}, {format_count(totals.num_generated_tokens, 'token')} "
-            f"in {format_duration(elapsed_s)} ({totals.num_generated_tokens / max(elapsed_s, 1e-9):,.0f} tokens/s)"
-            + (f", {format_count(totals.num_errors, 'row')} failed" if totals.num_errors else "")
-        )
+            monitor.end()
+        logger.info(describe_generation(totals, time.monotonic() - started_s))
 
     def _note_engine(self) -> None:
         """Note for the next attempt how this rank's engine ended, where engines share their work."""
@@ -349,6 +365,7 @@ class _Job:
         if not self._is_complete:
             self._engine.stop()  # the engine frees the model's memory while the result is written
             self._journal.close()
+            self._monitor.log_rows(self._planner.build_request, self._text.decode)
             if self._group.rank == 0:
                 self._write_result()
         self._group.reach_milestone("complete")
@@ -375,8 +392,7 @@ def _watch_for_shutdown(config: Config, status_file: StatusFile) -> ShutdownMoni
         monotonic_s=time.monotonic(),
         epoch_s=time.time(),
     )
-    shutdown = ShutdownMonitor(deadline_s, deadline_name, before_exit=lambda: status_file.write_once(EXIT_RESUMABLE))
-    return shutdown
+    return ShutdownMonitor(deadline_s, deadline_name, before_exit=lambda: status_file.write_once(EXIT_RESUMABLE))
 
 
 def _watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: StatusFile) -> RowWatch:
@@ -390,7 +406,12 @@ def _watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: St
 
 
 def _check_output(config: Config, rows: InputRows) -> None:
-    """Log what of the result stays JSON text; raise ConfigError if its files can't hold what a kept column holds."""
+    """Check what rank 0 alone can tell, before a model loads.
+
+    Raises:
+        ConfigError: a tracker can't run, or a file of the result can't hold what a kept column holds.
+    """
+    check_trackers(config.output.track)
     if config.output.schema is not None and (note := derive_type(config.output.schema).describe_text_parts()):
         logger.info(note)
     if not rows.is_empty:

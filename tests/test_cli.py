@@ -190,7 +190,7 @@ def test_bash_completes_commands_options_keys_and_their_values(tmp_path: Path) -
     (tmp_path / "conf.yaml").write_text("")
     (tmp_path / "complete.sh").write_text(script + COMPLETE)
     expected = {
-        "dpgen s": {"slurm", "simulate"},
+        "dpgen s": {"status", "slurm", "simulate"},
         "dpgen verify --no": {"--no-input"},
         "dpgen run con": {"conf.yaml", "configs"},
         "dpgen run da": {"data."},

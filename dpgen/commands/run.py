@@ -18,6 +18,7 @@ import signal
 import textwrap
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpgen.commands.parser import CommandParser, complete_configuration
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from dpgen.distributed.group import RankGroup
     from dpgen.distributed.rendezvous import Departure
     from dpgen.distributed.topology import Topology
+    from dpgen.monitoring.status.reporter import RankReporter
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +83,12 @@ def main(options: argparse.Namespace) -> int:
     from dpgen.distributed.group import SingleRankGroup
     from dpgen.distributed.rendezvous import Departure
     from dpgen.distributed.topology import fill_local_rank, read_topology
+    from dpgen.monitoring.status.reporter import RankReporter
 
     group: RankGroup = SingleRankGroup()
-    departure = Departure()
+    departure, reporter = Departure(), RankReporter()
     startup, status_file = StartupTimer(), StatusFile(os.environ)
+    startup.on_mark = reporter.end_step
     started_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     log_format = _find_log_format(None, options.arguments)
     setup_logging(0, log_format)  # until the configuration and the rank are known
@@ -92,6 +96,7 @@ def main(options: argparse.Namespace) -> int:
     def leave(reason: str) -> None:
         departure.announce(reason)
         status_file.write_once(group.first_failure_status() or EXIT_RESUMABLE)
+        reporter.finish(Interrupted(reason))
 
     exit_on_signal(
         leave,
@@ -99,15 +104,14 @@ def main(options: argparse.Namespace) -> int:
         None if started_by_torchrun else lambda message: _write_error(Interrupted(message), log_format),
     )
     if started_by_torchrun:
-        from dpgen.lifecycle.parent_death import set_parent_death_signal
-
-        set_parent_death_signal(signal.SIGTERM)  # a killed torchrun leaves no ranks waiting for its store
+        _end_with_torchrun()
     try:
         loaded = _try_load_config(options)
         log_format = _find_log_format(loaded, options.arguments)
         setup_logging(0, log_format)
         topology = read_topology(os.environ)
         setup_logging(topology.dp_rank, log_format)
+        _start_reporter(reporter, loaded, topology)
         if topology.dp_size > 1:
             group = _join_ranks(topology, status_file, departure)
             topology = fill_local_rank(topology, group.nodes)
@@ -120,20 +124,28 @@ def main(options: argparse.Namespace) -> int:
             from dpgen.run import run
 
         config = group.run_on_all_ranks(lambda: resolve_format(config))
-
-        run(config, topology, group, status_file, startup)
+        run(config, topology, group, status_file, startup, reporter)
+        reporter.finish()
         status_file.write(EXIT_OK)
         return EXIT_OK
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        reporter.finish(error)
         return 130
     except DpgenError as error:
-        return _report_failure(group, status_file, error, log_format)
+        return _report_failure(group, status_file, reporter, error, log_format)
     except Exception as error:  # the process boundary: a fault of dpgen's, or of a library's
         logger.error("unexpected error", exc_info=error)
         message = f"{type(error).__name__}: {error} (a fault in dpgen or a library; see above)"
-        return _report_failure(group, status_file, DpgenError(message), log_format)
+        return _report_failure(group, status_file, reporter, DpgenError(message), log_format)
     finally:
         group.close()
+
+
+def _end_with_torchrun() -> None:
+    """Let the kernel end this rank with its torchrun: a killed one leaves no ranks waiting for its store."""
+    from dpgen.lifecycle.parent_death import set_parent_death_signal
+
+    set_parent_death_signal(signal.SIGTERM)
 
 
 def format_config_help() -> str:
@@ -171,6 +183,14 @@ def _get_config(loaded: Config | Exception) -> Config:
     return loaded
 
 
+def _start_reporter(reporter: RankReporter, loaded: Config | Exception, topology: Topology) -> None:
+    if isinstance(loaded, Exception):
+        return
+    reporter.start(Path(loaded.run.dir).expanduser(), topology.dp_rank, topology.dp_size)
+    if topology.dp_size > 1:
+        reporter.enter_phase("joining the other ranks")
+
+
 def _find_log_format(loaded: Config | Exception | None, arguments: Sequence[str]) -> LogFormat:
     if loaded is None or isinstance(loaded, Exception):
         return "json" if "run.log_format=json" in arguments else "text"
@@ -199,10 +219,13 @@ def _join_ranks(topology: Topology, status_file: StatusFile, departure: Departur
     return GlooGroup(topology, lambda: status_file.write_once(EXIT_RESUMABLE), departure)
 
 
-def _report_failure(group: RankGroup, status_file: StatusFile, error: DpgenError, log_format: LogFormat) -> int:
+def _report_failure(
+    group: RankGroup, status_file: StatusFile, reporter: RankReporter, error: DpgenError, log_format: LogFormat
+) -> int:
     """Announce the error to the other ranks, report it if no other rank has, and return the exit status."""
     from dpgen.distributed.group import PeerLost, StoreLost
 
+    reporter.finish(error)
     if isinstance(error, (PeerLost, StoreLost)):
         status_file.write_once(error.exit_status)  # if rank 0 is the one that was lost, it writes no status
     is_reported_by_peer = type(error) is PeerFailed

@@ -18,6 +18,7 @@ from dpgen.lifecycle.shutdown import parse_time_limit
 if TYPE_CHECKING:
     from dpgen.config.sections import DataConfig, OutputConfig, RunConfig
 
+TRACKERS = ("prometheus", "tensorboard", "wandb")
 # Fields of SamplingParams whose log-probabilities are in the result.
 LOGPROB_FIELDS = ("logprobs", "logprob_token_ids", "prompt_logprobs")
 # Of sampling.structured_outputs: what a text must follow. The other fields say how.
@@ -84,6 +85,13 @@ def find_keys_without_effect_on_requests(
     keys += ["sampling.from_columns"] if sampling.get("from_columns") else []
     for key in keys:
         yield f"{key} has no effect: with data.format=openai_batch each line is a whole request; leave one of them out"
+
+
+def find_wrong_output(output: OutputConfig) -> Iterator[str]:
+    """Yield one line for each wrong value of `output`."""
+    for name in output.track:
+        if name not in TRACKERS:
+            yield f"output.track: there is no {name!r}{suggest_name(name, TRACKERS, 'trackers')}"
 
 
 def find_wrong_engine_keys(engine: Mapping[str, Any]) -> Iterator[str]:

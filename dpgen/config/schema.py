@@ -149,6 +149,7 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}='': must be a text, or null for none"
     yield from checks.find_wrong_run_values(sections["run"])
     yield from checks.find_wrong_input(sections["data"], sections["model"])
+    yield from checks.find_wrong_output(sections["output"])
     yield from checks.find_wrong_engine_keys(sections["engine"])
     yield from checks.find_wrong_adapters(sections["lora"])
     yield from checks.find_wrong_sampling(sections["sampling"], sections["sampling_by_rank"])

@@ -71,6 +71,17 @@ class RunConfig:
     time_limit: str | None = option("stop after this time, resumable: seconds, or 'H:MM:SS' (in quotes, for YAML)")
     stop_margin_s: float = option("seconds before SLURM's end time at which the run stops", 60.0, minimum=0)
     progress_interval_s: float = option("seconds between progress lines where there is no terminal", 30.0, minimum=0.1)
+    progress: Literal["run", "ranks"] = option(
+        "what is shown while a run goes: the whole run, or ranks for a line on each rank, too; 'dpgen status' shows "
+        "both at any time",
+        "run",
+    )
+    show_rows: int = option(
+        "how many rows are logged at the end, drawn from those of rank 0: the end of the prompt, the beginning of the "
+        "answer",
+        3,
+        minimum=0,
+    )
     max_leading_errors: int = option(
         "stop the run if its first rows all fail, this many of them and a few from the rest of the order, since then "
         "the fault is not in the rows; 0: never; without effect once a row of the run has succeeded",
@@ -251,6 +262,12 @@ class OutputConfig:
         "a JSON Schema that every text follows: the schema itself, its file ('@schemas/answer.json'), or the import "
         "path of a Pydantic model (package.module:Model); sets sampling.structured_outputs.json and parse=json, and "
         "gives the column parsed its types"
+    )
+    track: list[str] = option(
+        "where the run's numbers go beside RUN_DIR/status: prometheus (a text file, RUN_DIR/status/metrics.prom), "
+        "tensorboard (RUN_DIR/status/tensorboard), wandb (set up by its own variables, e.g. WANDB_PROJECT); each needs "
+        "its package",
+        factory=list,
     )
 
     @property

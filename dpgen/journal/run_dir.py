@@ -4,6 +4,7 @@
     run.json      the run's identity, its attempt, the engine's limits, the ranks' manifests
     journal/      every finished row, in segments of one attempt of one rank each
     logs/         what each rank's engine printed
+    status/       what each rank does now, and over time
     dataset/      the final rows, in input order
     _SUCCESS      counts and a hash of the results, written last
 
@@ -29,7 +30,7 @@ from dpgen.journal.reader import index_journal
 from dpgen.journal.run_identity import diff_identities, get_num_rows
 
 # "ranks" is of older versions. Hidden files (.lock, .dataset.tmp) are ignored.
-_RUN_FILES = frozenset(["journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs"])
+_RUN_FILES = frozenset(["journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs", "status"])
 
 
 class RunDir:
@@ -40,6 +41,7 @@ class RunDir:
         self.journal = self.path / "journal"
         self.dataset = self.path / "dataset"
         self.logs = self.path / "logs"
+        self.status = self.path / "status"
         self.success = self.path / "_SUCCESS"
         self._run_json = self.path / "run.json"
 
@@ -139,8 +141,9 @@ class RunDir:
         if not self.path.is_dir():
             raise ConfigError(f"run.dir={self.path} is a file: must be a directory")
         names = {path.name for path in self.path.iterdir() if not path.name.startswith(".")}
-        # An empty journal is of a start that ended before it had written anything.
-        if resume == "never" and (names - {"journal"} or (self.journal.is_dir() and any(self.journal.iterdir()))):
+        # An empty journal is of a start that ended before it had written anything, and ranks that start write a status.
+        has_journal = self.journal.is_dir() and any(self.journal.iterdir())
+        if resume == "never" and (has_journal or names - {"journal", "status"}):
             raise ConfigError(
                 f"run.resume=never: run.dir={self.path} is not empty. Choose another directory (dpgen deletes nothing)"
             )

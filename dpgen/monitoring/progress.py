@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dpgen.config.completion_checks import CHECK_NAMES
 from dpgen.formatting import format_count, format_duration
 from dpgen.monitoring.run_report import format_fraction, format_retries
+from dpgen.monitoring.time_left import estimate_time_left
 from dpgen.scheduling.throughput import find_straggler
 from dpgen.scheduling.totals import Totals
 
@@ -29,6 +30,7 @@ class ProgressDisplay:
         num_rows: rows of the whole run.
         num_before: rows that earlier attempts have finished.
         interval_s: seconds between log lines where there is no terminal.
+        format_ranks: returns a line for each rank, given the rates in the totals; None to show the whole run only.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class ProgressDisplay:
         num_rows: int,
         num_before: int,
         interval_s: float,
+        format_ranks: Callable[[Sequence[int]], list[str]] | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._num_rows, self._num_before = num_rows, num_before
         self._interval_s, self._clock = interval_s, clock
+        self._format_ranks = format_ranks or (lambda rates: [])
         self._start_s = clock()
         self._next_line_s = self._start_s + interval_s
         self._window_start = (self._start_s, 0)  # (time in seconds, generated tokens by then)
@@ -59,10 +63,13 @@ class ProgressDisplay:
         """Show the totals of all ranks; never blocks."""
         now_s = self._clock()
         if self._bar is not None:
-            self._bar.show(self._num_before + totals.num_rows, self._format_bar_text(totals, now_s))
+            text = self._format_bar_text(totals, now_s)
+            self._bar.show(self._num_before + totals.num_rows, text, self._format_ranks(totals.rates))
         elif now_s >= self._next_line_s:
             self._next_line_s = now_s + self._interval_s
             logger.info(self.format_line(totals, now_s))
+            for line in self._format_ranks(totals.rates):
+                logger.info(line)
 
     def close(self) -> None:
         """Close the bar; safe to call twice."""
@@ -86,11 +93,9 @@ class ProgressDisplay:
         return f"{rows_per_s:,.1f} rows/s, {rates}, {time_left}"
 
     def _format_time_left(self, totals: Totals, now_s: float) -> str:
-        elapsed_s = now_s - self._start_s
-        if not totals.num_rows or elapsed_s <= 0:
-            return "time left unknown"
         num_remaining = self._num_rows - self._num_before - totals.num_rows
-        return f"{format_duration(num_remaining * elapsed_s / totals.num_rows)} left"
+        left = estimate_time_left([(self._start_s, 0), (now_s, totals.num_rows)], num_remaining)
+        return "time left unknown" if left is None else f"{format_duration(left.expected_s)} left"
 
     def _format_rates(self, totals: Totals, now_s: float) -> str:
         start_s, num_tokens = self._window_start

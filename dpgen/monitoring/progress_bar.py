@@ -13,6 +13,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -38,19 +39,27 @@ class TerminalBar:
 
     def __init__(self, num_rows: int, num_done: int) -> None:
         self._num_rows = num_rows
-        self._state = (num_done, "")  # one object, so that the thread never sees one half new and the other old
+        # One object, so that the thread never sees one part new and another one old.
+        self._state: tuple[int, str, Sequence[str]] = (
+            num_done,
+            "",
+            (),
+        )
         self._start_s = time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._draw, name="progress", daemon=True)
         self._thread.start()
 
-    def show(self, num_done: int, text: str) -> None:
-        """Show the number of rows done, and a text below the bar, from the next redraw on; never blocks.
+    def show(self, num_done: int, text: str, lines: Sequence[str] = ()) -> None:
+        """Show the number of rows done, a text below the bar and lines below that, from the next redraw on.
+
+        Never blocks.
 
         Args:
             num_done: ignored if less than before: the sum over the ranks shrinks when one is lost.
+            lines: the terminal shows as many as it has room for.
         """
-        self._state = (max(self._state[0], num_done), text)
+        self._state = (max(self._state[0], num_done), text, lines)
 
     def close(self) -> None:
         """Draw the last state and end the thread, or leave it behind if the terminal takes nothing for two seconds."""
@@ -74,7 +83,7 @@ class TerminalBar:
             logger.debug("the progress bar ended early", exc_info=True)
 
     def _render(self) -> Group:
-        num_done, text = self._state
+        num_done, text, lines = self._state
         fraction = num_done / self._num_rows if self._num_rows else 1.0
         line = Table.grid(padding=(0, 1), expand=True)
         line.add_column(no_wrap=True)
@@ -86,7 +95,8 @@ class TerminalBar:
             f"{num_done:,}/{self._num_rows:,} rows",
         )
         elapsed = f"{format_duration(time.monotonic() - self._start_s)} elapsed"
-        return Group(line, Text(f"{text}, {elapsed}" if text else elapsed))
+        below = Text(f"{text}, {elapsed}" if text else elapsed)
+        return Group(line, below, *(Text(rank, no_wrap=True, overflow="ellipsis") for rank in lines))
 
 
 def can_draw() -> bool:

@@ -12,9 +12,9 @@ import yaml
 from helpers.jobs import REPO
 
 from dpgen.cli import main
-from dpgen.config.vllm import vllm_types
 from dpgen.config.json_schema import build_json_schema, list_value_choices
 from dpgen.config.options import legal_keys
+from dpgen.config.vllm import vllm_types
 from dpgen.config.yaml.yaml_source import read_file
 
 SHIPPED = REPO / "conf" / "config.schema.json"

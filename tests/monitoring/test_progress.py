@@ -199,6 +199,18 @@ def test_the_bar_never_goes_back() -> None:
     assert next(line for line in screen if "rows" in line).endswith(" 700/1,000 rows"), screen
 
 
+def test_a_line_for_each_rank_stands_below_the_bar() -> None:
+    with open_terminal() as terminal:
+        bar = TerminalBar(1000, 400)
+        bar.show(700, "text", [f"rank {rank}: 1,200 tokens/s {'and more ' * 30}" for rank in range(3)])
+        bar.close()
+        screen = render_screen(read_all(terminal))
+    [bar_row] = [row for row, line in enumerate(screen) if " 700/1,000 rows" in line]
+    ranks = [line for line in screen[bar_row:] if line.startswith("rank ")]
+    assert [line.partition(" and")[0] for line in ranks] == [f"rank {rank}: 1,200 tokens/s" for rank in range(3)]
+    assert len({len(line) for line in ranks}) == 1, "cut off where the terminal ends"
+
+
 # ---- without a terminal
 
 
