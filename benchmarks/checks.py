@@ -1,0 +1,124 @@
+"""Measure what checks cost: a JSON Schema, and a Python check that fails a fifth of all attempts, on the real engine.
+
+    python benchmarks/checks.py [--rows 10000] [--rounds 3] [--ranks 1]
+
+The tests' tiny model writes JSON by a grammar. Ways, in turn in every round:
+- checked: rows are generated until they pass, at most --max-attempts times
+- unchecked: as many rows as the checked run is expected to make attempts, so that both generate equally many tokens
+
+Compares generated tokens per second from the first row submitted to the last one finished. Exits with an error unless
+every row is valid or explained. Prints one JSON line last: attempts over their expected number, and the throughputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from measure import (
+    REPO,
+    TINY_ENGINE,
+    compute_ratio,
+    make_parser,
+    make_rows,
+    make_tiny_model,
+    measure_in_turn,
+    run_benchmark,
+    time_dpgen,
+    write_rows,
+)
+
+FAILING_FRACTION = 0.2
+SCHEMA = {"type": "array", "items": {"enum": [10, 200, 3000]}, "minItems": 16, "maxItems": 16}
+
+
+def fail_a_fifth(row: dict[str, Any], completion: Any) -> bool | str:
+    """Fail by the row and the attempt alone; called by dpgen's workers."""
+    digest = hashlib.blake2b(f"{row['prompt']}/{completion.attempt}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >= FAILING_FRACTION * 2**32 or "bad luck"
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--max-attempts", type=int, default=5)
+    options = parser.parse_args()
+    settings = {"rows": options.rows, "ranks": options.ranks, "max_attempts": options.max_attempts}
+    run_benchmark("checks", options.dir, lambda work_dir: Bench(options, work_dir).measure(), **settings)
+
+
+class Bench:
+    """Run both ways over rows of their own number, and read what the runs report."""
+
+    def __init__(self, options: argparse.Namespace, work_dir: Path) -> None:
+        self.options, self.work_dir = options, work_dir
+        self.model = make_tiny_model(work_dir)
+        self.expected = sum(FAILING_FRACTION**attempt for attempt in range(options.max_attempts))
+        self.attempts: list[float] = []
+
+    def measure(self) -> dict[str, Any]:
+        rates = measure_in_turn({"checked": self.run_checked, "unchecked": self.run_unchecked}, self.options.rounds)
+        return {
+            "tokens_per_s": {name: round(statistics.median(values)) for name, values in rates.items()},
+            "checked_over_unchecked": compute_ratio(rates["checked"], rates["unchecked"]),
+            "attempts_over_expected": round(max(self.attempts) / (self.expected * self.options.rows), 4),
+        }
+
+    def run_checked(self) -> float:
+        check = {"function": "checks:fail_a_fifth", "json_schema": SCHEMA, "max_attempts": self.options.max_attempts}
+        run_dir = self._run("checked", self.options.rows, f"check={json.dumps(check)}")
+        manifests = _read_manifests(run_dir)
+        self.attempts.append(self.options.rows + sum(sum(m["num_retries"].values()) for m in manifests))
+        self._check_result(run_dir)
+        return _compute_rate(manifests)
+
+    def run_unchecked(self) -> float:
+        return _compute_rate(_read_manifests(self._run("unchecked", round(self.expected * self.options.rows))))
+
+    def _run(self, name: str, num_rows: int, *arguments: str) -> Path:
+        data = write_rows(self.work_dir / f"{name}.jsonl", make_rows("constant:64", num_rows, 64))
+        run_dir = self.work_dir / name
+        shutil.rmtree(run_dir, ignore_errors=True)
+        config = [f"run.dir={run_dir}", f"model={self.model}", f"data.path={data}", "data.prompt_column=prompt"]
+        config += [f"sampling.structured_outputs={json.dumps({'json': SCHEMA})}", "sampling.max_tokens=200"]
+        config += [f"engine={json.dumps(TINY_ENGINE)}", "output.parse=json", *arguments]
+        path = str(REPO / "benchmarks")
+        time_dpgen(self.options.ranks, config, self.work_dir / f"{name}.log", PYTHONPATH=path)
+        return run_dir
+
+    def _check_result(self, run_dir: Path) -> None:
+        """Exit unless each row is valid, or has an error that explains why not."""
+        import datasets
+
+        datasets.disable_progress_bars()
+        rows = datasets.load_dataset(str(run_dir / "dataset"), split="train", cache_dir=str(self.work_dir / "cache"))
+        for row in rows:
+            is_valid = row["error"] is None and len(json.loads(row["generated_text"])) == SCHEMA["minItems"]
+            is_explained = row["error"] is not None and row["error"]["type"] == "check_failed"
+            if not is_valid and not is_explained:
+                sys.exit(f"row {row['row_id']} is neither valid nor explained: {row}")
+        if len(rows) != self.options.rows:
+            sys.exit(f"{len(rows)} of {self.options.rows} rows")
+
+
+def _read_manifests(run_dir: Path) -> list[dict[str, Any]]:
+    manifests: list[dict[str, Any]] = json.loads((run_dir / "run.json").read_text())["manifests"]
+    return manifests
+
+
+def _compute_rate(manifests: list[dict[str, Any]]) -> float:
+    """Return tokens per second of all ranks together, those of rejected attempts included."""
+    num_tokens = sum(manifest["num_generated_tokens"] + manifest["num_rejected_tokens"] for manifest in manifests)
+    return float(num_tokens / max(manifest["busy_s"] for manifest in manifests))
+
+
+if __name__ == "__main__":
+    main()
