@@ -24,6 +24,7 @@ from dpgen.journal.run_dir import RunDir
 from dpgen.journal.segment import RowsLost, repair_segment
 from dpgen.output.columns import DatasetFormat, list_float_columns
 from dpgen.output.dataset_tables import DatasetTables, ResultReader
+from dpgen.output.file_set import FileSet
 from dpgen.output.json_lines import JSONL_ENCODING, build_card_schema, iter_json_lines
 from dpgen.output.result_stats import ResultStats
 
@@ -131,57 +132,37 @@ def write_dataset_files(
 
 
 class _FileSetWriter:
-    """Fill the files of the final dataset one after the other: ``train-00000-of-00003.parquet``, ..."""
+    """Write tables to the files of the final dataset."""
 
     def __init__(self, directory: Path, dataset_format: DatasetFormat, schema: pa.Schema, rows_per_file: int) -> None:
-        self._directory, self._format, self._schema = directory, dataset_format, schema
-        self._rows_per_file = rows_per_file
+        self._format, self._schema = dataset_format, schema
         self._encodings = choose_encodings(schema, list_float_columns(dataset_format))
-        self._paths: list[Path] = []
-        self._num_free_rows = 0  # that the open file still takes
-        self._file: Any = None
+        self._files = FileSet(directory, dataset_format.file_format, self._open, rows_per_file)
 
     def __enter__(self) -> _FileSetWriter:
-        self._open_next()  # even if no row follows: an empty result is one file without rows
+        self._files.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        number_files(self._paths)
+        self._files.__exit__()
 
     def write(self, table: pa.Table) -> None:
         """Append the rows of a table."""
-        while table.num_rows:
-            if not self._num_free_rows:
-                self._file.close()
-                self._open_next()
-            part = table.slice(0, self._num_free_rows)
-            self._write_part(part)
-            self._num_free_rows -= part.num_rows
-            table = table.slice(part.num_rows)
+        for file, start, count in self._files.allot(table.num_rows):
+            self._write_part(file, table.slice(start, count))
 
-    def _open_next(self) -> None:
+    def _open(self, path: Path) -> Any:
         import pyarrow.parquet as pq
 
-        self._num_free_rows = self._rows_per_file
-        path = self._directory / f"part-{len(self._paths):05d}.{self._format.file_format}"
-        self._paths.append(path)
         if self._format.file_format == "parquet":
-            self._file = pq.ParquetWriter(path, self._schema, compression="zstd", **self._encodings)
-        else:
-            self._file = path.open("w", encoding="utf-8")
+            return pq.ParquetWriter(path, self._schema, compression="zstd", **self._encodings)
+        return path.open("w", encoding="utf-8")
 
-    def _write_part(self, part: pa.Table) -> None:
+    def _write_part(self, file: Any, part: pa.Table) -> None:
         if self._format.file_format == "parquet":
-            self._file.write_table(part)
+            file.write_table(part)
         else:
-            self._file.writelines(iter_json_lines(part))
-
-
-def number_files(paths: Sequence[Path]) -> None:
-    """Rename the files of a dataset, in order, once their number is known: ``train-00000-of-00003.parquet``, ..."""
-    for number, path in enumerate(paths):
-        path.rename(path.with_name(f"train-{number:05d}-of-{len(paths):05d}{path.suffix}"))
+            file.writelines(iter_json_lines(part))
 
 
 def choose_encodings(schema: pa.Schema, float_columns: Sequence[str]) -> dict[str, Any]:

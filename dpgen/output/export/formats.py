@@ -18,7 +18,8 @@ from dpgen.data.saved_dataset import save_to_disk
 from dpgen.errors import ConfigError
 from dpgen.output.column_values import shorten_decimals
 from dpgen.output.conversations import get_messages_type
-from dpgen.output.dataset_writer import choose_encodings, number_files
+from dpgen.output.dataset_writer import choose_encodings
+from dpgen.output.file_set import number_files
 from dpgen.output.format_check import find_reason, find_types_without_json
 from dpgen.output.json_lines import format_json_line, to_json_columns
 
