@@ -18,7 +18,7 @@ import numpy as np
 from dpgen.errors import RowRefused
 from dpgen.logprobs import ARRAY_TYPES, TokenLogprobs
 
-_OPTIONAL_TEXTS = ("reasoning", "parsed", "parse_error", "rejection")
+_RARE_FIELDS = ("reasoning", "parsed", "parse_error", "rejection", "stop_reason")  # of a completion, beside its calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,8 @@ class Completion:
         logprobs: the generated tokens with their log-probabilities; None unless sampling.logprobs asks for them.
         rejection: why the sample failed its checks for the last time; None if it passed. Its text then is the rejected
             one, or "" where that is not kept.
+        stop_reason: the stop string, or the id of the stop token, that ended it; None if nothing of the kind did, and
+            unless the row is a request of a batch file.
     """
 
     text: str
@@ -123,6 +125,7 @@ class Completion:
     parse_error: str | None = None
     logprobs: TokenLogprobs | None = None
     rejection: str | None = None
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +340,7 @@ def _encode_completion(completion: Completion) -> list[Any]:
     """Return a completion as a list: the four fields that each has, then an object with those that few have."""
     record = [completion.text, completion.finish_reason, completion.num_tokens, completion.token_ids]
     parts: dict[str, Any] = {}
-    for name in _OPTIONAL_TEXTS:
+    for name in _RARE_FIELDS:
         if (value := getattr(completion, name)) is not None:
             parts[name] = value
     if completion.tool_calls:

@@ -94,6 +94,26 @@ def find_wrong_output(output: OutputConfig) -> Iterator[str]:
             yield f"output.track: there is no {name!r}{suggest_name(name, TRACKERS, 'trackers')}"
 
 
+def find_wrong_response_keys(output: OutputConfig, default: OutputConfig, data: DataConfig) -> Iterator[str]:
+    """Yield one line for each key that does not go with response files, and one if the input has no requests.
+
+    Args:
+        default: `output` as it is where nothing is set.
+    """
+    if output.format != "openai_batch":
+        return
+    if not may_hold_requests(data):
+        yield (
+            "output.format=openai_batch answers the requests of a batch file, and the input is none "
+            "(data.format=openai_batch): set output.format=parquet or jsonl"
+        )
+    names = ("token_ids", "explode", "messages", "parse")
+    keys = [f"output.{name}" for name in names if getattr(output, name) != getattr(default, name)]
+    keys += ["data.columns"] if data.columns is not None else []
+    for key in keys:
+        yield f"{key} has no effect: with output.format=openai_batch each line is a response; leave one of them out"
+
+
 def find_wrong_engine_keys(engine: Mapping[str, Any]) -> Iterator[str]:
     """Yield one line for each field of EngineArgs that dpgen sets itself."""
     homes = {"model": "model", "seed": "run.seed", "enable_expert_parallel": "parallel.enable_expert_parallel"}

@@ -195,6 +195,7 @@ def _validate(config: Config) -> None:
         mistakes.append("output.reasoning_parser has no effect: set output.reasoning=split or strip")
     if not config.reads_requests:
         mistakes += checks.find_wrong_adapter_choice(config.lora, config.data.lora_column)
+    mistakes += checks.find_wrong_response_keys(config.output, OutputConfig(), config.data)
     if config.data.format == "openai_batch":
         mistakes += checks.find_keys_without_effect_on_requests(config.data, DataConfig(), config.sampling)
     try:

@@ -221,9 +221,10 @@ class WorkConfig:
 class OutputConfig:
     """Hold `output.*`: the final dataset."""
 
-    format: Literal["parquet", "jsonl"] = option(
+    format: Literal["parquet", "jsonl", "openai_batch"] = option(
         "of RUN_DIR/dataset; jsonl can't hold bytes, durations, maps, NaN and infinities, and holds dates, times and "
-        "decimals as text",
+        "decimals as text; openai_batch, for a batch file alone, is the response file of OpenAI's Batch API and "
+        "`vllm run-batch`: a response for each line",
         "parquet",
     )
     rows_per_file: int = option("the maximum number of rows in one file of the result", 500_000, minimum=1)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -157,6 +158,7 @@ def _record(
     run_dir.write_config(config)
     versions = _record_versions(metadata.get("versions"), attempt)
     fields = {"attempt": attempt, "dp_size": group.size, "versions": versions, "start": start.description}
+    fields["created"] = metadata.get("created", int(time.time()))  # when the run began, whatever the attempt
     run_dir.update_metadata(identity=identity, **fields)
 
 

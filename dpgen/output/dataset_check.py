@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
@@ -15,11 +14,11 @@ import numpy as np
 from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.chat import Message
 from dpgen.data.reading.python_values import to_python_values
-from dpgen.formatting import format_count
 from dpgen.journal.reader import BATCH_ROWS, JournalIndex, JournalReader
 from dpgen.output.column_values import Entry
 from dpgen.output.columns import MESSAGES, DatasetFormat, build_result_arrays, list_entries
 from dpgen.output.conversations import ConversationReader
+from dpgen.output.file_set import list_files
 from dpgen.output.json_lines import to_json_columns
 from dpgen.output.result_stats import ResultStats
 from dpgen.output.row_ranges import format_rows
@@ -64,11 +63,13 @@ class DatasetFindings:
     Attributes:
         num_rows: rows in the files that can be read.
         problems: one sentence each.
+        notes: one sentence each about what was not checked.
         stats: of the journal's results; None unless the dataset holds every row once and in input order.
     """
 
     num_rows: int = 0
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     stats: ResultStats | None = None
 
 
@@ -102,7 +103,9 @@ class DatasetCheck:
     def run(self) -> DatasetFindings:
         """Read and compare all files."""
         findings = self._findings
-        for path in self._list_files():
+        files, problem = list_files(self._dataset_dir, self._format.file_format)
+        findings.problems += [problem] if problem else []
+        for path in files:
             try:
                 for batch in _iter_batches(path):
                     self._check_batch(path, batch)
@@ -122,12 +125,6 @@ class DatasetCheck:
         if self._is_ordered and not (is_short | is_doubled).any():
             findings.stats = self._stats
         return findings
-
-    def _list_files(self) -> list[Path]:
-        files, problem = list_dataset_files(self._dataset_dir, self._format.file_format)
-        if problem is not None:
-            self._findings.problems.append(problem)
-        return files
 
     def _check_batch(self, path: Path, batch: dict[str, list[Any]]) -> None:
         row_ids = np.array(batch["row_id"], np.int64)
@@ -215,16 +212,6 @@ class DatasetCheck:
         for row, one, other in zip(row_ids.tolist(), expected, actual, strict=True):
             if _to_canonical_json(one) != _to_canonical_json(other):
                 self._differing_rows.setdefault(difference, []).append(row)
-
-
-def list_dataset_files(dataset_dir: Path, file_format: str) -> tuple[list[Path], str | None]:
-    """Return the files of a dataset in order, and what is wrong with their number; None if nothing is."""
-    files = sorted(dataset_dir.glob(f"train-*.{file_format}")) if dataset_dir.is_dir() else []
-    name = re.fullmatch(r"train-\d+-of-(\d+)", files[0].stem) if files else None
-    expected = int(name[1]) if name else None
-    if len(files) == expected:
-        return files, None
-    return files, f"dataset/ holds {format_count(len(files), 'file')} of {expected or 'an unknown number'}"
 
 
 def _iter_batches(path: Path) -> Iterator[dict[str, list[Any]]]:

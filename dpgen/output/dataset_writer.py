@@ -26,6 +26,7 @@ from dpgen.output.columns import DatasetFormat, list_float_columns
 from dpgen.output.dataset_tables import DatasetTables, ResultReader
 from dpgen.output.file_set import FileSet
 from dpgen.output.json_lines import JSONL_ENCODING, build_card_schema, iter_json_lines
+from dpgen.output.openai_batch.response_files import OPENAI_BATCH, write_response_files
 from dpgen.output.result_stats import ResultStats
 
 if TYPE_CHECKING:
@@ -81,7 +82,11 @@ def write_dataset(
         temporary.mkdir()
         with JournalReader(index) as reader:
             # The index holds every row once, sorted: entry i is row i.
-            stats = write_dataset_files(temporary, rows, reader.iter_batches, dataset_format, rows_per_file)
+            read_results = reader.iter_batches
+            if dataset_format.file_format == OPENAI_BATCH:
+                stats = write_response_files(temporary, rows, read_results, run_dir.read_metadata(), rows_per_file)
+            else:
+                stats = write_dataset_files(temporary, rows, read_results, dataset_format, rows_per_file)
         run_dir.mark_unfinished()
         publish_directory(temporary, run_dir.dataset)
     except DamagedRecord as error:

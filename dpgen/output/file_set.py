@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from dpgen.formatting import format_count
 
 
 class FileSet:
@@ -54,3 +57,17 @@ def number_files(paths: Sequence[Path]) -> None:
     """Rename the files of a dataset, in order, once their number is known: ``train-00000-of-00003.parquet``, ..."""
     for number, path in enumerate(paths):
         path.rename(path.with_name(f"train-{number:05d}-of-{len(paths):05d}{path.suffix}"))
+
+
+def list_files(directory: Path, suffix: str) -> tuple[list[Path], str | None]:
+    """Return a dataset's files in order, and what is wrong if some of them are missing; None if nothing is.
+
+    Args:
+        suffix: of the files' names, without the dot.
+    """
+    files = sorted(directory.glob(f"train-*.{suffix}")) if directory.is_dir() else []
+    name = re.fullmatch(r"train-\d+-of-(\d+)", files[0].stem) if files else None
+    expected = int(name[1]) if name else None
+    if len(files) == expected:
+        return files, None
+    return files, f"dataset/ holds {format_count(len(files), 'file')} of {expected or 'an unknown number'}"

@@ -41,6 +41,8 @@ def check_output_format(rows: InputRows, kept_columns: Sequence[str] | None, fil
     """
     import pyarrow as pa
 
+    if file_format == "openai_batch":  # which holds none of them
+        return []
     schema = rows.build_output_schema(pa.schema([]), kept_columns)
     large_integers: list[str] = []
     if file_format == "parquet":

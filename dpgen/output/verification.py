@@ -34,6 +34,8 @@ from dpgen.journal.run_identity import diff_identities, get_fingerprint_version
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_check import DatasetCheck, DatasetFindings, ResultLookup
 from dpgen.output.json_lines import JSONL_ENCODING
+from dpgen.output.openai_batch.response_check import ResponseCheck
+from dpgen.output.openai_batch.response_files import OPENAI_BATCH
 from dpgen.output.result_stats import HASH_ENCODINGS, ResultStats
 from dpgen.output.row_ranges import format_ranges, format_rows
 
@@ -107,10 +109,10 @@ def verify(path: Path, *, check_input: bool = True) -> VerificationReport:
             dataset_format = DatasetFormat.from_identity(
                 identity, success["jsonl_encoding"] if success else JSONL_ENCODING
             )
-            check = DatasetCheck(run_dir.dataset, dataset_format, report.num_rows, results, rows, stats)
-            findings = check.run()
+            findings = _check_dataset(run_dir, dataset_format, report.num_rows, results, rows, stats)
             report.num_dataset_rows = findings.num_rows
             report.problems += findings.problems
+            report.notes += findings.notes
             _check_success(success, findings, report)
             if report.num_rows and report.num_failed == report.num_rows:
                 report.notes.append("no row succeeded: every result is an error")
@@ -235,6 +237,19 @@ def _read_success(run_dir: RunDir, report: VerificationReport) -> dict[str, Any]
             )
             return None
     return success
+
+
+def _check_dataset(
+    run_dir: RunDir,
+    dataset_format: DatasetFormat,
+    num_rows: int,
+    results: ResultLookup,
+    rows: InputRows | None,
+    stats: ResultStats,
+) -> DatasetFindings:
+    if dataset_format.file_format == OPENAI_BATCH:
+        return ResponseCheck(run_dir.dataset, num_rows, results, rows, run_dir.read_metadata(), stats).run()
+    return DatasetCheck(run_dir.dataset, dataset_format, num_rows, results, rows, stats).run()
 
 
 def _check_success(success: dict[str, Any] | None, findings: DatasetFindings, report: VerificationReport) -> None:

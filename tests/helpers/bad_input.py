@@ -341,6 +341,11 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
         "check.retry_sampling.n can't be set",
     ),
     ("retries without a check", ["check.max_attempts=5"], "check.max_attempts has no effect: no check is set"),
+    (
+        "responses to rows that are no requests",
+        ["output.format=openai_batch"],
+        "output.format=openai_batch answers the requests of a batch file, and the input is none",
+    ),
     ("a model that is not there", ["model=./no-such-model"], "model=./no-such-model: there is no such directory"),
 ]
 

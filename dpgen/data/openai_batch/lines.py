@@ -24,8 +24,6 @@ BAD_REQUEST = "bad_request"  # the line or its body is not what the API takes
 UNSUPPORTED_REQUEST = "unsupported_request"  # the API takes it, and dpgen does not yet
 UNKNOWN_MODEL = "unknown_model"  # body.model is neither the model nor an adapter
 INVALID_TEXT = "invalid_text"  # a text is not Unicode
-# HTTP status of a request that ends with an error of this type, as vLLM's server answers it.
-STATUS_CODES = {BAD_REQUEST: 400, UNSUPPORTED_REQUEST: 400, UNKNOWN_MODEL: 404, INVALID_TEXT: 400}
 
 _OTHER_URLS = ("/v1/embeddings", "/v1/responses", "/v1/moderations", "/v1/audio/", "/v1/score", "/v1/rerank")
 _MAX_DEPTH = 200  # of nested objects and lists; vLLM's JSON parser has the same limit
@@ -40,17 +38,12 @@ class BatchError:
     """Say why a line can't be answered.
 
     Attributes:
-        type: a stable snake_case word, one of `STATUS_CODES`.
+        type: a stable snake_case word, one of the four above.
         message: the reason, for a person.
     """
 
     type: str
     message: str
-
-    @property
-    def status_code(self) -> int:
-        """Return the HTTP status that the server would give."""
-        return STATUS_CODES[self.type]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class RunningRow(NamedTuple):
         num_completion_tokens: as in its request.
         keeps_token_ids: True if the result holds the generated token ids.
         keeps_prompt: True if the result holds the prompt's log-probabilities, where vLLM has computed them.
+        keeps_stop_reason: True if the result says which stop string or token ended a sample.
     """
 
     id: RequestId
@@ -32,6 +33,7 @@ class RunningRow(NamedTuple):
     num_completion_tokens: int = 0
     keeps_token_ids: bool = False
     keeps_prompt: bool = True
+    keeps_stop_reason: bool = False
 
 
 def read_result(output: Any, running: RunningRow) -> RowResult | UndecodedRow:
@@ -80,7 +82,14 @@ def _read_completion(sample: Any, running: RunningRow) -> Completion:
     k = None if flat is None else max(0, len(flat.token_ids) // max(1, len(flat)) - 1)
     logprobs = _read_logprobs(sample.token_ids, flat, k)
     token_ids = list(sample.token_ids) if running.keeps_token_ids and logprobs is None else None
-    return Completion(sample.text, sample.finish_reason, len(sample.token_ids), token_ids, logprobs=logprobs)
+    return Completion(
+        sample.text,
+        sample.finish_reason,
+        len(sample.token_ids),
+        token_ids,
+        logprobs=logprobs,
+        stop_reason=sample.stop_reason if running.keeps_stop_reason else None,
+    )
 
 
 def _read_score(prompt: TokenLogprobs | None, flat: Any, num_prompt_tokens: int) -> ScoredCompletion:

@@ -145,6 +145,7 @@ class VllmBackend:
             request.num_completion_tokens,
             keeps_token_ids=self._spec.token_ids,
             keeps_prompt=not is_scored or self._sampling.get("prompt_logprobs") is not None,
+            keeps_stop_reason=request.server_request is not None,
         )
         try:
             adapter = self._adapters.get_request(request.adapter)

@@ -25,8 +25,9 @@ from dpgen.journal.reader import BATCH_ROWS, JournalIndex, JournalReader, index_
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.run_identity import diff_identities, find_fingerprint, get_fingerprint_version, get_num_rows
 from dpgen.output.columns import DatasetFormat
-from dpgen.output.dataset_check import compute_batch_rows, list_dataset_files
+from dpgen.output.dataset_check import compute_batch_rows
 from dpgen.output.dataset_tables import DatasetTables
+from dpgen.output.file_set import list_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -87,7 +88,7 @@ def open_source(run_dir: RunDir, *, with_messages: bool) -> ExportSource:
 def _open_dataset(
     run_dir: RunDir, metadata: Mapping[str, Any], dataset_format: DatasetFormat, num_rows: int
 ) -> ExportSource:
-    files, problem = list_dataset_files(run_dir.dataset, dataset_format.file_format)
+    files, problem = list_files(run_dir.dataset, dataset_format.file_format)
     if problem is not None:
         raise DpgenError(f"{run_dir.path}: {problem}. 'dpgen verify' checks the whole run")
     if dataset_format.file_format == "jsonl":

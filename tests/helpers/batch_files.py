@@ -1,0 +1,56 @@
+"""Write batch files, and read response files as users of the `openai` package do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+def make_chat(custom_id: str, text: str = "hello", model: str = "none", **body: Any) -> str:
+    """Return a request for a chat."""
+    messages = [{"role": "user", "content": text}]
+    body = {"model": model, "messages": messages, "max_tokens": 8, **body}
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": CHAT, "body": body})
+
+
+def make_completion(custom_id: str, prompt: Any = "hello", model: str = "none", **body: Any) -> str:
+    """Return a request for a completion."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 8, **body}
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": COMPLETIONS, "body": body})
+
+
+def make_numbered_requests(count: int) -> list[str]:
+    """Return requests whose prompts differ: two chats, then a completion, and so on."""
+    makers = (make_chat, make_chat, make_completion)
+    return [makers[number % 3](f"request-{number}", f"row number {number}") for number in range(count)]
+
+
+def write_batch(path: Path, lines: Sequence[str]) -> Path:
+    """Write a batch file, and return it."""
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def read_responses(path: Path) -> list[dict[str, Any]]:
+    """Return a response file's lines, after parsing each answer with OpenAI's own types."""
+    from openai.types import Completion
+    from openai.types.chat import ChatCompletion
+
+    responses = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    for response in responses:
+        body = response["response"]["body"]
+        if body is not None:
+            (ChatCompletion if body["object"] == "chat.completion" else Completion).model_validate(body)
+        assert (body is None) == (response["error"] is not None) == (response["response"]["status_code"] != 200)
+    return responses
+
+
+def drop_creation(response: dict[str, Any]) -> dict[str, Any]:
+    """Return a response without what differs between two runs that are the same."""
+    body = response["response"]["body"]
+    kept = None if body is None else {key: value for key, value in body.items() if key != "created"}
+    return {**response, "response": {**response["response"], "body": kept}}
