@@ -15,6 +15,7 @@ from dpgen.errors import EXIT_OK, EXIT_USAGE
 
 COMMANDS = {
     "run": "generate every row of a dataset that has no result yet",
+    "run-batch": "answer an OpenAI batch file, with the flags of vllm run-batch",
     "config": "show a configuration as it resolves, with where each value comes from",
     "status": "show how a run is, from any shell",
     "verify": "check a run directory, complete or not",
@@ -61,7 +62,7 @@ def build_parser(*names: str) -> tuple[CommandParser, dict[str, CommandParser]]:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", prog="dpgen")
     commands = {name: subparsers.add_parser(name, help=text) for name, text in COMMANDS.items()}
     for name in names:
-        module = import_module(f"dpgen.commands.{name}")
+        module = import_module(f"dpgen.commands.{name.replace('-', '_')}")
         commands[name].set_defaults(main=module.main, accepts_unknown=False)
         module.add_arguments(commands[name])
     return parser, commands

@@ -13,6 +13,7 @@
     │   │   └── StoreLost          75   the host of the store vanished (`dpgen.distributed.group`)
     │   ├── HostLimitReached       75   a rank's host has no file or port left (`dpgen.distributed.group`)
     │   ├── UploadStopped          75   a push to the Hub broke off (`dpgen.output.export.hub`)
+    │   ├── NoRowSucceeded          1   the result is written, and every row of it has an error
     │   ├── RowsLost                1   a journal write failed (`dpgen.journal.segment`)
     │   └── DamagedRecord           1   a journal record is corrupt (`dpgen.journal.reader`)
     └── RowRefused                  -   one row is rejected; it becomes a result with a typed error
@@ -213,6 +214,10 @@ class NoEngineLeft(DpgenError):
     """Report that every rank's engine was abandoned; finished rows stay, and the same command resumes the run."""
 
     exit_status = EXIT_RESUMABLE
+
+
+class NoRowSucceeded(DpgenError):
+    """Report a result in which every row has an error. It is written all the same."""
 
 
 class RowRefused(Exception):

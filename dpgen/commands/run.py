@@ -17,7 +17,8 @@ import os
 import signal
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from dpgen.errors import (
     ConfigError,
     DpgenError,
     Interrupted,
+    NoRowSucceeded,
     PeerFailed,
     find_nearest_name,
 )
@@ -80,6 +82,30 @@ def add_arguments(parser: CommandParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Run this process's rank and return its exit status."""
+    return run_rank(lambda: _load_config(options), options.arguments)
+
+
+@dataclass(frozen=True)
+class RankZeroSteps:
+    """Hold what a command does around a run, on rank 0 alone. Each may raise a `DpgenError`.
+
+    Attributes:
+        prepare: is called before the run.
+        publish: is called once the result is written, also if no row of it has succeeded.
+    """
+
+    prepare: Callable[[Config], None] = lambda _: None
+    publish: Callable[[Config], None] = lambda _: None
+
+
+def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps: RankZeroSteps | None = None) -> int:
+    """Run this process's rank and return its exit status.
+
+    Args:
+        load_config: returns the configuration, or raises a `DpgenError`.
+        arguments: the command line, which may name the log format.
+        steps: what else to do on rank 0.
+    """
     from dpgen.distributed.group import SingleRankGroup
     from dpgen.distributed.rendezvous import Departure
     from dpgen.distributed.topology import fill_local_rank, read_topology
@@ -89,8 +115,7 @@ def main(options: argparse.Namespace) -> int:
     departure, reporter = Departure(), RankReporter()
     startup, status_file = StartupTimer(), StatusFile(os.environ)
     startup.on_mark = reporter.end_step
-    started_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    log_format = _find_log_format(None, options.arguments)
+    log_format, started_by_torchrun = _find_log_format(None, arguments), "TORCHELASTIC_RUN_ID" in os.environ
     setup_logging(0, log_format)  # until the configuration and the rank are known
 
     def leave(reason: str) -> None:
@@ -106,8 +131,8 @@ def main(options: argparse.Namespace) -> int:
     if started_by_torchrun:
         _end_with_torchrun()
     try:
-        loaded = _try_load_config(options)
-        log_format = _find_log_format(loaded, options.arguments)
+        loaded = _try_load(load_config)
+        log_format = _find_log_format(loaded, arguments)
         setup_logging(0, log_format)
         topology = read_topology(os.environ)
         setup_logging(topology.dp_rank, log_format)
@@ -118,13 +143,7 @@ def main(options: argparse.Namespace) -> int:
             startup.mark("rendezvous")
         group.run_on_all_ranks(lambda: status_file.reset(topology.dp_rank))
         config = group.run_on_all_ranks(lambda: _get_config(loaded))
-
-        with imports_without_gc():
-            from dpgen.data.openai_batch.recognition import resolve_format
-            from dpgen.run import run
-
-        config = group.run_on_all_ranks(lambda: resolve_format(config))
-        run(config, topology, group, status_file, startup, reporter)
+        _run(config, topology, group, (status_file, startup, reporter), steps or RankZeroSteps())
         reporter.finish()
         status_file.write(EXIT_OK)
         return EXIT_OK
@@ -164,15 +183,46 @@ def format_config_help() -> str:
     return "keys, with their defaults:\n" + "\n".join(lines)
 
 
-def _try_load_config(options: argparse.Namespace) -> Config | Exception:
-    try:
-        if options.unknown:
-            raise ConfigError(_describe_unknown_option(options.unknown))
-        if not options.configuration:
-            raise ConfigError(f"no configuration; usage: {_USAGE}")
-        from dpgen.config.loader import load_from_args
+def _run(
+    config: Config,
+    topology: Topology,
+    group: RankGroup,
+    reports: tuple[StatusFile, StartupTimer, RankReporter],
+    steps: RankZeroSteps,
+) -> None:
+    """Run the job, with the command's own steps around it."""
+    with imports_without_gc():
+        from dpgen.data.openai_batch.recognition import resolve_format
+        from dpgen.run import run
 
-        return load_from_args(options.configuration)
+    resolved = group.run_on_all_ranks(lambda: resolve_format(config))
+    group.run_on_all_ranks(lambda: steps.prepare(resolved) if group.rank == 0 else None)
+    try:
+        run(resolved, topology, group, *reports)
+    except NoRowSucceeded:
+        _publish(steps, resolved, group)
+        raise
+    _publish(steps, resolved, group)
+
+
+def _publish(steps: RankZeroSteps, config: Config, group: RankGroup) -> None:
+    if group.rank == 0:  # the other ranks may have ended: their part is done
+        steps.publish(config)
+
+
+def _load_config(options: argparse.Namespace) -> Config:
+    if options.unknown:
+        raise ConfigError(_describe_unknown_option(options.unknown))
+    if not options.configuration:
+        raise ConfigError(f"no configuration; usage: {_USAGE}")
+    from dpgen.config.loader import load_from_args
+
+    return load_from_args(options.configuration)
+
+
+def _try_load(load_config: Callable[[], Config]) -> Config | Exception:
+    try:
+        return load_config()
     except Exception as error:  # noqa: BLE001 - raised again by `_get_config`, once the group exists
         return error
 

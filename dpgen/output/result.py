@@ -12,7 +12,7 @@ from dpgen.config.sections import OutputConfig, RunConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.distributed.attempt import shares_run_dir
 from dpgen.distributed.group import RankGroup
-from dpgen.errors import DpgenError
+from dpgen.errors import NoRowSucceeded
 from dpgen.formatting import format_count
 from dpgen.journal.format import parse_name
 from dpgen.journal.reader import list_segments
@@ -122,7 +122,7 @@ def write_result(
 
 
 def raise_if_no_row_succeeded(summary: Mapping[str, Any], run_dir: RunDir) -> None:
-    """Raise DpgenError if every row of a result has an error; an empty result is a success.
+    """Raise NoRowSucceeded if every row of a result has an error; an empty result is a success.
 
     Args:
         summary: as `write_dataset` returns it, or the content of `_SUCCESS`.
@@ -136,7 +136,7 @@ def raise_if_no_row_succeeded(summary: Mapping[str, Any], run_dir: RunDir) -> No
     if example:
         reason += f" (first: {example})"
     problem = "the only row has an error" if num_rows == 1 else f"all {num_rows:,} rows have an error"
-    raise DpgenError(
+    raise NoRowSucceeded(
         f"no row succeeded: {problem}, {reason}. The result is in {run_dir.dataset}. Fix the cause and generate the "
         "rows again with run.retry_errors=true, or accept this result with run.allow_all_errors=true"
     )
