@@ -1,8 +1,11 @@
-"""Format numbers and values for messages: no "1 rows", no "a int"."""
+"""Format numbers, values and row indices for messages: no "1 rows", no "a int"; "0-41,57" for ranges."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def format_count(number: int, noun: str) -> str:
@@ -38,3 +41,27 @@ def escape_text(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text
     )
+
+
+def format_ranges(rows: np.ndarray) -> str:
+    """Return row indices (ascending, without duplicates) as "0-41,57"; empty for none."""
+    import numpy as np
+
+    if not len(rows):
+        return ""
+    starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)
+    ends = np.append(starts[1:], len(rows)) - 1
+    pairs = zip(rows[starts].tolist(), rows[ends].tolist(), strict=True)
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)
+
+
+def truncate_ranges(text: str, max_chars: int = 60) -> str:
+    """Return ranges cut to a length that fits a line."""
+    return text if len(text) <= max_chars else text[: text.rindex(",", 0, max_chars)] + ", ..."
+
+
+def format_rows(rows: np.ndarray) -> str:
+    """Return the number of rows and, in brackets, their ranges: "3 (7-9)"."""
+    import numpy as np
+
+    return f"{len(rows):,} ({truncate_ranges(format_ranges(np.unique(rows)))})"

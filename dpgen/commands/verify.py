@@ -65,7 +65,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _format_text(report: VerificationReport) -> Iterator[str]:
-    from dpgen.output.row_ranges import truncate_ranges
+    from dpgen.formatting import truncate_ranges
 
     total = "unknown" if report.num_rows is None else f"{report.num_rows:,}"
     yield f"{report.run_dir}: {report.num_done:,} of {total} rows done, {report.num_failed:,} of them with an error"

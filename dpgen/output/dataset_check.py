@@ -14,6 +14,7 @@ import numpy as np
 from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.chat import Message
 from dpgen.data.reading.python_values import to_python_values
+from dpgen.formatting import format_rows
 from dpgen.journal.reader import BATCH_ROWS, JournalIndex, JournalReader
 from dpgen.output.column_values import Entry
 from dpgen.output.columns import MESSAGES, DatasetFormat, build_result_arrays, list_entries
@@ -21,7 +22,6 @@ from dpgen.output.conversations import ConversationReader
 from dpgen.output.file_set import list_files
 from dpgen.output.json_lines import to_json_columns
 from dpgen.output.result_stats import ResultStats
-from dpgen.output.row_ranges import format_rows
 from dpgen.records import RowResult
 
 BATCH_BYTES = 16 << 20  # of a file; a number is 4 bytes there, and a Python object and some digits of JSON here

@@ -20,6 +20,7 @@ from dpgen.config.loader import load
 from dpgen.data.input_loading import load_input
 from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError, DpgenError
+from dpgen.formatting import format_ranges, format_rows
 from dpgen.journal.reader import (
     JournalIndex,
     JournalReader,
@@ -37,7 +38,6 @@ from dpgen.output.json_lines import JSONL_ENCODING
 from dpgen.output.openai_batch.response_check import ResponseCheck
 from dpgen.output.openai_batch.response_files import OPENAI_BATCH
 from dpgen.output.result_stats import HASH_ENCODINGS, ResultStats
-from dpgen.output.row_ranges import format_ranges, format_rows
 
 
 @dataclass

@@ -18,10 +18,10 @@ from helpers.jobs import Launcher, make_numbered_rows, wait_for
 from helpers.results import count_journal_bytes
 
 from dpgen.commands import verify as command
+from dpgen.formatting import format_ranges, truncate_ranges
 from dpgen.journal.reader import JournalReader, index_journal, list_segments, read_segment
 from dpgen.journal.writer import JournalWriter
 from dpgen.output.result_stats import ResultStats
-from dpgen.output.row_ranges import format_ranges, truncate_ranges
 from dpgen.output.verification import VerificationReport, verify
 from dpgen.records import Completion, RowResult
 
