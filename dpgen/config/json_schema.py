@@ -45,6 +45,7 @@ _ANY_KEYS: dict[str, Schema] = {
         ]
     },
     "tools": {"anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": {"type": "object"}}]},
+    **dict.fromkeys(("schema", "json_schema"), {"type": ["string", "object", "boolean", "null"]}),
 }
 
 
