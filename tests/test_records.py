@@ -52,6 +52,7 @@ completions = st.builds(
     parsed=st.none() | st.text(),
     parse_error=st.none() | st.text(),
     logprobs=st.none() | token_logprobs(),
+    stop_reason=st.none() | st.text() | st.integers(0, 9),
 )
 results = st.builds(
     RowResult,

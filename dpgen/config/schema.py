@@ -193,6 +193,13 @@ def _validate(config: Config) -> None:
         mistakes.append("output.messages=true makes one conversation a row: set output.explode=true where n is not 1")
     if config.output.reasoning == "keep" and config.output.reasoning_parser != "auto":
         mistakes.append("output.reasoning_parser has no effect: set output.reasoning=split or strip")
+    if config.check.continue_truncated:
+        sections = [config.sampling_fields, config.sampling_columns, *config.sampling_by_rank]
+        if any(section.get("structured_outputs") is not None for section in sections):
+            mistakes.append(
+                "check.continue_truncated=true can't continue a text of output.schema or structured_outputs, whose "
+                "grammar would begin anew: raise sampling.max_tokens, or check.retry_sampling.max_tokens"
+            )
     if not config.reads_requests:
         mistakes += checks.find_wrong_adapter_choice(config.lora, config.data.lora_column)
     mistakes += checks.find_wrong_response_keys(config.output, OutputConfig(), config.data)

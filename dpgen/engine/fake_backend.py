@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dpgen.config.vllm.vllm_fields import describe_unknown_field
-from dpgen.data.openai_batch.requests import select_plain_sampling
+from dpgen.data.openai_batch.requests import lay_retry_over, select_plain_sampling
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.logprobs import TokenLogprobs, from_rows
@@ -171,7 +171,8 @@ class FakeBackend:
         sampling: dict[str, Any] = {**self._spec.sampling, **request.sampling}
         if request.server_request is None:
             return sampling
-        sampling |= select_plain_sampling(request.server_request)
+        plain = select_plain_sampling(request.server_request)
+        sampling |= lay_retry_over(request, plain, self._spec.retry_sampling)
         if type(num_samples := sampling.get("n", 1)) is not int or num_samples < 1:
             raise RowRefused("bad_request", f"'n' is {num_samples!r}, and must be at least 1")
         return sampling

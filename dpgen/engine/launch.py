@@ -72,7 +72,10 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
         local_size=topology.local_size,
         enable_expert_parallel=config.parallel.enable_expert_parallel,
         world=world,
-        token_ids=config.output.token_ids or config.keeps_logprobs or config.check.continue_truncated,
+        # Of responses, those have token ids whose requests ask for them.
+        token_ids=config.output.token_ids
+        or config.check.continue_truncated
+        or (config.keeps_logprobs and config.output.format != "openai_batch"),
         retry_sampling=dict(config.check.retry_sampling),
         adapters=find_adapter_folders(config.lora) if config.run.engine == "vllm" else dict(config.lora),
         has_output_schema=config.output.schema is not None,

@@ -252,7 +252,7 @@ def _convert(line: dict[str, Any], model_config: Any, renderer: Any) -> Any:
         render = add_server_requests(PromptRenderer(prompt, load_tokenizer(tokenizer_config)).render, prompt)
         parser_class = find_parser_class(RequestParsers("hermes"), tokenizer_config, renderer.tokenizer)
         maker = ParserMaker(parser_class, renderer.tokenizer, {}, model_config)
-        _RANK = render, RequestConverter(model_config, renderer.tokenizer, {}, maker)
+        _RANK = render, RequestConverter(model_config, renderer.tokenizer, {}, (), maker)
     render, converter = _RANK
     text = json.dumps({"custom_id": "a", "method": "POST", **line})
     rendered = render({"request": text})

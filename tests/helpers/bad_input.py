@@ -340,6 +340,11 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
         ["check.non_empty=true", "check.retry_sampling.n=2"],
         "check.retry_sampling.n can't be set",
     ),
+    (
+        "a text of a grammar that is to be continued",
+        ["check.continue_truncated=true", "sampling.structured_outputs.regex=a+"],
+        "check.continue_truncated=true can't continue a text of output.schema or structured_outputs",
+    ),
     ("retries without a check", ["check.max_attempts=5"], "check.max_attempts has no effect: no check is set"),
     (
         "responses to rows that are no requests",

@@ -22,7 +22,7 @@ FLAGS = (
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
 # What responses have of themselves: see "Response files" in README.md.
-OWN_FIELDS = ("id", "created", "system_fingerprint")
+OWN_FIELDS = ("id", "created", "system_fingerprint", "prompt_token_ids")
 TOOL = {
     "type": "function",
     "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}},
@@ -52,6 +52,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "stop tokens": {"stop_token_ids": list(range(3, 300))},
     "a stop string": {"stop": ["e", "o"], "logit_bias": {"266": 60}},
     "logit_bias": {"logit_bias": {"5": 100}},
+    "token ids": {"return_token_ids": True},
     "parts": {
         "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     },

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dpgen.config.prompt import RESERVED_KWARGS, PromptConfig
@@ -16,7 +16,7 @@ from dpgen.data.openai_batch.lines import BAD_REQUEST, CHAT_URL, UNSUPPORTED_REQ
 from dpgen.data.prompts.chat import ChatPrompt, Message, validate_messages
 from dpgen.errors import RowRefused
 from dpgen.formatting import describe_type
-from dpgen.records import ServerRequest
+from dpgen.records import Request, ServerRequest
 
 _PROMPT_KEYS = ("messages", "prompt")  # which the engine gets as tokens
 # Fields that change the answer and that dpgen can't honour, each with the values that ask for nothing.
@@ -75,6 +75,29 @@ def select_plain_sampling(request: ServerRequest) -> dict[str, Any]:
         if (count := request.body.get("logprobs")) is not None:
             fields["logprobs"] = count
     return fields
+
+
+def lay_retry_over(request: Request, body: Mapping[str, Any], retry_names: Collection[str]) -> dict[str, Any]:
+    """Return a request's body as one further attempt of a sample has it; the body itself for the first attempt.
+
+    Args:
+        retry_names: the fields that `check.retry_sampling` sets.
+    """
+    if not request.id.attempt:
+        return dict(body)
+    names = {"n", "seed", *retry_names} & request.sampling.keys()
+    own = {name: request.sampling[name] for name in names}
+    kept = {name: value for name, value in body.items() if "max_tokens" not in own or name != "max_completion_tokens"}
+    return {**kept, **own}
+
+
+def is_constrained(request: Request) -> bool:
+    """Return True if the text follows a grammar: the request's own, or that of its line in a batch file."""
+    body = {} if request.server_request is None else request.server_request.body
+    demands_call = body.get("tool_choice") not in (None, "none", "auto")
+    has_form = body.get("response_format") not in (None, {"type": "text"})
+    constraints = (request.sampling.get("structured_outputs"), body.get("structured_outputs"))
+    return demands_call or has_form or any(value is not None for value in constraints)
 
 
 def drop_prompt(request: ServerRequest) -> ServerRequest:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -17,6 +17,7 @@ from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.sampling_params import SamplingParams
 
 from dpgen.data.openai_batch.lines import BAD_REQUEST, CHAT_URL
+from dpgen.data.openai_batch.requests import lay_retry_over
 from dpgen.engine.parsing.request_parsers import ParserMaker
 from dpgen.engine.vllm.rejections import summarize_error
 from dpgen.errors import RowRefused
@@ -32,13 +33,20 @@ class RequestConverter:
         model_config: vLLM's `ModelConfig`.
         tokenizer: vLLM's, of the model; None where there is none.
         sampling: the run's fields of SamplingParams.
+        retry_names: the fields that `check.retry_sampling` sets.
         parsers: makes the run's parsers of completions; None without them.
     """
 
     def __init__(
-        self, model_config: Any, tokenizer: Any, sampling: Mapping[str, Any], parsers: ParserMaker | None = None
+        self,
+        model_config: Any,
+        tokenizer: Any,
+        sampling: Mapping[str, Any],
+        retry_names: Collection[str] = (),
+        parsers: ParserMaker | None = None,
     ) -> None:
         self._model, self._tokenizer, self._sampling = model_config, tokenizer, sampling
+        self._retry_names = retry_names
         self._parsers = parsers
         self._defaults = model_config.get_diff_sampling_param()
         if model_config.generation_config not in ("auto", "vllm"):
@@ -71,6 +79,7 @@ class RequestConverter:
         for name, value in _to_body_fields(defaults, is_chat=is_chat).items():
             if body.get(name) is None and name in own_class.model_fields:
                 body[name] = value
+        body = lay_retry_over(request, body, self._retry_names)
         parsed: Any = own_class.model_validate(body)
         limit = parsed.max_tokens
         if is_chat:

@@ -137,15 +137,15 @@ class VllmBackend:
         is_decoded_by_rank = is_decoded_by_rank and token_ids is request.prompt_token_ids
         params.detokenize = params.detokenize and not (is_decoded_by_rank or is_scored)
         params.flat_logprobs = True  # no object for each log-probability
-        name = _format_id(request.id)
+        name, source = _format_id(request.id), request.server_request
         self._rows[name] = RunningRow(
             request.id,
             params,
             is_decoded_by_rank,
             request.num_completion_tokens,
-            keeps_token_ids=self._spec.token_ids,
+            keeps_token_ids=self._spec.token_ids or bool(source and source.body.get("return_token_ids")),
             keeps_prompt=not is_scored or self._sampling.get("prompt_logprobs") is not None,
-            keeps_stop_reason=request.server_request is not None,
+            keeps_stop_reason=source is not None,
         )
         try:
             adapter = self._adapters.get_request(request.adapter)
@@ -323,7 +323,7 @@ class VllmBackend:
         except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
             raise ConfigError(f"vLLM rejects a parser in output.*: {summarize_error(error)}") from None
         maker = None if parser_class is None else ParserMaker(parser_class, tokenizer, parsers.template_kwargs, model)
-        return RequestConverter(model, tokenizer, self._spec.sampling, maker)
+        return RequestConverter(model, tokenizer, self._spec.sampling, self._spec.retry_sampling, maker)
 
     def _build_params(self, request: Request) -> SamplingParams:
         fields = {**self._sampling, **request.sampling}

@@ -42,7 +42,10 @@ HTTP_ERRORS: dict[str, HttpError] = {
     "prompt_too_long": HttpError(400, "BadRequestError", "input_tokens"),
     **dict.fromkeys(("unknown_model", "unknown_adapter"), _UNKNOWN_MODEL),
     **dict.fromkeys(
-        ("tokenizer_failed", "render_timeout", "render_crashed", "engine_refused", "poison_row", "decode_failed"),
+        (
+            *("tokenizer_failed", "render_timeout", "render_crashed", "engine_refused", "poison_row", "decode_failed"),
+            "check_failed",
+        ),
         _INTERNAL,
     ),
 }

@@ -17,6 +17,7 @@ import numpy as np
 
 from dpgen.config.prompt import REQUEST_COLUMN
 from dpgen.data.input_rows import InputRows
+from dpgen.formatting import format_rows
 from dpgen.journal.reader import BATCH_ROWS
 from dpgen.output.dataset_check import DatasetFindings, ResultLookup
 from dpgen.output.file_set import list_files
@@ -24,7 +25,6 @@ from dpgen.output.openai_batch.logprobs import hide_token_texts
 from dpgen.output.openai_batch.response_files import FILE_SUFFIX
 from dpgen.output.openai_batch.responses import ResponseBuilder, RunFacts
 from dpgen.output.result_stats import ResultStats
-from dpgen.output.row_ranges import format_rows
 from dpgen.records import RowResult
 
 _NO_JSON = object()  # stands for a line that can't be read
@@ -124,8 +124,8 @@ class ResponseCheck:
     def _is_response(self, line: Any, text: str | None, result: RowResult) -> bool:
         expected = self._builder.build(text or "", result)
         if text is None:
-            return _select_without_input(line) == _select_without_input(expected)
-        return _to_comparable(line) == _to_comparable(expected)
+            return bool(_select_without_input(line) == _select_without_input(expected))
+        return bool(_to_comparable(line) == _to_comparable(expected))
 
 
 def _read(line: bytes) -> Any:

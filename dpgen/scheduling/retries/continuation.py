@@ -3,6 +3,7 @@
 - The rest's prompt is the row's prompt and the tokens so far, so no token is generated twice.
 - Where the engine decodes texts (stop strings), the whole text is that of the pieces: a character whose bytes are in
   both is not put together.
+- A text that follows a grammar is not continued: vLLM would begin the grammar anew.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from dpgen.data.openai_batch.requests import is_constrained
 from dpgen.records import Completion, Request, RowResult, UndecodedRow
 
 
@@ -28,6 +30,8 @@ def has_room(request: Request, completion: Completion, max_model_len: int) -> bo
         request: the row's, with the prompt alone.
     """
     if completion.finish_reason != "length" or request.prompt_token_ids is None:
+        return False
+    if is_constrained(request):
         return False
     num_tokens = len(list_token_ids(completion))
     return num_tokens > 0 and len(request.prompt_token_ids) + num_tokens < max_model_len

@@ -14,9 +14,16 @@ from helpers.bad_input import BAD_REQUESTS
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import Config
 from dpgen.config.sections import DataConfig, RunConfig
-from dpgen.data.openai_batch.requests import find_max_tokens, read_server_request, select_plain_sampling
+from dpgen.data.openai_batch.requests import (
+    find_max_tokens,
+    is_constrained,
+    lay_retry_over,
+    read_server_request,
+    select_plain_sampling,
+)
 from dpgen.data.prompts.render import PromptRenderer, RenderedPrompt, add_server_requests, make_prompt_text_fn
 from dpgen.errors import RowRefused
+from dpgen.records import Request, RequestId
 from dpgen.scheduling.groups.adapters import AdapterConfig
 from dpgen.scheduling.request_builder import RequestBuilder
 
@@ -146,3 +153,35 @@ def test_a_model_that_is_not_there_is_that_lines_error() -> None:
     assert raised.value.type == "unknown_model"
     with pytest.raises(RowRefused, match="'model' is an int"):
         build_request(make_line(model=3))
+
+
+def test_a_further_attempt_is_of_one_sample_and_its_sampling_comes_over_the_body() -> None:
+    body = {"n": 4, "seed": 3, "temperature": 0, "max_completion_tokens": 9, "top_p": 0.5}
+    sampling = {"n": 1, "seed": 77, "temperature": 0.9, "max_tokens": 50, "top_p": 1.0}
+    names = {"temperature", "max_tokens"}
+    first = Request(RequestId(5), [1], sampling=sampling)
+    assert lay_retry_over(first, body, names) == body
+    retry = Request(RequestId(5, 0, 2, 1), [1], sampling=sampling)
+    assert lay_retry_over(retry, body, names) == {
+        "n": 1,
+        "seed": 77,
+        "temperature": 0.9,
+        "max_tokens": 50,
+        "top_p": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({}, False),
+        ({"response_format": {"type": "text"}, "tool_choice": "auto"}, False),
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"structured_outputs": {"regex": "a+"}}, True),
+        ({"tool_choice": "required"}, True),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, True),
+    ],
+)
+def test_a_request_whose_text_follows_a_grammar_is_known(body: dict[str, Any], expected: bool) -> None:
+    request = Request(RequestId(0), [1], server_request=read_server_request(make_line(**body)))
+    assert is_constrained(request) is expected
