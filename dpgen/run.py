@@ -236,9 +236,8 @@ class _Job:
         return ShardPlanner(planner_config, self._rows, self._run_dir.journal, self._group, builder)
 
     def _make_loop(self) -> GenerationLoop:
-        config = self._config
-        recorder = ResultRecorder(self._journal, self._text.detokenizer, self._note, self._text.parser)
-        results = self._reporter.tally.observe(recorder)
+        config, results = self._config, self._make_recorder()
+        results.on_recorded = self._reporter.tally.add_all
         num_samples = config.sampling.get("n") or 1
         loop_config = LoopConfig(config.work.reserve_rows, num_samples, config.run.max_leading_errors)
         stop_reason = lambda: self._shutdown.reason  # noqa: E731 - asked again and again

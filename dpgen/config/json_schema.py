@@ -45,7 +45,7 @@ _ANY_KEYS: dict[str, Schema] = {
         ]
     },
     "tools": {"anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": {"type": "object"}}]},
-    **dict.fromkeys(("schema", "json_schema"), {"type": ["string", "object", "boolean", "null"]}),
+    **{key: {"type": ["string", "object", "boolean", "null"]} for key in ("schema", "json_schema")},
 }
 
 

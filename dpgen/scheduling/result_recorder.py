@@ -7,7 +7,7 @@ attempt, and end each of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dpgen.data.detokenize import Detokenizer
 from dpgen.engine.parsing.completion_parser import CompletionParser
@@ -27,6 +27,9 @@ class ResultRecorder:
         note: says which row is being decoded, should this process die.
         parser: parses completions in worker processes; None where texts stay as they are.
         retries: checks completions and has them generated again; None where all pass.
+
+    Attributes:
+        on_recorded: is called with the results that `take_recorded` returns.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class ResultRecorder:
         self._journal, self._detokenizer, self._note = journal, detokenizer, note or RowNote()
         self._parser, self._retries = parser, retries
         self._recorded: list[RowResult] = []
+        self.on_recorded: Callable[[Sequence[RowResult]], None] = lambda _: None
 
     # ---- requests
 
@@ -117,6 +121,7 @@ class ResultRecorder:
         for result in () if self._retries is None else self._retries.poll():
             self._append(result)
         recorded, self._recorded = self._recorded, []
+        self.on_recorded(recorded)
         return recorded
 
     def _check(self, result: RowResult) -> None:

@@ -94,7 +94,7 @@ class RankReporter:
     """Report what one rank does, from `start` to `finish`; before `start`, every method does nothing visible.
 
     Attributes:
-        tally: counts the rank's results; see `ResultTally.observe`.
+        tally: counts the rank's results.
         view: what the thread asks about the engine and the peers.
         on_write: called in the thread after each write, with the record; rank 0 shows and exports it.
         on_close: called once after the last write.

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dpgen.monitoring.status.record import ErrorKind, RankCounts
 
 if TYPE_CHECKING:
-    from dpgen.records import RowResult, UndecodedRow
-    from dpgen.scheduling.generation_loop import ResultSink
+    from dpgen.records import RowResult
 
 _MAX_ERROR_TYPES = 50  # types are few; the limit bounds the file
 _MAX_MESSAGE_CHARS = 300
@@ -47,10 +46,6 @@ class ResultTally:
         self._errors: dict[str, ErrorKind] = {}
         self._samples: list[SampleRow] = []
         self._num_candidates, self._random = 0, random.Random(0)
-
-    def observe(self, results: ResultSink) -> ResultSink:
-        """Return a sink that passes everything on to `results`, and counts what that has recorded."""
-        return _ObservedResults(results, self)
 
     def add_all(self, results: Sequence[RowResult]) -> None:
         """Count results."""
@@ -100,23 +95,3 @@ class ResultTally:
         first = result.completions[0]
         text = (first.text or first.reasoning or "")[:_MAX_TEXT_CHARS]
         self._samples[place : place + 1] = [SampleRow(result.row, text, first.finish_reason, first.num_tokens)]
-
-
-class _ObservedResults:
-    def __init__(self, results: ResultSink, tally: ResultTally) -> None:
-        self._results, self._tally = results, tally
-
-    @property
-    def pending_rows(self) -> Sequence[int]:
-        return self._results.pending_rows
-
-    def add(self, result: RowResult | UndecodedRow) -> None:
-        self._results.add(result)
-
-    def take_recorded(self) -> list[RowResult]:
-        recorded = self._results.take_recorded()
-        self._tally.add_all(recorded)
-        return recorded
-
-    def raise_if_failed(self) -> None:
-        self._results.raise_if_failed()
