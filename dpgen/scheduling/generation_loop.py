@@ -19,7 +19,6 @@ from typing import Protocol
 
 import numpy as np
 
-from dpgen.config.completion_checks import CHECK_NAMES
 from dpgen.distributed.group import PendingReduce, RankGroup
 from dpgen.engine.messages import EngineStats, Event, RowsFinished
 from dpgen.errors import Interrupted, PeerFailed
@@ -366,7 +365,7 @@ class GenerationLoop:
         self._local.num_tried = self._leading_errors.num_tried
         counts = self._results.retry_counts
         self._local.num_rejected_tokens = counts.num_rejected_tokens
-        self._local.num_retries = tuple(counts.num_retries[check] for check in CHECK_NAMES)
+        self._local.num_retries = counts.by_check
         return self._local
 
     def _apply_totals(self, totals: Totals) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from dpgen.config.completion_checks import CHECK_NAMES
 from dpgen.config.schema import Config
 from dpgen.engine.checking.completion_checker import CheckedResult, CompletionChecker
 from dpgen.journal.attempts import RejectedAttempt, Rejection, encode_attempt
@@ -70,6 +71,11 @@ class RetryCounts(NamedTuple):
 
     num_retries: Counter[str]
     num_rejected_tokens: int
+
+    @property
+    def by_check(self) -> tuple[int, ...]:
+        """Return `num_retries` in the order of `CHECK_NAMES`."""
+        return tuple(self.num_retries[check] for check in CHECK_NAMES)
 
 
 class RetryTracker:
