@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
-from dpgen.data.time_limit import limit_render_time
 from dpgen.distributed.agreement import check_same_job, find_what_names_stand_for, open_input
 from dpgen.distributed.attempt import begin_attempt, read_job_start
 from dpgen.distributed.engine_deaths import note_engine
@@ -48,14 +47,11 @@ from dpgen.monitoring.run_report import describe_generation, summarize_run
 from dpgen.monitoring.startup import StartupTimer
 from dpgen.monitoring.status.reporter import EngineView, RankReporter
 from dpgen.monitoring.trackers import check_trackers
-from dpgen.output.column_check import check_columns, list_used_columns
+from dpgen.output.column_check import check_columns, check_result, list_used_columns
 from dpgen.output.columns import DatasetFormat
-from dpgen.output.format_check import check_output_format
-from dpgen.output.json_schema.derivation import derive_type
 from dpgen.output.result import gather_results, is_already_complete, write_result
 from dpgen.records import RankManifest
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
-from dpgen.scheduling.groups.adapters import AdapterConfig
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource
@@ -173,7 +169,9 @@ class _Job:
         self._rows, fingerprint = open_input(
             config.data, group, self._run_dir, lambda rows: check_columns(config, rows)
         )
-        group.run_on_all_ranks(lambda: _check_output(config, self._rows) if group.rank == 0 else None)
+        group.run_on_all_ranks(lambda: check_trackers(config.output.track) if group.rank == 0 else None)
+        for level, note in group.run_on_all_ranks(lambda: check_result(config, self._rows) if group.rank == 0 else []):
+            logger.log(level, note)
         identity = compute_run_identity(config, fingerprint, find_what_names_stand_for(config, group))
         startup.mark("input")
         start = read_job_start(config, group, self._run_dir)
@@ -222,16 +220,9 @@ class _Job:
     def _make_planner(self) -> ShardPlanner:
         config = self._config
         planner_config = PlannerConfig.from_config(config, self._rows.columns, self._layout, self._attempt)
-        render = limit_render_time(self._text.render, config.data.render_timeout_s)
-        builder = RequestBuilder(
-            render,
-            config.run.seed,
-            config.sampling_columns,
-            config.sampling_by_rank,
-            {name: value for name, value in self._text_needs.items() if name not in config.sampling},
-            self._note,
-            has_added_nulls=self._rows.has_added_nulls,
-            adapters=AdapterConfig.from_config(config),
+        needed = {name: value for name, value in self._text_needs.items() if name not in config.sampling}
+        builder = RequestBuilder.from_config(
+            config, self._rows, self._text.render, base_sampling=needed, note=self._note
         )
         return ShardPlanner(planner_config, self._rows, self._run_dir.journal, self._group, builder)
 
@@ -402,18 +393,3 @@ def _watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: St
         add=group.store.add,
         end_process=lambda why: end_stuck_process(lambda: status_file.write_once(EXIT_RESUMABLE), why),
     )
-
-
-def _check_output(config: Config, rows: InputRows) -> None:
-    """Check what rank 0 alone can tell, before a model loads.
-
-    Raises:
-        ConfigError: a tracker can't run, or a file of the result can't hold what a kept column holds.
-    """
-    check_trackers(config.output.track)
-    if config.output.schema is not None and (note := derive_type(config.output.schema).describe_text_parts()):
-        logger.info(note)
-    if not rows.is_empty:
-        kept_columns = DatasetFormat.from_config(config).select_kept_columns(rows.columns)
-        for note in check_output_format(rows, kept_columns, config.output.format):
-            logger.warning(note)

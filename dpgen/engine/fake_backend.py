@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dpgen.config.vllm.vllm_fields import describe_unknown_field
-from dpgen.data.openai_batch.requests import lay_retry_over, select_plain_sampling
+from dpgen.data.prompts.token_ids import reject_too_long
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.logprobs import TokenLogprobs, from_rows
@@ -146,9 +146,7 @@ class FakeBackend:
     def add_request(self, request: Request) -> None:
         assert request.prompt_token_ids is not None
         num_prompt_tokens = len(request.prompt_token_ids)
-        if num_prompt_tokens >= self._options.max_model_len:
-            limit = self._options.max_model_len
-            raise RowRefused("prompt_too_long", f"the prompt has {num_prompt_tokens} tokens, max_model_len={limit}")
+        reject_too_long(num_prompt_tokens, self._options.max_model_len)
         prompt = decode(request.prompt_token_ids)
         self._inject_fault(prompt)
         sampling = self._read_sampling(request)
@@ -168,12 +166,9 @@ class FakeBackend:
         self._rows[request.id] = _Running(request, text, max_tokens, int(sampling.get("n") or 1), sampling)
 
     def _read_sampling(self, request: Request) -> dict[str, Any]:
-        sampling: dict[str, Any] = {**self._spec.sampling, **request.sampling}
-        if request.server_request is None:
-            return sampling
-        plain = select_plain_sampling(request.server_request)
-        sampling |= lay_retry_over(request, plain, self._spec.retry_sampling)
-        if type(num_samples := sampling.get("n", 1)) is not int or num_samples < 1:
+        sampling = self._spec.resolve_sampling({}, request)
+        num_samples = sampling.get("n", 1)
+        if request.server_request is not None and (type(num_samples) is not int or num_samples < 1):
             raise RowRefused("bad_request", f"'n' is {num_samples!r}, and must be at least 1")
         return sampling
 

@@ -62,7 +62,7 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
     """
     return EngineSpec(
         kind=config.run.engine,
-        model=_expand_model_path(config),
+        model=expand_model_path(config),
         options=dict(config.engine),
         sampling=config.sampling_fields,
         sampling_columns=tuple(config.sampling_columns),
@@ -159,6 +159,8 @@ class TextPipeline:
         parser: parses the texts of finished rows; None where they stay as they are.
         checker: checks these texts; None where all pass.
         decode: returns the text of any token ids, special tokens included; None where only the engine can.
+        tokenizer: of transformers; None where the engine, or the fake engine, has another.
+        engine_reason: why the engine tokenizes; None where the rank does.
     """
 
     render: RenderFn
@@ -167,6 +169,8 @@ class TextPipeline:
     parser: CompletionParser | None = None
     checker: CompletionChecker | None = None
     decode: Callable[[Sequence[int]], str] | None = None
+    tokenizer: Any = None
+    engine_reason: str | None = None
 
     def wait_until_ready(self, on_wait: Callable[[], None]) -> Mapping[str, Any]:
         """Wait for the parser and the checks, and return the fields of SamplingParams that the parser needs.
@@ -193,26 +197,29 @@ def build_text_pipeline(config: Config, log: EngineLog, rows: InputRows) -> Text
         rows: the input, of which parsers need the tools that each row offered, and checks the rows.
 
     Raises:
+        ConfigError: see `load_text_steps`.
+    """
+    steps = load_text_steps(config, rows)
+    if steps.engine_reason and not config.data.token_ids_column:
+        logger.info(f"prompts are tokenized in the engine process: {steps.engine_reason}")
+    tokenizer = None if config.run.engine == "fake" else _find_tokenizer(config)
+    parser = start_completion_parser(config.output, tokenizer, ToolFinder(config.prompt, rows), log.write)
+    return replace(steps, parser=parser, checker=start_completion_checker(config.check, rows, log.write))
+
+
+def load_text_steps(config: Config, rows: InputRows) -> TextPipeline:
+    """Return the text pipeline without a parser and checks: it starts no process.
+
+    Raises:
         ConfigError: the tokenizer cannot be loaded, or prompts are chats and there is no chat template.
     """
-    pipeline = _build_pipeline(config, log, rows)
-    return replace(pipeline, checker=start_completion_checker(config.check, rows, log.write))
-
-
-def _build_pipeline(config: Config, log: EngineLog, rows: InputRows) -> TextPipeline:
     prompt, has_added_nulls = config.prompt, rows.has_added_nulls
     wants_reasoning = config.output.reasoning != "keep"
     reasoning_parser = config.output.reasoning_parser if wants_reasoning else None
     parsers = RequestParsers(config.output.tool_parser, reasoning_parser, prompt.chat_template_kwargs)
-
-    def start_parser(tokenizer: TokenizerConfig | None) -> CompletionParser | None:
-        return start_completion_parser(config.output, tokenizer, ToolFinder(prompt, rows), log.write)
-
     if config.run.engine == "fake":
-        return _build_fake_text_pipeline(config, has_added_nulls, start_parser(None))
-    untokenized = PromptRenderer(prompt, None, has_added_nulls=has_added_nulls)
-    has_token_ids = prompt.token_ids_column is not None
-    tokenizer_config = TokenizerConfig.from_engine(_expand_model_path(config), config.engine)
+        return _build_fake_text_pipeline(config, has_added_nulls)
+    tokenizer_config, has_token_ids = _find_tokenizer(config), prompt.token_ids_column is not None
     needs_no_tokenizer = has_token_ids and bool(config.engine.get("skip_tokenizer_init"))
     reason = "" if needs_no_tokenizer else find_reason_to_tokenize_in_engine(tokenizer_config)
     if reason is not None:
@@ -220,13 +227,11 @@ def _build_pipeline(config: Config, log: EngineLog, rows: InputRows) -> TextPipe
         if prompt.completion_column is not None or is_continued:
             key = "check.continue_truncated" if is_continued else "data.completion_column"
             raise ConfigError(f"{key} needs a tokenizer that transformers can load{reason and f': {reason}'}")
-        if not has_token_ids:
-            logger.info(f"prompts are tokenized in the engine process: {reason}")
-        engine_part = EngineTextConfig(prompt_config=prompt, parsers=parsers)
+        untokenized = PromptRenderer(prompt, None, has_added_nulls=has_added_nulls)
         return TextPipeline(
             add_server_requests(lambda row: _wrap_prompt(untokenized.build_prompt(row)), prompt),
-            engine_text_config=engine_part,
-            parser=start_parser(tokenizer_config),
+            engine_text_config=EngineTextConfig(prompt_config=prompt, parsers=parsers),
+            engine_reason=reason,
         )
     tokenizer = load_tokenizer(tokenizer_config)
     renderer = PromptRenderer(prompt, tokenizer, has_added_nulls=has_added_nulls)
@@ -235,12 +240,16 @@ def _build_pipeline(config: Config, log: EngineLog, rows: InputRows) -> TextPipe
         add_server_requests(renderer.render, prompt),
         None if fast is None else Detokenizer(fast),
         EngineTextConfig(skip_detokenize=fast is not None, parsers=parsers),
-        start_parser(tokenizer_config),
         decode=tokenizer.decode,
+        tokenizer=tokenizer,
     )
 
 
-def _build_fake_text_pipeline(config: Config, has_added_nulls: bool, parser: CompletionParser | None) -> TextPipeline:
+def _find_tokenizer(config: Config) -> TokenizerConfig:
+    return TokenizerConfig.from_engine(expand_model_path(config), config.engine)
+
+
+def _build_fake_text_pipeline(config: Config, has_added_nulls: bool) -> TextPipeline:
     from dpgen.engine.fake_backend import FakeTokenizer, decode
 
     prompt_config = config.prompt
@@ -261,7 +270,7 @@ def _build_fake_text_pipeline(config: Config, has_added_nulls: bool, parser: Com
         prompt = tokenize(renderer.build_prompt(row))
         return RenderedPrompt(prompt + completion, num_completion_tokens=len(completion))
 
-    return TextPipeline(add_server_requests(render, prompt_config), parser=parser, decode=decode)
+    return TextPipeline(add_server_requests(render, prompt_config), decode=decode)
 
 
 def _wrap_prompt(prompt: Prompt) -> RenderedPrompt:
@@ -311,16 +320,23 @@ def has_cold_caches(config: Config, environ: Mapping[str, str]) -> bool:
     )
 
 
-def _expand_model_path(config: Config) -> str:
+def expand_model_path(config: Config) -> str:
+    """Return `model` with `~` in full."""
     return os.path.expanduser(config.model)
+
+
+def check_files(config: Config) -> None:
+    """Raise ConfigError if files of the model or an adapter are not there or not whole."""
+    if config.run.engine == "vllm":
+        check_model_files(expand_model_path(config), config.engine)
+        check_adapters(config.lora, expand_model_path(config))
 
 
 def _check_model(config: Config, *, is_node_leader: bool) -> None:
     """Check the model's and the adapters' files, and the caches that loading fills, once on each node."""
     if config.run.engine != "vllm" or not is_node_leader:
         return
-    check_model_files(_expand_model_path(config), config.engine)
-    check_adapters(config.lora, _expand_model_path(config))
+    check_files(config)
     if not config.engine.get("enforce_eager"):
         check_cache(_find_compile_cache(os.environ), "vLLM's cache of compiled code", "VLLM_CACHE_ROOT")
 

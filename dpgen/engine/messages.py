@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpgen.config.prompt import PromptConfig
+from dpgen.data.openai_batch.requests import lay_retry_over, select_plain_sampling
 from dpgen.distributed.layout import EngineWorld
 from dpgen.records import Request, RequestId, RowResult, UndecodedRow
 
@@ -68,6 +69,22 @@ class EngineSpec:
         """Return the largest number of log-probabilities for a token that a section of sampling asks for."""
         sections = (self.sampling, *self.sampling_by_rank)
         return max(section.get(name) or 0 for section in sections for name in ("logprobs", "prompt_logprobs"))
+
+    def resolve_sampling(self, of_model: Mapping[str, Any], request: Request) -> dict[str, Any]:
+        """Return a row's fields of SamplingParams: the model's own, the run's over them, and the row's over both.
+
+        Of a request of a batch file, only some fields are known without vLLM's own classes of requests.
+
+        Args:
+            of_model: from the model's generation config.
+        """
+        fields = {"max_tokens": None, **of_model, **self.sampling, **request.sampling}
+        if request.server_request is not None:
+            plain = select_plain_sampling(request.server_request)
+            fields |= lay_retry_over(request, plain, self.retry_sampling)
+        if request.num_completion_tokens:  # vLLM has to generate one token; it is dropped
+            fields |= {"max_tokens": 1, "temperature": 0}
+        return fields
 
     def iter_sampling_names(self) -> Iterator[tuple[str, str]]:
         """Yield every field of SamplingParams that the configuration names, as (section, field)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from dpgen.config.schema import Config
@@ -10,6 +11,8 @@ from dpgen.data.prompts.columns import check_prompt_columns, select_prompt_colum
 from dpgen.errors import ConfigError, suggest_name
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_writer import check_output_columns
+from dpgen.output.format_check import check_output_format
+from dpgen.output.json_schema.derivation import derive_type
 
 
 def list_used_columns(config: Config, columns: Sequence[str]) -> list[str]:
@@ -37,3 +40,19 @@ def check_columns(config: Config, rows: InputRows) -> None:
             hint = suggest_name(column, columns, "columns")
             raise ConfigError(f"{key}: {column!r} is no column of the dataset{hint}")
     check_output_columns(list(columns), DatasetFormat.from_config(config))
+
+
+def check_result(config: Config, rows: InputRows) -> list[tuple[int, str]]:
+    """Check that the result's files can hold what the kept columns hold, and return notes, each with its log level.
+
+    Raises:
+        ConfigError: a column can't be held.
+    """
+    notes = []
+    if config.output.schema is not None and (note := derive_type(config.output.schema).describe_text_parts()):
+        notes.append((logging.INFO, note))
+    if not rows.is_empty:
+        kept_columns = DatasetFormat.from_config(config).select_kept_columns(rows.columns)
+        found = check_output_format(rows, kept_columns, config.output.format)
+        notes += [(logging.WARNING, note) for note in found]
+    return notes

@@ -24,16 +24,15 @@ from dpgen.formatting import format_count
 from dpgen.scheduling.groups.adapters import AdapterGroups, group_by_adapter
 from dpgen.scheduling.groups.prefix_groups import PrefixGroups, group_by_prefix, shard_groups
 from dpgen.scheduling.groups.prompt_groups import LengthTracker, PromptGroups, RankState, group_by_prompt
+from dpgen.scheduling.groups.samples import compute_tail_ratio, format_range, sample_rows
 from dpgen.scheduling.order_config import OrderConfig
 
-_SAMPLE_ROWS = 20_000
 # longest_first needs values that vary: the 99th percentile over the median, at least. Prompt lengths predict completion
 # lengths less well than hints do.
 _MIN_HINT_TAIL_RATIO = 2.0
 _MIN_PROMPT_TAIL_RATIO = 4.0
 _LONG_PROMPT_CHARS = 1_000  # shorter prompts cost little in any order
 _MIN_SHARED_FRACTION = 0.25  # of all prompt text, from which on shared prefixes are worth an order of their own
-_MIN_GROUPED_FRACTION = 0.5  # of all rows, from which on rows with the same prompt are worth probes
 _CHARS_PER_TOKEN = 4
 _ASSUMED_OUTPUT_TOKENS = 256  # of a row without a hint, to weigh its completion against its prompt
 _ORDER_NAMES = {"dataset": "dataset order", "longest_first": "longest first", "prefix": "grouped by prefix"}
@@ -180,6 +179,10 @@ class ShardSpec:
     sizes: list[int]
     groups: list[tuple[np.ndarray, np.ndarray]] | None = None
 
+    def list_rows(self, order: RowOrder, index: int) -> np.ndarray:
+        """Return the rows of shard `index` of the order that was split, int64[num_rows]."""
+        return order.rows[index :: len(self.sizes)] if self.groups is None else self.groups[index][0]
+
 
 def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:
     """Return the order in which to generate rows.
@@ -194,7 +197,7 @@ def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text
     """
     if config.work.order == "dataset" or len(remaining) < 2:
         return RowOrder(remaining)
-    order = _order_rows(config.drop_empty_hint(rows, _sample(remaining)), rows, remaining, text_of)
+    order = _order_rows(config.drop_empty_hint(rows, sample_rows(remaining)), rows, remaining, text_of)
     if not config.adapters.exceeds_slots:
         return order
     return order.sort_by_adapter(group_by_adapter(config.adapters, rows, remaining))
@@ -230,7 +233,7 @@ def order_by_measured_lengths(
     lengths = prompt_groups.estimate_lengths(remaining, counts)
     measured = lengths[np.isfinite(lengths)]
     if len(measured):
-        detail = f"({_format_range(measured, 'tokens')})"
+        detail = f"({format_range(measured, 'tokens')})"
         if num_running := int(np.isposinf(lengths).sum()):
             detail += f", after {format_count(num_running, 'row')} of prompt groups that still run their first rows"
     elif num_probes:
@@ -250,15 +253,14 @@ def order_by_measured_lengths(
 
 def _choose_order(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:
     """Return the order that a sample of the rows suggests."""
-    sample, hint = _sample(remaining), config.hint_column
+    sample, hint = sample_rows(remaining), config.hint_column
     is_whole = len(sample) == len(remaining)
+    sample_config = config if is_whole else dataclasses.replace(config, is_sample=True)
     prompts = _group_by_prefix(config, rows, sample, text_of)
     has_long_prompts = prompts.lengths.mean() >= _LONG_PROMPT_CHARS
     if hint is None and not (has_long_prompts and config.prefix_caching):
         _, num_grouped = group_by_prompt(len(rows), sample, prompts.prompt_hashes)
-        # In a sample only the neighbours, half of it, show which rows have the same prompt.
-        min_fraction = _MIN_GROUPED_FRACTION if is_whole else _MIN_GROUPED_FRACTION / 2
-        if num_grouped >= min_fraction * len(sample):
+        if num_grouped >= sample_config.min_grouped_fraction * len(sample):
             order = _order_by_prompts(config, rows, remaining, text_of)
             if order.prompt_groups is not None:
                 return order
@@ -266,10 +268,10 @@ def _choose_order(config: OrderConfig, rows: InputRows, remaining: np.ndarray, t
         prefixes = prompts if is_whole else _group_by_prefix(config, rows, remaining, text_of)
         return _order_by_prefix(config, rows, remaining, prefixes)
     if hint is not None:
-        if _compute_tail_ratio(config.read_hints(rows, hint, sample)) >= _MIN_HINT_TAIL_RATIO:
+        if compute_tail_ratio(config.read_hints(rows, hint, sample)) >= _MIN_HINT_TAIL_RATIO:
             return _order_by_hint(config, rows, remaining, hint)
         return RowOrder(remaining, reason=f"because column {hint} varies too little to sort by")
-    if has_long_prompts and _compute_tail_ratio(prompts.lengths) >= _MIN_PROMPT_TAIL_RATIO:
+    if has_long_prompts and compute_tail_ratio(prompts.lengths) >= _MIN_PROMPT_TAIL_RATIO:
         return _order_by_prompts(config, rows, remaining, text_of)
     return RowOrder(remaining, reason="because no hint predicts the rows' lengths and prompts share few prefixes")
 
@@ -288,9 +290,9 @@ def _order_by_hint(config: OrderConfig, rows: InputRows, remaining: np.ndarray, 
     # A row without a hint may be as long as the longest one.
     lengths = np.where(np.isnan(values), hints.max() if len(hints) else 0, values)
     if hint == config.work.hint_column:
-        reason = f"by hint column {hint} ({_format_range(hints)})"
+        reason = f"by hint column {hint} ({format_range(hints)})"
     else:
-        reason = f"by max_tokens from column {hint} ({_format_range(hints, 'tokens')})"
+        reason = f"by max_tokens from column {hint} ({format_range(hints, 'tokens')})"
     return _sort_by_length(remaining, lengths, reason)
 
 
@@ -298,10 +300,10 @@ def _order_by_prompts(config: OrderConfig, rows: InputRows, remaining: np.ndarra
     """Return the order by measured lengths where most rows share their prompt with others, else by prompt length."""
     prompts = _group_by_prefix(config, rows, remaining, text_of)
     prompt_groups, num_grouped = group_by_prompt(len(rows), remaining, prompts.prompt_hashes)
-    if num_grouped >= _MIN_GROUPED_FRACTION * len(remaining):
+    if num_grouped >= config.min_grouped_fraction * len(remaining):
         return order_by_measured_lengths(remaining, prompt_groups, prompt_groups.count(RankState()))
     lengths = prompts.lengths[prompts.lengths > 0]
-    reason = f"by prompt length ({_format_range(lengths, 'characters')})"
+    reason = f"by prompt length ({format_range(lengths, 'characters')})"
     if 0 < len(lengths) < len(remaining):
         reason += f", {format_count(len(remaining) - len(lengths), 'row')} without a prompt last"
     return _sort_by_length(remaining, prompts.lengths.astype(np.float64), reason)
@@ -329,36 +331,3 @@ def _order_by_prefix(config: OrderConfig, rows: InputRows, remaining: np.ndarray
 def _group_by_prefix(config: OrderConfig, rows: InputRows, row_ids: np.ndarray, text_of: PromptTextFn) -> PrefixGroups:
     columns = [*select_prompt_columns(config.prompt, rows.columns), *config.adapters.columns]
     return group_by_prefix(rows, row_ids, columns, text_of, config.adapters.find)
-
-
-def _sample(remaining: np.ndarray) -> np.ndarray:
-    """Return some of the rows: half of them neighbours, since related rows often stand together."""
-    if len(remaining) <= _SAMPLE_ROWS:
-        return remaining
-    blocks = np.linspace(0, len(remaining) - 500, _SAMPLE_ROWS // 1000).astype(np.int64)
-    together = (blocks[:, None] + np.arange(500)).ravel()
-    apart = np.random.default_rng(0).choice(len(remaining), _SAMPLE_ROWS // 2, replace=False)
-    sample: np.ndarray = remaining[np.unique(np.concatenate([together, apart]))]
-    return sample
-
-
-def _compute_tail_ratio(values: np.ndarray) -> float:
-    """Return the 99th percentile over the median."""
-    if values.dtype.kind == "f":
-        values = values[~np.isnan(values)]
-    if not len(values):
-        return 1.0
-    median, high = np.quantile(values, [0.5, 0.99])
-    return float(high / max(median, 1))
-
-
-def _format_range(values: np.ndarray, unit: str = "") -> str:
-    if not len(values):
-        return "no row has one"
-    low, median, high = _compute_min_median_max(values)
-    return f"min {low:,.0f}, median {median:,.0f}, max {high:,.0f} {unit}".rstrip()
-
-
-def _compute_min_median_max(values: np.ndarray) -> tuple[float, float, float]:
-    low, median, high = np.quantile(values, [0.0, 0.5, 1.0])
-    return float(low), float(median), float(high)

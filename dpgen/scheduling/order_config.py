@@ -13,6 +13,8 @@ from dpgen.data.input_rows import InputRows
 from dpgen.data.openai_batch.requests import find_max_tokens
 from dpgen.scheduling.groups.adapters import AdapterConfig
 
+_MIN_GROUPED_FRACTION = 0.5  # of all rows, from which on rows with the same prompt are worth probes
+
 
 @dataclass(frozen=True)
 class OrderConfig:
@@ -22,6 +24,7 @@ class OrderConfig:
         max_tokens_column: column of each row's own `max_tokens`, or of its request; None where rows have none.
         prefix_caching: whether the engines cache prefixes.
         adapters: which row uses which LoRA adapter.
+        is_sample: True if the rows to order are a sample of the run's, by `sample_rows`, to preview the choice.
     """
 
     work: WorkConfig
@@ -29,6 +32,7 @@ class OrderConfig:
     max_tokens_column: str | None
     prefix_caching: bool
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    is_sample: bool = False
 
     @classmethod
     def from_config(cls, config: Config) -> OrderConfig:
@@ -40,6 +44,12 @@ class OrderConfig:
             config.reads_prefix_cache,
             AdapterConfig.from_config(config),
         )
+
+    @property
+    def min_grouped_fraction(self) -> float:
+        """Return the fraction of the rows from which on rows with the same prompt are worth probes."""
+        # In a sample only the neighbours, half of it, show which rows have the same prompt.
+        return _MIN_GROUPED_FRACTION / 2 if self.is_sample else _MIN_GROUPED_FRACTION
 
     @property
     def hint_column(self) -> str | None:

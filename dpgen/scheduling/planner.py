@@ -23,7 +23,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
 from dpgen.records import Request, RowError
 from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.groups.prompt_groups import RankState
-from dpgen.scheduling.order import RowOrder, ShardSpec, order_by_measured_lengths, order_rows
+from dpgen.scheduling.order import RowOrder, ShardSpec, order_by_measured_lengths
 from dpgen.scheduling.order_config import OrderConfig
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource
@@ -300,11 +300,8 @@ class ShardPlanner:
 
     def _compute_order(self, rows: np.ndarray) -> RowOrder:
         """Read the prompts and return the order that they suggest, rejected rows and suspects last. Collective."""
-        left_out, input_rows = self._left_out, self._rows.with_progress(self._group.raise_if_peer_failed)
-        order = left_out.compute(rows, partial(order_rows, self._config.order, input_rows))
-        if order is None:
-            return RowOrder(rows, reason=f"because rendering takes longer than {left_out.limit} for several rows")
-        return order.append(rows[left_out.is_left_out(rows)])
+        input_rows = self._rows.with_progress(self._group.raise_if_peer_failed)
+        return self._left_out.order(self._config.order, input_rows, rows)
 
     def _build_source(self, order: RowOrder, peers: _Peers, cursor_prefix: str) -> RequestSource:
         ranks, rank = peers.claiming_ranks, self._group.rank

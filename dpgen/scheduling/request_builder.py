@@ -10,8 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpgen.config.schema import Config
+from dpgen.data.input_rows import InputRows
 from dpgen.data.nested import drop_nulls
 from dpgen.data.prompts.render import RenderedPrompt, RenderFn
+from dpgen.data.time_limit import limit_render_time
 from dpgen.errors import RowRefused
 from dpgen.journal.row_notes import RENDERING, RowNote
 from dpgen.records import Request, RequestId, RowError, derive_seed
@@ -46,6 +49,23 @@ class RequestBuilder:
     rejected_rows: Mapping[int, RowError] = field(default_factory=dict)
     has_added_nulls: bool = True
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
+
+    @classmethod
+    def from_config(cls, config: Config, rows: InputRows, render: RenderFn, **others: Any) -> RequestBuilder:
+        """Return the builder of a run: prompts by `render`, in the time that `data.render_timeout_s` gives.
+
+        Args:
+            others: further attributes.
+        """
+        return cls(
+            limit_render_time(render, config.data.render_timeout_s),
+            config.run.seed,
+            config.sampling_columns,
+            config.sampling_by_rank,
+            has_added_nulls=rows.has_added_nulls,
+            adapters=AdapterConfig.from_config(config),
+            **others,
+        )
 
     def build(self, row: int, columns: Mapping[str, Any]) -> Request:
         """Return the request of a row.

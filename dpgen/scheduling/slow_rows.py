@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dpgen.config.prompt import PromptConfig
+from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.render import make_prompt_text_fn
 from dpgen.data.time_limit import RenderTimer
 from dpgen.distributed.group import RankGroup
@@ -19,7 +20,8 @@ from dpgen.formatting import format_count
 from dpgen.journal.row_notes import ORDERING, RowNote
 from dpgen.records import RowError
 from dpgen.scheduling.groups.prefix_groups import SlowRow
-from dpgen.scheduling.order import PromptTextFn
+from dpgen.scheduling.order import PromptTextFn, RowOrder, order_rows
+from dpgen.scheduling.order_config import OrderConfig
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,17 @@ class SlowRowFilter:
                     f"{', '.join(map(str, slow))}"
                 )
         return None
+
+    def order(self, config: OrderConfig, rows: InputRows, row_ids: np.ndarray) -> RowOrder:
+        """Read the prompts of rows, and return the order that they suggest, the rows to leave out last. Collective.
+
+        Args:
+            row_ids: indices of the rows, int64[num_rows], ascending.
+        """
+        order = self.compute(row_ids, lambda kept, text_of: order_rows(config, rows, kept, text_of))
+        if order is None:
+            return RowOrder(row_ids, reason=f"because rendering takes longer than {self.limit} for several rows")
+        return order.append(row_ids[self.is_left_out(row_ids)])
 
     def is_left_out(self, row_ids: np.ndarray) -> np.ndarray:
         """Return which of the rows are rejected or suspects, bool[num_rows]."""

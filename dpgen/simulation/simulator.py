@@ -226,10 +226,8 @@ class _SimulatedShard:
     """Provide the rows of a shard to a `RequestSource`, without columns."""
 
     def __init__(self, order: RowOrder, shards: ShardSpec, index: int) -> None:
-        if shards.groups is None:
-            self._rows, self._chunk_starts = order.rows[index :: len(shards.sizes)], None
-        else:
-            self._rows, self._chunk_starts = shards.groups[index]
+        self._rows = shards.list_rows(order, index)
+        self._chunk_starts = None if shards.groups is None else shards.groups[index][1]
 
     def read_positions(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
         if self._chunk_starts is not None:

@@ -49,6 +49,17 @@ def reject_unknown_ids(token_ids: Sequence[int], num_ids: int) -> None:
         )
 
 
+def exceeds_context(num_prompt_tokens: int, max_model_len: int) -> bool:
+    """Return True if a prompt leaves no room for a generated token."""
+    return num_prompt_tokens >= max_model_len
+
+
+def reject_too_long(num_prompt_tokens: int, max_model_len: int) -> None:
+    """Raise RowRefused (`prompt_too_long`) if a prompt leaves no room for a generated token."""
+    if exceeds_context(num_prompt_tokens, max_model_len):
+        raise RowRefused("prompt_too_long", f"the prompt has {num_prompt_tokens} tokens, max_model_len={max_model_len}")
+
+
 def count_token_ids(tokenizer: Any) -> int:
     """Return the highest token id of a tokenizer plus one, which is its length unless ids are left out."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))

@@ -28,7 +28,6 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from dpgen.config.tools import parse_json_text
-from dpgen.config.vllm.vllm_fields import describe_unknown_field
 from dpgen.data.hub import explain_hub_error
 from dpgen.data.openai_batch.lines import BAD_REQUEST
 from dpgen.data.prompts.token_ids import reject_unknown_ids
@@ -42,6 +41,7 @@ from dpgen.engine.vllm.executors import (
     SyncKvMultiprocExecutor,
     SyncKvUniProcExecutor,
 )
+from dpgen.engine.vllm.field_names import VllmFields
 from dpgen.engine.vllm.rejections import classify_rejection, summarize_error
 from dpgen.engine.vllm.results import RunningRow, read_result
 from dpgen.engine.vllm.sampling_check import check_params, name_constraint
@@ -50,11 +50,6 @@ from dpgen.records import Request, RequestId, RowResult, UndecodedRow
 
 if TYPE_CHECKING:
     from dpgen.engine.vllm.server_requests import RequestConverter
-
-# Fields of SamplingParams that belong to dpgen: how results come back, and vLLM's own bookkeeping.
-_RESERVED_SAMPLING_FIELDS = {
-    *("output_kind", "skip_clone", "output_text_buffer_length", "stream_interval", "flat_logprobs"),
-}
 
 
 class VllmBackend:
@@ -215,21 +210,12 @@ class VllmBackend:
                 self._num_preemptions += request.num_preemptions - before.get(name, 0)
 
     def _find_unknown_names(self) -> Iterator[str]:
-        engine_fields = {field.name for field in dataclasses.fields(EngineArgs)}
-        public_fields = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
-        sampling_fields = public_fields - _RESERVED_SAMPLING_FIELDS
-        for name in self._spec.options:
-            if name not in engine_fields:
-                yield describe_unknown_field("engine", name, engine_fields, sampling_fields)
-        for section, name in self._spec.iter_sampling_names():
-            if name not in sampling_fields:
-                yield describe_unknown_field(section, name, sampling_fields, engine_fields)
-        constraints = {field.name for field in dataclasses.fields(StructuredOutputsParams) if field.name[0] != "_"}
-        for section, entry in self._spec.iter_sampling_sections():
-            given = entry.get("structured_outputs")
-            for name in given if isinstance(given, dict) else ():  # vLLM ignores those that it doesn't know
-                if name not in constraints:
-                    yield describe_unknown_field(f"{section}.structured_outputs", str(name), constraints)
+        fields = VllmFields(
+            {field.name for field in dataclasses.fields(EngineArgs)},
+            set(SamplingParams.__struct_fields__),
+            {field.name for field in dataclasses.fields(StructuredOutputsParams)},
+        )
+        yield from fields.find_unknown(self._spec)
 
     def _create_config(self, options: dict[str, Any]) -> tuple[VllmConfig, list[str]]:
         """Return vLLM's configuration, without loading the model, and notes for the log."""
@@ -283,7 +269,7 @@ class VllmBackend:
     def _build_default_sampling(self) -> dict[str, Any]:
         """Return the run's sampling over the model's generation config (as in `LLM.get_default_sampling_params`)."""
         of_model = {} if self._config is None else self._config.model_config.get_diff_sampling_param()
-        return {"max_tokens": None, **of_model, **self._spec.sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+        return {**of_model, **self._spec.sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
 
     def _prepare(self, request: Request) -> tuple[SamplingParams, list[int]]:
         """Return a row's sampling parameters and its prompt.
@@ -326,9 +312,9 @@ class VllmBackend:
         return RequestConverter(model, tokenizer, self._spec.sampling, self._spec.retry_sampling, maker)
 
     def _build_params(self, request: Request) -> SamplingParams:
-        fields = {**self._sampling, **request.sampling}
-        if request.num_completion_tokens:  # vLLM has to generate one token; it is dropped
-            fields |= {"max_tokens": 1, "temperature": 0, "prompt_logprobs": fields.get("prompt_logprobs") or 0}
+        fields = self._spec.resolve_sampling(self._sampling, request)
+        if request.num_completion_tokens:
+            fields["prompt_logprobs"] = fields.get("prompt_logprobs") or 0
         try:
             fields["structured_outputs"] = parse_json_text(fields.get("structured_outputs"))
             params = self._params.validate_python(fields)
