@@ -149,3 +149,15 @@ def _save_tekken(folder: Path) -> None:
     tekken = {"config": config, "vocab": vocabulary, "special_tokens": control}
     folder.mkdir(exist_ok=True)
     (folder / "tekken.json").write_text(json.dumps(tekken))
+
+
+def save_model_without_weights(folder: Path, tokenizer: str = "plain", **config: Any) -> Path:
+    """Build a folder that passes for a Llama's as long as nobody loads its weights: a file that holds no tensor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, folder)
+    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 128}
+    llama |= {"intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    llama |= {"max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps({**llama, **config}))
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    return folder
