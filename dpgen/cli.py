@@ -16,6 +16,7 @@ from dpgen.errors import EXIT_OK, EXIT_USAGE
 COMMANDS = {
     "run": "generate every row of a dataset that has no result yet",
     "run-batch": "answer an OpenAI batch file, with the flags of vllm run-batch",
+    "preview": "show what a run will do: prompts, token counts, failing rows, an estimate",
     "config": "show a configuration as it resolves, with where each value comes from",
     "status": "show how a run is, from any shell",
     "verify": "check a run directory, complete or not",

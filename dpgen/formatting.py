@@ -33,13 +33,19 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
 
 
-def escape_text(text: str) -> str:
+def escape_text(text: str, *, keep: str = "") -> str:
     """Return foreign text on one line, safe for a terminal: what does not print as itself becomes an escape.
 
     That is control characters, line breaks, marks that change the direction of text, and halves of pairs.
+
+    Args:
+        keep: characters that stay as they are.
     """
+    if text.isprintable():
+        return text
     return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text
+        char if char.isprintable() or char in keep else char.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for char in text
     )
 
 

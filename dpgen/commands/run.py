@@ -78,11 +78,13 @@ def add_arguments(parser: CommandParser) -> None:
             help="YAML files, and keys with their values; a key may be given in either",
         )
     )
+    parser.add_argument("--dry-run", action="store_true", help="show what the run will do, as dpgen preview, and stop")
 
 
 def main(options: argparse.Namespace) -> int:
     """Run this process's rank and return its exit status."""
-    return run_rank(lambda: _load_config(options), options.arguments)
+    steps = RankZeroSteps(replace_run=_show_preview if options.dry_run else None)
+    return run_rank(lambda: _load_config(options), options.arguments, steps)
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,20 @@ class RankZeroSteps:
     """Hold what a command does around a run, on rank 0 alone. Each may raise a `DpgenError`.
 
     Attributes:
+        replace_run: is called in place of the run, with the number of ranks; None to run.
         prepare: is called before the run.
         publish: is called once the result is written, also if no row of it has succeeded.
     """
 
+    replace_run: Callable[[Config, int], None] | None = None
     prepare: Callable[[Config], None] = lambda _: None
     publish: Callable[[Config], None] = lambda _: None
 
 
-def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps: RankZeroSteps | None = None) -> int:
+_NO_STEPS = RankZeroSteps()
+
+
+def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps: RankZeroSteps = _NO_STEPS) -> int:
     """Run this process's rank and return its exit status.
 
     Args:
@@ -108,7 +115,7 @@ def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps:
     """
     from dpgen.distributed.group import SingleRankGroup
     from dpgen.distributed.rendezvous import Departure
-    from dpgen.distributed.topology import fill_local_rank, read_topology
+    from dpgen.distributed.topology import read_topology
     from dpgen.monitoring.status.reporter import RankReporter
 
     group: RankGroup = SingleRankGroup()
@@ -136,15 +143,15 @@ def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps:
         setup_logging(0, log_format)
         topology = read_topology(os.environ)
         setup_logging(topology.dp_rank, log_format)
+        if steps.replace_run is not None:
+            return _replace_run(steps.replace_run, loaded, topology)
         _start_reporter(reporter, loaded, topology)
         if topology.dp_size > 1:
-            group = _join_ranks(topology, status_file, departure)
-            topology = fill_local_rank(topology, group.nodes)
+            group, topology = _join_ranks(topology, status_file, departure)
             startup.mark("rendezvous")
         group.run_on_all_ranks(lambda: status_file.reset(topology.dp_rank))
         config = group.run_on_all_ranks(lambda: _get_config(loaded))
-        _run(config, topology, group, (status_file, startup, reporter), steps or RankZeroSteps())
-        reporter.finish()
+        _run(config, topology, group, (status_file, startup, reporter), steps)
         status_file.write(EXIT_OK)
         return EXIT_OK
     except KeyboardInterrupt as error:
@@ -190,7 +197,7 @@ def _run(
     reports: tuple[StatusFile, StartupTimer, RankReporter],
     steps: RankZeroSteps,
 ) -> None:
-    """Run the job, with the command's own steps around it."""
+    """Run the job, with the command's own steps around it, and report the end."""
     with imports_without_gc():
         from dpgen.data.openai_batch.recognition import resolve_format
         from dpgen.run import run
@@ -203,6 +210,7 @@ def _run(
         _publish(steps, resolved, group)
         raise
     _publish(steps, resolved, group)
+    reports[-1].finish()
 
 
 def _publish(steps: RankZeroSteps, config: Config, group: RankGroup) -> None:
@@ -233,6 +241,20 @@ def _get_config(loaded: Config | Exception) -> Config:
     return loaded
 
 
+def _replace_run(replace_run: Callable[[Config, int], None], loaded: Config | Exception, topology: Topology) -> int:
+    """Do something else than the run on rank 0, and return the exit status. The ranks do not join."""
+    if topology.is_rank_0:
+        replace_run(_get_config(loaded), topology.dp_size)
+    return EXIT_OK
+
+
+def _show_preview(config: Config, num_ranks: int) -> None:
+    from dpgen.commands.preview_job import print_preview
+    from dpgen.monitoring.preview import PreviewOptions
+
+    print_preview(config, PreviewOptions(num_ranks=num_ranks))
+
+
 def _start_reporter(reporter: RankReporter, loaded: Config | Exception, topology: Topology) -> None:
     if isinstance(loaded, Exception):
         return
@@ -248,25 +270,29 @@ def _find_log_format(loaded: Config | Exception | None, arguments: Sequence[str]
 
 
 def _describe_unknown_option(unknown: Iterable[str]) -> str:
-    """Return the error for an option: `dpgen run` has none but --help, so a configuration key is likely meant."""
+    """Return the error for an option: `dpgen run` has few, so a configuration key is likely meant."""
     from dpgen.config.options import legal_keys
 
     option = next(argument for argument in unknown if argument.startswith("-"))
-    nearest = find_nearest_name(option.strip("-").partition("=")[0], [name for name, _, _ in legal_keys()])
-    hint = f", did you mean {nearest}=VALUE?" if nearest else ";"
+    names = ["dry-run", *(name for name, _, _ in legal_keys())]
+    nearest = find_nearest_name(option.strip("-").partition("=")[0], names)
+    meant = "--dry-run" if nearest == "dry-run" else f"{nearest}=VALUE"
+    hint = f", did you mean {meant}?" if nearest else ";"
     return f"unknown option {option}{hint} see dpgen run --help"
 
 
-def _join_ranks(topology: Topology, status_file: StatusFile, departure: Departure) -> RankGroup:
-    """Return the group of all ranks. Collective."""
+def _join_ranks(topology: Topology, status_file: StatusFile, departure: Departure) -> tuple[RankGroup, Topology]:
+    """Return the group of all ranks, and the topology with this rank's place on its node. Collective."""
     from dpgen.distributed.network import wait_until_resolved
+    from dpgen.distributed.topology import fill_local_rank
 
     wait_until_resolved(topology.master_addr, topology.source)  # before torch is imported: a wrong name is told at once
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # dpgen reports lost peers itself, without C++ frames
     with imports_without_gc():
         from dpgen.distributed.gloo.rank_group import GlooGroup  # imports torch, which a world of one does not need
 
-    return GlooGroup(topology, lambda: status_file.write_once(EXIT_RESUMABLE), departure)
+    group = GlooGroup(topology, lambda: status_file.write_once(EXIT_RESUMABLE), departure)
+    return group, fill_local_rank(topology, group.nodes)
 
 
 def _report_failure(

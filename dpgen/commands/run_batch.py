@@ -86,7 +86,7 @@ def main(options: argparse.Namespace) -> int:
         publish_responses(RunDir(config.run.dir), command.output_file)
         logger.info(f"wrote the responses to {command.output_file}")
 
-    return run_rank(load, options.arguments, RankZeroSteps(prepare, publish))
+    return run_rank(load, options.arguments, RankZeroSteps(prepare=prepare, publish=publish))
 
 
 def load_batch_config(arguments: Sequence[str]) -> Config:

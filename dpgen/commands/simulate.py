@@ -16,6 +16,7 @@ from dpgen.commands.parser import complete_configuration
 from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, DpgenError
 from dpgen.formatting import format_count, format_duration
+from dpgen.simulation import reference
 from dpgen.simulation.lengths import LENGTHS_HELP
 
 if TYPE_CHECKING:
@@ -94,11 +95,11 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = group.add_argument
     add("--calibrate", action="store_true", help="measure A, C, K and P with the configuration's engine, here")
-    add("--step-ms", type=float, default=6.0, help="A, milliseconds (default: %(default)s)")
-    add("--seq-us", type=float, default=11.0, help="C, microseconds (default: %(default)s)")
-    add("--kv-ns", type=float, default=52.0, help="K, nanoseconds (default: %(default)s)")
-    add("--prefill-us", type=float, default=23.0, help="P, microseconds (default: %(default)s)")
-    add("--max-num-seqs", type=int, default=256, help="sequences at a time (default: %(default)s)")
+    add("--step-ms", type=float, default=reference.STEP_MS, help="A, milliseconds (default: %(default)s)")
+    add("--seq-us", type=float, default=reference.SEQ_US, help="C, microseconds (default: %(default)s)")
+    add("--kv-ns", type=float, default=reference.KV_NS, help="K, nanoseconds (default: %(default)s)")
+    add("--prefill-us", type=float, default=reference.PREFILL_US, help="P, microseconds (default: %(default)s)")
+    add("--max-num-seqs", type=int, default=reference.MAX_NUM_SEQS, help="sequences at a time (default: %(default)s)")
     add("--kv-tokens", type=int, help="tokens that the KV cache holds (default: no limit)")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpgen.config.prompt import PromptConfig
+from dpgen.data.openai_batch.lines import CHAT_URL
 from dpgen.data.openai_batch.requests import lay_retry_over, select_plain_sampling
 from dpgen.distributed.layout import EngineWorld
 from dpgen.records import Request, RequestId, RowResult, UndecodedRow
@@ -79,8 +80,10 @@ class EngineSpec:
             of_model: from the model's generation config.
         """
         fields = {"max_tokens": None, **of_model, **self.sampling, **request.sampling}
-        if request.server_request is not None:
-            plain = select_plain_sampling(request.server_request)
+        if (source := request.server_request) is not None:
+            plain = select_plain_sampling(source)
+            if source.url != CHAT_URL and source.body.get("max_tokens") is None and fields["max_tokens"] is not None:
+                del plain["max_tokens"]  # the server's default, which comes after all others
             fields |= lay_retry_over(request, plain, self.retry_sampling)
         if request.num_completion_tokens:  # vLLM has to generate one token; it is dropped
             fields |= {"max_tokens": 1, "temperature": 0}

@@ -4,7 +4,7 @@
   therefore neither blocks nor ends the run.
 - Log lines appear above the bar: rich replaces `sys.stderr` while it draws, and the handler of `dpgen.log` looks
   `sys.stderr` up whenever it writes a line.
-- This is the one module that imports rich, and `ProgressDisplay` imports it only where there is a terminal.
+- This module imports rich, and `ProgressDisplay` imports this module only where there is a terminal.
 """
 
 from __future__ import annotations
