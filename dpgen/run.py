@@ -180,8 +180,8 @@ class _Job:
             return
         self._loaded_text = group.run_on_all_ranks(self._load_text)
         startup.mark("tokenizer")
-        check_engine_options(self._engine, config.parallel, group)
         self._text_needs = group.run_on_all_ranks(lambda: self._text.wait_until_ready(group.raise_if_peer_failed))
+        check_engine_options(self._engine, config.parallel, group)
         startup.mark("engine's options")
         self._attempt = begin_attempt(config, group, self._run_dir, identity, start, self._rows.fingerprint)
         self._reporter.begin_attempt(self._attempt)

@@ -75,7 +75,7 @@ def test_each_sample_has_its_value(tmp_path: Path, explode: bool) -> None:
     results = [RowResult(row, 3, completions) for row in range(4)]
     run = make_run(tmp_path, TABLE, results, sampling={"n": 2}, explode=explode, schema=SCHEMA).path
     rows = pa.concat_tables([pq.read_table(file) for file in sorted((run / "dataset").glob("train-*"))]).to_pylist()
-    good = {"name": "a", "password": None, "tags": [], "meta": None}
+    good: dict[str, Any] = {"name": "a", "password": None, "tags": [], "meta": None}
     expected = [(good, None), (None, "does not fit output.schema: $.name is an int, not a string")]
     if explode:
         assert [(row["parsed"], row["parse_error"]) for row in rows] == expected * 4
