@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from dpgen.config import loader, vllm_fields
+from dpgen.config import loader
 from dpgen.config.options import legal_keys
+from dpgen.config.vllm import vllm_fields
 from dpgen.errors import ConfigError, find_nearest_name
 
 ENGINE = {"max_num_seqs", "max_model_len", "structured_outputs_config", "dtype", "seed"}
