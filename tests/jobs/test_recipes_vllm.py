@@ -73,6 +73,20 @@ def test_a_quantized_model_runs_and_answers_follow_the_schema(launcher: Launcher
     assert own["parse_error"].startswith("no JSON: ")
 
 
+def test_each_sample_of_a_prompt_of_token_ids_is_a_row(launcher: Launcher, model: Path) -> None:
+    rows = [{"tokens": [5, 6, 7]}, {"tokens": [9, 10]}, {"tokens": [100_000]}]
+    run = run_recipe(launcher, "samples", rows, model, "sampling.n=3", "sampling.max_tokens=9")
+    result = load_result(run)
+    assert [(row["row_id"], row["sample_id"]) for row in result] == [
+        *((0, n) for n in range(3)),
+        *((1, n) for n in range(3)),
+        (2, None),
+    ]
+    assert [row["num_prompt_tokens"] for row in result[:6]] == [3] * 3 + [2] * 3
+    assert len({str(row["generated_token_ids"]) for row in result[:6]}) == 6 and "tokens" not in result[0]
+    assert result[6]["error"]["type"] == "out_of_vocabulary"
+
+
 # Checks the options of each recipe as the engine process does before it loads a model.
 CHECK_OPTIONS = """
 import json, sys
