@@ -155,9 +155,10 @@ def _note_error(folder: Path, rank: int) -> None:
     command: Any = importlib.import_module("dpgen.commands.run")
     report = command._report_failure
 
-    def note_and_report(group: Any, status_file: Any, error: Exception, log_format: str) -> int:
+    def note_and_report(*arguments: Any) -> int:
+        error = next(argument for argument in arguments if isinstance(argument, Exception))
         write_note(folder / f"error-{rank}", f"{type(error).__name__}: {error}")
-        status: int = report(group, status_file, error, log_format)
+        status: int = report(*arguments)
         return status
 
     command._report_failure = note_and_report
