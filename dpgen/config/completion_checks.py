@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpgen.config.checks import LOGPROB_FIELDS
 from dpgen.errors import find_nearest_name
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 CHECK_NAMES = ("truncated", "finish_reason", "non_empty", "regex", "max_repetition", "json_schema", "function")
 FINISH_REASONS = ("stop", "length", "repetition")
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-_LOGPROB_FIELDS = ("logprobs", "logprob_token_ids", "prompt_logprobs")
 
 
 def read_json_schema(name: str) -> Any:
@@ -76,7 +76,7 @@ def find_wrong_check_values(check: CheckConfig, default: CheckConfig) -> Iterato
 
 def _find_wrong_retry_sampling(sampling: Mapping[str, Any]) -> Iterator[str]:
     """Yield one line for each field that a further attempt can't have; vLLM checks the others."""
-    reasons = dict.fromkeys(_LOGPROB_FIELDS, "the result's columns would have two types; set it in sampling")
+    reasons = dict.fromkeys(LOGPROB_FIELDS, "the result's columns would have two types; set it in sampling")
     reasons |= {
         "n": "each sample is generated again by itself",
         "seed": "each attempt's own comes from run.seed, the row, the sample and the attempt",

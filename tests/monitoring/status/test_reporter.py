@@ -183,8 +183,11 @@ def test_a_disk_that_hangs_does_not_hold_up_the_main_thread(tmp_path: Path) -> N
         reporter.tally.add_all([RowResult(row, error=RowError("a", "b"))])
         reporter.update(Totals(num_rows=row), row)
     reporter.finish()  # waits for two seconds, and leaves the thread behind
+    thread = reporter._thread
+    assert thread is not None and thread.is_alive(), "the write still hangs"
+    assert reporter.tally.counts.num_errors == 1000
     fd = os.open(run_dir / "status" / f".rank-0.json.{os.getpid()}.tmp", os.O_RDONLY | os.O_NONBLOCK)
-    wait_for(lambda: reporter._thread is not None and not reporter._thread.is_alive())
+    wait_for(lambda: not thread.is_alive())
     os.close(fd)
 
 
