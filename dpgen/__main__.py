@@ -8,6 +8,8 @@ import sys
 from dpgen.cli import main as run_command
 from dpgen.log import flush_logging
 
+_STATUS_OF_SIGPIPE = 128 + 13  # what a shell reports of other programs in this place
+
 
 def main() -> None:
     """End the process with the command's exit status.
@@ -16,12 +18,15 @@ def main() -> None:
     native threads (of torch, gloo, Arrow) that may abort it ("terminate called without an active exception"). A
     complete run must not end with a failure's status.
     """
-    status = run_command(sys.argv[1:])
+    try:
+        status = run_command(sys.argv[1:])
+    except BrokenPipeError:  # the reader of the output has exited, as with `| head`
+        os._exit(_STATUS_OF_SIGPIPE)
     try:
         if flush_logging():  # otherwise stderr is not read, and flushing it would block
             sys.stderr.flush()
         sys.stdout.flush()
-    finally:  # a flush raises if the reader of the output has exited, as with `| head`
+    finally:  # a flush raises if the reader has exited
         os._exit(status)
 
 

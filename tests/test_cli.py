@@ -344,3 +344,15 @@ def test_a_fault_of_dpgen_s_is_reported_with_its_traceback_and_status_1(
     else:
         assert re.search(r"ERROR \[rank 0\] unexpected error\nTraceback ", done.stderr)
         assert done.stderr.endswith(f"\ndpgen: error: {message}\n")
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+    command = [sys.executable, "-m", "dpgen", "config", "--schema"]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPO)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
