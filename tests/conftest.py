@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import tempfile
 import time
@@ -65,6 +66,18 @@ def reserve_engine_slot() -> Iterator[int]:
         while (locked := next(filter(_try_lock, files), None)) is None:
             time.sleep(0.2)
         yield files.index(locked)
+
+
+@pytest.fixture(autouse=True)
+def restore_logging() -> Iterator[None]:
+    """Leave the logger `dpgen` as it was: a command that ran in the test's process has set it up."""
+    dpgen = logging.getLogger("dpgen")
+    handlers, level, propagate = list(dpgen.handlers), dpgen.level, dpgen.propagate
+    yield
+    for handler in set(dpgen.handlers) - set(handlers):
+        handler.close()
+    dpgen.handlers[:], dpgen.propagate = handlers, propagate
+    dpgen.setLevel(level)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from helpers.clock import FakeClock
@@ -24,15 +23,11 @@ logger = logging.getLogger("dpgen.test")
 
 
 @pytest.fixture(autouse=True)
-def logger_of_dpgen() -> Iterator[logging.Logger]:
-    """The logger `dpgen`, which is as it was after the test."""
+def logger_of_dpgen(restore_logging: None) -> logging.Logger:
+    """The logger `dpgen`, propagating: otherwise pytest adds its own handler, which raises at a wrong log call."""
     dpgen = logging.getLogger("dpgen")
-    handlers, level, propagate = list(dpgen.handlers), dpgen.level, dpgen.propagate
-    yield dpgen
-    for handler in set(dpgen.handlers) - set(handlers):
-        handler.close()
-    dpgen.handlers[:], dpgen.propagate = handlers, propagate
-    dpgen.setLevel(level)
+    dpgen.propagate = True
+    return dpgen
 
 
 class BrokenStream(io.StringIO):
