@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
-from dpgen.commands.parser import CommandParser, describe_unknown
+from dpgen.commands.arguments.parser import CommandParser, describe_unknown
 from dpgen.errors import EXIT_OK, EXIT_USAGE
 
 COMMANDS = {
@@ -95,7 +95,7 @@ def _run_without_command(argv: Sequence[str]) -> int:
         print(f"dpgen {version('dpgen')}")
         return EXIT_OK
     if options.print_completion:
-        from dpgen.commands.completion import print_completion
+        from dpgen.commands.arguments.completion import print_completion
 
         return print_completion(build_parser(*COMMANDS)[0], options.print_completion)
     parser.error("the command must come first")

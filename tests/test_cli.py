@@ -57,7 +57,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 def test_a_command_imports_no_other_command() -> None:
     done = subprocess.run([sys.executable, "-c", COUNT_MODULES, "run", "--help"], capture_output=True, text=True)
     commands = {name for name in done.stderr.split() if name.startswith("dpgen.commands.")}
-    assert commands == {"dpgen.commands.run", "dpgen.commands.parser"}
+    assert commands == {"dpgen.commands.run", "dpgen.commands.arguments", "dpgen.commands.arguments.parser"}
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dpgen.commands.parser import CommandParser, complete_configuration
+from dpgen.commands.arguments.parser import CommandParser, complete_configuration
 from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_OK, ConfigError
 

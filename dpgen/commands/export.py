@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpgen.commands.parser import CommandParser, complete_directories, complete_files
+from dpgen.commands.arguments.parser import CommandParser, complete_directories, complete_files
 from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_OK, ConfigError, DpgenError
 from dpgen.formatting import format_count

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-from dpgen.commands.parser import CommandParser, complete_configuration, complete_directories
+from dpgen.commands.arguments.parser import CommandParser, complete_configuration, complete_directories
 from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, DpgenError
 from dpgen.simulation.lengths import LENGTHS_HELP

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpgen.commands.parser import CommandParser, complete_configuration
+from dpgen.commands.arguments.parser import CommandParser, complete_configuration
 from dpgen.config.secrets import redact_text
 from dpgen.errors import (
     EXIT_OK,

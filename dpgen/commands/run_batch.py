@@ -4,7 +4,7 @@
   command therefore resumes, at any world size.
 - Rank 0 writes the response file at the end, whole or not at all.
 - vLLM's flags can't be declared to argparse, since dpgen knows more of them than it could explain; see
-  `dpgen.commands.batch_flags`. argparse makes the help.
+  `dpgen.commands.arguments.batch_flags`. argparse makes the help.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dpgen.commands.batch_flags import BatchCommand, parse_batch_flags
-from dpgen.commands.parser import CommandParser, complete_directories, complete_files
+from dpgen.commands.arguments.batch_flags import BatchCommand, parse_batch_flags
+from dpgen.commands.arguments.parser import CommandParser, complete_directories, complete_files
 from dpgen.commands.run import RankZeroSteps, run_rank
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dpgen.commands.parser import complete_configuration
+from dpgen.commands.arguments.parser import complete_configuration
 from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, DpgenError
 from dpgen.formatting import format_count, format_duration

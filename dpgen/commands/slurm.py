@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dpgen.commands.parser import CommandParser, complete_configuration
+from dpgen.commands.arguments.parser import CommandParser, complete_configuration
 from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ConfigError, find_nearest_name
 

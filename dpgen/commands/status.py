@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpgen.commands.parser import complete_directories
+from dpgen.commands.arguments.parser import complete_directories
 from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_FAILED, EXIT_USAGE, DpgenError
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpgen.commands.parser import complete_directories
+from dpgen.commands.arguments.parser import complete_directories
 from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, DpgenError
 from dpgen.formatting import format_count

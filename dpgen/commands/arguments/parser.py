@@ -77,7 +77,7 @@ def complete_directories(argument: argparse.Action) -> None:
 
 
 def complete_configuration(argument: argparse.Action) -> None:
-    """Let shells complete the argument by file names, and by keys and their values; see `dpgen.commands.completion`."""
+    """Let shells complete the argument by file names, and by keys and their values; see `completion`."""
     argument.complete = {  # type: ignore[attr-defined]
         "bash": "_shtab_compgen_files",
         "zsh": "_dpgen_configuration",

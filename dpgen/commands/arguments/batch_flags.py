@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dpgen.commands.parser import describe_unknown
+from dpgen.commands.arguments.parser import describe_unknown
 from dpgen.config import vllm_flags as flags
 from dpgen.config.options import find_type
 from dpgen.errors import ConfigError

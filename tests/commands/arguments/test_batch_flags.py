@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpgen.commands.batch_flags import parse_batch_flags
+from dpgen.commands.arguments.batch_flags import parse_batch_flags
 from dpgen.commands.run_batch import load_batch_config
 from dpgen.config import vllm_flags as flags
 from dpgen.errors import ConfigError
