@@ -402,7 +402,7 @@ def test_run_retry_errors_takes_each_error_type_that_a_row_can_get() -> None:
     source = "".join(path.read_text() for path in (REPO / "dpgen").rglob("*.py"))
     raised = set(re.findall(r'(?:RowRefused|RowError|make_rejected_result)\(\s*"(\w+)"', source))
     assert {"wrong_type", "poison_row"} <= raised <= set(ERROR_TYPES)
-    assert all(f"`{name}`" in (REPO / "README.md").read_text() for name in ERROR_TYPES)
+    assert all(f"`{name}`" in (REPO / "conf" / "README.md").read_text() for name in ERROR_TYPES)
 
 
 def test_a_template_needs_no_quoting_and_may_hold_dollars(load: Callable[..., schema.Config]) -> None:

@@ -21,7 +21,7 @@ FLAGS = (
     *("--enforce-eager", "--kv-cache-memory-bytes", "64000000", "--no-enable-chunked-prefill"),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
-# What responses have of themselves: see "Response files" in README.md.
+# What responses have of themselves: see "Response files" in conf/README.md.
 OWN_FIELDS = ("id", "created", "system_fingerprint", "prompt_token_ids")
 TOOL = {
     "type": "function",
