@@ -18,7 +18,7 @@ import pytest
 from helpers.jobs import REPO
 from helpers.tiny_model import save_tiny_model
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("engines")]  # one process answers for all
 
 HELLO = [{"role": "user", "content": "hello world"}]
 WEATHER = {

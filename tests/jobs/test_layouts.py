@@ -105,8 +105,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_uneven_rows(count: int) -> list[dict[str, Any]]:
-    """Return rows with prompts and outputs of different lengths."""
-    return [{"prompt": " ".join(WORDS[: 1 + row % 9]), "budget": 1 + row * 13 % 40} for row in range(count)]
+    """Return rows with prompts and outputs of different lengths.
+
+    Short ones: at each token, the processes of an engine wait for each other with their cores busy.
+    """
+    return [{"prompt": " ".join(WORDS[: 1 + row % 9]), "budget": 1 + row * 13 % 16} for row in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +139,7 @@ def write_uneven(folder: Path, model: Path) -> str:
 @pytest.mark.vllm
 @pytest.mark.multi
 @pytest.mark.slow
-@pytest.mark.xdist_group("layouts")  # the layouts share the rows of one process alone
+@pytest.mark.xdist_group("engines")  # the layouts share the rows of one process alone
 @pytest.mark.parametrize(
     ("ranks", "count", "options"),
     [

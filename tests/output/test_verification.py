@@ -25,7 +25,7 @@ from dpgen.output.result_stats import ResultStats
 from dpgen.output.verification import VerificationReport, verify
 from dpgen.records import Completion, RowResult
 
-pytestmark = pytest.mark.multi
+pytestmark = [pytest.mark.multi, pytest.mark.xdist_group("verification")]  # one finished run for all
 
 ROWS = 50
 BAD_ROW = 7

@@ -30,7 +30,7 @@ from dpgen.data.prompts.template_kwargs import find_accepted_names
 from dpgen.data.tokenizer import TokenizerConfig, is_supported_by_transformers, load_tokenizer
 from dpgen.errors import ConfigError, RowRefused
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("render")]  # one process answers for all
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("engines")]  # one process answers for all
 
 MODES = [("deepseek_v32", "plain"), ("mistral", "mistral")]
 
