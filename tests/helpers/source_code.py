@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from helpers.jobs import REPO
@@ -39,7 +40,8 @@ def read_source(path: str) -> str:
     return (REPO / path).read_text(encoding="utf-8")
 
 
-def find_imports(source: str, path: str) -> list[Import]:
+@cache
+def find_imports(source: str, path: str) -> tuple[Import, ...]:
     """Return all imports of a file by line: those in functions and in TYPE_CHECKING blocks, too.
 
     `importlib.import_module("name")` and `__import__("name")` count; of an f-string, the text before its first value.
@@ -52,7 +54,7 @@ def find_imports(source: str, path: str) -> list[Import]:
             imports += _iter_names_of_from_import(node, path)
         elif isinstance(node, ast.Call) and (target := _find_target_of_call(node)):
             imports.append(Import(node.lineno, target, ast.unparse(node)))
-    return sorted(imports, key=lambda imported: imported.line)
+    return tuple(sorted(imports, key=lambda imported: imported.line))
 
 
 def is_within(name: str, package: str) -> bool:

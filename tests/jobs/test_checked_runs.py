@@ -39,6 +39,7 @@ def list_attempts(run_dir: Path) -> list[RejectedAttempt]:
         return [decode_attempt(reader.payload(position)) for position in range(len(index))]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_repeats_no_attempt_at_any_world_size(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_check_that_crashes_hangs_or_raises_costs_its_row_an_attempt(
     ]
 
 
+@pytest.mark.slow
 def test_each_exploded_sample_has_its_own_error_and_retrying_has_other_seeds(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ def test_every_line_of_a_bad_file_gets_a_response_in_its_place(launcher: Launche
     assert not list(tmp_path.glob(".*")), "the temporary file is gone"
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_killed_command_goes_on_and_answers_nothing_twice(launcher: Launcher, tmp_path: Path) -> None:
     source = write_batch(tmp_path / "in.jsonl", make_numbered_requests(300))

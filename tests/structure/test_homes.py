@@ -50,6 +50,8 @@ def find_uses(source: str, path: str, package: str) -> list[int]:
     imports = find_imports(source, path)
     meanings = {imported.name: imported.meaning for imported in imports}
     lines = {imported.line for imported in imports if is_within(imported.target, package)}
+    if not any(is_within(package, name) or is_within(name, package) for name in meanings.values()):
+        return sorted(lines)  # no name of the file reaches into the package
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
             root, _, attributes = ast.unparse(node).partition(".")
