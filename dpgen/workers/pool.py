@@ -2,6 +2,9 @@
 
 - Nothing here waits, but `wait_until_ready`. A worker does its tasks in order, so a death or a hang is that of the
   first one without an answer. The others go to its successor.
+- `submit` only queues a task. `poll` sends the queued ones, all those of a worker with one system call, and takes all
+  answers of a worker with another: each costs the rank microseconds, and wakes a worker that would compete with the
+  engine for the cores.
 - A worker has a few tasks ahead, so that it need not wait until the rank looks again. They fit in its pipe.
 - A worker that dies or hangs is replaced. One that can't start ends the run: it would fail for every task.
 - Workers end with their rank, killed or not.
@@ -20,11 +23,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing.connection import wait
 from typing import Any
 
 from dpgen.errors import DpgenError
+from dpgen.workers.messages import MessageInbox, encode_message
 
 _READY_WAIT_S = 0.2
 _MAX_START_DEATHS = 2
@@ -50,6 +53,7 @@ class WorkerSpec:
         num_workers: processes.
         timeout_s: seconds that a task may take.
         start_timeout_s: seconds that a worker may take to start.
+        niceness: added to the rank's; above 0 the workers leave the cores to the engine where both want them.
     """
 
     name: str
@@ -59,6 +63,7 @@ class WorkerSpec:
     num_workers: int = 1
     timeout_s: float = 60.0
     start_timeout_s: float = 600.0
+    niceness: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class WorkerPool:
         self, spec: WorkerSpec, log: Callable[[str], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._spec, self._log, self._clock = spec, log, clock
-        self._waiting: deque[tuple[Hashable, bytes]] = deque()  # pickled
+        self._waiting: deque[tuple[Hashable, bytes]] = deque()  # with their messages
         self._answers: list[Answer] = []  # that `poll` has not returned yet
         self._num_start_deaths = 0
         self._info: Any = None
@@ -122,12 +127,11 @@ class WorkerPool:
         return len(self._waiting) + len(self._answers) + sum(len(worker.tasks) for worker in self._workers)
 
     def submit(self, key: Hashable, task: Any) -> None:
-        """Add a task; `poll` returns its answer under the key."""
-        self._waiting.append((key, bytes(ForkingPickler.dumps(task))))
-        self._update_workers()
+        """Add a task; `poll` sends it, and returns its answer under the key."""
+        self._waiting.append((key, encode_message(task)))
 
     def poll(self) -> list[Answer]:
-        """Return the answers that have arrived.
+        """Send tasks to the workers that have room, and return the answers that have arrived.
 
         Raises:
             DpgenError: a worker can't start.
@@ -151,8 +155,8 @@ class WorkerPool:
         now_s = self._clock()
         for index, worker in enumerate(self._workers):
             try:
-                while worker.pipe.poll(0):
-                    self._handle_message(worker, *worker.pipe.recv())
+                for succeeded, value in worker.inbox.take():
+                    self._handle_message(worker, succeeded, value)
             except (EOFError, OSError):
                 self._replace(index, f"{self._spec.name} process died ({worker.describe_end()})")
                 continue
@@ -187,18 +191,22 @@ class WorkerPool:
         self._workers[index] = self._start_worker()
 
     def _assign_tasks(self) -> None:
+        assigned: dict[int, list[bytes]] = {}
         while self._waiting:
             size = len(self._waiting[0][1])
             free = [index for index, worker in enumerate(self._workers) if worker.is_ready and worker.has_room(size)]
             if not free:
-                return
+                break
             index = min(free, key=lambda index: len(self._workers[index].tasks))
             worker = self._workers[index]
             if not worker.is_busy:
                 worker.since_s = self._clock()
             worker.tasks.append(self._waiting.popleft())
+            assigned.setdefault(index, []).append(worker.tasks[-1][1])
+        for index, messages in assigned.items():
+            worker = self._workers[index]
             try:
-                worker.pipe.send_bytes(worker.tasks[-1][1])
+                worker.pipe.sendall(b"".join(messages))
             except OSError:
                 self._replace(index, f"{self._spec.name} process died ({worker.describe_end()})")
 
@@ -214,8 +222,7 @@ class _Worker:
     def __init__(self, spec: WorkerSpec, log: Callable[[str], None], now_s: float) -> None:
         ours, theirs = socket.socketpair()
         # A worker that was stopped must not stop its rank: a message that it doesn't take is its death.
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _PIPE_TIMEOUT_S, 0))
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _PIPE_TIMEOUT_S, 0))
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "dpgen.workers.worker", str(theirs.fileno()), str(os.getpid())],
@@ -227,8 +234,8 @@ class _Worker:
                 start_new_session=True,  # the rank handles Ctrl-C
             )
         threading.Thread(target=self._read_lines, args=[log], daemon=True).start()
-        self.pipe: Connection = Connection(ours.detach())
-        self.pipe.send((spec.factory, spec.arguments))
+        self.pipe, self.inbox = ours, MessageInbox(ours)
+        self.pipe.sendall(encode_message((spec.factory, spec.arguments, spec.niceness)))
         self.is_ready = False
         self.tasks: deque[tuple[Hashable, bytes]] = deque()
         self.since_s = now_s

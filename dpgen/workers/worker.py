@@ -10,13 +10,14 @@ import contextlib
 import importlib
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 from dpgen.lifecycle.parent_death import set_parent_death_signal
+from dpgen.workers.messages import encode_message, read_message
 
 
 def main() -> None:
@@ -24,23 +25,25 @@ def main() -> None:
     set_parent_death_signal(signal.SIGKILL, int(sys.argv[2]))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # a batch system signals every process; the rank decides when it ends
-    pipe: Connection = Connection(int(sys.argv[1]))
+    pipe = socket.socket(fileno=int(sys.argv[1]))
     with contextlib.suppress(EOFError, ConnectionError):  # the rank has closed the pool, or is gone
         _serve(pipe)
     os._exit(0)  # Python's own teardown of heavy modules would take longer than a second
 
 
-def _serve(pipe: Connection) -> None:
-    factory, arguments = pipe.recv()
+def _serve(pipe: socket.socket) -> None:
+    stream = pipe.makefile("rb")
+    factory, arguments, niceness = read_message(stream)
+    os.nice(niceness)
     try:
         handle, info = load_function(factory)(*arguments)
     except Exception as error:  # noqa: BLE001 - the process boundary: everything becomes a message to the rank
         traceback.print_exc()
-        pipe.send((False, _describe(error)))
+        pipe.sendall(encode_message((False, _describe(error))))
         return
-    pipe.send((True, info))
+    pipe.sendall(encode_message((True, info)))
     while True:
-        pipe.send(_answer(handle, pipe.recv()))
+        pipe.sendall(encode_message(_answer(handle, read_message(stream))))
 
 
 def _answer(handle: Callable[[Any], Any], task: Any) -> tuple[bool, Any]:

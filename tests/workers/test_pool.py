@@ -86,13 +86,16 @@ def test_a_worker_has_tasks_ahead_but_no_more_than_its_pipe_holds(make_pool: Mak
     wait_ready(pool)
     for key in range(20):
         pool.submit(key, "hang" if key == 0 else "a")
+    assert pool.poll() == []
     assert len(pool._workers[0].tasks) == 8
     pool = make_pool()
     wait_ready(pool)
     for key, size in enumerate([40_000, 20_000, 20_000]):
         pool.submit(key, "hang" if key == 0 else "a" * size)
+    assert pool.poll() == []
     assert len(pool._workers[0].tasks) == 3, "the first task is small"
     pool.submit(3, "a" * 200_000)
+    assert pool.poll() == []
     assert len(pool._workers[0].tasks) == 3, "a pipe holds no more, and the rank must not wait for it"
 
 
@@ -127,6 +130,7 @@ def test_a_task_that_takes_too_long_is_given_up(make_pool: MakePool) -> None:
     wait_ready(pool)
     pool.submit("slow", "hang")
     pool.submit("next", "task")
+    assert pool.poll() == []
     now_s = 60.0
     assert pool.poll() == []
     now_s = 61.0
