@@ -1,6 +1,8 @@
-"""Check one completion, in a worker process of the rank: the factory of these workers, and what users' functions get.
+"""Check one completion: what the rank does itself, the factory of its workers, and what users' functions get.
 
 - The checks are tried in the order of `CHECK_NAMES`; the first one that fails gives the reason.
+- The first two only look at the completion, which takes less time than to send it, so the rank does them. All others
+  may take long, or for ever: a regular expression, also in a schema, and a function. Workers do them.
 - Whatever a check raises rejects that completion alone. A crash or a hang is the pool's matter.
 """
 
@@ -11,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpgen.config.sections import CheckConfig
 from dpgen.engine.parsing.json_text import describe_json_error, extract_json
@@ -52,22 +54,58 @@ class CheckedCompletion:
     attempt: int = 0
 
 
-@dataclass(frozen=True)
-class CheckTask:
-    """Hold one completion to check.
+class FunctionInput(NamedTuple):
+    """Hold what a user's function gets beside the text; see `CheckedCompletion`.
 
     Attributes:
-        columns: the input's row; empty where no function needs it.
-        sample, attempt: as in `CheckedCompletion`.
+        columns: the input's row.
     """
 
-    completion: Completion
     columns: Mapping[str, Any]
+    finish_reason: str | None
+    num_tokens: int
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    token_ids: list[int] | None = None
     sample: int = 0
     attempt: int = 0
 
 
+class CheckTask(NamedTuple):
+    """Hold what workers need of one completion.
+
+    Attributes:
+        parsed: as in `Completion`.
+        for_function: None where there is no function.
+    """
+
+    text: str
+    parsed: str | None = None
+    for_function: FunctionInput | None = None
+
+
 _Check = Callable[[CheckTask], str | None]  # the reason to reject a completion, None if it passes
+
+
+def make_quick_check(config: CheckConfig) -> Callable[[Completion], Rejection | None]:
+    """Return the checks that the rank does itself."""
+    allowed, non_empty = config.finish_reason, config.non_empty
+
+    def check(completion: Completion) -> Rejection | None:
+        reason = completion.finish_reason
+        if allowed is not None and reason not in allowed:
+            return Rejection("finish_reason", f"it ended by {reason}, not by {' or '.join(allowed)}")
+        if non_empty and not completion.text.strip() and not completion.tool_calls:
+            return Rejection("non_empty", "the text is empty")
+        return None
+
+    return check
+
+
+def list_worker_checks(config: CheckConfig) -> list[str]:
+    """Return the names of the checks that workers do, in their order; without any there are no workers."""
+    names = ("regex", "max_repetition", "json_schema", "function")
+    return [name for name in names if getattr(config, name) is not None]
 
 
 def start(config: CheckConfig) -> tuple[Callable[[CheckTask], Rejection | None], None]:
@@ -77,16 +115,12 @@ def start(config: CheckConfig) -> tuple[Callable[[CheckTask], Rejection | None],
         ValueError: the JSON Schema is none, or there is no such function.
     """
     checks: dict[str, _Check] = {}
-    if config.finish_reason is not None:
-        checks["finish_reason"] = lambda task: _check_finish_reason(task.completion, config.finish_reason or ())
-    if config.non_empty:
-        checks["non_empty"] = _check_non_empty
     if config.regex is not None:
         pattern = re.compile(config.regex)
-        checks["regex"] = lambda task: None if pattern.search(task.completion.text) else "it is found nowhere"
+        checks["regex"] = lambda task: None if pattern.search(task.text) else "it is found nowhere"
     if config.max_repetition is not None:
         limit = config.max_repetition
-        checks["max_repetition"] = lambda task: _check_repetition(task.completion.text, limit)
+        checks["max_repetition"] = lambda task: _check_repetition(task.text, limit)
     if config.json_schema is not None:
         checks["json_schema"] = make_schema_check(config.json_schema)
     if config.function is not None:
@@ -103,16 +137,6 @@ def start(config: CheckConfig) -> tuple[Callable[[CheckTask], Rejection | None],
         return None
 
     return handle, None
-
-
-def _check_finish_reason(completion: Completion, allowed: Any) -> str | None:
-    reason = completion.finish_reason
-    return None if reason in allowed else f"it ended by {reason}, not by {' or '.join(allowed)}"
-
-
-def _check_non_empty(task: CheckTask) -> str | None:
-    completion = task.completion
-    return None if completion.text.strip() or completion.tool_calls else "the text is empty"
 
 
 def compute_repetition(text: str) -> float:
@@ -144,9 +168,9 @@ def make_schema_check(schema: Any) -> _Check:
     validator = validator_class(schema)
 
     def check(task: CheckTask) -> str | None:
-        text = task.completion.text
+        text = task.text
         try:
-            value = json.loads(task.completion.parsed or extract_json(text))
+            value = json.loads(task.parsed or extract_json(text))
         except (ValueError, RecursionError) as error:
             return f"no JSON: {describe_json_error(error, text)}"
         problem = exceptions.best_match(validator.iter_errors(value))
@@ -170,21 +194,20 @@ def _make_function_check(name: str) -> _Check:
     function = _load_function(name)
 
     def check(task: CheckTask) -> str | None:
-        completion = task.completion
-        parsed = None if completion.parsed is None else json.loads(completion.parsed)
-        token_ids = completion.token_ids if completion.logprobs is None else completion.logprobs.token_ids.tolist()
+        assert task.for_function is not None
+        columns, finish_reason, num_tokens, reasoning, tool_calls, token_ids, sample, attempt = task.for_function
         shown = CheckedCompletion(
-            completion.text,
-            completion.finish_reason,
-            completion.num_tokens,
-            completion.reasoning,
-            completion.tool_calls,
-            parsed,
+            task.text,
+            finish_reason,
+            num_tokens,
+            reasoning,
+            tool_calls,
+            None if task.parsed is None else json.loads(task.parsed),
             token_ids,
-            task.sample,
-            task.attempt,
+            sample,
+            attempt,
         )
-        return _read_verdict(function(dict(task.columns), shown))
+        return _read_verdict(function(dict(columns), shown))
 
     return check
 

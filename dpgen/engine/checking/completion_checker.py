@@ -1,23 +1,27 @@
-"""Have completions checked in worker processes: the rank's half."""
+"""Have completions checked, in worker processes where it may take long: the rank's half."""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpgen.config.sections import CheckConfig
 from dpgen.data.input_rows import InputRows
-from dpgen.engine.checking.checks import CheckTask
+from dpgen.engine.checking.checks import CheckTask, FunctionInput, list_worker_checks, make_quick_check
 from dpgen.engine.process import select_own_environment
 from dpgen.errors import ConfigError
+from dpgen.imports import list_import_folders
 from dpgen.journal.attempts import Rejection
 from dpgen.records import Completion, RequestId, RowResult
 from dpgen.workers.pool import WorkerPool, WorkerRefused, WorkerSpec
+
+_NICENESS = 5  # a check that needs much processor time must not take it from the engine
+
+_SLOWEST_FIRST = ("function", "regex", "json_schema", "max_repetition")
 
 
 class CheckedResult(NamedTuple):
@@ -27,28 +31,48 @@ class CheckedResult(NamedTuple):
     rejections: tuple[Rejection | None, ...]
 
 
-class CompletionChecker:
-    """Check completions, off the rank's main thread and in any order.
+@dataclass
+class _PendingResult:
+    """Hold a result that is being checked.
 
-    Args:
-        pool: workers that `checks.start` has made ready.
-        rows: the input, if the checks need it; else None.
-        slow_check: name of the check that a worker most likely dies of, or takes too long for.
+    Attributes:
+        rejections: for each completion; None for one that has passed, or is being checked.
+        first_attempt: number of the row's first attempt of those that users count.
+        num_open: completions that are being checked.
     """
 
-    def __init__(self, pool: WorkerPool, rows: InputRows | None = None, slow_check: str = "function") -> None:
-        self._pool, self._rows, self._slow_check = pool, rows, slow_check
-        self._results: dict[RequestId, RowResult] = {}  # requests whose completions are being checked
-        self._verdicts: dict[RequestId, dict[int, Rejection | None]] = {}
+    result: RowResult
+    rejections: list[Rejection | None]
+    first_attempt: int
+    num_open: int
+
+
+class CompletionChecker:
+    """Check completions, in any order: in this process what is quick, off the rank's main thread all else.
+
+    Args:
+        config: the checks.
+        pool: workers that `checks.start` has made ready; None where there is nothing for them.
+        rows: the input, which the user's function gets; None without such a function.
+    """
+
+    def __init__(self, config: CheckConfig, pool: WorkerPool | None = None, rows: InputRows | None = None) -> None:
+        self._check_quickly, self._pool, self._rows = make_quick_check(config), pool, rows
+        names = list_worker_checks(config)
+        # The check that a worker most likely dies of, or takes too long for.
+        self._slow_check = next((name for name in _SLOWEST_FIRST if name in names), "")
+        self._pending: dict[RequestId, _PendingResult] = {}
+        self._unsent: list[_PendingResult] = []
+        self._checked: list[_PendingResult] = []
 
     def __len__(self) -> int:
         """Return the number of results that are being checked."""
-        return len(self._results)
+        return len(self._pending)
 
     @property
     def pending_ids(self) -> Collection[RequestId]:
         """Ids of these results."""
-        return self._results.keys()
+        return self._pending.keys()
 
     def wait_until_ready(self, on_wait: Callable[[], None]) -> None:
         """Wait for the workers.
@@ -58,7 +82,8 @@ class CompletionChecker:
             DpgenError: the workers died.
         """
         try:
-            self._pool.wait_until_ready(on_wait)
+            if self._pool is not None:
+                self._pool.wait_until_ready(on_wait)
         except WorkerRefused as error:
             raise ConfigError(str(error)) from None
 
@@ -68,41 +93,75 @@ class CompletionChecker:
         Args:
             first_attempt: number of the row's first attempt of those that users count.
         """
-        self._results[result.id], self._verdicts[result.id] = result, {}
-        columns: dict[str, Any] = {}
-        if self._rows is not None:
-            [columns] = self._rows.iter_rows(np.array([result.row]), self._rows.columns)
-        for index, completion in enumerate(result.completions):
-            task = CheckTask(
-                _drop_candidates(completion), columns, result.sample + index, result.attempt - first_attempt
-            )
-            self._pool.submit((result.id, index), task)
+        rejections = list(map(self._check_quickly, result.completions))
+        num_open = 0 if self._pool is None else rejections.count(None)
+        pending = self._pending[result.id] = _PendingResult(result, rejections, first_attempt, num_open)
+        (self._unsent if num_open else self._checked).append(pending)
 
     def poll(self) -> list[CheckedResult]:
-        """Return the results whose completions have all been checked since the last call."""
-        checked = []
-        for answer in self._pool.poll():
-            assert isinstance(answer.key, tuple)
-            id, index = answer.key
-            verdicts = self._verdicts[id]
-            is_failed = answer.failure is not None
-            verdicts[index] = Rejection(self._slow_check, answer.failure or "") if is_failed else answer.value
-            result = self._results[id]
-            if len(verdicts) == len(result.completions):
-                del self._results[id], self._verdicts[id]
-                checked.append(CheckedResult(result, tuple(verdicts[number] for number in range(len(verdicts)))))
-        return checked
+        """Send the results that were added to the workers, and return those that have been checked."""
+        if self._pool is not None:
+            for key, task in self._make_tasks():
+                self._pool.submit(key, task)
+            self._unsent.clear()
+            for answer in self._pool.poll():
+                assert isinstance(answer.key, tuple)
+                id, index = answer.key
+                pending = self._pending[id]
+                is_failed = answer.failure is not None
+                pending.rejections[index] = (
+                    Rejection(self._slow_check, answer.failure or "") if is_failed else answer.value
+                )
+                pending.num_open -= 1
+                if not pending.num_open:
+                    self._checked.append(pending)
+        checked, self._checked = self._checked, []
+        for pending in checked:
+            del self._pending[pending.result.id]
+        return [CheckedResult(pending.result, tuple(pending.rejections)) for pending in checked]
 
     def close(self) -> None:
         """End the workers."""
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
+
+    def _make_tasks(self) -> Iterator[tuple[tuple[RequestId, int], CheckTask]]:
+        """Yield a task for each completion that workers must check. Reading many rows takes hardly longer than one."""
+        by_row: dict[int, list[_PendingResult]] = {}
+        for pending in self._unsent:
+            by_row.setdefault(pending.result.row, []).append(pending)
+        columns_of_rows: Iterable[dict[str, Any] | None] = [None] * len(by_row)
+        if self._rows is not None and by_row:
+            columns_of_rows = self._rows.iter_rows(np.array(list(by_row)), self._rows.columns)
+        for columns, results in zip(columns_of_rows, by_row.values(), strict=True):
+            for pending in results:
+                yield from _make_tasks_of_result(pending, columns)
 
 
-def _drop_candidates(completion: Completion) -> Completion:
-    """Return a completion with token ids alone of its log-probabilities: checks need no others."""
-    if completion.logprobs is None:
-        return completion
-    return replace(completion, token_ids=completion.logprobs.token_ids.tolist(), logprobs=None)
+def _make_tasks_of_result(
+    pending: _PendingResult, columns: dict[str, Any] | None
+) -> Iterator[tuple[tuple[RequestId, int], CheckTask]]:
+    result = pending.result
+    for index, completion in enumerate(result.completions):
+        if pending.rejections[index] is None:
+            numbers = (result.sample + index, result.attempt - pending.first_attempt)
+            for_function = None if columns is None else _select_input(completion, columns, *numbers)
+            yield (result.id, index), CheckTask(completion.text, completion.parsed, for_function)
+
+
+def _select_input(completion: Completion, columns: dict[str, Any], sample: int, attempt: int) -> FunctionInput:
+    """Return what a function gets; of log-probabilities, the token ids alone."""
+    logprobs = completion.logprobs
+    return FunctionInput(
+        columns,
+        completion.finish_reason,
+        completion.num_tokens,
+        completion.reasoning,
+        completion.tool_calls,
+        completion.token_ids if logprobs is None else logprobs.token_ids.tolist(),
+        sample,
+        attempt,
+    )
 
 
 def start_completion_checker(
@@ -115,10 +174,11 @@ def start_completion_checker(
     """
     if not config.is_used:
         return None
+    if not list_worker_checks(config):
+        return CompletionChecker(config)
     environment = select_own_environment(os.environ)
     environment["CUDA_VISIBLE_DEVICES"] = ""  # checks must not take memory from the engine
-    places = [path for path in (*sys.path, os.getcwd()) if path]  # a function may be in the working directory
-    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(places))
+    environment["PYTHONPATH"] = os.pathsep.join(list_import_folders())
     workers = WorkerSpec(
         "the check",
         "dpgen.engine.checking.checks:start",
@@ -126,7 +186,6 @@ def start_completion_checker(
         environment,
         num_workers=config.num_workers,
         timeout_s=config.timeout_s,
+        niceness=_NICENESS,
     )
-    slow_check = "function" if config.function is not None else "regex" if config.regex is not None else "json_schema"
-    needed_rows = rows if config.function is not None else None
-    return CompletionChecker(WorkerPool(workers, log), needed_rows, slow_check)
+    return CompletionChecker(config, WorkerPool(workers, log), rows if config.function is not None else None)

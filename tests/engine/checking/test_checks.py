@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpgen.config.sections import CheckConfig
-from dpgen.engine.checking.checks import CheckTask, compute_repetition, start
+from dpgen.engine.checking.checks import CheckTask, FunctionInput, compute_repetition, make_quick_check, start
 from dpgen.records import Completion, ToolCall
 
 SCHEMA = {
@@ -22,9 +22,13 @@ SCHEMA = {
 
 def check(config: CheckConfig, text: str = "text", row: dict[str, Any] | None = None, **fields: Any) -> str | None:
     """Return a check's verdict as users read it; None for one that passes."""
-    handle, _ = start(config)
-    finish_reason = fields.pop("finish_reason", "stop")
-    rejection = handle(CheckTask(Completion(text, finish_reason, 3, **fields), row or {}, sample=1, attempt=2))
+    completion = Completion(text, fields.pop("finish_reason", "stop"), 3, **fields)
+    rejection = make_quick_check(config)(completion)
+    if rejection is None:
+        handle, _ = start(config)
+        calls, ids = completion.tool_calls, completion.token_ids
+        given = FunctionInput(row or {}, completion.finish_reason, 3, completion.reasoning, calls, ids, 1, 2)
+        rejection = handle(CheckTask(text, completion.parsed, given))
     return None if rejection is None else str(rejection)
 
 
