@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dpgen.config.prompt import PROMPT_SOURCES
+from dpgen.config.schema_source import find_wrong_schema
 from dpgen.errors import ERROR_TYPES, ConfigError, suggest_name
 from dpgen.lifecycle.shutdown import parse_time_limit
 
@@ -186,18 +187,14 @@ def find_wrong_logprobs(
                 yield f"{key}={count}: engine.max_logprobs={limit} allows fewer; leave that out, or set it to {count}"
 
 
-def find_wrong_schema(
+def find_wrong_output_schema(
     output: OutputConfig, sampling: Mapping[str, Any], by_rank: Iterable[Mapping[str, Any]]
 ) -> Iterator[str]:
     """Yield one line if `output.schema` is no schema, and for each section that gives another constraint."""
     schema = output.schema
     if schema is None:
         return
-    if not isinstance(schema, Mapping) or not schema:
-        yield (
-            f"output.schema={schema!r}: must be a JSON Schema, its file (@schemas/answer.json), or a Pydantic model "
-            "(package.module:Model)"
-        )
+    yield from find_wrong_schema("output.schema", schema, may_be_any=False)
     for section, entry in _iter_sampling_sections(sampling, by_rank):
         given = entry.get("structured_outputs")
         for name in CONSTRAINTS:

@@ -6,13 +6,12 @@ schema is one, and whether a function is there, before a model is loaded.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpgen.config.checks import LOGPROB_FIELDS
+from dpgen.config.schema_source import find_wrong_schema
 from dpgen.errors import find_nearest_name
 
 if TYPE_CHECKING:
@@ -22,20 +21,6 @@ if TYPE_CHECKING:
 CHECK_NAMES = ("truncated", "finish_reason", "non_empty", "regex", "max_repetition", "json_schema", "function")
 FINISH_REASONS = ("stop", "length", "repetition")
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-
-
-def read_json_schema(name: str) -> Any:
-    """Return the JSON Schema in a file: ``schema.json`` or ``@schema.json``, relative to the working directory.
-
-    Raises:
-        ValueError: the file can't be read, or holds no JSON.
-    """
-    try:
-        return json.loads(Path(name.removeprefix("@")).expanduser().read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"can't be read: {error.strerror}; give a file, or the schema itself") from None
-    except (ValueError, RecursionError, RuntimeError) as error:
-        raise ValueError(f"holds no JSON: {error}") from None
 
 
 def find_wrong_check_values(check: CheckConfig, default: CheckConfig) -> Iterator[str]:
@@ -58,13 +43,8 @@ def find_wrong_check_values(check: CheckConfig, default: CheckConfig) -> Iterato
         yield "check.finish_reason=[]: no completion would pass; name the reasons that do, or null for all"
     if check.max_repetition is not None and not 0 <= check.max_repetition <= 1:
         yield f"check.max_repetition={check.max_repetition}: must be from 0 to 1"
-    if isinstance(check.json_schema, str):  # its file could not be read
-        try:
-            read_json_schema(check.json_schema)
-        except ValueError as error:
-            yield f"check.json_schema={check.json_schema}: {error}"
-    elif check.json_schema is not None and not isinstance(check.json_schema, (Mapping, bool)):
-        yield f"check.json_schema={check.json_schema!r}: must be a JSON Schema, or its file: schema.json"
+    if check.json_schema is not None:
+        yield from find_wrong_schema("check.json_schema", check.json_schema, may_be_any=True)
     if check.function is not None and not _FUNCTION.fullmatch(check.function):
         yield f"check.function={check.function!r}: must look like package.module:name"
     yield from _find_wrong_retry_sampling(check.retry_sampling)

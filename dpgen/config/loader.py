@@ -19,8 +19,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpgen.config.options import describe_option, find_type, is_text, is_utf8, legal_keys
-from dpgen.config.output_schema import read_output_schema
 from dpgen.config.schema import Config, find_wrong_values
+from dpgen.config.schema_source import SCHEMA_KEYS, read_schema
 from dpgen.config.sections import MISSING
 from dpgen.config.text_files import FILE_KEYS, read_text_files
 from dpgen.config.vllm.vllm_fields import describe_home_of_field
@@ -36,7 +36,7 @@ _NULLS = ("null", "Null", "NULL", "~")
 _SECTION_NAMES = tuple(field.name for field in dataclasses.fields(Config))
 _LITERAL = " (for a literal ${ write \\${)"
 # A schema takes the place of an earlier one: merged, they would be a third.
-_SCHEMAS = ("output.schema", "sampling.structured_outputs.json")
+_SCHEMAS = (*SCHEMA_KEYS, "sampling.structured_outputs.json")
 _REQUIRED = {name for name, default, _ in legal_keys() if default == MISSING}
 
 
@@ -186,20 +186,22 @@ class _LayerMerger:
                 self._merge(source, {key: value}, paths)
 
     def _insert_text_files(self) -> None:
-        """Put the content of each file that a key of `data` or `output.schema` names in the name's place."""
+        """Put the content of each file or model that a key of `data` or of `SCHEMA_KEYS` names in the name's place."""
         from omegaconf import OmegaConf
 
         data = {key: OmegaConf.select(self._merged, f"data.{key}") for key in FILE_KEYS}
         texts, mistakes = read_text_files(data)
-        contents: dict[str, Any] = {"data": texts}
-        if isinstance(schema := OmegaConf.select(self._merged, "output.schema"), str):
-            contents["output"] = {"schema": None}  # where it can't be read
-            try:
-                contents["output"]["schema"] = read_output_schema(schema)
-            except ConfigError as error:
-                mistakes += error.mistakes
+        contents: dict[str, dict[str, Any]] = {"data": texts} if texts else {}
+        for key in SCHEMA_KEYS:
+            if isinstance(name := OmegaConf.select(self._merged, key), str):
+                section, _, field = key.partition(".")
+                contents[section] = {field: None}  # where it can't be read
+                try:
+                    contents[section] = {field: read_schema(key, name)}
+                except ConfigError as error:
+                    mistakes += error.mistakes
         self._mistakes += map(self._add_place, mistakes)
-        if texts or "output" in contents:
+        if contents:
             self._merged = OmegaConf.merge(self._merged, escape_dollars(contents))
 
     def _note_places(self, source: YamlSource, values: Mapping[str, Any]) -> None:
@@ -335,7 +337,7 @@ def _read_override(argument: str) -> YamlSource:
     is_null = text in _NULLS and (find_type(key) == "str | None" or key == "data.chat_template")
     is_list = text.startswith("[") and key == "data.path"
     is_name = key == "data.chat_template" and _CHAT_TEMPLATE_NAME.match(text) is not None
-    names_file = key in ("data.tools", "output.schema") and text.startswith("@")
+    names_file = key in ("data.tools", *SCHEMA_KEYS) and text.startswith("@")
     if names_file or (is_text(key) and not is_null and not is_list and not is_name):
         return take_as_it_stands(argument, path, text)
     return read_argument(argument, path, text, may_be_text=find_type(key) in ("", "Any"))

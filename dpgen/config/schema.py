@@ -154,7 +154,7 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
     yield from checks.find_wrong_adapters(sections["lora"])
     yield from checks.find_wrong_sampling(sections["sampling"], sections["sampling_by_rank"])
     yield from checks.find_wrong_logprobs(sections["engine"], sections["sampling"], sections["sampling_by_rank"])
-    yield from checks.find_wrong_schema(sections["output"], sections["sampling"], sections["sampling_by_rank"])
+    yield from checks.find_wrong_output_schema(sections["output"], sections["sampling"], sections["sampling_by_rank"])
     yield from completion_checks.find_wrong_check_values(sections["check"], CheckConfig())
     if sections["data"].completion_column is not None:
         yield from checks.find_keys_without_effect_on_scores(sections, OutputConfig())

@@ -6,11 +6,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from dpgen.config.completion_checks import read_json_schema
 
 MISSING = "???"  # OmegaConf's mark of a value that must be given
 
@@ -279,10 +276,7 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Hold `check.*`: which completions are rejected, and what becomes of them.
-
-    A file of `json_schema` is read when the section is made, so that a run is known by its content.
-    """
+    """Hold `check.*`: which completions are rejected, and what becomes of them."""
 
     non_empty: bool = option("reject a completion whose text is empty or blank, unless it calls a tool", False)
     finish_reason: list[str] | None = option(
@@ -290,7 +284,8 @@ class CheckConfig:
     )
     json_schema: Any = option(
         "reject a completion that is no JSON value of this JSON Schema (a Markdown fence around it is no error): the "
-        "schema itself, or its file, relative to the working directory: schema.json"
+        "schema itself, its file ('@schemas/answer.json'), or the import path of a Pydantic model "
+        "(package.module:Model)"
     )
     regex: str | None = option("reject a completion in whose text this regular expression of Python is found nowhere")
     max_repetition: float | None = option(
@@ -323,11 +318,6 @@ class CheckConfig:
     keep_rejected: bool = option(
         "add the column rejected_text: the last text of a sample that failed its checks", False
     )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.json_schema, str):
-            with contextlib.suppress(ValueError):  # reported with all other mistakes
-                object.__setattr__(self, "json_schema", read_json_schema(self.json_schema))
 
     @property
     def is_used(self) -> bool:

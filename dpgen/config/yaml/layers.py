@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dpgen.config.schema_source import SCHEMA_KEYS
+
 # Texts in which `${` is never OmegaConf's: ``Price: ${{ price }}``. Neither is it in a schema.
 _PROMPT_TEXTS = ("data.template", "data.system_prompt", "data.chat_template", "data.tools")
 # `${` that no interpolation of OmegaConf begins with: ``$${{``, ``^\\d+${``.
@@ -19,7 +21,7 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
     layer: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
-        is_literal = key in _PROMPT_TEXTS or (key == "output.schema" and isinstance(value, Mapping))
+        is_literal = key in _PROMPT_TEXTS or (key in SCHEMA_KEYS and isinstance(value, Mapping))
         value = _escape(value, _ANY_DOLLAR if is_literal else _NO_INTERPOLATION)
         if name:
             layer.setdefault(section, {})[name] = value

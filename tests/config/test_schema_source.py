@@ -1,4 +1,4 @@
-"""`output.schema` is a schema, its file or a Pydantic model, and sets the constraint of every row."""
+"""A schema is given as itself, its file or a Pydantic model; `output.schema` sets the constraint of every row."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 
 from dpgen.config import loader
 from dpgen.config.schema import Config, to_yaml
+from dpgen.config.schema_source import SCHEMA_KEYS
 from dpgen.errors import ConfigError
 from dpgen.journal.run_identity import compute_run_identity
 
@@ -41,28 +42,41 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Confi
     return load
 
 
+def get_schema(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+@pytest.mark.parametrize("key", SCHEMA_KEYS)
 @pytest.mark.parametrize(
     "text",
     [
-        'output: {schema: "@answer.json"}',
-        "output: {schema: answer.json}",
-        f"output: {{schema: {json.dumps(SCHEMA)}}}",
-        "output:\n  schema: |\n    " + json.dumps(SCHEMA).replace("${", "\\${"),
+        '{schema: "@answer.json"}',
+        "{schema: answer.json}",
+        f"{{schema: {json.dumps(SCHEMA)}}}",
+        "\n  schema: |\n    " + json.dumps(SCHEMA).replace("${", "\\${"),
     ],
 )
-def test_a_schema_may_be_a_file_a_mapping_or_json_text(load: Callable[..., Config], text: str) -> None:
-    config = load(text=BASE + text)
-    assert config.output.schema == SCHEMA
-    assert config.sampling_fields == {"structured_outputs": {"json": SCHEMA}}
-    assert config.output.parses_json
+def test_a_schema_may_be_a_file_a_mapping_or_json_text(load: Callable[..., Config], key: str, text: str) -> None:
+    section, _, name = key.partition(".")
+    config = load(text=f"{BASE}{section}: {text.replace('schema:', f'{name}:', 1)}")
+    assert get_schema(config, key) == SCHEMA
     again = load(text=to_yaml(config))
     assert again == config, "config.yaml of the run directory gives the same run"
+    assert load(f"{key}=@answer.json") == load(f"{key}=answer.json") == config
 
 
-def test_a_schema_may_be_a_pydantic_model(load: Callable[..., Config]) -> None:
+def test_an_output_schema_constrains_every_row(load: Callable[..., Config]) -> None:
+    config = load("output.schema=@answer.json")
+    assert config.sampling_fields == {"structured_outputs": {"json": SCHEMA}}
+    assert config.output.parses_json
+
+
+@pytest.mark.parametrize("key", SCHEMA_KEYS)
+def test_a_schema_may_be_a_pydantic_model(load: Callable[..., Config], key: str) -> None:
     Path("answers").mkdir()
     Path("answers/models.py").write_text(MODEL)
-    schema = load("output.schema=answers.models:Answer").output.schema
+    schema = get_schema(load(f"{key}=answers.models:Answer"), key)
     assert schema["properties"] == {"text": {"title": "Text", "type": "string"}}
     for name, reason in {
         "answers.models:Anser": "answers.models has no Anser",
@@ -70,18 +84,39 @@ def test_a_schema_may_be_a_pydantic_model(load: Callable[..., Config]) -> None:
         "answers.model:Answer": "ModuleNotFoundError: No module named 'answers.model'",
     }.items():
         with pytest.raises(ConfigError) as caught:
-            load(f"output.schema={name}")
-        assert caught.value.mistakes[0].startswith(f"output.schema={name}: {reason}")
+            load(f"{key}={name}")
+        assert caught.value.mistakes[0].startswith(f"{key}={name}: {reason}")
         assert len(caught.value.mistakes) == 1
+
+
+@pytest.mark.parametrize("key", SCHEMA_KEYS)
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("@none.json", "none.json can't be read: there is no such file in the working"),
+        ("conf.yaml", "conf.yaml: conf.yaml: the text is not valid JSON"),
+        ("list.json", "list.json: list.json holds a list, not a JSON Schema object"),
+        ("3", "3: must be a JSON Schema, its file (@schemas/answer.json), or a Pydantic"),
+    ],
+)
+def test_a_schema_that_is_none_is_refused_once_and_alike(
+    load: Callable[..., Config], key: str, value: str, message: str
+) -> None:
+    Path("list.json").write_text("[1]")
+    with pytest.raises(ConfigError) as caught:
+        load(f"{key}={value}")
+    [mistake] = caught.value.mistakes
+    assert mistake.startswith(f"{key}={message}")
+
+
+def test_a_check_may_take_any_json(load: Callable[..., Config]) -> None:
+    assert load("check.json_schema={}").check.json_schema == {}
+    assert load("check.json_schema=true").check.json_schema is True
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["output.schema=@none.json"], "output.schema=none.json can't be read: there is no such file in the working"),
-        (["output.schema=conf.yaml"], "output.schema=conf.yaml: conf.yaml: the text is not valid JSON"),
-        (["output.schema=list.json"], "output.schema=list.json: list.json holds a list, not a JSON Schema object"),
-        (["output.schema=3"], "output.schema=3: must be a JSON Schema, its file (@schemas/answer.json), or a Pydantic"),
         (["output.schema={}"], "output.schema={}: must be a JSON Schema"),
         (
             ["output.schema=@answer.json", "sampling.structured_outputs={regex: a}"],
@@ -94,8 +129,9 @@ def test_a_schema_may_be_a_pydantic_model(load: Callable[..., Config]) -> None:
         (["output.schema=@answer.json", "data.completion_column=p"], "output.schema has no effect: data.completion"),
     ],
 )
-def test_a_schema_that_is_none_is_refused_once(load: Callable[..., Config], overrides: list[str], message: str) -> None:
-    Path("list.json").write_text("[1]")
+def test_an_output_schema_that_can_not_be_followed_is_refused_once(
+    load: Callable[..., Config], overrides: list[str], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         load(*overrides)
     [mistake] = caught.value.mistakes
@@ -112,6 +148,7 @@ def test_a_schema_that_can_not_be_read_hides_no_other_mistake(load: Callable[...
     ("key", "get"),
     [
         ("output.schema", lambda config: config.output.schema),
+        ("check.json_schema", lambda config: config.check.json_schema),
         ("sampling.structured_outputs.json", lambda config: config.sampling["structured_outputs"]["json"]),
     ],
 )
