@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,8 +29,11 @@ from dpgen.data.model_identity import hash_chat_template, identify_adapters, ide
 from dpgen.data.reading.files import check_run_dir_apart
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import ConfigError
+from dpgen.journal.code_identity import identify_code
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.run_identity import find_fingerprint, select_result_options
+
+logger = logging.getLogger(__name__)
 
 # Keys that ranks may set differently: places on a node's own disk, whose contents are compared elsewhere or are this
 # rank's own, and what only the terminal shows.
@@ -124,10 +128,15 @@ def find_what_names_stand_for(config: Config, group: RankGroup) -> dict[str, Any
         if group.rank != 0:
             return None
         found: dict[str, Any] = {"variables": select_result_variables(os.environ)}
+        code, without_file = identify_code(config)
+        if code:  # older run directories lack the key
+            found["code"] = code
+        for name in without_file:
+            logger.info(f"{name}: its source can't be found, so that a run does not notice if it changes")
         if config.run.engine == "fake":
             return found
         template = hash_chat_template(config.prompt)
-        if config.lora:  # older run directories lack the key
+        if config.lora:  # as above
             found["lora_files"] = identify_adapters(config.lora)
         return {**found, "model_files": identify_model(config.model, config.engine), "chat_template_hash": template}
 

@@ -73,8 +73,9 @@ _SAME_WEIGHTS_LOAD_FORMATS = (
 )
 
 # Keys of an identity that run directories of older versions lack: the model's files, the text of a chat template that
-# is a file, environment variables, and the adapters' files. They are compared where both sides have them.
-FOUND_KEYS = ("model_files", "chat_template_hash", "variables", "lora_files")
+# is a file, environment variables, the adapters' files, and the user's code. They are compared where both sides have
+# them.
+FOUND_KEYS = ("model_files", "chat_template_hash", "variables", "lora_files", "code")
 
 # Keys of `check` that decide how long a check may take, and not what passes.
 _NEUTRAL_CHECK_KEYS = ("timeout_s", "num_workers")
@@ -189,8 +190,11 @@ def diff_identities(before: Any, now: Any, path: str = "") -> list[str]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         if not path:  # older versions wrote fewer keys
             now = {key: value for key, value in now.items() if key in before or key not in FOUND_KEYS}
+            before = {key: value for key, value in before.items() if key in now or key != "code"}
+        # Code is compared under the same name: another name is a difference of its key, and some code has no file.
+        keys = set(before) & set(now) if path == "code" else set(before) | set(now)
         differences = []
-        for key in sorted(set(before) | set(now)):
+        for key in sorted(keys):
             differences += diff_identities(before.get(key), now.get(key), f"{path}.{key}" if path else key)
         return differences
     # Other versions recognised other secrets: what one of them removed can't be compared.
@@ -211,6 +215,8 @@ def _to_config_key(path: str) -> str:
     if path.startswith("lora_files."):
         adapter, _, name = path.removeprefix("lora_files.").partition(".")
         return f"{name} of lora.{adapter}"
+    if path.startswith("code."):
+        return f"the source of {path.removeprefix('code.')}"
     if path.startswith("variables."):
         return f"environment variable {path.removeprefix('variables.')}"
     return renamed.get(path, f"data.{path.removeprefix('prompt.')}" if path.startswith("prompt.") else path)

@@ -345,6 +345,7 @@ def test_an_input_of_the_same_files_is_not_hashed_again() -> None:
         ("prompt.system", "data.system"),
         ("variables.VLLM_X", "environment variable VLLM_X"),
         ("chat_template_hash", "the text in the file data.chat_template"),
+        ("code.check.function=m:f", "the source of check.function=m:f"),
         ("model_files.model.config.json", "config.json of model"),
         ("model_files.tokenizer.merges.txt", "merges.txt of engine.tokenizer"),
     ],
