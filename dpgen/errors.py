@@ -26,8 +26,10 @@ The number is the exit status. It belongs to the error, so `__main__` needs no t
 from __future__ import annotations
 
 import difflib
+import re
 import signal
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 EXIT_OK = 0
@@ -37,9 +39,15 @@ EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
 
 _MAX_LISTED = 20
 _MIN_SIMILARITY = 0.65  # of two names, from 0 to 1; below it a name is rather another one than misspelt
-# Texts of vLLM 0.32, torch and cuBLAS, in lower case.
-_MEMORY_STILL_HELD = "less than desired gpu memory utilization"
-_OUT_OF_MEMORY_ANYWHERE = ("no available memory for the cache", "alloc_failed", _MEMORY_STILL_HELD)
+# Texts of vLLM 0.26 to 0.33, torch and cuBLAS, in lower case.
+# "Free memory on device cuda:0 (68.77/139.8 GiB) on startup is less than desired GPU memory utilization (0.9, ...". On
+# the CPU "Available memory on node 0 (...", and in two places: at the start, and for the KV cache.
+_FREE_MEMORY = re.compile(
+    r"memory on (?:device )?(\S+|node \S+) \((\d+(?:\.\d+)?)/(\d+(?:\.\d+)?) gib\) on (startup|kv cache allocation) is "
+    r"less than"
+)
+_NO_ROOM_FOR_CACHE = "no available memory for the cache"
+_OUT_OF_MEMORY_ANYWHERE = (_NO_ROOM_FOR_CACHE, "alloc_failed")
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", *_OUT_OF_MEMORY_ANYWHERE)
 # In output that is only searched: harmless lines speak of "out of memory" too.
 _OUT_OF_MEMORY_IN_OUTPUT = ("cuda out of memory", "hip out of memory", "outofmemoryerror", *_OUT_OF_MEMORY_ANYWHERE)
@@ -123,6 +131,38 @@ class JoinFailed(DpgenError):
     exit_status = EXIT_RESUMABLE
 
 
+@dataclass(frozen=True)
+class FreeMemory:
+    """Describe a device whose free memory was too little for an engine.
+
+    Attributes:
+        device: "cuda:0", or "node 0" of the CPUs.
+        free_gib, total_gib: in GiB.
+        is_at_start: False for the KV cache alone, of a size that was given.
+    """
+
+    device: str
+    free_gib: float
+    total_gib: float
+    is_at_start: bool
+
+    @property
+    def fraction(self) -> float:
+        """Return the largest `gpu_memory_utilization` that fits, at two decimals, with a hundredth to spare."""
+        percent = int(100 * self.free_gib / self.total_gib) - 1 if self.total_gib else 0
+        return max(0, percent) / 100
+
+    @property
+    def advice(self) -> str:
+        """Return what to write in the configuration; "" if no value helps."""
+        if not self.is_at_start:
+            return f"set engine.kv_cache_memory_bytes to less than {int(self.free_gib * 2**30)}"
+        return f"set engine.gpu_memory_utilization={self.fraction:g} or lower" if self.fraction else ""
+
+    def __str__(self) -> str:
+        return f"only {self.free_gib:.1f} of {self.total_gib:.1f} GiB are free on {self.device}"
+
+
 class EngineError(DpgenError):
     """Report an engine that did not start, died, or broke its protocol.
 
@@ -133,6 +173,9 @@ class EngineError(DpgenError):
         last_lines: the end of that output, where it may explain the death; shown to the user.
         output: more of that output, searched for the cause and not shown. With several devices the engine itself
             reports only that a worker failed.
+
+    Attributes:
+        advice: what the user can do; by itself what the engine's text tells.
     """
 
     def __init__(
@@ -146,7 +189,11 @@ class EngineError(DpgenError):
     ) -> None:
         super().__init__(cause)
         self.cause, self.signal, self.log_path, self.last_lines = cause, signal, log_path, list(last_lines)
+        self.free_memory = _find_free_memory("\n".join([cause, *last_lines, *output]).lower())
+        self.advice = "" if self.free_memory is None else self.free_memory.advice
         self._reported, self._output = "\n".join([cause, *last_lines]).lower(), "\n".join(output).lower()
+        if self.is_context_too_long:
+            self.advice = "set a smaller engine.max_model_len"
         if signal is not None or self.is_out_of_memory or self._is_port_in_use:
             self.exit_status = EXIT_RESUMABLE
 
@@ -168,14 +215,16 @@ class EngineError(DpgenError):
     @property
     def is_out_of_memory(self) -> bool:
         """Return True if the engine reported that it ran out of memory; one that the kernel killed reports nothing."""
-        return any(text in self._reported for text in _OUT_OF_MEMORY) or any(
-            text in self._output for text in _OUT_OF_MEMORY_IN_OUTPUT
+        return (
+            self.free_memory is not None
+            or any(text in self._reported for text in _OUT_OF_MEMORY)
+            or any(text in self._output for text in _OUT_OF_MEMORY_IN_OUTPUT)
         )
 
     @property
-    def is_memory_still_held(self) -> bool:
-        """Return True if other processes held the memory at the start: often an ended engine, for some seconds."""
-        return _MEMORY_STILL_HELD in self._reported or _MEMORY_STILL_HELD in self._output
+    def has_no_room_for_cache(self) -> bool:
+        """Return True if the weights and one step leave no memory for the KV cache."""
+        return any(_NO_ROOM_FOR_CACHE in text for text in (self._reported, self._output))
 
     @property
     def _is_port_in_use(self) -> bool:
@@ -188,8 +237,9 @@ class EngineError(DpgenError):
 
     def summarize(self, action: str = "") -> str:
         """Return what happened, what dpgen does about it, and the log file, in one line."""
-        advice = "set a smaller engine.max_model_len" if self.is_context_too_long else ""
-        parts = [self.first_line, action or advice, f"see {self.log_path}" if self.log_path else ""]
+        is_start = self.free_memory is not None and self.free_memory.is_at_start
+        what = f"the engine did not start: {self.free_memory}" if is_start else self.first_line
+        parts = [what, action or self.advice, f"see {self.log_path}" if self.log_path else ""]
         return ", ".join(part for part in parts if part)
 
     def describe(self, action: str = "") -> str:
@@ -198,6 +248,15 @@ class EngineError(DpgenError):
         if self.last_lines:
             lines[-1] += ", its last lines:"
         return "\n".join([*lines, *(f"    {line}" for line in self.last_lines)])
+
+
+def _find_free_memory(text: str) -> FreeMemory | None:
+    """Return the device with the smallest free share of those that a text in lower case tells of."""
+    found = [
+        FreeMemory(device, float(free), float(total), moment == "startup")
+        for device, free, total, moment in _FREE_MEMORY.findall(text)
+    ]
+    return min(found, key=lambda memory: memory.fraction, default=None)
 
 
 class EngineHung(EngineError):

@@ -182,7 +182,9 @@ class ParallelConfig:
         "auto",
     )
     sync_kv_cache: bool = option("give every rank the smallest rank's number of KV cache blocks", True)
-    share_devices: bool = option("let the ranks of a node share its GPUs where there are too few", False)
+    share_devices: bool = option(
+        "let the ranks of a node share its GPUs, and divide their memory, where there are too few", False
+    )
 
 
 @dataclass(frozen=True)

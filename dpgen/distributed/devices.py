@@ -24,8 +24,7 @@ def assign_gpus(topology: Topology, visible: Sequence[str], gpus_per_rank: int, 
     if len(visible) >= needed:
         first = topology.local_rank * gpus_per_rank
         return list(visible[first : first + gpus_per_rank])
-    is_bound_by_launcher = topology.launcher in ("slurm", "mpi", "wrapper") and len(visible) == gpus_per_rank
-    if is_bound_by_launcher:
+    if _is_bound_by_launcher(topology, len(visible), gpus_per_rank):
         return list(visible)
     if share and len(visible) >= gpus_per_rank:
         slots = len(visible) // gpus_per_rank
@@ -41,6 +40,18 @@ def assign_gpus(topology: Topology, visible: Sequence[str], gpus_per_rank: int, 
         f"{format_count(needed, 'GPU')} needed for {format_count(topology.local_size, 'rank')} on {topology.node}, "
         f"{len(visible)} visible: {advice}"
     )
+
+
+def count_sharing_ranks(topology: Topology, num_visible: int, gpus_per_rank: int) -> int:
+    """Return how many ranks `assign_gpus` lets use this rank's GPUs, itself included, where ranks share them."""
+    slots = num_visible // gpus_per_rank
+    if slots >= topology.local_size or _is_bound_by_launcher(topology, num_visible, gpus_per_rank):
+        return 1
+    return len(range(topology.local_rank % slots, topology.local_size, slots))
+
+
+def _is_bound_by_launcher(topology: Topology, num_visible: int, gpus_per_rank: int) -> bool:
+    return topology.launcher in ("slurm", "mpi", "wrapper") and num_visible == gpus_per_rank
 
 
 def assign_cores(affinities: Sequence[frozenset[int]], local_rank: int) -> list[int]:

@@ -43,6 +43,8 @@ class FakeOptions:
         kv_cache_memory_bytes: bytes reported as free.
         load_error: fail to load, with this message.
         load_output: print this while loading.
+        free_gib: memory that other processes leave of 100 GiB; None for all. As on a GPU, loading fails if it is less
+            than `gpu_memory_utilization`.
         crash_on, hang_on, raise_on: kill the engine process, hang for good, or raise.
         livelock_on: step on and on, and report stats, without a token for any row.
         livelock_after: the same, once this many rows are finished.
@@ -58,6 +60,8 @@ class FakeOptions:
     kv_cache_memory_bytes: int = 1 << 20
     load_error: str | None = None
     load_output: str | None = None
+    free_gib: float | None = None
+    gpu_memory_utilization: float = 0.9
     crash_on: str | None = None
     hang_on: str | None = None
     raise_on: str | None = None
@@ -132,6 +136,7 @@ class FakeBackend:
         time.sleep(self._options.load_s)
         if self._options.load_output is not None:
             print(self._options.load_output, flush=True)
+        self._check_free_memory()
         if self._options.load_error is not None and self._takes_fault():
             raise RuntimeError(self._options.load_error)
         kv_bytes = agree_kv(self._options.kv_cache_memory_bytes)
@@ -142,6 +147,15 @@ class FakeBackend:
             kv_block_tokens=_BLOCK_TOKENS,
             device="none",
         )
+
+    def _check_free_memory(self) -> None:
+        free, fraction = self._options.free_gib, self._options.gpu_memory_utilization
+        if free is not None and free < 100 * fraction and self._takes_fault():
+            raise ValueError(
+                f"Free memory on device cuda:0 ({free}/100.0 GiB) on startup is less than desired GPU memory "
+                f"utilization ({fraction}, {100 * fraction} GiB). Decrease GPU memory utilization or reduce GPU memory "
+                "used by other processes."
+            )
 
     def add_request(self, request: Request) -> None:
         assert request.prompt_token_ids is not None

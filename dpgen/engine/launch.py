@@ -30,7 +30,7 @@ from dpgen.data.prompts.render import (
     get_completion,
 )
 from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer
-from dpgen.distributed.devices import assign_cores, assign_gpus
+from dpgen.distributed.devices import assign_cores, assign_gpus, count_sharing_ranks
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import EngineWorld, Layout, build_engine_world
 from dpgen.distributed.topology import Topology
@@ -39,7 +39,7 @@ from dpgen.engine.checking.completion_checker import CompletionChecker, start_co
 from dpgen.engine.limits import EngineLimits
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineTextConfig, RequestParsers
-from dpgen.engine.model_damage import check_model_files, has_weights
+from dpgen.engine.model_damage import check_model_files, has_weights, measure_weights
 from dpgen.engine.parsing.completion_parser import CompletionParser, ToolFinder, start_completion_parser
 from dpgen.engine.process import EngineProcess, build_engine_env
 from dpgen.engine.supervisor import EngineSupervisor
@@ -80,6 +80,7 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
         adapters=find_adapter_folders(config.lora) if config.run.engine == "vllm" else dict(config.lora),
         has_output_schema=config.output.schema is not None,
         reads_requests=config.reads_requests,
+        weight_bytes=_measure_weights_per_device(config, world),
     )
 
 
@@ -116,7 +117,8 @@ def make_engine_factory(
         env |= world.to_env()
         if len(visible) == 1:  # the launcher has bound each process to one GPU
             env["LOCAL_RANK"] = "0"
-    return lambda spec: EngineProcess(spec, env, cores, log)
+    num_sharing = count_sharing_ranks(topology, len(visible), config.gpus_per_rank) if gpus and world is None else 1
+    return lambda spec: EngineProcess(replace(spec, num_sharing=num_sharing), env, cores, log)
 
 
 def prepare_engine(
@@ -339,6 +341,13 @@ def _check_model(config: Config, *, is_node_leader: bool) -> None:
     check_files(config)
     if not config.engine.get("enforce_eager"):
         check_cache(_find_compile_cache(os.environ), "vLLM's cache of compiled code", "VLLM_CACHE_ROOT")
+
+
+def _measure_weights_per_device(config: Config, world: EngineWorld | None) -> int:
+    """Return the least that the weights take on each device; 0 if that is not known."""
+    if config.run.engine != "vllm" or world is not None:
+        return 0
+    return measure_weights(expand_model_path(config), config.engine) // config.gpus_per_rank
 
 
 def _list_visible_gpus(environ: Mapping[str, str], device_files: Collection[str]) -> list[str]:

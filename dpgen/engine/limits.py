@@ -1,7 +1,8 @@
 """Limit an engine: how long it may take and how often it may die, and what its next life may use. No process, no clock.
 
 - Sequences are halved at the first two deaths in a row, then memory is lowered by steps.
-- Memory that another process holds at a start is often freed within seconds: the first such start is only repeated.
+- Memory that another process holds at a start is often freed within seconds: the first such start is only repeated. The
+  next one gets the memory that is free, unless the user has set `engine.gpu_memory_utilization`.
 
 Limits: a lowered limit stays for the rest of the attempt.
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 from dpgen.config.sections import RunConfig
 from dpgen.engine.messages import EngineSpec
-from dpgen.errors import EngineError
+from dpgen.errors import EngineError, FreeMemory
 
 # DPGEN_START_RETRY_S is for tests, which would otherwise wait 20 seconds for an engine that never starts.
 _START_RETRY_S = float(os.environ.get("DPGEN_START_RETRY_S") or 10.0)
@@ -59,13 +60,14 @@ class EngineMemory:
         self.kv_bytes: int | None = None
         self.num_seqs: int | None = None
         self._was_held = False
+        self._has_given_fraction = "gpu_memory_utilization" in spec.options
 
     def record_start(self, num_seqs: int) -> None:
         """Note that the engine is loaded."""
         self.num_seqs, self._was_held = num_seqs, False
 
     def reduce_after(self, error: EngineError, num_deaths: int) -> str:
-        """Lower a limit of the next life if this one ran out of memory.
+        """Lower a limit of the next life if this one ran out of memory, or note in the error what the user can do.
 
         Args:
             num_deaths: deaths in a row, this one included.
@@ -75,15 +77,36 @@ class EngineMemory:
         """
         if not error.is_out_of_memory:
             return ""
-        if error.is_memory_still_held and not self._was_held:
-            self._was_held = True
-            return ""
         options = dict(self.spec.options)
-        change = self._lower(options, num_deaths)
+        if error.free_memory is None:
+            change = self._lower(options, num_deaths, error)
+        elif not self._was_held:
+            self._was_held, change = True, ""
+        else:
+            change = self._fit(options, error.free_memory)
+        if error.free_memory is not None and (problem := self._find_problem(error.free_memory)):
+            error.advice = problem
         self.spec = dataclasses.replace(self.spec, options=options)
         return change
 
-    def _lower(self, options: dict[str, Any], num_deaths: int) -> str:
+    def _fit(self, options: dict[str, Any], free: FreeMemory) -> str:
+        """Let the engine use what is free, where that may be enough."""
+        if self._has_given_fraction or not free.is_at_start or self._find_problem(free):
+            return ""
+        options["gpu_memory_utilization"] = free.fraction
+        return f" with gpu_memory_utilization={free.fraction:g}, which is what other processes leave"
+
+    def _find_problem(self, free: FreeMemory) -> str:
+        """Return why the engine can't run in what is free, and what would help; "" if it may."""
+        if not free.is_at_start:
+            return ""
+        weights_gib = self.spec.weight_bytes / 2**30
+        if free.fraction and weights_gib < free.fraction * free.total_gib:
+            return ""
+        need = f"and the weights alone take {weights_gib:.1f} GiB" if weights_gib else "which is too little"
+        return f"{need}: end what else runs on it, or use another device"
+
+    def _lower(self, options: dict[str, Any], num_deaths: int, error: EngineError) -> str:
         num_seqs = options.get("max_num_seqs") or self.num_seqs or _DEFAULT_NUM_SEQS
         if num_deaths <= 2 and num_seqs > 1:
             options["max_num_seqs"] = num_seqs = max(1, num_seqs // 2)
@@ -95,7 +118,7 @@ class EngineMemory:
             options["kv_cache_memory_bytes"] = options["kv_cache_memory_bytes"] * 8 // 10
             return f" with kv_cache_memory_bytes={options['kv_cache_memory_bytes']}"
         fraction = round(float(options.get("gpu_memory_utilization", 0.9)) - 0.1, 2)
-        if fraction <= 0:
+        if fraction <= 0 or error.has_no_room_for_cache:  # less memory would leave even less for the cache
             return ""
         options["gpu_memory_utilization"] = fraction
         return f" with gpu_memory_utilization={fraction}"

@@ -34,6 +34,8 @@ class EngineSpec:
         retry_sampling: only checked here; a request for a further attempt carries them.
         tensor_parallel_size, pipeline_parallel_size: devices of this one engine.
         local_size: engines on this node, which share its memory where they run on the CPU.
+        num_sharing: engines on this one's GPUs, itself included, which divide their memory (`parallel.share_devices`).
+        weight_bytes: of the weights on each device, at least; 0 if not known.
         enable_expert_parallel: split a mixture of experts over the devices.
         world: the processes that form one engine, or step together, with this one; None for an engine of its own.
         token_ids: return the generated token ids with each result.
@@ -58,6 +60,8 @@ class EngineSpec:
     has_output_schema: bool = False
     reads_requests: bool = False
     retry_sampling: dict[str, Any] = field(default_factory=dict)
+    num_sharing: int = 1
+    weight_bytes: int = 0
 
     def iter_sampling_sections(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield `sampling` and the sections over it, as (section, fields)."""

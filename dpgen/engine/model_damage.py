@@ -45,6 +45,11 @@ _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)")
 _MAX_HEADER_BYTES = 100 << 20  # of safetensors: the format's own limit
 _MAX_LISTED = 3
+# Options that make the weights on the device smaller than their files.
+_SMALLER_WEIGHTS = {
+    *("quantization", "hf_overrides", "hf_config_path", "model_weights", "model_loader_extra_config"),
+    *("cpu_offload_gb", "offload_group_size", "offload_backend", "language_model_only"),
+}
 
 
 def check_model_files(model: str, options: Mapping[str, Any]) -> None:
@@ -77,14 +82,53 @@ def has_weights(model: str) -> bool:
     """Return True if the model's weights are in a folder or in the Hub's cache."""
     if os.path.isdir(os.path.expanduser(model)):
         return True
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return any(_find_cached(model, name) for name in names)
+
+
+def measure_weights(model: str, options: Mapping[str, Any]) -> int:
+    """Return the least bytes that vLLM needs for the weights of safetensors files; 0 if that is not known.
+
+    A weight of 32 bits counts as one of 16, which `dtype: auto` makes of it.
+
+    Args:
+        options: other fields of vLLM's EngineArgs.
+    """
+    if str(options.get("load_format") or "auto") not in _PATTERNS | {"auto": ()} or _SMALLER_WEIGHTS & options.keys():
+        return 0
+    folder = Path(os.path.expanduser(model))
+    if not folder.is_dir():
+        config = _find_cached(model, "config.json", options.get("revision"))
+        if config is None:
+            return 0
+        folder = Path(config).parent
+    stem = "consolidated" if any(folder.glob("consolidated*.safetensors")) else "model"
+    try:
+        names = _read_index(model, folder / f"{stem}.safetensors.index.json")
+        paths = folder.glob(f"{stem}*.safetensors") if names is None else [folder / name for name in names]
+        return sum(_measure_file(path) for path in paths)
+    except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return 0
+
+
+def _measure_file(path: Path) -> int:
+    with path.open("rb") as file:
+        header: dict[str, Any] = json.loads(read_safetensors_header(file, _MAX_HEADER_BYTES)[1])
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    sizes = [(entry["data_offsets"][1] - entry["data_offsets"][0], entry["dtype"]) for entry in tensors]
+    return sum(num_bytes // 2 if dtype == "F32" else num_bytes for num_bytes, dtype in sizes)
+
+
+def _find_cached(model: str, name: str, revision: Any = None) -> str | None:
+    """Return the path of a model's file in the Hub's cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     try:
-        return any(isinstance(try_to_load_from_cache(model, name), str) for name in names)
+        path = try_to_load_from_cache(model, name, revision=revision)
     except HFValidationError:  # vLLM rejects the name, with its own message
-        return False
+        return None
+    return path if isinstance(path, str) else None
 
 
 def _check_hub_cache(options: Mapping[str, Any]) -> None:

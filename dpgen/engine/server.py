@@ -76,7 +76,7 @@ def _serve(pipe: Connection) -> None:
 
     def agree_kv(measured_bytes: int) -> int:
         if load_request.kv_bytes is not None:
-            return load_request.kv_bytes
+            return min(load_request.kv_bytes, measured_bytes)  # others may hold more memory than at the agreement
         pipe.send(KvBytesMeasured(measured_bytes))
         answer = pipe.recv()
         assert isinstance(answer, SetKvBytes)

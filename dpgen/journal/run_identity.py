@@ -43,6 +43,7 @@ _RESULT_NEUTRAL_ENGINE_KEYS = frozenset(
         "step_s",
         "load_s",
         "load_error",
+        "free_gib",
         "crash_on",
         "hang_on",
         "raise_on",

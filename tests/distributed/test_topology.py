@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpgen.distributed.devices import assign_cores, assign_gpus
+from dpgen.distributed.devices import assign_cores, assign_gpus, count_sharing_ranks
 from dpgen.distributed.ports import derive_job_ports
 from dpgen.distributed.topology import (
     Topology,
@@ -274,6 +274,12 @@ def test_with_too_few_gpus_the_error_gives_the_number_of_ranks_that_fit() -> Non
 
 def test_ranks_share_gpus_only_if_asked_to() -> None:
     assert [assign_gpus(local(rank, 3), ["0", "1"], 1, share=True) for rank in range(3)] == [["0"], ["1"], ["0"]]
+    assert [count_sharing_ranks(local(rank, 3), 2, 1) for rank in range(3)] == [2, 1, 2]
+
+
+def test_no_rank_shares_gpus_where_there_are_enough_or_the_launcher_has_bound_them() -> None:
+    assert [count_sharing_ranks(local(rank, 2), 4, 2) for rank in range(2)] == [1, 1]
+    assert count_sharing_ranks(local(1, 4, "slurm"), 1, 1) == 1
 
 
 def test_ranks_divide_their_cores_unless_the_launcher_has_bound_them() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpgen.errors import EngineError
+from dpgen.errors import EngineError, FreeMemory
 
 STILL_HELD = (
     "ValueError: Free memory on device cuda:0 (11.2/79.1 GiB) on startup is less than desired GPU memory utilization "
@@ -39,8 +39,8 @@ def test_output_that_only_speaks_of_memory_is_no_cause() -> None:
 
 
 def test_memory_that_others_hold_is_told_apart() -> None:
-    assert EngineError(STILL_HELD).is_memory_still_held
-    assert not EngineError("CUDA out of memory").is_memory_still_held
+    assert EngineError(STILL_HELD).free_memory == FreeMemory("cuda:0", 11.2, 79.1, is_at_start=True)
+    assert EngineError("CUDA out of memory").free_memory is None
 
 
 def test_a_context_that_does_not_fit_advises_a_shorter_one() -> None:

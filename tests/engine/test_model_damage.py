@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from dpgen.engine.model_damage import check_model_files, has_weights
+from dpgen.engine.model_damage import check_model_files, has_weights, measure_weights
 from dpgen.errors import ConfigError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 5312\n"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
-def make_safetensors(num_bytes: int = 64) -> bytes:
-    header = json.dumps({"__metadata__": {"format": "pt"}, "w": {"dtype": "U8", "data_offsets": [0, num_bytes]}})
+def make_safetensors(num_bytes: int = 64, dtype: str = "U8") -> bytes:
+    header = json.dumps({"__metadata__": {"format": "pt"}, "w": {"dtype": dtype, "data_offsets": [0, num_bytes]}})
     return len(header).to_bytes(8, "little") + header.encode() + bytes(num_bytes)
 
 
@@ -198,3 +198,20 @@ def test_a_cache_that_weights_can_not_be_written_to_is_named_with_its_variables(
     with pytest.raises(ConfigError, match=r"file/x, can't be written: .*engine.download_dir"):
         check_model_files("nobody/nothing", {"download_dir": str(tmp_path / "file" / "x")})
     check_model_files("nobody/nothing", {"download_dir": str(tmp_path / "weights")})
+
+
+def test_weights_are_measured_by_their_tensors_and_those_of_32_bits_count_half(folder: Path) -> None:
+    assert measure_weights(str(folder), {}) == 64
+    (folder / "model-old.safetensors").write_bytes(b"no part of the model")
+    assert measure_weights(str(folder), {}) == 0, "damaged: not known"
+    (folder / "model-old.safetensors").unlink()
+    use_shards(folder)
+    (folder / SHARDS[0]).write_bytes(make_safetensors(4096, "F32"))
+    (folder / "model-old.safetensors").write_bytes(make_safetensors(1 << 20))  # not in the index
+    assert measure_weights(str(folder), {}) == 64 + 2048
+
+
+@pytest.mark.parametrize("option", [{"quantization": "fp8"}, {"load_format": "dummy"}, {"cpu_offload_gb": 4}])
+def test_weights_that_take_less_than_their_files_are_not_measured(folder: Path, option: dict[str, Any]) -> None:
+    assert measure_weights(str(folder), option) == 0
+    assert measure_weights("org/not-cached", {}) == 0

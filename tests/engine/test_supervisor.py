@@ -7,6 +7,7 @@ import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.clock import FakeClock
@@ -403,7 +404,10 @@ def test_loading_continues_where_another_ranks_failure_interrupted_the_wait(num_
     assert calls == ["load_model", *["agree_kv"] * num_agreements, "set_kv_bytes(1000)"], "at most what is free"
 
 
-STILL_HELD = "Free memory on device cuda:0 (1/80 GiB) on startup is less than desired GPU memory utilization (0.9)"
+STILL_HELD = (
+    "Free memory on device cuda:0 (68.77/139.8 GiB) on startup is less than desired GPU memory utilization (0.9, "
+    "125.82 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."
+)
 TOO_LONG = "16 GiB KV cache is needed, which is larger than the available KV cache memory (3 GiB)"
 
 
@@ -413,12 +417,15 @@ KILLED = EngineError("the engine process was killed by SIGKILL", signal=signal.S
 class StartHarness:
     """A supervisor whose lives fail to load, each for the next cause of a list; None is a life that loads."""
 
-    def __init__(self, *causes: str | EngineError | None) -> None:
+    def __init__(
+        self, *causes: str | EngineError | None, options: dict[str, Any] | None = None, weight_bytes: int = 0
+    ) -> None:
         self.clock = FakeClock()
         self.processes: list[FakeProcess] = []
         self._causes = list(causes)
+        spec = EngineSpec("fake", "m", dict(options or {}), weight_bytes=weight_bytes)
         limits = dataclasses.replace(LIMITS, start_retry_s=1.0)
-        self.engine = EngineSupervisor(self._start, EngineSpec("fake", "m"), limits, clock=self.clock)
+        self.engine = EngineSupervisor(self._start, spec, limits, clock=self.clock)
 
     def _start(self, spec: EngineSpec) -> FakeProcess:
         process = FakeProcess(spec, lambda rows: None)
@@ -497,10 +504,71 @@ def test_deaths_at_the_start_do_not_count_once_the_engine_is_loaded() -> None:
     assert harness.engine.num_deaths == 2 * LIMITS.max_deaths - 1
 
 
-def test_memory_that_an_ended_engine_still_holds_is_waited_for_once_before_limits_are_lowered() -> None:
+def test_memory_that_an_ended_engine_still_holds_is_waited_for_once_before_the_engine_takes_what_is_free(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     harness = StartHarness(STILL_HELD, STILL_HELD, None)
     harness.load()
-    assert [process.spec.options for process in harness.processes] == [{}, {}, {"max_num_seqs": 128}]
+    assert [process.spec.options for process in harness.processes] == [{}, {}, {"gpu_memory_utilization": 0.48}]
+    held = "the engine did not start: only 68.8 of 139.8 GiB are free on cuda:0"
+    assert caplog.messages == [
+        f"{held}, retrying its start-up in 1 s",
+        f"{held}, retrying its start-up with gpu_memory_utilization=0.48, which is what other processes leave",
+    ]
+
+
+def test_of_several_devices_the_fullest_decides_and_less_is_taken_where_even_more_is_held_at_the_next_start() -> None:
+    worker_failed = EngineError(
+        "the engine failed: Exception: WorkerProc initialization failed",
+        output=[STILL_HELD, STILL_HELD.replace("68.77", "41.0").replace("cuda:0", "cuda:1"), "later"],
+    )
+    harness = StartHarness(worker_failed, worker_failed, STILL_HELD.replace("68.77", "30.0"), None)
+    harness.load()
+    assert [process.spec.options.get("gpu_memory_utilization") for process in harness.processes] == [
+        None,
+        None,
+        0.28,
+        0.2,
+    ]
+
+
+def test_a_memory_limit_of_the_user_is_kept_and_the_error_says_what_to_write() -> None:
+    harness = StartHarness(*[STILL_HELD] * 3, options={"gpu_memory_utilization": 0.9})
+    with pytest.raises(
+        EngineError, match=r"free on cuda:0, set engine\.gpu_memory_utilization=0\.48 or lower$"
+    ) as raised:
+        harness.load()
+    assert {process.spec.options["gpu_memory_utilization"] for process in harness.processes} == {0.9}
+    assert raised.value.exit_status == 75, "the memory may be free later"
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "reason"),
+    [("68.77", "and the weights alone take 70.0 GiB"), ("0.5", "and the weights alone take 70.0 GiB")],
+)
+def test_an_engine_whose_weights_do_not_fit_into_what_is_free_is_not_started_with_less(
+    free_gib: str, reason: str
+) -> None:
+    harness = StartHarness(*[STILL_HELD.replace("68.77", free_gib)] * 3, weight_bytes=70 << 30)
+    with pytest.raises(EngineError, match=f"{reason}: end what else runs on it, or use another device") as raised:
+        harness.load()
+    assert raised.value.exit_status == 75 and all(not process.spec.options for process in harness.processes)
+
+
+def test_no_memory_for_the_cache_does_not_lead_to_less_memory() -> None:
+    cause = "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`"
+    harness = StartHarness(*[cause] * 6)
+    with pytest.raises(EngineError):
+        harness.load()
+    assert {process.spec.options.get("gpu_memory_utilization") for process in harness.processes} == {None}
+
+
+def test_an_engine_that_steps_with_others_says_what_to_write_at_once() -> None:
+    error = EngineError(f"the engine failed: ValueError: {STILL_HELD}", log_path=LOG_PATH)
+    assert error.summarize() == (
+        "the engine did not start: only 68.8 of 139.8 GiB are free on cuda:0, set engine.gpu_memory_utilization=0.48 "
+        f"or lower, see {LOG_PATH}"
+    )
 
 
 def test_a_context_that_does_not_fit_is_not_tried_again() -> None:

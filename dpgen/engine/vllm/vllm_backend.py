@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -222,6 +223,7 @@ class VllmBackend:
         notes = self._adapters.add_options(options)
         if current_platform.is_cpu():
             notes += _apply_cpu_defaults(options, self._spec.local_size)
+        notes += _share_memory(options, self._spec.num_sharing)
         if self._spec.world is not None:
             options["data_parallel_size"] = self._spec.world.num_groups
         options.setdefault("disable_log_stats", True)
@@ -370,6 +372,15 @@ def _convert_types(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             hint = "; put it in quotes" if str in kinds and isinstance(value, (int, float)) else ""
             mistakes.append(f"engine.{name}={value!r}: {summarize_error(error)}{hint}")
     return converted, mistakes
+
+
+def _share_memory(options: dict[str, Any], num_sharing: int) -> list[str]:
+    """Give each of several engines on a GPU its part of the memory, unless the user has, and return a note for it."""
+    if num_sharing == 1 or "gpu_memory_utilization" in options:
+        return []
+    fraction = math.floor(1000 * EngineArgs.gpu_memory_utilization / num_sharing) / 1000
+    options["gpu_memory_utilization"] = fraction
+    return [f"parallel.share_devices: {num_sharing} engines on a GPU, each with gpu_memory_utilization={fraction:g}"]
 
 
 def _apply_cpu_defaults(options: dict[str, Any], local_size: int) -> list[str]:

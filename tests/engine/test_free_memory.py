@@ -1,0 +1,88 @@
+"""Memory that other processes hold: vLLM's own check of it, and a run that goes on with what is free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.jobs import Launcher, make_numbered_rows
+
+from dpgen.engine.messages import EngineSpec
+from dpgen.errors import EngineError, FreeMemory
+
+GIB = 1 << 30
+
+
+@pytest.mark.vllm
+def test_vllm_accepts_the_memory_that_its_own_error_leads_to() -> None:
+    from vllm.v1.worker.utils import request_memory
+
+    for free_gib in (0.99, 1.1, 11.2, 68.77, 125.8):
+        snapshot: Any = SimpleNamespace(
+            free_memory=int(free_gib * GIB), total_memory=int(139.8 * GIB), device_="cuda:3"
+        )
+        cache_config: Any = SimpleNamespace(gpu_memory_utilization=0.92)
+        with pytest.raises(ValueError, match="desired GPU memory utilization") as raised:
+            request_memory(snapshot, cache_config)
+        free = EngineError(f"the engine failed: ValueError: {raised.value}").free_memory
+        assert free == FreeMemory("cuda:3", free_gib, 139.8, is_at_start=True)
+        cache_config.gpu_memory_utilization = free.fraction
+        assert request_memory(snapshot, cache_config) <= snapshot.free_memory - snapshot.total_memory / 200
+        is_enough = free_gib > 4
+        assert bool(free.advice) == is_enough, "a fraction of 0 helps nobody"
+
+
+def test_the_cpu_s_errors_name_the_key_of_the_memory_that_is_too_much() -> None:
+    start = EngineError(
+        "ValueError: Available memory on node 0 (5.0/20.0 GiB) on startup is less than desired CPU memory utilization "
+        "(0.92, 18.4 GiB)."
+    )
+    assert start.summarize().endswith(
+        "only 5.0 of 20.0 GiB are free on node 0, set engine.gpu_memory_utilization=0.24 or lower"
+    )
+    cache = EngineError(
+        "ValueError: Available memory on node 0 (5.0/20.0 GiB) on kv cache allocation is less than requested memory "
+        "for kv (8.0 GiB). Decrease --kv-cache-memory-bytes, VLLM_CPU_KVCACHE_SPACE, or reduce CPU memory used by "
+        "other processes."
+    )
+    assert cache.summarize().endswith(", set engine.kv_cache_memory_bytes to less than 5368709120")
+    assert start.is_out_of_memory and cache.is_out_of_memory
+
+
+@pytest.mark.vllm
+def test_engines_on_one_gpu_divide_its_memory_unless_the_user_has() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from dpgen.engine.vllm.vllm_backend import _share_memory
+
+    options: dict[str, Any] = {}
+    [note] = _share_memory(options, 3)
+    assert (
+        0.99 * EngineArgs.gpu_memory_utilization
+        < 3 * options["gpu_memory_utilization"]
+        <= EngineArgs.gpu_memory_utilization
+    )
+    assert note.startswith("parallel.share_devices: 3 engines on a GPU, each with gpu_memory_utilization=0.3")
+    assert _share_memory(options, 3) == [] and _share_memory({}, 1) == []
+    assert EngineSpec("vllm", "m").num_sharing == 1
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("has_own_limit", [False, True])
+def test_a_run_goes_on_with_the_memory_that_is_free_or_says_what_to_write(
+    launcher: Launcher, write_config: Callable[..., str], has_own_limit: bool
+) -> None:
+    options = {"free_gib": 49.19} | ({"gpu_memory_utilization": 0.9} if has_own_limit else {})
+    job = launcher.dpgen("run", write_config(make_numbered_rows(20), engine=options))
+    status = job.wait()
+    held = "the engine did not start: only 49.2 of 100.0 GiB are free on cuda:0"
+    if has_own_limit:
+        assert status == 75 and f"{held}, set engine.gpu_memory_utilization=0.48 or lower, see " in job.output, (
+            job.output
+        )
+        assert job.output.count("set engine.gpu_memory_utilization") == 1, "one error"
+    else:
+        assert status == 0, job.output
+        assert job.output.count(f"{held}, retrying its start-up with gpu_memory_utilization=0.48") == 1, job.output
