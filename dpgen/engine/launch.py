@@ -48,6 +48,7 @@ from dpgen.formatting import format_count
 
 logger = logging.getLogger(__name__)
 
+_WARNINGS = "dpgen/engine_warnings"  # store key: below it, for each warning, the number of ranks that have it
 # Files in /dev of machines with GPUs: NVIDIA's, also under WSL and on Jetson, and AMD's, which read the variable, too.
 _GPU_FILES = ("nvidia", "dxg", "nvhost", "nvmap", "kfd")
 _NO_GPU = ("", "nodevfiles", "none", "void")
@@ -117,6 +118,7 @@ def make_engine_factory(
         env |= world.to_env()
         if len(visible) == 1:  # the launcher has bound each process to one GPU
             env["LOCAL_RANK"] = "0"
+    log.share(lambda key: group.checked_store.add(f"{_WARNINGS}/{key}", 1) == 1)
     num_sharing = count_sharing_ranks(topology, len(visible), config.gpus_per_rank) if gpus and world is None else 1
     return lambda spec: EngineProcess(replace(spec, num_sharing=num_sharing), env, cores, log)
 

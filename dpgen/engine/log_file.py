@@ -3,37 +3,34 @@
 - Every line of every engine life goes to the file.
 - Lines of `min_level` or higher also go to the logger `dpgen.engine.output`, long ones cut.
 - A line without a level stays in the file: Python warnings, tracebacks, progress bars.
+- From the level "warning" on, harmless warnings stay in the file as well (`output_lines`). Each other warning is shown
+  once, by the first rank that claims it, and each error once in a life of the engine, without its traceback.
 - A file that cannot be written costs a warning, never the run.
-
-Limits: a level is recognized in vLLM's text format and in the glog format of torch, not in formats that the user
-configures (vLLM's `logging_config`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import re
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from dpgen.engine.output_lines import find_level, is_harmless, is_traceback, make_message_key
+from dpgen.errors import DpgenError
 from dpgen.log import ENGINE_OUTPUT
 
 logger = logging.getLogger(__name__)
 
 _MAX_EARLY_LINES = 10_000
 _MAX_SHOWN_CHARS = 1_000
+_MAX_SHOWN_MESSAGES = 1_000  # different ones
 _ANSI_CODE = re.compile(r"\x1b\[[0-9;]*m")
-# vLLM 0.32: "(Worker_TP0 pid=7) WARNING 11-26 15:34:45 [cpu.py:224] ...", after VLLM_LOGGING_PREFIX where that is set.
-# Earlier versions name only their worker processes.
-_VLLM_LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d \[")
-_MAX_PREFIX_CHARS = 200  # a level that stands further to the right belongs to the message
-# torch: "[rank0]:[W1126 15:34:45.343577260 utils.cpp:68] ..." from C++, without inner brackets from Python.
-_GLOG_LEVEL = re.compile(r"(?:\[rank\d+\]:)?\[?([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ ")
-_GLOG_LEVELS = {"I": logging.INFO, "W": logging.WARNING, "E": logging.ERROR, "F": logging.CRITICAL}
 
 
 class EngineLog:
@@ -56,6 +53,10 @@ class EngineLog:
         self._early: deque[str] | None = deque(maxlen=_MAX_EARLY_LINES)
         self._file: TextIO | None = None
         self._num_lives = 0
+        self._claim: Callable[[str], bool] | None = None
+        self._unclaimed: deque[tuple[str, str]] = deque(maxlen=_MAX_SHOWN_MESSAGES)  # (key, line) of warnings
+        self._warnings: set[str] = set()  # keys of this rank's
+        self._errors: set[str] = set()  # keys of this life's
 
     def open(self, path: Path) -> None:
         """Append to this file from now on, starting with the lines held back so far."""
@@ -76,6 +77,7 @@ class EngineLog:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         with self._lock:
             self._num_lives += 1
+            self._errors.clear()
             self._keep(f"---- {now} dpgen: engine life {self._num_lives} of this attempt, pid {pid}")
 
     def write(self, line: str) -> None:
@@ -84,8 +86,50 @@ class EngineLog:
         with self._lock:
             self._keep(line)
         level = find_level(line)
-        if level is not None and level >= self._min_level:
-            self._output.log(max(level, logging.INFO), self._shorten(line))  # the logger `dpgen` starts at INFO
+        if level is None or level < self._min_level:
+            return
+        if self._min_level < logging.WARNING:  # the user wants to see what vLLM logs
+            self._show(max(level, logging.INFO), line)  # the logger `dpgen` starts at INFO
+        elif level == logging.WARNING:
+            self._add_warning(line)
+        elif not is_traceback(line) and self._is_new(self._errors, make_message_key(line)):
+            self._show(level, line)
+
+    def share(self, claim: Callable[[str], bool]) -> None:
+        """Show a warning only if this rank is the first to have it: if `claim`, given the message's key, returns True.
+
+        `claim` is only called by `show_claimed`.
+        """
+        self._claim = claim
+
+    def show_claimed(self) -> None:
+        """Show the warnings since the last call that no other rank has shown. Call it in the thread of the store."""
+        while self._unclaimed and self._claim is not None:
+            key, line = self._unclaimed.popleft()
+            try:
+                is_first = self._claim(hashlib.blake2b(key.encode(), digest_size=8).hexdigest())
+            except DpgenError:  # the store or a peer is lost, which the caller's next step notices
+                is_first = True
+            if is_first:
+                self._show(logging.WARNING, line)
+
+    def _add_warning(self, line: str) -> None:
+        key = make_message_key(line)
+        if is_harmless(line) or not self._is_new(self._warnings, key):
+            return
+        if self._claim is None:
+            self._show(logging.WARNING, line)
+        else:
+            self._unclaimed.append((key, line))
+
+    def _is_new(self, keys: set[str], key: str) -> bool:
+        if key in keys or len(keys) >= _MAX_SHOWN_MESSAGES:
+            return False
+        keys.add(key)
+        return True
+
+    def _show(self, level: int, line: str) -> None:
+        self._output.log(level, self._shorten(line))
 
     def _shorten(self, line: str) -> str:
         """Return the line as the terminal shows it: a dying vLLM prints its configuration in thousands of words."""
@@ -109,12 +153,3 @@ class EngineLog:
                 self._file.close()
             self._file = None
             logger.warning(f"cannot write {self.path} ({error.strerror}), later engine output is not kept")
-
-
-def find_level(line: str) -> int | None:
-    """Return the level of a line that vLLM or torch has logged, as in `logging`; None for all other output."""
-    match = _VLLM_LEVEL.search(line, 0, _MAX_PREFIX_CHARS)
-    if match is not None:
-        return logging.getLevelNamesMapping()[match[1]]
-    match = _GLOG_LEVEL.match(line)
-    return None if match is None else _GLOG_LEVELS[match[1]]

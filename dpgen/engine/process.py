@@ -23,6 +23,7 @@ from pathlib import Path
 
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineFailed, EngineSpec, EngineTextConfig, Event, LoadModel, SetKvBytes, Shutdown
+from dpgen.engine.output_lines import find_root_cause, split_progress
 from dpgen.errors import EngineError, EngineStuck
 from dpgen.records import Request
 
@@ -131,6 +132,7 @@ class EngineProcess:
             EngineError: the engine died, or reported that it cannot continue.
         """
         events: list[Event] = []
+        self._log.show_claimed()
         if self._failure is not None:
             timeout_s = 0
         try:
@@ -176,6 +178,7 @@ class EngineProcess:
             raise EngineStuck(cause, log_path=self.log_path) from None
         self._outbox.put(None)
         self._log_thread.join(timeout=1)
+        self._log.show_claimed()
         self._sender.join(timeout=1)
         self._pipe.close()
 
@@ -189,7 +192,7 @@ class EngineProcess:
         # The traceback is in the log file. Without one, its end is all that the user gets.
         last_lines = [] if self.log_path is not None else self._last_lines
         output = list(self._output)
-        cause = f"the engine failed: {message}"
+        cause = f"the engine failed: {find_root_cause(message, output)}"
         return EngineError(cause, log_path=self.log_path, last_lines=last_lines, output=output)
 
     def _make_death_error(self) -> EngineError:
@@ -209,8 +212,7 @@ class EngineProcess:
     def _read_lines(self) -> None:
         assert self._process.stdout is not None
         for raw in self._process.stdout:
-            line = raw.decode("utf-8", "replace").rstrip()
-            if line:
+            for line in split_progress(raw.decode("utf-8", "replace").rstrip()):
                 self._output.append(line)
                 self._log.write(line)
 

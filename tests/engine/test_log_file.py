@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -12,7 +13,9 @@ from typing import NoReturn
 import pytest
 from helpers.jobs import Launcher, find_engine_pids, make_numbered_rows, wait_for
 
-from dpgen.engine.log_file import EngineLog, find_level
+from dpgen.engine.log_file import EngineLog
+from dpgen.engine.output_lines import find_level
+from dpgen.errors import PeerFailed
 
 # Printed by vLLM 0.32 (CPU) and torch 2.13, if not said otherwise.
 REAL_LINES = [
@@ -43,6 +46,15 @@ PLAIN = "(Worker_TP0 pid=28460) ERROR 11-26 16:12:48 [l.py:7] cannot allocate"
 INFO_LINE, WARNING_LINE, ERROR_LINE = (
     f"(MainProcess pid=1) {level} 11-26 16:12:57 [x.py:1] {level.lower()}" for level in ("INFO", "WARNING", "ERROR")
 )
+TRACEBACK = [
+    "WorkerProc failed to start.",
+    "Traceback (most recent call last):",
+    '  File "vllm/v1/worker/gpu_worker.py", line 535, in init_device',
+    "    self.requested_memory = request_memory(",
+    "                            ^^^^^^^^^^^^^^^",
+    "",
+    "ValueError: Free memory on device cuda:0 (1/80 GiB) on startup is less than desired GPU memory utilization (0.9)",
+]
 DEBUG_LINE = "(MainProcess pid=1) DEBUG 11-26 16:12:57 [x.py:1] debug"
 
 
@@ -79,9 +91,76 @@ def test_the_terminal_shows_the_beginning_of_a_very_long_line_and_where_the_rest
     log, line = EngineLog("warning"), f"{ERROR_LINE} Dumping input data {'x=1, ' * 1000}"
     log.write(line)
     log.open(tmp_path / "log")
-    log.write(line)
-    assert caplog.messages == [line, f"{line[:1000]}... ({len(line):,} characters, all in {tmp_path / 'log'})"]
-    assert log.path is not None and log.path.read_text().splitlines() == [line, line]
+    log.write(f"{line} again")
+    shown = f"{line[:1000]}... ({len(line) + 6:,} characters, all in {tmp_path / 'log'})"
+    assert caplog.messages == [line, shown]
+    assert log.path is not None and log.path.read_text().splitlines() == [line, f"{line} again"]
+
+
+def test_a_warning_is_shown_once_whatever_its_numbers_and_an_error_once_in_a_life(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = EngineLog("warning")
+    log.open(tmp_path / "log")
+    slow = "(MainProcess pid={}) WARNING 11-26 16:12:{} [cache.py:5] {} blocks are too few"
+    lines = [slow.format(7, 50, 12), slow.format(8, 51, 13), slow.format(8, 51, 13).replace("few", "many"), ERROR_LINE]
+    for _ in range(2):
+        log.start_life(7)
+        for line in lines + lines:
+            log.write(line)
+    assert caplog.messages == [lines[0], lines[2], ERROR_LINE, ERROR_LINE]
+    assert (tmp_path / "log").read_text().count("blocks are too") == 12, "the file has all"
+
+
+def test_of_several_ranks_with_the_same_warning_one_shows_it_and_all_show_their_errors(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    counts: Counter[str] = Counter()
+
+    def claim(key: str) -> bool:
+        counts[key] += 1
+        return counts[key] == 1
+
+    logs = [EngineLog("warning") for _ in range(3)]
+    for log in logs:
+        log.share(claim)
+        log.write(WARNING_LINE)
+        log.write(ERROR_LINE)
+    logs[2].write(WARNING_LINE.replace("warning", "only here"))
+    assert caplog.messages == [ERROR_LINE] * 3, "warnings wait for the thread that may ask the store"
+    for log in logs + logs:
+        log.show_claimed()
+    assert caplog.messages[3:] == [WARNING_LINE, WARNING_LINE.replace("warning", "only here")]
+
+
+def test_a_warning_is_shown_where_the_store_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    def claim(key: str) -> bool:
+        raise PeerFailed("rank 0 failed")
+
+    log = EngineLog("warning")
+    log.share(claim)
+    log.write(WARNING_LINE)
+    log.show_claimed()
+    assert caplog.messages == [WARNING_LINE]
+
+
+def test_of_a_logged_traceback_the_terminal_shows_what_failed_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    log, prefix = EngineLog("warning"), "(Worker_TP0 pid=7) ERROR 11-26 16:12:57 [multiproc_executor.py:871]"
+    for text in TRACEBACK:
+        log.write(f"{prefix} {text}")
+    assert caplog.messages == [f"{prefix} {TRACEBACK[0]}", f"{prefix} {TRACEBACK[-1]}"]
+
+
+def test_a_user_who_asks_for_more_gets_all_that_vllm_logs(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dpgen")
+    log = EngineLog("info")
+    log.share(lambda key: False)
+    harmless = (
+        "(MainProcess pid=1) WARNING 11-27 06:40:12 [cpu.py:224] Triton is not installed. triton-cpu is expected."
+    )
+    for line in (INFO_LINE, harmless, harmless):
+        log.write(line)
+    assert caplog.messages == [INFO_LINE, harmless, harmless]
 
 
 def test_colours_are_removed_before_the_level_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
