@@ -55,17 +55,17 @@ def test_the_cpu_s_errors_name_the_key_of_the_memory_that_is_too_much() -> None:
 def test_engines_on_one_gpu_divide_its_memory_unless_the_user_has() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from dpgen.engine.vllm.vllm_backend import _share_memory
+    from dpgen.engine.vllm.default_options import share_memory
 
     options: dict[str, Any] = {}
-    [note] = _share_memory(options, 3)
+    [note] = share_memory(options, 3)
     assert (
         0.99 * EngineArgs.gpu_memory_utilization
         < 3 * options["gpu_memory_utilization"]
         <= EngineArgs.gpu_memory_utilization
     )
     assert note.startswith("parallel.share_devices: 3 engines on a GPU, each with gpu_memory_utilization=0.3")
-    assert _share_memory(options, 3) == [] and _share_memory({}, 1) == []
+    assert share_memory(options, 3) == [] and share_memory({}, 1) == []
     assert EngineSpec("vllm", "m").num_sharing == 1
 
 

@@ -30,6 +30,7 @@ HOMES = {
         "dpgen/engine/parsing/request_parsers.py": "vLLM's parsers, as its server makes them for a request",
         "dpgen/engine/parsing/vllm_parsers.py": "vLLM's reasoning and tool parsers, in a worker process",
         "dpgen/engine/vllm/adapters.py": "vLLM's requests for LoRA adapters, and its check of their configurations",
+        "dpgen/engine/vllm/default_options.py": "vLLM's own default of an option",
         "dpgen/engine/vllm/executors.py": "vLLM's executors, which drive the devices",
         "dpgen/engine/vllm/sampling_check.py": "vLLM's check of sampling and of grammars",
         "dpgen/engine/vllm/server_requests.py": "vLLM's classes of its server's requests",

@@ -10,12 +10,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pydantic
 import torch
 import vllm
@@ -36,6 +34,7 @@ from dpgen.data.tokenizer import TokenizerConfig
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig, RequestParsers
 from dpgen.engine.parsing.request_parsers import ParserMaker, find_parser_class
 from dpgen.engine.vllm.adapters import VllmAdapters
+from dpgen.engine.vllm.default_options import apply_cpu_defaults, share_memory
 from dpgen.engine.vllm.executors import (
     SyncKvExternalExecutor,
     SyncKvMixin,
@@ -222,8 +221,8 @@ class VllmBackend:
         """Return vLLM's configuration, without loading the model, and notes for the log."""
         notes = self._adapters.add_options(options)
         if current_platform.is_cpu():
-            notes += _apply_cpu_defaults(options, self._spec.local_size)
-        notes += _share_memory(options, self._spec.num_sharing)
+            notes += apply_cpu_defaults(options, self._spec.local_size)
+        notes += share_memory(options, self._spec.num_sharing)
         if self._spec.world is not None:
             options["data_parallel_size"] = self._spec.world.num_groups
         options.setdefault("disable_log_stats", True)
@@ -372,27 +371,3 @@ def _convert_types(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             hint = "; put it in quotes" if str in kinds and isinstance(value, (int, float)) else ""
             mistakes.append(f"engine.{name}={value!r}: {summarize_error(error)}{hint}")
     return converted, mistakes
-
-
-def _share_memory(options: dict[str, Any], num_sharing: int) -> list[str]:
-    """Give each of several engines on a GPU its part of the memory, unless the user has, and return a note for it."""
-    if num_sharing == 1 or "gpu_memory_utilization" in options:
-        return []
-    fraction = math.floor(1000 * EngineArgs.gpu_memory_utilization / num_sharing) / 1000
-    options["gpu_memory_utilization"] = fraction
-    return [f"parallel.share_devices: {num_sharing} engines on a GPU, each with gpu_memory_utilization={fraction:g}"]
-
-
-def _apply_cpu_defaults(options: dict[str, Any], local_size: int) -> list[str]:
-    """Set options that work on the CPU, unless the user has set them, and return a note for each."""
-    notes = []
-    if "enable_chunked_prefill" not in options:
-        options["enable_chunked_prefill"] = False
-        notes.append("vLLM on the CPU: no chunked prefill, because it crashes seeded sampling")
-    if "kv_cache_memory_bytes" not in options and "gpu_memory_utilization" not in options:
-        num_bytes = min(4 << 30, psutil.virtual_memory().available // (4 * local_size))
-        options["kv_cache_memory_bytes"] = num_bytes
-        notes.append(
-            f"vLLM on the CPU: KV cache of {num_bytes >> 20:,} MiB, because vLLM's default exceeds free memory"
-        )
-    return notes
