@@ -221,6 +221,9 @@ def test_the_demo_model_adds_correctly(launcher: Launcher, tmp_path: Path) -> No
     run_dir = tmp_path / "run"
     job = launcher.dpgen("run", "conf/demo.yaml", f"run.dir={run_dir}", ranks=2)
     assert job.wait() == 0, job.output
+    assert " engine]" not in job.output, "nothing of what vLLM logs concerns a newcomer"
+    versions = json.loads((run_dir / "run.json").read_text())["engine"]["versions"]
+    assert versions["model runner"] == "V1", "the CPU build has no Triton, which V2 needs"
     shown = launcher.start([launcher.python, "launch/show_demo.py", str(run_dir)])
     assert shown.wait() == 0, shown.output
     score = re.search(r"(\d+) of 512 answers are right", shown.output)

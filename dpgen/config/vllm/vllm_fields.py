@@ -1,7 +1,8 @@
 """Say what became of a field that vLLM's EngineArgs or SamplingParams doesn't know.
 
-- The tables hold names of older versions of vLLM, of Hugging Face's `generate` and of OpenAI's API, each with what to
-  write instead in vLLM 0.26 to 0.33. They count only where vLLM doesn't know the name: they reject nothing.
+- The tables hold names of vLLM before 0.26, of Hugging Face's `generate` and of OpenAI's API, each with what to write
+  instead in vLLM 0.26 to 0.33 (`dpgen.engine.vllm.versions` has what went since). They count only where vLLM doesn't
+  know the name: they reject nothing.
 - Any other name gets the nearest legal one, if one is near.
 """
 
@@ -84,7 +85,7 @@ _ENGINE = {
          "disable_async_output_proc", "tokenizer_pool_size", "tokenizer_pool_type", "tokenizer_pool_extra_config",
          "lora_extra_vocab_size", "long_lora_scaling_factors", "enable_prompt_adapter", "max_prompt_adapters",
          "max_prompt_adapter_token", "qlora_adapter_name_or_path", "quantization_param_path",
-         "override_neuron_config", "max_num_partial_prefills", "max_long_partial_prefills"),
+         "override_neuron_config"),
         _GONE,
     ),
     **dict.fromkeys(("lora_modules", "lora_path", "adapter"), _ADAPTERS),

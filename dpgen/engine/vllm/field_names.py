@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from dpgen.config.environment import read_versions
 from dpgen.config.vllm.vllm_fields import describe_unknown_field
 from dpgen.engine.messages import EngineSpec
+from dpgen.engine.vllm.versions import describe_version
 
 # Fields of SamplingParams that belong to dpgen: how results come back, and vLLM's own bookkeeping.
 _RESERVED_SAMPLING_FIELDS = {
@@ -37,14 +39,19 @@ class VllmFields:
 
     def find_unknown(self, spec: EngineSpec) -> Iterator[str]:
         """Yield one line for each key of `engine`, `sampling` and `sampling_by_rank` that vLLM doesn't know."""
+        version = read_versions().get("vllm")
         sampling = {name for name in self.sampling if not name.startswith("_")} - _RESERVED_SAMPLING_FIELDS
         constraints = {name for name in self.constraints if not name.startswith("_")}
         for name in spec.options:
             if name not in self.engine:
-                yield describe_unknown_field("engine", name, self.engine, sampling)
+                yield describe_version("engine", name, version) or describe_unknown_field(
+                    "engine", name, self.engine, sampling
+                )
         for section, name in spec.iter_sampling_names():
             if name not in sampling:
-                yield describe_unknown_field(section, name, sampling, self.engine)
+                yield describe_version(section, name, version) or describe_unknown_field(
+                    section, name, sampling, self.engine
+                )
         for section, entry in spec.iter_sampling_sections():
             given = entry.get("structured_outputs")
             for name in given if isinstance(given, dict) else ():  # vLLM ignores those that it doesn't know

@@ -1,7 +1,7 @@
 """Run vLLM's engine inside the engine process, one step at a time. The only module that drives `vllm`.
 
-- The same parts of vLLM 0.26 to 0.32 are used: `EngineArgs`, `LLMEngine`, `add_request`, `step`, custom executor
-  classes.
+- The same parts of vLLM 0.26 to 0.33 are used: `EngineArgs`, `LLMEngine`, `add_request`, `step`, custom executor
+  classes. `versions` lists what changed.
 - `LLM.generate` is not used: it raises on the first bad prompt, and its batch drains between calls.
 - An error that vLLM raises over one row's own values rejects that row; all other rows are generated.
 - The ranks agree on the KV cache size between vLLM's measurement and its allocation (`executors`).
@@ -117,7 +117,10 @@ class VllmBackend:
             max_model_len=config.model_config.max_model_len,
             num_kv_blocks=config.cache_config.num_gpu_blocks or 0,
             kv_block_tokens=config.cache_config.block_size or 0,
-            versions={"vllm": vllm.__version__, "torch": torch.__version__},
+            versions={
+                **{"vllm": vllm.__version__, "torch": torch.__version__},
+                "model runner": "V2" if config.use_v2_model_runner else "V1",
+            },
             device=current_platform.device_type,
         )
 
