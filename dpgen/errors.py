@@ -12,7 +12,7 @@
     │   │   ├── PeerLost           75   a rank vanished (`dpgen.distributed.group`)
     │   │   └── StoreLost          75   the host of the store vanished (`dpgen.distributed.group`)
     │   ├── HostLimitReached       75   a rank's host has no file or port left (`dpgen.distributed.group`)
-    │   ├── UploadStopped          75   a push to the Hub broke off (`dpgen.output.export.hub`)
+    │   ├── TransferStopped        75   an upload, or a download of the input, broke off
     │   ├── NoRowSucceeded          1   the result is written, and every row of it has an error
     │   ├── RowsLost                1   a journal write failed (`dpgen.journal.segment`)
     │   └── DamagedRecord           1   a journal record is corrupt (`dpgen.journal.reader`)
@@ -111,6 +111,12 @@ class PeerFailed(DpgenError):
     def __init__(self, message: str, exit_status: int = EXIT_FAILED) -> None:
         super().__init__(message)
         self.exit_status = exit_status
+
+
+class TransferStopped(DpgenError):
+    """Report an upload or a download that broke off; the same command continues it."""
+
+    exit_status = EXIT_RESUMABLE
 
 
 class LockstepEngineLost(DpgenError):

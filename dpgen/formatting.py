@@ -13,6 +13,15 @@ def format_count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def format_bytes(number: int) -> str:
+    """Return ``1.2 GB`` for 1,234,567,890."""
+    size, units = float(number), iter(("bytes", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while size >= 1000 and unit != "TB":
+        size, unit = size / 1000, next(units)
+    return f"{number:,} bytes" if unit == "bytes" else f"{size:,.1f} {unit}"
+
+
 def describe_type(value: Any) -> str:
     """Return ``null``, ``a str`` or ``an int``, for messages about a value of the wrong type."""
     if value is None:

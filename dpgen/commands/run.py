@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from dpgen.distributed.rendezvous import Departure
     from dpgen.distributed.topology import Topology
     from dpgen.monitoring.status.reporter import RankReporter
+    from dpgen.output.upload.result_upload import ResultUpload
 
 logger = logging.getLogger(__name__)
 
@@ -200,22 +201,42 @@ def _run(
     """Run the job, with the command's own steps around it, and report the end."""
     with imports_without_gc():
         from dpgen.data.openai_batch.recognition import resolve_format
+        from dpgen.distributed.agreement import fetch_agreed_input
         from dpgen.run import run
 
-    resolved = group.run_on_all_ranks(lambda: resolve_format(config))
-    group.run_on_all_ranks(lambda: steps.prepare(resolved) if group.rank == 0 else None)
+    fetched = fetch_agreed_input(config.data, group)
+    resolved = group.run_on_all_ranks(lambda: resolve_format(config, fetched))
+    group.run_on_all_ranks(lambda: _prepare(steps, resolved, group) if group.rank == 0 else None)
     try:
         run(resolved, topology, group, *reports)
     except NoRowSucceeded:
-        _publish(steps, resolved, group)
+        _publish(steps, resolved, group, reports[-1])
         raise
-    _publish(steps, resolved, group)
+    _publish(steps, resolved, group, reports[-1])
     reports[-1].finish()
 
 
-def _publish(steps: RankZeroSteps, config: Config, group: RankGroup) -> None:
-    if group.rank == 0:  # the other ranks may have ended: their part is done
-        steps.publish(config)
+def _prepare(steps: RankZeroSteps, config: Config, group: RankGroup) -> None:
+    steps.prepare(config)
+    if config.output.to is not None:
+        _make_upload(config, group).check()
+
+
+def _publish(steps: RankZeroSteps, config: Config, group: RankGroup, reporter: RankReporter) -> None:
+    if group.rank > 0:  # these ranks may have ended: their part is done
+        return
+    if config.output.to is not None:
+        reporter.enter_phase("uploading the result")
+        _make_upload(config, group).upload()
+    steps.publish(config)
+
+
+def _make_upload(config: Config, group: RankGroup) -> ResultUpload:
+    from dpgen.journal.run_dir import RunDir
+    from dpgen.output.upload.result_upload import ResultUpload
+
+    assert config.output.to is not None
+    return ResultUpload(RunDir(config.run.dir), config.output.to, config.output.storage_options, group.heartbeat)
 
 
 def _load_config(options: argparse.Namespace) -> Config:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from dpgen.commands.arguments.batch_flags import BatchCommand, parse_batch_flags
 from dpgen.commands.arguments.parser import CommandParser, complete_directories, complete_files
 from dpgen.commands.run import RankZeroSteps, run_rank
+from dpgen.config.secrets import redact_text
 
 if TYPE_CHECKING:
     from dpgen.config.schema import Config
@@ -31,6 +32,7 @@ Answer every line of an OpenAI batch file, and write the response file, as vllm 
 
   dpgen run-batch -i in.jsonl -o out.jsonl --model Qwen/Qwen3-0.6B --max-model-len 4096
   torchrun --nproc-per-node 8 -m dpgen run-batch -i in.jsonl -o out.jsonl --model ... --seed 1
+  dpgen run-batch -i s3://bucket/in.jsonl -o s3://bucket/out.jsonl --model ...
   srun -n 64 python -m dpgen run-batch -i in.jsonl -o out.jsonl --model ... -tp 4 run.time_limit=3600
 
 The flags are those of vllm run-batch:
@@ -54,7 +56,9 @@ def add_arguments(parser: CommandParser) -> None:
     complete_files(
         parser.add_argument("configuration", nargs="*", metavar="CONFIG.yaml | key=value", help="as for dpgen run")
     )
-    complete_files(parser.add_argument("-i", "--input-file", metavar="IN.jsonl", help="the batch file, a local path"))
+    complete_files(
+        parser.add_argument("-i", "--input-file", metavar="IN.jsonl", help="the batch file, a path or an address")
+    )
     complete_files(parser.add_argument("-o", "--output-file", metavar="OUT.jsonl", help="the response file, likewise"))
     parser.add_argument("--model", help="a folder or a Hub name")
     complete_directories(
@@ -77,14 +81,15 @@ def main(options: argparse.Namespace) -> int:
 
         for note in command.notes:
             logger.info(note)
-        check_output_file(command.output_file, command.input_file, RunDir(config.run.dir))
+        options = config.output.storage_options
+        check_output_file(command.output_file, command.input_file, RunDir(config.run.dir), options)
 
     def publish(config: Config) -> None:
         from dpgen.journal.run_dir import RunDir
         from dpgen.output.openai_batch.publish import publish_responses
 
-        publish_responses(RunDir(config.run.dir), command.output_file)
-        logger.info(f"wrote the responses to {command.output_file}")
+        publish_responses(RunDir(config.run.dir), command.output_file, config.output.storage_options)
+        logger.info(f"wrote the responses to {redact_text(command.output_file)}")
 
     return run_rank(load, options.arguments, RankZeroSteps(prepare=prepare, publish=publish))
 

@@ -24,13 +24,25 @@ TRACKERS = ("prometheus", "tensorboard", "wandb")
 LOGPROB_FIELDS = ("logprobs", "logprob_token_ids", "prompt_logprobs")
 # Of sampling.structured_outputs: what a text must follow. The other fields say how.
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-_JSON_LINES = re.compile(r"\.(jsonl|ndjson|json)(\.(gz|zst|bz2|xz|lz4))?$", re.IGNORECASE)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_JSON_LINES = re.compile(r"\.(jsonl|ndjson|json)(\.(gz|zst|bz2|xz|lz4))?(\?.*)?$", re.IGNORECASE)
+
+
+def find_scheme(text: str) -> str | None:
+    """Return the scheme of an address in lower case, e.g. "s3"; None for a path or a name."""
+    match = _SCHEME.match(text)
+    return match[1].lower() if match else None
 
 
 def find_wrong_run_values(run: RunConfig) -> Iterator[str]:
     """Yield one line for each wrong value of `run`."""
     if not run.dir.strip():
         yield f"run.dir={run.dir!r}: must be the directory that the run lives in"
+    elif find_scheme(run.dir) is not None:
+        yield (
+            f"run.dir={run.dir}: the run directory must be on a file system, where rows are synced and files renamed; "
+            "an address may be given as output.to, where the result is uploaded to"
+        )
     if run.seed is not None and not 0 <= run.seed < 2**63:
         yield f"run.seed={run.seed}: must be from 0 to 2**63 - 1, or null"
     errors = run.retry_errors
@@ -60,6 +72,10 @@ def find_wrong_input(data: DataConfig, model: str) -> Iterator[str]:
             yield from error.mistakes
     if not model.strip():
         yield f"model={model!r}: must be a directory or a Hub name"
+    elif find_scheme(model) is not None:
+        yield f"model={model}: must be a directory or a Hub name; copy the model to a disk of each node"
+    if data.cache_dir is not None and find_scheme(data.cache_dir) is not None:
+        yield f"data.cache_dir={data.cache_dir}: must be a directory on a disk of each node"
 
 
 def may_hold_requests(data: DataConfig) -> bool:
@@ -93,6 +109,13 @@ def find_wrong_output(output: OutputConfig) -> Iterator[str]:
     for name in output.track:
         if name not in TRACKERS:
             yield f"output.track: there is no {name!r}{suggest_name(name, TRACKERS, 'trackers')}"
+    if output.to is not None and find_scheme(output.to) in ("http", "https"):
+        yield (
+            f"output.to={output.to}: a result is several files, and https:// can't list them; name a bucket or folder "
+            "(s3://BUCKET/FOLDER)"
+        )
+    if output.to is not None and not output.to.strip():
+        yield "output.to='': must be a folder, an address, or null"
 
 
 def find_wrong_response_keys(output: OutputConfig, default: OutputConfig, data: DataConfig) -> Iterator[str]:

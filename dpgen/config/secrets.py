@@ -52,8 +52,19 @@ _SECRET_NAMES = (
     "token",
 )
 
+# Names of secrets in the options of a store, beside those: s3fs takes `key` and `secret`, webdav `auth`, sftp `pkey`.
+_STORE_SECRETS = ("key", "username", "user", "sas", "pkey", "passcode", "cookies")
+
 # Names of secrets in the query of a URL, beside those: signed URLs of Azure, AWS and Google.
-_SIGNATURES = ("sig", "signature", "x_amz_signature", "x_goog_signature", "x_amz_credential", "x_goog_credential")
+_SIGNATURES: tuple[str, ...] = (
+    "sig",
+    "signature",
+    "x_amz_signature",
+    "x_goog_signature",
+    "x_amz_credential",
+    "x_goog_credential",
+)
+_SIGNATURES += ("awsaccess_key_id", "google_access_id")
 
 # Tokens of a vocabulary, not of an account: the words before `_token`.
 _SPECIAL_TOKENS = (
@@ -149,6 +160,8 @@ def _find_item_key(key: str, name: str, item: Any) -> str:
     """
     if key in _SCHEMA_KEYS and isinstance(item, Mapping):
         return ""  # a schema says what a password looks like, and holds none
+    if key == "storage_options" and _to_words(name) in _STORE_SECRETS:
+        return "secret"
     return key if _is_secret_name(key) else name
 
 

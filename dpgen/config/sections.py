@@ -93,8 +93,17 @@ class DataConfig:
     """Hold `data.*`: the rows, and how a row becomes a prompt."""
 
     path: Any = option(
-        "what to read: a file, glob, list of files, directory, save_to_disk directory, or Hub name; required",
+        "what to read: a file, glob, list of files, directory, save_to_disk directory, or Hub name; each may be an "
+        "address, too (s3://, gs://, az://, hf://datasets/..., https://), which is fetched once a node; required",
         MISSING,
+    )
+    storage_options: dict[str, Any] = option(
+        "options of fsspec for the store of data.path, e.g. {endpoint_url: ..., anon: true}; credentials rather come "
+        "from the environment",
+        factory=dict,
+    )
+    cache_dir: str | None = option(
+        "where fetched files are kept, best on a disk of each node; by default in the cache folder of datasets"
     )
     format: Literal["auto", "rows", "openai_batch"] = option(
         "what the files hold: rows; or openai_batch, a request a line, {custom_id, method, url, body}, as OpenAI's "
@@ -226,6 +235,11 @@ class OutputConfig:
         "`vllm run-batch`: a response for each line",
         "parquet",
     )
+    to: str | None = option(
+        "a folder or address (s3://BUCKET/FOLDER) that the finished result is uploaded to, _SUCCESS last; an upload "
+        "that broke off is continued by the same command; the run directory keeps its own copy"
+    )
+    storage_options: dict[str, Any] = option("options of fsspec for the store of output.to", factory=dict)
     rows_per_file: int = option("the maximum number of rows in one file of the result", 500_000, minimum=1)
     gather: Literal["auto", "always", "never"] = option(
         "send rows to rank 0 through gather_object: auto does where a rank does not see rank 0's run directory",

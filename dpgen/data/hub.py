@@ -36,7 +36,7 @@ def explain_hub_error(name: str, error: BaseException) -> str | None:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    for cause in _iter_causes(error):
+    for cause in iter_causes(error):
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(cause, GatedRepoError):
             return (
@@ -141,7 +141,8 @@ def _is_near(folder: str, error: OSError) -> bool:
     return bool(error.filename) and os.path.commonpath([path, name]) in (path, name)
 
 
-def _iter_causes(error: BaseException | None) -> Iterator[BaseException]:
+def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, then what caused it, and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -36,6 +36,7 @@ from dpgen.data.reading.files import (
     reject_requests,
 )
 from dpgen.data.reading.source import UnreadableInput
+from dpgen.data.storage.fetched_input import FetchedInput, fetch_input
 from dpgen.errors import ConfigError
 from dpgen.formatting import format_count
 from dpgen.imports import imports_without_gc
@@ -47,12 +48,21 @@ _CACHE_PREFIXES = ("cache-", "tmp")  # of files that `datasets` adds to a saved 
 _SAVED_DATASET = {"state.json", "dataset_dict.json"}  # files that save_to_disk writes
 
 
-def load_input(config: DataConfig) -> InputRows:
+def load_input(config: DataConfig, fetched: FetchedInput | None = None) -> InputRows:
     """Return the rows that `data.*` names, and build the cache where it is missing.
+
+    Args:
+        fetched: the same section with files in place of addresses; None to fetch them now.
 
     Raises:
         ConfigError: the input or its split doesn't exist, or can't be read.
     """
+    fetched = fetched or fetch_input(config)
+    with fetched.name_addresses():
+        return _load_local(fetched.data)
+
+
+def _load_local(config: DataConfig) -> InputRows:
     with imports_without_gc():
         import datasets
 

@@ -27,6 +27,8 @@ from dpgen.data.input_loading import load_input
 from dpgen.data.input_rows import InputRows
 from dpgen.data.model_identity import hash_chat_template, identify_adapters, identify_model
 from dpgen.data.reading.files import check_run_dir_apart
+from dpgen.data.storage.fetched_input import FetchedInput, fetch_input
+from dpgen.data.storage.listing import decode_listing, encode_listing, find_addresses, list_addresses
 from dpgen.distributed.group import RankGroup
 from dpgen.errors import ConfigError
 from dpgen.journal.code_identity import identify_code
@@ -35,9 +37,20 @@ from dpgen.journal.run_identity import find_fingerprint, select_result_options
 
 logger = logging.getLogger(__name__)
 
-# Keys that ranks may set differently: places on a node's own disk, whose contents are compared elsewhere or are this
-# rank's own, and what only the terminal shows.
-_LOCAL_KEYS = frozenset(["run.dir", "run.log_level", "run.log_format", "run.progress_interval_s", "data.path"])
+# Keys that ranks may set differently: places on a node's own disk and how a store is reached, whose contents are
+# compared elsewhere or are this rank's own, and what only the terminal shows.
+_LOCAL_KEYS = frozenset(
+    [
+        "run.dir",
+        "run.log_level",
+        "run.log_format",
+        "run.progress_interval_s",
+        "data.path",
+        "data.storage_options",
+        "data.cache_dir",
+        "output.storage_options",
+    ]
+)
 
 
 def check_same_job(config: Config, group: RankGroup) -> None:
@@ -60,6 +73,37 @@ def check_same_job(config: Config, group: RankGroup) -> None:
     group.run_on_all_ranks(lambda: _raise_if_jobs_differ(jobs))
 
 
+def fetch_agreed_input(data: DataConfig, group: RankGroup) -> FetchedInput:
+    """Return the section `data` with files in place of addresses, fetched once a node. Collective.
+
+    Rank 0 asks the stores for all ranks, so that every node fetches the same version of each object.
+
+    Raises:
+        ConfigError: a store refuses or has nothing of that name, an object has changed, or a disk is full.
+        TransferStopped: a store broke off.
+    """
+    addresses = find_addresses(data.path)
+    wanted = group.all_gather_object(addresses)
+    if not any(wanted):
+        return FetchedInput(data)
+    group.enter_phase("fetching the input", is_slow=True)
+
+    is_asked = group.rank == 0 or addresses != wanted[0]
+
+    def list_wanted() -> dict[str, Any] | None:
+        return encode_listing(list_addresses(addresses, data.storage_options, group.heartbeat)) if is_asked else None
+
+    own = group.run_on_all_ranks(list_wanted)
+    of_rank_0 = group.all_gather_object(own if group.rank == 0 else None)[0]
+    listing = decode_listing(own if own is not None else of_rank_0)
+
+    def fetch() -> FetchedInput:
+        with group.node_leader_first():
+            return fetch_input(data, listing, group.heartbeat)
+
+    return group.run_on_all_ranks(fetch)
+
+
 def open_input(
     data: DataConfig, group: RankGroup, run_dir: RunDir, check_columns: Callable[[InputRows], None]
 ) -> tuple[InputRows, dict[str, Any]]:
@@ -77,12 +121,13 @@ def open_input(
     """
 
     check_run_dir_apart(data.path, run_dir.path)
+    fetched = fetch_agreed_input(data, group)
     metadata = group.all_gather_object(group.run_on_all_ranks(run_dir.read_metadata))
     recorded: dict[str, Any] = next(filter(None, metadata), {})  # of rank 0, where it has any
 
     def load() -> tuple[InputRows, dict[str, Any] | None]:
         with group.node_leader_first():
-            rows = load_input(data)
+            rows = load_input(data, fetched)
             read = rows.with_progress(group.heartbeat)
             return rows, find_fingerprint(read, recorded) if group.is_node_leader else None
 

@@ -7,6 +7,7 @@
     status/       what each rank does now, and over time
     dataset/      the final rows, in input order
     _SUCCESS      counts and a hash of the results, written last
+    upload.json   what output.to has of the result
 
 - A run resumes only in a directory of the same identity: input, model and its files, prompt, sampling, seed, output
   format, and environment variables that change results.
@@ -30,7 +31,9 @@ from dpgen.journal.reader import index_journal
 from dpgen.journal.run_identity import diff_identities, get_num_rows
 
 # "ranks" is of older versions. Hidden files (.lock, .dataset.tmp) are ignored.
-_RUN_FILES = frozenset(["journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs", "status"])
+_RUN_FILES = frozenset(
+    ["journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs", "status", "upload.json"]
+)
 
 
 class RunDir:

@@ -19,7 +19,7 @@ import numpy as np
 from dpgen.config.loader import load
 from dpgen.data.input_loading import load_input
 from dpgen.data.input_rows import InputRows
-from dpgen.errors import ConfigError, DpgenError
+from dpgen.errors import ConfigError, DpgenError, TransferStopped
 from dpgen.formatting import format_ranges, format_rows
 from dpgen.journal.reader import (
     JournalIndex,
@@ -38,6 +38,7 @@ from dpgen.output.json_lines import JSONL_ENCODING
 from dpgen.output.openai_batch.response_check import ResponseCheck
 from dpgen.output.openai_batch.response_files import OPENAI_BATCH
 from dpgen.output.result_stats import HASH_ENCODINGS, ResultStats
+from dpgen.output.upload.result_upload import describe_unfinished_upload
 
 
 @dataclass
@@ -195,7 +196,7 @@ def _check_input(run_dir: RunDir, identity: Mapping[str, Any], report: Verificat
     try:
         rows = load_input(load([str(config_file)], []).data)
         fingerprint = rows.fingerprint(version=get_fingerprint_version({"identity": identity}))
-    except ConfigError as error:
+    except (ConfigError, TransferStopped) as error:
         report.notes.append(f"the input was not checked: {error}")
         return None
     differences = diff_identities(identity["input"], json.loads(json.dumps(fingerprint)), "input")
@@ -208,6 +209,8 @@ def _check_input(run_dir: RunDir, identity: Mapping[str, Any], report: Verificat
 def _note_what_is_not_checked(
     run_dir: RunDir, report: VerificationReport, *, has_input: bool, check_input: bool
 ) -> None:
+    if (upload := describe_unfinished_upload(run_dir)) is not None:
+        report.notes.append(upload)
     if report.num_rows is None:
         report.notes.append("run.json is needed to check the input, the dataset, and which rows are missing: none was")
         return

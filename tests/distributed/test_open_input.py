@@ -73,7 +73,7 @@ class SecondRank(SingleRankGroup):
     def __init__(self, first: InputRows, fingerprint: dict[str, Any]) -> None:
         super().__init__()
         self.rank, self.nodes = 1, ["node", "node"]
-        self._answers = [{}, first.key, fingerprint, len(first)]
+        self._answers = [[], {}, first.key, fingerprint, len(first)]
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return [self._answers.pop(0), value]

@@ -330,6 +330,7 @@ RECIPE_ROWS: dict[str, dict[str, Any]] = {
         **{"task": "hello", "my example": "hi", "system": "Be brief.", "tools": None},
         **{"prefill": None, "chat": None, "stop": ["x"]},
     },
+    "s3.yaml": {"prompt": "hello"},
     "samples.yaml": {"tokens": [5, 6]},
     "score.yaml": {"question": "hello", "answer": " world"},
     "tool_calls.yaml": {"messages": [{"role": "user", "content": "hello"}]},

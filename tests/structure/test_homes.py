@@ -42,6 +42,7 @@ HOMES = {
         "dpgen/data/input_rows.py": "reads all input",
         "dpgen/data/saved_dataset.py": "writes its dataset cards and folders",
     },
+    "fsspec": {"dpgen/data/storage/store.py": "opens all stores"},
     "omegaconf": {"dpgen/config/loader.py": "merges files and overrides"},
 }
 

@@ -92,7 +92,7 @@ def test_every_exception_has_a_row_with_its_exit_status() -> None:
     rows, _ = read_rows()
     named = {re.findall(r"\w+", row[1])[0] for row in rows}
     statuses = find_exceptions()
-    assert statuses["JoinFailed"] == 75 and statuses["ConfigError"] == 2 and "UploadStopped" in statuses
+    assert statuses["JoinFailed"] == 75 and statuses["ConfigError"] == 2 and "TransferStopped" in statuses
     assert named == set(statuses)
     for message, exception, _ in rows:
         name, _, shown = exception.replace("`", "").partition(", ")

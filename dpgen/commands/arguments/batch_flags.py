@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from dpgen.commands.arguments.parser import describe_unknown
 from dpgen.config import vllm_flags as flags
+from dpgen.config.checks import find_scheme
 from dpgen.config.options import find_type
 from dpgen.errors import ConfigError
 
@@ -19,7 +20,6 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT])")
 _FACTORS = {letter: 1000**power for power, letter in enumerate("kmgt", 1)}
 _FACTORS |= {letter: 1024**power for power, letter in enumerate("KMGT", 1)}
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _OWN = ("run-dir", "help")
 _SECTIONS = ("run", "data", "engine", "lora", "sampling", "parallel", "work", "output")
 
@@ -29,7 +29,7 @@ class BatchCommand:
     """Hold what a command line asks for.
 
     Attributes:
-        input_file, output_file: local paths.
+        input_file, output_file: local paths, or addresses that fsspec reads and writes.
         run_dir: the run directory, unless `run.dir` is given as a key.
         overrides: key=value, from the flags.
         configuration: YAML files and key=value, as they were given.
@@ -47,8 +47,14 @@ class BatchCommand:
     def arguments(self) -> list[str]:
         """Return the command line of `dpgen run` that does the same, but for the output file."""
         own = [f"data.path={self.input_file}", "data.format=openai_batch", "output.format=openai_batch"]
-        own.append(f"run.dir={self.run_dir or f'{self.output_file}.run'}")
+        own.append(f"run.dir={self.run_dir or self._find_default_run_dir()}")
         return [*own, *self.overrides, *self.configuration]
+
+    def _find_default_run_dir(self) -> str:
+        """Return the run directory next to the response file; for an address, in the working directory."""
+        if find_scheme(self.output_file) is None:
+            return f"{self.output_file}.run"
+        return f"{self.output_file.partition('?')[0].rstrip('/').rpartition('/')[2]}.run"
 
 
 def parse_batch_flags(arguments: Sequence[str]) -> BatchCommand:
@@ -73,8 +79,8 @@ def parse_batch_flags(arguments: Sequence[str]) -> BatchCommand:
     for name, attribute in (("input-file", "input_file"), ("output-file", "output_file"), ("run-dir", "run_dir")):
         value = given.pop(name, [""])[0]
         setattr(command, attribute, value)
-        if _URL.match(value):
-            mistakes.append(f"--{name} {value}: must be a local path; copy it from or to its address yourself")
+        if name == "run-dir" and find_scheme(value) is not None:
+            mistakes.append(f"--{name} {value}: must be a local path: rows are synced and files renamed there")
     if not command.input_file or not command.output_file:
         mistakes.append("run-batch needs the batch file and the response file: -i IN.jsonl -o OUT.jsonl")
     if mistakes:

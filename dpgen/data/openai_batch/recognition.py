@@ -12,26 +12,31 @@ from dpgen.config.schema import Config
 from dpgen.data.openai_batch.lines import LINE_KEYS
 from dpgen.data.reading.files import find_all_files
 from dpgen.data.reading.source import UnreadableInput, open_file
+from dpgen.data.storage.fetched_input import FetchedInput, fetch_input
 
 _NUM_LINES = 5  # looked at, at most: the first may be malformed
 _MAX_LINE_BYTES = 64 << 20
 
 
-def resolve_format(config: Config) -> Config:
+def resolve_format(config: Config, fetched: FetchedInput | None = None) -> Config:
     """Return the configuration with a `data.format` other than auto.
+
+    Args:
+        fetched: the section `data` with files in place of addresses; None to fetch them now, where they are looked at.
 
     Raises:
         ConfigError: the input is not there; or the configuration is wrong for what the input holds.
     """
     if config.data.format != "auto":
         return config
-    is_batch = config.reads_requests and _is_batch(config)
+    is_batch = config.reads_requests and _is_batch(fetched or fetch_input(config.data))
     data = dataclasses.replace(config.data, format="openai_batch" if is_batch else "rows")
     return dataclasses.replace(config, data=data)
 
 
-def _is_batch(config: Config) -> bool:
-    files = find_all_files(config.data.path)
+def _is_batch(fetched: FetchedInput) -> bool:
+    with fetched.name_addresses():
+        files = find_all_files(fetched.data.path)
     return bool(files) and looks_like_requests(files[0])
 
 

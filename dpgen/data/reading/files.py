@@ -51,10 +51,9 @@ def find_files(path: str) -> list[str]:
     """Return the files that a path or glob names; none if it is a directory or may be a Hub name.
 
     Raises:
-        ConfigError: nothing has that name, it is an address, or the glob matches something that is no file.
+        ConfigError: nothing has that name, or the glob matches something that is no file.
     """
-    if (address := re.match(r"(\w+)://(.*)", path)) is not None:
-        raise ConfigError(_describe_address(path, *address.groups()))
+    path = re.sub(r"^(file|local)://", "", path)
     expanded = str(Path(path).expanduser())
     if os.path.isfile(expanded):
         return [expanded]
@@ -79,18 +78,6 @@ def find_files(path: str) -> list[str]:
         hint = ". Braces are no pattern: write a list of paths" if re.search(r"\{.*,.*\}", path) else ""
         raise ConfigError(f"data.path: no such file or directory: {path}{hint}")
     return []
-
-
-def _describe_address(path: str, scheme: str, rest: str) -> str:
-    """Return why an address is not read, and what to write or do instead."""
-    name = "/".join(rest.removeprefix("datasets/").split("/")[:2])
-    if scheme == "file":
-        advice = f"write the path alone: {rest}"
-    elif scheme == "hf":
-        advice = f"write the name alone, data.path={name}, with data.revision and data.name where they are needed"
-    else:
-        advice = "copy the files to a disk that all nodes see, or mount the store, and give that path"
-    return f"data.path={path}: addresses are not read, only paths and names of Hub datasets: {advice}"
 
 
 def find_input_kind(files: Iterable[str], data_format: str) -> str:
@@ -126,6 +113,11 @@ def find_kind(files: Iterable[str]) -> str:
         examples = ", ".join(kinds[kind] for kind in sorted(kinds))
         raise ConfigError(f"data.path names files of several kinds: {', '.join(sorted(kinds))} ({examples})")
     return next(iter(kinds))
+
+
+def is_data_file(path: str) -> bool:
+    """Return True if data may be read from a file of this name."""
+    return _get_data_suffix(path) in _KINDS
 
 
 def looks_local(path: str) -> bool:

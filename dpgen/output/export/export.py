@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpgen.config.checks import find_scheme
 from dpgen.data.saved_dataset import rename_columns
+from dpgen.data.storage.store import show_address
 from dpgen.errors import ConfigError, suggest_name
 from dpgen.journal.run_dir import RunDir
 from dpgen.output.columns import MESSAGES, list_float_columns
@@ -55,8 +57,13 @@ def find_format(target: str, format: str | None) -> str:
     """Return the format of an export: the one that is given, or else that of the target's suffix.
 
     Raises:
-        ConfigError: there is no such format, or the suffix is that of another one.
+        ConfigError: there is no such format, the suffix is that of another one, or the target is an address.
     """
+    if find_scheme(target) is not None:
+        raise ConfigError(
+            f"TARGET={show_address(target)}: must be a path; a run uploads its own result to output.to, and "
+            "--push-to-hub exports to the Hub"
+        )
     name = Path(target).name
     is_compressed = Path(name).suffix in COMPRESSIONS
     suffix = Path(Path(name).stem if is_compressed else name).suffix

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpgen.config.secrets import redact_text
 from dpgen.data.hub import explain_hub_error
-from dpgen.errors import EXIT_RESUMABLE, ConfigError, DpgenError
+from dpgen.errors import ConfigError, DpgenError, TransferStopped
 from dpgen.journal.files import atomic_write_text
 from dpgen.journal.reader import list_segments
 from dpgen.journal.run_dir import RunDir
@@ -34,12 +34,6 @@ if TYPE_CHECKING:
 
 _STAGE, _STATE = ".hub-export", "state.json"
 _OWN_FILES = "train-*-of-*.parquet"
-
-
-class UploadStopped(DpgenError):
-    """Report an upload that broke off; the same command continues it."""
-
-    exit_status = EXIT_RESUMABLE
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ def push_run(run_dir: RunDir, target: HubTarget, selection: Selection) -> tuple[
 
     Raises:
         ConfigError: see `export_run`; or the Hub refuses the repository or its name, or it holds something else.
-        UploadStopped: the network, or the Hub, is not there; or the upload broke off.
+        TransferStopped: the network, or the Hub, is not there; or the upload broke off.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -154,7 +148,7 @@ def _explain_errors(name: str) -> Iterator[None]:
 
     Raises:
         ConfigError: the Hub refuses the name or the token.
-        UploadStopped: anything else, which may be over at the next try.
+        TransferStopped: anything else, which may be over at the next try.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -169,7 +163,7 @@ def _explain_errors(name: str) -> Iterator[None]:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if reason is not None or status in (400, 401, 403, 404, 409, 422):
             raise ConfigError(f"--push-to-hub {name}: {reason or _summarize(error)}") from None
-        raise UploadStopped(
+        raise TransferStopped(
             f"the upload to {name} broke off: {_summarize(error)}. The same command continues it"
         ) from None
 

@@ -84,8 +84,7 @@ def test_a_flag_of_vllm_sets_the_key_that_means_the_same(arguments: tuple[str, .
         (("--enable-auto-tool-choice",), "--enable-auto-tool-choice needs --tool-call-parser NAME"),
         (("--lora-modules", "a"), "--lora-modules a: must be NAME=PATH"),
         (("--config", "c.yaml"), "--config is not read"),
-        (("-i", "https://x/in.jsonl"), "must be a local path"),
-        (("-o", "s3://x/out.jsonl"), "must be a local path"),
+        (("--run-dir", "s3://x/run"), "must be a local path"),
     ],
 )
 def test_a_flag_that_can_not_be_honoured_is_named_with_what_to_do(arguments: tuple[str, ...], words: str) -> None:

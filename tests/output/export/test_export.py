@@ -397,6 +397,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(
         ("a.csv", "jsonl", "suffix of csv, and --format is jsonl"),
         ("a.parquet.gz", None, "leave .gz out"),
         ("a", "xlsx", "--format xlsx: unknown"),
+        ("s3://bucket/a.jsonl", None, "must be a path; a run uploads its own result to output.to"),
     ],
 )
 def test_the_format_follows_from_the_suffix(target: str, format: str | None, found: str) -> None:

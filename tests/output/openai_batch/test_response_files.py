@@ -121,17 +121,17 @@ def test_responses_that_are_missing_too_many_or_no_json_are_found(run_dir: RunDi
 
 def test_one_file_holds_all_responses_and_a_failure_leaves_the_old_one(run_dir: RunDir, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out.jsonl"
-    check_output_file(str(out), str(tmp_path / "in.jsonl"), run_dir)
+    check_output_file(str(out), str(tmp_path / "in.jsonl"), run_dir, {})
     out.write_text("old\n")
     link = tmp_path / "link.jsonl"
     link.symlink_to(out)
-    publish_responses(run_dir, str(link))
+    publish_responses(run_dir, str(link), {})
     assert [response["custom_id"] for response in read_responses(out)] == ["a", "b", "c", None, "e"]
     assert link.is_symlink()
     (run_dir.dataset / FIRST).unlink()
     before = out.read_text()
     with pytest.raises(DpgenError, match="holds 2 files of 3"):
-        publish_responses(run_dir, str(out))
+        publish_responses(run_dir, str(out), {})
     assert out.read_text() == before
 
 
