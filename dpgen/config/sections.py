@@ -256,7 +256,9 @@ class OutputConfig:
         "keep",
     )
     reasoning_parser: str = option(
-        "vLLM's reasoning parser that finds it, e.g. qwen3 or deepseek_r1; auto chooses by the model's type", "auto"
+        "vLLM's reasoning parser that finds it, e.g. qwen3 or deepseek_r1; auto chooses by the model's type. "
+        "Structured outputs begin after the reasoning, unless engine.reasoning_parser='' is set",
+        "auto",
     )
     tool_parser: str | None = option(
         "vLLM's tool parser, e.g. hermes: takes tool calls out of generated_text, into a column tool_calls of "
@@ -283,6 +285,11 @@ class OutputConfig:
         "its package",
         factory=list,
     )
+
+    @property
+    def reasoning_parser_or_none(self) -> str | None:
+        """Return `reasoning_parser` if it is used."""
+        return None if self.reasoning == "keep" else self.reasoning_parser
 
     @property
     def parses_json(self) -> bool:

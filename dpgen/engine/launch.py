@@ -82,6 +82,7 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
         has_output_schema=config.output.schema is not None,
         reads_requests=config.reads_requests,
         weight_bytes=_measure_weights_per_device(config, world),
+        reasoning_parser=config.output.reasoning_parser_or_none,
     )
 
 
@@ -218,9 +219,8 @@ def load_text_steps(config: Config, rows: InputRows) -> TextPipeline:
         ConfigError: the tokenizer cannot be loaded, or prompts are chats and there is no chat template.
     """
     prompt, has_added_nulls = config.prompt, rows.has_added_nulls
-    wants_reasoning = config.output.reasoning != "keep"
-    reasoning_parser = config.output.reasoning_parser if wants_reasoning else None
-    parsers = RequestParsers(config.output.tool_parser, reasoning_parser, prompt.chat_template_kwargs)
+    output = config.output
+    parsers = RequestParsers(output.tool_parser, output.reasoning_parser_or_none, prompt.chat_template_kwargs)
     if config.run.engine == "fake":
         return _build_fake_text_pipeline(config, has_added_nulls)
     tokenizer_config, has_token_ids = _find_tokenizer(config), prompt.token_ids_column is not None

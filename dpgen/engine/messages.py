@@ -42,6 +42,7 @@ class EngineSpec:
         adapters: the folder of each LoRA adapter that rows may name.
         has_output_schema: True if `output.schema` has set the structured outputs in `sampling`.
         reads_requests: rows are requests of a batch file.
+        reasoning_parser: as in `RequestParsers`.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class EngineSpec:
     retry_sampling: dict[str, Any] = field(default_factory=dict)
     num_sharing: int = 1
     weight_bytes: int = 0
+    reasoning_parser: str | None = None
 
     def iter_sampling_sections(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield `sampling` and the sections over it, as (section, fields)."""

@@ -258,7 +258,7 @@ def _convert(line: dict[str, Any], model_config: Any, renderer: Any) -> Any:
     rendered = render({"request": text})
     assert rendered.token_ids is not None
     request = Request(RequestId(0), rendered.token_ids, sampling={"seed": 11}, server_request=rendered.server_request)
-    params, token_ids = converter.convert(request, rendered.token_ids)
+    params, token_ids, _ = converter.convert(request, rendered.token_ids)
     return token_ids, params
 
 

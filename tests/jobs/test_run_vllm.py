@@ -246,6 +246,7 @@ def test_thoughts_calls_and_answers_come_out_in_columns_of_their_own(launcher: L
         *(f"engine.{name}={value}" for name, value in {**ENGINE, "max_model_len": 1024}.items()),
         "sampling={max_tokens: 200, temperature: 0, from_columns: {structured_outputs: grammar}}",
         "output.reasoning_parser=deepseek_r1",
+        "engine.reasoning_parser=''",  # these grammars describe the thoughts, too
     )
     assert job.wait() == 0, job.output
     answer, call_row, unfinished = load_result(tmp_path / "run")

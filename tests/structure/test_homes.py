@@ -32,6 +32,7 @@ HOMES = {
         "dpgen/engine/vllm/adapters.py": "vLLM's requests for LoRA adapters, and its check of their configurations",
         "dpgen/engine/vllm/default_options.py": "vLLM's own default of an option",
         "dpgen/engine/vllm/executors.py": "vLLM's executors, which drive the devices",
+        "dpgen/engine/vllm/reasoning.py": "vLLM's tokenizer, to choose a reasoning parser for the engine",
         "dpgen/engine/vllm/sampling_check.py": "vLLM's check of sampling and of grammars",
         "dpgen/engine/vllm/server_requests.py": "vLLM's classes of its server's requests",
         "dpgen/engine/vllm/vllm_backend.py": "vLLM's engine",

@@ -44,9 +44,14 @@ class ParserMaker:
 
     def make(self, request: Any) -> Any:
         """Return the parser of an answer to a chat, vLLM's `ChatCompletionRequest`."""
-        params = request.build_chat_params(None, "auto").with_defaults(self._template_kwargs)
-        kwargs = params.chat_template_kwargs
+        kwargs = self.get_template_kwargs(request)
         return self._class(self._tokenizer, request.tools, model_config=self._model_config, chat_template_kwargs=kwargs)
+
+    def get_template_kwargs(self, request: Any) -> dict[str, Any]:
+        """Return the variables of a chat's template, the run's included."""
+        params = request.build_chat_params(None, "auto").with_defaults(self._template_kwargs)
+        kwargs: dict[str, Any] = params.chat_template_kwargs
+        return kwargs
 
 
 def find_parser_class(parsers: RequestParsers, config: TokenizerConfig, tokenizer: Any) -> Any:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -19,11 +19,26 @@ from vllm.sampling_params import SamplingParams
 from dpgen.data.openai_batch.lines import BAD_REQUEST, CHAT_URL
 from dpgen.data.openai_batch.requests import lay_retry_over
 from dpgen.engine.parsing.request_parsers import ParserMaker
+from dpgen.engine.vllm.reasoning import ReasoningState, find_state
 from dpgen.engine.vllm.rejections import summarize_error
 from dpgen.errors import RowRefused
 from dpgen.records import Request
 
 _LENGTH_PARAMETERS = ("input_text", "input_tokens")  # that vLLM names where a prompt is too long
+
+
+class ConvertedRequest(NamedTuple):
+    """Hold what vLLM's engine is asked for.
+
+    Attributes:
+        params: how to sample.
+        token_ids: the prompt, which the request may have cut.
+        reasoning: the state of the reasoning where the answer begins; None where the engine finds it itself.
+    """
+
+    params: SamplingParams
+    token_ids: list[int]
+    reasoning: ReasoningState | None = None
 
 
 class RequestConverter:
@@ -54,8 +69,8 @@ class RequestConverter:
         else:
             self._max_tokens_limit = model_config.override_generation_config.get("max_new_tokens")
 
-    def convert(self, request: Request, token_ids: list[int]) -> tuple[SamplingParams, list[int]]:
-        """Return a request's sampling parameters, and its prompt, which the request may cut.
+    def convert(self, request: Request, token_ids: list[int]) -> ConvertedRequest:
+        """Return what vLLM's server would ask its engine for.
 
         Raises:
             RowRefused: `bad_request`, `prompt_too_long`.
@@ -69,7 +84,7 @@ class RequestConverter:
             is_too_long = is_too_long or len(token_ids) >= self._model.max_model_len
             raise RowRefused("prompt_too_long" if is_too_long else BAD_REQUEST, summarize_error(error)) from None
 
-    def _convert(self, request: Request, token_ids: list[int]) -> tuple[SamplingParams, list[int]]:
+    def _convert(self, request: Request, token_ids: list[int]) -> ConvertedRequest:
         source = request.server_request
         assert source is not None
         is_chat = source.url == CHAT_URL
@@ -100,7 +115,9 @@ class RequestConverter:
         for name, value in defaults.items():
             if name not in own_class.model_fields and name != "logprobs":
                 setattr(params, name, value)  # that only SamplingParams has
-        return params, token_ids
+        is_constrained = is_chat and params.structured_outputs is not None
+        reasoning = find_state(parsed, self._parsers, token_ids) if is_constrained else None
+        return ConvertedRequest(params, token_ids, reasoning)
 
     def _adjust(self, request: ChatCompletionRequest) -> ChatCompletionRequest:
         """Return a chat as the run's parsers need it: with a grammar for the calls that it demands.

@@ -42,6 +42,7 @@ from dpgen.engine.vllm.executors import (
     SyncKvUniProcExecutor,
 )
 from dpgen.engine.vllm.field_names import VllmFields
+from dpgen.engine.vllm.reasoning import ReasoningState, find_engine_parser, make_core_request
 from dpgen.engine.vllm.rejections import classify_rejection, summarize_error
 from dpgen.engine.vllm.results import RunningRow, read_result
 from dpgen.engine.vllm.sampling_check import check_params, name_constraint
@@ -126,7 +127,7 @@ class VllmBackend:
 
     def add_request(self, request: Request) -> None:
         assert self._engine is not None
-        params, token_ids = self._prepare(request)
+        params, token_ids, reasoning = self._prepare(request)
         params.skip_clone = True  # no other row shares them, and a copy takes longer than all else here
         # Only stop strings need the text before the row's end. Only vLLM can leave out spaces between special tokens.
         has_plain_spacing = params.skip_special_tokens or params.spaces_between_special_tokens
@@ -147,7 +148,10 @@ class VllmBackend:
         )
         try:
             adapter = self._adapters.get_request(request.adapter)
-            self._engine.add_request(name, tokens_input(token_ids), params, lora_request=adapter)
+            prompt: Any = tokens_input(token_ids)
+            if reasoning is not None:
+                prompt = make_core_request(self._engine, name, prompt, params, adapter, reasoning)
+            self._engine.add_request(name, prompt, params, lora_request=adapter)
         except Exception as error:  # noqa: BLE001 - foreign code over a row's own values: one bad row costs one row
             del self._rows[name]
             self._engine.abort_request([name])  # vLLM may have added a part of it
@@ -228,6 +232,8 @@ class VllmBackend:
         notes += share_memory(options, self._spec.num_sharing)
         if self._spec.world is not None:
             options["data_parallel_size"] = self._spec.world.num_groups
+        if (parser := find_engine_parser(self._spec)) is not None:
+            options["reasoning_parser"] = parser
         options.setdefault("disable_log_stats", True)
         options.setdefault("use_tqdm_on_load", False)  # in a log file a progress bar is one long line
         if self._spec.max_logprobs > EngineArgs.max_logprobs:
@@ -275,8 +281,8 @@ class VllmBackend:
         of_model = {} if self._config is None else self._config.model_config.get_diff_sampling_param()
         return {**of_model, **self._spec.sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
 
-    def _prepare(self, request: Request) -> tuple[SamplingParams, list[int]]:
-        """Return a row's sampling parameters and its prompt.
+    def _prepare(self, request: Request) -> tuple[SamplingParams, list[int], ReasoningState | None]:
+        """Return a row's sampling parameters, its prompt, and the state of its reasoning.
 
         Raises:
             RowRefused: vLLM rejects one of them.
@@ -288,14 +294,14 @@ class VllmBackend:
         elif self._num_ids is not None:
             reject_unknown_ids(token_ids, self._num_ids)
         if request.server_request is None:
-            return self._build_params(request), token_ids
+            return self._build_params(request), token_ids, None
         assert self._converter is not None
-        params, token_ids = self._converter.convert(request, token_ids)
+        converted = self._converter.convert(request, token_ids)
         try:
-            self._check_logprobs(params)
+            self._check_logprobs(converted.params)
         except ValueError as error:
             raise RowRefused(BAD_REQUEST, str(error)) from None
-        return params, token_ids
+        return converted
 
     def _make_converter(self, parsers: RequestParsers) -> RequestConverter:
         """Return the converter of requests, given the run's parsers.
