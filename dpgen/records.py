@@ -18,7 +18,14 @@ import numpy as np
 from dpgen.errors import RowRefused
 from dpgen.logprobs import ARRAY_TYPES, TokenLogprobs
 
-_RARE_FIELDS = ("reasoning", "parsed", "parse_error", "rejection", "stop_reason")  # of a completion, beside its calls
+_RARE_FIELDS = (
+    "reasoning",
+    "parsed",
+    "parse_error",
+    "rejection",
+    "stop_reason",
+    "has_null_content",
+)  # of a completion, beside its calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +120,8 @@ class Completion:
             one, or "" where that is not kept.
         stop_reason: the stop string, or the id of the stop token, that ended it; None if nothing of the kind did, and
             unless the row is a request of a batch file.
+        has_null_content: True if parsers have left nothing of the answer to a request of a batch file, which its
+            response shows as null rather than as an empty text; None otherwise.
     """
 
     text: str
@@ -126,6 +135,7 @@ class Completion:
     logprobs: TokenLogprobs | None = None
     rejection: str | None = None
     stop_reason: int | str | None = None
+    has_null_content: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

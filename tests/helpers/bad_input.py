@@ -139,7 +139,13 @@ _IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url"
 # no requests at all are in its test_lines.py; what only vLLM rejects is in tests/engine/test_server_requests_vllm.py.
 BAD_REQUESTS: list[tuple[str, str, dict[str, Any], str, str]] = [
     ("a stream", _CHAT, {"messages": HELLO, "stream": True}, "bad_request", "'stream' is set"),
-    ("echo", _CHAT, {"messages": HELLO, "echo": True}, "unsupported_request", "'echo' is not supported"),
+    (
+        "an echo of ids",
+        _COMPLETIONS,
+        {"prompt": [5], "echo": True},
+        "unsupported_request",
+        "'echo' of a prompt of token",
+    ),
     ("beam search", _CHAT, {"messages": HELLO, "use_beam_search": True}, "unsupported_request", "'use_beam_search'"),
     ("a chat template", _CHAT, {"messages": HELLO, "chat_template": "x"}, "bad_request", "set data.chat_template"),
     (

@@ -3,7 +3,7 @@
 - Follows vLLM 0.32: `vllm/entrypoints/openai/chat_completion/protocol.py` (build_chat_params),
   `vllm/renderers/online_renderer.py` (render_chat, render_completion).
 - What is not about the prompt is checked by the engine, with vLLM's own classes of requests.
-- Limits: text only; one prompt a line; no echo, suffix or beam search.
+- Limits: text only; one prompt a line; no suffix or beam search, and no echo of a prompt of token ids.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from dpgen.records import Request, ServerRequest
 _PROMPT_KEYS = ("messages", "prompt")  # which the engine gets as tokens
 # Fields that change the answer and that dpgen can't honour, each with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "echo": (None, False),
     "kv_transfer_params": (None,),
     "ec_transfer_params": (None,),
     "prompt_embeds": (None,),
     "suffix": (None,),
     "use_beam_search": (None, False),
+}
+_REASONS = {
+    "suffix": ": vLLM's server takes it for a few models alone. Write the prompt with the model's own marks",
+    "use_beam_search": ". Ask for several samples instead: n, with a temperature",
 }
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions; chats may fill the context
 _UNSET = (None, "auto")  # values of template variables that keep the default (`merge_kwargs` of vLLM)
@@ -74,6 +77,11 @@ def select_plain_sampling(request: ServerRequest) -> dict[str, Any]:
         fields.setdefault("max_tokens", DEFAULT_COMPLETION_TOKENS)
         if (count := request.body.get("logprobs")) is not None:
             fields["logprobs"] = count
+    if request.body.get("echo"):
+        if "logprobs" in fields:
+            fields.setdefault("prompt_logprobs", fields["logprobs"])
+        if request.url != CHAT_URL and fields["max_tokens"] == 0:
+            fields["max_tokens"] = 1  # vLLM can't generate none
     return fields
 
 
@@ -100,6 +108,31 @@ def is_constrained(request: Request) -> bool:
     return demands_call or has_form or any(value is not None for value in constraints)
 
 
+def get_echo(request: ServerRequest) -> str:
+    """Return the text that a request wants to have in front of its answer's; "" for none.
+
+    That is the prompt of a completion, or the last message of a chat if the answer has the same role.
+    """
+    body = request.body
+    if not body.get("echo"):
+        return ""
+    if request.url != CHAT_URL:
+        return "" if body.get("return_token_ids") else str(_get_prompt(body))
+    message = body["messages"][-1]
+    content = message.get("content") if message.get("role") == find_role(body) else None
+    if isinstance(content, list):
+        return "\n".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
+    return content or ""
+
+
+def find_role(body: Mapping[str, Any]) -> str:
+    """Return who speaks in the answer to a chat: where the model continues the last message, the one who wrote that."""
+    messages = body.get("messages")
+    if body.get("add_generation_prompt", True) or not messages or not isinstance(messages[-1], dict):
+        return "assistant"
+    return str(messages[-1].get("role", "assistant"))
+
+
 def drop_prompt(request: ServerRequest) -> ServerRequest:
     """Return a request without its prompt, which the engine gets as tokens."""
     return ServerRequest(request.url, {key: value for key, value in request.body.items() if key not in _PROMPT_KEYS})
@@ -119,8 +152,13 @@ def build_request_prompt(request: ServerRequest, config: PromptConfig) -> str | 
         raise RowRefused(BAD_REQUEST, "'stream' is set, and a batch has no streams")
     for key, harmless in _UNSUPPORTED.items():
         if body.get(key) not in harmless:
-            raise RowRefused(UNSUPPORTED_REQUEST, f"{key!r} is not supported")
-    return _build_chat(body, config) if request.url == CHAT_URL else _get_prompt(body)
+            raise RowRefused(UNSUPPORTED_REQUEST, f"{key!r} is not supported{_REASONS.get(key, '')}")
+    if request.url == CHAT_URL:
+        return _build_chat(body, config)
+    prompt = _get_prompt(body)
+    if body.get("echo") and not isinstance(prompt, str):
+        raise RowRefused(UNSUPPORTED_REQUEST, "'echo' of a prompt of token ids is not supported; give its text")
+    return prompt
 
 
 def adds_special_tokens(request: ServerRequest) -> bool:

@@ -108,4 +108,7 @@ def parse_answer(
         found = found[:1]
     calls = tuple(ToolCall(make_call_id(call.id, i), call.name, call.arguments) for i, call in enumerate(found))
     kept = reasoning if keep_reasoning and chat.include_reasoning else None
-    return dataclasses.replace(completion, text=content or "", reasoning=kept, tool_calls=calls)
+    is_null = True if content is None else None
+    return dataclasses.replace(
+        completion, text=content or "", reasoning=kept, tool_calls=calls, has_null_content=is_null
+    )

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dpgen.data.token_texts import TokenTexts
@@ -35,21 +35,27 @@ def build_chat_logprobs(logprobs: TokenLogprobs, texts: TokenTexts, k: int | Non
     return {"content": content}
 
 
-def build_completion_logprobs(logprobs: TokenLogprobs, texts: TokenTexts, k: int) -> dict[str, Any]:
+def build_completion_logprobs(parts: Iterable[TokenLogprobs], texts: TokenTexts, k: int) -> dict[str, Any]:
     """Return `choices[].logprobs` of a completion.
 
     Args:
+        parts: the tokens of the text, in order: those of an echoed prompt, and the generated ones.
         k: the request's `logprobs`.
     """
     tokens: list[str] = []
-    values, tops, offsets = [], [], []
+    values: list[float | None] = []
+    tops: list[dict[str, float] | None] = []
+    offsets: list[int] = []
     offset = 0
-    for (_, value, text), candidates in _iter_positions(logprobs, texts):
-        tokens.append(text)
-        values.append(value)
-        tops.append({other_text: other_value for _, other_value, other_text in candidates[: k + 1]})
-        offsets.append(offset)
-        offset += len(text)
+    for logprobs in parts:
+        for position, ((_, value, text), candidates) in enumerate(_iter_positions(logprobs, texts)):
+            has_value = not math.isnan(logprobs.logprobs[position])
+            tokens.append(text)
+            values.append(value if has_value else None)
+            top = {other_text: other_value for _, other_value, other_text in candidates[: k + 1]}
+            tops.append(top if has_value else None)
+            offsets.append(offset)
+            offset += len(text)
     return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
 
 

@@ -11,14 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
-from dpgen.data.openai_batch.lines import CHAT_URL, BatchLine, parse_batch_line
+from dpgen.data.openai_batch.lines import CHAT_URL, COMPLETIONS_URL, BatchLine, parse_batch_line
+from dpgen.data.openai_batch.requests import find_role, get_echo
 from dpgen.data.token_texts import TokenTexts
 from dpgen.output.column_values import escape_if_any, escape_surrogates, get_token_ids, get_tool_calls
 from dpgen.output.openai_batch.errors import build_error, find_http_error
 from dpgen.output.openai_batch.logprobs import build_chat_logprobs, build_completion_logprobs, build_prompt_logprobs
-from dpgen.records import Completion, RowResult
+from dpgen.records import Completion, RowResult, ServerRequest
 
 
 class RunFacts(NamedTuple):
@@ -29,18 +31,21 @@ class RunFacts(NamedTuple):
         created: when the run began, in seconds since 1970.
         model: the name that responses give the model.
         adapters: the names of the run's LoRA adapters.
+        has_parser: True if reasoning or tool calls are taken out of texts.
     """
 
     key: str
     created: int
     model: str
     adapters: frozenset[str] = frozenset()
+    has_parser: bool = False
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> RunFacts:
         """Return what run.json says of a run."""
         identity = metadata.get("identity") or {}
         digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8)
+        output = identity.get("output") or {}
         served = (identity.get("engine") or {}).get("served_model_name")
         names = [served] if isinstance(served, str) else list(served or ())
         return cls(
@@ -48,6 +53,7 @@ class RunFacts(NamedTuple):
             created=int(metadata.get("created") or 0),
             model=str([*names, identity.get("model", "")][0]),
             adapters=frozenset(identity.get("lora") or ()),
+            has_parser=bool(output.get("reasoning") or output.get("tool_parser")),
         )
 
 
@@ -90,9 +96,14 @@ class ResponseBuilder:
         build_choice = self._build_chat_choice if is_chat else self._build_completion_choice
         model = request.get("model")
         prompt = None
-        if request.get("prompt_logprobs") is not None and result.prompt_logprobs is not None:
+        asks_for_prompt = request.get("prompt_logprobs") is not None or bool(request.get("echo"))
+        if asks_for_prompt and result.prompt_logprobs is not None:
             prompt = build_prompt_logprobs(result.prompt_logprobs, self._find_texts(request))
         choices = [build_choice(request, index, sample) for index, sample in enumerate(result.completions)]
+        if request.get("echo"):
+            echo = get_echo(ServerRequest(line.url or COMPLETIONS_URL, dict(request)))
+            add_echo = _echo_in_chat if is_chat else partial(self._echo_prompt, request, result)
+            choices = [add_echo(echo, choice) for choice in choices]
         body: dict[str, Any] = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{key}",
             "object": "chat.completion" if is_chat else "text_completion",
@@ -115,11 +126,12 @@ class ResponseBuilder:
         if request.get("parallel_tool_calls") is False:
             calls = calls[:1]
         hides_reasoning = request.get("include_reasoning") is False
+        hides_tokens = hides_reasoning and self._facts.has_parser
         logprobs = None
-        if request.get("logprobs") and completion.logprobs is not None and not hides_reasoning:
+        if request.get("logprobs") and completion.logprobs is not None and not hides_tokens:
             logprobs = build_chat_logprobs(completion.logprobs, self._find_texts(request), request.get("top_logprobs"))
         message = {
-            "role": _find_role(request),
+            "role": find_role(request),
             "content": _find_content(request, completion),
             **dict.fromkeys(("refusal", "annotations", "audio", "function_call")),
             **({"tool_calls": [_build_call(call) for call in calls]} if calls else {}),
@@ -131,7 +143,7 @@ class ResponseBuilder:
             "logprobs": logprobs,
             "finish_reason": _find_finish_reason(request, completion, has_calls=bool(calls)),
             "stop_reason": completion.stop_reason,
-            "token_ids": _find_token_ids(request, completion),
+            "token_ids": None if hides_tokens else _find_token_ids(request, completion),
             "routed_experts": None,
         }
 
@@ -140,7 +152,7 @@ class ResponseBuilder:
     ) -> dict[str, Any]:
         k, logprobs = request.get("logprobs"), None
         if k is not None and completion.logprobs is not None:
-            logprobs = build_completion_logprobs(completion.logprobs, self._find_texts(request), int(k))
+            logprobs = build_completion_logprobs([completion.logprobs], self._find_texts(request), int(k))
         return {
             "index": index,
             "text": escape_surrogates(completion.text),
@@ -152,6 +164,24 @@ class ResponseBuilder:
             "prompt_token_ids": None,
             "routed_experts": None,
         }
+
+    def _echo_prompt(
+        self, request: Mapping[str, Any], result: RowResult, echo: str, choice: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return a choice with the prompt in front of its text, or in its place where no token is asked for."""
+        is_alone = request.get("max_tokens") == 0
+        k, prompt = request.get("logprobs"), result.prompt_logprobs
+        logprobs = choice["logprobs"]
+        if k is not None and prompt is not None:
+            own = result.completions[choice["index"]].logprobs
+            parts = [prompt] if is_alone or own is None else [prompt, own]
+            logprobs = build_completion_logprobs(parts, self._find_texts(request), int(k))
+        return {**choice, "text": echo if is_alone else echo + choice["text"], "logprobs": logprobs}
+
+
+def _echo_in_chat(echo: str, choice: dict[str, Any]) -> dict[str, Any]:
+    message = choice["message"]
+    return {**choice, "message": {**message, "content": echo + (message["content"] or "")}}
 
 
 def format_response_line(response: Mapping[str, Any]) -> str:
@@ -179,18 +209,11 @@ def _offers_tools(request: Mapping[str, Any]) -> bool:
     return bool(request.get("tools")) and request.get("tool_choice") != "none"
 
 
-def _find_role(request: Mapping[str, Any]) -> str:
-    """Return who speaks: where the model continues the last message, the one who wrote that."""
-    messages = request.get("messages")
-    if request.get("add_generation_prompt", True) or not messages or not isinstance(messages[-1], dict):
-        return "assistant"
-    return str(messages[-1].get("role", "assistant"))
-
-
 def _find_content(request: Mapping[str, Any], completion: Completion) -> str | None:
     """Return the message's text; None where reasoning or calls are all there is, unless a call was required."""
     requires_call = _offers_tools(request) and request.get("tool_choice") not in (None, "auto")
-    if not completion.text and not requires_call and (completion.tool_calls or completion.reasoning is not None):
+    is_all = completion.tool_calls or completion.reasoning is not None or completion.has_null_content
+    if not completion.text and not requires_call and is_all:
         return None
     return escape_surrogates(completion.text)
 

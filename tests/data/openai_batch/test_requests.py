@@ -103,6 +103,12 @@ def test_a_line_that_is_no_text_is_rejected() -> None:
         (make_line(COMPLETIONS, prompt="a"), 16, {"max_tokens": 16}),
         (make_line(COMPLETIONS, prompt="a", max_tokens=None, logprobs=2), 16, {"max_tokens": 16, "logprobs": 2}),
         (make_line(COMPLETIONS, prompt="a", max_completion_tokens=3), 16, {"max_tokens": 16}),
+        (make_line(COMPLETIONS, prompt="a", echo=True, max_tokens=0), 0, {"max_tokens": 1}),
+        (
+            make_line(COMPLETIONS, prompt="a", echo=True, logprobs=1),
+            16,
+            {"max_tokens": 16, "logprobs": 1, "prompt_logprobs": 1},
+        ),
     ],
 )
 def test_limits_and_plain_fields_are_read_as_the_server_reads_them(

@@ -164,6 +164,8 @@ def test_reasoning_is_in_the_message_unless_the_request_hides_it() -> None:
     assert shown["choices"][0]["message"]["reasoning"] == "two and two"
     assert hidden["choices"][0]["message"]["reasoning"] is None
     assert build_chat(Completion("", "length", 4, reasoning="hm"))["choices"][0]["message"]["content"] is None
+    dropped = Completion("", "length", 4, has_null_content=True)
+    assert build_chat(dropped, include_reasoning=False)["choices"][0]["message"]["content"] is None
 
 
 # ---- log-probabilities
@@ -226,6 +228,66 @@ def test_token_ids_are_there_where_the_request_wants_them() -> None:
     completion = Completion("a", "stop", 1, [97])
     assert build_chat(completion)["choices"][0]["token_ids"] is None
     assert build_chat(completion, return_token_ids=True)["choices"][0]["token_ids"] == [97]
+
+
+@pytest.mark.parametrize("has_parser", [True, False])
+def test_tokens_of_hidden_reasoning_are_hidden_where_there_is_a_parser(has_parser: bool) -> None:
+    builder = ResponseBuilder(FACTS._replace(has_parser=has_parser), lambda: TokenTexts(Letters()))
+    line = make_line(include_reasoning=False, return_token_ids=True, logprobs=True)
+    completion = Completion("a", "stop", 1, [97], logprobs=make_logprobs([97], [-1], []))
+    [choice] = builder.build(line, RowResult(3, 5, (completion,)))["response"]["body"]["choices"]
+    assert [choice["token_ids"] is None, choice["logprobs"] is None] == [has_parser, has_parser]
+
+
+# ---- echo
+
+
+def test_an_echoed_prompt_comes_before_the_completion_with_its_logprobs() -> None:
+    prompt = make_logprobs([97, 98], [float("nan"), -3], [[-1], [99]])
+    completion = Completion("c", "stop", 1, logprobs=make_logprobs([99], [-0.5], [[97]]))
+    line = make_line("/v1/completions", prompt="ab", echo=True, logprobs=1)
+    body = build(line, completion, prompt_logprobs=prompt)["response"]["body"]
+    [choice] = body["choices"]
+    assert choice["text"] == "abc" and choice["prompt_logprobs"][0] is None
+    assert choice["logprobs"] == {
+        "text_offset": [0, 1, 2],
+        "token_logprobs": [None, -3.0, -0.5],
+        "tokens": ["a", "b", "c"],
+        "top_logprobs": [None, {"b": -3.0, "c": -1.0}, {"c": -0.5, "a": -1.0}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"prompt": ["ab"]}, "abc"),
+        ({"prompt": "ab", "max_tokens": 0}, "ab"),
+        ({"prompt": "ab", "return_token_ids": True}, "c"),
+        ({"prompt": "ab", "echo": False}, "c"),
+    ],
+)
+def test_an_echo_without_logprobs_is_the_prompts_text(fields: dict[str, Any], text: str) -> None:
+    line = make_line("/v1/completions", **{"echo": True, **fields})
+    [choice] = build(line, Completion("c", "stop", 1))["response"]["body"]["choices"]
+    assert choice["text"] == text and choice["logprobs"] is None
+
+
+@pytest.mark.parametrize(
+    ("last", "fields", "content"),
+    [
+        ({"role": "assistant", "content": "so "}, {}, "so four"),
+        ({"role": "assistant", "content": [{"type": "text", "text": "so"}, "on "]}, {}, "so\non four"),
+        ({"role": "assistant", "content": None}, {}, "four"),
+        ({"role": "user", "content": "2+2"}, {}, "four"),
+        ({"role": "user", "content": "2+2="}, {"add_generation_prompt": False}, "2+2=four"),
+    ],
+)
+def test_a_chat_echoes_its_last_message_if_the_answer_has_the_same_role(
+    last: dict[str, Any], fields: dict[str, Any], content: str
+) -> None:
+    line = make_line(messages=[last], echo=True, **fields)
+    [choice] = build(line, Completion("four", "stop", 1))["response"]["body"]["choices"]
+    assert choice["message"]["content"] == content
 
 
 # ---- errors
