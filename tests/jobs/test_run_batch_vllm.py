@@ -10,16 +10,20 @@ from typing import Any
 import pytest
 from helpers.batch_files import make_chat, make_completion, read_responses, write_batch
 from helpers.jobs import Launcher
+from helpers.tiny_adapter import save_adapter
 from helpers.tiny_model import save_tiny_model
+from transformers import AutoTokenizer
 
 from dpgen.output.verification import verify
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 FLAGS = (
-    *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32"),
+    *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "32"),
     *("--enforce-eager", "--kv-cache-memory-bytes", "64000000", "--no-enable-chunked-prefill"),
-    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
+    # On the CPU, vLLM gives rows without an adapter that of the last slot: it must stay empty.
+    *("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"),
 )
 # What responses have of themselves: see "Response files" in conf/README.md.
 OWN_FIELDS = ("id", "created", "system_fingerprint", "prompt_token_ids")
@@ -62,27 +66,99 @@ BODIES: dict[str, dict[str, Any]] = {
     "a field that nobody knows": {"frobnicate": 1, "user": "me", "metadata": {"a": "b"}},
     "no model": {"model": None},
     "an unknown model": {"model": "nope"},
-    "too long": {"messages": [{"role": "user", "content": "hello " * 400}]},
+    "too long": {"messages": [{"role": "user", "content": "hello " * 800}]},
     "bad temperature": {"temperature": -1},
     "too many tokens": {"max_tokens": 5000},
     "no messages": {"messages": []},
+    "an adapter": {"model": "math"},
+    "samples of an adapter": {"model": "math", "n": 2, "temperature": 1.0, "seed": 3},
+    "an open thought": {"chat_template_kwargs": {}},
+    "no effort": {"chat_template_kwargs": {}, "reasoning_effort": "none"},
     "a bad schema": {
         "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "frob"}}}
     },
 }
 
+CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n</tool_call>'
+THINKING: dict[str, Any] = {"temperature": 1.0, "seed": 3, "chat_template_kwargs": {}, "max_tokens": 40}
 
-def make_lines() -> list[str]:
-    return [make_chat(name, **{"model": "tiny", "temperature": 0, **body}) for name, body in BODIES.items()]
+
+def make_writing_bodies(tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """Return requests that bring a random model to write thoughts and calls: most of its tokens are forbidden.
+
+    Args:
+        tokenizer: whose tokens are letters, and the marks of thoughts.
+    """
+    end, eos = tokenizer.convert_tokens_to_ids("</think>"), tokenizer.eos_token_id
+    letters = {text: tokenizer(text)["input_ids"] for text in ("ab ", "yesno", CALL, "t")}
+    blanks = [number for number in range(len(tokenizer)) if any(map(str.isspace, tokenizer.decode([number])))]
+    no_blanks = dict.fromkeys(map(str, blanks), -100)
+
+    def think(text: str, **fields: Any) -> dict[str, Any]:
+        allowed = [*letters[text], end, eos]
+        return {**THINKING, "allowed_token_ids": allowed, "logit_bias": {str(eos): -100, str(end): 1}, **fields}
+
+    choice, call = {"choice": ["yes", "no"]}, {"structured_outputs": {"choice": [CALL]}, "tools": [TOOL]}
+    literal = {"logit_bias": {**no_blanks, str(letters["t"][0]): 100}, "tools": [TOOL], "max_tokens": 150}
+    named = {"type": "function", "function": {"name": "look"}}
+    return {
+        "a thought": think("ab "),
+        "thoughts of two samples": think("ab ", n=2, seed=5),
+        "a hidden thought": think("ab ", include_reasoning=False, logprobs=True, return_token_ids=True),
+        "a thought with its tokens": think("ab ", return_token_ids=True, logprobs=True, top_logprobs=1),
+        "a choice after a thought": think("yesno", structured_outputs=choice),
+        "a choice without its thought": think("yesno", structured_outputs=choice, include_reasoning=False),
+        "a choice that never begins": think("yesno", structured_outputs=choice, logit_bias={str(end): -100}),
+        "a call": {**call, "max_tokens": 150},
+        "a call after a thought": think(CALL, seed=8, max_tokens=150, **call),
+        "two calls": {**call, "max_tokens": 200, "structured_outputs": {"choice": [f"a {CALL}\n{CALL}"]}},
+        "one call of two": {
+            **call,
+            "max_tokens": 200,
+            "structured_outputs": {"choice": [f"{CALL}\n{CALL}"]},
+            "parallel_tool_calls": False,
+        },
+        "a call that is cut off": {**call, "max_tokens": 20},
+        "a call that is no JSON": {**call, "structured_outputs": {"choice": ["<tool_call>{oops}</tool_call>"]}},
+        "a call that nobody wants": {**call, "tool_choice": "none", "max_tokens": 150},
+        "a call without tools": {"structured_outputs": {"choice": [CALL]}, "max_tokens": 150},
+        "a required call that ends": {**literal, "tool_choice": "required"},
+        "a named call that ends": {**literal, "tool_choice": named},
+    }
+
+
+def make_lines(bodies: dict[str, dict[str, Any]]) -> list[str]:
+    """Return one line for each body, without thoughts unless the body says otherwise."""
+    common = {"model": "tiny", "temperature": 0, "chat_template_kwargs": {"enable_thinking": False}}
+    return [make_chat(name, **{**common, **body}) for name, body in bodies.items()]
 
 
 def drop_own(body: dict[str, Any]) -> dict[str, Any]:
     """Return a response body without what is its own, the random ids of calls included."""
     kept = {key: value for key, value in body.items() if key not in OWN_FIELDS}
+    kept["usage"] = {**kept["usage"], "completion_tokens_details": None}
     for choice in kept["choices"]:
         for call in choice["message"].get("tool_calls", ()):
             call["id"] = "call"
     return kept
+
+
+def check_writing(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Check that the requests have brought the model to write what they are there for.
+
+    Args:
+        found: the choices of each response, by custom_id.
+    """
+    messages = {name: choices[0]["message"] for name, choices in found.items()}
+    for name in ("a call", "a call after a thought", "two calls", "one call of two", "a required call that ends"):
+        assert messages[name]["tool_calls"] and found[name][0]["finish_reason"] == "tool_calls", name
+    assert len(messages["two calls"]["tool_calls"]) == 2 and len(messages["one call of two"]["tool_calls"]) == 1
+    assert messages["a named call that ends"]["tool_calls"]
+    for name in ("a thought", "a choice after a thought", "a call after a thought"):
+        assert messages[name]["reasoning"], name
+    assert messages["a choice after a thought"]["content"] in ("yes", "no")
+    assert messages["a choice without its thought"]["reasoning"] is None
+    assert messages["an adapter"]["content"] != messages["plain"]["content"]
 
 
 def is_near(one: Any, other: Any) -> bool:
@@ -97,28 +173,35 @@ def is_near(one: Any, other: Any) -> bool:
 
 
 def test_responses_are_those_of_vllm_run_batch(launcher: Launcher, tmp_path: Path) -> None:
-    model = save_tiny_model(tmp_path / "model", "plain")
-    source = write_batch(tmp_path / "in.jsonl", make_lines())
-    command = ("-i", str(source), "--model", str(model), *FLAGS)
+    model = save_tiny_model(tmp_path / "model", "plain", max_model_len=512)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.save_pretrained(model)
+    lines = make_lines({**BODIES, **make_writing_bodies(tokenizer)})
+    source = write_batch(tmp_path / "in.jsonl", lines)
+    adapter = save_adapter(tmp_path / "math")
+    command = ("-i", str(source), "--model", str(model), *FLAGS, "--lora-modules", f"math={adapter}")
     program = [sys.executable, "-m", "vllm.entrypoints.openai.run_batch"]
     peer = launcher.start([*program, *command, "-o", str(tmp_path / "vllm.jsonl")], VLLM_NO_USAGE_STATS="1")
     assert peer.wait() == 0, peer.output
-    # vLLM has no completions in batch files. The tokens are those of the prompt of "plain".
-    token_ids = [0, 292, 201, 266, 1, 201, 0, 268, 311, 201]
-    completion = make_completion("completion", token_ids, model="tiny", temperature=0, logprobs=1)
-    write_batch(source, [*make_lines(), completion])
+    # vLLM has no completions in batch files. This one has the prompt of "plain".
+    messages = [{"role": "user", "content": "hello"}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    completion = make_completion("completion", prompt, model="tiny", temperature=0, echo=True)
+    write_batch(source, [*lines, completion])
     recipe = ("conf/batch.yaml", "run.dir=" + str(tmp_path / "dpgen.jsonl.run"))
     job = launcher.dpgen("run-batch", *command, "-o", str(tmp_path / "dpgen.jsonl"), *recipe)
     assert job.wait() == 0, job.output
     expected = [json.loads(line) for line in (tmp_path / "vllm.jsonl").read_text().splitlines()]
     *responses, last = read_responses(tmp_path / "dpgen.jsonl")
-    different = {}
+    different, found = {}, {}
     for theirs, ours in zip(expected, responses, strict=True):
         assert list(ours) == list(theirs) and list(ours["response"]) == list(theirs["response"])
         assert ours["custom_id"] == theirs["custom_id"]
         bodies = [response["response"]["body"] for response in (theirs, ours)]
         if theirs["response"]["status_code"] == 200 and bodies[1] is not None:
             assert all(bodies)
+            found[ours["custom_id"]] = bodies[1]["choices"]
             if not is_near(*map(drop_own, bodies)):
                 different[ours["custom_id"]] = bodies
         elif theirs["response"]["status_code"] != ours["response"]["status_code"]:
@@ -127,7 +210,7 @@ def test_responses_are_those_of_vllm_run_batch(launcher: Launcher, tmp_path: Pat
             assert {*theirs["error"]["error"], "error_type"} == set(ours["error"]["error"])
             assert theirs["error"]["error"]["type"] == ours["error"]["error"]["type"]
     assert not different
-    [choice], [plain] = last["response"]["body"]["choices"], responses[0]["response"]["body"]["choices"]
-    assert (choice["text"], choice["finish_reason"]) == (plain["message"]["content"], plain["finish_reason"])
-    assert len(choice["logprobs"]["tokens"]) == 8
+    check_writing(found)
+    [choice], [plain] = last["response"]["body"]["choices"], found["plain"]
+    assert (choice["text"], choice["finish_reason"]) == (prompt + plain["message"]["content"], plain["finish_reason"])
     assert verify(tmp_path / "dpgen.jsonl.run").verdict == "sound"
