@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from dpgen.commands.arguments.batch_flags import BatchCommand, parse_batch_flags
 from dpgen.commands.arguments.parser import CommandParser, complete_directories, complete_files
-from dpgen.commands.run import RankZeroSteps, run_rank
 from dpgen.config.secrets import redact_text
+from dpgen.rank_process import RankZeroSteps, run_rank
 
 if TYPE_CHECKING:
     from dpgen.config.schema import Config

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from dpgen.commands import slurm
-from dpgen.commands.run import _write_error
 from dpgen.config import loader
 from dpgen.config.secrets import REMOVED, has_secret, redact_secrets, redact_text
 from dpgen.errors import ConfigError
 from dpgen.journal.run_identity import diff_identities
+from dpgen.rank_process import _write_error
 
 HF_TOKEN = "hf_" + "a1B2" * 8
 AWS_KEY = "AKIA" + "Z" * 16

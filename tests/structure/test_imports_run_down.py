@@ -14,6 +14,7 @@ ORDER = (
     ("__main__",),
     ("cli",),
     ("commands",),
+    ("rank_process",),
     ("run",),
     ("simulation",),
     ("monitoring",),

@@ -121,7 +121,7 @@ def main() -> None:
     for phase, target in HOOKS.items():
         hook(target, lambda phase=phase: faults.begin_phase(phase))
     _note_error(folder, rank)
-    hook(("dpgen.commands.run", "_join_ranks"), lambda: _prepare_meeting(faults, content["join_s"]))
+    hook(("dpgen.rank_process", "_join_ranks"), lambda: _prepare_meeting(faults, content["join_s"]))
     sys.argv += plan.arguments
     from dpgen.__main__ import main as run_dpgen
 
@@ -152,7 +152,7 @@ def _note_exit(folder: Path, rank: int) -> None:
 
 
 def _note_error(folder: Path, rank: int) -> None:
-    command: Any = importlib.import_module("dpgen.commands.run")
+    command: Any = importlib.import_module("dpgen.rank_process")
     report = command._report_failure
 
     def note_and_report(*arguments: Any) -> int:

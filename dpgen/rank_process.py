@@ -1,0 +1,269 @@
+"""Run one rank process: load the configuration, join the ranks, generate, and report an error.
+
+- Each rank loads its configuration before it joins the others, so that its first log line has the format that
+  `run.log_format` chooses. An error waits until the group exists.
+- An error on any rank ends all ranks. It is reported once, by the first rank to fail.
+- Where a configuration can't be loaded, its log format is unknown: the error is text, or JSON if the command line has
+  `run.log_format=json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpgen.config.secrets import redact_text
+from dpgen.errors import (
+    EXIT_OK,
+    EXIT_RESUMABLE,
+    DpgenError,
+    Interrupted,
+    NoRowSucceeded,
+    PeerFailed,
+)
+from dpgen.imports import imports_without_gc
+from dpgen.lifecycle.shutdown import exit_on_signal
+from dpgen.lifecycle.status_file import StatusFile
+from dpgen.log import LogFormat, flush_logging, setup_logging, write_to_stderr
+from dpgen.monitoring.startup import StartupTimer
+
+if TYPE_CHECKING:
+    from dpgen.config.schema import Config
+    from dpgen.distributed.group import RankGroup
+    from dpgen.distributed.rendezvous import Departure
+    from dpgen.distributed.topology import Topology
+    from dpgen.monitoring.status.reporter import RankReporter
+    from dpgen.output.upload.result_upload import ResultUpload
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankZeroSteps:
+    """Hold what a command does around a run, on rank 0 alone. Each may raise a `DpgenError`.
+
+    Attributes:
+        replace_run: is called in place of the run, with the number of ranks; None to run.
+        prepare: is called before the run.
+        publish: is called once the result is written, also if no row of it has succeeded.
+    """
+
+    replace_run: Callable[[Config, int], None] | None = None
+    prepare: Callable[[Config], None] = lambda _: None
+    publish: Callable[[Config], None] = lambda _: None
+
+
+_NO_STEPS = RankZeroSteps()
+
+
+def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps: RankZeroSteps = _NO_STEPS) -> int:
+    """Run this process's rank and return its exit status.
+
+    Args:
+        load_config: returns the configuration, or raises a `DpgenError`.
+        arguments: the command line, which may name the log format.
+        steps: what else to do on rank 0.
+    """
+    from dpgen.distributed.group import SingleRankGroup
+    from dpgen.distributed.rendezvous import Departure
+    from dpgen.distributed.topology import read_topology
+    from dpgen.monitoring.status.reporter import RankReporter
+
+    group: RankGroup = SingleRankGroup()
+    departure, reporter = Departure(), RankReporter()
+    startup, status_file = StartupTimer(), StatusFile(os.environ)
+    startup.on_mark = reporter.end_step
+    log_format, started_by_torchrun = _find_log_format(None, arguments), "TORCHELASTIC_RUN_ID" in os.environ
+    setup_logging(0, log_format)  # until the configuration and the rank are known
+
+    def leave(reason: str) -> None:
+        departure.announce(reason)
+        status_file.write_once(group.first_failure_status() or EXIT_RESUMABLE)
+        reporter.finish(Interrupted(reason))
+
+    exit_on_signal(
+        leave,
+        # torchrun itself reports that it ends its ranks, and why.
+        None if started_by_torchrun else lambda message: _write_error(Interrupted(message), log_format),
+    )
+    if started_by_torchrun:
+        _end_with_torchrun()
+    try:
+        loaded = _try_load(load_config)
+        log_format = _find_log_format(loaded, arguments)
+        setup_logging(0, log_format)
+        topology = read_topology(os.environ)
+        setup_logging(topology.dp_rank, log_format)
+        if steps.replace_run is not None:
+            return _replace_run(steps.replace_run, loaded, topology)
+        _start_reporter(reporter, loaded, topology)
+        if topology.dp_size > 1:
+            group, topology = _join_ranks(topology, status_file, departure)
+            startup.mark("rendezvous")
+        group.run_on_all_ranks(lambda: status_file.reset(topology.dp_rank))
+        config = group.run_on_all_ranks(lambda: _get_config(loaded))
+        _run(config, topology, group, (status_file, startup, reporter), steps)
+        status_file.write(EXIT_OK)
+        return EXIT_OK
+    except KeyboardInterrupt as error:
+        reporter.finish(error)
+        return 130
+    except DpgenError as error:
+        return _report_failure(group, status_file, reporter, error, log_format)
+    except Exception as error:  # the process boundary: a fault of dpgen's, or of a library's
+        logger.error("unexpected error", exc_info=error)
+        message = f"{type(error).__name__}: {error} (a fault in dpgen or a library; see above)"
+        return _report_failure(group, status_file, reporter, DpgenError(message), log_format)
+    finally:
+        group.close()
+
+
+def _end_with_torchrun() -> None:
+    """Let the kernel end this rank with its torchrun: a killed one leaves no ranks waiting for its store."""
+    from dpgen.lifecycle.parent_death import set_parent_death_signal
+
+    set_parent_death_signal(signal.SIGTERM)
+
+
+def _run(
+    config: Config,
+    topology: Topology,
+    group: RankGroup,
+    reports: tuple[StatusFile, StartupTimer, RankReporter],
+    steps: RankZeroSteps,
+) -> None:
+    """Run the job, with the command's own steps around it, and report the end."""
+    with imports_without_gc():
+        from dpgen.data.openai_batch.recognition import resolve_format
+        from dpgen.distributed.agreement import fetch_agreed_input
+        from dpgen.run import run
+
+    fetched = fetch_agreed_input(config.data, group)
+    resolved = group.run_on_all_ranks(lambda: resolve_format(config, fetched))
+    group.run_on_all_ranks(lambda: _prepare(steps, resolved, group) if group.rank == 0 else None)
+    try:
+        run(resolved, topology, group, *reports)
+    except NoRowSucceeded:
+        _publish(steps, resolved, group, reports[-1])
+        raise
+    _publish(steps, resolved, group, reports[-1])
+    reports[-1].finish()
+
+
+def _prepare(steps: RankZeroSteps, config: Config, group: RankGroup) -> None:
+    steps.prepare(config)
+    if config.output.to is not None:
+        _make_upload(config, group).check()
+
+
+def _publish(steps: RankZeroSteps, config: Config, group: RankGroup, reporter: RankReporter) -> None:
+    if group.rank > 0:  # these ranks may have ended: their part is done
+        return
+    if config.output.to is not None:
+        reporter.enter_phase("uploading the result")
+        _make_upload(config, group).upload()
+    steps.publish(config)
+
+
+def _make_upload(config: Config, group: RankGroup) -> ResultUpload:
+    from dpgen.journal.run_dir import RunDir
+    from dpgen.output.upload.result_upload import ResultUpload
+
+    assert config.output.to is not None
+    return ResultUpload(RunDir(config.run.dir), config.output.to, config.output.storage_options, group.heartbeat)
+
+
+def _try_load(load_config: Callable[[], Config]) -> Config | Exception:
+    try:
+        return load_config()
+    except Exception as error:  # noqa: BLE001 - raised again by `_get_config`, once the group exists
+        return error
+
+
+def _get_config(loaded: Config | Exception) -> Config:
+    if isinstance(loaded, Exception):
+        raise loaded
+    return loaded
+
+
+def _replace_run(replace_run: Callable[[Config, int], None], loaded: Config | Exception, topology: Topology) -> int:
+    """Do something else than the run on rank 0, and return the exit status. The ranks do not join."""
+    if topology.is_rank_0:
+        replace_run(_get_config(loaded), topology.dp_size)
+    return EXIT_OK
+
+
+def _start_reporter(reporter: RankReporter, loaded: Config | Exception, topology: Topology) -> None:
+    if isinstance(loaded, Exception):
+        return
+    reporter.start(Path(loaded.run.dir).expanduser(), topology.dp_rank, topology.dp_size)
+    if topology.dp_size > 1:
+        reporter.enter_phase("joining the other ranks")
+
+
+def _find_log_format(loaded: Config | Exception | None, arguments: Sequence[str]) -> LogFormat:
+    if loaded is None or isinstance(loaded, Exception):
+        return "json" if "run.log_format=json" in arguments else "text"
+    return loaded.run.log_format
+
+
+def _join_ranks(topology: Topology, status_file: StatusFile, departure: Departure) -> tuple[RankGroup, Topology]:
+    """Return the group of all ranks, and the topology with this rank's place on its node. Collective."""
+    from dpgen.distributed.network import wait_until_resolved
+    from dpgen.distributed.topology import fill_local_rank
+
+    wait_until_resolved(topology.master_addr, topology.source)  # before torch is imported: a wrong name is told at once
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # dpgen reports lost peers itself, without C++ frames
+    with imports_without_gc():
+        from dpgen.distributed.gloo.rank_group import GlooGroup  # imports torch, which a world of one does not need
+
+    group = GlooGroup(topology, lambda: status_file.write_once(EXIT_RESUMABLE), departure)
+    return group, fill_local_rank(topology, group.nodes)
+
+
+def _report_failure(
+    group: RankGroup, status_file: StatusFile, reporter: RankReporter, error: DpgenError, log_format: LogFormat
+) -> int:
+    """Announce the error to the other ranks, report it if no other rank has, and return the exit status."""
+    from dpgen.distributed.group import PeerLost, StoreLost
+
+    reporter.finish(error)
+    if isinstance(error, (PeerLost, StoreLost)):
+        status_file.write_once(error.exit_status)  # if rank 0 is the one that was lost, it writes no status
+    is_reported_by_peer = type(error) is PeerFailed
+    if not is_reported_by_peer and group.announce_failure(str(error), error.exit_status):
+        _write_error(error, log_format)
+    # A rank that torchrun stops because another one failed exits as resumable, which the run is not.
+    status_file.write(group.first_failure_status() or error.exit_status)
+    return error.exit_status
+
+
+def _write_error(error: DpgenError, log_format: LogFormat) -> None:
+    """Report why the run ended: as a JSON record, else in torchrun's report, else on stderr, after all log lines.
+
+    torchrun's report is the last thing on the screen. It shows a worker's message if the file that torchrun names holds
+    one (torch.distributed.elastic's error file protocol); without a message it prints "To enable traceback see ...".
+    """
+    is_resumable = error.exit_status == EXIT_RESUMABLE
+    reason = redact_text(str(error))
+    message = f"dpgen: {'stopped' if is_resumable else 'error'}: {reason}"
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if log_format == "json":
+        logger.log(logging.WARNING if is_resumable else logging.ERROR, reason)
+    elif not path:
+        write_to_stderr(message)
+    flush_logging()
+    if path:
+        # torchrun takes the earliest failure for the root cause, in whole seconds. Ranks that only follow end within
+        # the same second, so this one is dated a second back.
+        info = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()) - 1)}}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": info}, file)
