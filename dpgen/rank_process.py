@@ -144,13 +144,13 @@ def _run(
     with imports_without_gc():
         from dpgen.data.openai_batch.recognition import resolve_format
         from dpgen.distributed.agreement import fetch_agreed_input
-        from dpgen.run import run
+        from dpgen.run import Reports, run
 
     fetched = fetch_agreed_input(config.data, group)
     resolved = group.run_on_all_ranks(lambda: resolve_format(config, fetched))
     group.run_on_all_ranks(lambda: _prepare(steps, resolved, group) if group.rank == 0 else None)
     try:
-        run(resolved, topology, group, *reports)
+        run(resolved, topology, group, Reports(*reports))
     except NoRowSucceeded:
         _publish(steps, resolved, group, reports[-1])
         raise

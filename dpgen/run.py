@@ -22,6 +22,7 @@ from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout, build_layout
 from dpgen.distributed.stages import Stage, run_stages
 from dpgen.distributed.topology import Topology
+from dpgen.engine.keeper import EngineKeeper
 from dpgen.engine.launch import (
     TextPipeline,
     build_text_pipeline,
@@ -40,7 +41,7 @@ from dpgen.journal.row_watch import RowWatch
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.run_identity import compute_run_identity, describe_hashed_files
 from dpgen.journal.writer import JournalWriter
-from dpgen.lifecycle.shutdown import ShutdownMonitor, find_deadline
+from dpgen.lifecycle.shutdown import ShutdownMonitor, watch_for_shutdown
 from dpgen.lifecycle.status_file import StatusFile
 from dpgen.monitoring.run_monitor import RunMonitor
 from dpgen.monitoring.run_report import describe_generation, summarize_run
@@ -62,29 +63,40 @@ from dpgen.scheduling.totals import Totals
 logger = logging.getLogger(__name__)
 
 
+class Reports(NamedTuple):
+    """Where a run reports what it does.
+
+    Attributes:
+        status_file: its `num_done` is kept current.
+        startup: each phase of the start-up is marked in it.
+        reporter: is kept informed.
+    """
+
+    status_file: StatusFile
+    startup: StartupTimer
+    reporter: RankReporter
+
+
 def run(
-    config: Config,
-    topology: Topology,
-    group: RankGroup,
-    status_file: StatusFile,
-    startup: StartupTimer,
-    reporter: RankReporter | None = None,
+    config: Config, topology: Topology, group: RankGroup, reports: Reports, keeper: EngineKeeper | None = None
 ) -> None:
     """Generate every row of `config.data` that has no result yet, and write the final dataset. Collective.
 
-    Keeps `status_file.num_done` current, marks each phase of the start-up in `startup`, and keeps `reporter` informed.
+    Args:
+        keeper: has the engine from an earlier job, and gets it back; None to end the engine with the run.
 
     Raises:
         ConfigError: something in the configuration or the input is wrong. No model was loaded.
         Interrupted: a signal or a time limit stopped the run. The same command resumes it.
         DpgenError: anything else that a user can mend; see its subclasses.
     """
-    shutdown = _watch_for_shutdown(config, status_file)
+    shutdown = watch_for_shutdown(
+        config.run.time_limit, config.run.stop_margin_s, lambda: reports.status_file.write_once(EXIT_RESUMABLE)
+    )
     if config.parallel.launcher == "external":
         group.can_shrink = False  # a lost rank was a part of other ranks' engines
     with shutdown.handle_signals(), ExitStack() as stack:
-        reports = _Reports(status_file, startup, reporter or RankReporter())
-        job = _Job(config, topology, group, stack, shutdown, reports)
+        job = _Job(config, topology, group, (stack, shutdown), reports, keeper)
         stages = [
             Stage("reading the input", job.begin, is_slow=True),
             Stage("planning", job.plan, is_slow=True),
@@ -98,21 +110,13 @@ def run(
         job.write()
 
 
-class _Reports(NamedTuple):
-    """Where a run reports what it does."""
-
-    status_file: StatusFile
-    startup: StartupTimer
-    reporter: RankReporter
-
-
 class _Job:
     """Connect the stages of one attempt; each public method is one of them.
 
     After a loss of ranks a stage is called again. What this rank has done before is kept here.
 
     Args:
-        stack: ends what the stages have started.
+        guards: a stack that ends what the stages have started, and the monitor that says when to stop.
     """
 
     _layout: Layout
@@ -133,12 +137,12 @@ class _Job:
         config: Config,
         topology: Topology,
         group: RankGroup,
-        stack: ExitStack,
-        shutdown: ShutdownMonitor,
-        reports: _Reports,
+        guards: tuple[ExitStack, ShutdownMonitor],
+        reports: Reports,
+        keeper: EngineKeeper | None,
     ) -> None:
-        self._config, self._topology, self._group = config, topology, group
-        self._stack, self._shutdown = stack, shutdown
+        self._config, self._topology, self._group, self._keeper = config, topology, group, keeper
+        self._stack, self._shutdown = guards
         self._status_file, self._startup, self._reporter = reports
         self._engine_log = EngineLog(config.run.log_level)
         self._started_engine: EngineSupervisor | None = None
@@ -166,6 +170,7 @@ class _Job:
         self._layout = group.run_on_all_ranks(lambda: build_layout(self._topology, config.parallel))
         self._start_engine()  # vLLM is imported beside what follows
         self._run_dir = RunDir(config.run.dir)
+        self._stack.callback(self._run_dir.unlock)
         self._rows, fingerprint = open_input(
             config.data, group, self._run_dir, lambda rows: check_columns(config, rows)
         )
@@ -197,10 +202,13 @@ class _Job:
         self._monitor = self._make_monitor()
 
     def _start_engine(self) -> None:
-        start = prepare_engine(self._config, self._topology, self._layout, self._group, self._engine_log)
+        start = prepare_engine(self._config, self._topology, self._layout, self._group, self._engine_log, self._keeper)
         if self._started_engine is None:
             self._started_engine = start()
-            self._stack.callback(self._engine.kill)
+            if self._keeper is None:
+                self._stack.callback(self._engine.kill)
+            else:
+                self._stack.callback(self._keeper.take_back, self._engine)
 
     def _load_text(self) -> TextPipeline:
         if self._loaded_text is None:
@@ -353,14 +361,15 @@ class _Job:
         """Write the final dataset on rank 0; the other ranks wait for it, whatever becomes of each other."""
         self._shutdown.ignore_deadline()
         if not self._is_complete:
-            self._engine.stop()  # the engine frees the model's memory while the result is written
+            if self._keeper is None:
+                self._engine.stop()  # the engine frees the model's memory while the result is written
             self._journal.close()
             self._monitor.log_rows(self._planner.build_request, self._text.decode)
             if self._group.rank == 0:
                 self._write_result()
         self._group.reach_milestone("complete")
         self._shutdown.ignore_signals()
-        if not self._is_complete:
+        if not self._is_complete and self._keeper is None:
             self._engine.close()
 
     def _write_result(self) -> None:
@@ -372,17 +381,6 @@ class _Job:
             config.output.rows_per_file,
             allow_all_errors=config.run.allow_all_errors,
         )
-
-
-def _watch_for_shutdown(config: Config, status_file: StatusFile) -> ShutdownMonitor:
-    deadline_s, deadline_name = find_deadline(
-        config.run.time_limit,
-        config.run.stop_margin_s,
-        os.environ,
-        monotonic_s=time.monotonic(),
-        epoch_s=time.time(),
-    )
-    return ShutdownMonitor(deadline_s, deadline_name, before_exit=lambda: status_file.write_once(EXIT_RESUMABLE))
 
 
 def _watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: StatusFile) -> RowWatch:

@@ -114,6 +114,21 @@ class FakeBackend:
         self._is_livelocked = False
 
     def check_options(self) -> tuple[str, ...]:
+        self._check_names()
+        self._options = FakeOptions(**self._spec.options)
+        return ()
+
+    def begin_job(self, spec: EngineSpec) -> tuple[str, ...]:
+        self._spec = spec
+        self._rows.clear()
+        self._num_tokens = self._num_finished = 0
+        self._check_names()
+        return ()
+
+    def prepare_job(self, text_config: EngineTextConfig) -> None:
+        return
+
+    def _check_names(self) -> None:
         fields = {field.name for field in dataclasses.fields(FakeOptions)}
         names = [*(("engine", name) for name in self._spec.options), *self._spec.iter_sampling_names()]
         mistakes = []
@@ -129,8 +144,6 @@ class FakeBackend:
             mistakes.append("engine.max_faults needs engine.fault_dir, the directory that counts the faults")
         if mistakes:
             raise ConfigError(*mistakes)
-        self._options = FakeOptions(**self._spec.options)
-        return ()
 
     def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:
         time.sleep(self._options.load_s)

@@ -36,6 +36,7 @@ from dpgen.distributed.layout import EngineWorld, Layout, build_engine_world
 from dpgen.distributed.topology import Topology
 from dpgen.engine.adapters import check_adapters, find_adapter_folders
 from dpgen.engine.checking.completion_checker import CompletionChecker, start_completion_checker
+from dpgen.engine.keeper import EngineKeeper
 from dpgen.engine.limits import EngineLimits
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineTextConfig, RequestParsers
@@ -125,17 +126,26 @@ def make_engine_factory(
 
 
 def prepare_engine(
-    config: Config, topology: Topology, layout: Layout, group: RankGroup, log: EngineLog
+    config: Config,
+    topology: Topology,
+    layout: Layout,
+    group: RankGroup,
+    log: EngineLog,
+    keeper: EngineKeeper | None = None,
 ) -> Callable[[], EngineSupervisor]:
     """Return a function that starts this rank's engine process. Collective.
 
     The process checks its options, and then waits to load the model.
+
+    Args:
+        keeper: may have an engine with the model; None where each job has its own.
 
     Raises:
         ConfigError: see `make_engine_factory`.
     """
     world = build_engine_world(topology, layout, group)
     start = make_engine_factory(config, topology, group, world, log)
+    start = start if keeper is None else keeper.wrap_start(start, log)
     spec = group.run_on_all_ranks(lambda: build_engine_spec(config, topology, world))
     limits = EngineLimits.from_config(config.run)
     return lambda: EngineSupervisor(start, spec, limits, can_restart=world is None)

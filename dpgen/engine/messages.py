@@ -3,6 +3,7 @@
 - Rank to engine: `LoadModel`, `SetKvBytes`, lists of `Request`, and `Shutdown`.
 - Engine to rank: `OptionsChecked`, `KvBytesMeasured` and `EngineReady`, in this order, then `RowsFinished` and
   `EngineStats` while there is work. `EngineFailed` is always the last message.
+- After `BeginJob` the same messages follow again. The model stays loaded, and so does its KV cache.
 - Only finished rows are sent to the rank: nothing is sent per token.
 """
 
@@ -154,6 +155,17 @@ class SetKvBytes:
 
 
 @dataclass(frozen=True)
+class BeginJob:
+    """Ask a loaded engine to drop the rows in flight, and to serve another job with the same model. Rank to engine.
+
+    Attributes:
+        spec: of the same model, options and devices; its sampling, and what it says of the rows, may differ.
+    """
+
+    spec: EngineSpec
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """Ask the engine to drop the rows in flight and end. Rank to engine."""
 
@@ -287,6 +299,16 @@ class Backend(Protocol):
 
     def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:
         """Load the model and prepare the engine for requests; see `LoadModel`."""
+
+    def begin_job(self, spec: EngineSpec) -> tuple[str, ...]:
+        """Drop the rows in flight, count from 0 again, and check the sampling of another job; see `BeginJob`.
+
+        Raises:
+            ConfigError: it is illegal. Another job may follow.
+        """
+
+    def prepare_job(self, text_config: EngineTextConfig) -> None:
+        """Take the engine's part of the work on text for this job, in a loaded engine."""
 
     def add_request(self, request: Request) -> None:
         """Add a row.

@@ -22,7 +22,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from dpgen.engine.log_file import EngineLog
-from dpgen.engine.messages import EngineFailed, EngineSpec, EngineTextConfig, Event, LoadModel, SetKvBytes, Shutdown
+from dpgen.engine.messages import (
+    BeginJob,
+    EngineFailed,
+    EngineReady,
+    EngineSpec,
+    EngineTextConfig,
+    Event,
+    LoadModel,
+    OptionsChecked,
+    SetKvBytes,
+    Shutdown,
+)
 from dpgen.engine.output_lines import find_root_cause, split_progress
 from dpgen.errors import EngineError, EngineStuck
 from dpgen.records import Request
@@ -66,6 +77,9 @@ class EngineProcess:
         cores: CPU cores that it may run on; None for all cores of this process.
         log: receives each line that the process, or vLLM in it, prints.
         kill_timeout_s: seconds that the process may take to end after SIGKILL.
+
+    Attributes:
+        is_loaded: True once it has loaded the model.
     """
 
     def __init__(
@@ -77,6 +91,8 @@ class EngineProcess:
         kill_timeout_s: float = _KILL_TIMEOUT_S,
     ) -> None:
         self._kill_timeout_s, self._is_stuck = kill_timeout_s, False
+        self._num_checks_pending = 1  # `OptionsChecked` of each job; what comes before the last is of an earlier job
+        self.is_loaded = False
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -109,9 +125,25 @@ class EngineProcess:
         return self._process.pid
 
     @property
+    def is_alive(self) -> bool:
+        """True until the process ends, or reports that it cannot continue."""
+        return self._failure is None and self._process.poll() is None
+
+    @property
     def log_path(self) -> Path | None:
         """File with the engine's output; None where it is not kept."""
         return self._log.path
+
+    def begin_job(self, spec: EngineSpec, log: EngineLog) -> None:
+        """Request `BeginJob` of a loaded engine. `OptionsChecked` follows; what it sends before is of the last job.
+
+        Args:
+            log: receives the engine's lines from now on.
+        """
+        self._log = log
+        self._num_checks_pending += 1
+        log.start_life(self.pid)
+        self._outbox.put(BeginJob(spec))
 
     def load_model(self, text_config: EngineTextConfig, kv_bytes: int | None = None) -> None:
         """Request `LoadModel`. `EngineReady` follows, after `KvBytesMeasured` unless `kv_bytes` is given."""
@@ -141,7 +173,10 @@ class EngineProcess:
                 if isinstance(event, EngineFailed):
                     self._failure = event.message
                     break
-                events.append(event)
+                self._num_checks_pending -= isinstance(event, OptionsChecked)
+                self.is_loaded = self.is_loaded or isinstance(event, EngineReady)
+                if not self._num_checks_pending:
+                    events.append(event)
         except (EOFError, OSError):
             if not events:  # messages sent before the death are delivered first
                 raise self._make_death_error() from None

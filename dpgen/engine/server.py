@@ -3,6 +3,7 @@
 - `dpgen.engine.process` starts it as ``python -m dpgen.engine.server FD PARENT``: its end of the pipe, and the rank's
   process id.
 - It ends with its rank: at the end of the pipe, and by SIGKILL when the rank process dies.
+- A rank that keeps its engine gives it one job after the other (`BeginJob`); the model is loaded once.
 - Every exception becomes an `EngineFailed` message, and its traceback goes to stderr, hence to the engine's log file.
 """
 
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from dpgen.engine.messages import (
     Backend,
+    BeginJob,
     EngineFailed,
     EngineReady,
     EngineSpec,
@@ -73,18 +75,19 @@ def _serve(pipe: Connection) -> None:
     if isinstance(load_request, Shutdown):
         return
     assert isinstance(load_request, LoadModel)
+    kv_bytes = 0
 
     def agree_kv(measured_bytes: int) -> int:
-        if load_request.kv_bytes is not None:
-            return min(load_request.kv_bytes, measured_bytes)  # others may hold more memory than at the agreement
-        pipe.send(KvBytesMeasured(measured_bytes))
-        answer = pipe.recv()
-        assert isinstance(answer, SetKvBytes)
-        return answer.num_bytes
+        nonlocal kv_bytes
+        kv_bytes = _agree_kv(pipe, load_request, measured_bytes)
+        return kv_bytes
 
     if spec.world is None:
-        pipe.send(EngineReady(backend.load(agree_kv, load_request.text_config)))
-        _generate(pipe, backend)
+        info = backend.load(agree_kv, load_request.text_config)
+        pipe.send(EngineReady(info))
+        message = _generate(pipe, backend)
+        while message is not None:
+            message = _serve_next_job(pipe, backend, message, EngineReady(info), kv_bytes)
     else:
         from dpgen.engine.lockstep import LockstepGroup, host_store_on_loopback
 
@@ -97,15 +100,52 @@ def _serve(pipe: Connection) -> None:
     backend.close()
 
 
-def _generate(pipe: Connection, backend: Backend) -> None:
-    """Admit the rows that have arrived, step, send the finished rows; sleep only when there is no work."""
+def _agree_kv(pipe: Connection, load_request: LoadModel, measured_bytes: int) -> int:
+    if load_request.kv_bytes is not None:
+        return min(load_request.kv_bytes, measured_bytes)  # others may hold more memory than at the agreement
+    pipe.send(KvBytesMeasured(measured_bytes))
+    answer = pipe.recv()
+    assert isinstance(answer, SetKvBytes)
+    return answer.num_bytes
+
+
+def _serve_next_job(
+    pipe: Connection, backend: Backend, begin: BeginJob, ready: EngineReady, kv_bytes: int
+) -> BeginJob | None:
+    """Serve one more job with the loaded model, and return the request for the next; None for the end.
+
+    Args:
+        kv_bytes: the loaded KV cache's, which is what this engine has to offer in the ranks' agreement.
+    """
+    try:
+        checked = OptionsChecked(notes=backend.begin_job(begin.spec))
+    except ConfigError as error:
+        checked = OptionsChecked(problem=str(error))
+    pipe.send(checked)
+    message = pipe.recv()
+    if isinstance(message, LoadModel):
+        backend.prepare_job(message.text_config)
+        _agree_kv(pipe, message, kv_bytes)
+        pipe.send(ready)
+        return _generate(pipe, backend)
+    return message if isinstance(message, BeginJob) else None
+
+
+def _generate(pipe: Connection, backend: Backend) -> BeginJob | None:
+    """Admit the rows that have arrived, step, send the finished rows; sleep only when there is no work.
+
+    Returns:
+        the request for another job; None where the rank wants the engine to end.
+    """
     sender = _EventSender(pipe, backend)
     while True:
         finished: list[RowResult | UndecodedRow] = []
         while pipe.poll(0 if backend.has_unfinished_requests() or finished else None):
             message = pipe.recv()
+            if isinstance(message, BeginJob):
+                return message
             if isinstance(message, Shutdown):
-                return
+                return None
             sender.num_in_flight += len(message)
             finished += _add_requests(backend, message)
         if backend.has_unfinished_requests():

@@ -47,6 +47,7 @@ class RunDir:
         self.status = self.path / "status"
         self.success = self.path / "_SUCCESS"
         self._run_json = self.path / "run.json"
+        self._lock_fd: int | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -89,7 +90,7 @@ class RunDir:
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
     def lock(self) -> None:
-        """Reserve the directory for this run until this process ends. Only rank 0 calls this.
+        """Reserve the directory for this run until `unlock`, or the end of this process. Only rank 0 calls this.
 
         Raises:
             ConfigError: another live run holds the lock.
@@ -111,6 +112,12 @@ class RunDir:
             os.close(fd)
             return
         self._lock_fd = fd
+
+    def unlock(self) -> None:
+        """Let another run of this process, or of another one, have the directory."""
+        fd, self._lock_fd = self._lock_fd, None
+        if fd is not None:
+            os.close(fd)
 
     def create(self) -> None:
         """Create the directory unless it exists.

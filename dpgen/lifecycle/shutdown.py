@@ -158,6 +158,13 @@ class ShutdownMonitor:
             raise SignalReceived(self.reason)
 
 
+def watch_for_shutdown(time_limit: str | None, margin_s: float, before_exit: Callable[[], None]) -> ShutdownMonitor:
+    """Return the monitor of a run that begins now in this process's environment; see `find_deadline`."""
+    now_s, epoch_s = time.monotonic(), time.time()
+    deadline = find_deadline(time_limit, margin_s, os.environ, monotonic_s=now_s, epoch_s=epoch_s)
+    return ShutdownMonitor(*deadline, before_exit=before_exit)
+
+
 def exit_on_signal(before_exit: Callable[[str], None], announce: Callable[[str], None] | None) -> None:
     """End this process, resumable, on SIGTERM or SIGUSR1, until a `ShutdownMonitor` installs its handlers.
 

@@ -102,9 +102,9 @@ def test_two_runs_never_share_a_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is in use by another live run"):
         RunDir(str(path)).lock()
     assert count_descriptors() == num_descriptors
-    os.close(run_dir._lock_fd)  # as the end of the process does
+    run_dir.unlock()  # as the end of the process does
     run_dir.lock()
-    os.close(run_dir._lock_fd)
+    run_dir.unlock()
 
 
 def test_a_run_starts_on_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,6 @@ class VllmBackend:
 
     def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:
         assert self._config is not None
-        self._skip_detokenize = text_config.skip_detokenize
         SyncKvMixin.agree_kv = agree_kv
         # The constructor takes our executor class. The configuration takes only vLLM's own names, at least for
         # pipelines and external launchers.
@@ -105,13 +104,7 @@ class VllmBackend:
             usage_context=UsageContext.LLM_CLASS,
         )
         self._adapters.load_all(self._engine)
-        if self._spec.reads_requests:
-            self._converter = self._make_converter(text_config.parsers)
-        if text_config.prompt_config is not None:
-            from dpgen.engine.vllm.vllm_render import VllmRenderer, count_vocabulary
-
-            self._render = VllmRenderer(self._engine, text_config.prompt_config).render
-            self._num_ids = count_vocabulary(self._engine)
+        self.prepare_job(text_config)
         config = self._engine.vllm_config
         return EngineInfo(
             max_num_seqs=config.scheduler_config.max_num_seqs,
@@ -124,6 +117,26 @@ class VllmBackend:
             },
             device=current_platform.device_type,
         )
+
+    def begin_job(self, spec: EngineSpec) -> tuple[str, ...]:
+        assert self._engine is not None
+        self._engine.abort_request(list(self._rows))
+        self._spec, self._rows, self._preemptions, self._num_preemptions = spec, {}, {}, 0
+        self._num_finished_tokens = self._num_cached_tokens = self._num_finished_prompt_tokens = 0
+        if mistakes := list(self._find_unknown_names()) or list(self._find_wrong_sampling()):
+            raise ConfigError(*mistakes)
+        return ()
+
+    def prepare_job(self, text_config: EngineTextConfig) -> None:
+        parsers, prompt_config = text_config.parsers, text_config.prompt_config
+        self._skip_detokenize = text_config.skip_detokenize
+        self._converter = self._make_converter(parsers) if self._spec.reads_requests else None
+        self._render = self._num_ids = None
+        if prompt_config is not None:
+            from dpgen.engine.vllm.vllm_render import VllmRenderer, count_vocabulary
+
+            self._render = VllmRenderer(self._engine, prompt_config).render
+            self._num_ids = count_vocabulary(self._engine)
 
     def add_request(self, request: Request) -> None:
         assert self._engine is not None

@@ -1,0 +1,114 @@
+"""One engine process for several jobs: the model is loaded once, and each job has its own sampling and rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dpgen.engine.keeper import EngineKeeper
+from dpgen.engine.limits import EngineLimits
+from dpgen.engine.log_file import EngineLog
+from dpgen.engine.messages import EngineSpec, EngineStats, RowsFinished
+from dpgen.engine.process import EngineProcess, build_engine_env
+from dpgen.engine.supervisor import EngineSupervisor
+from dpgen.errors import ConfigError
+from dpgen.records import Request, RequestId, RowResult
+
+SPEC = EngineSpec("fake", "none", {"kv_cache_memory_bytes": 1 << 16})
+
+
+class Rank:
+    """Give jobs to the engine as a rank does, one after the other."""
+
+    def __init__(self, log: Path) -> None:
+        self.keeper, self.pids, self._log = EngineKeeper(), list[int](), log
+
+    def start(self, spec: EngineSpec) -> EngineProcess:
+        env = build_engine_env({}, gpus=None, num_cores=1, log_level="warning")
+        process = EngineProcess(spec, env, None, EngineLog("warning"))
+        self.pids.append(process.pid)
+        return process
+
+    def begin(self, spec: EngineSpec, num_bytes: int = 1 << 15) -> EngineSupervisor:
+        """Return the engine of a job, with its options checked and its model loaded."""
+        log = EngineLog("warning")
+        log.open(self._log)
+        engine = EngineSupervisor(self.keeper.wrap_start(self.start, log), spec, EngineLimits(60, 60, 8, 0.1))
+        engine.load_model(lambda measured: min(measured, num_bytes), lambda: None)
+        return engine
+
+
+@pytest.fixture
+def rank(tmp_path: Path) -> Iterator[Rank]:
+    rank = Rank(tmp_path / "engine.log")
+    yield rank
+    rank.keeper.close()
+
+
+def finish(engine: EngineSupervisor, is_done: Callable[[list[RowResult], list[EngineStats]], bool]) -> list[RowResult]:
+    results: list[RowResult] = []
+    stats: list[EngineStats] = []
+    while not is_done(results, stats):
+        for event in engine.poll(1.0):
+            if isinstance(event, RowsFinished):
+                results += event.results
+            elif isinstance(event, EngineStats):
+                stats.append(event)
+    return results
+
+
+def submit(engine: EngineSupervisor, count: int) -> None:
+    engine.submit([Request(RequestId(row), [65 + row], sampling={"seed": 0}) for row in range(count)])
+
+
+def test_a_second_job_uses_the_loaded_engine_with_its_own_sampling(rank: Rank) -> None:
+    texts = []
+    for max_tokens in (3, 7):
+        spec = dataclasses.replace(SPEC, sampling={"max_tokens": max_tokens})
+        engine = rank.begin(spec)
+        submit(engine, 2)
+        results = finish(engine, lambda results, _: len(results) == 2)
+        assert [result.num_generated_tokens for result in results] == [max_tokens] * 2
+        texts.append([result.completions[0].text.split()[0] for result in results])
+        rank.keeper.take_back(engine)
+    assert len(rank.pids) == 1 and texts[0] == texts[1]
+
+
+def test_rows_in_flight_of_an_interrupted_job_never_reach_the_next(rank: Rank) -> None:
+    slow = dataclasses.replace(SPEC, options={**SPEC.options, "step_s": 0.01}, sampling={"max_tokens": 20})
+    engine = rank.begin(slow)
+    submit(engine, 8)
+    finish(engine, lambda _, stats: bool(stats))
+    rank.keeper.take_back(engine)
+    engine = rank.begin(dataclasses.replace(slow, sampling={"max_tokens": 2}))
+    submit(engine, 1)
+    [result] = finish(engine, lambda results, _: bool(results))
+    assert (result.row, result.num_generated_tokens) == (0, 2)
+    rank.keeper.take_back(engine)
+    assert len(rank.pids) == 1
+
+
+def test_wrong_sampling_of_a_job_costs_that_job_alone(rank: Rank) -> None:
+    rank.keeper.take_back(rank.begin(SPEC))
+    log = EngineLog("warning")
+    wrong = dataclasses.replace(SPEC, sampling={"temprature": 1})
+    engine = EngineSupervisor(rank.keeper.wrap_start(rank.start, log), wrong, EngineLimits(60, 60, 8, 0.1))
+    with pytest.raises(ConfigError, match=r"temprature.*temperature"):
+        engine.check_options(lambda: None)
+    rank.keeper.take_back(engine)
+    rank.keeper.take_back(rank.begin(SPEC))
+    assert len(rank.pids) == 1, "the engine is loaded only once"
+
+
+def test_an_engine_that_was_killed_between_two_jobs_is_replaced(rank: Rank) -> None:
+    engine = rank.begin(SPEC)
+    rank.keeper.take_back(engine)
+    engine.kill()
+    engine = rank.begin(SPEC)
+    submit(engine, 1)
+    assert finish(engine, lambda results, _: bool(results))
+    rank.keeper.take_back(engine)
+    assert len(rank.pids) == 2
