@@ -13,6 +13,7 @@
     │   │   └── StoreLost          75   the host of the store vanished (`dpgen.distributed.group`)
     │   ├── HostLimitReached       75   a rank's host has no file or port left (`dpgen.distributed.group`)
     │   ├── TransferStopped        75   an upload, or a download of the input, broke off
+    │   ├── RanksLost              75   the rank processes of a Python program ended without a word (`dpgen.api`)
     │   ├── NoRowSucceeded          1   the result is written, and every row of it has an error
     │   ├── RowsLost                1   a journal write failed (`dpgen.journal.segment`)
     │   └── DamagedRecord           1   a journal record is corrupt (`dpgen.journal.reader`)
@@ -73,9 +74,20 @@ ERROR_TYPES = (
 
 
 class DpgenError(Exception):
-    """Base class of errors whose message is written for the user; shown without a traceback."""
+    """Base class of errors whose message is written for the user; shown without a traceback.
+
+    Attributes:
+        exit_status: of the process that the error ends; `EXIT_RESUMABLE` if the same call, or command, may go on.
+        run_dir: the run directory, where the Python API raises the error; None elsewhere, and if nothing is kept there.
+    """
 
     exit_status = EXIT_FAILED
+    run_dir: Path | None = None
+
+    @property
+    def is_resumable(self) -> bool:
+        """Return True if finished rows are kept, and the same call, or command, generates the others."""
+        return self.exit_status == EXIT_RESUMABLE
 
 
 class ConfigError(DpgenError):
@@ -277,6 +289,12 @@ class EngineStuck(EngineError):
 
 class NoEngineLeft(DpgenError):
     """Report that every rank's engine was abandoned; finished rows stay, and the same command resumes the run."""
+
+    exit_status = EXIT_RESUMABLE
+
+
+class RanksLost(DpgenError):
+    """Report rank processes that ended without saying why: killed, often because memory ran out."""
 
     exit_status = EXIT_RESUMABLE
 

@@ -40,37 +40,48 @@ if TYPE_CHECKING:
     from dpgen.distributed.group import RankGroup
     from dpgen.distributed.rendezvous import Departure
     from dpgen.distributed.topology import Topology
+    from dpgen.engine.keeping.keeper import EngineKeeper
     from dpgen.monitoring.status.reporter import RankReporter
     from dpgen.output.upload.result_upload import ResultUpload
 
 logger = logging.getLogger(__name__)
 
+_STATUS_OF_SIGINT = 128 + 2  # what a shell reports of other programs in this place
+
 
 @dataclass(frozen=True)
-class RankZeroSteps:
-    """Hold what a command does around a run, on rank 0 alone. Each may raise a `DpgenError`.
+class RankSteps:
+    """Hold what a caller does around a run. Each may raise a `DpgenError`.
 
     Attributes:
-        replace_run: is called in place of the run, with the number of ranks; None to run.
-        prepare: is called before the run.
-        publish: is called once the result is written, also if no row of it has succeeded.
+        replace_run: is called in place of the run on rank 0, with the number of ranks; None to run.
+        on_joined: is called on every rank once the ranks have joined. May be collective.
+        prepare: is called on rank 0 before the run.
+        publish: is called on rank 0 once the result is written, also if no row of it has succeeded.
+        on_complete: is called on every rank after `publish` of a run that has succeeded. May be collective.
+        report: takes the error that ended the run, on every rank; None to report it on the terminal, once.
+        keeper: has the engine between two runs of this process; None to end the engine with the run.
     """
 
     replace_run: Callable[[Config, int], None] | None = None
+    on_joined: Callable[[RankGroup], None] = lambda _: None
     prepare: Callable[[Config], None] = lambda _: None
     publish: Callable[[Config], None] = lambda _: None
+    on_complete: Callable[[RankGroup, Config], None] = lambda _, __: None
+    report: Callable[[DpgenError], None] | None = None
+    keeper: EngineKeeper | None = None
 
 
-_NO_STEPS = RankZeroSteps()
+_NO_STEPS = RankSteps()
 
 
-def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps: RankZeroSteps = _NO_STEPS) -> int:
+def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps: RankSteps = _NO_STEPS) -> int:
     """Run this process's rank and return its exit status.
 
     Args:
         load_config: returns the configuration, or raises a `DpgenError`.
         arguments: the command line, which may name the log format.
-        steps: what else to do on rank 0.
+        steps: what else to do.
     """
     from dpgen.distributed.group import SingleRankGroup
     from dpgen.distributed.rendezvous import Departure
@@ -94,7 +105,7 @@ def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps:
         # torchrun itself reports that it ends its ranks, and why.
         None if started_by_torchrun else lambda message: _write_error(Interrupted(message), log_format),
     )
-    if started_by_torchrun:
+    if started_by_torchrun and steps.report is None:
         _end_with_torchrun()
     try:
         loaded = _try_load(load_config)
@@ -110,18 +121,18 @@ def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps:
             startup.mark("rendezvous")
         group.run_on_all_ranks(lambda: status_file.reset(topology.dp_rank))
         config = group.run_on_all_ranks(lambda: _get_config(loaded))
+        steps.on_joined(group)
         _run(config, topology, group, (status_file, startup, reporter), steps)
         status_file.write(EXIT_OK)
         return EXIT_OK
     except KeyboardInterrupt as error:
-        reporter.finish(error)
-        return 130
+        return _report_ctrl_c(error, reporter, steps.report)
     except DpgenError as error:
-        return _report_failure(group, status_file, reporter, error, log_format)
+        return _report_failure(group, (status_file, reporter), error, log_format, steps.report)
     except Exception as error:  # the process boundary: a fault of dpgen's, or of a library's
         logger.error("unexpected error", exc_info=error)
         message = f"{type(error).__name__}: {error} (a fault in dpgen or a library; see above)"
-        return _report_failure(group, status_file, reporter, DpgenError(message), log_format)
+        return _report_failure(group, (status_file, reporter), DpgenError(message), log_format, steps.report)
     finally:
         group.close()
 
@@ -138,7 +149,7 @@ def _run(
     topology: Topology,
     group: RankGroup,
     reports: tuple[StatusFile, StartupTimer, RankReporter],
-    steps: RankZeroSteps,
+    steps: RankSteps,
 ) -> None:
     """Run the job, with the command's own steps around it, and report the end."""
     with imports_without_gc():
@@ -150,21 +161,22 @@ def _run(
     resolved = group.run_on_all_ranks(lambda: resolve_format(config, fetched))
     group.run_on_all_ranks(lambda: _prepare(steps, resolved, group) if group.rank == 0 else None)
     try:
-        run(resolved, topology, group, Reports(*reports))
+        run(resolved, topology, group, Reports(*reports), steps.keeper)
     except NoRowSucceeded:
         _publish(steps, resolved, group, reports[-1])
         raise
     _publish(steps, resolved, group, reports[-1])
+    steps.on_complete(group, resolved)
     reports[-1].finish()
 
 
-def _prepare(steps: RankZeroSteps, config: Config, group: RankGroup) -> None:
+def _prepare(steps: RankSteps, config: Config, group: RankGroup) -> None:
     steps.prepare(config)
     if config.output.to is not None:
         _make_upload(config, group).check()
 
 
-def _publish(steps: RankZeroSteps, config: Config, group: RankGroup, reporter: RankReporter) -> None:
+def _publish(steps: RankSteps, config: Config, group: RankGroup, reporter: RankReporter) -> None:
     if group.rank > 0:  # these ranks may have ended: their part is done
         return
     if config.output.to is not None:
@@ -229,17 +241,35 @@ def _join_ranks(topology: Topology, status_file: StatusFile, departure: Departur
     return group, fill_local_rank(topology, group.nodes)
 
 
+def _report_ctrl_c(
+    error: KeyboardInterrupt, reporter: RankReporter, report: Callable[[DpgenError], None] | None
+) -> int:
+    """Report a Ctrl-C that came before the run, which handles it, and return the exit status."""
+    reporter.finish(error)
+    if report is not None:
+        report(Interrupted("interrupted by SIGINT before the run started"))
+    return _STATUS_OF_SIGINT
+
+
 def _report_failure(
-    group: RankGroup, status_file: StatusFile, reporter: RankReporter, error: DpgenError, log_format: LogFormat
+    group: RankGroup,
+    status: tuple[StatusFile, RankReporter],
+    error: DpgenError,
+    log_format: LogFormat,
+    report: Callable[[DpgenError], None] | None,
 ) -> int:
     """Announce the error to the other ranks, report it if no other rank has, and return the exit status."""
     from dpgen.distributed.group import PeerLost, StoreLost
 
+    status_file, reporter = status
     reporter.finish(error)
     if isinstance(error, (PeerLost, StoreLost)):
         status_file.write_once(error.exit_status)  # if rank 0 is the one that was lost, it writes no status
     is_reported_by_peer = type(error) is PeerFailed
-    if not is_reported_by_peer and group.announce_failure(str(error), error.exit_status):
+    is_first = not is_reported_by_peer and group.announce_failure(str(error), error.exit_status)
+    if report is not None:
+        report(error)
+    elif is_first:
         _write_error(error, log_format)
     # A rank that torchrun stops because another one failed exits as resumable, which the run is not.
     status_file.write(group.first_failure_status() or error.exit_status)

@@ -22,7 +22,7 @@ from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout, build_layout
 from dpgen.distributed.stages import Stage, run_stages
 from dpgen.distributed.topology import Topology
-from dpgen.engine.keeper import EngineKeeper
+from dpgen.engine.keeping.keeper import EngineKeeper
 from dpgen.engine.launch import (
     TextPipeline,
     build_text_pipeline,

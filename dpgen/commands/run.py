@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dpgen.commands.arguments.parser import CommandParser, complete_configuration
 from dpgen.errors import ConfigError, find_nearest_name
-from dpgen.rank_process import RankZeroSteps, run_rank
+from dpgen.rank_process import RankSteps, run_rank
 
 if TYPE_CHECKING:
     from dpgen.config.schema import Config
@@ -49,7 +49,7 @@ def add_arguments(parser: CommandParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Run this process's rank and return its exit status."""
-    steps = RankZeroSteps(replace_run=_show_preview if options.dry_run else None)
+    steps = RankSteps(replace_run=_show_preview if options.dry_run else None)
     return run_rank(lambda: _load_config(options), options.arguments, steps)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from dpgen.commands.arguments.batch_flags import BatchCommand, parse_batch_flags
 from dpgen.commands.arguments.parser import CommandParser, complete_directories, complete_files
 from dpgen.config.secrets import redact_text
-from dpgen.rank_process import RankZeroSteps, run_rank
+from dpgen.rank_process import RankSteps, run_rank
 
 if TYPE_CHECKING:
     from dpgen.config.schema import Config
@@ -91,7 +91,7 @@ def main(options: argparse.Namespace) -> int:
         publish_responses(RunDir(config.run.dir), command.output_file, config.output.storage_options)
         logger.info(f"wrote the responses to {redact_text(command.output_file)}")
 
-    return run_rank(load, options.arguments, RankZeroSteps(prepare=prepare, publish=publish))
+    return run_rank(load, options.arguments, RankSteps(prepare=prepare, publish=publish))
 
 
 def load_batch_config(arguments: Sequence[str]) -> Config:

@@ -59,6 +59,26 @@ def load(files: Sequence[str], overrides: Sequence[str]) -> Config:
     return _merge_layers(files, overrides).make_config()
 
 
+def load_values(layers: Sequence[tuple[str, Mapping[str, Any] | None]]) -> Config:
+    """Merge YAML files and sections given as values, the last over all others, into a checked `Config`.
+
+    Args:
+        layers: (path of a file, None), or (name for messages, sections as a file holds them).
+
+    Raises:
+        ConfigError: see `load`.
+    """
+    from dpgen.config.yaml.yaml_source import YamlSource, read_file
+
+    merger = _LayerMerger()
+    for name, values in layers:
+        if values is None:
+            merger.add(name, read_file)
+        else:
+            merger.add(name, lambda name, values=values: YamlSource(name, "", False, dict(values)))  # type: ignore[misc]
+    return merger.make_config()
+
+
 def load_with_places(arguments: Sequence[str]) -> tuple[Config, dict[str, str | None]]:
     """Return the configuration of a command line, and where each key's value comes from.
 

@@ -97,6 +97,10 @@ class InputRows:
             for values in zip(*(batch[name] for name in columns), strict=True):
                 yield dict(zip(columns, values, strict=True))
 
+    def read_table(self, row_ids: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Return the rows `row_ids`, at least one, in this order, as one Arrow table."""
+        return self._get_view(columns).read(row_ids)
+
     def read_numbers(self, column: str, row_ids: np.ndarray) -> np.ndarray:
         """Return one column of the rows `row_ids` as float64[len(row_ids)]; NaN where it is null or not a number."""
         batches = self._iter_batches(np.asarray(row_ids), [column])

@@ -1,16 +1,27 @@
-"""Write and read the forms that belong to Hugging Face `datasets`: its dataset cards and its folders."""
+"""Write and read the forms that belong to Hugging Face `datasets`: its dataset cards, its folders, its objects."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpgen.data.input_rows import InputRows
-from dpgen.errors import DpgenError
+from dpgen.errors import ConfigError, DpgenError
+from dpgen.formatting import format_count
+from dpgen.imports import imports_without_gc
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow as pa
+
+_ACCEPTED = "a datasets.Dataset, a list of dicts, a dict of columns, a pandas or Polars frame, or a path"
 
 
 def write_card(directory: Path, schema: pa.Schema) -> None:
@@ -60,3 +71,153 @@ def save_to_disk(arrow_file: Path, directory: Path, max_shard_bytes: int) -> Non
 
     datasets.disable_progress_bars()
     datasets.Dataset.from_file(str(arrow_file)).save_to_disk(str(directory), max_shard_size=max_shard_bytes)
+
+
+@contextmanager
+def keep_quiet() -> Iterator[None]:
+    """Let `datasets` show no progress bars and log nothing within the block; a program's own settings come back."""
+    with imports_without_gc():
+        import datasets
+
+    had_bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+def to_dataset(rows: Any) -> datasets.Dataset:
+    """Return rows that a program holds as a Dataset.
+
+    Args:
+        rows: a Dataset, a list of dicts (whose keys may differ: a missing value is null), a dict of columns, or a frame
+            of pandas or Polars.
+
+    Raises:
+        ConfigError: rows of another kind, or values for which Arrow has no common type; names the column.
+    """
+    import datasets
+
+    if isinstance(rows, datasets.Dataset):
+        return rows.with_format(None)
+    if isinstance(rows, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        raise ConfigError(f"dataset is a dict of splits: give one of them, e.g. dataset[{next(iter(rows), 'train')!r}]")
+    kind, package = type(rows).__name__, type(rows).__module__.partition(".")[0]
+    if package in ("pandas", "polars") and kind == "DataFrame":
+        from_frame = datasets.Dataset.from_polars if package == "polars" else _from_pandas
+        return _translate_conversion(lambda: from_frame(rows))
+    if isinstance(rows, Mapping):
+        lengths = {name: len(values) for name, values in rows.items()}
+        if len(set(lengths.values())) > 1:
+            raise ConfigError(f"dataset: its columns have different lengths: {lengths}")
+        return _from_columns({str(name): list(values) for name, values in rows.items()})
+    if isinstance(rows, Sequence) and not isinstance(rows, (str, bytes)):
+        wrong = next((number for number, row in enumerate(rows) if not isinstance(row, Mapping)), None)
+        if wrong is not None:
+            raise ConfigError(f"dataset[{wrong}] is a {type(rows[wrong]).__name__}: must be a dict of columns")
+        names = dict.fromkeys(name for row in rows for name in row)
+        if rows and not names:
+            raise ConfigError(f"dataset: its {format_count(len(rows), 'row')} have no column")
+        return _from_columns({str(name): [row.get(name) for row in rows] for name in names})
+    raise ConfigError(f"dataset is a {kind}: must be {_ACCEPTED}")
+
+
+def _from_pandas(frame: Any) -> datasets.Dataset:
+    import datasets
+
+    return datasets.Dataset.from_pandas(frame, preserve_index=False)
+
+
+def _from_columns(columns: Mapping[str, list[Any]]) -> datasets.Dataset:
+    import datasets
+
+    made = {name: _convert_column(name, values) for name, values in columns.items()}
+    if not made:
+        return datasets.Dataset.from_dict({})
+    return datasets.concatenate_datasets(list(made.values()), axis=1)
+
+
+def _convert_column(name: str, values: list[Any]) -> datasets.Dataset:
+    import datasets
+
+    return _translate_conversion(lambda: datasets.Dataset.from_dict({name: values}), name)
+
+
+def _translate_conversion(convert: Callable[[], Any], column: str | None = None) -> datasets.Dataset:
+    try:
+        return convert()
+    except Exception as error:  # noqa: BLE001 - Arrow, pandas and `datasets` pass on all that values raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = "dataset" if column is None else f"dataset: the values of column {column!r}"
+        raise ConfigError(f"{where} can't be held by Arrow: {reason}") from None
+
+
+def compute_digest(dataset: datasets.Dataset) -> str:
+    """Return a name for the contents of a dataset: the hash of what identifies an input."""
+    fingerprint = json.dumps(InputRows(dataset).fingerprint(), sort_keys=True)
+    return hashlib.blake2b(fingerprint.encode(), digest_size=8).hexdigest()
+
+
+def save_whole(dataset: datasets.Dataset, directory: Path) -> bool:
+    """Save a dataset as a folder that is there as a whole or not at all; return False if it was there before.
+
+    Raises:
+        ConfigError: the folder can't be written.
+    """
+    if directory.is_dir():
+        return False
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        try:
+            dataset.save_to_disk(str(temporary))
+            temporary.rename(directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if directory.is_dir():  # another process was faster, with the same contents
+            return False
+        raise ConfigError(f"the input can't be saved in {directory}: {error.strerror or error}") from None
+    return True
+
+
+def load_result_dataset(
+    directory: Path, file_format: str, cache_dir: Path | None, *, in_memory: bool
+) -> datasets.Dataset:
+    """Return the rows of RUN_DIR/dataset as a Dataset.
+
+    Args:
+        file_format: parquet or jsonl.
+        cache_dir: for the Arrow files that the Dataset maps into memory; None for those of `datasets`.
+        in_memory: hold all rows in memory, so that the files may be removed.
+
+    Raises:
+        DpgenError: they can't be read.
+    """
+    import datasets
+
+    cache = None if cache_dir is None else str(cache_dir)
+    try:
+        files = sorted(str(path) for path in directory.glob(f"*.{file_format}"))
+        if len(files) == 1 and (empty := _load_if_empty(Path(files[0]))) is not None:
+            return empty
+        if file_format == "jsonl":
+            return datasets.load_dataset(str(directory), split="train", cache_dir=cache, keep_in_memory=in_memory)
+        return datasets.Dataset.from_parquet(files, cache_dir=cache, keep_in_memory=in_memory)
+    except Exception as error:  # noqa: BLE001 - `datasets` passes on all that its readers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DpgenError(f"{directory} can't be read: {reason}") from None
+
+
+def _load_if_empty(file: Path) -> datasets.Dataset | None:
+    """Return the Dataset of a file without a row, for which `datasets` raises; None for any other file."""
+    import datasets
+    import pyarrow.parquet as pq
+
+    if file.suffix == ".parquet":
+        return datasets.Dataset(pq.read_table(file)) if pq.read_metadata(file).num_rows == 0 else None
+    return None if file.stat().st_size else datasets.Dataset.from_dict({})  # JSON lines without a row have no columns

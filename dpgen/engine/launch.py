@@ -36,7 +36,7 @@ from dpgen.distributed.layout import EngineWorld, Layout, build_engine_world
 from dpgen.distributed.topology import Topology
 from dpgen.engine.adapters import check_adapters, find_adapter_folders
 from dpgen.engine.checking.completion_checker import CompletionChecker, start_completion_checker
-from dpgen.engine.keeper import EngineKeeper
+from dpgen.engine.keeping.keeper import EngineKeeper
 from dpgen.engine.limits import EngineLimits
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineTextConfig, RequestParsers

@@ -5,6 +5,7 @@
     journal/      every finished row, in segments of one attempt of one rank each
     logs/         what each rank's engine printed
     status/       what each rank does now, and over time
+    input/        rows that a program gave to the Python API
     dataset/      the final rows, in input order
     _SUCCESS      counts and a hash of the results, written last
     upload.json   what output.to has of the result
@@ -32,7 +33,7 @@ from dpgen.journal.run_identity import diff_identities, get_num_rows
 
 # "ranks" is of older versions. Hidden files (.lock, .dataset.tmp) are ignored.
 _RUN_FILES = frozenset(
-    ["journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs", "status", "upload.json"]
+    ["journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs", "status", "input", "upload.json"]
 )
 
 
@@ -45,6 +46,7 @@ class RunDir:
         self.dataset = self.path / "dataset"
         self.logs = self.path / "logs"
         self.status = self.path / "status"
+        self.input = self.path / "input"
         self.success = self.path / "_SUCCESS"
         self._run_json = self.path / "run.json"
         self._lock_fd: int | None = None
@@ -151,9 +153,10 @@ class RunDir:
         if not self.path.is_dir():
             raise ConfigError(f"run.dir={self.path} is a file: must be a directory")
         names = {path.name for path in self.path.iterdir() if not path.name.startswith(".")}
-        # An empty journal is of a start that ended before it had written anything, and ranks that start write a status.
+        # An empty journal is of a start that ended before it had written anything. Ranks that start write a status, and
+        # the Python API saves the input before they start.
         has_journal = self.journal.is_dir() and any(self.journal.iterdir())
-        if resume == "never" and (has_journal or names - {"journal", "status"}):
+        if resume == "never" and (has_journal or names - {"journal", "status", "input"}):
             raise ConfigError(
                 f"run.resume=never: run.dir={self.path} is not empty. Choose another directory (dpgen deletes nothing)"
             )

@@ -58,7 +58,15 @@ class DatasetTables:
             for results in self._read_results(wanted) if len(wanted) else ():
                 for result in results:
                     on_result(result)
-                yield from self._join(start, table, results)
+                yield from self._join(lambda row, start=start: row - start, table, results)  # type: ignore[misc]
+
+    def iter_tables_of(self, results: Sequence[RowResult]) -> Iterator[pa.Table]:
+        """Yield tables of some results, in any order, each row once at most, with the kept columns of their rows."""
+        if not results:
+            return
+        row_ids = np.array([result.row for result in results], np.int64)
+        table = self._rows.read_table(row_ids, self._kept_columns or self._rows.columns[:1])
+        yield from self._join({int(row): place for place, row in enumerate(row_ids)}.__getitem__, table, results)
 
     def _iter_input_tables(self) -> Iterator[tuple[int, pa.Table]]:
         """Yield (index of the first row, table) in input order."""
@@ -68,17 +76,19 @@ class DatasetTables:
             yield start, table
             start += table.num_rows
 
-    def _join(self, start: int, table: pa.Table, results: Sequence[RowResult]) -> Iterator[pa.Table]:
+    def _join(
+        self, find_place: Callable[[int], int], table: pa.Table, results: Sequence[RowResult]
+    ) -> Iterator[pa.Table]:
         """Yield tables of results, each with the kept columns of its row.
 
         Args:
-            start: the input row that `table` begins with.
+            find_place: returns where in `table` an input row is.
         """
         read = None if self._conversations is None else self._conversations.read([result.row for result in results])
         entries = list_entries(results, self._format, read)
         for first in range(0, len(entries), len(results)):  # no more rows at a time than the input's
             part = entries[first : first + len(results)]
-            yield self._build(_take_rows(table, [entry.result.row - start for entry in part]), part)
+            yield self._build(_take_rows(table, [find_place(entry.result.row) for entry in part]), part)
 
     def _build(self, table: pa.Table, entries: Sequence[Entry]) -> pa.Table:
         import pyarrow as pa

@@ -39,6 +39,8 @@ HOMES = {
         "dpgen/engine/vllm/vllm_render.py": "vLLM's renderer, for tokenizers that only vLLM knows",
     },
     "datasets": {
+        "dpgen/api/calls.py": "the type of what it returns",
+        "dpgen/api/session.py": "the type of what it returns",
         "dpgen/data/input_loading.py": "loads all input",
         "dpgen/data/input_rows.py": "reads all input",
         "dpgen/data/saved_dataset.py": "writes its dataset cards and folders",

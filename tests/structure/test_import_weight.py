@@ -11,7 +11,7 @@ from helpers.jobs import REPO
 
 HEAVY = {"torch", "vllm", "datasets", "transformers"}
 LIGHT_MODULES = {
-    "dpgen": HEAVY,
+    "dpgen": HEAVY | {"numpy", "pyarrow", "omegaconf", "yaml"},
     # `dpgen --help` must answer within 0.1 s.
     "dpgen.cli": HEAVY | {"numpy", "pyarrow", "omegaconf"},
     "dpgen.config.schema": HEAVY,

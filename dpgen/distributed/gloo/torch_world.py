@@ -132,6 +132,8 @@ def connect_world(base: Any, store: Any, rank: int, size: int, timeout_s: float)
         RuntimeError: not all ranks connected in time.
     """
     _replace_pickle()
+    if dist.is_initialized():
+        forget_world()  # of an earlier job of this process
     timeout = timedelta(seconds=timeout_s)
     base.set_timeout(timeout)  # ranks find each other through the store, within its timeout
     before = _list_connections(base.port)

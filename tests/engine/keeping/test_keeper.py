@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpgen.engine.keeper import EngineKeeper
+from dpgen.engine.keeping.keeper import EngineKeeper
 from dpgen.engine.limits import EngineLimits
 from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineStats, RowsFinished

@@ -1,0 +1,140 @@
+"""Run the jobs of a Python program as one rank: `python -m dpgen.api.worker FOLDER`, see `dpgen.api.jobs`.
+
+- The ranks join for each job anew. Between jobs they are not connected; only the engine is kept.
+- This process ends when the program closes it, or ends itself: then its job is interrupted, resumable.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from dpgen.api.jobs import Outcome, RankJob, read_job, write_outcome
+from dpgen.config.schema import Config
+from dpgen.distributed.attempt import shares_run_dir
+from dpgen.distributed.group import RankGroup
+from dpgen.distributed.topology import read_topology
+from dpgen.engine.keeping.keeper import EngineKeeper
+from dpgen.errors import ConfigError, DpgenError
+from dpgen.journal.run_dir import RunDir
+from dpgen.log import flush_logging
+from dpgen.rank_process import RankSteps, run_rank
+
+_POLL_S = 0.02
+_GRACE_S = 60.0  # how long a job may take to stop once the program has ended
+_SENT_BYTES = 64 << 20  # of the result in one round, over all ranks
+
+
+def main() -> None:
+    """Serve the program whose folder the command line names, until it closes this rank."""
+    folder, keeper, number = Path(sys.argv[1]), EngineKeeper(), 0
+    threading.Thread(target=_end_with_program, name="program", daemon=True).start()
+    try:
+        rank = read_topology(os.environ).dp_rank
+    except DpgenError:
+        rank = 0  # which the first job reports
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    while (job := _wait_for_job(folder, number)) is not None:
+        _run_job(folder, number, rank, job, keeper)
+        number += 1
+    keeper.close()
+    flush_logging()
+    os._exit(0)  # as `dpgen.__main__` does
+
+
+def _wait_for_job(folder: Path, number: int) -> RankJob | None:
+    while (job := read_job(folder, number)) is None:
+        if not folder.is_dir() or (folder / "close").exists():
+            return None
+        time.sleep(_POLL_S)
+    return job
+
+
+def _run_job(folder: Path, number: int, rank: int, job: RankJob, keeper: EngineKeeper) -> None:
+    outcomes: list[Outcome] = []
+
+    def report(error: DpgenError) -> None:
+        outcomes.append(Outcome.of_error(rank, error))
+
+    steps = RankSteps(
+        on_joined=lambda group: _check_same_dataset(group, job.digest),
+        on_complete=lambda group, config: _share_result(group, config) if job.result_on == "all" else None,
+        report=report,
+        keeper=keeper,
+    )
+    status = run_rank(lambda: _get_config(job), (), steps)
+    _restore_signals()
+    if status and not outcomes:
+        report(DpgenError(f"the rank ended with status {status}"))
+    flush_logging()
+    write_outcome(folder, number, outcomes[0] if outcomes else Outcome(rank))
+
+
+def _get_config(job: RankJob) -> Config:
+    if isinstance(job.config, DpgenError):
+        raise job.config
+    return job.config
+
+
+def _restore_signals() -> None:
+    """Let signals end this process while it has no job."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    if (descriptor := signal.set_wakeup_fd(-1)) != -1:
+        os.close(descriptor)  # ends the thread that reads it
+
+
+def _end_with_program() -> None:
+    """End this process once the program that holds the other end of stdin has ended."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_S)
+    os._exit(1)
+
+
+def _check_same_dataset(group: RankGroup, digest: str) -> None:
+    """Check that all ranks were called with the same rows. Collective."""
+    digests = group.all_gather_object(digest)
+
+    def check() -> None:
+        if different := [rank for rank, other in enumerate(digests) if other != digests[0]]:
+            raise ConfigError(
+                f"the ranks were called with different datasets: that of rank {different[0]} is not that of rank 0. "
+                "Make it the same way on every rank; dpgen divides the rows itself"
+            )
+
+    group.run_on_all_ranks(check)
+
+
+def _share_result(group: RankGroup, config: Config) -> None:
+    """Copy rank 0's RUN_DIR/dataset to each rank that does not see it. Collective."""
+    run_dir = RunDir(config.run.dir)
+    needs_copy = not shares_run_dir(group, run_dir.path)
+    if not any(group.all_gather_object(needs_copy)):
+        return
+    files = sorted(path for path in run_dir.dataset.iterdir() if path.is_file()) if group.rank == 0 else []
+    names: list[str] = group.all_gather_object([path.name for path in files])[0]
+    if needs_copy:
+        run_dir.dataset.mkdir(parents=True, exist_ok=True)
+    for place, name in enumerate(names):
+        source = files[place].open("rb") if group.rank == 0 else None
+        target = (run_dir.dataset / name).open("wb") if needs_copy else None
+        while True:
+            chunk = source.read(_SENT_BYTES // group.size) if source is not None else None
+            sent: bytes = group.all_gather_object(chunk)[0]
+            if not sent:
+                break
+            if target is not None:
+                target.write(sent)
+        for file in (source, target):
+            if file is not None:
+                file.close()
+
+
+if __name__ == "__main__":
+    main()

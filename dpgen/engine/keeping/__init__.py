@@ -1,0 +1,1 @@
+"""Keep an engine for several jobs."""
