@@ -257,7 +257,9 @@ class _Job:
     def _make_monitor(self) -> RunMonitor:
         loop, engine, group = self._loop, self._engine, self._group
         self._reporter.logs_failure = group.is_node_leader
-        self._reporter.view = EngineView(lambda: loop.engine_stats, lambda: engine.num_deaths, group.get_wait_s)
+        self._reporter.view = EngineView(
+            lambda: loop.engine_stats, lambda: engine.num_deaths, group.get_wait_s, lambda: loop.latencies.counts
+        )
         return RunMonitor(self._config, self._run_dir, len(self._rows), self._reporter, is_rank_0=group.rank == 0)
 
     # ---- plan

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from dpgen.records import Request, RequestId, RowResult
 from dpgen.scheduling.request_source import RequestSource
+from dpgen.scheduling.throughput import LatencyHistogram
 
 # Rows rejected in one call, at most: a file of bad rows must not keep the loop from its other duties.
 _MAX_REJECTED_PER_CALL = 50
@@ -29,6 +30,9 @@ class AdmissionController:
     Args:
         reserve_rows: sequences kept waiting in the engine beyond those it runs, so that it never runs out.
         num_samples: sequences of a row that does not give a number of its own.
+
+    Attributes:
+        latencies: for how long the engine had each request that it has finished, waiting included.
     """
 
     def __init__(self, reserve_rows: int, num_samples: int = 1) -> None:
@@ -38,6 +42,7 @@ class AdmissionController:
         self._seq_limit: int | None = None
         self._num_preemptions = 0
         self._stable_since_s = 0.0
+        self.latencies = LatencyHistogram()
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -88,9 +93,17 @@ class AdmissionController:
             source.num_in_flight_when_full = len(self._in_flight)
         return requests, rejected
 
-    def release(self, ids: Iterable[RequestId]) -> None:
-        """Remove requests that the engine has finished."""
-        self._num_seqs -= sum(self._in_flight.pop(id)[1] for id in ids)
+    def release(self, ids: Iterable[RequestId], now_s: float | None = None) -> None:
+        """Remove requests that the engine has finished.
+
+        Args:
+            now_s: when it finished them, for `latencies`; None to leave them out there.
+        """
+        for id in ids:
+            admitted_s, num_seqs = self._in_flight.pop(id)
+            self._num_seqs -= num_seqs
+            if now_s is not None:
+                self.latencies.record(now_s - admitted_s)
 
     def clear(self) -> None:
         """Remove all rows: the engine that had them is gone."""

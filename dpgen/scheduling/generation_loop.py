@@ -134,6 +134,7 @@ class GenerationLoop:
 
     Attributes:
         engine_stats: the engine's newest statistics, since the start of the attempt; None before the first.
+        latencies: for how long the engine had each request.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class GenerationLoop:
         self._planner, self._engine, self._results, self._group = planner, engine, results, group
         self._leading_errors, self._stop_reason = LeadingErrorCheck(config.max_leading_errors), stop_reason
         self._admission = AdmissionController(config.reserve_rows, config.num_samples)
+        self.latencies = self._admission.latencies
         self._throughput = ThroughputMeter()
         self.engine_stats: EngineStats | None = None
         self._source: RequestSource
@@ -158,9 +160,8 @@ class GenerationLoop:
         self._local = Totals()
         self._global: Totals | None = None
         self._pending_sync: PendingReduce | None = None
-        self._next_sync_s = 0.0
+        self._next_sync_s = self._last_finished_s = 0.0
         self._first_admitted_s: float | None = None
-        self._last_finished_s = 0.0
 
     def run(self, source: RequestSource, on_progress: Callable[[Totals], None] = lambda totals: None) -> Totals:
         """Generate until no rank has unfinished work, and return the totals of all ranks. Collective.
@@ -264,9 +265,9 @@ class GenerationLoop:
         is_waiting = self._needs_engine and not self._results.num_processing
         for event in events or self._engine.poll(_WAIT_S if is_waiting else _IDLE_WAIT_S):
             if isinstance(event, RowsFinished):
-                self._admission.release(event.ids)
-                finished.append(event)
                 self._last_finished_s = time.monotonic()
+                self._admission.release(event.ids, self._last_finished_s)
+                finished.append(event)
             elif isinstance(event, EngineStats):
                 self._apply_engine_stats(event)
         try:
@@ -292,10 +293,9 @@ class GenerationLoop:
             )
 
     def _record_all(self, finished: RowsFinished) -> None:
-        for result in finished.results:
+        results: list[RowResult | UndecodedRow] = [*finished.results, *finished.undecoded]
+        for result in results:
             self._results.add(result)
-        for undecoded in finished.undecoded:
-            self._results.add(undecoded)
 
     def _count_recorded(self) -> None:
         for result in self._results.take_recorded():

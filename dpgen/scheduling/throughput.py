@@ -1,13 +1,41 @@
-"""Measure each rank's throughput and find stragglers; each rank shares its own rate along with its totals."""
+"""Measure each rank's throughput and latencies, and find stragglers; each rank shares its rate with its totals."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
 _WINDOW_S = 10.0
 _STRAGGLER_FRACTION = 0.7  # of the other ranks' median; a rank below it is a straggler
 UNKNOWN_RATE = -1
+_MIN_LATENCY_S = 1 / 64
+_BINS_PER_DOUBLING = 4
+_MAX_LATENCY_BINS = 84  # up to 9 hours; the last bin holds all that took longer
+
+
+class LatencyHistogram:
+    """Count durations in bins that widen with them, four to each doubling.
+
+    Attributes:
+        counts: of each bin, up to the last that is not empty. Bin b ends at `get_latency_bin_end_s(b)`.
+    """
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def record(self, latency_s: float) -> None:
+        """Count one duration in seconds."""
+        bin = math.ceil(_BINS_PER_DOUBLING * math.log2(max(latency_s, _MIN_LATENCY_S) / _MIN_LATENCY_S))
+        bin = min(bin, _MAX_LATENCY_BINS - 1)
+        if bin >= len(self.counts):
+            self.counts += [0] * (bin + 1 - len(self.counts))
+        self.counts[bin] += 1
+
+
+def get_latency_bin_end_s(bin: int) -> float:
+    """Return the longest duration that a bin of a `LatencyHistogram` counts, in seconds."""
+    return _MIN_LATENCY_S * math.pow(2.0, bin / _BINS_PER_DOUBLING)
 
 
 class ThroughputMeter:

@@ -9,10 +9,12 @@ import pytest
 
 from dpgen.scheduling.throughput import (
     UNKNOWN_RATE,
+    LatencyHistogram,
     ThroughputMeter,
     compute_slowdowns,
     find_straggler,
     find_stragglers,
+    get_latency_bin_end_s,
 )
 
 
@@ -79,3 +81,11 @@ def test_a_slowdown_is_the_others_mean_rate_over_the_own_rate() -> None:
     assert compute_slowdowns([100, 50, 200, UNKNOWN_RATE]) == [1.25, 3.0, 0.375, 1.0]
     assert compute_slowdowns([UNKNOWN_RATE, 50]) == [1.0, 1.0] and compute_slowdowns([]) == []
     assert compute_slowdowns([0, 300]) == [300.0, 0.0]
+
+
+def test_latencies_are_counted_in_bins_that_widen() -> None:
+    latencies = LatencyHistogram()
+    for seconds in (0.0, 1 / 64, 0.02, 1.0, 1.0, 1e9):
+        latencies.record(seconds)
+    assert sum(latencies.counts) == 6 and latencies.counts[0] == 2 and latencies.counts[24] == 2
+    assert get_latency_bin_end_s(24) == 1.0 and latencies.counts[-1] == 1 and len(latencies.counts) == 84

@@ -122,6 +122,8 @@ class RankRecord:
         phase, phase_s: what the rank does, and for how many seconds.
         wait_s: for how many seconds the rank has waited for other ranks; 0 if it does not wait.
         run: None before the input is counted.
+        latencies: requests by how long the engine had them; `LatencyHistogram` of `dpgen.scheduling.throughput` says
+            which bin is which.
     """
 
     rank: int
@@ -140,6 +142,7 @@ class RankRecord:
     counts: RankCounts = field(default_factory=RankCounts)
     errors: tuple[ErrorKind, ...] = ()
     run: RunCounts | None = None
+    latencies: tuple[int, ...] = ()
 
     @property
     def path_name(self) -> str:
@@ -234,6 +237,7 @@ def decode_record(content: Any) -> RankRecord:
     fields["errors"] = tuple(ErrorKind(**_select_fields(ErrorKind, kind)) for kind in content.get("errors") or ())
     run = content.get("run")
     fields["run"] = None if run is None else RunCounts(**_select_fields(RunCounts, run))
+    fields["latencies"] = tuple(int(count) for count in content.get("latencies") or ())
     return RankRecord(**fields)
 
 

@@ -15,10 +15,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from dpgen.config.secrets import redact_text
 from dpgen.errors import EXIT_RESUMABLE, DpgenError, PeerFailed
@@ -74,11 +74,13 @@ class EngineView(NamedTuple):
         get_stats: returns the engine's newest statistics, since the start of the attempt; None before the first.
         get_num_restarts: returns how often the engine was restarted.
         get_wait_s: returns for how many seconds the rank has waited for other ranks; 0 if it does not wait.
+        get_latencies: returns the counts of a `LatencyHistogram`: for how long the engine had each request.
     """
 
     get_stats: Callable[[], EngineCounts | None] = lambda: None
     get_num_restarts: Callable[[], int] = lambda: 0
     get_wait_s: Callable[[], float] = lambda: 0.0
+    get_latencies: Callable[[], Sequence[int]] = lambda: ()
 
 
 class _Phase(NamedTuple):
@@ -123,6 +125,13 @@ class RankReporter:
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self.interval_s = INTERVAL_S
+
+    @property
+    def ending(self) -> tuple[Literal["finished", "stopped", "failed"], str | None] | None:
+        """Return how the attempt has ended, and why; None until then, or if none had begun."""
+        if self._attempt is None or self._state == "live":
+            return None
+        return self._state, self._reason
 
     # ---- in the main thread
 
@@ -250,6 +259,7 @@ class RankReporter:
             counts=self._count(phase, now_s),
             errors=self.tally.list_errors(),
             run=self._add_rate(now_s),
+            latencies=tuple(self.view.get_latencies()),
         )
 
     def _count(self, phase: _Phase, now_s: float) -> RankCounts:
