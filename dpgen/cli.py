@@ -19,6 +19,7 @@ COMMANDS = {
     "preview": "show what a run will do: prompts, token counts, failing rows, an estimate",
     "config": "show a configuration as it resolves, with where each value comes from",
     "status": "show how a run is, from any shell",
+    "report": "write a page on a run, with charts",
     "verify": "check a run directory, complete or not",
     "export": "write a run's rows as Parquet, JSON lines, CSV or a dataset of the Hub",
     "slurm": "print the sbatch script for a configuration, or submit it",

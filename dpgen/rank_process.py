@@ -90,6 +90,7 @@ def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps:
 
     group: RankGroup = SingleRankGroup()
     departure, reporter = Departure(), RankReporter()
+    loaded: Config | Exception | None = None
     startup, status_file = StartupTimer(), StatusFile(os.environ)
     startup.on_mark = reporter.end_step
     log_format, started_by_torchrun = _find_log_format(None, arguments), "TORCHELASTIC_RUN_ID" in os.environ
@@ -129,12 +130,17 @@ def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps:
         return _report_ctrl_c(error, reporter, steps.report)
     except DpgenError as error:
         return _report_failure(group, (status_file, reporter), error, log_format, steps.report)
-    except Exception as error:  # the process boundary: a fault of dpgen's, or of a library's
-        logger.error("unexpected error", exc_info=error)
-        message = f"{type(error).__name__}: {error} (a fault in dpgen or a library; see above)"
-        return _report_failure(group, (status_file, reporter), DpgenError(message), log_format, steps.report)
+    except Exception as error:  # noqa: BLE001 - the process boundary: a fault of dpgen's, or of a library's
+        return _report_failure(group, (status_file, reporter), _log_unexpected(error), log_format, steps.report)
     finally:
         group.close()
+        _write_report(group, reporter, loaded)
+
+
+def _log_unexpected(error: Exception) -> DpgenError:
+    """Log an error with its traceback, and return what is reported in its place."""
+    logger.error("unexpected error", exc_info=error)
+    return DpgenError(f"{type(error).__name__}: {error} (a fault in dpgen or a library; see above)")
 
 
 def _end_with_torchrun() -> None:
@@ -168,6 +174,17 @@ def _run(
     _publish(steps, resolved, group, reports[-1])
     steps.on_complete(group, resolved)
     reports[-1].finish()
+
+
+def _write_report(group: RankGroup, reporter: RankReporter, loaded: Config | Exception | None) -> None:
+    """Write the report on the attempt that has ended, if one had begun; only rank 0 does, and no other rank waits."""
+    ending = reporter.ending
+    if group.rank != 0 or ending is None or loaded is None or isinstance(loaded, Exception) or not loaded.run.report:
+        return
+    from dpgen.report.facts import RunEnding
+    from dpgen.report.writing import write_final_report
+
+    write_final_report(loaded.run.dir, RunEnding(*ending))
 
 
 def _prepare(steps: RankSteps, config: Config, group: RankGroup) -> None:

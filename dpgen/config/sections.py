@@ -79,6 +79,11 @@ class RunConfig:
         3,
         minimum=0,
     )
+    report: bool = option(
+        "write RUN_DIR/report.html when the run ends: a page with charts, errors and a few rows; 'dpgen report' writes "
+        "it at any time",
+        True,
+    )
     max_leading_errors: int = option(
         "stop the run if its first rows all fail, this many of them and a few from the rest of the order, since then "
         "the fault is not in the rows; 0: never; without effect once a row of the run has succeeded",

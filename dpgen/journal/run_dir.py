@@ -6,6 +6,7 @@
     logs/         what each rank's engine printed
     status/       what each rank does now, and over time
     input/        rows that a program gave to the Python API
+    report.html   a page on the run, for people
     dataset/      the final rows, in input order
     _SUCCESS      counts and a hash of the results, written last
     upload.json   what output.to has of the result
@@ -33,7 +34,10 @@ from dpgen.journal.run_identity import diff_identities, get_num_rows
 
 # "ranks" is of older versions. Hidden files (.lock, .dataset.tmp) are ignored.
 _RUN_FILES = frozenset(
-    ["journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs", "status", "input", "upload.json"]
+    [
+        *("journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs", "status"),
+        *("input", "upload.json", "report.html"),
+    ]
 )
 
 
@@ -47,6 +51,7 @@ class RunDir:
         self.logs = self.path / "logs"
         self.status = self.path / "status"
         self.input = self.path / "input"
+        self.report = self.path / "report.html"
         self.success = self.path / "_SUCCESS"
         self._run_json = self.path / "run.json"
         self._lock_fd: int | None = None
