@@ -121,7 +121,6 @@ class _Job:
 
     _layout: Layout
     _rows: InputRows
-    _run_dir: RunDir
     _attempt: int
     _text_needs: Mapping[str, Any]
     _note: RowNote
@@ -144,6 +143,8 @@ class _Job:
         self._config, self._topology, self._group, self._keeper = config, topology, group, keeper
         self._stack, self._shutdown = guards
         self._status_file, self._startup, self._reporter = reports
+        self._run_dir = RunDir(config.run.dir)
+        self._stack.callback(self._run_dir.unlock)
         self._engine_log = EngineLog(config.run.log_level)
         self._started_engine: EngineSupervisor | None = None
         self._loaded_text: TextPipeline | None = None
@@ -169,8 +170,6 @@ class _Job:
         check_same_job(config, group)
         self._layout = group.run_on_all_ranks(lambda: build_layout(self._topology, config.parallel))
         self._start_engine()  # vLLM is imported beside what follows
-        self._run_dir = RunDir(config.run.dir)
-        self._stack.callback(self._run_dir.unlock)
         self._rows, fingerprint = open_input(
             config.data, group, self._run_dir, lambda rows: check_columns(config, rows)
         )

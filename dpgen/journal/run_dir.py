@@ -99,9 +99,13 @@ class RunDir:
     def lock(self) -> None:
         """Reserve the directory for this run until `unlock`, or the end of this process. Only rank 0 calls this.
 
+        A second call changes nothing: a stage that takes the lock is repeated where ranks are lost in it.
+
         Raises:
             ConfigError: another live run holds the lock.
         """
+        if self._lock_fd is not None:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

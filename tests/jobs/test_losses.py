@@ -20,6 +20,7 @@ SEND = "torch.distributed:send:after"  # rank 0 knows how many bytes to wait for
     [
         pytest.param("dpgen.distributed.gloo.rank_group:GlooGroup._meet:before", True, id="joining"),
         pytest.param("dpgen.distributed.agreement:load_input:before", True, id="reading the input"),
+        pytest.param("dpgen.distributed.attempt:shares_run_dir:before", True, id="beginning the attempt"),
         pytest.param("dpgen.scheduling.planner:ShardPlanner._find_remaining_rows:before", True, id="planning"),
         pytest.param("dpgen.engine.loading:ModelLoader._agree_kv_bytes:before", True, id="loading the model"),
         pytest.param("dpgen.engine.loading:ModelLoader._load:after", True, id="waiting for the others' models"),
