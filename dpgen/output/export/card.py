@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,9 @@ def _iter_lines(run_dir: RunDir, source: ExportSource, stats: ExportStats) -> It
     yield from _describe_prompt(identity)
     yield from ("", "## What the rows hold", "")
     yield from _describe_rows(stats)
+    if identity.get("check"):
+        yield from ("", "## Checks", "")
+        yield from _describe_checks(source.metadata, stats)
     yield from ("", "## Throughput", "")
     yield from _list_items(_describe_throughput(source.metadata))
     yield from ("", "## How to make it again", "")
@@ -132,6 +136,27 @@ def _describe_rows(stats: ExportStats) -> Iterator[str]:
     reasons = ", ".join(f"{name} {number:,}" for name, number in stats.finish_reasons.most_common())
     errors = ", ".join(f"`{name}` {number:,}" for name, number in stats.errors.most_common())
     yield from _list_items({"finish reasons": reasons, "rows with an error": errors or "none"})
+
+
+def _describe_checks(metadata: Mapping[str, Any], stats: ExportStats) -> Iterator[str]:
+    """Yield which completions were rejected, and how often in the last attempt."""
+    check = redact_secrets(metadata["identity"]["check"])
+    used = {key: value for key, value in check.items() if value not in (None, False, {}, [])}
+    yield "A completion that failed one of these checks was generated again, or continued where it was cut off:"
+    yield from ("", *_fence(yaml12.dump({"check": _shorten_paths(used)}).rstrip("\n"), "yaml"), "")
+    manifests = metadata.get("manifests") or ()
+    num_retries: Counter[str] = Counter()
+    for manifest in manifests:
+        num_retries.update(manifest.get("num_retries") or {})
+    num_rejected = sum(manifest.get("num_rejected_tokens") or 0 for manifest in manifests)
+    num_failed = stats.errors["check_failed"]
+    yield from _list_items(
+        {
+            "retries in the last attempt": ", ".join(f"`{name}` {number:,}" for name, number in num_retries.items()),
+            "tokens of rejected completions there": f"{num_rejected:,}" if num_rejected else "",
+            "rows that failed to the last": f"{num_failed:,}" if num_failed else "none",
+        }
+    )
 
 
 def _describe_throughput(metadata: Mapping[str, Any]) -> dict[str, Any]:

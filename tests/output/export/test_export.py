@@ -106,6 +106,22 @@ def test_parquet_holds_the_dataset_as_it_is(run_dir: RunDir, tmp_path: Path, tar
     assert {path.name for path in tmp_path.iterdir()} <= {target, "cache"}, "nothing temporary stays"
 
 
+def test_the_card_names_the_checks_and_what_they_rejected(run_dir: RunDir, tmp_path: Path) -> None:
+    identity = {
+        **run_dir.read_metadata()["identity"],
+        "check": {"regex": "^[0-9]", "function": None, "max_attempts": 3},
+    }
+    ranks = [{"num_retries": {"regex": 3}, "num_rejected_tokens": 20}, {"num_retries": {"regex": 4}}]
+    export(run_dir, tmp_path / "unchecked")
+    assert "## Checks" not in (tmp_path / "unchecked" / "README.md").read_text()
+    run_dir.update_metadata(identity=identity, manifests=ranks)
+    export(run_dir, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in ("## Checks", "max_attempts: 3", "`regex` 7", "rejected completions there: 20", "to the last: none"):
+        assert text in card
+    assert "function" not in card.split("## Checks")[1].split("##")[0]
+
+
 def test_row_groups_and_shards_are_cut_by_bytes(
     run_dir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
