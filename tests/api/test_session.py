@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.jobs import Launcher, descendants, load_result, make_numbered_rows, wait_for, write_into
+from helpers.jobs import REPO, Launcher, descendants, load_result, make_numbered_rows, wait_for, write_into
 from helpers.results import count_journal_bytes
 
 import dpgen
@@ -264,3 +264,19 @@ def test_each_example_in_a_docstring_runs(tmp_path: Path, monkeypatch: pytest.Mo
         tests = doctest.DocTestFinder(recurse=False).find(target, name, globs={"folder": tmp_path / str(number)})
         assert [bool(test.examples) for test in tests] == [True], f"{name} has no example"
         assert doctest.DocTestRunner().run(tests[0]).failed == 0
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_the_program_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [program] = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    program = program.replace('model="Qwen/Qwen2.5-7B-Instruct"', 'model="none", run={"engine": "fake"}, quiet=True')
+    rows = [{"question": "What is 1 + 1?", "messages": [{"role": "user", "content": "hello"}]}] * 3
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"dataset": rows}
+    exec(program.replace("num_gpus=8", "num_gpus=2"), names)
+    assert [names[name].num_rows for name in ("rows", "cold", "warm")] == [3, 3, 3]
+    assert len(capsys.readouterr().out.splitlines()) == 3, "one line for each row of the stream"
+    assert count_results(tmp_path / "runs" / "a").tolist() == [1, 1, 1]
