@@ -121,7 +121,10 @@ def prepare_call(dataset: Any, layers: Sequence[Layer], topology: Topology, resu
     rows = None if paths is not None else _to_dataset(dataset)
     is_temporary = config.run.dir == PLACEHOLDER
     if is_temporary:
-        config = replace(config, run=replace(config.run, dir=tempfile.mkdtemp(prefix="dpgen-run-")))
+        directory = tempfile.mkdtemp(prefix="dpgen-run-")
+    else:
+        directory = os.path.abspath(os.path.expanduser(config.run.dir))  # the program may change its directory
+    config = replace(config, run=replace(config.run, dir=directory))
     call = Call(config, RankJob(config, "", result_on), is_temporary, None)
     if rows is None:
         return call

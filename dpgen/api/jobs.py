@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,11 +33,13 @@ class RankJob:
         config: what to run; or why the program could not prepare its call, for the other ranks.
         digest: stands for the dataset of the program, which is the same on all ranks; "" for `data.path`.
         result_on: which ranks need RUN_DIR/dataset.
+        directory: the program's working directory, from which relative paths count; made by this process.
     """
 
     config: Config | DpgenError
     digest: str
     result_on: ResultOn
+    directory: str = field(default_factory=os.getcwd)
 
 
 @dataclass(frozen=True)

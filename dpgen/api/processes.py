@@ -51,14 +51,18 @@ class RankProcesses:
         self._reader: threading.Thread | None = None
         self._was_interrupted, self._failed_s = False, 0.0
         has_screen = not is_quiet and _is_terminal()
-        self._process = subprocess.Popen(
-            _build_command(num_ranks, self._folder),
-            env=_build_environment(os.environ, is_own_world=num_ranks is not None),
-            stdin=subprocess.PIPE,
-            stdout=None if has_screen else subprocess.PIPE,
-            stderr=None if has_screen else subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                _build_command(num_ranks, self._folder),
+                env=_build_environment(os.environ, is_own_world=num_ranks is not None),
+                stdin=subprocess.PIPE,
+                stdout=None if has_screen else subprocess.PIPE,
+                stderr=None if has_screen else subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         if not has_screen:
             self._reader = threading.Thread(target=self._forward_lines, name="dpgen-ranks", daemon=True)
             self._reader.start()
@@ -112,6 +116,8 @@ class RankProcesses:
     def interrupt(self) -> None:
         """Ask the ranks to stop their job, resumable; `wait` waits for it."""
         self._was_interrupted = True
+        with contextlib.suppress(OSError):
+            (self._folder / f"interrupt-{self._num_jobs - 1}").touch()
         pids = [path.read_text() for path in self._folder.glob("pid-*")]
         for pid in pids or [str(self._process.pid)]:
             if self._process.poll() is None and pid.isdecimal():
@@ -121,6 +127,8 @@ class RankProcesses:
     def close(self) -> None:
         """End the ranks and their engines; safe to call twice."""
         if self._process.poll() is None:
+            if self._num_jobs and self.poll() is None:
+                self.interrupt()  # resumable; the ranks see "close" once the job has ended
             (self._folder / "close").touch()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_CLOSE_S)
@@ -188,7 +196,7 @@ def _build_environment(environ: Mapping[str, str], *, is_own_world: bool) -> dic
     if is_own_world:
         env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it, with a warning
     # Ranks import what the program can import.
-    env["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    env["PYTHONPATH"] = os.pathsep.join(str(path) or os.getcwd() for path in sys.path)
     env["PYTHONSAFEPATH"] = "1"
     return env
 

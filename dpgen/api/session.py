@@ -11,12 +11,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack, get_type_hints
 
 from dpgen.api.calls import Call, make_error_job, prepare_call
-from dpgen.api.jobs import ResultOn
+from dpgen.api.jobs import Outcome, ResultOn
 from dpgen.api.processes import RankProcesses
 from dpgen.api.settings import ConfigSource, JobSettings, Layer, Settings, list_layers, make_layer
 from dpgen.config.schema import Config
 from dpgen.distributed.topology import Topology, read_topology
-from dpgen.errors import ConfigError, DpgenError
+from dpgen.errors import ConfigError, DpgenError, Interrupted, NoRowSucceeded
 
 if TYPE_CHECKING:
     import datasets
@@ -247,19 +247,25 @@ class _Runner:
 
         last_attempt = call.run_dir.read_metadata().get("attempt") or 0
         ranks = self._begin(call)
-        rows = RowStream(call.config, ranks, last_attempt)
+        rows, is_all_given = RowStream(call.config, ranks, last_attempt), False
         try:
             if self._topology.dp_rank == 0:
                 yield from rows.iter_rows()
             else:
                 rows.outcome = ranks.wait()
+            is_all_given = True
         except KeyboardInterrupt:
-            ranks.interrupt()
-            rows.outcome = ranks.wait()
+            if rows.outcome is None:
+                ranks.interrupt()
+                rows.outcome = ranks.wait()
+            if rows.outcome.error_type in (None, NoRowSucceeded.__name__):  # all is generated, and not all was given
+                rows.outcome = Outcome.of_error(0, Interrupted("interrupted by SIGINT"))
+            is_all_given = True  # the error names the directory
         finally:
             if rows.outcome is None:
                 ranks.interrupt()
                 ranks.wait()
+            if not is_all_given:
                 call.warn_if_left()
             on_end()
         assert rows.outcome is not None
@@ -286,9 +292,20 @@ class _Runner:
             raise ConfigError(
                 "this Session is in use: finish or close its stream, or its call in another thread, first"
             )
-        if self._ranks is None:
-            self._ranks = RankProcesses(self._count_ranks(call.config), is_quiet=self._is_quiet)
-        self._ranks.submit(call.job)
+        try:
+            if self._ranks is not None and not self._ranks.is_alive:  # it died between two calls
+                self._ranks.kill()
+                self._ranks = None
+            if self._ranks is None:
+                self._ranks = RankProcesses(self._count_ranks(call.config), is_quiet=self._is_quiet)
+            self._ranks.submit(call.job)
+        except BaseException:
+            ranks, self._ranks = self._ranks, None
+            if ranks is not None:
+                ranks.kill()
+            call.discard_input()
+            self._in_use.release()
+            raise
         return self._ranks
 
     def _count_ranks(self, config: Config) -> int | None:

@@ -60,13 +60,23 @@ def _run_job(folder: Path, number: int, rank: int, job: RankJob, keeper: EngineK
     def report(error: DpgenError) -> None:
         outcomes.append(Outcome.of_error(rank, error))
 
+    def load() -> Config:
+        if (folder / f"interrupt-{number}").exists():  # it came before this job was read
+            raise KeyboardInterrupt
+        try:
+            os.chdir(job.directory)
+        except OSError as error:
+            raise ConfigError(f"the working directory {job.directory} can't be used: {error.strerror}") from None
+        return _get_config(job)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the first job
     steps = RankSteps(
         on_joined=lambda group: _check_same_dataset(group, job.digest),
         on_complete=lambda group, config: _share_result(group, config) if job.result_on == "all" else None,
         report=report,
         keeper=keeper,
     )
-    status = run_rank(lambda: _get_config(job), (), steps)
+    status = run_rank(load, (), steps)
     _restore_signals()
     if status and not outcomes:
         report(DpgenError(f"the rank ended with status {status}"))
@@ -121,6 +131,9 @@ def _share_result(group: RankGroup, config: Config) -> None:
     names: list[str] = group.all_gather_object([path.name for path in files])[0]
     if needs_copy:
         run_dir.dataset.mkdir(parents=True, exist_ok=True)
+        for path in run_dir.dataset.iterdir():  # of an earlier result
+            if path.is_file() and path.name not in names:
+                path.unlink(missing_ok=True)
     for place, name in enumerate(names):
         source = files[place].open("rb") if group.rank == 0 else None
         target = (run_dir.dataset / name).open("wb") if needs_copy else None

@@ -103,6 +103,8 @@ def to_dataset(rows: Any) -> datasets.Dataset:
     import datasets
 
     if isinstance(rows, datasets.Dataset):
+        if rows.format["type"] == "custom":
+            raise ConfigError("dataset has a transform, which can't be saved: apply it with map() first")
         return rows.with_format(None)
     if isinstance(rows, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise ConfigError(f"dataset is a dict of splits: give one of them, e.g. dataset[{next(iter(rows), 'train')!r}]")
@@ -111,6 +113,12 @@ def to_dataset(rows: Any) -> datasets.Dataset:
         from_frame = datasets.Dataset.from_polars if package == "polars" else _from_pandas
         return _translate_conversion(lambda: from_frame(rows))
     if isinstance(rows, Mapping):
+        for name, values in rows.items():
+            if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
+                raise ConfigError(
+                    f"dataset[{name!r}] is a {type(values).__name__}: a dict holds columns, each a list; for one row "
+                    "give a list of one dict"
+                )
         lengths = {name: len(values) for name, values in rows.items()}
         if len(set(lengths.values())) > 1:
             raise ConfigError(f"dataset: its columns have different lengths: {lengths}")

@@ -57,7 +57,7 @@ class ShutdownMonitor:
         self._before_exit = before_exit
         self._signal: signal.Signals | None = None
         self._first_signal_s = 0.0
-        self._may_raise, self._is_over = True, False
+        self._may_raise, self._is_over, self._has_ended = True, False, False
         self._has_deadline = deadline_s is not None
         self._is_deadline_due = False
 
@@ -90,6 +90,7 @@ class ShutdownMonitor:
             raise Interrupted(str(received)) from None
         finally:
             self._may_raise = False
+            self._has_ended = True  # a process may run another job, which has a deadline of its own
 
     @contextmanager
     def defer_signals(self) -> Iterator[None]:
@@ -131,7 +132,7 @@ class ShutdownMonitor:
         """Interrupt the main thread at the deadline, also in a call that blocks."""
         while (remaining_s := deadline_s - self._clock()) > 0:
             time.sleep(min(remaining_s, _MAX_SLEEP_S))
-        if self._is_over:
+        if self._is_over or self._has_ended:
             return
         if not self._has_deadline:
             logger.info(f"{self._deadline_name} is near, finishing the result, which is nearly complete")

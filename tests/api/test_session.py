@@ -133,6 +133,66 @@ def test_a_stream_gives_each_row_once_and_loses_nothing_where_it_is_broken_off(t
 
 
 @pytest.mark.slow
+def test_ctrl_c_is_no_end_of_a_stream_though_all_rows_are_generated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    stream = dpgen.stream(ROWS, **FAKE)
+    first = next(stream)
+    [folder] = [path for path in tmp_path.iterdir() if path.name.startswith("dpgen-run-")]
+    wait_for(lambda: (folder / "_SUCCESS").exists())
+    with pytest.raises(dpgen.Interrupted) as caught:
+        stream.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+    assert caught.value.run_dir == folder
+    rows = list(dpgen.stream(ROWS, **FAKE, run_dir=folder))
+    assert len(rows) == 24 and first in rows
+
+
+@pytest.mark.slow
+def test_relative_paths_count_from_where_the_program_is_at_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dpgen.Session(**FAKE) as session:
+        for name, number in (("one", 2), ("two", 3)):
+            (tmp_path / name).mkdir()
+            monkeypatch.chdir(tmp_path / name)
+            Path("rows.jsonl").write_text("".join(f'{{"prompt": "{name} {row}"}}\n' for row in range(number)))
+            result = session.generate("rows.jsonl", run_dir="out")
+            assert result is not None and result["prompt"][:] == [f"{name} {row}" for row in range(number)]
+            assert (tmp_path / name / "out" / "_SUCCESS").exists()
+
+
+@pytest.mark.slow
+def test_a_session_goes_on_after_its_ranks_have_died_and_after_a_call_that_could_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with dpgen.Session(**FAKE) as session:
+        assert session.generate(ROWS[:2]) is not None
+        [rank] = descendants(os.getpid(), b"dpgen.api.worker")
+        os.kill(rank, signal.SIGKILL)
+        wait_for(lambda: not descendants(os.getpid(), b"dpgen.api.worker"))
+        assert session.generate(ROWS[:3]) is not None
+    with dpgen.Session(**FAKE) as session:
+        with monkeypatch.context() as patched:
+            patched.setattr("dpgen.api.processes.sys.executable", str(tmp_path / "nowhere"))
+            with pytest.raises(OSError, match="nowhere"):
+                session.generate(ROWS[:2])
+        assert session.generate(ROWS[:2]) is not None
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("dpgen-")], "nothing temporary stays"
+
+
+@pytest.mark.slow
+def test_leaving_a_session_stops_a_stream_that_is_held(tmp_path: Path) -> None:
+    with dpgen.Session(**FAKE, engine=SLOW) as session:
+        stream = session.stream(ROWS, run_dir=tmp_path / "run")
+        next(stream)
+    assert not descendants(os.getpid(), b"dpgen.api.worker")
+    status = json.loads((tmp_path / "run" / "status" / "rank-0.json").read_text())
+    assert status["state"] == "stopped", "interrupted, and not killed"
+
+
+@pytest.mark.slow
 def test_a_session_loads_its_engine_once(tmp_path: Path) -> None:
     results = []
     with dpgen.Session(**FAKE) as session:
@@ -201,7 +261,7 @@ dist.init_process_group("gloo")  # the program's own
 rank = dist.get_rank()
 result = dpgen.generate(rows, model="none", prompt_column="prompt", run={"engine": "fake"}, result_on="all",
                         sampling={"max_tokens": 4})
-print("RESULT", result["generated_text"][:], flush=True)
+print(f"RESULT {result['generated_text'][:]}\\n", end="", flush=True)
 with dpgen.Session(model="none", prompt_column="prompt", run={"engine": "fake"}) as session:
     for count in (5, 7):
         result = session.generate(rows[:count])
@@ -209,13 +269,13 @@ with dpgen.Session(model="none", prompt_column="prompt", run={"engine": "fake"})
     try:
         session.generate(rows[: 5 + rank])
     except dpgen.DpgenError as error:
-        print("CAUGHT", type(error).__name__, error, flush=True)
+        print(f"CAUGHT {type(error).__name__} {error}\\n", end="", flush=True)  # one write: ranks share the pipe
     streamed = sorted(row["row_id"] for row in session.stream(rows))
     assert streamed == ([] if rank else list(range(24))), streamed
 total = torch.ones(1)
 dist.all_reduce(total)
 assert total.item() == 2
-print("DONE", flush=True)
+print("DONE\\n", end="", flush=True)
 """
 
 

@@ -126,6 +126,19 @@ def test_the_deadline_interrupts_whatever_the_run_does() -> None:
 
 
 @pytest.mark.usefixtures("restored_handlers")
+def test_the_deadline_of_a_run_that_has_ended_interrupts_nothing() -> None:
+    """A process may run one job after the other."""
+    num_threads = threading.active_count()
+    monitor = ShutdownMonitor(time.monotonic() + 0.1, "run.time_limit=90")
+    with pytest.raises(KeyError), monitor.handle_signals():
+        raise KeyError("the run fails")
+    received: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, _: received.append(number))
+    wait_for(lambda: threading.active_count() <= num_threads)
+    assert received == []
+
+
+@pytest.mark.usefixtures("restored_handlers")
 def test_a_deadline_within_a_deferring_block_raises_only_after_it() -> None:
     monitor = ShutdownMonitor(time.monotonic() + 0.1, "run.time_limit=90")
     monitor.install_handlers()
