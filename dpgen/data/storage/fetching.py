@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -140,14 +140,18 @@ class Fetcher:
         shown = _show(store, item)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked(place.with_name(".lock")):
+            with self._locked(place.with_name(".lock")) as is_locked:
                 if _is_whole(place, item):
                     return
-                part = place.with_name(f"{place.name}.part")
+                own = "" if is_locked else f".{uuid.uuid4().hex}"  # without locks no two processes share a file
+                part = place.with_name(f"{place.name}{own}.part")
                 self._read(part, store, item)
                 now = store.find(item.path)
                 if now is None or (now.size, now.version) != (item.size, item.version):
                     raise ConfigError(f"{shown} changed while it was fetched. Start again once it is complete")
+                if item.size not in (None, part.stat().st_size):
+                    part.unlink()
+                    raise TransferStopped(f"{shown}: what came has another size. The same command fetches it again")
                 os.replace(part, place)
         except DpgenError:
             raise
@@ -200,9 +204,14 @@ class Fetcher:
             self._num_bytes += num_bytes
 
     @contextmanager
-    def _locked(self, path: Path) -> Iterator[None]:
-        """Hold a lock among processes, where the file system has locks."""
+    def _locked(self, path: Path) -> Iterator[bool]:
+        """Hold a lock among processes; yield False where the file system has none.
+
+        Raises:
+            TransferStopped: the fetch has ended while this waited for another process.
+        """
         with open(path, "ab") as file:
+            is_locked = True
             while not self._stop.is_set():
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,9 +219,11 @@ class Fetcher:
                     self._stop.wait(_POLL_S)
                     continue
                 except OSError:
-                    pass
+                    is_locked = False
                 break
-            yield
+            else:
+                raise TransferStopped("another object could not be fetched")
+            yield is_locked
 
     def _mirror(self, store: Store, listed: ListedAddress, places: Sequence[Path]) -> Path:
         """Return a folder with the names of a stored one, whose files are what was fetched."""
@@ -220,7 +231,10 @@ class Fetcher:
         key = hashlib.blake2b(json.dumps([names, list(map(str, places))]).encode(), digest_size=16).hexdigest()
         folder = self._cache / "folders" / key / (os.path.basename(store.path.rstrip("/")) or store.scheme)
         if folder.exists():
-            return folder
+            if all(_is_same(folder / name, place) for name, place in zip(names, places, strict=True)):
+                return folder
+            with suppress(OSError):  # of files that were fetched again since
+                folder.rename(folder.with_name(f".old-{uuid.uuid4().hex}"))
         temporary = folder.with_name(f".new-{uuid.uuid4().hex}")
         try:
             for name, place in zip(names, places, strict=True):
@@ -261,6 +275,11 @@ def retry(call: Callable[[], T], stop: threading.Event) -> T:
             if is_last or stop.wait(2.0**number):
                 raise
     raise AssertionError
+
+
+def _is_same(name: Path, place: Path) -> bool:
+    """Return True if the two names are of one file."""
+    return name.exists() and os.path.samefile(name, place)
 
 
 def _is_whole(place: Path, item: StoredObject) -> bool:

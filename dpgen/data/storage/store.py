@@ -18,7 +18,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from dpgen.config.checks import find_scheme
-from dpgen.config.secrets import REMOVED
+from dpgen.config.secrets import REMOVED, redact_text
 from dpgen.data.storage.store_errors import explain_store_error
 from dpgen.errors import ConfigError, suggest_name
 from dpgen.log import PeriodicLog
@@ -245,16 +245,23 @@ def _to_text(version: Any) -> str:
 
 def show_address(address: str) -> str:
     """Return an address for messages: without a password, and without the query, which may hold a signature."""
-    address = re.sub(r"(?<=://)[^/?#]*@", "", address)
+    address = redact_text(re.sub(r"(?<=://)[^/?#]*@", "", address))
     if find_scheme(address) in WEB_SCHEMES:
         address, mark, _ = address.partition("?")
         return f"{address}?..." if mark else address
     return address
 
 
+def _drop_removed(value: Any) -> Any:
+    """Return options without those that were secrets, so that the store's package looks for them elsewhere."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: _drop_removed(item) for name, item in value.items() if item != REMOVED}
+
+
 def _add_defaults(scheme: str, address: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a store's options, with limits on the time where its package has none, or long ones."""
-    options = {name: value for name, value in options.items() if value != REMOVED}  # of a run's own config.yaml
+    options = {name: _drop_removed(value) for name, value in options.items() if value != REMOVED}  # of a config.yaml
     if scheme in ("s3", "s3a"):
         defaults = {"connect_timeout": _CONNECT_TIMEOUT_S, "read_timeout": _READ_TIMEOUT_S}
         retries = {"retries": {"max_attempts": _S3_ATTEMPTS, "mode": "standard"}}

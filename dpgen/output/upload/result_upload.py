@@ -67,6 +67,10 @@ class ResultUpload:
             raise ConfigError(f"output.to={path}: must not be in the run directory {self._run_dir.path}")
         store = self._open()
         run, there = call_store(store, lambda: (_read_mark(store), _list(store)), "to list it", self._on_wait)
+        self._refuse_foreign(store, run, there)
+        call_store(store, lambda: _probe(store), "to be written to", self._on_wait)
+
+    def _refuse_foreign(self, store: Store, run: str | None, there: Mapping[str, StoredObject]) -> None:
         if run is not None and run != _read_record(self._run_dir).get("run"):
             raise ConfigError(
                 f"{store.label} holds the result of another run directory: choose another place, or remove it there"
@@ -75,7 +79,6 @@ class ResultUpload:
             raise ConfigError(
                 f"{store.label} holds files that no run uploaded ({list_names(sorted(there))}): choose an empty place"
             )
-        call_store(store, lambda: _probe(store), "to be written to", self._on_wait)
 
     def upload(self) -> None:
         """Upload what is not there yet, remove leftovers of an earlier result, and write `_SUCCESS`.
@@ -88,12 +91,14 @@ class ResultUpload:
         started_s, shown = time.monotonic(), show_address(self._address)
         try:
             store = self._open()
-            there = call_store(store, lambda: _list(store), "to list it", self._on_wait)
+            run, there = call_store(store, lambda: (_read_mark(store), _list(store)), "to list it", self._on_wait)
+            self._refuse_foreign(store, run, there)  # what came there since the run began
             record = self._begin_record()
             done = {
                 name for name, path in files.items() if _is_uploaded(path, record["files"].get(name), there.get(name))
             }
-            leftovers = sorted(there.keys() - files.keys())
+            own = record["files"].keys() | set(record.get("earlier", {}).get(record["place"], ()))
+            leftovers = sorted((there.keys() & own) - files.keys())
             missing = [name for name in files if name not in done and name != _SUCCESS]
             if not missing and not leftovers and _SUCCESS in done:
                 logger.info(f"the result is in {shown} already")
@@ -165,7 +170,11 @@ class ResultUpload:
         record = _read_record(self._run_dir)
         place = hashlib.blake2b(self._address.encode(), digest_size=16).hexdigest()
         if record.get("place") != place:
-            record = {**record, "place": place, "to": show_address(self._address), "files": {}}
+            earlier = dict(record.get("earlier", {}))  # names that this run has uploaded elsewhere
+            if "place" in record:
+                earlier[record["place"]] = sorted({*earlier.get(record["place"], ()), *record["files"]})
+            shown = show_address(self._address)
+            record = {**record, "place": place, "to": shown, "files": {}, "earlier": earlier}
         record.setdefault("run", uuid.uuid4().hex)
         self._write_record(record)
         return record

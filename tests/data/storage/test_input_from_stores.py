@@ -28,6 +28,7 @@ from dpgen.data.input_loading import load_input
 from dpgen.data.input_rows import InputRows
 from dpgen.data.openai_batch.recognition import resolve_format
 from dpgen.data.storage import fetching
+from dpgen.data.storage.listing import list_addresses
 from dpgen.errors import EXIT_RESUMABLE, ConfigError, TransferStopped
 
 Load = Callable[..., InputRows]
@@ -132,6 +133,42 @@ def test_an_interrupted_download_continues_where_it_stopped(
     assert read_prompts(load_from(f"s3://{name}")) == prompts
     ranges = [range for method, path, range in server.requests if method == "GET" and name in path]
     assert "bytes=0-255" not in ranges and "bytes=1024-1279" in ranges
+
+
+def test_a_fetch_that_is_stopped_while_it_waits_for_another_process_writes_nothing(
+    load_from: Load, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"bucket/shared-{uuid.uuid4().hex}.jsonl"
+    server.file_system.pipe(name, to_lines(["a", "b"]))
+    started = threading.Event()
+
+    def hold(file: Any, operation: int) -> None:
+        started.set()
+        raise BlockingIOError
+
+    def stop() -> None:
+        if started.is_set():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as held:
+        held.setattr(fetching.fcntl, "flock", hold)
+        address = f"s3://{name}"
+        listing = list_addresses([address], server.options)
+        with pytest.raises(KeyboardInterrupt):
+            fetching.Fetcher(tmp_path / "cache", server.options, stop).fetch(listing)
+    assert not list(tmp_path.rglob("*.part")), "the other process writes this file"
+    assert read_prompts(load_from(address)) == ["a", "b"]
+
+
+def test_a_damaged_file_of_the_cache_is_fetched_again_for_folders_too(
+    load_from: Load, server: S3Server, tmp_path: Path
+) -> None:
+    folder = f"bucket/folder-{uuid.uuid4().hex}"
+    server.file_system.pipe(f"{folder}/rows.jsonl", to_lines(["a", "b"]))
+    assert read_prompts(load_from(f"s3://{folder}/")) == ["a", "b"]
+    [place] = (tmp_path / "cache" / "objects").rglob("rows.jsonl")
+    place.write_bytes(to_lines(["a", "b", "c"]))
+    assert read_prompts(load_from(f"s3://{folder}/")) == ["a", "b"]
 
 
 def test_an_object_that_changes_while_it_is_fetched_is_an_error(
@@ -281,13 +318,15 @@ def test_options_of_a_store_are_not_written_in_clear(server: S3Server) -> None:
     options = {
         **server.options,
         "username": "me",
-        "client_kwargs": {"aws_session_token": "session", "region_name": "eu"},
+        "client_kwargs": {"aws_session_token": "session", "region_name": "eu", "cookies": {"id": "crumbs"}},
+        "s3_additional_kwargs": {"SSECustomerKey": "customer"},
     }
     data = DataConfig(path="https://me:pw@host/rows.jsonl?sig=abcdef", prompt_column="prompt", storage_options=options)
     text = to_yaml(Config(run=RunConfig(dir="run"), data=data, model="m"))
     assert server.url in text and "region_name: eu" in text
     assert not any(
-        secret in text for secret in (SECRET_KEY, options["key"], "username: me", "session\n", "pw", "abcdef")
+        secret in text
+        for secret in (SECRET_KEY, options["key"], "username: me", "session\n", "pw", "abcdef", "crumbs", "customer")
     )
     restored = dataclasses.replace(data, storage_options={"key": "<removed>", "secret": "<removed>"})
     assert restored.storage_options  # dropped where the store is opened, so that the environment's credentials count

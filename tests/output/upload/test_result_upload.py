@@ -110,6 +110,32 @@ def test_a_place_with_other_files_or_another_runs_result_is_refused(
     assert server.file_system.exists("bucket/mine/thesis.txt")
 
 
+def test_what_came_to_the_place_during_the_run_is_neither_replaced_nor_removed(
+    run_dir: RunDir, server: S3Server, tmp_path: Path
+) -> None:
+    other = RunDir(str(tmp_path / "other"))
+    write_result(other, 2)
+    works = [ResultUpload(run, "s3://bucket/both", server.options) for run in (run_dir, other)]
+    for work in works:
+        work.check()
+    works[0].upload()
+    with pytest.raises(TransferStopped, match="holds the result of another run directory"):
+        works[1].upload()
+    server.file_system.pipe("bucket/both/notes.txt", b"x")
+    write_result(run_dir, 2)
+    upload(run_dir, server, "s3://bucket/both")
+    names = [name for name in server.list_names("bucket/both") if not name.startswith(".")]
+    assert names == ["_SUCCESS", "notes.txt", "train-0-of-2.parquet", "train-1-of-2.parquet"]
+
+
+def test_a_place_that_is_used_again_keeps_no_file_of_the_first_time(run_dir: RunDir, server: S3Server) -> None:
+    for place, num_files in (("first", 3), ("second", 2), ("first", 2)):
+        write_result(run_dir, num_files)
+        upload(run_dir, server, f"s3://bucket/{place}")
+    names = [name for name in server.list_names("bucket/first") if not name.startswith(".")]
+    assert names == ["_SUCCESS", "train-0-of-2.parquet", "train-1-of-2.parquet"]
+
+
 @pytest.mark.parametrize("to", ["{folder}/out", "file://{folder}/out", "memory://{name}/out"])
 def test_folders_and_other_stores_are_places_too(run_dir: RunDir, tmp_path: Path, to: str) -> None:
     import fsspec
