@@ -20,12 +20,16 @@ def identify_code(config: Config) -> tuple[dict[str, str], list[str]]:
     """Return a hash of the file of each module that a key names a function or class of, and the names without one.
 
     Returns:
-        ``key=module:name`` → hash, and the others of these names, whose modules have no file that can be read.
+        ``key=module:name`` → hash, and the names whose modules have no file that can be read. A module that there is
+        not is in neither: the process that needs it says so.
     """
     hashes: dict[str, str] = {}
     unknown: list[str] = []
     for key, name in _iter_names(config):
-        path = find_module_file(name.partition(":")[0])
+        module = name.partition(":")[0]
+        if _find_module(module) is None:
+            continue
+        path = find_module_file(module)
         try:
             content = None if path is None else path.read_bytes()
         except OSError:
@@ -49,6 +53,12 @@ def _iter_names(config: Config) -> Iterator[tuple[str, str]]:
 
 def find_module_file(module: str) -> Path | None:
     """Return the file of a module, found as an import would find it; None for one without a file, or none at all."""
+    spec = _find_module(module)
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
+def _find_module(module: str) -> ModuleSpec | None:
+    """Return where an import would find a module; None if there is none."""
     places: list[str] | None = list_import_folders()
     spec: ModuleSpec | None = None
     for depth, name in enumerate(module.split(".")):
@@ -63,4 +73,4 @@ def find_module_file(module: str) -> Path | None:
         if spec is None:
             return None
         places = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
-    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+    return spec
