@@ -185,6 +185,7 @@ def _write_report(group: RankGroup, reporter: RankReporter, loaded: Config | Exc
     from dpgen.report.writing import write_final_report
 
     write_final_report(loaded.run.dir, RunEnding(*ending))
+    flush_logging()
 
 
 def _prepare(steps: RankSteps, config: Config, group: RankGroup) -> None:
