@@ -17,9 +17,10 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,19 +123,13 @@ class Fetcher:
             ),
             on_all_ranks=True,
         )
-        with ThreadPoolExecutor(_NUM_OBJECTS, "fetch") as pool:
-            futures = [pool.submit(self._fetch_one, place, *missing[place]) for place in missing]
-            try:
-                pending: set[Future[None]] = set(futures)
-                while pending:
-                    done, pending = wait(pending, timeout=_POLL_S, return_when="FIRST_EXCEPTION")
-                    for future in done:
-                        future.result()
-                    self._on_wait()
-                    log()
-            finally:
-                self._stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+
+        def on_wait(_: int) -> None:
+            self._on_wait()
+            log()
+
+        transfers = [partial(self._fetch_one, place, *missing[place]) for place in missing]
+        run_transfers(transfers, _NUM_OBJECTS, self._stop, on_wait)
 
     def _fetch_one(self, place: Path, store: Store, item: StoredObject) -> None:
         shown = _show(store, item)
@@ -263,6 +258,30 @@ class Fetcher:
         if is_lasting(error):
             return ConfigError(text)
         return TransferStopped(f"fetching the input broke off: {text}. The same command continues it")
+
+
+def run_transfers(
+    transfers: Iterable[Callable[[], None]], num_threads: int, stop: threading.Event, on_wait: Callable[[int], None]
+) -> None:
+    """Run transfers in threads, and wait for them in this one; the first error ends all.
+
+    Args:
+        stop: is set at the end, so that those that still run give up.
+        on_wait: is called again and again, with the number of those that are finished.
+    """
+    with ThreadPoolExecutor(num_threads, "transfer") as pool:
+        pending: set[Future[None]] = {pool.submit(transfer) for transfer in transfers}
+        num_done = 0
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=_POLL_S, return_when="FIRST_EXCEPTION")
+                num_done += len(done)
+                for future in done:
+                    future.result()
+                on_wait(num_done)
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def retry(call: Callable[[], T], stop: threading.Event) -> T:

@@ -15,13 +15,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpgen.config.checks import find_scheme
 from dpgen.data.reading.files import list_names
-from dpgen.data.storage.fetching import retry
+from dpgen.data.storage.fetching import retry, run_transfers
 from dpgen.data.storage.listing import get_relative_name
 from dpgen.data.storage.store import LOCAL_SCHEMES, Store, StoredObject, call_store, open_store, show_address
 from dpgen.errors import ConfigError, DpgenError, TransferStopped
@@ -36,7 +36,6 @@ MARK = ".dpgen-upload.json"
 RECORD = "upload.json"
 _SUCCESS = "_SUCCESS"
 _NUM_FILES = 4  # uploaded at a time
-_POLL_S = 0.2
 _NO_WAIT: Callable[[], None] = lambda: None  # noqa: E731
 
 
@@ -131,22 +130,16 @@ class ResultUpload:
             lambda: f"uploading the result: {num_done:,} of {format_count(len(files), 'file')}",
             on_all_ranks=True,
         )
-        with ThreadPoolExecutor(_NUM_FILES, "upload") as pool:
-            pending: set[Future[None]] = {
-                pool.submit(self._put, store, name, path, record) for name, path in files.items()
-            }
-            try:
-                while pending:
-                    done, pending = wait(pending, timeout=_POLL_S, return_when="FIRST_EXCEPTION")
-                    num_done += len(done)
-                    for future in done:
-                        future.result()
-                    self._on_wait()
-                    log()
-            finally:
-                self._stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                self._stop = threading.Event()
+
+        def on_wait(number: int) -> None:
+            nonlocal num_done
+            num_done = number
+            self._on_wait()
+            log()
+
+        self._stop = threading.Event()
+        transfers = [partial(self._put, store, name, path, record) for name, path in files.items()]
+        run_transfers(transfers, _NUM_FILES, self._stop, on_wait)
 
     def _put(self, store: Store, name: str, path: Path, record: dict[str, Any]) -> None:
         target, stat, stop = f"{store.path.rstrip('/')}/{name}", path.stat(), self._stop
@@ -217,14 +210,13 @@ def upload_file(path: Path, address: str, options: Mapping[str, Any], on_wait: C
     """
     store, stop = open_store(address, options, "-o"), threading.Event()
     try:
-        with ThreadPoolExecutor(1, "upload") as pool:
-            future = pool.submit(put_file, store, path, store.path, stop)
-            log = PeriodicLog(logger, lambda: f"uploading to {show_address(address)}", on_all_ranks=True)
-            while not future.done():
-                wait([future], timeout=_POLL_S)
-                on_wait()
-                log()
-            future.result()
+        log = PeriodicLog(logger, lambda: f"uploading to {show_address(address)}", on_all_ranks=True)
+
+        def wait_and_log(_: int) -> None:
+            on_wait()
+            log()
+
+        run_transfers([partial(put_file, store, path, store.path, stop)], 1, stop, wait_and_log)
     except DpgenError:
         raise
     except Exception as error:  # noqa: BLE001 - each store's package has errors of its own
