@@ -40,8 +40,8 @@ from dpgen.distributed.gloo import rank_group
 from dpgen.distributed.gloo.address_book import AddressBook
 from dpgen.distributed.gloo.rank_group import GlooGroup
 from dpgen.distributed.topology import Topology
-from dpgen.scheduling.throughput import compute_slowdowns
-from dpgen.scheduling.totals import Totals
+from dpgen.scheduling.progress.throughput import compute_slowdowns
+from dpgen.scheduling.progress.totals import Totals
 
 _STAND_INS_PER_PROCESS = 128
 _SWITCH_INTERVAL_S = 0.05  # between threads that compute: each that waits for its turn wakes up as often

@@ -54,11 +54,11 @@ from dpgen.output.result import gather_results, is_already_complete, write_resul
 from dpgen.records import RankManifest
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
+from dpgen.scheduling.progress.totals import Totals
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource
 from dpgen.scheduling.result_recorder import ResultRecorder
 from dpgen.scheduling.retries.retry_tracker import RetryConfig, RetryTracker
-from dpgen.scheduling.totals import Totals
 
 logger = logging.getLogger(__name__)
 

@@ -130,7 +130,7 @@ def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
     from dpgen.output.column_check import check_columns
     from dpgen.scheduling.groups.prefix_groups import group_by_prefix
     from dpgen.scheduling.order import order_rows
-    from dpgen.scheduling.slow_rows import SlowRowFilter
+    from dpgen.scheduling.progress.slow_rows import SlowRowFilter
 
     config = resolve_format(config)
     rows = load_input(config.data)

@@ -45,8 +45,8 @@ from dpgen.output.column_check import check_columns, check_result, list_used_col
 from dpgen.scheduling.groups.samples import SAMPLE_ROWS, sample_rows
 from dpgen.scheduling.order import RowOrder
 from dpgen.scheduling.order_config import OrderConfig
+from dpgen.scheduling.progress.slow_rows import SlowRowFilter
 from dpgen.scheduling.request_builder import RequestBuilder
-from dpgen.scheduling.slow_rows import SlowRowFilter
 from dpgen.scheduling.sources import SourceMaker
 
 _MAX_EXAMINE_S = 20.0

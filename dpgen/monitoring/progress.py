@@ -12,8 +12,8 @@ from dpgen.config.completion_checks import CHECK_NAMES
 from dpgen.formatting import format_count, format_duration
 from dpgen.monitoring.run_report import format_fraction, format_retries
 from dpgen.monitoring.time_left import estimate_time_left
-from dpgen.scheduling.throughput import find_straggler
-from dpgen.scheduling.totals import Totals
+from dpgen.scheduling.progress.throughput import find_straggler
+from dpgen.scheduling.progress.totals import Totals
 
 if TYPE_CHECKING:
     from dpgen.monitoring.progress_bar import TerminalBar

@@ -15,7 +15,7 @@ from dpgen.monitoring.status.record import RankRecord
 from dpgen.monitoring.status.reporter import PeerReader, RankReporter
 from dpgen.monitoring.trackers import TrackerThread, open_trackers
 from dpgen.records import Request
-from dpgen.scheduling.totals import Totals
+from dpgen.scheduling.progress.totals import Totals
 
 logger = logging.getLogger(__name__)
 

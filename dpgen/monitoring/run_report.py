@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dpgen.config.completion_checks import CHECK_NAMES
 from dpgen.formatting import format_count, format_duration
 from dpgen.records import RankManifest
-from dpgen.scheduling.throughput import UNKNOWN_RATE, find_straggler
-from dpgen.scheduling.totals import Totals
+from dpgen.scheduling.progress.throughput import UNKNOWN_RATE, find_straggler
+from dpgen.scheduling.progress.totals import Totals
 
 _MIN_REPORTED_FRACTION = 0.01  # of all prompt tokens
 _MIN_BUSY_S = 10.0  # a rank that was busy for less has no meaningful rate

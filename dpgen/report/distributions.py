@@ -9,7 +9,7 @@ import numpy as np
 
 from dpgen.report.charts import Bar
 from dpgen.report.numbers import format_number, format_seconds
-from dpgen.scheduling.throughput import get_latency_bin_end_s
+from dpgen.scheduling.progress.throughput import get_latency_bin_end_s
 
 _BINS = 40
 _OUTLIER_FACTOR = 4  # times the 99th percentile: beyond that, the last bar takes all

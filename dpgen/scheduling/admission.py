@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from dpgen.records import Request, RequestId, RowResult
+from dpgen.scheduling.progress.throughput import LatencyHistogram
 from dpgen.scheduling.request_source import RequestSource
-from dpgen.scheduling.throughput import LatencyHistogram
 
 # Rows rejected in one call, at most: a file of bad rows must not keep the loop from its other duties.
 _MAX_REJECTED_PER_CALL = 50

@@ -26,12 +26,12 @@ from dpgen.formatting import format_count
 from dpgen.records import RankManifest, Request, RowResult, UndecodedRow
 from dpgen.scheduling.admission import AdmissionController
 from dpgen.scheduling.groups.prompt_groups import RankState
-from dpgen.scheduling.leading_errors import LeadingErrorCheck
 from dpgen.scheduling.order import RowOrder
+from dpgen.scheduling.progress.leading_errors import LeadingErrorCheck
+from dpgen.scheduling.progress.throughput import ThroughputMeter, compute_slowdowns
+from dpgen.scheduling.progress.totals import Totals
 from dpgen.scheduling.request_source import RequestSource
 from dpgen.scheduling.retries.retry_tracker import RetryCounts
-from dpgen.scheduling.throughput import ThroughputMeter, compute_slowdowns
-from dpgen.scheduling.totals import Totals
 
 logger = logging.getLogger(__name__)
 

@@ -48,10 +48,10 @@ from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.order import RowOrder, ShardSpec, order_by_measured_lengths
 from dpgen.scheduling.order_config import OrderConfig
+from dpgen.scheduling.progress.slow_rows import SlowRowFilter
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource
 from dpgen.scheduling.retries.earlier_attempts import AttemptStore
-from dpgen.scheduling.slow_rows import SlowRowFilter
 from dpgen.scheduling.sources import SourceMaker
 
 logger = logging.getLogger(__name__)

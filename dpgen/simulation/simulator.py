@@ -29,10 +29,10 @@ from dpgen.scheduling.admission import AdmissionController
 from dpgen.scheduling.claims import Claim, ShardClaimer
 from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.order import RowOrder, ShardSpec, order_by_measured_lengths
+from dpgen.scheduling.progress.throughput import ThroughputMeter, compute_slowdowns
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource
 from dpgen.scheduling.sources import SourceMaker
-from dpgen.scheduling.throughput import ThroughputMeter, compute_slowdowns
 
 _SYNC_INTERVAL_S = 1.0  # as in `dpgen.scheduling.generation_loop`
 _STATS_INTERVAL_S = 1.0  # as in `dpgen.engine.server`

@@ -23,7 +23,7 @@ from dpgen.config.sections import RunConfig
 from dpgen.formatting import describe_type, format_count, format_duration
 from dpgen.monitoring.progress import ProgressDisplay
 from dpgen.monitoring.progress_bar import TerminalBar, can_draw
-from dpgen.scheduling.totals import Totals
+from dpgen.scheduling.progress.totals import Totals
 
 # Five seconds of work on 80 rows of 10 tokens for one rank, half of it for two.
 SLOW = {"step_s": 0.05, "max_num_seqs": 8}

@@ -12,7 +12,7 @@ from dpgen.monitoring.status.page import format_rank_lines
 from dpgen.monitoring.status.record import ProcessIdentity, RankCounts, RankRecord
 from dpgen.monitoring.status.result_tally import ResultTally
 from dpgen.records import Completion, Request, RequestId, RowError, RowResult
-from dpgen.scheduling.throughput import UNKNOWN_RATE
+from dpgen.scheduling.progress.throughput import UNKNOWN_RATE
 
 
 def test_a_prompt_shows_its_end_with_special_tokens() -> None:

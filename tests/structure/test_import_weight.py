@@ -38,4 +38,4 @@ def test_importing_a_module_loads_no_heavy_package(module: str) -> None:
 
 
 def test_the_check_sees_packages_that_an_import_loads() -> None:
-    assert {"dpgen", "numpy"} <= find_packages_loaded_by("dpgen.scheduling.throughput, numpy.linalg")
+    assert {"dpgen", "numpy"} <= find_packages_loaded_by("dpgen.scheduling.progress.throughput, numpy.linalg")

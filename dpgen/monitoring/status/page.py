@@ -11,7 +11,7 @@ from dpgen.formatting import escape_text, format_count, format_duration
 from dpgen.monitoring.status.record import RankCounts, RankRecord
 from dpgen.monitoring.status.run_status import RankView, RunState, RunStatus
 from dpgen.monitoring.time_left import TimeLeft
-from dpgen.scheduling.throughput import UNKNOWN_RATE
+from dpgen.scheduling.progress.throughput import UNKNOWN_RATE
 
 _HEADLINES: Mapping[RunState, str] = {
     "starting": "starting",

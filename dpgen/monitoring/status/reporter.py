@@ -36,8 +36,8 @@ from dpgen.monitoring.status.record import (
     write_record,
 )
 from dpgen.monitoring.status.result_tally import ResultTally
-from dpgen.scheduling.throughput import UNKNOWN_RATE, ThroughputMeter
-from dpgen.scheduling.totals import Totals
+from dpgen.scheduling.progress.throughput import UNKNOWN_RATE, ThroughputMeter
+from dpgen.scheduling.progress.totals import Totals
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from dpgen.monitoring.status.history import Sample, read_history
 from dpgen.monitoring.status.liveness import LivenessJudge
 from dpgen.monitoring.status.record import GENERATING, ErrorKind, RankCounts, RankRecord, read_records
 from dpgen.monitoring.time_left import TimeLeft, estimate_time_left
-from dpgen.scheduling.throughput import UNKNOWN_RATE, find_stragglers
+from dpgen.scheduling.progress.throughput import UNKNOWN_RATE, find_stragglers
 
 RunState = Literal["starting", "live", "finished", "stopped", "failed", "dead", "checking", "unknown"]
 ViewState = Literal["live", "finished", "stopped", "failed", "dead", "checking", "missing"]

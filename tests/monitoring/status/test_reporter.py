@@ -16,7 +16,7 @@ from dpgen.monitoring.status.history import read_history
 from dpgen.monitoring.status.record import RankRecord, read_process, read_records
 from dpgen.monitoring.status.reporter import EngineView, RankReporter
 from dpgen.records import Completion, RowError, RowResult
-from dpgen.scheduling.totals import Totals
+from dpgen.scheduling.progress.totals import Totals
 
 
 @pytest.fixture

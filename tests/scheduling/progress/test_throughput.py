@@ -7,7 +7,7 @@ from statistics import median
 import numpy as np
 import pytest
 
-from dpgen.scheduling.throughput import (
+from dpgen.scheduling.progress.throughput import (
     UNKNOWN_RATE,
     LatencyHistogram,
     ThroughputMeter,

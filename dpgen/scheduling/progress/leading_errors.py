@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dpgen.errors import DpgenError, PeerFailed
 from dpgen.formatting import format_count
 from dpgen.records import RowError, RowResult
-from dpgen.scheduling.totals import Totals
+from dpgen.scheduling.progress.totals import Totals
 
 _FAILING_ROUNDS = 3  # syncs in a row with nothing but errors, before rows are tried or the run stops
 
