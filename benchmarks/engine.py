@@ -178,9 +178,9 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
     from dpgen.data.input_rows import InputRows
     from dpgen.distributed.group import SingleRankGroup
     from dpgen.distributed.topology import read_topology
-    from dpgen.engine.launch import build_engine_spec, build_text_pipeline, make_engine_factory
-    from dpgen.engine.limits import EngineLimits
-    from dpgen.engine.log_file import EngineLog
+    from dpgen.engine.starting.launch import build_engine_spec, build_text_pipeline, make_engine_factory
+    from dpgen.engine.starting.limits import EngineLimits
+    from dpgen.engine.starting.log_file import EngineLog
     from dpgen.engine.supervisor import EngineSupervisor
     from dpgen.journal.run_dir import RunDir
 

@@ -23,15 +23,15 @@ from dpgen.distributed.layout import Layout, build_layout
 from dpgen.distributed.stages import Stage, run_stages
 from dpgen.distributed.topology import Topology
 from dpgen.engine.keeping.keeper import EngineKeeper
-from dpgen.engine.launch import (
+from dpgen.engine.starting.launch import (
     TextPipeline,
     build_text_pipeline,
     check_engine_options,
     has_cold_caches,
     prepare_engine,
 )
-from dpgen.engine.loading import ModelLoader
-from dpgen.engine.log_file import EngineLog
+from dpgen.engine.starting.loading import ModelLoader
+from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE, DpgenError
 from dpgen.formatting import format_count

@@ -192,9 +192,9 @@ def _calibrate_model(config: Config) -> EngineCostModel:
     """Measure the constants of the configuration's engine on this machine."""
     from dpgen.distributed.group import SingleRankGroup
     from dpgen.distributed.topology import read_topology
-    from dpgen.engine.launch import build_engine_spec, make_engine_factory
-    from dpgen.engine.limits import EngineLimits
-    from dpgen.engine.log_file import EngineLog
+    from dpgen.engine.starting.launch import build_engine_spec, make_engine_factory
+    from dpgen.engine.starting.limits import EngineLimits
+    from dpgen.engine.starting.log_file import EngineLog
     from dpgen.engine.supervisor import EngineSupervisor
     from dpgen.simulation.calibration import calibrate
 

@@ -3,7 +3,7 @@
 - Configuration, tokenizer and code are hashed whole. Weights are known by size, date, header and samples of their
   bytes: hashing all of them would take longer than loading them.
 - A model of the Hub is known by its commit.
-- `dpgen.engine.model_damage` tells whether the files are whole.
+- `dpgen.engine.starting.model_damage` tells whether the files are whole.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dpgen.data.hub import describe_lfs_pointers, fetch_adapter, find_broken_file, is_lfs_pointer
-from dpgen.engine.model_damage import find_damage
+from dpgen.engine.starting.model_damage import find_damage
 from dpgen.errors import ConfigError
 
 _CONFIG = "adapter_config.json"

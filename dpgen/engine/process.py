@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import (
     BeginJob,
     EngineFailed,
@@ -35,6 +34,7 @@ from dpgen.engine.messages import (
     Shutdown,
 )
 from dpgen.engine.output_lines import find_root_cause, split_progress
+from dpgen.engine.starting.log_file import EngineLog
 from dpgen.errors import EngineError, EngineStuck
 from dpgen.records import Request
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from dpgen.engine.blame import BlameTracker
-from dpgen.engine.limits import EngineLimits, EngineMemory
 from dpgen.engine.messages import (
     EngineHandle,
     EngineInfo,
@@ -32,6 +31,7 @@ from dpgen.engine.messages import (
     OptionsChecked,
     RowsFinished,
 )
+from dpgen.engine.starting.limits import EngineLimits, EngineMemory
 from dpgen.errors import ConfigError, EngineError, EngineHung, EngineStuck, LockstepEngineLost
 from dpgen.formatting import format_count
 from dpgen.records import Request, RowResult, UndecodedRow

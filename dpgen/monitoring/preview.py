@@ -32,8 +32,14 @@ from dpgen.distributed.group import SingleRankGroup
 from dpgen.distributed.layout import Layout, build_layout
 from dpgen.distributed.topology import Topology
 from dpgen.engine.fake_backend import FakeBackend, FakeOptions
-from dpgen.engine.launch import TextPipeline, build_engine_spec, check_files, expand_model_path, load_text_steps
 from dpgen.engine.messages import EngineSpec
+from dpgen.engine.starting.launch import (
+    TextPipeline,
+    build_engine_spec,
+    check_files,
+    expand_model_path,
+    load_text_steps,
+)
 from dpgen.engine.vllm.field_names import read_vllm_fields
 from dpgen.errors import ConfigError
 from dpgen.formatting import format_count

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from helpers.jobs import wait_for
 
-from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import (
     EngineReady,
     EngineSpec,
@@ -26,6 +25,7 @@ from dpgen.engine.messages import (
     RowsFinished,
 )
 from dpgen.engine.process import EngineProcess, build_engine_env
+from dpgen.engine.starting.log_file import EngineLog
 from dpgen.errors import EngineError, EngineStuck
 from dpgen.records import Request, RequestId
 

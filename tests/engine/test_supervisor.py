@@ -13,7 +13,6 @@ import pytest
 from helpers.clock import FakeClock
 
 from dpgen.config.sections import RunConfig
-from dpgen.engine.limits import EngineLimits
 from dpgen.engine.messages import (
     EngineInfo,
     EngineReady,
@@ -25,6 +24,7 @@ from dpgen.engine.messages import (
     OptionsChecked,
     RowsFinished,
 )
+from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import ConfigError, EngineError, EngineStuck, LockstepEngineLost
 from dpgen.records import Completion, Request, RequestId, RowError, RowResult, UndecodedRow

@@ -1,6 +1,6 @@
 """Run dpgen in a process that kills or stops itself at a given place.
 
-    python tests/helpers/dying_rank.py SIGKILL dpgen.engine.loading:ModelLoader._load:before run CONFIG.yaml ...
+    python tests/helpers/dying_rank.py SIGKILL dpgen.engine.starting.loading:ModelLoader._load:before run C.yaml ...
 
 The place is a function or method, and whether the signal comes before or after its first call.
 """

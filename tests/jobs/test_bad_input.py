@@ -79,7 +79,7 @@ def test_a_bad_row_gets_its_error_and_its_neighbours_their_text(
 EACH_CHECKED = """
 import json, sys
 from dpgen.config.loader import load_from_args
-from dpgen.engine.launch import build_engine_spec
+from dpgen.engine.starting.launch import build_engine_spec
 from dpgen.engine.vllm.vllm_backend import VllmBackend
 from dpgen.errors import ConfigError
 from dpgen.distributed.topology import Topology

@@ -22,8 +22,10 @@ SEND = "torch.distributed:send:after"  # rank 0 knows how many bytes to wait for
         pytest.param("dpgen.distributed.agreement:load_input:before", True, id="reading the input"),
         pytest.param("dpgen.distributed.attempt:shares_run_dir:before", True, id="beginning the attempt"),
         pytest.param("dpgen.scheduling.planner:ShardPlanner._find_remaining_rows:before", True, id="planning"),
-        pytest.param("dpgen.engine.loading:ModelLoader._agree_kv_bytes:before", True, id="loading the model"),
-        pytest.param("dpgen.engine.loading:ModelLoader._load:after", True, id="waiting for the others' models"),
+        pytest.param("dpgen.engine.starting.loading:ModelLoader._agree_kv_bytes:before", True, id="loading the model"),
+        pytest.param(
+            "dpgen.engine.starting.loading:ModelLoader._load:after", True, id="waiting for the others' models"
+        ),
         pytest.param("dpgen.scheduling.generation_loop:GenerationLoop._count:after", True, id="generating"),
         pytest.param(GATHER, True, id="gathering"),
         pytest.param(GATHER, False, id="gathering, with rows that nobody else has"),

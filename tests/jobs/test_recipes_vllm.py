@@ -92,7 +92,7 @@ CHECK_OPTIONS = """
 import json, sys
 from dpgen.config.loader import load_from_args
 from dpgen.distributed.topology import Topology
-from dpgen.engine.launch import build_engine_spec
+from dpgen.engine.starting.launch import build_engine_spec
 from dpgen.engine.vllm.vllm_backend import VllmBackend
 
 for words in json.loads(sys.argv[1]):

@@ -15,7 +15,7 @@ from helpers.tiny_tokenizers import NAMES, save_model_without_weights
 from dpgen.config.loader import load
 from dpgen.config.schema import Config
 from dpgen.data.input_loading import load_input
-from dpgen.engine.launch import load_text_steps
+from dpgen.engine.starting.launch import load_text_steps
 from dpgen.errors import ConfigError
 from dpgen.monitoring.preview import Preview, PreviewOptions, build_preview
 from dpgen.records import derive_row_seed

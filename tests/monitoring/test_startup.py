@@ -12,7 +12,7 @@ from helpers.jobs import Launcher, WriteConfig, load_result, make_numbered_rows,
 
 from dpgen.config.schema import Config
 from dpgen.config.sections import DataConfig, RunConfig
-from dpgen.engine.launch import has_cold_caches
+from dpgen.engine.starting.launch import has_cold_caches
 from dpgen.monitoring.startup import StartupTimer
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.process import EngineProcess
+from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.supervisor import EngineSupervisor
 
 

@@ -122,8 +122,8 @@ class RankRecord:
         phase, phase_s: what the rank does, and for how many seconds.
         wait_s: for how many seconds the rank has waited for other ranks; 0 if it does not wait.
         run: None before the input is counted.
-        latencies: requests by how long the engine had them; `LatencyHistogram` of `dpgen.scheduling.progress.throughput` says
-            which bin is which.
+        latencies: requests by how long the engine had them; `LatencyHistogram`, in
+            `dpgen.scheduling.progress.throughput`, says which bin is which.
     """
 
     rank: int

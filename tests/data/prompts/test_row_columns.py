@@ -23,8 +23,8 @@ from dpgen.data.prompts.columns import check_prompt_columns, select_prompt_colum
 from dpgen.data.prompts.render import PromptRenderer, make_prompt_text_fn
 from dpgen.data.prompts.token_ids import reject_unknown_ids
 from dpgen.data.tokenizer import TokenizerConfig, load_tokenizer
-from dpgen.engine.launch import build_text_pipeline
-from dpgen.engine.log_file import EngineLog
+from dpgen.engine.starting.launch import build_text_pipeline
+from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.vllm.vllm_render import count_vocabulary
 from dpgen.errors import ConfigError, RowRefused
 

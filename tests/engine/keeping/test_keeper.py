@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from dpgen.engine.keeping.keeper import EngineKeeper
-from dpgen.engine.limits import EngineLimits
-from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineStats, RowsFinished
 from dpgen.engine.process import EngineProcess, build_engine_env
+from dpgen.engine.starting.limits import EngineLimits
+from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import ConfigError
 from dpgen.records import Request, RequestId, RowResult

@@ -11,8 +11,8 @@ import pytest
 from dpgen.config.sections import ParallelConfig
 from dpgen.distributed.group import PeerLost, PendingReduce, SingleRankGroup
 from dpgen.distributed.layout import Layout
-from dpgen.engine.loading import LoadedModel, ModelLoader
 from dpgen.engine.messages import EngineInfo, EngineTextConfig
+from dpgen.engine.starting.loading import LoadedModel, ModelLoader
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EngineError, PeerFailed
 

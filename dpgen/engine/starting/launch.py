@@ -37,12 +37,12 @@ from dpgen.distributed.topology import Topology
 from dpgen.engine.adapters import check_adapters, find_adapter_folders
 from dpgen.engine.checking.completion_checker import CompletionChecker, start_completion_checker
 from dpgen.engine.keeping.keeper import EngineKeeper
-from dpgen.engine.limits import EngineLimits
-from dpgen.engine.log_file import EngineLog
 from dpgen.engine.messages import EngineSpec, EngineTextConfig, RequestParsers
-from dpgen.engine.model_damage import check_model_files, has_weights, measure_weights
 from dpgen.engine.parsing.completion_parser import CompletionParser, ToolFinder, start_completion_parser
 from dpgen.engine.process import EngineProcess, build_engine_env
+from dpgen.engine.starting.limits import EngineLimits
+from dpgen.engine.starting.log_file import EngineLog
+from dpgen.engine.starting.model_damage import check_model_files, has_weights, measure_weights
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import ConfigError
 from dpgen.formatting import format_count

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from dpgen.engine.launch import _list_visible_gpus, parse_visible_gpus
+from dpgen.engine.starting.launch import _list_visible_gpus, parse_visible_gpus
 from dpgen.errors import ConfigError
 
 FOUR_GPUS = ["null", "nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"]

@@ -13,8 +13,8 @@ from typing import NoReturn
 import pytest
 from helpers.jobs import Launcher, find_engine_pids, make_numbered_rows, wait_for
 
-from dpgen.engine.log_file import EngineLog
 from dpgen.engine.output_lines import find_level
+from dpgen.engine.starting.log_file import EngineLog
 from dpgen.errors import PeerFailed
 
 # Printed by vLLM 0.32 (CPU) and torch 2.13, if not said otherwise.

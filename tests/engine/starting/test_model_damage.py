@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dpgen.engine.model_damage import check_model_files, has_weights, measure_weights
+from dpgen.engine.starting.model_damage import check_model_files, has_weights, measure_weights
 from dpgen.errors import ConfigError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 5312\n"
