@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dpgen.commands.arguments.parser import describe_unknown
-from dpgen.config import vllm_flags as flags
 from dpgen.config.checks import find_scheme
 from dpgen.config.options import find_type
+from dpgen.config.vllm import vllm_flags as flags
 from dpgen.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
