@@ -18,11 +18,10 @@ from dpgen.records import (
     RowResult,
     ScoredCompletion,
     ToolCall,
-    decode_result,
     derive_row_seed,
     derive_seed,
-    encode_result,
 )
+from dpgen.result_codec import decode_result, encode_result
 
 
 @st.composite

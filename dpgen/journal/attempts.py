@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dpgen.records import RequestId, RowResult, decode_result, encode_result
+from dpgen.records import RequestId, RowResult
+from dpgen.result_codec import decode_result, encode_result
 
 
 class Rejection(NamedTuple):

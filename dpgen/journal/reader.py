@@ -25,7 +25,8 @@ from dpgen.formatting import format_count
 from dpgen.journal import format as fmt
 from dpgen.journal.format import Frames
 from dpgen.journal.row_notes import parse_note_name
-from dpgen.records import RowResult, decode_result
+from dpgen.records import RowResult
+from dpgen.result_codec import decode_result
 
 BATCH_ROWS = 2_000
 BATCH_BYTES = 64 << 20  # of encoded results; their Python objects take a few times as much

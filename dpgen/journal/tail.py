@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dpgen.journal import format as fmt
 from dpgen.journal.reader import list_segments, make_read_error
-from dpgen.records import RowResult, decode_result
+from dpgen.records import RowResult
+from dpgen.result_codec import decode_result
 
 _CHUNK_BYTES = 4 << 20
 

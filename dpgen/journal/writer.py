@@ -19,7 +19,8 @@ from dpgen.errors import DpgenError
 from dpgen.journal import format as fmt
 from dpgen.journal.files import FileSystem
 from dpgen.journal.segment import SegmentWriter, WriteBatch, format_write_error
-from dpgen.records import RowResult, encode_result
+from dpgen.records import RowResult
+from dpgen.result_codec import encode_result
 
 SEGMENT_BYTES = 64 << 20
 SYNC_INTERVAL_S = 0.5

@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from dpgen.records import Completion, RowError, RowResult, encode_result
+from dpgen.records import Completion, RowError, RowResult
+from dpgen.result_codec import encode_result
 
 HASH_VERSION = 2
 

@@ -41,7 +41,8 @@ from dpgen.journal.reader import (
 )
 from dpgen.journal.segment import SegmentWriter, WriteBatch, repair_segment
 from dpgen.journal.writer import JournalWriter
-from dpgen.records import Completion, RequestId, RowResult, decode_result, encode_result, make_rejected_result
+from dpgen.records import Completion, RequestId, RowResult, make_rejected_result
+from dpgen.result_codec import decode_result, encode_result
 
 NEVER_S = 1e6
 

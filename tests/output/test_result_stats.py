@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dpgen import records
 from dpgen.journal.reader import JournalReader, index_journal, list_segments, read_segment
 from dpgen.output.result_stats import HASH_ENCODINGS, HASH_VERSION, ResultStats
+from dpgen.result_codec import decode_result, encode_result
 
 OLD_RUN = Path(__file__).resolve().parents[1] / "run_dirs" / "1b51951" / "finished"
 
@@ -167,7 +168,7 @@ def test_version_2_hashes_journal_records_that_keep_their_bytes() -> None:
         content, frames = path.read_bytes(), read_segment(path).frames
         for offset, length in zip(frames.offset.tolist(), frames.length.tolist(), strict=True):
             record = content[offset : offset + length]
-            assert records.encode_result(records.decode_result(record)) == record
+            assert encode_result(decode_result(record)) == record
 
 
 @settings(deadline=None)  # a loaded machine takes any time

@@ -29,7 +29,7 @@ ORDER = (
     ("config",),
     ("workers",),
     ("lifecycle",),
-    ("records", "logprobs", "errors", "formatting", "log", "imports"),
+    ("records", "result_codec", "logprobs", "errors", "formatting", "log", "imports"),
 )
 FLOORS = {name: len(ORDER) - depth for depth, names in enumerate(ORDER) for name in names}
 

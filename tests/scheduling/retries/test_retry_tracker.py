@@ -18,8 +18,8 @@ from dpgen.records import (
     RowResult,
     UndecodedRow,
     derive_seed,
-    encode_result,
 )
+from dpgen.result_codec import encode_result
 from dpgen.scheduling.retries.earlier_attempts import EarlierAttempts
 from dpgen.scheduling.retries.retry_tracker import RetryConfig, RetryTracker
 
