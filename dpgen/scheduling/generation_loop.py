@@ -13,25 +13,23 @@ import dataclasses
 import logging
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from dpgen.distributed.group import PendingReduce, RankGroup
-from dpgen.engine.messages import EngineStats, Event, RowsFinished
+from dpgen.engine.messages import EngineStats, RowsFinished
 from dpgen.errors import Interrupted, PeerFailed
 from dpgen.formatting import format_count
 from dpgen.records import RankManifest, Request, RowResult, UndecodedRow
 from dpgen.scheduling.admission import AdmissionController
 from dpgen.scheduling.groups.prompt_groups import RankState
-from dpgen.scheduling.order import RowOrder
+from dpgen.scheduling.interfaces import Engine, Planner, ResultSink
 from dpgen.scheduling.progress.leading_errors import LeadingErrorCheck
 from dpgen.scheduling.progress.throughput import ThroughputMeter, compute_slowdowns
 from dpgen.scheduling.progress.totals import Totals
 from dpgen.scheduling.request_source import RequestSource
-from dpgen.scheduling.retries.retry_tracker import RetryCounts
 
 logger = logging.getLogger(__name__)
 
@@ -43,68 +41,6 @@ _DRAIN_S = 5.0  # the longest wait for rows that are being parsed when the loop 
 # Results that may be between engine and journal before no more rows are admitted.
 _MIN_PENDING, _PENDING_PER_SEQ = 64, 2
 _IDLE_WAIT_S = 0.01  # ... for one that has none while other ranks work, or while results are parsed or checked
-
-
-class Planner(Protocol):
-    """Interface of a planner, as the loop uses it; see `ShardPlanner`."""
-
-    @property
-    def order(self) -> RowOrder: ...
-
-    @property
-    def num_remaining_rows(self) -> int: ...
-
-    @property
-    def num_inherited_rows(self) -> int: ...
-
-    @property
-    def has_completions(self) -> bool: ...
-
-    def plan(
-        self, state: RankState | None = None, *, has_engine: bool = True, spread_first: bool = False
-    ) -> RequestSource: ...
-
-
-class Engine(Protocol):
-    """Interface of a loaded engine, as the loop uses it; see `dpgen.engine.supervisor.EngineSupervisor`."""
-
-    @property
-    def max_num_seqs(self) -> int: ...
-
-    @property
-    def is_abandoned(self) -> bool: ...
-
-    def submit(self, requests: list[Request]) -> None: ...
-
-    def poll(self, timeout_s: float) -> list[Event]: ...
-
-
-class ResultSink(Protocol):
-    """Interface of a recorder of results, as the loop uses it; see `ResultRecorder`, in `result_recorder`."""
-
-    @property
-    def pending_rows(self) -> Sequence[int]: ...
-
-    @property
-    def num_processing(self) -> int: ...
-
-    @property
-    def has_retries(self) -> bool: ...
-
-    @property
-    def retry_counts(self) -> RetryCounts: ...
-
-    def begin(self, request: Request) -> Request | None: ...
-
-    def take_retry(self) -> Request | None: ...
-
-    def drop_retries(self) -> list[bytes]: ...
-
-    def add(self, result: RowResult | UndecodedRow) -> None: ...
-
-    def take_recorded(self) -> list[RowResult]: ...
-
-    def raise_if_failed(self) -> None: ...
 
 
 @dataclass(frozen=True)
