@@ -17,7 +17,6 @@ from dpgen.data.input_rows import InputRows
 from dpgen.distributed.agreement import check_same_job, find_what_names_stand_for, open_input
 from dpgen.distributed.attempt import begin_attempt, read_job_start
 from dpgen.distributed.engine_deaths import note_engine
-from dpgen.distributed.gloo.leases import end_stuck_process, read_lease_timing
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout, build_layout
 from dpgen.distributed.stages import Stage, run_stages
@@ -36,8 +35,7 @@ from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE, DpgenError
 from dpgen.formatting import format_count
 from dpgen.journal.engine_notes import remove_engine_notes
-from dpgen.journal.row_notes import RowNote, compute_overdue_s, open_note
-from dpgen.journal.row_watch import RowWatch
+from dpgen.journal.row_notes import RowNote, open_note
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.run_identity import compute_run_identity, describe_hashed_files
 from dpgen.journal.writer import JournalWriter
@@ -52,13 +50,11 @@ from dpgen.output.column_check import check_columns, check_result, list_used_col
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.result import gather_results, is_already_complete, write_result
 from dpgen.records import RankManifest
+from dpgen.run_parts import build_recorder, build_request_builder, watch_rows
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
 from dpgen.scheduling.progress.totals import Totals
-from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource
-from dpgen.scheduling.result_recorder import ResultRecorder
-from dpgen.scheduling.retries.retry_tracker import RetryConfig, RetryTracker
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +214,7 @@ class _Job:
     def _begin_journal(self) -> None:
         self._note = open_note(self._run_dir.journal, self._attempt, self._topology.dp_rank)
         self._stack.callback(self._note.close)
-        self._stack.enter_context(_watch_rows(self._config, self._group, self._note, self._status_file))
+        self._stack.enter_context(watch_rows(self._config, self._group, self._note, self._status_file))
         self._journal = JournalWriter(self._run_dir.journal, self._attempt, self._topology.dp_rank)
         self._journal.before_first_write = self._run_dir.prepare_to_mark_unfinished()
         self._stack.callback(self._journal.close)
@@ -227,31 +223,17 @@ class _Job:
     def _make_planner(self) -> ShardPlanner:
         config = self._config
         planner_config = PlannerConfig.from_config(config, self._rows.columns, self._layout, self._attempt)
-        needed = {name: value for name, value in self._text_needs.items() if name not in config.sampling}
-        builder = RequestBuilder.from_config(
-            config, self._rows, self._text.render, base_sampling=needed, note=self._note
-        )
+        builder = build_request_builder(config, self._rows, self._text, self._text_needs, self._note)
         return ShardPlanner(planner_config, self._rows, self._run_dir.journal, self._group, builder)
 
     def _make_loop(self) -> GenerationLoop:
-        config, results = self._config, self._make_recorder()
+        config = self._config
+        results = build_recorder(config, self._journal, self._text, self._note, self._planner, self._engine)
         results.on_recorded = self._reporter.tally.add_all
         num_samples = config.sampling.get("n") or 1
         loop_config = LoopConfig(config.work.reserve_rows, num_samples, config.run.max_leading_errors)
         stop_reason = lambda: self._shutdown.reason  # noqa: E731 - asked again and again
         return GenerationLoop(self._planner, self._engine, results, self._group, loop_config, stop_reason)
-
-    def _make_recorder(self) -> ResultRecorder:
-        retries = None
-        if self._text.checker is not None:
-            retries = RetryTracker(
-                RetryConfig.from_config(self._config),
-                self._text.checker,
-                self._journal.append_attempt,
-                self._planner.earlier_attempts.find,
-                lambda: self._engine.max_model_len,
-            )
-        return ResultRecorder(self._journal, self._text.detokenizer, self._note, self._text.parser, retries)
 
     def _make_monitor(self) -> RunMonitor:
         loop, engine, group = self._loop, self._engine, self._group
@@ -382,13 +364,3 @@ class _Job:
             config.output.rows_per_file,
             allow_all_errors=config.run.allow_all_errors,
         )
-
-
-def _watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: StatusFile) -> RowWatch:
-    return RowWatch(
-        note,
-        overdue_s=compute_overdue_s(config.data.render_timeout_s),
-        stuck_s=read_lease_timing(os.environ).stuck_s,
-        add=group.store.add,
-        end_process=lambda why: end_stuck_process(lambda: status_file.write_once(EXIT_RESUMABLE), why),
-    )

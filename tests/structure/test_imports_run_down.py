@@ -17,6 +17,7 @@ ORDER = (
     ("commands", "api"),
     ("rank_process",),
     ("run",),
+    ("run_parts",),
     ("report",),
     ("simulation",),
     ("monitoring",),

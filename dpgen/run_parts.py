@@ -1,0 +1,68 @@
+"""Build the parts of a rank's job that connect several wings; `dpgen.run` connects these."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from dpgen.config.schema import Config
+from dpgen.data.input_rows import InputRows
+from dpgen.distributed.gloo.leases import end_stuck_process, read_lease_timing
+from dpgen.distributed.group import RankGroup
+from dpgen.engine.starting.launch import TextPipeline
+from dpgen.engine.supervisor import EngineSupervisor
+from dpgen.errors import EXIT_RESUMABLE
+from dpgen.journal.row_notes import RowNote, compute_overdue_s
+from dpgen.journal.row_watch import RowWatch
+from dpgen.journal.writer import JournalWriter
+from dpgen.lifecycle.status_file import StatusFile
+from dpgen.scheduling.planner import ShardPlanner
+from dpgen.scheduling.request_builder import RequestBuilder
+from dpgen.scheduling.result_recorder import ResultRecorder
+from dpgen.scheduling.retries.retry_tracker import RetryConfig, RetryTracker
+
+
+def build_request_builder(
+    config: Config, rows: InputRows, text: TextPipeline, text_needs: Mapping[str, Any], note: RowNote
+) -> RequestBuilder:
+    """Build what makes requests from rows.
+
+    Args:
+        text_needs: fields of SamplingParams that the work on text needs; the configuration's come first.
+        note: tells the next attempt which row is being rendered.
+    """
+    needed = {name: value for name, value in text_needs.items() if name not in config.sampling}
+    return RequestBuilder.from_config(config, rows, text.render, base_sampling=needed, note=note)
+
+
+def build_recorder(
+    config: Config,
+    journal: JournalWriter,
+    text: TextPipeline,
+    note: RowNote,
+    planner: ShardPlanner,
+    engine: EngineSupervisor,
+) -> ResultRecorder:
+    """Build what decodes, parses, checks and journals results."""
+    retries = None
+    if text.checker is not None:
+        retries = RetryTracker(
+            RetryConfig.from_config(config),
+            text.checker,
+            journal.append_attempt,
+            planner.earlier_attempts.find,
+            lambda: engine.max_model_len,
+        )
+    return ResultRecorder(journal, text.detokenizer, note, text.parser, retries)
+
+
+def watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: StatusFile) -> RowWatch:
+    """Return what times the row that the main thread works on, and ends this process if it never ends."""
+    return RowWatch(
+        note,
+        overdue_s=compute_overdue_s(config.data.render_timeout_s),
+        stuck_s=read_lease_timing(os.environ).stuck_s,
+        add=group.store.add,
+        end_process=lambda why: end_stuck_process(lambda: status_file.write_once(EXIT_RESUMABLE), why),
+    )
