@@ -31,6 +31,7 @@ from dpgen.engine.messages import (
     OptionsChecked,
     RowsFinished,
 )
+from dpgen.engine.progress_watch import ProgressWatch
 from dpgen.engine.starting.limits import EngineLimits, EngineMemory
 from dpgen.errors import ConfigError, EngineError, EngineHung, EngineStuck, LockstepEngineLost
 from dpgen.formatting import format_count
@@ -80,8 +81,7 @@ class EngineSupervisor:
         self._measured_kv_bytes: int | None = None  # by this life
         self._start_due_s: float | None = None  # when the next life begins, where it waits
         self._num_start_retries = 0
-        self._last_event_s = self._last_progress_s = clock()
-        self._max_progress: tuple[int, ...] = EngineStats().progress  # the largest counts of this life
+        self._watch = ProgressWatch(limits, clock)
         self.blame = BlameTracker()
         self.final_death: EngineError | None = None
         self._deaths_in_a_row = 0
@@ -143,13 +143,13 @@ class EngineSupervisor:
         assert self._process is not None
         if not self._is_loading:
             self._is_loading = True
-            self._mark_progress()
+            self._watch.mark()
             self._process.load_model(self._text_config)
         if self._measured_kv_bytes is None:
             self._measured_kv_bytes = self._wait_for(KvBytesMeasured, on_wait).num_bytes
         if self._memory.kv_bytes is None:  # agreed once: the other ranks do not ask again
             self._memory.kv_bytes = agree_kv(self._measured_kv_bytes)
-            self._mark_progress()  # the wait for other ranks is not the engine's silence
+            self._watch.mark()  # the wait for other ranks is not the engine's silence
         if not self._has_kv_bytes:
             self._has_kv_bytes = True
             self._process.set_kv_bytes(min(self._memory.kv_bytes, self._measured_kv_bytes))
@@ -225,22 +225,17 @@ class EngineSupervisor:
             on_wait()
             for event in self._process.poll(_START_WAIT_S):
                 if isinstance(event, kind):
-                    self._mark_progress()
+                    self._watch.mark()
                     return event
                 raise self._make_error(f"the engine sent {type(event).__name__} instead of {kind.__name__}")
             self._raise_if_hung()
 
     def _handle_event(self, event: Event) -> Iterable[Event]:
-        self._last_event_s = self._clock()
-        if not isinstance(event, EngineStats):
-            self._last_progress_s = self._last_event_s
+        self._watch.note(event)
         if isinstance(event, RowsFinished):
             yield from self._handle_finished(event)
         elif isinstance(event, EngineStats):
             self._stats = event
-            largest = tuple(map(max, event.progress, self._max_progress))
-            if largest != self._max_progress:
-                self._max_progress, self._last_progress_s = largest, self._last_event_s
             yield event.add_counts(self._earlier_stats)
         elif isinstance(event, OptionsChecked):
             assert self._process is not None
@@ -254,7 +249,7 @@ class EngineSupervisor:
     def _set_ready(self, info: EngineInfo) -> None:
         self._info, self._is_ready, self.max_model_len = info, True, info.max_model_len
         self._memory.record_start(info.max_num_seqs)
-        self._mark_progress()
+        self._watch.mark()
 
     def _handle_finished(self, event: RowsFinished) -> Iterable[Event]:
         """Yield the rows without the canary's result, and the verdicts for which they are the witnesses."""
@@ -282,19 +277,8 @@ class EngineSupervisor:
             self._earlier_stats = dataclasses.replace(counts, num_generated_tokens=num_tokens)
         return request
 
-    def _mark_progress(self) -> None:
-        self._last_event_s = self._last_progress_s = self._clock()
-
     def _raise_if_hung(self) -> None:
-        now_s = self._clock()
-        idle_s, silent_s = now_s - self._last_progress_s, now_s - self._last_event_s
-        if self._is_ready:
-            limit_s, phase = self._limits.timeout_s, "while it had work (run.engine_timeout_s"
-        else:
-            limit_s, phase = self._limits.start_timeout_s, "while it was starting (run.engine_start_timeout_s"
-        if idle_s > limit_s and (self.blame.is_busy or not self._is_ready):
-            what = f"sent no message for {silent_s:.0f}" if silent_s > limit_s else f"made no progress for {idle_s:.0f}"
-            raise EngineHung(f"the engine {what} s {phase}={limit_s:g})", log_path=self._log_path)
+        self._watch.raise_if_hung(self._log_path, is_ready=self._is_ready, is_busy=self.blame.is_busy)
 
     def _make_error(self, cause: str) -> EngineError:
         return EngineError(cause, log_path=self._log_path)
@@ -311,7 +295,7 @@ class EngineSupervisor:
         is_idle = not self.blame.is_busy
         if batch := self.blame.take_batch():
             if is_idle:
-                self._mark_progress()  # an idle engine sends nothing; its silence counts from now on
+                self._watch.mark()  # an idle engine sends nothing; its silence counts from now on
             self._process.submit(batch)
 
     # ---- deaths
@@ -371,8 +355,7 @@ class EngineSupervisor:
     def _start_again(self) -> None:
         self._is_loading = self._has_kv_bytes = self._is_ready = False
         self._notes = self._measured_kv_bytes = None
-        self._max_progress = EngineStats().progress
-        self._mark_progress()
+        self._watch.begin_life()
         self._process, self._start_due_s = self._start(self._memory.spec), None
 
     def _find_reason_to_abandon(self, error: EngineError) -> str | None:
