@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
 from dpgen.distributed.agreement import check_same_job, find_what_names_stand_for, open_input
-from dpgen.distributed.attempt import begin_attempt, read_job_start
+from dpgen.distributed.attempt import begin_attempt, looks_resumable, read_job_start
 from dpgen.distributed.engine_deaths import note_engine
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout, build_layout
@@ -82,7 +82,8 @@ def run(
         keeper: has the engine from an earlier job, and gets it back; None to end the engine with the run.
 
     Raises:
-        ConfigError: something in the configuration or the input is wrong. No model was loaded.
+        ConfigError: something in the configuration or the input is wrong. What the configuration itself says is
+            checked before a model loads; an engine that loads while the input is read ends with the run.
         Interrupted: a signal or a time limit stopped the run. The same command resumes it.
         DpgenError: anything else that a user can mend; see its subclasses.
     """
@@ -166,15 +167,17 @@ class _Job:
         check_same_job(config, group)
         self._layout = group.run_on_all_ranks(lambda: build_layout(self._topology, config.parallel))
         self._start_engine()  # vLLM is imported beside what follows
+        group.run_on_all_ranks(lambda: check_trackers(config.output.track) if group.rank == 0 else None)
+        found = find_what_names_stand_for(config, group)
+        start = read_job_start(config, group, self._run_dir)
+        self._begin_loading(looks_resumable(config, group, self._run_dir, found, start))
         self._rows, fingerprint = open_input(
             config.data, group, self._run_dir, lambda rows: check_columns(config, rows)
         )
-        group.run_on_all_ranks(lambda: check_trackers(config.output.track) if group.rank == 0 else None)
         for level, note in group.run_on_all_ranks(lambda: check_result(config, self._rows) if group.rank == 0 else []):
             logger.log(level, note)
-        identity = compute_run_identity(config, fingerprint, find_what_names_stand_for(config, group))
+        identity = compute_run_identity(config, fingerprint, found)
         startup.mark("input")
-        start = read_job_start(config, group, self._run_dir)
         self._is_complete = is_already_complete(config.run, group, self._run_dir, identity, start.resume)
         if self._is_complete:
             return
@@ -182,7 +185,7 @@ class _Job:
         startup.mark("tokenizer")
         self._text_needs = group.run_on_all_ranks(lambda: self._text.wait_until_ready(group.raise_if_peer_failed))
         check_engine_options(self._engine, config.parallel, group)
-        startup.mark("engine's options")
+        startup.mark_wait("engine's options")
         self._attempt = begin_attempt(config, group, self._run_dir, identity, start, self._rows.fingerprint)
         self._reporter.begin_attempt(self._attempt)
         if group.rank == 0:
@@ -192,7 +195,6 @@ class _Job:
         self._engine_log.open(self._run_dir.logs / f"rank-{self._topology.dp_rank}.engine.log")
         self._begin_journal()
         self._planner = self._make_planner()
-        self._loader = ModelLoader(config.parallel, self._layout, group, startup.mark)
         self._loop = self._make_loop()
         self._monitor = self._make_monitor()
 
@@ -204,6 +206,12 @@ class _Job:
                 self._stack.callback(self._engine.kill)
             else:
                 self._stack.callback(self._keeper.take_back, self._engine)
+
+    def _begin_loading(self, is_wanted: bool) -> None:
+        """Let the engine load its model, once it has checked its options, beside what follows."""
+        self._loader = ModelLoader(self._config.parallel, self._layout, self._group, self._startup.mark_wait)
+        is_cold = has_cold_caches(self._config, os.environ)
+        self._loader.begin(self._engine, is_cold=is_cold, is_wanted=is_wanted)
 
     def _load_text(self) -> TextPipeline:
         if self._loaded_text is None:
@@ -282,15 +290,14 @@ class _Job:
         """Load the model on all ranks: the min-KV-cache all-reduce."""
         if not self._needs_engine:
             return
-        is_cold = has_cold_caches(self._config, os.environ)
         is_first = self._group.rank == 0 and not self._engine.is_ready
-        loaded = self._loader.load(self._engine, self._text.engine_text_config, is_cold)
+        loaded = self._loader.load(self._engine, self._text.engine_text_config)
         self._engine.blame.find_canary = self._planner.build_succeeded_request
         self._engine.blame.recall(self._planner.blame)
         if is_first and loaded is not None:
             self._run_dir.update_metadata(engine={**vars(loaded.info), "kv_cache_bytes": loaded.agreed_kv_bytes})
         if is_first:
-            logger.info(str(self._startup))
+            logger.info(self._startup.describe(self._engine.start_phases))
 
     # ---- generate
 

@@ -25,11 +25,16 @@ from dpgen.config.environment import read_versions
 from dpgen.config.schema import Config
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.topology import read_boot_id
-from dpgen.errors import DpgenError
+from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.reader import last_attempt
 from dpgen.journal.row_notes import remove_notes
 from dpgen.journal.run_dir import RunDir
-from dpgen.journal.run_identity import diff_identities, get_fingerprint_version, get_num_rows
+from dpgen.journal.run_identity import (
+    compute_run_identity,
+    diff_identities,
+    get_fingerprint_version,
+    get_num_rows,
+)
 from dpgen.lifecycle.restart import describe_start, is_restart, merge_starts
 
 logger = logging.getLogger(__name__)
@@ -62,6 +67,37 @@ def read_job_start(config: Config, group: RankGroup, run_dir: RunDir) -> JobStar
     if group.all_gather_object(resume == "never" and (is_own or is_restart(before, description)))[0]:
         resume = "auto"
     return JobStart(resume, description)
+
+
+def looks_resumable(
+    config: Config, group: RankGroup, run_dir: RunDir, found: Mapping[str, Any], start: JobStart
+) -> bool:
+    """Return True if rank 0's run directory lets this job generate, as far as is known without the input. Collective.
+
+    The directory of an earlier attempt is then reserved for this run. Where it returns False, `begin_attempt` says why.
+
+    Args:
+        found: what the configuration's names stand for, as in `compute_run_identity`.
+        start: from `read_job_start`.
+
+    Raises:
+        ConfigError: another run is at work there.
+    """
+
+    def look() -> bool:
+        if group.rank != 0 or run_dir.is_finished:
+            return False
+        metadata = run_dir.read_metadata()
+        input_then = (metadata.get("identity") or {}).get("input") or {}
+        try:
+            run_dir.check_resumable(compute_run_identity(config, input_then, found), start.resume)
+        except ConfigError:
+            return False
+        if metadata:
+            run_dir.lock()
+        return True
+
+    return bool(group.all_gather_object(group.run_on_all_ranks(look))[0])
 
 
 def begin_attempt(

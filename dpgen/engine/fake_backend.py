@@ -145,7 +145,7 @@ class FakeBackend:
         if mistakes:
             raise ConfigError(*mistakes)
 
-    def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:
+    def load(self, agree_kv: AgreeKvFn) -> EngineInfo:
         time.sleep(self._options.load_s)
         if self._options.load_output is not None:
             print(self._options.load_output, flush=True)

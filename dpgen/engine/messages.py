@@ -1,8 +1,9 @@
 """Messages between a rank process and its engine process, pickled over one pipe.
 
-- Rank to engine: `LoadModel`, `SetKvBytes`, lists of `Request`, and `Shutdown`.
+- Rank to engine: `LoadModel`, `SetKvBytes`, `SetTextConfig`, lists of `Request`, and `Shutdown`.
 - Engine to rank: `OptionsChecked`, `KvBytesMeasured` and `EngineReady`, in this order, then `RowsFinished` and
   `EngineStats` while there is work. `EngineFailed` is always the last message.
+- `LoadModel` may be sent before `OptionsChecked` has come: an engine whose options are wrong doesn't load.
 - After `BeginJob` the same messages follow again. The model stays loaded, and so does its KV cache.
 - Only finished rows are sent to the rank: nothing is sent per token.
 """
@@ -139,11 +140,9 @@ class LoadModel:
     """Ask the engine to load the model now. Rank to engine.
 
     Attributes:
-        text_config: the engine's part of the work on text.
         kv_bytes: KV cache bytes per device, as agreed in an earlier life; None to measure and ask.
     """
 
-    text_config: EngineTextConfig = field(default_factory=EngineTextConfig)
     kv_bytes: int | None = None
 
 
@@ -152,6 +151,13 @@ class SetKvBytes:
     """Ask the engine to allocate this many bytes of KV cache per device. Rank to engine."""
 
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class SetTextConfig:
+    """Tell the engine its part of the work on text, which it needs once it has loaded the model. Rank to engine."""
+
+    text_config: EngineTextConfig
 
 
 @dataclass(frozen=True)
@@ -212,9 +218,14 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class EngineReady:
-    """Report that the model is loaded and requests may come. Engine to rank."""
+    """Report that the model is loaded and requests may come. Engine to rank.
+
+    Attributes:
+        phases: what the engine itself did since its start, as (name, seconds), without its waits for the rank.
+    """
 
     info: EngineInfo
+    phases: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -297,8 +308,8 @@ class Backend(Protocol):
             ConfigError: an option is illegal; the nearest legal one is named.
         """
 
-    def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:
-        """Load the model and prepare the engine for requests; see `LoadModel`."""
+    def load(self, agree_kv: AgreeKvFn) -> EngineInfo:
+        """Load the model; see `LoadModel`. `prepare_job` follows."""
 
     def begin_job(self, spec: EngineSpec) -> tuple[str, ...]:
         """Drop the rows in flight, count from 0 again, and check the sampling of another job; see `BeginJob`.
@@ -308,7 +319,7 @@ class Backend(Protocol):
         """
 
     def prepare_job(self, text_config: EngineTextConfig) -> None:
-        """Take the engine's part of the work on text for this job, in a loaded engine."""
+        """Take the engine's part of the work on text for a job, in a loaded engine; requests may come then."""
 
     def add_request(self, request: Request) -> None:
         """Add a row.
@@ -336,9 +347,11 @@ class EngineHandle(Protocol):
     @property
     def log_path(self) -> Path | None: ...
 
-    def load_model(self, text_config: EngineTextConfig, kv_bytes: int | None = None) -> None: ...
+    def load_model(self, kv_bytes: int | None = None) -> None: ...
 
     def set_kv_bytes(self, num_bytes: int) -> None: ...
+
+    def set_text_config(self, text_config: EngineTextConfig) -> None: ...
 
     def submit(self, requests: list[Request]) -> None: ...
 

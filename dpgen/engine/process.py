@@ -31,6 +31,7 @@ from dpgen.engine.messages import (
     LoadModel,
     OptionsChecked,
     SetKvBytes,
+    SetTextConfig,
     Shutdown,
 )
 from dpgen.engine.output_lines import find_root_cause, split_progress
@@ -145,13 +146,17 @@ class EngineProcess:
         log.start_life(self.pid)
         self._outbox.put(BeginJob(spec))
 
-    def load_model(self, text_config: EngineTextConfig, kv_bytes: int | None = None) -> None:
-        """Request `LoadModel`. `EngineReady` follows, after `KvBytesMeasured` unless `kv_bytes` is given."""
-        self._outbox.put(LoadModel(text_config, kv_bytes))
+    def load_model(self, kv_bytes: int | None = None) -> None:
+        """Request `LoadModel`. `KvBytesMeasured` follows unless `kv_bytes` is given."""
+        self._outbox.put(LoadModel(kv_bytes))
 
     def set_kv_bytes(self, num_bytes: int) -> None:
         """Answer `KvBytesMeasured`."""
         self._outbox.put(SetKvBytes(num_bytes))
+
+    def set_text_config(self, text_config: EngineTextConfig) -> None:
+        """Send what the engine needs once it has loaded the model. `EngineReady` follows."""
+        self._outbox.put(SetTextConfig(text_config))
 
     def submit(self, requests: list[Request]) -> None:
         """Add rows to the engine's queue."""

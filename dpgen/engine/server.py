@@ -2,6 +2,7 @@
 
 - `dpgen.engine.process` starts it as ``python -m dpgen.engine.server FD PARENT``: its end of the pipe, and the rank's
   process id.
+- `LoadModel` may wait in the pipe from the start: the model then loads while the rank still reads its input.
 - It ends with its rank: at the end of the pipe, and by SIGKILL when the rank process dies.
 - A rank that keeps its engine gives it one job after the other (`BeginJob`); the model is loaded once.
 - Every exception becomes an `EngineFailed` message, and its traceback goes to stderr, hence to the engine's log file.
@@ -15,8 +16,9 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dpgen.engine.messages import (
     Backend,
@@ -29,6 +31,7 @@ from dpgen.engine.messages import (
     OptionsChecked,
     RowsFinished,
     SetKvBytes,
+    SetTextConfig,
     Shutdown,
 )
 from dpgen.errors import ConfigError, RowRefused
@@ -38,6 +41,8 @@ from dpgen.records import Request, RowResult, UndecodedRow, make_rejected_result
 
 if TYPE_CHECKING:
     from dpgen.engine.lockstep import LockstepGroup
+
+T = TypeVar("T")
 
 _STATS_INTERVAL_S = 1.0
 _IDLE_S = 0.005  # sleep between two rounds of lockstep processes that have no work
@@ -63,15 +68,18 @@ def main() -> None:
 
 
 def _serve(pipe: Connection) -> None:
+    timer = _StartTimer()
     spec: EngineSpec = pipe.recv()
     backend = _build_backend(spec)
+    timer.mark("imports")
     try:
         notes = backend.check_options()
+        timer.mark("options")
     except ConfigError as error:
         pipe.send(OptionsChecked(problem=str(error)))
         return
     pipe.send(OptionsChecked(notes=notes))
-    load_request = pipe.recv()
+    load_request = timer.exclude(pipe.recv)
     if isinstance(load_request, Shutdown):
         return
     assert isinstance(load_request, LoadModel)
@@ -79,34 +87,51 @@ def _serve(pipe: Connection) -> None:
 
     def agree_kv(measured_bytes: int) -> int:
         nonlocal kv_bytes
-        kv_bytes = _agree_kv(pipe, load_request, measured_bytes)
+        timer.mark("model")
+        answer = timer.exclude(lambda: _agree_kv(pipe, load_request, measured_bytes))
+        if not isinstance(answer, SetKvBytes):
+            raise EOFError("the rank ends this engine before it has its KV cache")
+        kv_bytes = answer.num_bytes
         return kv_bytes
 
+    def load() -> EngineReady:
+        info = backend.load(agree_kv)
+        timer.mark("KV cache")
+        _prepare_job(pipe, backend)
+        return EngineReady(info, tuple(timer.phases))
+
     if spec.world is None:
-        info = backend.load(agree_kv, load_request.text_config)
-        pipe.send(EngineReady(info))
+        ready = load()
+        pipe.send(ready)
         message = _generate(pipe, backend)
         while message is not None:
-            message = _serve_next_job(pipe, backend, message, EngineReady(info), kv_bytes)
+            message = _serve_next_job(pipe, backend, message, EngineReady(ready.info), kv_bytes)
     else:
         from dpgen.engine.lockstep import LockstepGroup, host_store_on_loopback
 
         store = host_store_on_loopback(spec.world)
-        info = backend.load(agree_kv, load_request.text_config)
+        ready = load()
         lockstep_group = LockstepGroup(spec.world)
-        pipe.send(EngineReady(info))
+        pipe.send(ready)
         _generate_lockstep(pipe, backend, lockstep_group)
         del store  # kept until here, as long as any process may ask it
     backend.close()
 
 
-def _agree_kv(pipe: Connection, load_request: LoadModel, measured_bytes: int) -> int:
-    if load_request.kv_bytes is not None:
-        return min(load_request.kv_bytes, measured_bytes)  # others may hold more memory than at the agreement
+def _agree_kv(pipe: Connection, load_request: LoadModel, measured_bytes: int) -> SetKvBytes | BeginJob | Shutdown:
+    """Return the KV cache's size, or what the rank wants instead: to end the engine, or to begin another job."""
+    if load_request.kv_bytes is not None:  # others may hold more memory than at the agreement
+        return SetKvBytes(min(load_request.kv_bytes, measured_bytes))
     pipe.send(KvBytesMeasured(measured_bytes))
     answer = pipe.recv()
-    assert isinstance(answer, SetKvBytes)
-    return answer.num_bytes
+    assert isinstance(answer, SetKvBytes | BeginJob | Shutdown)
+    return answer
+
+
+def _prepare_job(pipe: Connection, backend: Backend) -> None:
+    message = pipe.recv()
+    assert isinstance(message, SetTextConfig)
+    backend.prepare_job(message.text_config)
 
 
 def _serve_next_job(
@@ -124,8 +149,9 @@ def _serve_next_job(
     pipe.send(checked)
     message = pipe.recv()
     if isinstance(message, LoadModel):
-        backend.prepare_job(message.text_config)
-        _agree_kv(pipe, message, kv_bytes)
+        message = _agree_kv(pipe, message, kv_bytes)
+    if isinstance(message, SetKvBytes):
+        _prepare_job(pipe, backend)
         pipe.send(ready)
         return _generate(pipe, backend)
     return message if isinstance(message, BeginJob) else None
@@ -194,6 +220,30 @@ def _add_requests(backend: Backend, requests: list[Request]) -> list[RowResult |
         except RowRefused as rejection:
             results.append(make_rejected_result(request.id, rejection))
     return results
+
+
+class _StartTimer:
+    """Measure what this process does until it is ready.
+
+    Attributes:
+        phases: each with its seconds.
+    """
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, float]] = []
+        self._began_s = time.monotonic()
+
+    def mark(self, name: str) -> None:
+        """End a phase and name it."""
+        now_s = time.monotonic()
+        self.phases.append((name, now_s - self._began_s))
+        self._began_s = now_s
+
+    def exclude(self, wait: Callable[[], T]) -> T:
+        """Return what `wait` returns; the next phase begins then."""
+        result = wait()
+        self._began_s = time.monotonic()
+        return result
 
 
 class _EventSender:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -58,6 +59,7 @@ class EngineSupervisor:
     Attributes:
         blame: this engine's rows, and what their engine's deaths say about them.
         max_model_len: tokens of prompt and completion together; 0 before the model is loaded.
+        start_phases: what the engine did until it was ready, as (name, seconds), whatever the rank did meanwhile.
         final_death: how the engine died, if it can't be restarted; None while it lives.
     """
 
@@ -78,6 +80,7 @@ class EngineSupervisor:
         self._text_config = EngineTextConfig()
         self._notes: tuple[str, ...] | None = None  # of this life's check of its options
         self._is_loading = self._has_kv_bytes = self._is_ready = False
+        self._early_events: deque[Event] = deque()  # received, and not yet waited for
         self._measured_kv_bytes: int | None = None  # by this life
         self._start_due_s: float | None = None  # when the next life begins, where it waits
         self._num_start_retries = 0
@@ -86,10 +89,18 @@ class EngineSupervisor:
         self.final_death: EngineError | None = None
         self._deaths_in_a_row = 0
         self.num_deaths = self.max_model_len = 0
+        self.start_phases: tuple[tuple[str, float], ...] = ()
         self._earlier_stats = EngineStats()  # counts of earlier lives
         self._stats = EngineStats()
 
     # ---- start-up: the caller waits, since nothing can be generated yet
+
+    def begin_loading(self) -> None:
+        """Let this life of the engine load its model once it has checked its options; `load_model` waits for it."""
+        if self._process is not None and not self._is_loading:
+            self._is_loading = True
+            self._watch.mark()
+            self._process.load_model()
 
     def check_options(self, on_wait: Callable[[], None]) -> tuple[str, ...]:
         """Wait for the engine's check of its options, and return notes for the log.
@@ -141,10 +152,7 @@ class EngineSupervisor:
     def _load_once(self, agree_kv: Callable[[int], int], on_wait: Callable[[], None]) -> None:
         """Load the model in this life; each step is done once."""
         assert self._process is not None
-        if not self._is_loading:
-            self._is_loading = True
-            self._watch.mark()
-            self._process.load_model(self._text_config)
+        self.begin_loading()
         if self._measured_kv_bytes is None:
             self._measured_kv_bytes = self._wait_for(KvBytesMeasured, on_wait).num_bytes
         if self._memory.kv_bytes is None:  # agreed once: the other ranks do not ask again
@@ -153,7 +161,8 @@ class EngineSupervisor:
         if not self._has_kv_bytes:
             self._has_kv_bytes = True
             self._process.set_kv_bytes(min(self._memory.kv_bytes, self._measured_kv_bytes))
-        self._set_ready(self._wait_for(EngineReady, on_wait).info)
+            self._process.set_text_config(self._text_config)
+        self._set_ready(self._wait_for(EngineReady, on_wait))
 
     def abandon(self) -> None:
         """End the engine for good: its rank goes on without one."""
@@ -204,7 +213,9 @@ class EngineSupervisor:
 
     def stop(self) -> None:
         """Let the engine end while its rank continues; `close` waits for the end."""
-        if self._process is not None:
+        if self._process is not None and self._is_loading and not self._is_ready:
+            self.kill()  # it reads no message before it has loaded
+        elif self._process is not None:
             self._process.stop()
 
     def close(self) -> None:
@@ -223,9 +234,12 @@ class EngineSupervisor:
         assert self._process is not None
         while True:
             on_wait()
-            for event in self._process.poll(_START_WAIT_S):
+            if not self._early_events:
+                self._early_events += self._process.poll(_START_WAIT_S)
+            if self._early_events:
+                event = self._early_events.popleft()
+                self._watch.mark()
                 if isinstance(event, kind):
-                    self._watch.mark()
                     return event
                 raise self._make_error(f"the engine sent {type(event).__name__} instead of {kind.__name__}")
             self._raise_if_hung()
@@ -241,14 +255,16 @@ class EngineSupervisor:
             assert self._process is not None
             if event.problem is not None:
                 raise self._make_error(f"the engine rejected its options: {event.problem}")
-            self._process.load_model(self._text_config, self._memory.kv_bytes)
+            self._process.load_model(self._memory.kv_bytes)
+            self._process.set_text_config(self._text_config)
         elif isinstance(event, EngineReady):
-            self._set_ready(event.info)
+            self._set_ready(event)
             logger.warning(f"engine restarted, resuming {format_count(self.blame.num_unfinished, 'row')}")
 
-    def _set_ready(self, info: EngineInfo) -> None:
-        self._info, self._is_ready, self.max_model_len = info, True, info.max_model_len
-        self._memory.record_start(info.max_num_seqs)
+    def _set_ready(self, ready: EngineReady) -> None:
+        self._info, self._is_ready, self.max_model_len = ready.info, True, ready.info.max_model_len
+        self.start_phases = ready.phases
+        self._memory.record_start(ready.info.max_num_seqs)
         self._watch.mark()
 
     def _handle_finished(self, event: RowsFinished) -> Iterable[Event]:
@@ -355,6 +371,7 @@ class EngineSupervisor:
     def _start_again(self) -> None:
         self._is_loading = self._has_kv_bytes = self._is_ready = False
         self._notes = self._measured_kv_bytes = None
+        self._early_events.clear()
         self._watch.begin_life()
         self._process, self._start_due_s = self._start(self._memory.spec), None
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from dpgen.config.schema import Config
 from dpgen.config.sections import DataConfig, RunConfig
 from dpgen.distributed import attempt as attempt_module
-from dpgen.distributed.attempt import begin_attempt, read_job_start
+from dpgen.distributed.attempt import begin_attempt, looks_resumable, read_job_start
 from dpgen.distributed.group import SingleRankGroup
 from dpgen.errors import DpgenError
 from dpgen.journal.row_notes import open_note
@@ -46,6 +47,38 @@ def begin(run_dir: RunDir, num_rows: int = 1) -> int:
         journal.append(RowResult(row))
     journal.close()
     return number
+
+
+def looks(run_dir: RunDir, resume: Literal["auto", "never", "force"] = "auto", **keys: Any) -> bool:
+    """Return True if a model may load before the input is read."""
+    config = dataclasses.replace(make_config(run_dir), **keys)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=resume))
+    group = SingleRankGroup()
+    return looks_resumable(config, group, run_dir, {}, read_job_start(config, group, run_dir))
+
+
+def test_a_model_loads_before_the_input_is_read_unless_the_run_directory_says_that_it_is_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = RunDir(str(tmp_path / "run"))
+    locked: list[RunDir] = []
+    monkeypatch.setattr(RunDir, "lock", lambda run_dir: locked.append(run_dir))
+    monkeypatch.setattr(attempt_module, "is_restart", lambda before, now: False)
+    monkeypatch.setattr(attempt_module, "_PROCESS_ID", "this")
+    assert looks(run_dir) and not run_dir.path.exists(), "a wrong input leaves no directory behind"
+    begin(run_dir)
+    locked.clear()
+    monkeypatch.setattr(attempt_module, "_PROCESS_ID", "another")
+    assert looks(run_dir) and looks(run_dir, "force", sampling={"top_p": 0.5}) and len(locked) == 2
+    assert not looks(run_dir, sampling={"top_p": 0.5}), "it holds results of other settings"
+    assert not looks(run_dir, "never"), "it holds results"
+    run_dir.success.touch()
+    assert not looks(run_dir), "the result may be complete"
+    assert len(locked) == 2
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    assert not looks(RunDir(str(other))), "it holds files that no run wrote"
 
 
 def test_no_two_attempts_share_a_number_whatever_is_left_of_the_first(tmp_path: Path) -> None:

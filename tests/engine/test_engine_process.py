@@ -45,9 +45,10 @@ def load(process: EngineProcess) -> None:
         events = process.poll(1.0)
         for event in events:
             if isinstance(event, OptionsChecked):
-                process.load_model(EngineTextConfig())
+                process.load_model()
             elif isinstance(event, KvBytesMeasured):
                 process.set_kv_bytes(event.num_bytes)
+                process.set_text_config(EngineTextConfig())
 
 
 @pytest.fixture
@@ -56,6 +57,42 @@ def engine() -> Iterator[EngineProcess]:
     load(process)
     yield process
     process.kill()
+
+
+def test_an_engine_that_may_load_at_once_does_so_without_a_further_message() -> None:
+    process = start(EngineLog("warning"), kv_cache_memory_bytes=1 << 16)
+    try:
+        process.load_model()
+        events: list[Event] = []
+        while len(events) < 2:
+            events += process.poll(1.0)
+        assert events == [OptionsChecked(), KvBytesMeasured(1 << 16)]
+        process.set_kv_bytes(1 << 15)
+        process.set_text_config(EngineTextConfig())
+        while not (events := process.poll(1.0)):
+            pass
+        [ready] = events
+        assert isinstance(ready, EngineReady) and ready.info.num_kv_blocks == 32
+        assert [name for name, _ in ready.phases] == ["imports", "options", "model", "KV cache"]
+    finally:
+        process.kill()
+
+
+def test_an_engine_whose_options_are_wrong_does_not_load(tmp_path: Path) -> None:
+    log = EngineLog("warning")
+    log.open(tmp_path / "log")
+    process = start(log, max_num_sequences=3, load_output="weights")
+    try:
+        process.load_model()
+        while not (events := process.poll(1.0)):
+            pass
+        [checked] = events
+        assert isinstance(checked, OptionsChecked) and "max_num_sequences" in str(checked.problem)
+        with pytest.raises(EngineError, match="exited with status 0"):
+            process.poll(10.0)
+        assert "weights" not in (tmp_path / "log").read_text()
+    finally:
+        process.kill()
 
 
 def test_both_sides_may_send_more_than_the_pipe_holds_at_once(engine: EngineProcess) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpgen.engine.fake_backend import FakeBackend
-from dpgen.engine.messages import EngineSpec, EngineTextConfig
+from dpgen.engine.messages import EngineSpec
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Request, RequestId
 
@@ -16,7 +16,7 @@ from dpgen.records import Request, RequestId
 def load_backend(**options: Any) -> FakeBackend:
     backend = FakeBackend(EngineSpec("fake", "none", options))
     backend.check_options()
-    backend.load(lambda num_bytes: num_bytes, EngineTextConfig())
+    backend.load(lambda num_bytes: num_bytes)
     return backend
 
 

@@ -48,18 +48,20 @@ class FakeProcess:
         self._rows: list[int] = []
         self.kv_bytes: int | None = None
         self.killed = self.stopped = False
+        self.num_loads = 0
 
-    def load_model(self, text_config: EngineTextConfig, kv_bytes: int | None = None) -> None:
+    def load_model(self, kv_bytes: int | None = None) -> None:
+        self.kv_bytes = kv_bytes
+        self.num_loads += 1
         if kv_bytes is None:
             self._events.append(KvBytesMeasured(1000))
-        else:
-            self._become_ready(kv_bytes)
 
     def set_kv_bytes(self, num_bytes: int) -> None:
-        self._become_ready(num_bytes)
+        self.kv_bytes = num_bytes
 
-    def _become_ready(self, kv_bytes: int) -> None:
-        self.kv_bytes = kv_bytes
+    def set_text_config(self, text_config: EngineTextConfig) -> None:
+        kv_bytes = self.kv_bytes
+        assert kv_bytes is not None, "the KV cache comes first"
         self._events.append(EngineReady(EngineInfo(self.spec.options.get("max_num_seqs", 8), 100, kv_bytes, 1)))
 
     def submit(self, requests: list[Request]) -> None:
@@ -352,7 +354,7 @@ def test_a_sequence_preempted_again_and_again_is_no_progress() -> None:
 def test_an_engine_that_never_loads_is_not_waited_for_forever() -> None:
     clock = FakeClock()
     hung = FakeProcess(EngineSpec("fake", "m"), lambda rows: None)
-    hung.load_model = lambda text_config, kv_bytes=None: None  # type: ignore[method-assign]
+    hung.load_model = lambda kv_bytes=None: None  # type: ignore[method-assign]
     supervisor = EngineSupervisor(lambda spec: hung, EngineSpec("fake", "m"), LIMITS, clock=clock)
 
     def wait() -> None:
@@ -374,9 +376,9 @@ def test_loading_continues_where_another_ranks_failure_interrupted_the_wait(num_
     calls: list[str] = []
 
     class RecordingProcess(FakeProcess):
-        def load_model(self, text_config: EngineTextConfig, kv_bytes: int | None = None) -> None:
+        def load_model(self, kv_bytes: int | None = None) -> None:
             calls.append("load_model")
-            super().load_model(text_config, kv_bytes)
+            super().load_model(kv_bytes)
 
         def set_kv_bytes(self, num_bytes: int) -> None:
             calls.append(f"set_kv_bytes({num_bytes})")
@@ -402,6 +404,44 @@ def test_loading_continues_where_another_ranks_failure_interrupted_the_wait(num_
     assert engine.load_model(agree_kv, lambda: None).max_num_seqs == engine.max_num_seqs == 8
     num_agreements = 2 if num_waits == 3 else 1
     assert calls == ["load_model", *["agree_kv"] * num_agreements, "set_kv_bytes(1000)"], "at most what is free"
+
+
+def test_an_engine_that_has_begun_to_load_is_only_waited_for() -> None:
+    harness = StartHarness(None)
+    harness.engine.begin_loading()
+    harness.engine.begin_loading()  # a stage that is repeated where ranks are lost
+    harness.load()
+    [process] = harness.processes
+    assert harness.engine.is_ready and process.num_loads == 1
+
+
+def test_an_engine_that_dies_while_the_input_is_read_is_started_again_and_loads() -> None:
+    class DyingProcess(FakeProcess):
+        def poll(self, timeout_s: float) -> list[Event]:
+            events, self._events = self._events[:1], []
+            if not events:
+                raise EngineError(OOM)
+            return events
+
+    processes: list[FakeProcess] = []
+
+    def start(spec: EngineSpec) -> FakeProcess:
+        processes.append((FakeProcess if processes else DyingProcess)(spec, lambda rows: None))
+        return processes[-1]
+
+    engine = EngineSupervisor(start, EngineSpec("fake", "m"), LIMITS, clock=FakeClock())
+    engine.begin_loading()
+    assert engine.check_options(lambda: None) == ()
+    engine.load_model(lambda measured: measured, lambda: None)
+    assert engine.is_ready and [process.num_loads for process in processes] == [1, 1]
+
+
+def test_an_engine_that_still_loads_is_killed_where_the_rank_needs_it_no_more() -> None:
+    harness = StartHarness(None)
+    harness.engine.begin_loading()
+    harness.engine.stop()
+    [process] = harness.processes
+    assert process.killed and not process.stopped, "it reads no message while it loads"
 
 
 STILL_HELD = (
@@ -432,7 +472,7 @@ class StartHarness:
         cause = self._causes.pop(0)
         if cause is not None:
 
-            def fail(text_config: EngineTextConfig, kv_bytes: int | None = None) -> None:
+            def fail(kv_bytes: int | None = None) -> None:
                 raise EngineError(cause) if isinstance(cause, str) else cause
 
             process.load_model = fail  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 - The ranks agree on the KV cache that the smallest rank has room for: a min all-reduce between measuring and
   allocating (`parallel.sync_kv_cache`).
+- An engine may load before the ranks are there to agree (`ModelLoader.begin`), while its rank reads the input.
 - Where a cache that the ranks of a node share is cold, the node's first rank loads and fills it before the others load
   (`parallel.load_first`).
 - While a rank waits for others it notices when one of them fails or is lost. After a loss, all load again: a rank that
@@ -52,23 +53,34 @@ class ModelLoader:
     """Load this rank's model together with the other ranks.
 
     Args:
-        on_phase: called with the name of each phase of the start-up when the phase ends.
+        on_phase: called with the name of what this rank has waited for, after each wait.
     """
 
     def __init__(
         self, parallel: ParallelConfig, layout: Layout, group: RankGroup, on_phase: Callable[[str], None]
     ) -> None:
         self._parallel, self._layout, self._group, self._on_phase = parallel, layout, group, on_phase
+        self._is_in_turn = parallel.load_first == "always"  # the node's first rank loads before its others
         self._measured_kv_bytes = 0
         self._agreed_kv_bytes: int | None = None
         self._error: EngineError | None = None
         self._loaded: LoadedModel | None = None
 
-    def load(self, engine: EngineSupervisor, text_config: EngineTextConfig, is_cold: bool) -> LoadedModel | None:
-        """Load the model and log the KV cache's size. Collective; after a loss of ranks once more.
+    def begin(self, engine: EngineSupervisor, *, is_cold: bool, is_wanted: bool) -> None:
+        """Let the engine load, until `load`, beside what the rank does, unless another rank loads first. Collective.
 
         Args:
             is_cold: True if loading would fill a cache that the ranks of this node share.
+            is_wanted: False to leave all to `load`.
+        """
+        cold_ranks = self._group.all_gather_object(is_cold)
+        nodes = self._group.nodes
+        self._is_in_turn = self._parallel.load_first == "always" or cold_ranks[nodes.index(nodes[self._group.rank])]
+        if is_wanted and not self._is_after_node_leader:
+            engine.begin_loading()
+
+    def load(self, engine: EngineSupervisor, text_config: EngineTextConfig) -> LoadedModel | None:
+        """Load the model and log the KV cache's size. Collective; after a loss of ranks once more.
 
         Returns:
             None if this rank goes on without an engine, which is abandoned then.
@@ -77,15 +89,14 @@ class ModelLoader:
             EngineError: the model cannot be loaded, here and on most ranks.
             PeerFailed: another rank failed, or was lost.
         """
-        peers = self._group.all_gather_object([is_cold, self._agreed_kv_bytes])
-        is_agreeing = self._parallel.sync_kv_cache and any(agreed_bytes is None for _, agreed_bytes in peers)
+        is_agreeing = self._parallel.sync_kv_cache and None in self._group.all_gather_object(self._agreed_kv_bytes)
         if is_agreeing and self._agreed_kv_bytes is not None:
             self._reduce_kv_bytes(self._agreed_kv_bytes)  # for the ranks that have not agreed yet
         if self._loaded is not None or engine.is_abandoned:
             return self._loaded
         if self._error is None:
             try:
-                self._load(engine, text_config, [is_cold for is_cold, _ in peers])
+                self._load(engine, text_config)
             except EngineError as error:
                 if self._layout.has_shared_engine:
                     raise
@@ -95,8 +106,8 @@ class ModelLoader:
             self._go_on_without(engine, self._error, is_agreeing)
         return self._loaded
 
-    def _load(self, engine: EngineSupervisor, text_config: EngineTextConfig, is_cold_on_rank: list[bool]) -> None:
-        if self._is_after_node_leader(is_cold_on_rank):
+    def _load(self, engine: EngineSupervisor, text_config: EngineTextConfig) -> None:
+        if self._is_after_node_leader:
             self._wait_for_node_leader()
         info = engine.load_model(self._agree_kv_bytes, self._group.raise_if_peer_failed, text_config)
         self._on_phase("KV cache")
@@ -105,13 +116,12 @@ class ModelLoader:
         logger.info(self._describe(self._loaded))
         self._group.checked_store.add(_READY, 1)
 
-    def _is_after_node_leader(self, is_cold_on_rank: list[bool]) -> bool:
-        """Return True if this rank loads after its node's first rank."""
-        nodes = self._group.nodes
+    @property
+    def _is_after_node_leader(self) -> bool:
+        """True if this rank loads after its node's first rank; processes of one engine load together."""
         if self._layout.has_shared_engine or self._group.is_node_leader or self._parallel.load_first == "never":
-            return False  # processes of one engine load together
-        node_leader = nodes.index(nodes[self._group.rank])
-        return self._parallel.load_first == "always" or is_cold_on_rank[node_leader]
+            return False
+        return self._is_in_turn
 
     def _wait_for_node_leader(self) -> None:
         log = self._group.make_node_leader_log("to fill the caches (parallel.load_first=never: all load at once)")

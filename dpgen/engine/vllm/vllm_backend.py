@@ -92,7 +92,7 @@ class VllmBackend:
             raise ConfigError(*mistakes)
         return tuple(notes)
 
-    def load(self, agree_kv: AgreeKvFn, text_config: EngineTextConfig) -> EngineInfo:
+    def load(self, agree_kv: AgreeKvFn) -> EngineInfo:
         assert self._config is not None
         SyncKvMixin.agree_kv = agree_kv
         # The constructor takes our executor class. The configuration takes only vLLM's own names, at least for
@@ -104,7 +104,6 @@ class VllmBackend:
             usage_context=UsageContext.LLM_CLASS,
         )
         self._adapters.load_all(self._engine)
-        self.prepare_job(text_config)
         config = self._engine.vllm_config
         return EngineInfo(
             max_num_seqs=config.scheduler_config.max_num_seqs,

@@ -112,3 +112,20 @@ def test_an_engine_that_was_killed_between_two_jobs_is_replaced(rank: Rank) -> N
     assert finish(engine, lambda results, _: bool(results))
     rank.keeper.take_back(engine)
     assert len(rank.pids) == 2
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temprature": 1}])
+def test_a_job_that_ends_while_its_input_is_read_leaves_the_engine_to_the_next(
+    rank: Rank, sampling: dict[str, int]
+) -> None:
+    rank.keeper.take_back(rank.begin(SPEC))
+    spec = dataclasses.replace(SPEC, sampling=sampling)
+    start = rank.keeper.wrap_start(rank.start, EngineLog("warning"))
+    engine = EngineSupervisor(start, spec, EngineLimits(60, 60, 8, 0.1))
+    engine.begin_loading()  # and then the input is wrong
+    rank.keeper.take_back(engine)
+    engine = rank.begin(SPEC)
+    submit(engine, 1)
+    assert finish(engine, lambda results, _: bool(results))
+    rank.keeper.take_back(engine)
+    assert len(rank.pids) == 1, "the engine is loaded only once"

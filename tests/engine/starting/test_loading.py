@@ -29,7 +29,10 @@ class FakeEngine:
 
     def __init__(self, error: EngineError | None = None, fails_after_agreement: bool = False) -> None:
         self._error, self._fails_after_agreement = error, fails_after_agreement
-        self.is_abandoned, self.num_loads = False, 0
+        self.is_abandoned, self.has_begun, self.num_loads = False, False, 0
+
+    def begin_loading(self) -> None:
+        self.has_begun = True
 
     def load_model(
         self, agree_kv: Callable[[int], int], on_wait: Callable[[], None], text_config: EngineTextConfig
@@ -65,7 +68,7 @@ class TwoRankGroup(SingleRankGroup):
         self.peer_agreed_bytes: int | None = None
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        return [[self._peer_is_cold, self.peer_agreed_bytes], value]
+        return [self._peer_is_cold if isinstance(value, bool) else self.peer_agreed_bytes, value]
 
     def all_reduce_async(self, values: Sequence[int], op: Literal["sum", "min"]) -> PendingReduce:
         assert op == "min"
@@ -86,13 +89,14 @@ def load(
     engine, phases = FakeEngine(), list[str]()
     layout = layout or Layout(num_engines=group.size)
     loader = ModelLoader(ParallelConfig(**parallel), layout, group, phases.append)
-    loaded = loader.load(cast(EngineSupervisor, engine), EngineTextConfig(), is_cold)
+    loader.begin(cast(EngineSupervisor, engine), is_cold=is_cold, is_wanted=True)
+    loaded = loader.load(cast(EngineSupervisor, engine), EngineTextConfig())
     assert loaded is not None
     return loaded, engine, phases
 
 
 def load_with(loader: ModelLoader, engine: FakeEngine) -> LoadedModel | None:
-    return loader.load(cast(EngineSupervisor, engine), EngineTextConfig(), is_cold=False)
+    return loader.load(cast(EngineSupervisor, engine), EngineTextConfig())
 
 
 def make_loader(group: SingleRankGroup, layout: Layout | None = None) -> ModelLoader:
@@ -129,8 +133,24 @@ def test_a_rank_waits_where_the_nodes_first_rank_has_a_cache_to_fill(
     load_first: str, peer_is_cold: bool, is_cold: bool, waits: bool
 ) -> None:
     group = TwoRankGroup(peer_is_cold)
-    _, _, phases = load(group, is_cold=is_cold, load_first=load_first)
+    _, engine, phases = load(group, is_cold=is_cold, load_first=load_first)
     assert ("the node's first model" in phases) == (group.num_polls == 3) == waits
+    assert engine.has_begun != waits, "a rank that waits for no other loads while it reads the input"
+
+
+def test_a_rank_whose_node_s_first_rank_fills_a_cache_waits_also_once_the_cache_holds_something() -> None:
+    group, engine = TwoRankGroup(peer_is_cold=True), FakeEngine()
+    loader = make_loader(group)
+    loader.begin(cast(EngineSupervisor, engine), is_cold=True, is_wanted=True)
+    group._peer_is_cold = False  # rank 0 has begun to write to it
+    load_with(loader, engine)
+    assert group.num_polls == 3 and not engine.has_begun
+
+
+def test_no_engine_loads_ahead_in_a_run_directory_that_may_hold_the_result() -> None:
+    engine = FakeEngine()
+    make_loader(SingleRankGroup()).begin(cast(EngineSupervisor, engine), is_cold=False, is_wanted=False)
+    assert not engine.has_begun
 
 
 def test_processes_that_share_an_engine_load_together() -> None:
