@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpgen.data.input_source import InputSource
 from dpgen.data.openai_batch.lines import FORMAT as BATCH_FORMAT
+from dpgen.data.reading.cache import find_or_compute_fingerprint
 from dpgen.data.row_view import Shard, TableView, to_float
 
 if TYPE_CHECKING:
@@ -110,12 +112,19 @@ class InputRows:
     def fingerprint(self, num_rows: int | None = None, version: int | None = None) -> dict[str, Any]:
         """Return what identifies the input: number of rows, columns, and a hash of all contents (blake2b).
 
+        The contents of files that were hashed before are not hashed again.
+
         Args:
             num_rows: of the first rows only, as if `data.limit` had cut the input there; None for all.
             version: 1 for the fingerprint that older versions of dpgen computed, which names no version.
         """
         from dpgen.data.reading import content_hash
 
+        if num_rows is None and version is None and self.key is not None:
+            import datasets
+
+            cache, key = Path(datasets.config.HF_DATASETS_CACHE), f"{self.key} {content_hash.VERSION}"
+            return find_or_compute_fingerprint(key, cache, lambda: self._hash(len(self)))
         num_rows = len(self) if num_rows is None else num_rows
         if version == 1:
             load = self.source.load_before
@@ -123,6 +132,11 @@ class InputRows:
             tables = before._iter_tables(_HASH_BATCH_ROWS, before.columns, num_rows, None)
             content = content_hash.hash_rows_of_version_1(tables, num_rows)
             return {"num_rows": num_rows, "columns": before.columns, "content": content}
+        return self._hash(num_rows)
+
+    def _hash(self, num_rows: int) -> dict[str, Any]:
+        from dpgen.data.reading import content_hash
+
         tables = self._iter_tables(_HASH_BATCH_ROWS, self.columns, num_rows, _READ_BATCH_BYTES)
         content = content_hash.hash_rows(tables)
         return {"num_rows": num_rows, "columns": self.columns, "content": content, "version": content_hash.VERSION}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
 import pytest
 
 from dpgen.config.sections import DataConfig
@@ -51,6 +54,32 @@ def test_contents_are_hashed_once_as_long_as_the_files_are_the_same(
     assert open_rows(path, run_dir, limit=3)[1]["num_rows"] == 3
     path.write_text(path.read_text().replace("3 +", "4 +"))
     assert open_rows(path, run_dir)[1]["content"] != fingerprint["content"]
+
+
+def test_a_second_run_over_the_same_files_reads_no_row_to_know_them(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_reads, read, cache = 0, InputRows._iter_tables, tmp_path / "cache"
+
+    def count(*arguments: Any) -> Iterator[pa.Table]:
+        nonlocal num_reads
+        num_reads += 1
+        return read(*arguments)
+
+    monkeypatch.setattr(InputRows, "_iter_tables", count)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    runs = [RunDir(str(tmp_path / name)) for name in ("first", "second", "third")]
+    fingerprint = open_rows(path, runs[0])[1]
+    assert num_reads == 1
+    assert open_rows(path, runs[1])[1] == fingerprint and num_reads == 1
+    assert open_rows(path, runs[1], select="1:")[1]["num_rows"] == 3 and num_reads == 2, "other rows of the files"
+    times = path.stat()
+    path.write_text(path.read_text().replace("3 +", "4 +"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert open_rows(path, runs[2])[1]["content"] != fingerprint["content"], "whatever the file's date says"
+    for file in (cache / "dpgen").glob("fingerprint-*"):
+        file.write_text("{")
+    assert open_rows(path, runs[2])[1]["num_rows"] == 4, "a damaged cache costs only time"
 
 
 @pytest.mark.parametrize("is_changed", [False, True])

@@ -1,4 +1,4 @@
-"""Keep the input as one Arrow file in the cache folder of `datasets`, by what is on the disk now.
+"""Keep the input as one Arrow file, and its fingerprint, in the cache folder of `datasets`, by what is on the disk now.
 
 - The cache's key comes from each file's path, size, times, inode, and first and last bytes: a file that was replaced
   is read again, whatever its date says.
@@ -11,18 +11,22 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dpgen.data.openai_batch.lines import FORMAT as BATCH_FORMAT
 from dpgen.data.reading.conversion import ARROW_FILE, PLACE_FILE, InputDescription, convert
 from dpgen.data.reading.source import UnreadableInput
+
+logger = logging.getLogger(__name__)
 
 _VERSION = 2  # of what the readers make of a file
 _DESCRIPTION_FILE = "description.json"
@@ -65,6 +69,33 @@ def read_files(kind: str, files: Sequence[str], cache: Path) -> tuple[Path, Inpu
     except OSError as error:
         raise make_cache_error(cache, error) from None
     return folder / ARROW_FILE, description, key
+
+
+def find_or_compute_fingerprint(key: str, cache: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the fingerprint of rows from the cache folder, or compute it and keep it there.
+
+    A folder that can't be written costs the next start the time to compute it again.
+
+    Args:
+        key: of the files, of the rows that are selected of them, and of how these are hashed.
+        compute: reads all rows.
+    """
+    file = cache / "dpgen" / f"fingerprint-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
+    try:
+        kept = json.loads(file.read_bytes())
+        if isinstance(kept, dict):
+            return kept
+    except (OSError, ValueError):
+        logger.debug(f"{file} holds no fingerprint")
+    fingerprint = compute()
+    temporary = file.with_name(f".new-{file.stem}-{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(fingerprint))
+        temporary.rename(file)
+    except OSError as error:
+        logger.debug(f"can't write {file}: {error.strerror}")
+    return fingerprint
 
 
 def make_cache_error(cache: Path, error: OSError) -> UnreadableInput:
