@@ -40,6 +40,7 @@ HARMLESS_WARNINGS = (
         "This model does not officially support disabling chunked",
         "dpgen does so on the CPU, and says so",
     ),
+    ("utils.py", "Attempted to load weight ", "it follows from engine.dtype, one line for each weight"),
     ("vllm.py", "Enforce eager set, ", "engine.enforce_eager says it"),
     ("vllm.py", "Inductor compilation was disabled by user settings", "it follows from engine.enforce_eager"),
     ("gpu_model_runner.py", "Skipping CUDA graph capture", "it follows from engine.enforce_eager"),

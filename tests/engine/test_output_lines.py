@@ -32,6 +32,7 @@ HARMLESS_LINES = [
     f"{PREFIX} [cpu_worker.py:114] libtcmalloc is not found in LD_PRELOAD. For best ",
     "(Worker_TP1 pid=9) WARNING 11-27 06:47:17 [torch_utils.py:283] OMP_NUM_THREADS=2 is set; leaving Torch threads",
     f"{PREFIX} [multiproc_executor.py:491] [shutdown] Executor: workers still running after grace period; count=2",
+    f"{PREFIX} [utils.py:333] Attempted to load weight lm_head.weight with dtype torch.float32 into parameter with ",
     "WARNING 11-27 06:47:17 [v1/worker/gpu_model_runner.py:83] Skipping CUDA graph capture. To turn on CUDA",
 ]
 REAL_WARNINGS = [
