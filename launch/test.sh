@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Run all checks and tests:  launch/test.sh [--fast] [pytest arguments]
+# Run all checks and tests:  launch/test.sh [--fast | --gpu] [pytest arguments]
 #
+# --gpu installs vLLM's build for GPUs, and runs tests/gpu alone. A test that needs more GPUs than there are is skipped,
+# with the reason.
 # --fast skips slow tests, and tests that need an engine, SLURM or network namespaces; mypy, which takes as long on one
 # core, runs beside the tests then. The script stops at the first step that fails, and names it. `-n 0` among the pytest
 # arguments runs one test at a time, in this process.
@@ -10,6 +12,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Without bytecode on disk, each of the many processes that tests start would compile dpgen again.
 unset PYTHONDONTWRITEBYTECODE
+
+if [[ ${1:-} == --gpu ]]; then
+    shift
+    bash launch/install.sh gpu --dev
+    # The tests share the GPUs among themselves (tests/helpers/gpus.py). An engine that starts needs about four cores.
+    workers=$(($(nproc) / 4))
+    workers=$((workers < 1 ? 1 : workers > 16 ? 16 : workers))
+    exec "${DPGEN_VENV:-.venv}/bin/python" -m pytest tests/gpu -n "$workers" --dist worksteal "$@"
+fi
 
 select=()
 if [[ ${1:-} == --fast ]]; then

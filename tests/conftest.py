@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import tempfile
@@ -11,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 from helpers.jobs import Launcher, write_into
+from helpers.locks import try_lock
 
 _NUM_ENGINE_SLOTS = 2
 
@@ -65,7 +65,7 @@ def reserve_engine_slot() -> Iterator[int]:
     with contextlib.ExitStack() as stack:
         paths = [Path(tempfile.gettempdir()) / f"{name}-{slot}" for slot in range(_NUM_ENGINE_SLOTS)]
         files = [stack.enter_context(path.open("w")) for path in paths]
-        while (locked := next(filter(_try_lock, files), None)) is None:
+        while (locked := next(filter(try_lock, files), None)) is None:
             time.sleep(0.2)
         yield files.index(locked)
 
@@ -108,12 +108,3 @@ def _alternate_engines(items: list[pytest.Item]) -> list[pytest.Item]:
     light = [item for item in items if not has_mark(item, "vllm")]
     light.sort(key=lambda item: not has_mark(item, "multi"))
     return [item for pair in zip_longest(real, light) for item in pair if item is not None]
-
-
-def _try_lock(file: IO[str]) -> bool:
-    """Return True if the file is now locked; closing the file unlocks it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from helpers.jobs import REPO
 from helpers.tiny_tokenizers import save_tokenizer
 
 ENGINE = {
@@ -40,6 +42,45 @@ def save_tiny_moe(folder: Path) -> Path:
     )
 
 
+def write_large_cache_model(folder: Path) -> Path:
+    """Write the configuration of a Llama with 64 KiB of KV cache a token, for `load_format=dummy`; return its folder.
+
+    For caches as large as a GPU, which holds so many tokens of a tiny model that vLLM's blocks would take minutes. Its
+    tokenizer is the demo's.
+    """
+    demo = REPO / "conf" / "demo" / "model"
+    shutil.copytree(demo, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((demo / "config.json").read_text())
+    config |= {"hidden_size": 256, "num_hidden_layers": 16, "head_dim": 128, "dtype": "bfloat16"}
+    config |= {"num_attention_heads": 8, "num_key_value_heads": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def save_tiny_qwen3_moe(folder: Path) -> Path:
+    """Write a random Qwen3-MoE of two layers with 16 experts, two of them active for a token, in bfloat16.
+
+    Its dimensions are such that vLLM's kernels for GPUs take them, and that two or four GPUs can divide them.
+    """
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return _save(
+        folder,
+        "bos",
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        hidden_size=512,
+        intermediate_size=1024,
+        moe_intermediate_size=256,
+        num_attention_heads=8,
+        head_dim=64,
+        num_experts=16,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        dtype="bfloat16",
+    )
+
+
 def _save(folder: Path, tokenizer: str, model_class: Any, config_class: Any, **extra: Any) -> Path:
     import torch
     from transformers import AutoTokenizer
@@ -48,18 +89,19 @@ def _save(folder: Path, tokenizer: str, model_class: Any, config_class: Any, **e
     save_tokenizer(tokenizer, folder)
     loaded = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
-    config = config_class(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        bos_token_id=loaded.bos_token_id,
-        eos_token_id=loaded.eos_token_id,
-        **extra,
-    )
-    model_class(config).save_pretrained(folder)
+    dimensions = {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    config = config_class(**{**dimensions, **extra}, bos_token_id=loaded.bos_token_id, eos_token_id=loaded.eos_token_id)
+    model = model_class(config)
+    if "dtype" in extra:
+        model = model.to(getattr(torch, extra["dtype"]))
+    model.save_pretrained(folder)
     return folder
 
 
