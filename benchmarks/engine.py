@@ -28,8 +28,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from llm_generate import time_generate
 from measure import (
     TINY_ENGINE,
+    build_job_settings,
     compute_ratio,
     make_parser,
     make_rows,
@@ -149,7 +151,7 @@ def prepare_process(core: int | None, log: str) -> None:
 def run_llm(pipe: Connection, core: int | None, model: str, engine: dict[str, Any], work_dir: str) -> None:
     """Generate with `LLM.generate()` as its users call it."""
     prepare_process(core, f"{work_dir}/llm.log")
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     llm = LLM(model, **engine)
     pipe.send("loaded")
@@ -158,15 +160,8 @@ def run_llm(pipe: Connection, core: int | None, model: str, engine: dict[str, An
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
         chunk_rows = int(way.partition("-")[2]) if "-" in way else len(rows)
         llm.reset_prefix_cache()
-        started_s, processor_s = time.monotonic(), time.process_time()
-        texts = []
-        for start in range(0, len(rows), chunk_rows):
-            chunk = rows[start : start + chunk_rows]
-            params = [SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=row["budget"]) for row in chunk]
-            outputs = llm.generate([row["prompt"] for row in chunk], params, use_tqdm=False)
-            texts += [output.outputs[0].text for output in outputs]
-        seconds = time.monotonic() - started_s
-        assert len(texts) == len(rows)
+        processor_s = time.process_time()
+        seconds = time_generate(llm, rows, chunk_rows)
         pipe.send((seconds, time.process_time() - processor_s))
 
 
@@ -210,9 +205,7 @@ def run_dpgen(pipe: Connection, core: int | None, model: str, engine: dict[str, 
 def load_config(work_dir: str, model: str, engine: dict[str, Any], path: str, seed: str) -> Any:
     from dpgen.config.loader import load
 
-    settings = [f"run.dir={work_dir}/run", f"model={model}", f"data.path={path}", "data.prompt_column=prompt"]
-    settings += ["sampling.ignore_eos=true", "sampling.temperature=1.0", "sampling.from_columns={max_tokens: budget}"]
-    return load([], [*settings, f"run.seed={seed}", f"engine={json.dumps(engine)}"])
+    return load([], [*build_job_settings(Path(work_dir) / "run", model, Path(path), engine), f"run.seed={seed}"])
 
 
 def time_rank(config: Any, journal_dir: Path, attempt: int, supervisor: Any, texts: Any) -> tuple[float, float]:

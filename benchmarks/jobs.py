@@ -24,6 +24,7 @@ from typing import Any
 from measure import (
     REPO,
     TINY_ENGINE,
+    build_job_settings,
     build_torchrun_command,
     compute_ratio,
     make_parser,
@@ -76,9 +77,7 @@ def _make_fresh_path(work_dir: Path, name: str) -> Path:
 
 def _time_dpgen(work_dir: Path, model: Path, data: Path) -> float:
     run_dir = _make_fresh_path(work_dir, "run")
-    config = [f"run.dir={run_dir}", f"model={model}", f"data.path={data}", "data.prompt_column=prompt"]
-    config += ["sampling.ignore_eos=true", "sampling.temperature=1.0", "sampling.from_columns={max_tokens: budget}"]
-    config += [f"engine={json.dumps(TINY_ENGINE)}"]
+    config = build_job_settings(run_dir, model, data, TINY_ENGINE)
     return time_dpgen(2, config, work_dir / "dpgen.log", HF_HOME=str(work_dir / "hf"))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -99,21 +101,64 @@ def build_torchrun_command(num_ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
 
 
+def build_job_settings(run_dir: Path, model: Path | str, data: Path, engine: Mapping[str, Any]) -> list[str]:
+    """Return the arguments of `dpgen run` that generate the rows of `make_rows`, each to its own length."""
+    settings = [f"run.dir={run_dir}", f"model={model}", f"data.path={data}", "data.prompt_column=prompt"]
+    settings += ["sampling.ignore_eos=true", "sampling.temperature=1.0", "sampling.from_columns={max_tokens: budget}"]
+    return [*settings, f"engine={json.dumps(engine)}"]
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """Return what a finished run says of its ranks: busy seconds and tokens of each, and their balance."""
+    ranks = json.loads((run_dir / "run.json").read_text())["manifests"]
+    busy_s = [rank["busy_s"] for rank in ranks]
+    return {
+        "busy_s": busy_s,
+        "balance": statistics.fmean(busy_s) / max(busy_s),
+        "longest_s": max(busy_s),
+        "tokens": [rank["num_generated_tokens"] for rank in ranks],
+    }
+
+
+def find_engine(run_dir: str, rank: int) -> int | None:
+    """Return the id of an engine process of a rank of this run; None if the rank has none."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            variables = (entry / "environ").read_bytes().split(b"\0")
+            if f"run.dir={run_dir}".encode() in arguments and f"RANK={rank}".encode() in variables:
+                for child in (entry / "task" / entry.name / "children").read_text().split():
+                    if b"dpgen.engine.server" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        return int(child)
+    return None
+
+
 def time_dpgen(num_ranks: int, arguments: Sequence[str], log: Path, **environment: str) -> float:
     """Return the seconds of a whole `torchrun -m dpgen run`; see `time_command`."""
     return time_command([*build_torchrun_command(num_ranks), "-m", "dpgen", "run", *arguments], log, **environment)
 
 
-def time_command(command: Sequence[str], log: Path, **environment: str) -> float:
-    """Return the seconds that a command takes. If it fails, exit and print its output."""
+def time_command(command: Sequence[str], log: Path, *, timeout_s: float | None = None, **environment: str) -> float:
+    """Return the seconds that a command takes. If it fails, or takes too long, exit and print its output."""
     path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **environment}
     log.parent.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
     with log.open("wb") as out:
-        status = subprocess.run(command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=REPO).returncode
+        process = subprocess.Popen(
+            command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=REPO, start_new_session=True
+        )
+        try:
+            status: int | str = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            status = f"it took longer than {timeout_s:.0f} s"
+        finally:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     if status != 0:
-        sys.exit(f"{' '.join(command)}\n{log.read_text(errors='replace')}")
+        sys.exit(f"{' '.join(command)} ({status})\n{log.read_text(errors='replace')}")
     return time.monotonic() - started_s
 
 
@@ -137,6 +182,15 @@ def compute_ratio(numerators: Sequence[float], denominators: Sequence[float]) ->
     return {"median": round(median, 3), "min": round(low, 3), "max": round(high, 3)}
 
 
+def list_gpu_names() -> list[str]:
+    """Return the name of each GPU of this machine."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    except OSError:
+        return []
+    return [line.partition(": ")[2].partition(" (")[0] for line in listed.splitlines() if line.startswith("GPU ")]
+
+
 def describe_machine() -> dict[str, Any]:
     """Return a record's facts about the machine, the versions, the commit and the date."""
     from importlib.metadata import PackageNotFoundError, version
@@ -151,6 +205,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cores": os.cpu_count(),
         "load": [round(load, 1) for load in os.getloadavg()],
+        "gpus": list_gpu_names(),
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit.stdout.strip(),

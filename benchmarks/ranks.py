@@ -27,12 +27,15 @@ from typing import Any
 from measure import (
     REPO,
     TINY_ENGINE,
+    build_job_settings,
     build_torchrun_command,
     compute_ratio,
+    find_engine,
     make_parser,
     make_rows,
     make_tiny_model,
     measure_in_turn,
+    read_run,
     run_benchmark,
     time_command,
     time_dpgen,
@@ -114,23 +117,14 @@ class Bench:
         """Run dpgen on two ranks; return both ranks' busy seconds and tokens, and the balance."""
         self.num_runs += 1
         run_dir = self.work_dir / f"run-{self.num_runs}"
-        config = [f"run.dir={run_dir}", f"model={self.model}", f"data.path={data}", "data.prompt_column=prompt"]
-        config += ["sampling.ignore_eos=true", "sampling.temperature=1.0", "sampling.from_columns={max_tokens: budget}"]
-        config += [f"engine={json.dumps(self.engine)}", "run.seed=null", *self.options.set]
+        config = build_job_settings(run_dir, self.model, data, self.engine)
+        config += ["run.seed=null", *self.options.set]
         is_done = threading.Event()
         if slow_rank is not None:
             threading.Thread(target=_slow_down, args=(str(run_dir), slow_rank, is_done), daemon=True).start()
         wall_s = time_dpgen(2, config, run_dir.with_suffix(".log"), HF_HOME=str(self.work_dir / "hf"))
         is_done.set()
-        ranks = json.loads((run_dir / "run.json").read_text())["manifests"]
-        busy_s = [rank["busy_s"] for rank in ranks]
-        return {
-            "busy_s": busy_s,
-            "balance": sum(busy_s) / (2 * max(busy_s)),
-            "longest_s": max(busy_s),
-            "wall_s": wall_s,
-            "tokens": [rank["num_generated_tokens"] for rank in ranks],
-        }
+        return {**read_run(run_dir), "wall_s": wall_s}
 
     def time_static_shards(self, data: Path) -> float:
         """Return the slowest rank's seconds of generating contiguous chunks."""
@@ -146,24 +140,13 @@ def _slow_down(run_dir: str, rank: int, is_done: threading.Event) -> None:
     """Stop the engine process of one rank half of the time, from its start until `is_done`."""
     engine = None
     while not is_done.wait(0.2) and engine is None:
-        engine = _find_engine(run_dir, rank)
+        engine = find_engine(run_dir, rank)
     with contextlib.suppress(ProcessLookupError):
         while engine is not None and not is_done.is_set():
             os.kill(engine, signal.SIGSTOP)
             time.sleep(_STOPPED_S)
             os.kill(engine, signal.SIGCONT)
             time.sleep(_STOPPED_S)
-
-
-def _find_engine(run_dir: str, rank: int) -> int | None:
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            arguments = (entry / "cmdline").read_bytes().split(b"\0")
-            variables = (entry / "environ").read_bytes().split(b"\0")
-            if f"run.dir={run_dir}".encode() in arguments and f"RANK={rank}".encode() in variables:
-                for child in (entry / "task" / entry.name / "children").read_text().split():
-                    return int(child)
-    return None
 
 
 def _compute_range(values: list[float]) -> dict[str, float]:
