@@ -1,15 +1,14 @@
 """Prepare this rank's engine: its spec, its devices and environment, and the work on text around it.
 
 - Takes the whole `Config`, and gives each collaborator the part that it needs.
-- Never loads CUDA: GPUs are counted by CUDA_VISIBLE_DEVICES, or by their device files.
+- Never loads CUDA.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,17 +42,13 @@ from dpgen.engine.process import EngineProcess, build_engine_env
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.starting.model_damage import check_model_files, has_weights, measure_weights
+from dpgen.engine.starting.visible_gpus import list_visible_gpus
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import ConfigError
-from dpgen.formatting import format_count
 
 logger = logging.getLogger(__name__)
 
 _WARNINGS = "dpgen/engine_warnings"  # store key: below it, for each warning, the number of ranks that have it
-# Files in /dev of machines with GPUs: NVIDIA's, also under WSL and on Jetson, and AMD's, which read the variable, too.
-_GPU_FILES = ("nvidia", "dxg", "nvhost", "nvmap", "kfd")
-_NO_GPU = ("", "nodevfiles", "none", "void")
-_GPU_UUID = re.compile("GPU-[0-9A-Fa-f-]+|MIG-[0-9A-Fa-f-]+|MIG-GPU-[0-9A-Fa-f-]+/[0-9]+/[0-9]+")
 
 
 def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | None) -> EngineSpec:
@@ -101,7 +96,7 @@ def make_engine_factory(
     node = group.nodes[group.rank]
     on_node = [cores for rank, cores in enumerate(affinities) if group.nodes[rank] == node]
     uses_gpus = config.run.engine == "vllm"
-    visible = group.run_on_all_ranks(lambda: _list_visible_gpus(os.environ, os.listdir("/dev")) if uses_gpus else [])
+    visible = group.run_on_all_ranks(lambda: list_visible_gpus(os.environ, os.listdir("/dev")) if uses_gpus else [])
     share = config.parallel.share_devices
     gpus = group.run_on_all_ranks(
         lambda: assign_gpus(topology, visible, config.gpus_per_rank, share=share) if visible else None
@@ -292,39 +287,6 @@ def _wrap_prompt(prompt: Prompt) -> RenderedPrompt:
     return RenderedPrompt(prompt) if isinstance(prompt, list) else RenderedPrompt(None, prompt)
 
 
-def parse_visible_gpus(text: str) -> list[str]:
-    """Return the GPUs that CUDA_VISIBLE_DEVICES names, as CUDA reads it: indices or UUIDs, in order.
-
-    "", "-1" and "NoDevFiles" (of batch systems) hide all GPUs, and a negative index hides those after it.
-
-    Raises:
-        ConfigError: CUDA would see none, or fewer than are named: a GPU is named twice, or an entry names none.
-    """
-    entries = [entry.strip() for entry in text.split(",")]
-    if len(entries) > 1 and not entries[-1]:
-        entries.pop()  # "0,1,"
-    if len(entries) == 1 and entries[0].lower() in _NO_GPU:
-        return []
-    gpus: list[str] = []
-    for entry in entries:
-        if re.fullmatch("-[0-9]+", entry):
-            break
-        if re.fullmatch("[0-9]+", entry):
-            name = str(int(entry))
-        elif _GPU_UUID.fullmatch(entry):
-            name = entry
-        else:
-            raise ConfigError(
-                f"CUDA_VISIBLE_DEVICES={text!r}: {repr(entry) if entry else 'a blank entry'} names no GPU, and CUDA "
-                "would stop there: must be indices or UUIDs (GPU-..., MIG-...), separated by commas; unset it to use "
-                "all GPUs"
-            )
-        if name in gpus:
-            raise ConfigError(f"CUDA_VISIBLE_DEVICES={text!r}: names {entry} twice, and CUDA would see no GPU at all")
-        gpus.append(name)
-    return gpus
-
-
 def has_cold_caches(config: Config, environ: Mapping[str, str]) -> bool:
     """Return True if loading would fill a cache that the node's ranks share: of weights, or of compiled code."""
     if config.run.engine != "vllm":
@@ -360,33 +322,6 @@ def _measure_weights_per_device(config: Config, world: EngineWorld | None) -> in
     if config.run.engine != "vllm" or world is not None:
         return 0
     return measure_weights(expand_model_path(config), config.engine) // config.gpus_per_rank
-
-
-def _list_visible_gpus(environ: Mapping[str, str], device_files: Collection[str]) -> list[str]:
-    """Return the GPUs that this process may use, as CUDA names them, without loading CUDA here.
-
-    Args:
-        device_files: names in /dev.
-
-    Raises:
-        ConfigError: CUDA_VISIBLE_DEVICES names GPUs that CUDA would not see.
-    """
-    num_gpus = sum(re.fullmatch("nvidia[0-9]+", name) is not None for name in device_files)
-    text = environ.get("CUDA_VISIBLE_DEVICES")
-    if text is None:
-        return [str(index) for index in range(num_gpus)]
-    gpus = parse_visible_gpus(text)
-    if not any(name.startswith(_GPU_FILES) for name in device_files):
-        gpus = []  # the variable is a leftover: this machine has no GPU
-    beyond = [gpu for gpu in gpus if gpu.isdigit() and int(gpu) >= num_gpus > 0]
-    if beyond:
-        raise ConfigError(
-            f"CUDA_VISIBLE_DEVICES={text!r}: this machine has {format_count(num_gpus, 'GPU')}, numbered from 0, and "
-            f"CUDA would not see {beyond[0]}"
-        )
-    if not gpus and text.strip() not in ("", "-1"):
-        logger.info(f"CUDA_VISIBLE_DEVICES={text!r}: no GPU is visible")
-    return gpus
 
 
 def _find_compile_cache(environ: Mapping[str, str]) -> Path:

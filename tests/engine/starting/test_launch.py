@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from dpgen.engine.starting.launch import _list_visible_gpus, parse_visible_gpus
+from dpgen.engine.starting.visible_gpus import list_visible_gpus, parse_visible_gpus
 from dpgen.errors import ConfigError
 
 FOUR_GPUS = ["null", "nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"]
@@ -60,17 +60,17 @@ def test_cuda_visible_devices_is_read_as_cuda_reads_it(text: str, gpus: list[str
 )
 def test_devices_that_cuda_would_not_see_are_rejected_by_the_variables_name(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"CUDA_VISIBLE_DEVICES=.*{message}"):
-        _list_visible_gpus({"CUDA_VISIBLE_DEVICES": text}, FOUR_GPUS)
+        list_visible_gpus({"CUDA_VISIBLE_DEVICES": text}, FOUR_GPUS)
 
 
 def test_gpus_are_counted_by_the_variable_or_else_by_their_files(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert _list_visible_gpus({}, FOUR_GPUS) == ["0", "1", "2", "3"]
-    assert _list_visible_gpus({"CUDA_VISIBLE_DEVICES": "2"}, FOUR_GPUS) == ["2"]
-    assert _list_visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, FOUR_GPUS) == []
+    assert list_visible_gpus({}, FOUR_GPUS) == ["0", "1", "2", "3"]
+    assert list_visible_gpus({"CUDA_VISIBLE_DEVICES": "2"}, FOUR_GPUS) == ["2"]
+    assert list_visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, FOUR_GPUS) == []
     assert not caplog.messages
-    assert _list_visible_gpus({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, FOUR_GPUS) == []
-    assert _list_visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}, ["null"]) == [], "a leftover on a machine without GPUs"
+    assert list_visible_gpus({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, FOUR_GPUS) == []
+    assert list_visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}, ["null"]) == [], "a leftover on a machine without GPUs"
     assert caplog.messages == [
         "CUDA_VISIBLE_DEVICES='NoDevFiles': no GPU is visible",
         "CUDA_VISIBLE_DEVICES='0,1': no GPU is visible",
