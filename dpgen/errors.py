@@ -69,7 +69,7 @@ ERROR_TYPES = (
         "bad_sampling",
     ),
     *("bad_tools", "bad_template_kwargs", "unknown_adapter", "engine_refused", "poison_row", "decode_failed"),
-    *("bad_request", "unsupported_request", "unknown_model", "check_failed"),
+    *("bad_request", "unsupported_request", "unknown_model", "check_failed", "not_finite"),
 )
 
 

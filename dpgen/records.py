@@ -8,12 +8,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dpgen.errors import RowRefused
 from dpgen.logprobs import TokenLogprobs
+
+POOLED_TYPE = "<f4"  # of the values of `PooledOutput`, on the disk
+_SHOWN_VALUES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,53 @@ class RequestId(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class PoolingRequest:
+    """Ask a pooling model for vectors of one or several sequences, instead of generating text.
+
+    Attributes:
+        task: "embed", "classify", "score" or "reward".
+        lengths: tokens of each sequence; the request's `prompt_token_ids` hold them one after the other. Empty for a
+            single sequence.
+        texts: for each sequence, which of the row's texts it is a part of: chunks of a long text share one. Empty where
+            each sequence is a text of its own.
+        second_starts: for each sequence, from which token on it is the second text of a pair, for models that are told
+            so (token_type_ids); -1 for none. Empty where no model is told.
+        has_query: True if the first text is a query, and the result says how similar the others are to it.
+        num_cut_tokens: tokens of the row's texts that were cut off.
+        dimensions: of each embedding; None for all that the model gives.
+        normalize: True if embeddings get length 1; None as the model's files say.
+        is_per_token: True if the result has a vector for each token.
+    """
+
+    task: str
+    lengths: tuple[int, ...] = ()
+    texts: tuple[int, ...] = ()
+    second_starts: tuple[int, ...] = ()
+    has_query: bool = False
+    num_cut_tokens: int = 0
+    dimensions: int | None = None
+    normalize: bool | None = None
+    is_per_token: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths) or 1
+
+    def split(self, token_ids: list[int]) -> Iterator[list[int]]:
+        """Yield the tokens of each sequence.
+
+        Args:
+            token_ids: the request's `prompt_token_ids`.
+        """
+        if not self.lengths:
+            yield token_ids
+        start = 0
+        for length in self.lengths:
+            yield token_ids[start : start + length]
+            start += length
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """Hold one row that is ready to generate, or a part of it.
 
@@ -60,6 +112,7 @@ class Request:
             of generating one; 0 to generate.
         server_request: what says how to sample, over `sampling`, as it would say it to vLLM's server; None where only
             `sampling` does.
+        pooling: what is asked of a pooling model; None to generate text.
     """
 
     id: RequestId
@@ -69,6 +122,7 @@ class Request:
     adapter: str | None = None
     num_completion_tokens: int = 0
     server_request: ServerRequest | None = None
+    pooling: PoolingRequest | None = None
 
     @property
     def row(self) -> int:
@@ -139,6 +193,59 @@ class ScoredCompletion:
     is_greedy: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PooledOutput:
+    """Hold a row's vectors.
+
+    Attributes:
+        values: float32[num_vectors, width].
+        num_chunks: sequences that the row's text was read in; more than 1 with data.too_long=chunk_mean.
+        num_cut_tokens: tokens of the row's texts that were not read, with data.too_long=truncate.
+    """
+
+    values: np.ndarray
+    num_chunks: int = 1
+    num_cut_tokens: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        """Return True if all bytes are equal."""
+        return (
+            isinstance(other, PooledOutput)
+            and (self.num_chunks, self.num_cut_tokens) == (other.num_chunks, other.num_cut_tokens)
+            and self.values.shape == other.values.shape
+            and self.values.tobytes() == other.values.tobytes()
+        )
+
+    @property
+    def is_finite(self) -> bool:
+        """Return True if no value is NaN or infinite."""
+        return bool(np.isfinite(self.values).all())
+
+    def describe(self) -> str:
+        """Return the beginning of the first vector, and how many numbers there are: ``[0.12, -0.5, ...] (1 x 128)``."""
+        num_vectors, width = self.values.shape
+        first = [f"{value:.3g}" for value in self.values.reshape(-1)[:_SHOWN_VALUES].tolist()]
+        more = ", ..." if self.values.size > len(first) else ""
+        return f"[{', '.join(first)}{more}] ({num_vectors} x {width})"
+
+
+@dataclass(frozen=True)
+class PooledKind:
+    """Describe the vectors of a loaded pooling model.
+
+    Attributes:
+        width: numbers in each vector: dimensions, or classes.
+        labels: of the classes, in the vectors' order; empty for a model without classes.
+        score_type: vLLM's name of how the model compares two texts: "cross-encoder", "bi-encoder", ...
+        uses_separator: True if special tokens stand between the texts of a pair.
+    """
+
+    width: int
+    labels: tuple[str, ...] = ()
+    score_type: str = "bi-encoder"
+    uses_separator: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class RowError:
     """Say why a row has no completion: a stable snake_case type to filter by, and a sentence for a person."""
@@ -149,7 +256,7 @@ class RowError:
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """Hold a row's result: one completion per sample, a scored completion, or an error.
+    """Hold a row's result: one completion per sample, a scored completion, a pooling model's vectors, or an error.
 
     A row of which samples failed their checks has an error, and completions of the others in their places.
 
@@ -160,6 +267,7 @@ class RowResult:
         scored: the log-probabilities of the row's given completion; None unless data.completion_column names one.
         call, sample, attempt: as in the id of the request that this is the result of. A record does not hold them: a
             row's own result has none.
+        pooled: what a pooling model makes of the row; None where text is generated.
     """
 
     row: int
@@ -171,6 +279,7 @@ class RowResult:
     call: int = 0
     sample: int = 0
     attempt: int = 0
+    pooled: PooledOutput | None = None
 
     @property
     def id(self) -> RequestId:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpgen.logprobs import ARRAY_TYPES, TokenLogprobs
-from dpgen.records import Completion, RowError, RowResult, ScoredCompletion, ToolCall
+from dpgen.records import POOLED_TYPE, Completion, PooledOutput, RowError, RowResult, ScoredCompletion, ToolCall
 
 _RARE_FIELDS = (
     "reasoning",
@@ -39,13 +39,14 @@ def encode_result(result: RowResult) -> bytes:
         record["out"] = [_encode_completion(completion) for completion in result.completions]
     if result.scored is not None:
         record["greedy"] = result.scored.is_greedy
+    if (pooled := result.pooled) is not None:
+        record["pooled"] = [len(pooled.values), pooled.num_chunks, pooled.num_cut_tokens]
     arrays: list[list[Any]] = []
     chunks: list[bytes] = []
-    for owner, logprobs in _iter_logprobs(result):
-        for name, data in logprobs.to_bytes().items():
-            dtype = ARRAY_TYPES[name]
-            arrays.append([owner, name, dtype, len(data) // np.dtype(dtype).itemsize])
-            chunks.append(data)
+    for owner, name, data in _iter_arrays(result):
+        dtype = _ARRAY_TYPES[name]
+        arrays.append([owner, name, dtype, len(data) // np.dtype(dtype).itemsize])
+        chunks.append(data)
     if arrays:
         record["arrays"] = arrays
     # ASCII escapes can represent any str, including lone surrogates, which UTF-8 rejects.
@@ -61,9 +62,11 @@ def decode_result(record: bytes) -> RowResult:
     """
     line, line_feed, data = record.partition(b"\n")  # JSON escapes line feeds, so the first one ends the line
     fields = json.loads(line)
-    logprobs = _decode_logprobs(fields.pop("arrays", []), data)
-    if bool(line_feed) != bool(logprobs):
+    arrays = _decode_arrays(fields.pop("arrays", []), data)
+    if bool(line_feed) != bool(arrays):
         raise ValueError("a record has a line feed if, and only if, arrays follow it")
+    pooled = _decode_pooled(arrays.pop(_POOLED, {}), fields.get("pooled"))
+    logprobs = {owner: TokenLogprobs(**values) for owner, values in arrays.items()}
     error = RowError(*fields["error"]) if "error" in fields else None
     completions = tuple(
         _decode_completion(logprobs.pop(sample, None), *completion)
@@ -73,10 +76,23 @@ def decode_result(record: bytes) -> RowResult:
     prompt_logprobs = logprobs.pop(_PROMPT, None)
     if logprobs:
         raise ValueError(f"the record has arrays that belong to nothing in it: {list(logprobs)}")
-    return RowResult(fields["row"], fields.get("prompt_tokens"), completions, error, prompt_logprobs, scored)
+    return RowResult(
+        fields["row"], fields.get("prompt_tokens"), completions, error, prompt_logprobs, scored, pooled=pooled
+    )
 
 
-_PROMPT, _COMPLETION = "prompt", "completion"  # whose arrays they are; those of a sample have its number
+# Whose arrays they are; those of a sample have its number.
+_PROMPT, _COMPLETION, _POOLED = "prompt", "completion", "pooled"
+_VALUES = "values"  # the only array of `PooledOutput`
+_ARRAY_TYPES = {**ARRAY_TYPES, _VALUES: POOLED_TYPE}
+
+
+def _iter_arrays(result: RowResult) -> Iterator[tuple[int | str, str, bytes]]:
+    """Yield all arrays of a result as (whose, field, little-endian bytes)."""
+    for owner, logprobs in _iter_logprobs(result):
+        yield from ((owner, name, data) for name, data in logprobs.to_bytes().items())
+    if result.pooled is not None:
+        yield _POOLED, _VALUES, result.pooled.values.astype(POOLED_TYPE, copy=False).tobytes()
 
 
 def _iter_logprobs(result: RowResult) -> Iterator[tuple[int | str, TokenLogprobs]]:
@@ -90,8 +106,24 @@ def _iter_logprobs(result: RowResult) -> Iterator[tuple[int | str, TokenLogprobs
         yield _COMPLETION, result.scored.logprobs
 
 
-def _decode_logprobs(entries: Sequence[Sequence[Any]], data: bytes) -> dict[int | str, TokenLogprobs]:
-    """Return the log-probabilities in the bytes after a record's line, by what they belong to.
+def _decode_pooled(arrays: dict[str, np.ndarray], fields: Sequence[int] | None) -> PooledOutput | None:
+    """Return the vectors of a record; None if it has none.
+
+    Args:
+        fields: number of vectors, chunks and tokens that were cut off.
+    """
+    if fields is None:
+        if arrays:
+            raise ValueError("the record has vectors, and does not say how many")
+        return None
+    num_vectors, num_chunks, num_cut_tokens = fields
+    values = arrays[_VALUES]
+    width = len(values) // num_vectors if num_vectors else 0
+    return PooledOutput(values.reshape(num_vectors, width), num_chunks, num_cut_tokens)
+
+
+def _decode_arrays(entries: Sequence[Sequence[Any]], data: bytes) -> dict[int | str, dict[str, np.ndarray]]:
+    """Return the arrays in the bytes after a record's line, by what they belong to and by field.
 
     Args:
         entries: the record's list of arrays.
@@ -100,13 +132,13 @@ def _decode_logprobs(entries: Sequence[Sequence[Any]], data: bytes) -> dict[int 
     offset = 0
     for owner, name, dtype, count in entries:
         values = arrays.setdefault(owner, {})
-        if ARRAY_TYPES[name] != dtype or name in values or type(count) is not int or count < 0:
+        if _ARRAY_TYPES[name] != dtype or name in values or type(count) is not int or count < 0:
             raise ValueError(f"the record's array {owner}.{name} of {count} values of type {dtype} is not valid")
         values[name] = np.frombuffer(data, dtype, count, offset)
         offset += values[name].nbytes
     if offset != len(data):
         raise ValueError(f"the record has {len(data)} bytes of arrays, and its line lists {offset}")
-    return {owner: TokenLogprobs(**values) for owner, values in arrays.items()}
+    return arrays
 
 
 def _encode_completion(completion: Completion) -> list[Any]:

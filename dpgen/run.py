@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -239,13 +240,19 @@ class _Job:
         results = build_recorder(config, self._journal, self._text, self._note, self._planner, self._engine)
         results.on_recorded = self._reporter.tally.add_all
         num_samples = config.sampling.get("n") or 1
-        loop_config = LoopConfig(config.work.reserve_rows, num_samples, config.run.max_leading_errors)
+        loop_config = LoopConfig(
+            config.work.reserve_rows,
+            num_samples,
+            config.run.max_leading_errors,
+            reads_only=config.pooling is not None,
+        )
         stop_reason = lambda: self._shutdown.reason  # noqa: E731 - asked again and again
         return GenerationLoop(self._planner, self._engine, results, self._group, loop_config, stop_reason)
 
     def _make_monitor(self) -> RunMonitor:
         loop, engine, group = self._loop, self._engine, self._group
         self._reporter.logs_failure = group.is_node_leader
+        self._reporter.reads_only = self._config.pooling is not None
         self._reporter.view = EngineView(
             lambda: loop.engine_stats, lambda: engine.num_deaths, group.get_wait_s, lambda: loop.latencies.counts
         )
@@ -294,8 +301,11 @@ class _Job:
         loaded = self._loader.load(self._engine, self._text.engine_text_config)
         self._engine.blame.find_canary = self._planner.build_succeeded_request
         self._engine.blame.recall(self._planner.blame)
+        if loaded is not None:
+            self._text.describe_model(loaded.info)
         if is_first and loaded is not None:
-            self._run_dir.update_metadata(engine={**vars(loaded.info), "kv_cache_bytes": loaded.agreed_kv_bytes})
+            engine = {**dataclasses.asdict(loaded.info), "kv_cache_bytes": loaded.agreed_kv_bytes}
+            self._run_dir.update_metadata(engine=engine)
         if is_first:
             logger.info(self._startup.describe(self._engine.start_phases))
 
@@ -367,7 +377,7 @@ class _Job:
         write_result(
             rows,
             self._run_dir,
-            DatasetFormat.from_config(config),
+            DatasetFormat.from_config(config, self._run_dir.read_metadata()),
             config.output.rows_per_file,
             allow_all_errors=config.run.allow_all_errors,
         )

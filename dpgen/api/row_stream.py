@@ -80,7 +80,8 @@ class RowStream:
             metadata = self._run_dir.read_metadata()
             with keep_quiet():
                 rows = load_input(self._config.data)
-            self._tables = DatasetTables(rows, DatasetFormat.from_identity(metadata["identity"]), lambda _: iter(()))
+            dataset_format = DatasetFormat.from_identity(metadata["identity"], metadata=metadata)
+            self._tables = DatasetTables(rows, dataset_format, lambda _: iter(()))
             self._is_given = np.zeros(get_num_rows(metadata) or 0, bool)
         return self._tables is not None
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import datasets
 
 # What an engine is started with: a Session can't change it between calls.
-_ENGINE_KEYWORDS = ("model", "engine", "lora", "parallel")
+_ENGINE_KEYWORDS = ("model", "task", "engine", "lora", "parallel")
 
 
 def generate(
@@ -117,7 +117,7 @@ class Session:
     """Run several calls with one loaded engine; a context manager, which ends the engine.
 
     Each call is a run of its own, with its own rows, sampling and run directory, and with all guarantees of one. What
-    the engine is started with stays: model, engine, lora, parallel.
+    the engine is started with stays: model, task, engine, lora, parallel.
 
     Under torchrun or srun every rank has the session and makes the same calls.
 

@@ -41,7 +41,7 @@ class Settings(TypedDict, total=False):
     """List the keywords of a call beside its own arguments; `dpgen run --help` explains each key.
 
     `prompt_column`, `messages_column`, `template`, `as_chat`, `system_prompt` and `columns` are keys of `data`, and
-    `seed` is `run.seed`. The others are whole sections: a mapping of their keys, or the section's own class.
+    `seed` is `run.seed`. The others but `task` are whole sections: a mapping of their keys, or the section's own class.
     """
 
     prompt_column: str
@@ -51,6 +51,7 @@ class Settings(TypedDict, total=False):
     system_prompt: str
     columns: Sequence[str]
     seed: int | None
+    task: str
     sampling: Mapping[str, Any]
     sampling_by_rank: Sequence[Mapping[str, Any]]
     engine: Mapping[str, Any]

@@ -17,7 +17,7 @@ from dpgen.formatting import format_count, format_duration
 from dpgen.monitoring.earlier_run import EarlierRun, find_earlier_run
 from dpgen.monitoring.preview import Preview, PreviewOptions, build_preview
 from dpgen.monitoring.preview_text import BAD, DIM, PLAIN, TITLE, Line, format_notes, format_preview, write_lines
-from dpgen.simulation.estimate import Estimate, EstimateOptions, estimate_run
+from dpgen.simulation.estimate import READS_ONLY, Estimate, EstimateOptions, estimate_run
 
 
 def print_preview(
@@ -89,6 +89,10 @@ def _format_estimate(estimate: Estimate) -> Iterator[Line]:
         (f"{rough}{format_duration(estimate.wall_s)}{gpus if estimate.num_gpus else ''}", PLAIN),
         (", start-up not counted", DIM),
     ]
+    if estimate.lengths_source == READS_ONLY:
+        yield [(f"  {format_count(estimate.num_prompt_tokens, 'prompt token')}, which are only read", PLAIN)]
+        yield [(f"  speed: {estimate.engine_source}", DIM)]
+        return
     at_most = "" if estimate.max_generated_tokens is None else f" (at most {estimate.max_generated_tokens:,})"
     yield [
         (f"  {format_count(estimate.num_prompt_tokens, 'prompt token')}, ", PLAIN),

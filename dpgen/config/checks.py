@@ -83,7 +83,8 @@ def may_hold_requests(data: DataConfig) -> bool:
     if data.format != "auto":
         return data.format == "openai_batch"
     paths = data.path if isinstance(data.path, (list, tuple)) else [data.path]
-    has_source = any(getattr(data, name) is not None for name in PROMPT_SOURCES)
+    sources = (*PROMPT_SOURCES, "query_column", "document_column", "documents_column")
+    has_source = any(getattr(data, name) is not None for name in sources)
     return not has_source and all(isinstance(path, str) and _JSON_LINES.search(path) for path in paths)
 
 
@@ -97,7 +98,7 @@ def find_keys_without_effect_on_requests(
     """
     names = [*PROMPT_SOURCES, "completion_column", "as_chat", "system_prompt", "system_prompt_column", "prefill_column"]
     names += ["chat_template_kwargs_column", "tools", "tools_column", "add_generation_prompt"]
-    names += ["continue_final_message", "lora_column"]
+    names += ["continue_final_message", "lora_column", "query_column", "document_column", "documents_column"]
     keys = [f"data.{name}" for name in names if getattr(data, name) != getattr(default, name)]
     keys += ["sampling.from_columns"] if sampling.get("from_columns") else []
     for key in keys:

@@ -23,13 +23,14 @@ _CHAT_KEYS = (
     *("system_prompt", "system_prompt_column", "prefill_column", "chat_template", "chat_template_kwargs"),
     *("chat_template_kwargs_column", "tools", "tools_column", "continue_final_message"),
 )
+_SCORE_TEMPLATE_KEYS = ("chat_template", "chat_template_kwargs")  # which may make one text of a pair, too
 
 
 @dataclass(frozen=True)
 class PromptConfig:
     """Hold the `data.*` keys that decide how a row becomes a prompt.
 
-    Exactly one of the first four is set, or `request_column`.
+    Exactly one of the first four is set, or `request_column`, or `query_column` with one of documents.
 
     A key of a later version is None unless it is set: run directories of older versions lack it, which means the same.
 
@@ -53,6 +54,8 @@ class PromptConfig:
         add_generation_prompt: end a chat prompt with the opening of the assistant's answer.
         continue_final_message: leave the last message open, for the model to continue.
         request_column: a text column of the lines of a batch file, which say all of this; no key of its own.
+        query_column, document_column: columns of the two texts of a pair, for models that read both.
+        documents_column: in place of the latter, a column of lists of texts.
 
     Raises:
         ConfigError: keys that contradict each other, or that would have no effect; all of them at once.
@@ -75,6 +78,9 @@ class PromptConfig:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     request_column: str | None = None
+    query_column: str | None = None
+    document_column: str | None = None
+    documents_column: str | None = None
 
     def __post_init__(self) -> None:
         if mistakes := list(self._find_mistakes()):
@@ -85,6 +91,11 @@ class PromptConfig:
     def is_chat(self) -> bool:
         """Return True if a chat template is applied."""
         return self.as_chat or self.messages_column is not None
+
+    @property
+    def is_pair(self) -> bool:
+        """Return True if a row holds a pair of texts rather than a prompt."""
+        return any(name is not None for name in (self.query_column, self.document_column, self.documents_column))
 
     @property
     def may_be_chat(self) -> bool:
@@ -103,7 +114,9 @@ class PromptConfig:
 
     def _find_mistakes(self) -> Iterator[str]:
         given = [name for name in PROMPT_SOURCES if getattr(self, name) is not None]
-        if self.request_column is None and len(given) != 1:
+        if self.is_pair:
+            yield from self._find_wrong_pair(given)
+        elif self.request_column is None and len(given) != 1:
             source = f"a prompt comes from exactly one of {_join_keys(PROMPT_SOURCES, ', ')}"
             yield f"{_join_keys(given, ' and ')} are set: {source}" if given else f"{source}; none is set"
         if self.as_chat and self.messages_column is not None:
@@ -111,7 +124,7 @@ class PromptConfig:
         if self.as_chat and self.token_ids_column is not None:
             yield "data.as_chat=true makes a text one message, but data.token_ids_column holds tokens already"
         for name in _CHAT_KEYS:
-            if getattr(self, name) and not self.may_be_chat:
+            if getattr(self, name) and not (self.may_be_chat or (self.is_pair and name in _SCORE_TEMPLATE_KEYS)):
                 yield f"data.{name} needs a chat: set data.messages_column, or data.as_chat=true"
         if self.continue_final_message and self.add_generation_prompt:
             yield "data.continue_final_message=true needs data.add_generation_prompt=false"
@@ -122,6 +135,15 @@ class PromptConfig:
         for name in sorted(RESERVED_KWARGS & set(self.chat_template_kwargs)):
             yield f"data.chat_template_kwargs may not hold {name}: it is not for the template"
         yield from self._find_wrong_tools()
+
+    def _find_wrong_pair(self, given: list[str]) -> Iterator[str]:
+        pair = "data.query_column and data.document_column"
+        if self.query_column is None or (self.document_column is None) == (self.documents_column is None):
+            yield f"{pair} (or data.documents_column) make a pair: set the query's and one of the others"
+        if given or self.as_chat or self.completion_column is not None:
+            others = [*given, *(["as_chat"] if self.as_chat else [])]
+            others += ["completion_column"] if self.completion_column is not None else []
+            yield f"{pair} are the row's texts, and {_join_keys(others, ' and ')} is set, too: leave one of them out"
 
     def _find_wrong_tools(self) -> Iterator[str]:
         if "tools" in self.chat_template_kwargs and self.has_tools:

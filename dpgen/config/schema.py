@@ -10,9 +10,15 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from dpgen.config import checks, completion_checks
+from dpgen.config.pooling.pooling_config import (
+    GENERATE,
+    PoolingConfig,
+    find_wrong_task_input,
+    find_wrong_task_keys,
+)
 from dpgen.config.prompt import REQUEST_COLUMN, PromptConfig
 from dpgen.config.secrets import redact_secrets
 from dpgen.config.sections import (
@@ -43,6 +49,12 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: str = option("the model: a directory, or a Hub name; required", MISSING)
+    task: Literal["generate", "embed", "classify", "score", "reward"] = option(
+        "what the model makes of a row: generate, text; embed, a vector (column embedding); classify, its classes' "
+        "probabilities (probs) and the likeliest class (label); score, how well the texts of a pair go together "
+        "(score), by a cross-encoder or as the cosine of embeddings; reward, a reward model's number (reward)",
+        "generate",
+    )
     engine: dict[str, Any] = option(
         "any field of vLLM's EngineArgs, passed through, e.g. {max_model_len: 8192}", factory=dict
     )
@@ -88,15 +100,15 @@ class Config:
     @property
     def has_samples(self) -> bool:
         """Return True if rows may have several samples."""
-        return self.sampling.get("n", 1) != 1 or "n" in self.sampling_columns or self.reads_requests
+        may_have = self.sampling.get("n", 1) != 1 or "n" in self.sampling_columns or self.reads_requests
+        return self.task == GENERATE and may_have
 
     @property
     def keeps_logprobs(self) -> bool:
         """Return True if any row may have log-probabilities of its prompt or its generated tokens."""
         sections = [self.sampling, self.sampling_columns, *self.sampling_by_rank]
-        return self.reads_requests or any(
-            section.get(name) is not None for section in sections for name in checks.LOGPROB_FIELDS
-        )
+        is_asked_for = any(section.get(name) is not None for section in sections for name in checks.LOGPROB_FIELDS)
+        return self.task == GENERATE and (self.reads_requests or is_asked_for)
 
     @property
     def reads_requests(self) -> bool:
@@ -108,6 +120,21 @@ class Config:
         """Return True if vLLM may reuse the cache of an earlier prompt: it does not for prompts' log-probabilities."""
         scores_prompts = self.data.completion_column is not None or self.sampling.get("prompt_logprobs") is not None
         return bool(self.engine.get("enable_prefix_caching", True)) and not scores_prompts
+
+    @property
+    def pooling(self) -> PoolingConfig | None:
+        """Return the keys of a task that pools hidden states; None where text is generated."""
+        if self.task == GENERATE:
+            return None
+        output = self.output
+        return PoolingConfig(
+            self.task,
+            self.data.too_long,
+            output.embedding_dtype,
+            output.dimensions,
+            output.normalize,
+            output.reward_per,
+        )
 
     @property
     def prompt(self) -> PromptConfig:
@@ -156,7 +183,8 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
     yield from checks.find_wrong_logprobs(sections["engine"], sections["sampling"], sections["sampling_by_rank"])
     yield from checks.find_wrong_output_schema(sections["output"], sections["sampling"], sections["sampling_by_rank"])
     yield from completion_checks.find_wrong_check_values(sections["check"], CheckConfig())
-    if sections["data"].completion_column is not None:
+    yield from find_wrong_task_keys(sections["task"], sections, DataConfig(), OutputConfig())
+    if sections["data"].completion_column is not None and sections["task"] == GENERATE:
         yield from checks.find_keys_without_effect_on_scores(sections, OutputConfig())
 
 
@@ -206,6 +234,8 @@ def _validate(config: Config) -> None:
     if config.data.format == "openai_batch":
         mistakes += checks.find_keys_without_effect_on_requests(config.data, DataConfig(), config.sampling)
     try:
+        is_batch = config.data.format == "openai_batch"
+        mistakes += find_wrong_task_input(config.task, config.prompt, is_batch=is_batch)
         if not config.prompt.is_chat and config.output.messages:
             mistakes.append("output.messages=true needs a chat: set data.messages_column, or data.as_chat=true")
     except ConfigError as error:

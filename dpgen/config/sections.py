@@ -129,6 +129,19 @@ class DataConfig:
     completion_column: str | None = option(
         "a text column with a given completion of each prompt: its log-probability is computed, nothing is generated"
     )
+    query_column: str | None = option(
+        "with task=score or classify: a text column that is the first text of a pair, as LLM.score takes it"
+    )
+    document_column: str | None = option("a text column that is the second text of the pair")
+    documents_column: str | None = option(
+        "in its place, with task=score: a column of lists of texts, each scored with the query, as in reranking"
+    )
+    too_long: Literal["error", "truncate", "chunk_mean"] = option(
+        "with another task than generate, what becomes of a text that exceeds the model's context: error, "
+        "prompt_too_long; truncate, its beginning is read, and a column num_cut_tokens says how much was cut; "
+        "chunk_mean, for task=embed: its parts' embeddings are averaged, and a column num_chunks says how many",
+        "error",
+    )
     as_chat: bool = option(
         "send the text of prompt_column or template as one user message through the chat template", False
     )
@@ -283,6 +296,23 @@ class OutputConfig:
         "a JSON Schema that every text follows: the schema itself, its file ('@schemas/answer.json'), or the import "
         "path of a Pydantic model (package.module:Model); sets sampling.structured_outputs.json and parse=json, and "
         "gives the column parsed its types"
+    )
+    embedding_dtype: Literal["float32", "float16", "int8", "binary"] = option(
+        "of the column embedding, with task=embed: int8 scales each vector so that its largest number is 127, which "
+        "keeps cosine similarities; binary has a bit for each dimension, 1 above 0, packed into int8 as "
+        "sentence-transformers does",
+        "float32",
+    )
+    dimensions: int | None = option(
+        "keep this many dimensions of an embedding, of models that were trained for it (Matryoshka)", minimum=1
+    )
+    normalize: bool | None = option(
+        "scale embeddings to length 1; null as the model's files say, which is true for nearly all"
+    )
+    reward_per: Literal["row", "token"] = option(
+        "with task=reward: one reward a row (the last token's, of models that give one to each token), or a list with "
+        "one a token",
+        "row",
     )
     track: list[str] = option(
         "where the run's numbers go beside RUN_DIR/status: prometheus (a text file, RUN_DIR/status/metrics.prom), "

@@ -29,15 +29,18 @@ _VLLM_ONLY_FILES = {
     "processor_config.json": "it has a multi-modal processor",
     "preprocessor_config.json": "it has a multi-modal processor",
     "chat_template.json": "its processor has a chat template of its own",
-    "sentence_*_config.json": "it has sentence-transformers settings (do_lower_case)",
 }
+# Files of sentence-transformers, which may tell vLLM to lower a text's case.
+_SENTENCE_FILES = "sentence_*_config.json"
+# The end of architectures that only put another head on a model, as engine.hf_overrides does for rerankers.
+_HEAD = "ForSequenceClassification"
 # Architectures for which "auto" means a tokenizer mode that only vLLM has.
 _VLLM_ONLY_ARCHITECTURES = ("MoonshotKimia", "KimiK3", "DeepseekV32", "DeepseekV4", "Inkling")
 # Engine options that change how prompts are rendered, each with the test for a value that does.
 _VLLM_ONLY_OPTIONS: dict[str, Callable[[Any], bool]] = {
     "enable_prompt_embeds": bool,
     "hf_config_path": bool,
-    "hf_overrides": lambda value: callable(value) or bool({"architectures", "model_type"} & set(value or ())),
+    "hf_overrides": lambda value: callable(value) or "model_type" in (value or ()) or _has_other_tokenizer(value or {}),
     "model_impl": lambda value: value == "terratorch",
     "config_format": lambda value: value == "mistral",
 }
@@ -154,6 +157,11 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name)
 
 
+def _has_other_tokenizer(overrides: Mapping[str, Any]) -> bool:
+    """Return True if other architectures may mean another tokenizer mode."""
+    return any(not str(name).endswith(_HEAD) for name in overrides.get("architectures") or ())
+
+
 def _iter_reasons(name: str, revision: str | None) -> Iterator[str]:
     directory = fetch_config_files(name, revision)
     if directory is None:
@@ -162,6 +170,9 @@ def _iter_reasons(name: str, revision: str | None) -> Iterator[str]:
         # At any depth, as vLLM looks for Mistral's files.
         if next(directory.rglob(pattern), None) is not None:
             yield reason
+    for path in directory.rglob(_SENTENCE_FILES):
+        if (_read_model_config(path) or {}).get("do_lower_case"):
+            yield "it has sentence-transformers settings (do_lower_case)"
     yield from _iter_reasons_in_config(_read_model_config(directory / "config.json"))
 
 
@@ -210,7 +221,7 @@ def _download_config_files(name: str, revision: str | None) -> Path | None:
     # class of these errors is among the base classes of the client's own error.
     of_http = [base for base in HfHubHTTPError.__mro__ if issubclass(base, Exception) and base is not Exception]
     unreachable: tuple[type[Exception], ...] = (OSError, ValueError, *of_http)
-    patterns = ["config.json", *(f"*{pattern}" for pattern in _VLLM_ONLY_FILES)]
+    patterns = ["config.json", *(f"*{pattern}" for pattern in (*_VLLM_ONLY_FILES, _SENTENCE_FILES))]
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except unreachable as error:  # offline, or no such repository: load_tokenizer fails next, and reports it

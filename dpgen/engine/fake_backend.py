@@ -21,6 +21,7 @@ import numpy as np
 
 from dpgen.config.vllm.vllm_fields import describe_unknown_field
 from dpgen.data.prompts.token_ids import reject_too_long
+from dpgen.engine.fake_vectors import describe_fake_vectors, make_fake_vectors
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.logprobs import TokenLogprobs, from_rows
@@ -102,6 +103,11 @@ class _Running:
     sampling: dict[str, Any]
     num_tokens: int = 0
 
+    @property
+    def num_sequences(self) -> int:
+        """Return how many of the sequences that run at a time this row takes, of a pooling model."""
+        return 1 if self.request.pooling is None else self.request.pooling.num_sequences
+
 
 class FakeBackend:
     """Implement `Backend` without a model."""
@@ -110,7 +116,7 @@ class FakeBackend:
         self._spec = spec
         self._options = FakeOptions()
         self._rows: OrderedDict[RequestId, _Running] = OrderedDict()
-        self._num_tokens = self._num_finished = 0
+        self._num_tokens = self._num_finished = self._num_read = 0
         self._is_livelocked = False
 
     def check_options(self) -> tuple[str, ...]:
@@ -121,7 +127,7 @@ class FakeBackend:
     def begin_job(self, spec: EngineSpec) -> tuple[str, ...]:
         self._spec = spec
         self._rows.clear()
-        self._num_tokens = self._num_finished = 0
+        self._num_tokens = self._num_finished = self._num_read = 0
         self._check_names()
         return ()
 
@@ -159,6 +165,7 @@ class FakeBackend:
             num_kv_blocks=kv_bytes // (_BLOCK_TOKENS * _BYTES_PER_TOKEN),
             kv_block_tokens=_BLOCK_TOKENS,
             device="none",
+            pooled=None if self._spec.pooling is None else describe_fake_vectors(self._spec.pooling),
         )
 
     def _check_free_memory(self) -> None:
@@ -173,8 +180,12 @@ class FakeBackend:
     def add_request(self, request: Request) -> None:
         assert request.prompt_token_ids is not None
         num_prompt_tokens = len(request.prompt_token_ids)
-        reject_too_long(num_prompt_tokens, self._options.max_model_len)
         prompt = decode(request.prompt_token_ids)
+        if request.pooling is not None:
+            self._inject_fault(prompt)
+            self._rows[request.id] = _Running(request, "", 1, 0, {})
+            return
+        reject_too_long(num_prompt_tokens, self._options.max_model_len)
         self._inject_fault(prompt)
         sampling = self._read_sampling(request)
         digest = hashlib.blake2b(f"{prompt}/{sampling.get('seed')}".encode(), digest_size=8)
@@ -208,7 +219,12 @@ class FakeBackend:
         if self._is_livelocked:
             time.sleep(_LIVELOCK_STEP_S)
             return results
+        num_running = 0
         for id, running in list(self._rows.items())[: self._options.max_num_seqs]:
+            if (num_running := num_running + running.num_sequences) > max(
+                self._options.max_num_seqs, running.num_sequences
+            ):
+                break
             running.num_tokens += 1
             self._num_tokens += running.num_samples
             if running.num_tokens >= running.max_tokens:
@@ -223,7 +239,10 @@ class FakeBackend:
     def stats(self) -> EngineStats:
         num_running = min(len(self._rows), self._options.max_num_seqs)
         usage = round(num_running / self._options.max_num_seqs, 4)
-        return EngineStats(self._num_tokens, num_running, len(self._rows) - num_running, kv_cache_usage=usage)
+        num_waiting = len(self._rows) - num_running
+        return EngineStats(
+            self._num_tokens, num_running, num_waiting, num_computed_tokens=self._num_read, kv_cache_usage=usage
+        )
 
     def close(self) -> None:
         return
@@ -231,6 +250,9 @@ class FakeBackend:
     def _make_result(self, running: _Running) -> RowResult:
         request, sampling = running.request, running.sampling
         assert request.prompt_token_ids is not None
+        if request.pooling is not None:
+            self._num_read += len(request.prompt_token_ids)
+            return make_fake_vectors(request, request.pooling)
         num_prompt_tokens = len(request.prompt_token_ids) - request.num_completion_tokens
         k, prompt_k = sampling.get("logprobs"), sampling.get("prompt_logprobs")
         prompt = None

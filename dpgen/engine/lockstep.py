@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -22,7 +23,7 @@ from dpgen.distributed.codec import decode, encode
 from dpgen.distributed.gloo.torch_world import open_store
 from dpgen.distributed.layout import EngineWorld
 from dpgen.errors import RowRefused
-from dpgen.records import Request, RequestId, RowResult, make_rejected_result
+from dpgen.records import PoolingRequest, Request, RequestId, RowResult, make_rejected_result
 
 _NO_TIMEOUT = timedelta(days=20)  # the longest that gloo takes; the ranks notice a lost process, and end this one
 
@@ -48,7 +49,8 @@ def encode_requests(requests: Iterable[Request]) -> tuple[list[bytes], list[RowR
             sampling = encode(request.sampling)
             error_type = "unsupported_content"
             content = [list(request.id), request.prompt_token_ids, request.prompt, sampling, request.adapter]
-            encoded.append(encode([*content, request.num_completion_tokens]))
+            pooling = None if request.pooling is None else dataclasses.asdict(request.pooling)
+            encoded.append(encode([*content, request.num_completion_tokens, pooling]))
         except TypeError as error:
             rejected.append(make_rejected_result(request.id, RowRefused(error_type, str(error))))
     return encoded, rejected
@@ -107,6 +109,17 @@ class LockstepGroup:
 def _decode_requests(message: bytes) -> list[Request]:
     requests = []
     for data in decode(message) if message else ():
-        id, prompt_token_ids, prompt, sampling, *others = decode(data)
-        requests.append(Request(RequestId(*id), prompt_token_ids, prompt, decode(sampling), *others))
+        id, prompt_token_ids, prompt, sampling, adapter, num_completion_tokens, fields = decode(data)
+        pooling = None if fields is None else PoolingRequest(**fields)
+        requests.append(
+            Request(
+                RequestId(*id),
+                prompt_token_ids,
+                prompt,
+                decode(sampling),
+                adapter,
+                num_completion_tokens,
+                pooling=pooling,
+            )
+        )
     return requests

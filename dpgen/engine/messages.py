@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpgen.config.pooling.pooling_config import PoolingConfig
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.openai_batch.lines import CHAT_URL
 from dpgen.data.openai_batch.requests import lay_retry_over, select_plain_sampling
 from dpgen.distributed.layout import EngineWorld
-from dpgen.records import Request, RequestId, RowResult, UndecodedRow
+from dpgen.records import PooledKind, Request, RequestId, RowResult, UndecodedRow
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class EngineSpec:
         has_output_schema: True if `output.schema` has set the structured outputs in `sampling`.
         reads_requests: rows are requests of a batch file.
         reasoning_parser: as in `RequestParsers`.
+        pooling: the task, if the model's hidden states are pooled; None to generate text.
     """
 
     kind: str
@@ -66,6 +68,7 @@ class EngineSpec:
     num_sharing: int = 1
     weight_bytes: int = 0
     reasoning_parser: str | None = None
+    pooling: PoolingConfig | None = None
 
     def iter_sampling_sections(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield `sampling` and the sections over it, as (section, fields)."""
@@ -206,6 +209,7 @@ class EngineInfo:
         num_kv_blocks, kv_block_tokens: size of the KV cache.
         versions: package → version.
         device: "cpu", "cuda", ...
+        pooled: what the vectors of a pooling model are; None where text is generated.
     """
 
     max_num_seqs: int
@@ -214,6 +218,7 @@ class EngineInfo:
     kv_block_tokens: int
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
+    pooled: PooledKind | None = None
 
 
 @dataclass(frozen=True)

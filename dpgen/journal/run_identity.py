@@ -170,6 +170,8 @@ def compute_run_identity(
     if config.lora:  # as above
         identity |= {"lora": config.lora, "lora_column": config.data.lora_column}
         identity["engine"] = {key: value for key, value in identity["engine"].items() if key not in _ADAPTER_OPTIONS}
+    if config.pooling is not None:  # as above
+        identity["pooling"] = dataclasses.asdict(config.pooling)
     if config.check.is_used:  # as above
         identity["check"] = {key: value for key, value in vars(config.check).items() if key not in _NEUTRAL_CHECK_KEYS}
     round_trip: dict[str, Any] = json.loads(json.dumps(redact_secrets(identity), default=str))
@@ -209,6 +211,7 @@ def _to_config_key(path: str) -> str:
     renamed |= {"lora_column": "data.lora_column"}
     renamed |= {"prompt.request_column": "data.format"}
     renamed |= {"chat_template_hash": "the text in the file data.chat_template"}
+    renamed |= {"pooling.task": "task", "pooling.too_long": "data.too_long", "pooling": "task"}
     renamed |= {"output.logprobs": "log-probabilities in the result"}
     if path.startswith("model_files."):
         option, _, name = path.removeprefix("model_files.").partition(".")
@@ -220,6 +223,8 @@ def _to_config_key(path: str) -> str:
         return f"the source of {path.removeprefix('code.')}"
     if path.startswith("variables."):
         return f"environment variable {path.removeprefix('variables.')}"
+    if path not in renamed and path.startswith("pooling."):
+        return f"output.{path.removeprefix('pooling.')}"
     return renamed.get(path, f"data.{path.removeprefix('prompt.')}" if path.startswith("prompt.") else path)
 
 

@@ -40,6 +40,7 @@ from dpgen.engine.starting.launch import (
     expand_model_path,
     load_text_steps,
 )
+from dpgen.engine.starting.pooling_text import guess_context
 from dpgen.engine.vllm.field_names import read_vllm_fields
 from dpgen.errors import ConfigError
 from dpgen.formatting import format_count
@@ -161,6 +162,9 @@ def build_preview(config: Config, options: PreviewOptions) -> tuple[Preview, Exa
     text = load_text_steps(config, rows)
     notes += _check_option_names(spec)
     model_config, of_model, limit = _read_model(config)
+    if text.pooling_context is not None:
+        num_tokens = None if limit is None else limit.num_tokens
+        vars(text.pooling_context).update(vars(guess_context(config, model_config, num_tokens)))
     notes += _find_long_context(config, model_config, limit)
     slow_rows = SlowRowFilter(config.prompt, config.data.render_timeout_s, SingleRankGroup())
     order, is_order_sample = _order_rows(config, rows, slow_rows)

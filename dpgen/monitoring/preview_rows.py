@@ -70,16 +70,25 @@ class RowExaminer:
             reject_unknown_ids(token_ids, self.num_ids)
         source = request.server_request
         is_cut = source is not None and source.body.get("truncate_prompt_tokens") is not None  # by the engine
+        if request.pooling is not None:
+            lengths = request.pooling.lengths or (len(token_ids),)
+            if self.max_model_len is not None:
+                reject_too_long(max(lengths) - 1, self.max_model_len)  # nothing is generated after it
+            return
         if self.max_model_len is not None and not is_cut:
             reject_too_long(len(token_ids), self.max_model_len)
 
     def resolve_sampling(self, request: Request) -> dict[str, Any]:
         """Return all fields of SamplingParams that a row's request has; those of vLLM's own defaults are left out."""
+        if request.pooling is not None:
+            return {}
         fields = self.spec.resolve_sampling(self.of_model, request)
         return fields | get_own_sampling(request) if request.server_request is not None else fields
 
     def find_max_tokens(self, request: Request, num_prompt_tokens: int) -> int | None:
         """Return the most tokens that a row's completion can have; None where nothing limits it."""
+        if request.pooling is not None:
+            return 1  # as a generated token takes a step
         given = self.resolve_sampling(request)["max_tokens"]
         limits = [given] if isinstance(given, int) and given > 0 else []
         if self.max_model_len is not None:

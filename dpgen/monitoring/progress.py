@@ -47,7 +47,7 @@ class ProgressDisplay:
         self._format_ranks = format_ranks or (lambda rates: [])
         self._start_s = clock()
         self._next_line_s = self._start_s + interval_s
-        self._window_start = (self._start_s, 0)  # (time in seconds, generated tokens by then)
+        self._window_start = (self._start_s, 0)  # (time in seconds, tokens by then)
         self._bar: TerminalBar | None = None
 
     def open_bar(self) -> None:
@@ -100,10 +100,10 @@ class ProgressDisplay:
     def _format_rates(self, totals: Totals, now_s: float) -> str:
         start_s, num_tokens = self._window_start
         window_s = now_s - start_s
-        tokens_per_s = (totals.num_generated_tokens - num_tokens) / window_s if window_s > 0 else 0.0
+        tokens_per_s = (totals.num_tokens - num_tokens) / window_s if window_s > 0 else 0.0
         if window_s >= min(_RATE_WINDOW_S, self._interval_s):
-            self._window_start = (now_s, totals.num_generated_tokens)
-        rates = f"{tokens_per_s:,.0f} tokens/s, {format_count(totals.num_errors, 'error')}"
+            self._window_start = (now_s, totals.num_tokens)
+        rates = f"{tokens_per_s:,.0f} {totals.token_unit}s/s, {format_count(totals.num_errors, 'error')}"
         retries = format_retries(dict(zip(CHECK_NAMES, totals.num_retries, strict=True)))
         if retries:
             rates += f", {retries}"

@@ -89,6 +89,9 @@ class RunMonitor:
                 prompt = find_prompt_end(build_request(sample.row), decode)
             except Exception as error:  # noqa: BLE001 - foreign code: templates and tokenizers raise anything
                 prompt = f"({type(error).__name__})"
+            if sample.finish_reason is None and not sample.num_tokens:
+                logger.info(f"row {sample.row}: {prompt} → {sample.text}")
+                continue
             answer = _abbreviate(sample.text)
             tokens = f"{sample.finish_reason}, {sample.num_tokens:,} tokens"
             logger.info(f"row {sample.row}: {prompt} → {answer} ({tokens})")

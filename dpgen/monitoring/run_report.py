@@ -25,8 +25,8 @@ def describe_generation(totals: Totals, elapsed_s: float) -> str:
     """Return ``generated 512 rows, 8,192 tokens in 12 s (683 tokens/s), 1 row failed``."""
     num_generated = totals.num_rows - totals.num_errors
     return (
-        f"generated {format_count(num_generated, 'row')}, {format_count(totals.num_generated_tokens, 'token')} "
-        f"in {format_duration(elapsed_s)} ({totals.num_generated_tokens / max(elapsed_s, 1e-9):,.0f} tokens/s)"
+        f"generated {format_count(num_generated, 'row')}, {format_count(totals.num_tokens, totals.token_unit)} "
+        f"in {format_duration(elapsed_s)} ({totals.num_tokens / max(elapsed_s, 1e-9):,.0f} {totals.token_unit}s/s)"
         + (f", {format_count(totals.num_errors, 'row')} failed" if totals.num_errors else "")
     )
 
@@ -86,7 +86,9 @@ def _describe_retries(manifests: Sequence[RankManifest]) -> Iterator[str]:
 
 def _describe_straggler(manifests: Sequence[RankManifest]) -> Iterator[str]:
     rates = [
-        round(manifest.num_generated_tokens / manifest.busy_s) if manifest.busy_s >= _MIN_BUSY_S else UNKNOWN_RATE
+        round((manifest.num_generated_tokens or manifest.num_prompt_tokens) / manifest.busy_s)
+        if manifest.busy_s >= _MIN_BUSY_S
+        else UNKNOWN_RATE
         for manifest in manifests
     ]
     straggler = find_straggler(rates)

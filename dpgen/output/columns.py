@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dpgen.config.pooling.pooling_config import PoolingConfig
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.schema import Config
 from dpgen.data.prompts.chat import Message
@@ -38,13 +39,14 @@ from dpgen.output.column_values import (
     get_text,
     get_token_ids,
     get_tool_calls,
-    to_shortest_decimals,
 )
 from dpgen.output.conversations import get_messages_type
 from dpgen.output.json_lines import JSONL_ENCODING
 from dpgen.output.json_schema.derivation import derive_type
 from dpgen.output.json_schema.value_types import ValueType, read_value
-from dpgen.records import Completion, RowResult
+from dpgen.output.result_columns.pooled_columns import POOLED_COLUMNS
+from dpgen.output.result_columns.result_column import ResultColumn
+from dpgen.records import Completion, PooledKind, RowResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,6 +77,10 @@ class DatasetFormat:
             prompts.
         top_logprobs, prompt_top_logprobs: True if there are also columns of the most likely tokens in their place;
             `prompt_top_logprobs` holds for given completions, too.
+        pooling: the task, where the model's hidden states are pooled; None where text is generated.
+        pooled: what the loaded model has said of its vectors; None where that is not known.
+        reads_requests: True if rows are requests of a batch file.
+        has_score_lists: True if each row has a list of documents, and hence of scores.
     """
 
     has_samples: bool = False
@@ -94,10 +100,18 @@ class DatasetFormat:
     top_logprobs: bool = False
     prompt_logprobs: bool = False
     prompt_top_logprobs: bool = False
+    pooling: PoolingConfig | None = None
+    pooled: PooledKind | None = None
+    reads_requests: bool = False
+    has_score_lists: bool = False
 
     @classmethod
-    def from_config(cls, config: Config) -> DatasetFormat:
-        """Return the format that a configuration asks for."""
+    def from_config(cls, config: Config, metadata: Mapping[str, Any] | None = None) -> DatasetFormat:
+        """Return the format that a configuration asks for.
+
+        Args:
+            metadata: the content of run.json; None before a model is loaded.
+        """
         output = dataclasses.asdict(config.output) | {"logprobs": config.keeps_logprobs}
         return cls.from_identity(
             {
@@ -107,14 +121,24 @@ class DatasetFormat:
                 "columns": config.data.columns,
                 "prompt": dataclasses.asdict(config.prompt),
                 "check": vars(config.check),
-            }
+                "pooling": None if config.pooling is None else vars(config.pooling),
+            },
+            metadata=metadata,
         )
 
     @classmethod
-    def from_identity(cls, identity: Mapping[str, Any], jsonl_encoding: int = JSONL_ENCODING) -> DatasetFormat:
+    def from_identity(
+        cls,
+        identity: Mapping[str, Any],
+        jsonl_encoding: int = JSONL_ENCODING,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> DatasetFormat:
         """Return the format that the identity in run.json implies.
 
         Runs of older versions kept no log-probabilities, whatever their sampling.
+
+        Args:
+            metadata: the content of run.json, which says what the loaded model's vectors are.
         """
         sampling, output = identity.get("sampling") or {}, identity.get("output") or {}
         from_columns = sampling.get("from_columns") or {}
@@ -127,9 +151,14 @@ class DatasetFormat:
             return by_column or any(is_wanted(section.get(name)) for section in sections for name in names)
 
         logprobs = wants("logprobs", "logprob_token_ids")
-        schema = output.get("schema")
+        schema, pooling, prompt = output.get("schema"), identity.get("pooling"), identity.get("prompt") or {}
+        pooled = ((metadata or {}).get("engine") or {}).get("pooled")
         return cls(
-            has_samples=sampling.get("n", 1) != 1 or "n" in from_columns or reads_requests,
+            pooling=None if pooling is None else PoolingConfig(**pooling),
+            pooled=None if pooled is None else PooledKind(**{**pooled, "labels": tuple(pooled["labels"])}),
+            reads_requests=reads_requests,
+            has_score_lists=prompt.get("documents_column") is not None,
+            has_samples=pooling is None and (sampling.get("n", 1) != 1 or "n" in from_columns or reads_requests),
             explode=bool(output.get("explode")),
             token_ids=bool(output.get("token_ids")) or logprobs,
             reasoning=output.get("reasoning") == "split",
@@ -175,49 +204,6 @@ class DatasetFormat:
         return tuple(column.specialize(column, self) for column in _RESULT_COLUMNS if column.is_present(self))
 
 
-@dataclass(frozen=True)
-class ResultColumn:
-    """Describe one column that results add to the input's columns.
-
-    Attributes:
-        name: the column's name.
-        get_type: returns the Arrow type of a value; a function, since pyarrow is imported late.
-        get: returns the value of an entry, or of one sample.
-        is_of_sample: True if the value is of a sample, so that the column holds lists where an entry has several.
-        is_present: whether a dataset of this format has the column.
-        specialize: returns the same column as a dataset of this format has it.
-        is_of_rejected: True if samples that failed their checks have the value, and others have none.
-    """
-
-    name: str
-    get_type: Callable[[], pa.DataType]
-    get: Callable[[Any], Any]
-    is_of_sample: bool = True
-    is_present: Callable[[DatasetFormat], bool] = lambda _: True
-    specialize: Callable[[ResultColumn, DatasetFormat], ResultColumn] = lambda column, _: column
-    is_of_rejected: bool = False
-
-    def build_array(self, entries: Sequence[Entry], dataset_format: DatasetFormat) -> pa.Array:
-        """Return the column's values, one for each entry."""
-        import pyarrow as pa
-
-        type: pa.DataType = self.get_type()
-        get: Callable[[Any], Any] = self._get_of_sample if self.is_of_sample else self.get
-        if dataset_format.file_format == "jsonl" and self.get_type is LOGPROBS:
-            type, get_float32 = pa.list_(pa.float64()), get
-            get = lambda item: to_shortest_decimals(get_float32(item))  # noqa: E731 - needs no name
-        if not self.is_of_sample:
-            return pa.array([get(entry) for entry in entries], type, from_pandas=True)  # NaN becomes null
-        if dataset_format.has_lists:
-            values = [[get(completion) for completion in entry.result.completions] or None for entry in entries]
-            return pa.array(values, pa.list_(type), from_pandas=True)
-        chosen = [None if entry.completion is None else get(entry.completion) for entry in entries]
-        return pa.array(chosen, type, from_pandas=True)
-
-    def _get_of_sample(self, completion: Completion) -> Any:
-        return self.get(completion) if (completion.rejection is not None) == self.is_of_rejected else None
-
-
 def list_entries(
     results: Sequence[RowResult],
     dataset_format: DatasetFormat,
@@ -254,7 +240,11 @@ def build_result_schema(dataset_format: DatasetFormat) -> pa.Schema:
 
 def list_float_columns(dataset_format: DatasetFormat) -> list[str]:
     """Return the names of the columns of log-probabilities, one a token or more: nearly all of their bits are noise."""
-    return [column.name for column in dataset_format.result_columns if column.get_type is LOGPROBS]
+    return [
+        column.name
+        for column in dataset_format.result_columns
+        if column.get_type is LOGPROBS or column.name == "embedding"
+    ]
 
 
 def _make_logprob_column(
@@ -301,7 +291,7 @@ def _add_misfits(column: ResultColumn, parsed_type: ValueType | None) -> ResultC
 
 
 def _is_generated(dataset_format: DatasetFormat) -> bool:
-    return not dataset_format.is_scored
+    return not dataset_format.is_scored and dataset_format.pooling is None
 
 
 _RESULT_COLUMNS = (
@@ -382,4 +372,5 @@ _RESULT_COLUMNS = (
         "prompt_top_token_ids", SMALL_TOKEN_IDS, get_prompt_logprobs, "top_token_ids", "prompt_top_logprobs"
     ),
     _make_logprob_column("prompt_top_logprobs", LOGPROBS, get_prompt_logprobs, "top_logprobs", "prompt_top_logprobs"),
+    *POOLED_COLUMNS,
 )

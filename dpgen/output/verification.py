@@ -108,7 +108,7 @@ def verify(path: Path, *, check_input: bool = True) -> VerificationReport:
             success = _read_success(run_dir, report)
             stats = ResultStats(success["hash_version"]) if success else ResultStats()
             dataset_format = DatasetFormat.from_identity(
-                identity, success["jsonl_encoding"] if success else JSONL_ENCODING
+                identity, success["jsonl_encoding"] if success else JSONL_ENCODING, run_dir.read_metadata()
             )
             findings = _check_dataset(run_dir, dataset_format, report.num_rows, results, rows, stats)
             report.num_dataset_rows = findings.num_rows

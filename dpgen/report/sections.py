@@ -59,7 +59,8 @@ def list_tiles(facts: ReportFacts) -> list[Tile]:
     tiles.append(Tile("rows with an error", f"{journal.num_errors:,}", share, is_bad=journal.num_errors > 0))
     tokens = facts.num_generated_tokens
     per_row = f"{format_number(tokens / max(1, journal.num_done - journal.num_errors))} a row"
-    tiles.append(Tile("generated tokens", format_number(tokens), per_row if tokens else ""))
+    if tokens or not (facts.metadata.get("identity") or {}).get("pooling"):
+        tiles.append(Tile("generated tokens", format_number(tokens), per_row if tokens else ""))
     if speed := _compute_mean_speed(timeline):
         tiles.append(Tile("tokens/s", format_number(speed), "mean while generating, all ranks"))
     if timeline.length_s:

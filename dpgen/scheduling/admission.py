@@ -30,13 +30,15 @@ class AdmissionController:
     Args:
         reserve_rows: sequences kept waiting in the engine beyond those it runs, so that it never runs out.
         num_samples: sequences of a row that does not give a number of its own.
+        reads_only: True if the model only reads prompts. Then a step may finish all sequences that it runs, and as many
+            wait for the next one.
 
     Attributes:
         latencies: for how long the engine had each request that it has finished, waiting included.
     """
 
-    def __init__(self, reserve_rows: int, num_samples: int = 1) -> None:
-        self._reserve_rows, self._num_samples = reserve_rows, num_samples
+    def __init__(self, reserve_rows: int, num_samples: int = 1, *, reads_only: bool = False) -> None:
+        self._reserve_rows, self._num_samples, self._reads_only = reserve_rows, num_samples, reads_only
         self._in_flight: dict[RequestId, tuple[float, int]] = {}  # (time of admission, sequences)
         self._num_seqs = 0
         self._seq_limit: int | None = None
@@ -85,6 +87,8 @@ class AdmissionController:
                 rejected.append(request)
                 continue
             num_seqs = request.sampling.get("n", self._num_samples)
+            if request.pooling is not None:
+                num_seqs = request.pooling.num_sequences
             self._in_flight[request.id] = (now_s, num_seqs if isinstance(num_seqs, int) else 1)
             self._num_seqs += self._in_flight[request.id][1]
             requests.append(request)
@@ -140,7 +144,8 @@ class AdmissionController:
             return False
         if self._seq_limit is not None:  # no reserve: vLLM would start a waiting row once a few blocks are free
             return self._num_seqs < min(self._seq_limit, max_num_seqs)
-        return max_num_seqs > 0 and self._num_seqs < max_num_seqs + min(self._reserve_rows, source.max_waiting)
+        reserve = max(self._reserve_rows, max_num_seqs) if self._reads_only else self._reserve_rows
+        return max_num_seqs > 0 and self._num_seqs < max_num_seqs + min(reserve, source.max_waiting)
 
     def _lower_limit(self, num_running: int, max_num_seqs: int, now_s: float) -> bool:
         self._stable_since_s = now_s

@@ -51,11 +51,13 @@ class LoopConfig:
         reserve_rows: sequences kept waiting in the engine beyond those that it runs.
         num_samples: sequences of a row that does not give a number of its own.
         max_leading_errors: stop if this many rows are finished and all are errors; see `LeadingErrorCheck`.
+        reads_only: True if the model only reads prompts: the tokens read show how fast an engine is.
     """
 
     reserve_rows: int = 32
     num_samples: int = 1
     max_leading_errors: int = 0
+    reads_only: bool = False
 
 
 class GenerationLoop:
@@ -84,7 +86,8 @@ class GenerationLoop:
     ) -> None:
         self._planner, self._engine, self._results, self._group = planner, engine, results, group
         self._leading_errors, self._stop_reason = LeadingErrorCheck(config.max_leading_errors), stop_reason
-        self._admission = AdmissionController(config.reserve_rows, config.num_samples)
+        self._admission = AdmissionController(config.reserve_rows, config.num_samples, reads_only=config.reads_only)
+        self._reads_only = config.reads_only
         self.latencies = self._admission.latencies
         self._throughput = ThroughputMeter()
         self.engine_stats: EngineStats | None = None
@@ -218,7 +221,8 @@ class GenerationLoop:
         self._local.num_cached_tokens = stats.num_cached_tokens
         num_before, self._local.num_preemptions = self._local.num_preemptions, stats.num_preemptions
         if self._admission:
-            self._throughput.record(now, self._local.num_generated_tokens)
+            num_tokens = stats.num_computed_tokens if self._reads_only else self._local.num_generated_tokens
+            self._throughput.record(now, num_tokens)
         came_down = self._admission.update_limit(
             stats.num_running, stats.num_preemptions, self._engine.max_num_seqs, now
         )

@@ -253,6 +253,8 @@ def order_by_measured_lengths(
 
 def _choose_order(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:
     """Return the order that a sample of the rows suggests."""
+    if config.reads_only:
+        return _order_longest_first(config, rows, remaining, text_of)
     sample, hint = sample_rows(remaining), config.hint_column
     is_whole = len(sample) == len(remaining)
     sample_config = config if is_whole else dataclasses.replace(config, is_sample=True)
@@ -300,7 +302,7 @@ def _order_by_prompts(config: OrderConfig, rows: InputRows, remaining: np.ndarra
     """Return the order by measured lengths where most rows share their prompt with others, else by prompt length."""
     prompts = _group_by_prefix(config, rows, remaining, text_of)
     prompt_groups, num_grouped = group_by_prompt(len(rows), remaining, prompts.prompt_hashes)
-    if num_grouped >= config.min_grouped_fraction * len(remaining):
+    if num_grouped >= config.min_grouped_fraction * len(remaining) and not config.reads_only:
         return order_by_measured_lengths(remaining, prompt_groups, prompt_groups.count(RankState()))
     lengths = prompts.lengths[prompts.lengths > 0]
     reason = f"by prompt length ({format_range(lengths, 'characters')})"

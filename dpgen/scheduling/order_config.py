@@ -24,6 +24,7 @@ class OrderConfig:
         max_tokens_column: column of each row's own `max_tokens`, or of its request; None where rows have none.
         prefix_caching: whether the engines cache prefixes.
         adapters: which row uses which LoRA adapter.
+        reads_only: True if the model only reads prompts, so that their lengths tell all.
         is_sample: True if the rows to order are a sample of the run's, by `sample_rows`, to preview the choice.
     """
 
@@ -32,17 +33,20 @@ class OrderConfig:
     max_tokens_column: str | None
     prefix_caching: bool
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    reads_only: bool = False
     is_sample: bool = False
 
     @classmethod
     def from_config(cls, config: Config) -> OrderConfig:
         """Return the settings of a run."""
+        generates = config.pooling is None
         return cls(
             config.work,
             config.prompt,
-            config.prompt.request_column or config.sampling_columns.get("max_tokens"),
+            (config.prompt.request_column or config.sampling_columns.get("max_tokens")) if generates else None,
             config.reads_prefix_cache,
             AdapterConfig.from_config(config),
+            reads_only=config.pooling is not None,
         )
 
     @property

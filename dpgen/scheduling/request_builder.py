@@ -81,7 +81,7 @@ class RequestBuilder:
         sampling: dict[str, Any] = dict(self.base_sampling) if rendered.server_request is None else {}
         if entries:
             sampling |= entries[row % len(entries)]
-        if self.run_seed is not None:
+        if self.run_seed is not None and rendered.pooling is None:
             sampling["seed"] = derive_seed(self.run_seed, RequestId(row))
         for name, column in self.sampling_columns.items():
             value = _drop_nulls(columns[column]) if self.has_added_nulls else columns[column]
@@ -95,6 +95,7 @@ class RequestBuilder:
             self.adapters.choose(columns, rendered.server_request),
             rendered.num_completion_tokens,
             rendered.server_request,
+            rendered.pooling,
         )
 
 

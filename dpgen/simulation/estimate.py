@@ -37,6 +37,7 @@ from dpgen.simulation.hardware import (
 from dpgen.simulation.lengths import sample_lengths
 from dpgen.simulation.simulator import EngineCostModel, Workload, simulate
 
+READS_ONLY = "prompts are only read"  # where an estimate's lengths come from, if nothing is generated
 _ASSUMED_LENGTH = 256  # generated tokens of a row, as `dpgen.scheduling.order` assumes
 _MAX_SIMULATED = 20_000  # sequences
 
@@ -214,6 +215,8 @@ def _find_lengths(config: Config, options: EstimateOptions, count: int) -> tuple
     earlier = options.earlier
     if config.prompt.completion_column is not None:
         return np.ones(count, dtype=np.int64), "given completions, which are only read"
+    if config.pooling is not None:
+        return np.ones(count, dtype=np.int64), READS_ONLY
     if options.lengths is not None:
         return sample_lengths(options.lengths, count), f"--lengths={options.lengths}"
     if earlier is not None and len(earlier.lengths):

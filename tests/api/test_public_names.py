@@ -40,7 +40,7 @@ SIGNATURES = {
 }
 KEYWORDS = (
     *("prompt_column", "messages_column", "template", "as_chat", "system_prompt", "columns", "seed"),
-    *("sampling", "sampling_by_rank", "engine", "lora"),
+    *("task", "sampling", "sampling_by_rank", "engine", "lora"),
     *("data", "run", "parallel", "work", "output", "check"),
 )
 NAMES = {

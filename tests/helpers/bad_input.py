@@ -115,6 +115,16 @@ BAD_ADAPTER_ROWS: list[tuple[str, dict[str, Any], str, str]] = [
     ),
 ]
 
+# The same for the pairs of task=score; tests/data/prompts/test_pooling.py reads it, with a context of 8 tokens, and
+# tests/jobs/test_tasks_vllm.py runs it.
+BAD_PAIRS: list[tuple[str, dict[str, Any], str, str]] = [
+    ("no query", {"query": None, "documents": ["x"]}, "wrong_type", "query is null, not a string"),
+    ("no documents", {"query": "x", "documents": None}, "wrong_type", "documents is null, not a list"),
+    ("an empty list of documents", {"query": "x", "documents": []}, "empty_prompt", "documents is an empty list"),
+    ("a document that is null", {"query": "x", "documents": ["y", None]}, "wrong_type", "documents is null, not a str"),
+    ("a pair that is too long", {"query": "the", "documents": ["dog " * 99]}, "prompt_too_long", "data.too_long=trunc"),
+]
+
 # The same for parts of a prompt that come from columns; tests/jobs/test_prompt_columns.py runs it, on a recipe.
 BAD_PROMPT_COLUMNS: list[tuple[str, dict[str, Any], str, str]] = [
     ("a system message that is no text", {"system": ["be brief"]}, "wrong_type", "system is a list, not a string"),
@@ -195,7 +205,7 @@ BAD_REQUESTS: list[tuple[str, str, dict[str, Any], str, str]] = [
     ("embeddings of a prompt", _COMPLETIONS, {"prompt_embeds": "b"}, "unsupported_request", "'prompt_embeds'"),
     ("a text among token ids", _COMPLETIONS, {"prompt": [1, "a"]}, "wrong_type", "'prompt': item 1 is a str"),
     ("a negative token id", _COMPLETIONS, {"prompt": [-1]}, "out_of_vocabulary", "negative"),
-    ("another endpoint", "/v1/embeddings", {"input": "a"}, "unsupported_request", "not supported yet"),
+    ("another endpoint", "/v1/embeddings", {"input": "a"}, "unsupported_request", "needs task=embed"),
 ]
 
 TEMPLATE = (
@@ -357,6 +367,35 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
         ["output.format=openai_batch"],
         "output.format=openai_batch answers the requests of a batch file, and the input is none",
     ),
+    ("a task that is none", ["task=embedd"], "task"),
+    (
+        "sampling where nothing is sampled",
+        ["task=embed", "sampling.temperature=0"],
+        "sampling has no effect: task=embed",
+    ),
+    (
+        "a check of what is not generated",
+        ["task=classify", "check.non_empty=true"],
+        "check has no effect: task=classify generates no text",
+    ),
+    ("a parsed text where none is generated", ["task=embed", "output.parse=json"], "output.parse has no effect"),
+    ("a score of one text", ["task=score"], "task=score compares texts: set data.query_column"),
+    ("a query without a document", ["task=score", "data.query_column=prompt"], "make a pair: set the query's"),
+    (
+        "documents for a classifier",
+        ["task=classify", "data.prompt_column=null", "data.query_column=prompt", "data.documents_column=prompt"],
+        "data.documents_column needs task=score",
+    ),
+    ("a query where text is generated", ["data.query_column=prompt"], "data.query_column needs task=score"),
+    ("long texts cut where text is generated", ["data.too_long=truncate"], "data.too_long=truncate needs task=embed"),
+    (
+        "a mean of classes",
+        ["task=classify", "data.too_long=chunk_mean"],
+        "data.too_long=chunk_mean averages embeddings: task=classify has none",
+    ),
+    ("an embedding's type where none is made", ["output.embedding_dtype=int8"], "output.embedding_dtype=int8 has no"),
+    ("no dimensions", ["task=embed", "output.dimensions=0"], "output.dimensions=0: must be at least 1"),
+    ("a reward a token where none is given", ["task=embed", "output.reward_per=token"], "output.reward_per=token has"),
     ("a model that is not there", ["model=./no-such-model"], "model=./no-such-model: there is no such directory"),
 ]
 
@@ -434,6 +473,9 @@ BAD_ENGINE_CONFIGS: list[tuple[str, list[str], str]] = [
     ("an adapter in sampling", ["sampling.lora_request=x"], "write lora={NAME: PATH}"),
     ("more log-probabilities than tokens", ["sampling.logprobs=600"], "logprobs=600: the model has only 512 tokens"),
     ("how log-probabilities are passed on", ["sampling.flat_logprobs=true"], "unknown key 'sampling.flat_logprobs'"),
+    ("embeddings of a model that generates", ["task=embed"], "is a model that generates text; engine.runner=pooling"),
+    ("dimensions that the model lacks", ["task=embed", "engine.runner=pooling", "output.dimensions=8"], "dimensions"),
+    ("classes of a model without", ["task=classify", "engine.runner=pooling"], "has no head for classes"),
     ("a sampling key like no other", ["sampling.zzz=1"], "unknown key 'sampling.zzz'"),
     (
         "a retry's sampling key misspelt",

@@ -14,9 +14,7 @@ GENERATE = "generate"
 TASKS = (GENERATE, "embed", "classify", "score", "reward")
 _PAIR_TASKS = ("score", "classify")
 # Keys of `output` that are about generated texts.
-_TEXT_KEYS = (
-    *("token_ids", "explode", "messages", "reasoning", "reasoning_parser", "tool_parser", "parse", "schema"),
-)
+_TEXT_KEYS = (*("token_ids", "explode", "messages", "reasoning", "reasoning_parser", "tool_parser", "parse", "schema"),)
 # Keys of `output` that are about a task's results, each with the task.
 _TASK_KEYS = {"embedding_dtype": "embed", "dimensions": "embed", "normalize": "embed", "reward_per": "reward"}
 
@@ -58,8 +56,9 @@ def find_wrong_task_keys(
     if task == GENERATE:
         if data.too_long != default_data.too_long:
             yield f"data.too_long={data.too_long} needs task=embed, classify, score or reward: task=generate rejects"
-        if data.query_column is not None or data.document_column is not None:
-            yield "data.query_column and data.document_column need task=score or classify: task=generate has one prompt"
+        for name in ("query_column", "document_column", "documents_column"):
+            if getattr(data, name) is not None:
+                yield f"data.{name} needs task=score or classify: task=generate has one prompt"
         return
     if data.too_long == "chunk_mean" and task != "embed":
         yield f"data.too_long=chunk_mean averages embeddings: task={task} has none; set error or truncate"
@@ -83,5 +82,7 @@ def find_wrong_task_input(task: str, prompt: PromptConfig, *, is_batch: bool) ->
         yield "task=score compares texts: set data.query_column and data.document_column"
     if prompt.is_pair and task not in (*_PAIR_TASKS, GENERATE):
         yield f"data.query_column and data.document_column need task=score or classify: task={task} reads one text"
+    if prompt.documents_column is not None and task != "score":
+        yield f"data.documents_column needs task=score: task={task} reads one pair a row; set data.document_column"
     if is_batch and task not in (GENERATE, "embed"):
         yield f"task={task} can't answer a batch file: set task=embed for /v1/embeddings, or task=generate"

@@ -11,6 +11,7 @@ from typing import Any
 
 from dpgen.data.openai_batch.lines import BAD_REQUEST, EMBEDDINGS_URL, UNSUPPORTED_REQUEST
 from dpgen.data.openai_batch.requests import read_server_request
+from dpgen.data.prompts.token_ids import to_text
 from dpgen.errors import RowRefused
 from dpgen.formatting import describe_type
 from dpgen.records import ServerRequest
@@ -63,6 +64,15 @@ def read_embeddings_request(text: Any) -> EmbeddingsRequest:
         raise RowRefused(BAD_REQUEST, f"'dimensions' is {dimensions!r}: must be a whole number of at least 1")
     source = ServerRequest(request.url, {key: value for key, value in body.items() if key != "input"})
     return EmbeddingsRequest(_read_prompts(body.get("input")), dimensions, source)
+
+
+def find_embeddings_text(line: Any) -> str | None:
+    """Return the texts of a request for embeddings as one, to measure it by; None for other requests and bad ones."""
+    try:
+        request = read_embeddings_request(line)
+    except RowRefused:
+        return None
+    return "\n".join(prompt if isinstance(prompt, str) else to_text(prompt) for prompt in request.prompts)
 
 
 def _read_prompts(value: Any) -> list[str | list[int]]:

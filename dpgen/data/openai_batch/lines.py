@@ -16,6 +16,8 @@ from dpgen.formatting import describe_type
 
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
+EMBEDDINGS_URL = "/v1/embeddings"
+URLS = (CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL)
 LINE_KEYS = ("custom_id", "method", "url", "body")
 CUSTOM_ID_COLUMN = "custom_id"  # that a batch file is read as, beside REQUEST_COLUMN
 FORMAT = "openai_batch"  # of `data.format`, and the kind of such files for their reader
@@ -25,7 +27,7 @@ UNSUPPORTED_REQUEST = "unsupported_request"  # the API takes it, and dpgen does 
 UNKNOWN_MODEL = "unknown_model"  # body.model is neither the model nor an adapter
 INVALID_TEXT = "invalid_text"  # a text is not Unicode
 
-_OTHER_URLS = ("/v1/embeddings", "/v1/responses", "/v1/moderations", "/v1/audio/", "/v1/score", "/v1/rerank")
+_OTHER_URLS = ("/v1/responses", "/v1/moderations", "/v1/audio/", "/v1/score", "/v1/rerank")
 _MAX_DEPTH = 200  # of nested objects and lists; vLLM's JSON parser has the same limit
 _MAX_SHOWN_CHARS = 80
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
@@ -52,7 +54,7 @@ class BatchLine:
 
     Attributes:
         custom_id: the line's name; None where it can't be read.
-        url: CHAT_URL or COMPLETIONS_URL; None where `error` is set and the URL is not one that dpgen answers.
+        url: one of URLS; None where `error` is set and the URL is not one that dpgen answers.
         body: the request, not checked; None if `error` is set.
         error: why the line can't be answered; None if its form is right.
     """
@@ -82,7 +84,7 @@ def parse_batch_line(text: str | bytes) -> BatchLine:
             None, None, None, BatchError(BAD_REQUEST, f"the line is {describe_type(value)}, not an object")
         )
     custom_id, url = _get_text(value, "custom_id"), _get_text(value, "url")
-    url = url if url in (CHAT_URL, COMPLETIONS_URL) else None
+    url = url if url in URLS else None
     error = _find_error(text, pairs, value)
     return BatchLine(custom_id, url, None if error else value["body"], error)
 
@@ -134,8 +136,8 @@ def _find_error(text: str, pairs: list[tuple[str, Any]], value: dict[str, Any]) 
     if value["method"].upper() != "POST":
         return BatchError(BAD_REQUEST, f"'method' is {_shorten(value['method'])}, not 'POST'")
     url = value["url"]
-    if url not in (CHAT_URL, COMPLETIONS_URL):
-        expected = f"expected {CHAT_URL} or {COMPLETIONS_URL}"
+    if url not in URLS:
+        expected = f"expected {', '.join(URLS[:-1])} or {URLS[-1]}"
         if url.startswith(_OTHER_URLS):
             return BatchError(UNSUPPORTED_REQUEST, f"'url' {_shorten(url)} is not supported yet; {expected}")
         return BatchError(BAD_REQUEST, f"'url' is {_shorten(url)}; {expected}")

@@ -12,7 +12,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from dpgen.config.prompt import RESERVED_KWARGS, PromptConfig
-from dpgen.data.openai_batch.lines import BAD_REQUEST, CHAT_URL, UNSUPPORTED_REQUEST, parse_batch_line
+from dpgen.data.openai_batch.lines import (
+    BAD_REQUEST,
+    CHAT_URL,
+    EMBEDDINGS_URL,
+    UNSUPPORTED_REQUEST,
+    parse_batch_line,
+)
 from dpgen.data.prompts.chat import ChatPrompt, Message, validate_messages
 from dpgen.errors import RowRefused
 from dpgen.formatting import describe_type
@@ -147,6 +153,8 @@ def build_request_prompt(request: ServerRequest, config: PromptConfig) -> str | 
     Raises:
         RowRefused: `bad_request`, `unsupported_request`; for a chat also as `validate_messages`.
     """
+    if request.url == EMBEDDINGS_URL:
+        raise RowRefused(UNSUPPORTED_REQUEST, f"'url' is '{EMBEDDINGS_URL}', which needs task=embed")
     body = request.body
     if body.get("stream"):
         raise RowRefused(BAD_REQUEST, "'stream' is set, and a batch has no streams")

@@ -11,6 +11,7 @@ from dpgen.errors import ConfigError, suggest_name
 _COLUMN_KEYS = (
     *("prompt_column", "messages_column", "token_ids_column", "system_prompt_column", "prefill_column"),
     *("chat_template_kwargs_column", "tools_column", "completion_column", "request_column"),
+    *("query_column", "document_column", "documents_column"),
 )
 
 

@@ -20,12 +20,12 @@ from dpgen.config.pooling.pooling_config import PoolingConfig
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.openai_batch.embeddings import EmbeddingsRequest, read_embeddings_request
 from dpgen.data.prompts.chat_template import ChatTemplates
-from dpgen.data.prompts.render import Prompt, PromptRenderer, RenderedPrompt, reject_surrogates
+from dpgen.data.prompts.render import Prompt, PromptRenderer, RenderedPrompt, read_pair
 from dpgen.errors import RowRefused
-from dpgen.formatting import describe_type
 from dpgen.records import PoolingRequest
 
-CROSS_ENCODER = "cross-encoder"  # vLLM's name; others are "bi-encoder" and "late-interaction"
+# How a model compares two texts, by vLLM's names.
+CROSS_ENCODER, BI_ENCODER, LATE_INTERACTION = "cross-encoder", "bi-encoder", "late-interaction"
 
 
 @dataclass
@@ -157,8 +157,7 @@ class PoolingRenderer:
         if config.request_column is not None:
             return self.render_request(read_embeddings_request(row.get(config.request_column)))
         if config.is_pair:
-            query, documents = read_pair(row, config, is_score=self._config.task == "score")
-            return self.render_pair(query, documents)
+            return self.render_pair(*read_pair(row, config))
         return self.render_prompts([self._prompts.build_prompt(row)])
 
     def render_prompts(self, prompts: Sequence[Prompt], *, dimensions: int | None = None) -> RenderedPrompt:
@@ -299,27 +298,6 @@ class ScoreTemplate:
         except Exception as error:  # a template is a program: it may fail in any way
             raise RowRefused("chat_template_failed", f"the chat template failed: {error}") from error
         return str(text)
-
-
-def read_pair(row: Mapping[str, Any], config: PromptConfig, *, is_score: bool) -> tuple[str, list[str]]:
-    """Return a row's query and its documents.
-
-    Args:
-        is_score: True if there may be several documents.
-
-    Raises:
-        RowRefused: `wrong_type`, `empty_prompt`, `invalid_text`.
-    """
-    assert config.query_column is not None and config.document_column is not None
-    query, value = row.get(config.query_column), row.get(config.document_column)
-    documents = list(value) if is_score and isinstance(value, list | tuple) else [value]
-    if not documents:
-        raise RowRefused("empty_prompt", f"{config.document_column} is an empty list: there is nothing to score")
-    for name, text in [(config.query_column, query), *((config.document_column, item) for item in documents)]:
-        if not isinstance(text, str):
-            raise RowRefused("wrong_type", f"{name} is {describe_type(text)}, not a string")
-        reject_surrogates(text)
-    return str(query), documents
 
 
 def wrap_untokenized(rendered: RenderedPrompt, config: PoolingConfig) -> RenderedPrompt:

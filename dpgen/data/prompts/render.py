@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dpgen.config.prompt import PromptConfig
+from dpgen.data.openai_batch.embeddings import find_embeddings_text
 from dpgen.data.openai_batch.requests import (
     adds_special_tokens,
     build_request_prompt,
@@ -38,7 +39,7 @@ from dpgen.data.prompts.row_template import compile_row_template, render_row
 from dpgen.data.prompts.token_ids import count_token_ids, to_text, validate_token_ids
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.formatting import describe_type
-from dpgen.records import ServerRequest
+from dpgen.records import PoolingRequest, ServerRequest
 
 Prompt = str | list[int] | ChatPrompt
 
@@ -51,12 +52,14 @@ class RenderedPrompt(NamedTuple):
         prompt: the text or the chat messages if `token_ids` is None.
         num_completion_tokens: how many tokens at the end are the given completion; 0 if there is none.
         server_request: the request that the prompt is a part of, without the prompt; None if the row is no request.
+        pooling: what is asked of a pooling model; None to generate text.
     """
 
     token_ids: list[int] | None
     prompt: Any = None
     num_completion_tokens: int = 0
     server_request: ServerRequest | None = None
+    pooling: PoolingRequest | None = None
 
 
 RenderFn = Callable[[Mapping[str, Any]], RenderedPrompt]
@@ -103,7 +106,7 @@ class PromptRenderer:
             messages = validate_messages(row.get(config.messages_column))
         else:
             text = self._build_text(row)
-            _reject_surrogates(text)
+            reject_surrogates(text)
             if not config.as_chat:
                 return text
             messages = [{"role": "user", "content": text}]
@@ -116,12 +119,27 @@ class PromptRenderer:
             RowRefused: as `build_prompt`, and `chat_template_failed`, `tokenizer_failed`.
         """
         assert self._tokenizer is not None, "this PromptRenderer was made without a tokenizer"
-        prompt = self.build_prompt(row)
+        return self.tokenize(self.build_prompt(row))
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """Return a prompt of `build_prompt` as token ids, at least one.
+
+        Raises:
+            RowRefused: `chat_template_failed`, `tokenizer_failed`, `empty_prompt`.
+        """
         if isinstance(prompt, list):
             return prompt
         if isinstance(prompt, str):
             return self._tokenize(prompt, add_special_tokens=True)
         return self._tokenize(self._apply_chat_template(prompt), prompt["add_special_tokens"])
+
+    def check_token_ids(self, name: str, token_ids: Any) -> None:
+        """Raise RowRefused if a prompt holds ids that the vocabulary lacks.
+
+        Args:
+            name: of the prompt, for the message.
+        """
+        validate_token_ids(name, token_ids, self._num_ids)
 
     def render(self, row: Mapping[str, Any]) -> RenderedPrompt:
         """Return the row's prompt as token ids, and its given completion if there is one.
@@ -150,7 +168,7 @@ class PromptRenderer:
         if isinstance(prompt, list):
             return validate_token_ids("'prompt'", prompt, self._num_ids)
         if isinstance(prompt, str):
-            _reject_surrogates(prompt)
+            reject_surrogates(prompt)
             adds_specials, limit = adds_special_tokens(request), get_cut_length(request)
             if self._tokenizer is not None and not (adds_specials and limit is None):
                 return self._tokenize(prompt, adds_specials, limit)
@@ -204,7 +222,7 @@ class PromptRenderer:
         except Exception as error:  # a template is a program: it may fail in any way
             raise RowRefused("chat_template_failed", f"the chat template failed: {_describe_error(error)}") from error
         assert isinstance(text, str)
-        _reject_surrogates(text)
+        reject_surrogates(text)
         return text
 
     def _tokenize(self, text: str, add_special_tokens: bool, limit: int | None = None) -> list[int]:
@@ -230,8 +248,30 @@ def get_completion(row: Mapping[str, Any], column: str) -> str:
         raise RowRefused("wrong_type", f"{column} is {describe_type(text)}, not a string")
     if not text:
         raise RowRefused("empty_completion", f"{column} is empty, so there is nothing to score")
-    _reject_surrogates(text)
+    reject_surrogates(text)
     return text
+
+
+def read_pair(row: Mapping[str, Any], config: PromptConfig) -> tuple[str, list[str]]:
+    """Return a row's query, and its documents.
+
+    Raises:
+        RowRefused: `wrong_type`, `empty_prompt`, `invalid_text`.
+    """
+    column = config.document_column or config.documents_column
+    assert config.query_column is not None and column is not None
+    query, documents = row.get(config.query_column), row.get(column)
+    if config.documents_column is None:
+        documents = [documents]
+    elif not isinstance(documents, list | tuple):
+        raise RowRefused("wrong_type", f"{column} is {describe_type(documents)}, not a list of strings")
+    if not documents:
+        raise RowRefused("empty_prompt", f"{column} is an empty list: there is nothing to score")
+    for name, text in [(config.query_column, query), *((column, document) for document in documents)]:
+        if not isinstance(text, str):
+            raise RowRefused("wrong_type", f"{name} is {describe_type(text)}, not a string")
+        reject_surrogates(text)
+    return str(query), list(documents)
 
 
 def add_server_requests(render: RenderFn, config: PromptConfig) -> RenderFn:
@@ -256,6 +296,11 @@ def make_prompt_text_fn(config: PromptConfig) -> Callable[[Mapping[str, Any]], s
     renderer = PromptRenderer(config, None)
 
     def make_text(row: Mapping[str, Any]) -> str:
+        if config.is_pair:
+            query, documents = read_pair(row, config)
+            return "\n".join([query, *documents])
+        if config.request_column is not None and (text := find_embeddings_text(row.get(config.request_column))):
+            return text
         prompt = renderer.build_prompt(row)
         completion = "" if config.completion_column is None else get_completion(row, config.completion_column)
         if isinstance(prompt, list):
@@ -275,7 +320,8 @@ def describe_own_kwargs(config: PromptConfig, prompt: ChatPrompt) -> str:
     return "" if own == of_run else f"{own}\n"
 
 
-def _reject_surrogates(text: str) -> None:
+def reject_surrogates(text: str) -> None:
+    """Raise RowRefused (`invalid_text`) if no encoding can hold the text."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

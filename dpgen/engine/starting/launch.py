@@ -19,6 +19,7 @@ from dpgen.data.detokenize import Detokenizer, fast_tokenizer
 from dpgen.data.hub import check_cache
 from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.chat_template import check_chat_without_tokenizer
+from dpgen.data.prompts.pooling import PoolingContext
 from dpgen.data.prompts.render import (
     Prompt,
     PromptRenderer,
@@ -36,12 +37,17 @@ from dpgen.distributed.topology import Topology
 from dpgen.engine.adapters import check_adapters, find_adapter_folders
 from dpgen.engine.checking.completion_checker import CompletionChecker, start_completion_checker
 from dpgen.engine.keeping.keeper import EngineKeeper
-from dpgen.engine.messages import EngineSpec, EngineTextConfig, RequestParsers
+from dpgen.engine.messages import EngineInfo, EngineSpec, EngineTextConfig, RequestParsers
 from dpgen.engine.parsing.completion_parser import CompletionParser, ToolFinder, start_completion_parser
 from dpgen.engine.process import EngineProcess, build_engine_env
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.starting.model_damage import check_model_files, has_weights, measure_weights
+from dpgen.engine.starting.pooling_text import (
+    make_fake_pooling_renderer,
+    make_pooling_renderer,
+    wrap_untokenized_prompts,
+)
 from dpgen.engine.starting.visible_gpus import list_visible_gpus
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import ConfigError
@@ -79,6 +85,7 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
         reads_requests=config.reads_requests,
         weight_bytes=_measure_weights_per_device(config, world),
         reasoning_parser=config.output.reasoning_parser_or_none,
+        pooling=config.pooling,
     )
 
 
@@ -171,6 +178,7 @@ class TextPipeline:
         decode: returns the text of any token ids, special tokens included; None where only the engine can.
         tokenizer: of transformers; None where the engine, or the fake engine, has another.
         engine_reason: why the engine tokenizes; None where the rank does.
+        pooling_context: what the rank has to know of a pooling model, once that is loaded; None to generate text.
     """
 
     render: RenderFn
@@ -181,6 +189,7 @@ class TextPipeline:
     decode: Callable[[Sequence[int]], str] | None = None
     tokenizer: Any = None
     engine_reason: str | None = None
+    pooling_context: PoolingContext | None = None
 
     def wait_until_ready(self, on_wait: Callable[[], None]) -> Mapping[str, Any]:
         """Wait for the parser and the checks, and return the fields of SamplingParams that the parser needs.
@@ -191,6 +200,13 @@ class TextPipeline:
         if self.checker is not None:
             self.checker.wait_until_ready(on_wait)
         return {} if self.parser is None else self.parser.wait_until_ready(on_wait).sampling
+
+    def describe_model(self, info: EngineInfo) -> None:
+        """Take what rendering needs to know of the loaded model."""
+        if self.pooling_context is not None and info.pooled is not None:
+            self.pooling_context.max_model_len = info.max_model_len
+            self.pooling_context.score_type = info.pooled.score_type
+            self.pooling_context.uses_separator = info.pooled.uses_separator
 
     def close(self) -> None:
         """End the processes of the parser and the checks."""
@@ -224,7 +240,7 @@ def load_text_steps(config: Config, rows: InputRows) -> TextPipeline:
         ConfigError: the tokenizer cannot be loaded, or prompts are chats and there is no chat template.
     """
     prompt, has_added_nulls = config.prompt, rows.has_added_nulls
-    output = config.output
+    output, pooling = config.output, config.pooling
     parsers = RequestParsers(output.tool_parser, output.reasoning_parser_or_none, prompt.chat_template_kwargs)
     if config.run.engine == "fake":
         return _build_fake_text_pipeline(config, has_added_nulls)
@@ -237,13 +253,22 @@ def load_text_steps(config: Config, rows: InputRows) -> TextPipeline:
             key = "check.continue_truncated" if is_continued else "data.completion_column"
             raise ConfigError(f"{key} needs a tokenizer that transformers can load{reason and f': {reason}'}")
         untokenized = PromptRenderer(prompt, None, has_added_nulls=has_added_nulls)
+        render: RenderFn = lambda row: _wrap_prompt(untokenized.build_prompt(row))  # noqa: E731 - changed below
+        if pooling is not None:
+            render = wrap_untokenized_prompts(render, pooling, prompt, reason)
         return TextPipeline(
-            add_server_requests(lambda row: _wrap_prompt(untokenized.build_prompt(row)), prompt),
+            add_server_requests(render, prompt),
             engine_text_config=EngineTextConfig(prompt_config=prompt, parsers=parsers),
             engine_reason=reason,
         )
     tokenizer = load_tokenizer(tokenizer_config)
     renderer = PromptRenderer(prompt, tokenizer, has_added_nulls=has_added_nulls)
+    if pooling is not None:
+        context = PoolingContext()
+        pooling_renderer = make_pooling_renderer(config, tokenizer, renderer, context)
+        return TextPipeline(
+            pooling_renderer.render, decode=tokenizer.decode, tokenizer=tokenizer, pooling_context=context
+        )
     fast = fast_tokenizer(tokenizer)
     return TextPipeline(
         add_server_requests(renderer.render, prompt),
@@ -273,6 +298,11 @@ def _build_fake_text_pipeline(config: Config, has_added_nulls: bool) -> TextPipe
         if isinstance(prompt, str):
             return fake.encode(prompt)
         return fake.encode(f"{describe_own_kwargs(prompt_config, prompt)}{prompt['messages']}")
+
+    if config.pooling is not None:
+        context = PoolingContext()
+        render_pooled = make_fake_pooling_renderer(config, tokenize, renderer, context).render
+        return TextPipeline(render_pooled, decode=decode, pooling_context=context)
 
     def render(row: Mapping[str, Any]) -> RenderedPrompt:
         completion = [] if column is None else fake.encode(get_completion(row, column))

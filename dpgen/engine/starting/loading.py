@@ -174,6 +174,8 @@ class ModelLoader:
         return f"{_LOADED}/{self._group.nodes[self._group.rank]}"
 
     def _describe(self, loaded: LoadedModel) -> str:
+        if not loaded.agreed_kv_bytes:
+            return f"no KV cache, up to {format_count(loaded.info.max_num_seqs, 'sequence')} at a time"
         info, everywhere = loaded.info, " on every rank" if self._parallel.sync_kv_cache else ""
         return (
             f"KV cache: {info.num_kv_blocks:,} blocks of {info.kv_block_tokens} tokens{everywhere} "

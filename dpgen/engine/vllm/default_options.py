@@ -18,10 +18,14 @@ def share_memory(options: dict[str, Any], num_sharing: int) -> list[str]:
     return [f"parallel.share_devices: {num_sharing} engines on a GPU, each with gpu_memory_utilization={fraction:g}"]
 
 
-def apply_cpu_defaults(options: dict[str, Any], local_size: int) -> list[str]:
-    """Set options that work on the CPU, unless the user has set them, and return a note for each."""
+def apply_cpu_defaults(options: dict[str, Any], local_size: int, *, samples: bool = True) -> list[str]:
+    """Set options that work on the CPU, unless the user has set them, and return a note for each.
+
+    Args:
+        samples: True if tokens are sampled.
+    """
     notes = []
-    if "enable_chunked_prefill" not in options:
+    if samples and "enable_chunked_prefill" not in options:
         options["enable_chunked_prefill"] = False
         notes.append("vLLM on the CPU: no chunked prefill, because it crashes seeded sampling")
     if "kv_cache_memory_bytes" not in options and "gpu_memory_utilization" not in options:

@@ -17,14 +17,17 @@ class SyncKvMixin:
     vLLM creates the executor from its class, so the function that asks the ranks is a class attribute.
 
     Attributes:
+        has_agreed: True once the ranks have been asked; a model without a KV cache never asks.
         backend: vLLM's name of the executor that a subclass extends.
     """
 
     agree_kv: ClassVar[AgreeKvFn]
+    has_agreed: ClassVar[bool] = False
     backend: ClassVar[str]
 
     def determine_available_memory(self) -> list[int]:
         measured: list[int] = super().determine_available_memory()  # type: ignore[misc]
+        SyncKvMixin.has_agreed = True
         agreed = SyncKvMixin.agree_kv(min(measured))
         return [agreed] * len(measured)
 

@@ -7,15 +7,21 @@ import pydantic
 from dpgen.data.prompts.token_ids import exceeds_context
 
 
-def classify_rejection(error: Exception, num_prompt_tokens: int, max_model_len: int) -> str:
-    """Return the error type of a row that vLLM's `add_request` rejected; vLLM itself gives only a message."""
+def classify_rejection(
+    error: Exception, num_prompt_tokens: int, max_model_len: int, default: str = "bad_sampling"
+) -> str:
+    """Return the error type of a row that vLLM's `add_request` rejected; vLLM itself gives only a message.
+
+    Args:
+        default: the type where nothing else tells it.
+    """
     if num_prompt_tokens == 0:
         return "empty_prompt"
     if exceeds_context(num_prompt_tokens, max_model_len):
         return "prompt_too_long"
     if "out of vocabulary" in str(error).lower():
         return "out_of_vocabulary"
-    return "bad_sampling"
+    return default
 
 
 def summarize_error(error: Exception) -> str:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ import vllm
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs.engine import tokens_input
-from vllm.outputs import RequestOutput
+from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
@@ -34,7 +33,7 @@ from dpgen.data.tokenizer import TokenizerConfig
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig, RequestParsers
 from dpgen.engine.parsing.request_parsers import ParserMaker, find_parser_class
 from dpgen.engine.vllm.adapters import VllmAdapters
-from dpgen.engine.vllm.default_options import apply_cpu_defaults, share_memory
+from dpgen.engine.vllm.engine_config import convert_types, create_engine_config
 from dpgen.engine.vllm.executors import (
     SyncKvExternalExecutor,
     SyncKvMixin,
@@ -42,7 +41,8 @@ from dpgen.engine.vllm.executors import (
     SyncKvUniProcExecutor,
 )
 from dpgen.engine.vllm.field_names import VllmFields
-from dpgen.engine.vllm.reasoning import ReasoningState, find_engine_parser, make_core_request
+from dpgen.engine.vllm.pooling import VllmPooling, find_wrong_model
+from dpgen.engine.vllm.reasoning import ReasoningState, make_core_request
 from dpgen.engine.vllm.rejections import classify_rejection, summarize_error
 from dpgen.engine.vllm.results import RunningRow, read_result
 from dpgen.engine.vllm.sampling_check import check_params, name_constraint
@@ -70,17 +70,19 @@ class VllmBackend:
         self._rows: dict[str, RunningRow] = {}  # by vLLM's id of the request
         self._num_finished_tokens = self._num_cached_tokens = 0
         self._num_finished_prompt_tokens = 0
+        self._pooling: VllmPooling | None = None
         self._preemptions: dict[str, int] = {}  # preemptions of each running sequence that was preempted
         self._num_preemptions = 0
 
     def check_options(self) -> tuple[str, ...]:
         unknown = list(self._find_unknown_names())
-        options, wrong_types = _convert_types(self._spec.options)
+        options, wrong_types = convert_types(self._spec.options)
         mistakes, notes = [*unknown, *wrong_types], list[str]()
         if not mistakes:
             try:
-                self._config, notes = self._create_config(options)
+                self._config, notes = create_engine_config(self._spec, options, self._executor.backend, self._adapters)
                 mistakes += self._adapters.find_rejected(self._config.lora_config)
+                mistakes += find_wrong_model(self._spec, self._config.model_config)
             except ConfigError as error:
                 mistakes += error.mistakes
             except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
@@ -94,7 +96,7 @@ class VllmBackend:
 
     def load(self, agree_kv: AgreeKvFn) -> EngineInfo:
         assert self._config is not None
-        SyncKvMixin.agree_kv = agree_kv
+        SyncKvMixin.agree_kv, SyncKvMixin.has_agreed = agree_kv, False
         # The constructor takes our executor class. The configuration takes only vLLM's own names, at least for
         # pipelines and external launchers.
         self._engine = LLMEngine(
@@ -103,6 +105,8 @@ class VllmBackend:
             log_stats=False,
             usage_context=UsageContext.LLM_CLASS,
         )
+        if not SyncKvMixin.has_agreed:
+            agree_kv(0)  # a model without a KV cache, as encoders are: the other ranks wait for a number all the same
         self._adapters.load_all(self._engine)
         config = self._engine.vllm_config
         return EngineInfo(
@@ -115,11 +119,14 @@ class VllmBackend:
                 "model runner": "V2" if config.use_v2_model_runner else "V1",
             },
             device=current_platform.device_type,
+            pooled=None if self._pooling is None else self._pooling.kind,
         )
 
     def begin_job(self, spec: EngineSpec) -> tuple[str, ...]:
         assert self._engine is not None
         self._engine.abort_request(list(self._rows))
+        if self._pooling is not None:
+            self._pooling.abort()
         self._spec, self._rows, self._preemptions, self._num_preemptions = spec, {}, {}, 0
         self._num_finished_tokens = self._num_cached_tokens = self._num_finished_prompt_tokens = 0
         if mistakes := list(self._find_unknown_names()) or list(self._find_wrong_sampling()):
@@ -129,7 +136,11 @@ class VllmBackend:
     def prepare_job(self, text_config: EngineTextConfig) -> None:
         parsers, prompt_config = text_config.parsers, text_config.prompt_config
         self._skip_detokenize = text_config.skip_detokenize
-        self._converter = self._make_converter(parsers) if self._spec.reads_requests else None
+        generates_answers = self._spec.reads_requests and self._spec.pooling is None
+        self._converter = self._make_converter(parsers) if generates_answers else None
+        if self._spec.pooling is not None:
+            assert self._engine is not None
+            self._pooling = VllmPooling(self._engine, self._spec.pooling)
         self._render = self._num_ids = None
         if prompt_config is not None:
             from dpgen.engine.vllm.vllm_render import VllmRenderer, count_vocabulary
@@ -139,6 +150,9 @@ class VllmBackend:
 
     def add_request(self, request: Request) -> None:
         assert self._engine is not None
+        if self._pooling is not None:
+            self._add_pooling(self._pooling, request)
+            return
         params, token_ids, reasoning = self._prepare(request)
         params.skip_clone = True  # no other row shares them, and a copy takes longer than all else here
         # Only stop strings need the text before the row's end. Only vLLM can leave out spaces between special tokens.
@@ -173,6 +187,9 @@ class VllmBackend:
     def step(self) -> list[RowResult | UndecodedRow]:
         assert self._engine is not None
         outputs = self._engine.step()
+        if self._pooling is not None:
+            results = [self._read_pooling(output) for output in outputs if isinstance(output, PoolingRequestOutput)]
+            return [result for result in results if result is not None]
         return [self._to_result(output) for output in outputs if isinstance(output, RequestOutput) and output.finished]
 
     def has_unfinished_requests(self) -> bool:
@@ -236,32 +253,10 @@ class VllmBackend:
         )
         yield from fields.find_unknown(self._spec)
 
-    def _create_config(self, options: dict[str, Any]) -> tuple[VllmConfig, list[str]]:
-        """Return vLLM's configuration, without loading the model, and notes for the log."""
-        notes = self._adapters.add_options(options)
-        if current_platform.is_cpu():
-            notes += apply_cpu_defaults(options, self._spec.local_size)
-        notes += share_memory(options, self._spec.num_sharing)
-        if self._spec.world is not None:
-            options["data_parallel_size"] = self._spec.world.num_groups
-        if (parser := find_engine_parser(self._spec)) is not None:
-            options["reasoning_parser"] = parser
-        options.setdefault("disable_log_stats", True)
-        options.setdefault("use_tqdm_on_load", False)  # in a log file a progress bar is one long line
-        if self._spec.max_logprobs > EngineArgs.max_logprobs:
-            options.setdefault("max_logprobs", self._spec.max_logprobs)
-        args = EngineArgs(
-            model=self._spec.model,
-            tensor_parallel_size=self._spec.tensor_parallel_size,
-            pipeline_parallel_size=self._spec.pipeline_parallel_size,
-            enable_expert_parallel=self._spec.enable_expert_parallel,
-            distributed_executor_backend=self._executor.backend,
-            **options,
-        )
-        return args.create_engine_config(UsageContext.LLM_CLASS), notes
-
     def _find_wrong_sampling(self) -> Iterator[str]:
         """Yield one line for each sampling section that vLLM rejects."""
+        if self._spec.pooling is not None:
+            return
         self._sampling = self._build_default_sampling()
         for section, entry in self._spec.iter_sampling_sections():
             given = entry.get("structured_outputs")
@@ -299,12 +294,7 @@ class VllmBackend:
         Raises:
             RowRefused: vLLM rejects one of them.
         """
-        token_ids = request.prompt_token_ids
-        if token_ids is None:
-            assert self._render is not None
-            token_ids = self._render(request.prompt)
-        elif self._num_ids is not None:
-            reject_unknown_ids(token_ids, self._num_ids)
+        token_ids = self._find_token_ids(request)
         if request.server_request is None:
             return self._build_params(request), token_ids, None
         assert self._converter is not None
@@ -362,6 +352,37 @@ class VllmBackend:
             if 0 <= model.max_logprobs < count:
                 raise ValueError(f"{name}={count}: more than engine.max_logprobs={model.max_logprobs}; set that higher")
 
+    def _add_pooling(self, pooling: VllmPooling, request: Request) -> None:
+        token_ids = self._find_token_ids(request)
+        try:
+            pooling.add(_format_id(request.id), request, token_ids, self._adapters.get_request(request.adapter))
+        except RowRefused:
+            raise
+        except Exception as error:  # noqa: BLE001 - as in `add_request`
+            longest = max(request.pooling.lengths, default=len(token_ids)) if request.pooling else len(token_ids)
+            error_type = classify_rejection(error, longest, self._max_model_len + 1, default="bad_request")
+            raise RowRefused(error_type, summarize_error(error)) from None
+
+    def _read_pooling(self, output: PoolingRequestOutput[Any]) -> RowResult | None:
+        assert self._pooling is not None
+        self._num_cached_tokens += output.num_cached_tokens or 0
+        self._num_finished_prompt_tokens += len(output.prompt_token_ids or ())
+        return self._pooling.read(output)
+
+    def _find_token_ids(self, request: Request) -> list[int]:
+        """Return a row's prompt.
+
+        Raises:
+            RowRefused: it has none, or not of this vocabulary.
+        """
+        token_ids = request.prompt_token_ids
+        if token_ids is None:
+            assert self._render is not None
+            return self._render(request.prompt)
+        if self._num_ids is not None:
+            reject_unknown_ids(token_ids, self._num_ids)
+        return token_ids
+
     def _to_result(self, output: RequestOutput) -> RowResult | UndecodedRow:
         self._num_cached_tokens += output.num_cached_tokens or 0
         self._num_finished_prompt_tokens += len(output.prompt_token_ids or ()) * max(1, len(output.outputs))
@@ -372,23 +393,3 @@ class VllmBackend:
 def _format_id(id: RequestId) -> str:
     """Return the id as vLLM takes it: the row's index alone for its first request."""
     return str(id.row) if id == RequestId(id.row) else "-".join(map(str, id))
-
-
-def _convert_types(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the options, with numbers, flags and texts as vLLM's types want them, and a line for each wrong one.
-
-    vLLM itself would fail later and name no key, or take the text "no" for true.
-    """
-    types = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
-    converted, mistakes = dict(options), []
-    for name, value in options.items():
-        expected = types.get(name)
-        kinds = set(typing.get_args(expected) or (expected,))
-        if not kinds <= {int, float, bool, str, type(None)}:
-            continue  # vLLM takes more than the type allows: names of enum members, dicts for its own objects
-        try:
-            converted[name] = pydantic.TypeAdapter[Any](expected).validate_python(value)  # type: ignore[arg-type]
-        except pydantic.ValidationError as error:
-            hint = "; put it in quotes" if str in kinds and isinstance(value, (int, float)) else ""
-            mistakes.append(f"engine.{name}={value!r}: {summarize_error(error)}{hint}")
-    return converted, mistakes

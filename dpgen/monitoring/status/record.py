@@ -67,7 +67,8 @@ class RankCounts:
         num_generated_tokens: of all rows, those still running included.
         num_running, num_waiting: sequences in the engine now.
         kv_cache_usage: fraction of the KV cache in use now; None where the engine does not say.
-        tokens_per_s: generated tokens/s over the last seconds; None while nothing is generated.
+        tokens_per_s: generated tokens/s over the last seconds, prompt tokens/s of a model that only reads; None while
+            nothing is generated.
     """
 
     num_rows: int = 0

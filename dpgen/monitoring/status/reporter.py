@@ -56,6 +56,8 @@ class EngineCounts(Protocol):
     @property
     def num_generated_tokens(self) -> int: ...
     @property
+    def num_computed_tokens(self) -> int: ...
+    @property
     def num_running(self) -> int: ...
     @property
     def num_waiting(self) -> int: ...
@@ -120,6 +122,8 @@ class RankReporter:
         self._state: RankState = "live"
         self._reason: str | None = None
         self._rate, self._run_rate = _make_meter(INTERVAL_S), _make_meter(INTERVAL_S)
+        self.reads_only = False
+        self._num_run_tokens = 0
         self._history: History | None = None
         self._sequence, self._has_failed, self._made_run_dir = 0, False, False
         self._wake, self._closing = threading.Event(), threading.Event()
@@ -181,6 +185,7 @@ class RankReporter:
         shared = {field.name for field in dataclasses.fields(RunCounts)} & set(vars(totals))
         counts: dict[str, Any] = {name: getattr(totals, name) for name in shared}
         # The sum shrinks when a rank is lost, until its rows are found in its journal.
+        self._num_run_tokens = totals.num_prompt_tokens if self.reads_only else totals.num_generated_tokens
         counts |= {"num_rows": self._run.num_rows, "num_done": max(num_done, self._run.num_done)}
         self._run = RunCounts(**counts)
 
@@ -268,7 +273,7 @@ class RankReporter:
         if stats is not None:
             counts["num_generated_tokens"] = max(tally.num_generated_tokens, stats.num_generated_tokens)
             counts["num_cached_tokens"], counts["num_preemptions"] = stats.num_cached_tokens, stats.num_preemptions
-            self._rate.record(now_s, counts["num_generated_tokens"])
+            self._rate.record(now_s, stats.num_computed_tokens if self.reads_only else counts["num_generated_tokens"])
         if stats is not None and phase.name == GENERATING and self._state == "live":
             counts |= {"num_running": stats.num_running, "num_waiting": stats.num_waiting}
             counts |= {"kv_cache_usage": stats.kv_cache_usage, "tokens_per_s": _read_rate(self._rate, now_s)}
@@ -278,7 +283,7 @@ class RankReporter:
         run = self._run
         if run is None or self._phase.name != GENERATING or self._state != "live":
             return run
-        self._run_rate.record(now_s, run.num_generated_tokens)
+        self._run_rate.record(now_s, self._num_run_tokens)
         return dataclasses.replace(run, tokens_per_s=_read_rate(self._run_rate, now_s))
 
     def _write_files(self, record: RankRecord) -> None:

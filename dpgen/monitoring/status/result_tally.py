@@ -62,7 +62,7 @@ class ResultTally:
         for result in results:
             if result.error is not None:
                 self._add_error(result)
-            elif result.completions and self.num_samples:
+            elif (result.completions or result.pooled is not None) and self.num_samples:
                 self._add_sample(result)
 
     def list_errors(self) -> tuple[ErrorKind, ...]:
@@ -92,6 +92,9 @@ class ResultTally:
             place = self._random.randrange(self._num_candidates)
             if place >= self.num_samples:
                 return
+        if result.pooled is not None:
+            self._samples[place : place + 1] = [SampleRow(result.row, result.pooled.describe(), None, 0)]
+            return
         first = result.completions[0]
         text = (first.text or first.reasoning or "")[:_MAX_TEXT_CHARS]
         self._samples[place : place + 1] = [SampleRow(result.row, text, first.finish_reason, first.num_tokens)]

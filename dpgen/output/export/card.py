@@ -116,6 +116,9 @@ def _describe_prompt(identity: Mapping[str, Any]) -> Iterator[str]:
     yield from _list_items({f"`{key}`": _to_code(value) for key, value in kept.items()})
     for key, text in texts.items():
         yield from ("", f"`{key}`:", "", *_fence(text))
+    if (pooling := identity.get("pooling")) is not None:
+        yield from ("", "Nothing is generated:", "", *_fence(yaml12.dump(pooling).rstrip("\n"), "yaml"))
+        return
     yield from ("", "Sampling, over the model's generation config:", "")
     sampling = redact_secrets(identity.get("sampling") or {})
     seed, by_rank = identity.get("seed"), redact_secrets(identity.get("sampling_by_rank") or [])
@@ -162,9 +165,10 @@ def _describe_checks(metadata: Mapping[str, Any], stats: ExportStats) -> Iterato
 def _describe_throughput(metadata: Mapping[str, Any]) -> dict[str, Any]:
     manifests = [manifest for manifest in metadata.get("manifests") or () if manifest.get("busy_s")]
     busy_s = max((manifest["busy_s"] for manifest in manifests), default=0.0)
-    num_tokens = sum(manifest["num_generated_tokens"] for manifest in manifests)
+    kind = "generated" if (metadata.get("identity") or {}).get("pooling") is None else "prompt"
+    num_tokens = sum(manifest[f"num_{kind}_tokens"] for manifest in manifests)
     engine = metadata.get("engine") or {}
-    speed = f"{num_tokens / max(busy_s, 1e-9):,.0f} generated tokens/s over {format_count(len(manifests), 'rank')}"
+    speed = f"{num_tokens / max(busy_s, 1e-9):,.0f} {kind} tokens/s over {format_count(len(manifests), 'rank')}"
     return {
         "last attempt": speed if busy_s else "not recorded",
         "ranks": metadata.get("dp_size"),

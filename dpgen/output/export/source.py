@@ -73,7 +73,7 @@ def open_source(run_dir: RunDir, *, with_messages: bool) -> ExportSource:
     num_rows = get_num_rows(metadata)
     if num_rows is None:
         raise ConfigError(f"RUN_DIR={run_dir.path}: there is no run.json of a run, so this is no run directory")
-    dataset_format = DatasetFormat.from_identity(metadata["identity"])
+    dataset_format = DatasetFormat.from_identity(metadata["identity"], metadata=metadata)
     if with_messages and dataset_format.is_scored:
         raise ConfigError("--format messages needs the model's answers, and this run scored given completions")
     is_typed = dataset_format.file_format == "parquet" or num_rows > 0  # JSON lines without a row have no types

@@ -44,7 +44,7 @@ HTTP_ERRORS: dict[str, HttpError] = {
     **dict.fromkeys(
         (
             *("tokenizer_failed", "render_timeout", "render_crashed", "engine_refused", "poison_row", "decode_failed"),
-            "check_failed",
+            *("check_failed", "not_finite"),
         ),
         _INTERNAL,
     ),

@@ -10,14 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from dpgen.data.openai_batch.lines import CHAT_URL, COMPLETIONS_URL, BatchLine, parse_batch_line
+import numpy as np
+
+from dpgen.data.openai_batch.lines import CHAT_URL, COMPLETIONS_URL, EMBEDDINGS_URL, BatchLine, parse_batch_line
 from dpgen.data.openai_batch.requests import find_role, get_echo
 from dpgen.data.token_texts import TokenTexts
-from dpgen.output.column_values import escape_if_any, escape_surrogates, get_token_ids, get_tool_calls
+from dpgen.output.column_values import (
+    escape_if_any,
+    escape_surrogates,
+    get_token_ids,
+    get_tool_calls,
+    to_shortest_decimals,
+)
 from dpgen.output.openai_batch.errors import build_error, find_http_error
 from dpgen.output.openai_batch.logprobs import build_chat_logprobs, build_completion_logprobs, build_prompt_logprobs
 from dpgen.records import Completion, RowResult, ServerRequest
@@ -92,6 +101,8 @@ class ResponseBuilder:
         return self._loaded_texts
 
     def _build_body(self, line: BatchLine, request: Mapping[str, Any], result: RowResult, key: str) -> dict[str, Any]:
+        if line.url == EMBEDDINGS_URL:
+            return build_embeddings_body(request, result, self._facts, key)
         is_chat, facts = line.url == CHAT_URL, self._facts
         build_choice = self._build_chat_choice if is_chat else self._build_completion_choice
         model = request.get("model")
@@ -177,6 +188,34 @@ class ResponseBuilder:
             parts = [prompt] if is_alone or own is None else [prompt, own]
             logprobs = build_completion_logprobs(parts, self._find_texts(request), int(k))
         return {**choice, "text": echo if is_alone else echo + choice["text"], "logprobs": logprobs}
+
+
+def build_embeddings_body(request: Mapping[str, Any], result: RowResult, facts: RunFacts, key: str) -> dict[str, Any]:
+    """Return the answer to a request for embeddings: one for each text, as numbers or as base64 of float32."""
+    vectors = [] if result.pooled is None else list(result.pooled.values)
+    is_base64 = request.get("encoding_format") == "base64"
+    values = [b64encode(v.astype("<f4").tobytes()).decode() if is_base64 else _list_decimals(v) for v in vectors]
+    model, num_tokens = request.get("model"), result.num_prompt_tokens or 0
+    return {
+        "id": f"embd-{key}",
+        "object": "list",
+        "created": facts.created,
+        "model": model if model in facts.adapters else facts.model,
+        "data": [{"index": index, "object": "embedding", "embedding": value} for index, value in enumerate(values)],
+        "usage": {
+            "prompt_tokens": num_tokens,
+            "total_tokens": num_tokens,
+            "completion_tokens": 0,
+            "prompt_tokens_details": None,
+        },
+    }
+
+
+def _list_decimals(vector: np.ndarray) -> list[float]:
+    """Return the shortest numbers that float32 reads back as the same."""
+    decimals = to_shortest_decimals(vector)
+    assert decimals is not None
+    return [float(value) for value in decimals]
 
 
 def _echo_in_chat(echo: str, choice: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,16 @@ class Totals:
     num_retries: tuple[int, ...] = (0,) * len(CHECK_NAMES)
     rates: tuple[int, ...] = ()
 
+    @property
+    def num_tokens(self) -> int:
+        """Return the tokens that show the run's speed: those generated, or prompts' where a model only reads."""
+        return self.num_generated_tokens or self.num_prompt_tokens
+
+    @property
+    def token_unit(self) -> str:
+        """Return what `num_tokens` counts: "token" or "prompt token"."""
+        return "token" if self.num_generated_tokens or not self.num_prompt_tokens else "prompt token"
+
     def as_list(self, rank: int, num_ranks: int, rate: int) -> list[int]:
         """Return the numbers to sum over all ranks: counts, then one rate per rank, of which a rank fills its own."""
         counts = [getattr(self, field.name) for field in fields(self) if field.type == "int"]

@@ -255,7 +255,9 @@ def test_tokenizer_options_default_as_in_vllm(engine: dict[str, Any], expected: 
         ({"tekken.json": {}}, {}, "Mistral tokenizer"),
         ({"original/tokenizer.model.v3": {}}, {}, "Mistral tokenizer"),
         ({"preprocessor_config.json": {}}, {}, "multi-modal processor"),
-        ({"sentence_bert_config.json": {}}, {}, "do_lower_case"),
+        ({"sentence_bert_config.json": {"max_seq_length": 512, "do_lower_case": False}}, {}, None),
+        ({"sentence_bert_config.json": {"do_lower_case": True}}, {}, "do_lower_case"),
+        ({}, {"hf_overrides": {"architectures": ["Qwen3ForSequenceClassification"]}}, None),
         ({"config.json": {"model_type": "gemma3"}}, {}, "gemma3 is multi-modal"),
         ({"config.json": {"model_type": "nobody_knows"}}, {}, "does not know the model type 'nobody_knows'"),
         (

@@ -1,0 +1,1 @@
+"""Describe single columns that results add to the input's."""
