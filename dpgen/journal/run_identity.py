@@ -35,6 +35,7 @@ _RESULT_NEUTRAL_ENGINE_KEYS = frozenset(
         "max_parallel_loading_workers",
         "distributed_executor_backend",
         "async_scheduling",
+        "performance_mode",
         "num_gpu_blocks_override",
         "ray_workers_use_nsight",
         "use_tqdm_on_load",
@@ -192,6 +193,7 @@ def diff_identities(before: Any, now: Any, path: str = "") -> list[str]:
     """Return the differences as ``key: before → now``, with configuration keys, or `input.*` for the data."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         if not path:  # older versions wrote fewer keys
+            before = _drop_neutral_options(before)  # as of today: older versions knew fewer
             now = {key: value for key, value in now.items() if key in before or key not in FOUND_KEYS}
             before = {key: value for key, value in before.items() if key in now or key != "code"}
         # Code is compared under the same name: another name is a difference of its key, and some code has no file.
@@ -203,6 +205,11 @@ def diff_identities(before: Any, now: Any, path: str = "") -> list[str]:
     # Other versions recognised other secrets: what one of them removed can't be compared.
     is_same = before in (now, REMOVED) or redact_secrets(before) == now
     return [] if is_same else [f"{_to_config_key(path)}: {_truncate_json(before)} → {_truncate_json(now)}"]
+
+
+def _drop_neutral_options(identity: Mapping[str, Any]) -> Mapping[str, Any]:
+    engine = identity.get("engine")
+    return {**identity, "engine": select_result_options(engine)} if isinstance(engine, Mapping) else identity
 
 
 def _to_config_key(path: str) -> str:

@@ -41,6 +41,13 @@ def test_a_load_format_of_other_weights_is_another_run(load_format: str) -> None
     assert differences == [f'engine.load_format: null → "{load_format}"'], "random weights would end in the result"
 
 
+def test_an_option_that_older_versions_took_for_part_of_a_run_is_no_difference() -> None:
+    before = compute_identity({})
+    before["engine"]["performance_mode"] = "throughput"  # only doubles vLLM's own limits of sequences and tokens
+    assert diff_identities(before, compute_identity({})) == []
+    assert compute_identity({"performance_mode": "throughput"}) == compute_identity({})
+
+
 @pytest.mark.parametrize("load_format", ["auto", "safetensors", "runai_streamer", "pt"])
 def test_a_load_format_of_the_same_weights_is_the_same_run(load_format: str) -> None:
     assert compute_identity({"load_format": load_format}) == compute_identity({}), "older run directories lack the key"
