@@ -50,6 +50,7 @@ class LoopConfig:
     Attributes:
         reserve_rows: sequences kept waiting in the engine beyond those that it runs.
         num_samples: sequences of a row that does not give a number of its own.
+        rate_window_s: over how many seconds this rank's rate is measured, for the totals.
         max_leading_errors: stop if this many rows are finished and all are errors; see `LeadingErrorCheck`.
         reads_only: True if the model only reads prompts: the tokens read show how fast an engine is.
     """
@@ -58,6 +59,7 @@ class LoopConfig:
     num_samples: int = 1
     max_leading_errors: int = 0
     reads_only: bool = False
+    rate_window_s: float = 10.0
 
 
 class GenerationLoop:
@@ -89,7 +91,7 @@ class GenerationLoop:
         self._admission = AdmissionController(config.reserve_rows, config.num_samples, reads_only=config.reads_only)
         self._reads_only = config.reads_only
         self.latencies = self._admission.latencies
-        self._throughput = ThroughputMeter()
+        self._throughput = ThroughputMeter(config.rate_window_s)
         self.engine_stats: EngineStats | None = None
         self._source: RequestSource
         self._on_progress: Callable[[Totals], None]

@@ -120,6 +120,20 @@ class RowOrder:
         order = dataclasses.replace(self, rows=self.rows[positions], groups=groups, weights=weights)
         return dataclasses.replace(order, num_probes=num_probes, num_spread=num_spread)
 
+    def mix(self) -> RowOrder:
+        """Return the rows so that any number of them from the front is spread evenly over all parts of this order.
+
+        So they have the lengths of all rows, in the same mix, as far as this order knows lengths. Rows of a prefix
+        group stay together. Nothing is measured on probes.
+        """
+        if self.groups is None:
+            rows = self.rows[_spread_evenly(len(self.rows))]
+        else:
+            bounds = np.append(self.groups, len(self.rows))
+            places = _spread_evenly(len(self.groups)).tolist()
+            rows = np.concatenate([self.rows[:0], *(self.rows[bounds[at] : bounds[at + 1]] for at in places)])
+        return RowOrder(rows, reason=f"(rows spread over {self.description})")
+
     def append(self, rows: np.ndarray) -> RowOrder:
         """Return the order with further rows at its end, each a group of its own where rows are grouped."""
         groups, weights = self.groups, self.weights
@@ -196,11 +210,25 @@ def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text
         SlowRow: `text_of` raised RenderTimeout.
     """
     if config.work.order == "dataset" or len(remaining) < 2:
-        return RowOrder(remaining)
+        return RowOrder(remaining).mix() if config.is_mixed else RowOrder(remaining)
     order = _order_rows(config.drop_empty_hint(rows, sample_rows(remaining)), rows, remaining, text_of)
+    if config.is_mixed:
+        order = order.mix()
     if not config.adapters.exceeds_slots:
         return order
     return order.sort_by_adapter(group_by_adapter(config.adapters, rows, remaining))
+
+
+def _spread_evenly(number: int) -> np.ndarray:
+    """Return 0..number - 1 so that each first part covers the range evenly: van der Corput's sequence, base 2.
+
+    Returns:
+        int64[number].
+    """
+    places = np.zeros(1, dtype=np.int64)
+    while len(places) < number:
+        places = np.concatenate([2 * places, 2 * places + 1])
+    return np.roll(places[places < number], -1)  # 0 comes last: the sequence begins in the middle
 
 
 def _order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:

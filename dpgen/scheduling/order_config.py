@@ -25,6 +25,7 @@ class OrderConfig:
         prefix_caching: whether the engines cache prefixes.
         adapters: which row uses which LoRA adapter.
         reads_only: True if the model only reads prompts, so that their lengths tell all.
+        is_mixed: spread the rows at the front over the whole order, so that a part of them stands for all.
         is_sample: True if the rows to order are a sample of the run's, by `sample_rows`, to preview the choice.
     """
 
@@ -34,6 +35,7 @@ class OrderConfig:
     prefix_caching: bool
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     reads_only: bool = False
+    is_mixed: bool = False
     is_sample: bool = False
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -397,3 +398,18 @@ def test_probes_stay_first_and_a_reshard_keeps_adapters_together() -> None:
     )
     assert count_changes([rows[row]["adapter"] for row in later.rows]) == 2
     assert later.rows[0] % 10 == 9, "the longest prompt's adapter comes first"
+
+
+def test_the_first_rows_of_a_mixed_order_stand_for_all_rows() -> None:
+    rows = [{"prompt": "x", "budget": budget} for budget in range(1000)]
+    config = dataclasses.replace(make_config(max_tokens_column="budget", order="longest_first"), is_mixed=True)
+    order = find_order(config, rows)
+    for num_first in (10, 64, 300):
+        assert abs(order.rows[:num_first].mean() - 500) < 60
+    assert order.description.startswith("dataset order (rows spread over longest first by max_tokens")
+
+
+def test_rows_with_the_same_prefix_stay_together_in_a_mixed_order() -> None:
+    rows = make_questions(5)
+    order = find_order(dataclasses.replace(make_config("prefix"), is_mixed=True), rows)
+    assert count_changes([rows[row]["document"] for row in order.rows]) == len(DOCUMENTS) - 1
