@@ -23,6 +23,7 @@ COMMANDS = {
     "verify": "check a run directory, complete or not",
     "export": "write a run's rows as Parquet, JSON lines, CSV or a dataset of the Hub",
     "slurm": "print the sbatch script for a configuration, or submit it",
+    "tune": "find the settings with which a job runs fastest, on its own rows",
     "simulate": "estimate how long a run takes, and on how many ranks",
 }
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from dpgen.engine.keeping.keeper import EngineKeeper
     from dpgen.monitoring.status.reporter import RankReporter
     from dpgen.output.upload.result_upload import ResultUpload
+    from dpgen.tuning.probe import TrialProbe
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class RankSteps:
         on_complete: is called on every rank after `publish` of a run that has succeeded. May be collective.
         report: takes the error that ended the run, on every rank; None to report it on the terminal, once.
         keeper: has the engine between two runs of this process; None to end the engine with the run.
+        trial: measures the engines on some of the rows, and ends the run; None for the whole run.
     """
 
     replace_run: Callable[[Config, int], None] | None = None
@@ -70,6 +72,7 @@ class RankSteps:
     on_complete: Callable[[RankGroup, Config], None] = lambda _, __: None
     report: Callable[[DpgenError], None] | None = None
     keeper: EngineKeeper | None = None
+    trial: TrialProbe | None = None
 
 
 _NO_STEPS = RankSteps()
@@ -167,7 +170,7 @@ def _run(
     resolved = group.run_on_all_ranks(lambda: resolve_format(config, fetched))
     group.run_on_all_ranks(lambda: _prepare(steps, resolved, group) if group.rank == 0 else None)
     try:
-        run(resolved, topology, group, Reports(*reports), steps.keeper)
+        run(resolved, topology, group, Reports(*reports), steps.keeper, steps.trial)
     except NoRowSucceeded:
         _publish(steps, resolved, group, reports[-1])
         raise

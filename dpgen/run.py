@@ -9,8 +9,9 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from dpgen.config.schema import Config
@@ -53,9 +54,11 @@ from dpgen.output.result import gather_results, is_already_complete, write_resul
 from dpgen.records import RankManifest
 from dpgen.run_parts import build_recorder, build_request_builder, watch_rows
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
+from dpgen.scheduling.interfaces import Engine
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
 from dpgen.scheduling.progress.totals import Totals
 from dpgen.scheduling.request_source import RequestSource
+from dpgen.tuning.probe import TrialProbe
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +78,23 @@ class Reports(NamedTuple):
 
 
 def run(
-    config: Config, topology: Topology, group: RankGroup, reports: Reports, keeper: EngineKeeper | None = None
+    config: Config,
+    topology: Topology,
+    group: RankGroup,
+    reports: Reports,
+    keeper: EngineKeeper | None = None,
+    trial: TrialProbe | None = None,
 ) -> None:
     """Generate every row of `config.data` that has no result yet, and write the final dataset. Collective.
 
     Args:
         keeper: has the engine from an earlier job, and gets it back; None to end the engine with the run.
+        trial: measures the engines on some of the rows, and ends the run; None for the whole run.
 
     Raises:
         ConfigError: something in the configuration or the input is wrong. What the configuration itself says is
             checked before a model loads; an engine that loads while the input is read ends with the run.
-        Interrupted: a signal or a time limit stopped the run. The same command resumes it.
+        Interrupted: a signal, a time limit or the trial stopped the run. The same command resumes it.
         DpgenError: anything else that a user can mend; see its subclasses.
     """
     shutdown = watch_for_shutdown(
@@ -95,6 +104,7 @@ def run(
         group.can_shrink = False  # a lost rank was a part of other ranks' engines
     with shutdown.handle_signals(), ExitStack() as stack:
         job = _Job(config, topology, group, (stack, shutdown), reports, keeper)
+        job.trial = trial
         stages = [
             Stage("reading the input", job.begin, is_slow=True),
             Stage("planning", job.plan, is_slow=True),
@@ -128,6 +138,7 @@ class _Job:
     _loader: ModelLoader
     _loop: GenerationLoop
     _monitor: RunMonitor
+    trial: TrialProbe | None = None
 
     def __init__(
         self,
@@ -232,6 +243,8 @@ class _Job:
     def _make_planner(self) -> ShardPlanner:
         config = self._config
         planner_config = PlannerConfig.from_config(config, self._rows.columns, self._layout, self._attempt)
+        if self.trial is not None:
+            planner_config = replace(planner_config, order=replace(planner_config.order, is_mixed=True))
         builder = build_request_builder(config, self._rows, self._text, self._text_needs, self._note)
         return ShardPlanner(planner_config, self._rows, self._run_dir.journal, self._group, builder)
 
@@ -246,8 +259,11 @@ class _Job:
             config.run.max_leading_errors,
             reads_only=config.pooling is not None,
         )
-        stop_reason = lambda: self._shutdown.reason  # noqa: E731 - asked again and again
-        return GenerationLoop(self._planner, self._engine, results, self._group, loop_config, stop_reason)
+        engine: Engine = self._engine
+        stop_reason: Callable[[], str | None] = lambda: self._shutdown.reason  # noqa: E731 - asked again and again
+        if self.trial is not None:
+            engine, loop_config, stop_reason = self.trial.adapt(engine, self._group, loop_config, stop_reason)
+        return GenerationLoop(self._planner, engine, results, self._group, loop_config, stop_reason)
 
     def _make_monitor(self) -> RunMonitor:
         loop, engine, group = self._loop, self._engine, self._group
@@ -315,12 +331,16 @@ class _Job:
         """Generate until no rank has unfinished work: the unfinished-work all-reduce. Rank 0 shows the progress."""
         if not self._needs_engine:
             return
-        monitor, started_s = self._monitor, time.monotonic()
+        monitor, trial, started_s = self._monitor, self.trial, time.monotonic()
 
         def on_progress(totals: Totals) -> None:
             self._status_file.num_done = self._num_before + totals.num_rows
             monitor.update(totals)
+            if trial is not None:
+                trial.update(totals)
 
+        if trial is not None:
+            trial.begin(self._planner.num_remaining_rows)
         monitor.begin(self._num_before)
         try:
             with self._shutdown.defer_signals():

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from dpgen import errors
 from dpgen.config.schema import Config
 from dpgen.errors import ConfigError, DpgenError, EngineError, PeerFailed
+from dpgen.tuning.trial import TrialPlan
 
 ResultOn = Literal["rank0", "all"]
 
@@ -33,12 +34,14 @@ class RankJob:
         config: what to run; or why the program could not prepare its call, for the other ranks.
         digest: stands for the dataset of the program, which is the same on all ranks; "" for `data.path`.
         result_on: which ranks need RUN_DIR/dataset.
+        trial: measure the engines on some of the rows, and end; None for the whole run.
         directory: the program's working directory, from which relative paths count; made by this process.
     """
 
     config: Config | DpgenError
     digest: str
     result_on: ResultOn
+    trial: TrialPlan | None = None
     directory: str = field(default_factory=os.getcwd)
 
 

@@ -23,6 +23,7 @@ from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.run_dir import RunDir
 from dpgen.log import flush_logging
 from dpgen.rank_process import RankSteps, run_rank
+from dpgen.tuning.probe import TrialProbe
 
 _POLL_S = 0.02
 _GRACE_S = 60.0  # how long a job may take to stop once the program has ended
@@ -74,7 +75,8 @@ def _run_job(folder: Path, number: int, rank: int, job: RankJob, keeper: EngineK
         on_joined=lambda group: _check_same_dataset(group, job.digest),
         on_complete=lambda group, config: _share_result(group, config) if job.result_on == "all" else None,
         report=report,
-        keeper=keeper,
+        keeper=keeper if job.trial is None else None,
+        trial=None if job.trial is None else TrialProbe(job.trial, rank),
     )
     status = run_rank(load, (), steps)
     _restore_signals()

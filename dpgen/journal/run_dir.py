@@ -5,6 +5,7 @@
     journal/      every finished row, in segments of one attempt of one rank each
     logs/         what each rank's engine printed
     status/       what each rank does now, and over time
+    tuning/       what `dpgen tune` has measured
     input/        rows that a program gave to the Python API
     report.html   a page on the run, for people
     dataset/      the final rows, in input order
@@ -36,7 +37,7 @@ from dpgen.journal.run_identity import diff_identities, get_num_rows
 _RUN_FILES = frozenset(
     [
         *("journal", "ranks", "config.yaml", "run.json", "dataset", "_SUCCESS", "logs", "status"),
-        *("input", "upload.json", "report.html"),
+        *("input", "upload.json", "report.html", "tuning"),
     ]
 )
 
@@ -51,6 +52,7 @@ class RunDir:
         self.logs = self.path / "logs"
         self.status = self.path / "status"
         self.input = self.path / "input"
+        self.tuning = self.path / "tuning"
         self.report = self.path / "report.html"
         self.success = self.path / "_SUCCESS"
         self._run_json = self.path / "run.json"

@@ -19,6 +19,7 @@ ORDER = (
     ("run",),
     ("run_parts",),
     ("report",),
+    ("tuning",),
     ("simulation",),
     ("monitoring",),
     ("scheduling",),

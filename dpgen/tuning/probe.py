@@ -1,0 +1,181 @@
+"""Measure the engines of one rank during a trial: the part of `dpgen tune` that runs in a rank process.
+
+- Rank 0 decides, from totals of all ranks, how many sequences each engine runs and when the trial ends. The other ranks
+  read the number in the store, about once a second, and end when rank 0 does.
+- What rank 0 has measured is in RUN_DIR/tuning before the trial ends, so that nothing is lost if it is killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dpgen.distributed.group import RankGroup
+from dpgen.engine.messages import Event
+from dpgen.journal.files import atomic_write_text
+from dpgen.records import Request
+from dpgen.scheduling.generation_loop import LoopConfig
+from dpgen.scheduling.interfaces import Engine
+from dpgen.scheduling.progress.throughput import UNKNOWN_RATE
+from dpgen.scheduling.progress.totals import Totals
+from dpgen.tuning.climb import Climb
+from dpgen.tuning.meter import RATE_WINDOW_S, Sample
+from dpgen.tuning.trial import TrialPlan, TrialResult, get_trial_path
+
+logger = logging.getLogger(__name__)
+
+_LIMIT = "dpgen/tuning"  # store key: below it, for each trial, the sequences that each engine runs now
+
+
+class LimitedEngine:
+    """Pass everything to an engine, but run fewer sequences.
+
+    Attributes:
+        limit: of each engine process; None for what the engine can run.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.limit: int | None = None
+
+    @property
+    def num_engines(self) -> int:
+        """Return the engine processes that are ready; one where the engine does not tell."""
+        number: int = getattr(self._engine, "num_ready", 1)
+        return max(1, number)
+
+    @property
+    def has_all_engines(self) -> bool:
+        """Return True unless further engine processes are about to join."""
+        return bool(getattr(self._engine, "has_joined_all", True))
+
+    @property
+    def largest(self) -> int:
+        """Return the sequences that each engine process can run."""
+        return self._engine.max_num_seqs // self.num_engines
+
+    @property
+    def max_num_seqs(self) -> int:
+        if self.limit is None:
+            return self._engine.max_num_seqs
+        return min(self._engine.max_num_seqs, self.limit * self.num_engines)
+
+    @property
+    def is_abandoned(self) -> bool:
+        return self._engine.is_abandoned
+
+    def submit(self, requests: list[Request]) -> None:
+        self._engine.submit(requests)
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        return self._engine.poll(timeout_s)
+
+
+class TrialProbe:
+    """Measure one trial.
+
+    Args:
+        rank: of this process.
+        clock, wall_clock: in seconds.
+
+    Attributes:
+        stop_reason: why the trial is over; None while it goes on.
+    """
+
+    def __init__(
+        self,
+        plan: TrialPlan,
+        rank: int,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._plan, self._rank, self._clock, self._wall_clock = plan, rank, clock, wall_clock
+        self.stop_reason: str | None = None
+        self._climb: Climb | None = None
+        self._num_remaining = 0
+        self._start_s = self._begin_s = 0.0
+
+    def adapt(
+        self, engine: Engine, group: RankGroup, config: LoopConfig, stop_reason: Callable[[], str | None]
+    ) -> tuple[Engine, LoopConfig, Callable[[], str | None]]:
+        """Return what the loop is to use in a trial in place of its engine, its settings and its reason to stop."""
+        self._engine, self._group = LimitedEngine(engine), group
+        # No row waits in the engine, which would run it.
+        config = dataclasses.replace(config, reserve_rows=0, rate_window_s=RATE_WINDOW_S)
+        return self._engine, config, lambda: stop_reason() or self.stop_reason
+
+    def begin(self, num_remaining: int) -> None:
+        """Start the clock of the first rows."""
+        self._num_remaining, self._begin_s = num_remaining, self._clock()
+        self._start_s = self._wall_clock() - self._plan.started_s
+
+    def update(self, totals: Totals) -> None:
+        """Take the totals of all ranks, and decide, or follow rank 0."""
+        if self._rank > 0:
+            limit = self._group.checked_store.add(self._limit_key, 0)
+            self._engine.limit = limit or None
+            return
+        if self._climb is None:
+            if not self._engine.has_all_engines:
+                return
+            self._climb = self._make_climb()
+            self._set_limit(self._climb.limit)
+        climb = self._climb
+        num_stages = len(climb.stages)
+        climb.update(self._make_sample(totals))
+        if climb.limit != self._engine.limit:
+            self._set_limit(climb.limit)
+        if len(climb.stages) > num_stages or climb.reason is not None:
+            self._write(climb, totals)
+        if climb.reason is not None and not climb.has_no_rows:  # the last rows are generated rather than dropped
+            self.stop_reason = f"trial {self._plan.number} has ended: {climb.reason}"
+
+    def _make_climb(self) -> Climb:
+        # The start-up counts: the trial began before this process's clock did.
+        began_s = self._begin_s - self._start_s
+        num_engines = self._engine.num_engines * self._group.size
+        return Climb(self._plan, self._engine.largest, num_engines, self._num_remaining, began_s)
+
+    def _make_sample(self, totals: Totals) -> Sample:
+        rates = totals.rates
+        return Sample(
+            self._clock(),
+            None if UNKNOWN_RATE in rates else float(sum(rates)),
+            totals.num_rows,
+            totals.num_generated_tokens,
+            totals.num_preemptions,
+            is_running_out=totals.num_unclaimed == 0,
+        )
+
+    def _set_limit(self, limit: int) -> None:
+        before, self._engine.limit = self._engine.limit or 0, limit
+        if self._group.size > 1:
+            self._group.checked_store.add(self._limit_key, limit - before)
+
+    @property
+    def _limit_key(self) -> str:
+        return f"{_LIMIT}/{self._plan.number}/{self._group.num_shrinks}"
+
+    def _write(self, climb: Climb, totals: Totals) -> None:
+        result = TrialResult(
+            number=self._plan.number,
+            overrides=dict(self._plan.overrides),
+            stages=tuple(climb.stages),
+            start_s=round(self._start_s, 2),
+            wall_s=round(self._wall_clock() - self._plan.started_s, 2),
+            num_rows=totals.num_rows,
+            num_remaining=self._num_remaining,
+            engine_max_num_seqs=self._engine.largest,
+            num_ranks=self._group.size,
+            num_engines=self._engine.num_engines * self._group.size,
+            num_prompt_tokens=totals.num_prompt_tokens,
+            num_cached_tokens=totals.num_cached_tokens,
+            reason=climb.reason or "",
+        )
+        folder = Path(self._plan.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(get_trial_path(folder, self._plan.number), json.dumps(result.to_json(), indent=1) + "\n")

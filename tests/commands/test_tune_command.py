@@ -1,0 +1,152 @@
+"""`dpgen tune`: trials on the fake engine, the overlay, resuming, and what is refused; tests/tuning has the search."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.jobs import Launcher, WriteConfig, load_result, make_numbered_rows, read_run_json, wait_for
+
+from dpgen.cli import main
+from dpgen.commands.tune import parse_budget, parse_methods
+from dpgen.commands.tune_job import TuneJob, TuneOptions
+from dpgen.errors import ConfigError
+from dpgen.journal.reader import index_journal
+from dpgen.tuning.trial import Budget, TrialPlan
+
+SLOW = {"step_s": 0.02, "max_num_seqs": 4}
+ROWS = make_numbered_rows(3000)
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def read_trials(run_dir: Path) -> list[Any]:
+    path = run_dir / "tuning" / "trials.json"
+    return list(json.loads(path.read_text())["trials"]) if path.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_rows_of_trials_count_and_an_interrupted_search_continues(
+    write_config: WriteConfig, launcher: Launcher, tmp_path: Path
+) -> None:
+    conf, overlay, run_dir = write_config(ROWS, engine=SLOW), tmp_path / "tuned.yaml", tmp_path / "run"
+    arguments = ["tune", conf, "--output", str(overlay), "--json"]
+    first = launcher.dpgen(*arguments, "--budget", "9s")
+    assert first.wait() == 0, first.output
+    shown = json.loads(first.output.splitlines()[-1])
+    assert shown["trials"][0]["overrides"] == {}, "the job as it is configured comes first"
+    assert shown["num_rows_done"] > 0
+    assert yaml.safe_load(overlay.read_text()) == {"engine": {"max_num_seqs": shown["best"]["engine.max_num_seqs"]}}
+
+    again = launcher.dpgen(*arguments, "--budget", "1h")
+    wait_for(lambda: read_run_json(run_dir)["attempt"] == 2 or again.process.poll() is not None)
+    again.process.send_signal(signal.SIGTERM)
+    assert again.wait() == 75, again.output
+    assert "continuing after 1 trial of an earlier start" in again.output
+    assert "trial 1: " not in again.output, "no trial is repeated"
+    assert len(read_trials(run_dir)) == 1
+
+    num_done = len(set(index_journal(run_dir / "journal").row.tolist()))
+    assert num_done >= shown["num_rows_done"]
+    job = launcher.dpgen("run", conf, str(overlay), "engine.step_s=0")
+    assert job.wait() == 0, job.output
+    assert f"{num_done:,} of 3,000 rows are done" in job.output
+    assert len(load_result(run_dir)) == 3000
+    assert read_run_json(run_dir)["engine"]["max_num_seqs"] == shown["best"]["engine.max_num_seqs"]
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_the_ranks_of_torchrun_are_measured_together(
+    write_config: WriteConfig, launcher: Launcher, tmp_path: Path
+) -> None:
+    conf = write_config(ROWS, engine={"step_s": 0.1, "max_num_seqs": 64})
+    job = launcher.dpgen("tune", conf, "--budget", "8s", "--output", str(tmp_path / "tuned.yaml"), ranks=2)
+    assert job.wait() == 0, job.output
+    [trial] = read_trials(tmp_path / "run")
+    assert trial["num_ranks"] == trial["num_engines"] == 2
+    assert "torchrun --nproc-per-node 2 -m dpgen run" in job.output
+
+
+@pytest.mark.multi
+def test_a_job_that_a_trial_finishes_is_done(write_config: WriteConfig, launcher: Launcher, tmp_path: Path) -> None:
+    conf = write_config(make_numbered_rows(20))
+    job = launcher.dpgen("tune", conf, "--output", str(tmp_path / "tuned.yaml"))
+    assert job.wait() == 0, job.output
+    assert "the job's last row was finished meanwhile" in job.output
+    assert len(load_result(tmp_path / "run")) == 20
+    assert not (tmp_path / "tuned.yaml").exists(), "nothing was measured"
+    again = launcher.dpgen("tune", conf, "data.limit=20", "--output", str(tmp_path / "tuned.yaml"))
+    assert again.wait() == 2
+    assert "holds a complete result: no row is left to measure with" in again.output
+
+
+@pytest.mark.multi
+def test_a_job_that_can_not_run_is_an_error_and_not_a_table(write_config: WriteConfig, launcher: Launcher) -> None:
+    broken = launcher.dpgen("tune", write_config(ROWS, engine={"load_error": "no such GPU"}), DPGEN_START_RETRY_S="0")
+    assert broken.wait() == 1
+    assert "no such GPU" in broken.output.splitlines()[-1]
+
+
+def test_wrong_arguments_are_refused_before_anything_starts(
+    write_config: WriteConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    conf = write_config(ROWS)
+    taken = tmp_path / "taken.yaml"
+    taken.write_text("model: mine\n")
+    for arguments, message in [
+        ([], "no configuration"),
+        ([conf, "--budget", "soon"], "--budget=soon: must be a share of the job's time, as 5%"),
+        ([conf, "--speculative", "eagle"], "'eagle' must be one of ngram, suffix"),
+        ([conf, "--output", str(taken)], "the file is there, and not of dpgen tune"),
+        ([conf, "--output", str(tmp_path / "no" / "tuned.yaml")], "there is no directory"),
+        ([conf, "engine.max_num_seq=4", "run.resume=never"], "run.resume=never: the rows of a trial"),
+        ([conf, "engines.max_num_seqs=4"], "engines"),
+    ]:
+        assert main(["tune", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_launchers_and_several_machines_are_refused(
+    write_config: WriteConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**world, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["tune", write_config(ROWS)]) == 2
+    assert "measures one machine, and torchrun has started 4 ranks on several" in capsys.readouterr().err
+
+
+def test_budgets_are_shares_or_times() -> None:
+    assert parse_budget("5%") == Budget(fraction=0.05)
+    assert parse_budget("90") == parse_budget("90s") == Budget(seconds=90)
+    assert parse_budget("1.5h") == Budget(seconds=5400)
+    for text in ("0", "-5s", "5 minutes", ""):
+        with pytest.raises(ConfigError):
+            parse_budget(text)
+    assert parse_methods("ngram, suffix") == ["ngram", "suffix"]
+
+
+def test_a_trial_that_draws_other_samples_leaves_the_run_alone(write_config: WriteConfig, tmp_path: Path) -> None:
+    job = TuneJob(TuneOptions([write_config(ROWS), "run.dir=out"]))
+    speculative = job.make_config(TrialPlan(2, {"engine.speculative_config": {"method": "ngram"}}))
+    assert speculative.run.dir == str(tmp_path / "out" / "tuning" / "other-draws")
+    assert speculative.engine["speculative_config"] == {"method": "ngram"}
+    assert job.make_config(TrialPlan(2, {"engine.max_num_seqs": 9})).run.dir == "out"
+
+
+def test_a_trial_of_another_division_of_the_gpus_has_as_many_ranks_as_fit(write_config: WriteConfig) -> None:
+    job = TuneJob(TuneOptions([write_config(ROWS), "parallel.tensor_parallel_size=2"], num_ranks=2))
+    assert job.count_ranks_of({"parallel.tensor_parallel_size": 4}) == 1
+    assert job.count_ranks_of({"parallel.tensor_parallel_size": 1}) == 4
