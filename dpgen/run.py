@@ -35,7 +35,6 @@ from dpgen.engine.starting.loading import ModelLoader
 from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE, DpgenError
-from dpgen.formatting import format_count
 from dpgen.journal.engine_notes import remove_engine_notes
 from dpgen.journal.row_notes import RowNote, open_note
 from dpgen.journal.run_dir import RunDir
@@ -44,7 +43,7 @@ from dpgen.journal.writer import JournalWriter
 from dpgen.lifecycle.shutdown import ShutdownMonitor, watch_for_shutdown
 from dpgen.lifecycle.status_file import StatusFile
 from dpgen.monitoring.run_monitor import RunMonitor
-from dpgen.monitoring.run_report import describe_generation, summarize_run
+from dpgen.monitoring.run_report import describe_generation, describe_plan, summarize_run
 from dpgen.monitoring.startup import StartupTimer
 from dpgen.monitoring.status.reporter import EngineView, RankReporter
 from dpgen.monitoring.trackers import check_trackers
@@ -52,8 +51,8 @@ from dpgen.output.column_check import check_columns, check_result, list_used_col
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.result import gather_results, is_already_complete, write_result
 from dpgen.records import RankManifest
-from dpgen.run_parts import build_recorder, build_request_builder, watch_rows
-from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
+from dpgen.run_parts import build_loop_config, build_recorder, build_request_builder, watch_rows
+from dpgen.scheduling.generation_loop import GenerationLoop
 from dpgen.scheduling.interfaces import Engine
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
 from dpgen.scheduling.progress.totals import Totals
@@ -252,13 +251,7 @@ class _Job:
         config = self._config
         results = build_recorder(config, self._journal, self._text, self._note, self._planner, self._engine)
         results.on_recorded = self._reporter.tally.add_all
-        num_samples = config.sampling.get("n") or 1
-        loop_config = LoopConfig(
-            config.work.reserve_rows,
-            num_samples,
-            config.run.max_leading_errors,
-            reads_only=config.pooling is not None,
-        )
+        loop_config = build_loop_config(config)
         engine: Engine = self._engine
         stop_reason: Callable[[], str | None] = lambda: self._shutdown.reason  # noqa: E731 - asked again and again
         if self.trial is not None:
@@ -294,15 +287,8 @@ class _Job:
         num_rows = len(self._rows)
         self._status_file.num_done = self._num_before = num_rows - num_remaining
         self._reporter.count_rows(num_rows, self._num_before)
-        is_shared = self._layout.has_shared_engine
-        ranks = format_count(self._layout.num_engines if is_shared else self._group.size, "rank")
-        if self._attempt == 1:
-            logger.info(f"{format_count(num_rows, 'row')} over {ranks}")
-        else:
-            logger.info(
-                f"attempt {self._attempt}: {self._num_before:,} of {num_rows:,} rows are done, "
-                f"{num_remaining:,} remain over {ranks}"
-            )
+        num_ranks = self._layout.num_engines if self._layout.has_shared_engine else self._group.size
+        logger.info(describe_plan(self._attempt, num_rows, num_remaining, num_ranks))
         if num_remaining:
             self._startup.mark("rows to do")
             logger.info(str(self._planner.order))

@@ -17,6 +17,7 @@ from dpgen.journal.row_notes import RowNote, compute_overdue_s
 from dpgen.journal.row_watch import RowWatch
 from dpgen.journal.writer import JournalWriter
 from dpgen.lifecycle.status_file import StatusFile
+from dpgen.scheduling.generation_loop import LoopConfig
 from dpgen.scheduling.planner import ShardPlanner
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.result_recorder import ResultRecorder
@@ -55,6 +56,16 @@ def build_recorder(
             lambda: engine.max_model_len,
         )
     return ResultRecorder(journal, text.detokenizer, note, text.parser, retries)
+
+
+def build_loop_config(config: Config) -> LoopConfig:
+    """Build the settings of the generation loop."""
+    return LoopConfig(
+        config.work.reserve_rows,
+        config.sampling.get("n") or 1,
+        config.run.max_leading_errors,
+        reads_only=config.pooling is not None,
+    )
 
 
 def watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: StatusFile) -> RowWatch:

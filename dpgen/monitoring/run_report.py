@@ -21,6 +21,21 @@ def balance(manifests: Sequence[RankManifest]) -> float:
     return sum(times_s) / (len(times_s) * max(times_s)) if any(times_s) else 1.0
 
 
+def describe_plan(attempt: int, num_rows: int, num_remaining: int, num_ranks: int) -> str:
+    """Return a line on what an attempt has to do.
+
+    Args:
+        num_ranks: that generate, each with an engine of its own.
+    """
+    ranks = format_count(num_ranks, "rank")
+    if attempt == 1:
+        return f"{format_count(num_rows, 'row')} over {ranks}"
+    return (
+        f"attempt {attempt}: {num_rows - num_remaining:,} of {num_rows:,} rows are done, "
+        f"{num_remaining:,} remain over {ranks}"
+    )
+
+
 def describe_generation(totals: Totals, elapsed_s: float) -> str:
     """Return ``generated 512 rows, 8,192 tokens in 12 s (683 tokens/s), 1 row failed``."""
     num_generated = totals.num_rows - totals.num_errors
