@@ -9,7 +9,7 @@ import pytest
 
 from dpgen.commands.arguments.batch_flags import parse_batch_flags
 from dpgen.commands.run_batch import load_batch_config
-from dpgen.config import vllm_flags as flags
+from dpgen.config.vllm import vllm_flags as flags
 from dpgen.errors import ConfigError
 
 FILES = ("-i", "in.jsonl", "-o", "out.jsonl", "--model", "org/model")
