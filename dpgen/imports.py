@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from dpgen.errors import suggest_name
 
 
 @contextmanager
@@ -31,3 +35,29 @@ def imports_without_gc() -> Iterator[None]:
 def list_import_folders() -> list[str]:
     """Return where modules that the configuration names are looked for: the working directory, then as dpgen's own."""
     return list(dict.fromkeys([os.getcwd(), *filter(None, sys.path)]))
+
+
+def load_function(key: str, name: str) -> Callable[..., Any]:
+    """Return a function of the user.
+
+    Args:
+        key: that names it, for errors.
+        name: ``package.module:name``.
+
+    Raises:
+        ValueError: it can't be imported, or is no function.
+    """
+    module_name, _, path = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(f"{key}={name}: {module_name} can't be imported: {type(error).__name__}: {error}") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            names = [other for other in dir(found) if not other.startswith("_")]
+            raise ValueError(f"{key}={name}: {module_name} has no {part!r}{suggest_name(part, names, 'its names')}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"{key}={name}: is a {type(found).__name__}, and no function")
+    function: Callable[..., Any] = found
+    return function

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 from dpgen.config.sections import CheckConfig
 from dpgen.engine.parsing.json_text import describe_json_error, extract_json
-from dpgen.errors import suggest_name
+from dpgen.imports import load_function
 from dpgen.journal.attempts import Rejection
 from dpgen.records import Completion, ToolCall
 
@@ -191,7 +190,7 @@ def _reject_foreign_references(schema: Any) -> None:
 
 
 def _make_function_check(name: str) -> _Check:
-    function = _load_function(name)
+    function = load_function("check.function", name)
 
     def check(task: CheckTask) -> str | None:
         assert task.for_function is not None
@@ -210,27 +209,6 @@ def _make_function_check(name: str) -> _Check:
         return _read_verdict(function(dict(columns), shown))
 
     return check
-
-
-def _load_function(name: str) -> Callable[..., Any]:
-    module_name, _, path = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:
-        raise ValueError(
-            f"check.function={name}: {module_name} can't be imported: {type(error).__name__}: {error}"
-        ) from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            names = [other for other in dir(found) if not other.startswith("_")]
-            raise ValueError(
-                f"check.function={name}: {module_name} has no {part!r}{suggest_name(part, names, 'its names')}"
-            )
-        found = getattr(found, part)
-    if not callable(found):
-        raise ValueError(f"check.function={name}: is a {type(found).__name__}, and no function")
-    function: Callable[..., Any] = found
-    return function
 
 
 def _read_verdict(value: Any) -> str | None:
