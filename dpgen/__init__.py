@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dpgen.api.calls import load_result
     from dpgen.api.session import Session, generate, stream
     from dpgen.api.settings import load_config
+    from dpgen.config.program import ProgramConfig
     from dpgen.config.schema import Config
     from dpgen.config.sections import (
         CheckConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "OutputConfig",
     "ParallelConfig",
     "PeerFailed",
+    "ProgramConfig",
     "RanksLost",
     "RunConfig",
     "Session",
@@ -64,6 +66,7 @@ _HOMES = {
     "dpgen.api.calls": ("load_result",),
     "dpgen.api.session": ("Session", "generate", "stream"),
     "dpgen.api.settings": ("load_config",),
+    "dpgen.config.program": ("ProgramConfig",),
     "dpgen.config.schema": ("Config",),
     "dpgen.config.sections": (
         *("CheckConfig", "DataConfig", "OutputConfig", "ParallelConfig", "RunConfig", "WorkConfig"),

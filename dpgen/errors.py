@@ -70,6 +70,7 @@ ERROR_TYPES = (
     ),
     *("bad_tools", "bad_template_kwargs", "unknown_adapter", "engine_refused", "poison_row", "decode_failed"),
     *("bad_request", "unsupported_request", "unknown_model", "check_failed", "not_finite"),
+    *("program_failed", "program_timeout", "program_too_many_calls", "program_bad_result", "tool_failed"),
 )
 
 

@@ -265,6 +265,8 @@ class RowResult:
         prompt_logprobs: the prompt's tokens with their log-probabilities; None unless sampling.prompt_logprobs asks for
             them.
         scored: the log-probabilities of the row's given completion; None unless data.completion_column names one.
+        num_calls: how many calls the row's program has made; None without a program. What it returned is then `parsed`
+            of the one completion, whose tokens are those of all calls.
         call, sample, attempt: as in the id of the request that this is the result of. A record does not hold them: a
             row's own result has none.
         pooled: what a pooling model makes of the row; None where text is generated.
@@ -280,6 +282,7 @@ class RowResult:
     sample: int = 0
     attempt: int = 0
     pooled: PooledOutput | None = None
+    num_calls: int | None = None
 
     @property
     def id(self) -> RequestId:

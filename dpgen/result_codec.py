@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ def encode_result(result: RowResult) -> bytes:
         record["greedy"] = result.scored.is_greedy
     if (pooled := result.pooled) is not None:
         record["pooled"] = [len(pooled.values), pooled.num_chunks, pooled.num_cut_tokens]
+    if result.num_calls is not None:
+        record["calls"] = result.num_calls
     arrays: list[list[Any]] = []
     chunks: list[bytes] = []
     for owner, name, data in _iter_arrays(result):
@@ -76,9 +79,10 @@ def decode_result(record: bytes) -> RowResult:
     prompt_logprobs = logprobs.pop(_PROMPT, None)
     if logprobs:
         raise ValueError(f"the record has arrays that belong to nothing in it: {list(logprobs)}")
-    return RowResult(
-        fields["row"], fields.get("prompt_tokens"), completions, error, prompt_logprobs, scored, pooled=pooled
-    )
+    num_calls = fields.get("calls")
+    row, num_prompt_tokens = fields["row"], fields.get("prompt_tokens")
+    result = RowResult(row, num_prompt_tokens, completions, error, prompt_logprobs, scored, pooled=pooled)
+    return result if num_calls is None else replace(result, num_calls=num_calls)
 
 
 # Whose arrays they are; those of a sample have its number.

@@ -55,6 +55,7 @@ from dpgen.run_parts import build_loop_config, build_recorder, build_request_bui
 from dpgen.scheduling.generation_loop import GenerationLoop
 from dpgen.scheduling.interfaces import Engine
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
+from dpgen.scheduling.programs.loading import load_program
 from dpgen.scheduling.progress.totals import Totals
 from dpgen.scheduling.request_source import RequestSource
 from dpgen.tuning.probe import TrialProbe
@@ -177,6 +178,7 @@ class _Job:
         config, group, startup = self._config, self._group, self._startup
         check_same_job(config, group)
         self._layout = group.run_on_all_ranks(lambda: build_layout(self._topology, config.parallel))
+        group.run_on_all_ranks(lambda: load_program(config.program))
         self._start_engine()  # vLLM is imported beside what follows
         group.run_on_all_ranks(lambda: check_trackers(config.output.track) if group.rank == 0 else None)
         found = find_what_names_stand_for(config, group)
@@ -250,6 +252,7 @@ class _Job:
     def _make_loop(self) -> GenerationLoop:
         config = self._config
         results = build_recorder(config, self._journal, self._text, self._note, self._planner, self._engine)
+        self._stack.callback(results.close)
         results.on_recorded = self._reporter.tally.add_all
         loop_config = build_loop_config(config)
         engine: Engine = self._engine
@@ -301,7 +304,8 @@ class _Job:
             return
         is_first = self._group.rank == 0 and not self._engine.is_ready
         loaded = self._loader.load(self._engine, self._text.engine_text_config)
-        self._engine.blame.find_canary = self._planner.build_succeeded_request
+        if not self._config.program.is_used:  # whose rows are no requests
+            self._engine.blame.find_canary = self._planner.build_succeeded_request
         self._engine.blame.recall(self._planner.blame)
         if loaded is not None:
             self._text.describe_model(loaded.info)

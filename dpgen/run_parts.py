@@ -8,6 +8,7 @@ from typing import Any
 
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
+from dpgen.data.time_limit import limit_render_time
 from dpgen.distributed.gloo.leases import end_stuck_process, read_lease_timing
 from dpgen.distributed.group import RankGroup
 from dpgen.engine.starting.launch import TextPipeline
@@ -18,7 +19,12 @@ from dpgen.journal.row_watch import RowWatch
 from dpgen.journal.writer import JournalWriter
 from dpgen.lifecycle.status_file import StatusFile
 from dpgen.scheduling.generation_loop import LoopConfig
+from dpgen.scheduling.interfaces import FollowUps
 from dpgen.scheduling.planner import ShardPlanner
+from dpgen.scheduling.programs.event_loop import ProgramLoop
+from dpgen.scheduling.programs.loading import load_program, pass_columns
+from dpgen.scheduling.programs.runner import ProgramRunner, RunnerConfig
+from dpgen.scheduling.programs.running import ProgramSpec
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.result_recorder import ResultRecorder
 from dpgen.scheduling.retries.retry_tracker import RetryConfig, RetryTracker
@@ -34,7 +40,8 @@ def build_request_builder(
         note: tells the next attempt which row is being rendered.
     """
     needed = {name: value for name, value in text_needs.items() if name not in config.sampling}
-    return RequestBuilder.from_config(config, rows, text.render, base_sampling=needed, note=note)
+    render = pass_columns if config.program.is_used else text.render
+    return RequestBuilder.from_config(config, rows, render, base_sampling=needed, note=note)
 
 
 def build_recorder(
@@ -45,9 +52,11 @@ def build_recorder(
     planner: ShardPlanner,
     engine: EngineSupervisor,
 ) -> ResultRecorder:
-    """Build what decodes, parses, checks and journals results."""
-    retries = None
-    if text.checker is not None:
+    """Build what decodes, parses, checks and journals results, and runs rows' programs."""
+    retries: FollowUps | None = None
+    if (program := load_program(config.program)) is not None:
+        retries = _build_runner(config, program, journal, text, note, planner)
+    elif text.checker is not None:
         retries = RetryTracker(
             RetryConfig.from_config(config),
             text.checker,
@@ -66,6 +75,27 @@ def build_loop_config(config: Config) -> LoopConfig:
         config.run.max_leading_errors,
         reads_only=config.pooling is not None,
     )
+
+
+def _build_runner(
+    config: Config,
+    program: ProgramSpec,
+    journal: JournalWriter,
+    text: TextPipeline,
+    note: RowNote,
+    planner: ShardPlanner,
+) -> ProgramRunner:
+    runner = ProgramRunner(
+        RunnerConfig(config.run.seed, config.program.max_running),
+        ProgramLoop(program, config.program.num_tool_threads),
+        limit_render_time(text.render, config.data.render_timeout_s),
+        note,
+        journal.append_attempt,
+        planner.earlier_attempts.find,
+    )
+    if text.parser is not None:
+        text.parser.find_tools_of_call = runner.find_tools
+    return runner
 
 
 def watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: StatusFile) -> RowWatch:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from dpgen.config.program import ProgramConfig
 from dpgen.config.schema import Config
 from dpgen.config.sections import (
     MISSING,
@@ -62,6 +63,7 @@ class Settings(TypedDict, total=False):
     work: Mapping[str, Any] | WorkConfig
     output: Mapping[str, Any] | OutputConfig
     check: Mapping[str, Any] | CheckConfig
+    program: Mapping[str, Any] | ProgramConfig
 
 
 class JobSettings(Settings, total=False):

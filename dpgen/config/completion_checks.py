@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # The checks, in the order in which they are tried; "truncated" is that of check.continue_truncated.
 CHECK_NAMES = ("truncated", "finish_reason", "non_empty", "regex", "max_repetition", "json_schema", "function")
 FINISH_REASONS = ("stop", "length", "repetition")
-_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+FUNCTION_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def find_wrong_check_values(check: CheckConfig, default: CheckConfig) -> Iterator[str]:
@@ -45,7 +45,7 @@ def find_wrong_check_values(check: CheckConfig, default: CheckConfig) -> Iterato
         yield f"check.max_repetition={check.max_repetition}: must be from 0 to 1"
     if check.json_schema is not None:
         yield from find_wrong_schema("check.json_schema", check.json_schema, may_be_any=True)
-    if check.function is not None and not _FUNCTION.fullmatch(check.function):
+    if check.function is not None and not FUNCTION_NAME.fullmatch(check.function):
         yield f"check.function={check.function!r}: must look like package.module:name"
     yield from _find_wrong_retry_sampling(check.retry_sampling)
     if not check.is_used:

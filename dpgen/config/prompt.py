@@ -18,6 +18,7 @@ RESERVED_KWARGS = frozenset(
 )
 PROMPT_SOURCES = ("prompt_column", "messages_column", "template", "token_ids_column")
 REQUEST_COLUMN = "request"  # of a batch file: the line as it stands
+CALL_COLUMN = "call"  # of no file: what a row's program asks of the model
 # Keys without effect unless a chat template is applied.
 _CHAT_KEYS = (
     *("system_prompt", "system_prompt_column", "prefill_column", "chat_template", "chat_template_kwargs"),
@@ -30,7 +31,7 @@ _SCORE_TEMPLATE_KEYS = ("chat_template", "chat_template_kwargs")  # which may ma
 class PromptConfig:
     """Hold the `data.*` keys that decide how a row becomes a prompt.
 
-    Exactly one of the first four is set, or `request_column`, or `query_column` with one of documents.
+    Exactly one of the first four is set, or `request_column`, `call_column`, or `query_column` with one of documents.
 
     A key of a later version is None unless it is set: run directories of older versions lack it, which means the same.
 
@@ -56,6 +57,7 @@ class PromptConfig:
         request_column: a text column of the lines of a batch file, which say all of this; no key of its own.
         query_column, document_column: columns of the two texts of a pair, for models that read both.
         documents_column: in place of the latter, a column of lists of texts.
+        call_column: stands for the calls that rows' programs make, each of which says its prompt; no key of its own.
 
     Raises:
         ConfigError: keys that contradict each other, or that would have no effect; all of them at once.
@@ -81,6 +83,7 @@ class PromptConfig:
     query_column: str | None = None
     document_column: str | None = None
     documents_column: str | None = None
+    call_column: str | None = None
 
     def __post_init__(self) -> None:
         if mistakes := list(self._find_mistakes()):
@@ -100,7 +103,12 @@ class PromptConfig:
     @property
     def may_be_chat(self) -> bool:
         """Return True if a chat template is applied to some rows, if not to all."""
-        return self.is_chat or self.request_column is not None
+        return self.is_chat or not self.is_of_rows
+
+    @property
+    def is_of_rows(self) -> bool:
+        """Return True if rows are prompts; False where they are requests, or their programs make calls."""
+        return self.request_column is None and self.call_column is None
 
     @property
     def chat_template_name(self) -> str | None:
@@ -116,7 +124,7 @@ class PromptConfig:
         given = [name for name in PROMPT_SOURCES if getattr(self, name) is not None]
         if self.is_pair:
             yield from self._find_wrong_pair(given)
-        elif self.request_column is None and len(given) != 1:
+        elif self.is_of_rows and len(given) != 1:
             source = f"a prompt comes from exactly one of {_join_keys(PROMPT_SOURCES, ', ')}"
             yield f"{_join_keys(given, ' and ')} are set: {source}" if given else f"{source}; none is set"
         if self.as_chat and self.messages_column is not None:

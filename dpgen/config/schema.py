@@ -12,14 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dpgen.config import checks, completion_checks
+from dpgen.config import checks, completion_checks, program
 from dpgen.config.pooling.pooling_config import (
     GENERATE,
     PoolingConfig,
     find_wrong_task_input,
     find_wrong_task_keys,
 )
-from dpgen.config.prompt import REQUEST_COLUMN, PromptConfig
+from dpgen.config.program import ProgramConfig
+from dpgen.config.prompt import CALL_COLUMN, REQUEST_COLUMN, PromptConfig
 from dpgen.config.secrets import redact_secrets
 from dpgen.config.sections import (
     MISSING,
@@ -80,8 +81,11 @@ class Config:
     work: WorkConfig = field(default_factory=WorkConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
+    program: ProgramConfig = field(default_factory=ProgramConfig)
 
     def __post_init__(self) -> None:
+        if self.program.is_used and self.data.format == "auto":  # its rows are no requests, whatever they look like
+            object.__setattr__(self, "data", dataclasses.replace(self.data, format="rows"))
         _validate(self)
 
     @property
@@ -143,9 +147,12 @@ class Config:
         Raises:
             ConfigError: these keys contradict each other.
         """
-        names = [key.name for key in dataclasses.fields(PromptConfig) if key.name != "request_column"]
+        internal = ("request_column", "call_column")
+        names = [key.name for key in dataclasses.fields(PromptConfig) if key.name not in internal]
         request_column = REQUEST_COLUMN if self.reads_requests else None
-        return PromptConfig(**{name: getattr(self.data, name) for name in names}, request_column=request_column)
+        call_column = CALL_COLUMN if self.program.is_used else None
+        of_data = {name: getattr(self.data, name) for name in names}
+        return PromptConfig(**of_data, request_column=request_column, call_column=call_column)
 
     @property
     def gpus_per_rank(self) -> int:
@@ -183,6 +190,9 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
     yield from checks.find_wrong_logprobs(sections["engine"], sections["sampling"], sections["sampling_by_rank"])
     yield from checks.find_wrong_output_schema(sections["output"], sections["sampling"], sections["sampling_by_rank"])
     yield from completion_checks.find_wrong_check_values(sections["check"], CheckConfig())
+    yield from program.find_wrong_program_values(sections["program"], ProgramConfig())
+    if sections["program"].is_used:
+        yield from program.find_keys_without_effect_on_programs(sections, DataConfig(), OutputConfig())
     yield from find_wrong_task_keys(sections["task"], sections, DataConfig(), OutputConfig())
     if sections["data"].completion_column is not None and sections["task"] == GENERATE:
         yield from checks.find_keys_without_effect_on_scores(sections, OutputConfig())
@@ -236,7 +246,7 @@ def _validate(config: Config) -> None:
     try:
         is_batch = config.data.format == "openai_batch"
         mistakes += find_wrong_task_input(config.task, config.prompt, is_batch=is_batch)
-        if not config.prompt.is_chat and config.output.messages:
+        if not config.prompt.is_chat and config.output.messages and not config.program.is_used:
             mistakes.append("output.messages=true needs a chat: set data.messages_column, or data.as_chat=true")
     except ConfigError as error:
         mistakes += error.mistakes

@@ -45,6 +45,8 @@ def _iter_names(config: Config) -> Iterator[tuple[str, str]]:
     """Yield keys and ``module:name``; an engine's classes only where it is vLLM's."""
     if config.check.function is not None:
         yield "check.function", config.check.function
+    if config.program.function is not None:
+        yield "program.function", config.program.function
     processors = config.engine.get("logits_processors") if config.run.engine == "vllm" else None
     for name in processors if isinstance(processors, (list, tuple)) else ():
         if isinstance(name, str) and ":" in name:

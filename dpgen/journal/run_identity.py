@@ -82,6 +82,9 @@ FOUND_KEYS = ("model_files", "chat_template_hash", "variables", "lora_files", "c
 # Keys of `check` that decide how long a check may take, and not what passes.
 _NEUTRAL_CHECK_KEYS = ("timeout_s", "num_workers")
 
+# Keys of `program` that decide how far a program may go, and not what it does.
+_NEUTRAL_PROGRAM_KEYS = ("timeout_s", "max_calls", "max_running", "num_tool_threads")
+
 # Engine options that dpgen sets for `lora`. With adapters they only change the speed.
 _ADAPTER_OPTIONS = ("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras")
 
@@ -175,6 +178,9 @@ def compute_run_identity(
         identity["pooling"] = dataclasses.asdict(config.pooling)
     if config.check.is_used:  # as above
         identity["check"] = {key: value for key, value in vars(config.check).items() if key not in _NEUTRAL_CHECK_KEYS}
+    if config.program.is_used:  # as above
+        program = vars(config.program).items()
+        identity["program"] = {key: value for key, value in program if key not in _NEUTRAL_PROGRAM_KEYS}
     round_trip: dict[str, Any] = json.loads(json.dumps(redact_secrets(identity), default=str))
     return round_trip
 

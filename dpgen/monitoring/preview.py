@@ -52,6 +52,8 @@ from dpgen.output.column_check import check_columns, check_result, list_used_col
 from dpgen.scheduling.groups.samples import SAMPLE_ROWS, sample_rows
 from dpgen.scheduling.order import RowOrder
 from dpgen.scheduling.order_config import OrderConfig
+from dpgen.scheduling.programs.first_call import FirstCallBuilder
+from dpgen.scheduling.programs.loading import load_program, pass_columns
 from dpgen.scheduling.progress.slow_rows import SlowRowFilter
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.sources import SourceMaker
@@ -168,7 +170,7 @@ def build_preview(config: Config, options: PreviewOptions) -> tuple[Preview, Exa
     notes += _find_long_context(config, model_config, limit)
     slow_rows = SlowRowFilter(config.prompt, config.data.render_timeout_s, SingleRankGroup())
     order, is_order_sample = _order_rows(config, rows, slow_rows)
-    builder = RequestBuilder.from_config(config, rows, text.render, rejected_rows=slow_rows.errors)
+    builder = _make_builder(config, rows, text, slow_rows)
     num_ids = None if text.engine_reason is None else get_vocabulary_size(model_config)
     examiner = RowExaminer(builder, spec, of_model, None if limit is None else limit.num_tokens, num_ids)
     used = [] if rows.is_empty else list(dict.fromkeys(list_used_columns(config, rows.columns)))
@@ -207,6 +209,16 @@ def _open_input(config: Config) -> tuple[InputRows, list[str]]:
     check_columns(config, rows)
     check_trackers(config.output.track)
     return rows, [note for _, note in check_result(config, rows)]
+
+
+def _make_builder(
+    config: Config, rows: InputRows, text: TextPipeline, slow_rows: SlowRowFilter
+) -> RequestBuilder | FirstCallBuilder:
+    """Return what builds the rows' requests, or those of the first calls of their programs."""
+    program = load_program(config.program)
+    render = text.render if program is None else pass_columns
+    builder = RequestBuilder.from_config(config, rows, render, rejected_rows=slow_rows.errors)
+    return builder if program is None else FirstCallBuilder(program, builder, text.render)
 
 
 def _check_row_numbers(row_ids: tuple[int, ...], num_rows: int) -> None:
@@ -312,6 +324,11 @@ def _describe_text(config: Config, text: TextPipeline) -> list[str]:
     if config.check.is_used:
         most = format_count(config.check.max_attempts, "time")
         notes.append(f"completions are checked, and generated up to {most}: the estimate counts one")
+    if config.program.is_used:
+        notes.append(
+            "prompts are those of the first call of each row's program: its other calls follow from the answers, so "
+            "the estimate counts one call a row"
+        )
     if config.sampling_columns:
         notes.append("whether the values of sampling.from_columns are legal is checked by the engine, in the run")
     return notes

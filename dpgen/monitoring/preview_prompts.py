@@ -150,8 +150,11 @@ class PromptViewer:
             return f"column {column}"
         if name == "seed":
             return "run.seed and the row's index"
+        by_rank = config.sampling_by_rank
+        if name in request.sampling and name not in (by_rank[request.row % len(by_rank)] if by_rank else ()):
+            return "the program"
         if name in request.sampling:
-            return f"sampling_by_rank[{request.row % len(config.sampling_by_rank)}]"
+            return f"sampling_by_rank[{request.row % len(by_rank)}]"
         if name == "structured_outputs" and config.output.schema is not None:
             return "output.schema"
         if name in config.sampling_fields:

@@ -22,6 +22,7 @@ from dpgen.data.prompts.token_ids import reject_too_long, reject_unknown_ids
 from dpgen.engine.messages import EngineSpec
 from dpgen.errors import RowRefused
 from dpgen.records import Request
+from dpgen.scheduling.programs.first_call import FirstCallBuilder
 from dpgen.scheduling.request_builder import RequestBuilder
 
 CHARS_PER_TOKEN = 4  # where only the engine can count tokens
@@ -47,7 +48,7 @@ class RowExaminer:
         num_ids: of the vocabulary, where the rank knows no tokenizer; None where it does.
     """
 
-    builder: RequestBuilder
+    builder: RequestBuilder | FirstCallBuilder
     spec: EngineSpec
     of_model: Mapping[str, Any]
     max_model_len: int | None

@@ -104,6 +104,8 @@ class ProgressDisplay:
         if window_s >= min(_RATE_WINDOW_S, self._interval_s):
             self._window_start = (now_s, totals.num_tokens)
         rates = f"{tokens_per_s:,.0f} {totals.token_unit}s/s, {format_count(totals.num_errors, 'error')}"
+        if totals.num_calls:
+            rates += f", {format_count(totals.num_calls, 'call')}"
         retries = format_retries(dict(zip(CHECK_NAMES, totals.num_retries, strict=True)))
         if retries:
             rates += f", {retries}"

@@ -93,7 +93,8 @@ class RunMonitor:
                 logger.info(f"row {sample.row}: {prompt} → {sample.text}")
                 continue
             answer = _abbreviate(sample.text)
-            tokens = f"{sample.finish_reason}, {sample.num_tokens:,} tokens"
+            reason = "" if sample.finish_reason is None else f"{sample.finish_reason}, "
+            tokens = f"{reason}{sample.num_tokens:,} tokens"
             logger.info(f"row {sample.row}: {prompt} → {answer} ({tokens})")
 
     def _format_ranks(self, rates: Sequence[int]) -> list[str]:
@@ -118,7 +119,7 @@ def find_prompt_end(request: Request | None, decode: Callable[[Sequence[int]], s
         if decode is None:
             return f"({len(request.prompt_token_ids):,} tokens)"
         prompt = decode(request.prompt_token_ids[-_DECODED_TOKENS:])
-    if isinstance(prompt, dict):
+    if isinstance(prompt, dict) and "template_kwargs" in prompt:
         prompt = prompt["messages"][-1].get("content")
     text = prompt if isinstance(prompt, str) else str(prompt)
     return _abbreviate(text, is_end=True)

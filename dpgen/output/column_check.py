@@ -16,7 +16,9 @@ from dpgen.output.json_schema.derivation import derive_type
 
 
 def list_used_columns(config: Config, columns: Sequence[str]) -> list[str]:
-    """Return the columns that requests are made from."""
+    """Return the columns that requests are made from; all of them where each row is given to a program."""
+    if config.program.is_used:
+        return list(columns)
     others = [name for name in (config.data.lora_column, config.work.hint_column) if name is not None]
     return [*select_prompt_columns(config.prompt, columns), *config.sampling_columns.values(), *others]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 from dpgen.data.prompts.chat import Message
 from dpgen.logprobs import TokenLogprobs
 from dpgen.output.conversations import append_turn
+from dpgen.output.json_schema.value_types import StructType, ValueType
 from dpgen.records import Completion, RowError, RowResult
 
 if TYPE_CHECKING:
@@ -73,6 +75,29 @@ def escape_all_surrogates(value: Any) -> Any:
 def escape_if_any(text: str | None) -> str | None:
     """Return the text as `escape_surrogates` does; None for none."""
     return None if text is None else escape_surrogates(text)
+
+
+def list_program_values(returned: StructType | None) -> list[tuple[str, Callable[[], Any], Callable[[Any], Any], bool]]:
+    """Return the columns of what rows' programs return, and of how many calls they have made.
+
+    Args:
+        returned: the type of the dict; None for one column of JSON text.
+
+    Returns:
+        (name, get_type, get, is_of_sample) of each, as in `ResultColumn`.
+    """
+    num_calls = ("num_calls", INT64, lambda entry: entry.result.num_calls, False)
+    if returned is None:
+        return [("program", TEXT, lambda completion: escape_if_any(completion.parsed), True), num_calls]
+    parts = [(name, type.to_arrow, _make_part_reader(name, type), True) for name, type in returned.properties]
+    return [*parts, num_calls]
+
+
+def _make_part_reader(name: str, type: ValueType) -> Callable[[Completion], Any]:
+    def read(completion: Completion) -> Any:
+        return type.convert(escape_all_surrogates(json.loads(completion.parsed or "{}")).get(name))
+
+    return read
 
 
 def get_tool_calls(completion: Completion) -> list[dict[str, str]]:

@@ -1,7 +1,6 @@
 """Describe the final dataset: columns that a result adds to the input's, their types, and where values come from.
 
-The writer, the verification and the check of the input's names all ask `ResultColumn`s, so a new column is one entry
-here.
+The writer, the verification and the check of the input's names ask `ResultColumn`s: a new column is one entry here.
 
 Log-probabilities are lists of float32, null where a token has none. In JSON lines they are the shortest decimals that
 float32 reads back as the same numbers.
@@ -39,11 +38,12 @@ from dpgen.output.column_values import (
     get_text,
     get_token_ids,
     get_tool_calls,
+    list_program_values,
 )
 from dpgen.output.conversations import get_messages_type
 from dpgen.output.json_lines import JSONL_ENCODING
-from dpgen.output.json_schema.derivation import derive_type
-from dpgen.output.json_schema.value_types import ValueType, read_value
+from dpgen.output.json_schema.derivation import derive_returned_type, derive_type
+from dpgen.output.json_schema.value_types import StructType, ValueType, read_value
 from dpgen.output.result_columns.pooled_columns import POOLED_COLUMNS
 from dpgen.output.result_columns.result_column import ResultColumn
 from dpgen.records import Completion, PooledKind, RowResult
@@ -75,6 +75,7 @@ class DatasetFormat:
         is_scored: True if rows have a given completion, and nothing is generated.
         logprobs, prompt_logprobs: True if there are columns of log-probabilities of the generated tokens, and of the
             prompts.
+        is_program: True if rows were given to a program. program_type: of its columns; None for one of JSON text.
         top_logprobs, prompt_top_logprobs: True if there are also columns of the most likely tokens in their place;
             `prompt_top_logprobs` holds for given completions, too.
         pooling: the task, where the model's hidden states are pooled; None where text is generated.
@@ -96,6 +97,8 @@ class DatasetFormat:
     kept_columns: list[str] | None = None
     jsonl_encoding: int = JSONL_ENCODING
     is_scored: bool = False
+    is_program: bool = False
+    program_type: StructType | None = None
     logprobs: bool = False
     top_logprobs: bool = False
     prompt_logprobs: bool = False
@@ -121,6 +124,7 @@ class DatasetFormat:
                 "columns": config.data.columns,
                 "prompt": dataclasses.asdict(config.prompt),
                 "check": vars(config.check),
+                "program": vars(config.program) if config.program.is_used else None,
                 "pooling": None if config.pooling is None else vars(config.pooling),
             },
             metadata=metadata,
@@ -141,6 +145,10 @@ class DatasetFormat:
             metadata: the content of run.json, which says what the loaded model's vectors are.
         """
         sampling, output = identity.get("sampling") or {}, identity.get("output") or {}
+        if (program := identity.get("program")) is not None:
+            returned, file_format = derive_returned_type(program["returns"]), str(output.get("format", "parquet"))
+            plain = cls(is_program=True, program_type=returned, file_format=file_format, jsonl_encoding=jsonl_encoding)
+            return dataclasses.replace(plain, kept_columns=identity.get("columns"))
         from_columns = sampling.get("from_columns") or {}
         sections = [sampling, *(identity.get("sampling_by_rank") or ())] if output.get("logprobs") else []
 
@@ -201,7 +209,10 @@ class DatasetFormat:
     @property
     def result_columns(self) -> tuple[ResultColumn, ...]:
         """Return the columns that results add, in their order in the dataset."""
-        return tuple(column.specialize(column, self) for column in _RESULT_COLUMNS if column.is_present(self))
+        columns = [column.specialize(column, self) for column in _RESULT_COLUMNS if column.is_present(self)]
+        if self.is_program:
+            columns[1:1] = [ResultColumn(*values) for values in list_program_values(self.program_type)]
+        return tuple(columns)
 
 
 def list_entries(
@@ -294,6 +305,10 @@ def _is_generated(dataset_format: DatasetFormat) -> bool:
     return not dataset_format.is_scored and dataset_format.pooling is None
 
 
+def _is_text(dataset_format: DatasetFormat) -> bool:
+    return not (dataset_format.is_scored or dataset_format.is_program)
+
+
 _RESULT_COLUMNS = (
     ResultColumn("row_id", INT64, lambda entry: entry.result.row, is_of_sample=False),
     ResultColumn(
@@ -303,8 +318,8 @@ _RESULT_COLUMNS = (
         is_of_sample=False,
         is_present=lambda dataset_format: dataset_format.explode,
     ),
-    ResultColumn("generated_text", TEXT, get_text, is_present=_is_generated),
-    ResultColumn("finish_reason", TEXT, lambda completion: completion.finish_reason, is_present=_is_generated),
+    ResultColumn("generated_text", TEXT, get_text, is_present=_is_text),
+    ResultColumn("finish_reason", TEXT, lambda completion: completion.finish_reason, is_present=_is_text),
     ResultColumn("num_prompt_tokens", INT64, lambda entry: entry.result.num_prompt_tokens, is_of_sample=False),
     ResultColumn("num_generated_tokens", INT64, lambda completion: completion.num_tokens, is_present=_is_generated),
     ResultColumn("error", ERROR, get_error, is_of_sample=False),

@@ -200,7 +200,7 @@ def describe_rows(facts: ReportFacts) -> list[dict[str, Any]]:
     for result in sorted(facts.journal.statistics.rows, key=lambda result: result.row):
         answers = [
             {
-                "text": completion.text,
+                "text": completion.text or completion.parsed or "",
                 "reasoning": completion.reasoning or "",
                 "tools": [f"{call.name}({call.arguments})" for call in completion.tool_calls],
                 "finish_reason": completion.finish_reason or "none",

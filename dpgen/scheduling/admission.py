@@ -69,18 +69,22 @@ class AdmissionController:
         max_num_seqs: int,
         now_s: float,
         take_next: Callable[[], Request | RowResult | None] | None = None,
+        num_begun: Callable[[], int] = lambda: 0,
     ) -> tuple[list[Request], list[RowResult]]:
         """Take as many rows from `source` as the engine should get now; return their requests, and rejected rows.
 
         Args:
             max_num_seqs: sequences that the engine runs at a time; 0 where it can run none.
-            take_next: returns the next request, or what `source` would return in its place.
+            take_next: returns the next request, or what `source` would return in its place. It asks `offer` before it
+                takes a new row from `source`.
+            num_begun: as for `offer`.
         """
-        source.max_num_seqs, source.num_in_flight = max_num_seqs, len(self._in_flight)
+        source.max_num_seqs = max_num_seqs
         requests: list[Request] = []
         rejected: list[RowResult] = []
+        take_next = take_next or (lambda: source.next_request() if self.offer(source) else None)
         while len(rejected) < _MAX_REJECTED_PER_CALL and self._has_room(max_num_seqs, source):
-            request = source.next_request() if take_next is None else take_next()
+            request = take_next()
             if request is None:
                 break
             if isinstance(request, RowResult):
@@ -92,10 +96,21 @@ class AdmissionController:
             self._in_flight[request.id] = (now_s, num_seqs if isinstance(num_seqs, int) else 1)
             self._num_seqs += self._in_flight[request.id][1]
             requests.append(request)
-            source.num_in_flight = len(self._in_flight)
-        if max_num_seqs and not self._has_room(max_num_seqs, source):
-            source.num_in_flight_when_full = len(self._in_flight)
+        may_begin = self.offer(source, num_begun())
+        if max_num_seqs and not (may_begin and self._has_room(max_num_seqs, source)):
+            source.num_in_flight_when_full = source.num_in_flight
         return requests, rejected
+
+    def offer(self, source: RequestSource, num_begun: int = 0) -> bool:
+        """Tell `source` how many rows this rank has in flight, and return True if another one may begin.
+
+        No more than a fair share: the first rank that is ready must not take rows that the others could start.
+
+        Args:
+            num_begun: rows whose programs run; 0 where each request in the engine is a row.
+        """
+        source.num_in_flight = num_begun or len(self._in_flight)
+        return source.num_in_flight < source.fair_share
 
     def release(self, ids: Iterable[RequestId], now_s: float | None = None) -> None:
         """Remove requests that the engine has finished.
@@ -139,9 +154,6 @@ class AdmissionController:
         return False
 
     def _has_room(self, max_num_seqs: int, source: RequestSource) -> bool:
-        # No more than a fair share: the first rank that is ready must not take rows that the others could start.
-        if len(self._in_flight) >= source.fair_share:
-            return False
         if self._seq_limit is not None:  # no reserve: vLLM would start a waiting row once a few blocks are free
             return self._num_seqs < min(self._seq_limit, max_num_seqs)
         reserve = max(self._reserve_rows, max_num_seqs) if self._reads_only else self._reserve_rows

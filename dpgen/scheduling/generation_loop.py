@@ -164,7 +164,7 @@ class GenerationLoop:
 
     @property
     def _has_work(self) -> bool:
-        return self._needs_engine or len(self._results.pending_rows) > 0
+        return self._needs_engine or self._results.has_pending
 
     @property
     def _needs_engine(self) -> bool:
@@ -177,7 +177,9 @@ class GenerationLoop:
         if self._results.num_processing > max(_MIN_PENDING, _PENDING_PER_SEQ * self._engine.max_num_seqs):
             return
         now = time.monotonic()
-        requests, rejected = self._admission.admit(self._source, self._engine.max_num_seqs, now, self._take_next)
+        requests, rejected = self._admission.admit(
+            self._source, self._engine.max_num_seqs, now, self._take_next, lambda: self._results.num_begun
+        )
         for result in rejected:
             self._results.add(result)
         if requests:
@@ -185,22 +187,23 @@ class GenerationLoop:
             self._engine.submit(requests)
 
     def _take_next(self) -> Request | RowResult | None:
-        """Return the next request: of a row that is generated again, or else of a new one."""
+        """Return the next request: of a row that has begun, or else of a new one."""
         if (retry := self._results.take_retry()) is not None:
             return retry
-        while True:
+        while self._results.can_begin and self._admission.offer(self._source, self._results.num_begun):
             request = self._source.next_request()
             if not isinstance(request, Request):
                 return request
             if begun := self._results.begin(request):
                 return begun
+        return None
 
     # ---- collect
 
     def _collect(self) -> None:
         """Take the engine's events, and record finished rows; build a request ahead while there are none."""
         events = self._engine.poll(0)
-        if not events and self._source.should_prefetch and not self._engine.is_abandoned and self._source.prefetch():
+        if not events and not self._engine.is_abandoned and self._prepare():
             return
         finished = []
         is_waiting = self._needs_engine and not self._results.num_processing
@@ -216,6 +219,10 @@ class GenerationLoop:
         finally:  # also if the store is lost while rows are claimed
             for event in finished:
                 self._record_all(event)
+
+    def _prepare(self) -> bool:
+        """Build a request ahead of its admission; return False if there is none to build."""
+        return self._results.prepare() or (self._source.should_prefetch and self._source.prefetch())
 
     def _apply_engine_stats(self, stats: EngineStats) -> None:
         now, self.engine_stats = time.monotonic(), stats
@@ -305,6 +312,7 @@ class GenerationLoop:
         is_generating = oldest_s is not None and time.monotonic() - oldest_s > _REJECTION_WINDOW_S
         self._local.num_ranks_generating = int(is_generating)
         self._local.num_tried = self._leading_errors.num_tried
+        self._local.num_calls = self._results.num_calls
         counts = self._results.retry_counts
         self._local.num_rejected_tokens = counts.num_rejected_tokens
         self._local.num_retries = counts.by_check

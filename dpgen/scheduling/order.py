@@ -211,6 +211,8 @@ def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text
     """
     if config.work.order == "dataset" or len(remaining) < 2:
         return RowOrder(remaining).mix() if config.is_mixed else RowOrder(remaining)
+    if config.prompt.call_column is not None:
+        return _order_without_prompts(config, rows, remaining)
     order = _order_rows(config.drop_empty_hint(rows, sample_rows(remaining)), rows, remaining, text_of)
     if config.is_mixed:
         order = order.mix()
@@ -229,6 +231,12 @@ def _spread_evenly(number: int) -> np.ndarray:
     while len(places) < number:
         places = np.concatenate([2 * places, 2 * places + 1])
     return np.roll(places[places < number], -1)  # 0 comes last: the sequence begins in the middle
+
+
+def _order_without_prompts(config: OrderConfig, rows: InputRows, remaining: np.ndarray) -> RowOrder:
+    if config.work.hint_column is not None:
+        return _order_by_hint(config, rows, remaining, config.work.hint_column)
+    return RowOrder(remaining, reason="because a program's calls are known when it makes them")
 
 
 def _order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:

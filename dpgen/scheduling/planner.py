@@ -41,6 +41,8 @@ from dpgen.distributed.row_deaths import RowDeathJudge
 from dpgen.engine.blame import judge_notes
 from dpgen.errors import NoEngineLeft, RowRefused
 from dpgen.formatting import format_count
+from dpgen.journal.attempts import decode_attempt
+from dpgen.journal.calls import decode_call
 from dpgen.journal.engine_notes import BlameState
 from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
 from dpgen.records import Request, RowError
@@ -74,7 +76,9 @@ class PlannerConfig:
         claims_rows: this process claims rows; False for one that follows another process's engine.
         has_shared_engine: an engine's death ends all ranks, and its rows are judged by the next attempt.
         render_timeout_s: seconds that rendering one prompt may take.
-        has_checks: rows may have been begun by earlier attempts, and have rejected completions in a journal.
+        has_attempts: rows may have been begun by earlier attempts, and have rejected completions in a journal, or
+            finished calls of their programs.
+        decode_attempt: as in `AttemptStore`.
         attempt: number of the attempt; part of every cursor's name, so that no two attempts share a cursor.
     """
 
@@ -86,7 +90,8 @@ class PlannerConfig:
     attempt: int
     has_shared_engine: bool = False
     render_timeout_s: float = 60.0
-    has_checks: bool = False
+    has_attempts: bool = False
+    decode_attempt: Callable[[bytes], Any] = decode_attempt
 
     @classmethod
     def from_config(cls, config: Config, columns: Sequence[str], layout: Layout, attempt: int) -> PlannerConfig:
@@ -98,6 +103,8 @@ class PlannerConfig:
         read_columns = {*select_prompt_columns(config.prompt, columns), *config.sampling_columns.values()}
         if config.data.lora_column is not None:
             read_columns.add(config.data.lora_column)
+        if config.program.is_used:
+            read_columns.update(columns)
         return cls(
             order=OrderConfig.from_config(config),
             retry_errors=config.run.retry_errors,
@@ -107,7 +114,8 @@ class PlannerConfig:
             has_shared_engine=layout.has_shared_engine,
             attempt=attempt,
             render_timeout_s=config.data.render_timeout_s,
-            has_checks=config.check.is_used,
+            has_attempts=config.check.is_used or config.program.is_used,
+            decode_attempt=decode_call if config.program.is_used else decode_attempt,
         )
 
 
@@ -128,7 +136,8 @@ class ShardPlanner:
         num_inherited_rows: rows that only lost ranks have finished in this attempt; the same on every rank.
         has_completions: whether, as of the last plan, a journal holds a row that succeeded; the same on every rank.
         succeeded_row: one of those rows, with a short result; None if there is none. The same on every rank.
-        earlier_attempts: rejected attempts at rows that have no result; the same on every rank.
+        earlier_attempts: rejected attempts at rows that have no result, or calls of their programs; the same on every
+            rank.
     """
 
     def __init__(
@@ -143,7 +152,7 @@ class ShardPlanner:
         self.succeeded_row: int | None = None
         self.num_remaining_rows = self.num_inherited_rows = self.num_postponed_rows = 0
         self.blame = BlameState()
-        self.earlier_attempts = AttemptStore(journal_dir, group)
+        self.earlier_attempts = AttemptStore[Any](journal_dir, group, config.decode_attempt)
         self._tried_apart = np.zeros(len(rows), dtype=bool)
         self._tried_last: set[int] = set()
         self._has_recalled = False
@@ -171,7 +180,7 @@ class ShardPlanner:
         self._recall_blame()
         cursor_prefix = self._create_cursor()  # before the gather, so that all cursors exist after it
         own_rows = state or RankState()
-        if self._config.has_checks:
+        if self._config.has_attempts:
             for records in self._group.all_gather_object(list(own_rows.attempts)):
                 self.earlier_attempts.add(records)
         peers = self._gather_peers(own_rows, can_claim=has_engine and self._config.claims_rows)
@@ -221,7 +230,7 @@ class ShardPlanner:
         self._deaths.judge(finished)
         self._left_out.errors |= self._deaths.errors
         self._journaled = self._group.all_reduce_any(self._mask(journaled[journaled < len(self._rows)]))
-        if self._config.has_checks:
+        if self._config.has_attempts:
             self.earlier_attempts.read(self._journaled)
         if self._journaled_before is None:
             self._journaled_before = self._journaled

@@ -99,6 +99,20 @@ class RequestBuilder:
         )
 
 
+def derive_request_seed(run_seed: int | None, sampling: Mapping[str, Any], id: RequestId) -> Any:
+    """Return the seed of a request for more than a row's first attempt at its one prompt; None for none.
+
+    It follows from the run's seed, or from the row's own, where a column gives one.
+
+    Args:
+        sampling: of the row's own request.
+    """
+    seed = sampling.get("seed")
+    is_derived = run_seed is not None and seed == derive_seed(run_seed, RequestId(id.row))
+    base = run_seed if is_derived else seed
+    return derive_seed(base, id) if isinstance(base, int) and id != RequestId(id.row) else seed
+
+
 def _drop_nulls(value: Any) -> Any:
     """Return a column's value without null keys; None if no key is left, since some writers know no null structs."""
     try:

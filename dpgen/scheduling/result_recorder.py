@@ -15,7 +15,8 @@ from dpgen.errors import DpgenError
 from dpgen.journal.row_notes import DECODING, RowNote
 from dpgen.journal.writer import JournalWriter
 from dpgen.records import Request, RowError, RowResult, UndecodedRow
-from dpgen.scheduling.retries.retry_tracker import RetryCounts, RetryTracker
+from dpgen.scheduling.interfaces import FollowUps
+from dpgen.scheduling.retries.retry_tracker import RetryCounts
 
 
 class ResultRecorder:
@@ -26,7 +27,8 @@ class ResultRecorder:
         detokenizer: makes the text of rows that the engine did not decode; None where the engine decodes all rows.
         note: says which row is being decoded, should this process die.
         parser: parses completions in worker processes; None where texts stay as they are.
-        retries: checks completions and has them generated again; None where all pass.
+        retries: checks completions and has them generated again, or runs rows' programs; None where each row is one
+            request.
 
     Attributes:
         on_recorded: is called with the results that `take_recorded` returns.
@@ -38,7 +40,7 @@ class ResultRecorder:
         detokenizer: Detokenizer | None = None,
         note: RowNote | None = None,
         parser: CompletionParser | None = None,
-        retries: RetryTracker | None = None,
+        retries: FollowUps | None = None,
     ) -> None:
         self._journal, self._detokenizer, self._note = journal, detokenizer, note or RowNote()
         self._parser, self._retries = parser, retries
@@ -58,8 +60,22 @@ class ResultRecorder:
         return begun or self._retries.take_retry()
 
     @property
+    def can_begin(self) -> bool:
+        """True if another row may begin now."""
+        return self._retries is None or self._retries.can_begin
+
+    @property
+    def num_begun(self) -> int:
+        """Number of rows that have begun and may have no request in the engine: those whose programs run."""
+        return 0 if self._retries is None else self._retries.num_begun
+
+    def prepare(self) -> bool:
+        """Prepare a request ahead; return False if none waits to be."""
+        return self._retries is not None and self._retries.prepare()
+
+    @property
     def has_retries(self) -> bool:
-        """True while rows wait to be generated again."""
+        """True while rows wait to be generated again, or calls of their programs wait."""
         return self._retries is not None and self._retries.has_retries
 
     def take_retry(self) -> Request | None:
@@ -76,6 +92,11 @@ class ResultRecorder:
         """What checks have cost this rank."""
         return RetryCounts(Counter(), 0) if self._retries is None else self._retries.counts
 
+    @property
+    def num_calls(self) -> int:
+        """Number of calls of rows' programs that have finished."""
+        return 0 if self._retries is None else self._retries.num_calls
+
     # ---- results
 
     @property
@@ -83,6 +104,12 @@ class ResultRecorder:
         """Rows that are not recorded yet, since they are being parsed or checked, or are generated again."""
         parsing = [] if self._parser is None else [id.row for id in self._parser.pending_ids]
         return parsing if self._retries is None else [*parsing, *self._retries.pending_rows]
+
+    @property
+    def has_pending(self) -> bool:
+        """True while there are `pending_rows`."""
+        is_parsing = self._parser is not None and len(self._parser) > 0
+        return is_parsing or (self._retries is not None and len(self._retries.pending_rows) > 0)
 
     @property
     def num_processing(self) -> int:
@@ -138,6 +165,11 @@ class ResultRecorder:
             result = _make_decode_error(result, "encoding the result for the journal", error)
             self._journal.append(result)
         self._recorded.append(result)
+
+    def close(self) -> None:
+        """End what runs beside this thread; the journal's owner closes that."""
+        if self._retries is not None:
+            self._retries.close()
 
     def raise_if_failed(self) -> None:
         """Raise what has failed in the journal's thread.

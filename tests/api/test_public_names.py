@@ -41,11 +41,20 @@ SIGNATURES = {
 KEYWORDS = (
     *("prompt_column", "messages_column", "template", "as_chat", "system_prompt", "columns", "seed"),
     *("task", "sampling", "sampling_by_rank", "engine", "lora"),
-    *("data", "run", "parallel", "work", "output", "check"),
+    *("data", "run", "parallel", "work", "output", "check", "program"),
 )
 NAMES = {
     *("generate", "stream", "Session", "load_config", "load_result"),
-    *("Config", "RunConfig", "DataConfig", "ParallelConfig", "WorkConfig", "OutputConfig", "CheckConfig"),
+    *(
+        "Config",
+        "RunConfig",
+        "DataConfig",
+        "ParallelConfig",
+        "WorkConfig",
+        "OutputConfig",
+        "CheckConfig",
+        "ProgramConfig",
+    ),
     *("DpgenError", "ConfigError", "Interrupted", "EngineError", "NoEngineLeft", "NoRowSucceeded"),
     *("PeerFailed", "JoinFailed", "RanksLost"),
 }

@@ -215,6 +215,8 @@ TEMPLATE = (
     "{% elif kind == 'nothing' %}{% elif kind == 'repeat' %}{{ 'word ' * number }}{% else %}{{ text }}{% endif %}"
 )
 
+_PROGRAM = ["data.prompt_column=null", "data.messages_column=null"]
+
 # (what is wrong, arguments of the command, words of its error). All exit with status 2, before a model loads.
 BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ("a misspelt key", ["data.promt_column=x"], "unknown key 'data.promt_column'; did you mean 'data.prompt_column'"),
@@ -348,6 +350,48 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ("a schema's file that is no JSON", ["check.json_schema=README.md"], "README.md: the text is not valid JSON"),
     ("a schema that is none", ["check.json_schema={type: objekt}"], "check.json_schema is no JSON Schema, at $.type"),
     ("a check that is not there", ["check.function=no_such:f"], "check.function=no_such:f: no_such can't be imported"),
+    ("a program that is not there", [*_PROGRAM, "program.function=no_such:f"], "no_such can't be imported"),
+    ("a program's name without a module", [*_PROGRAM, "program.function=f"], "must look like package.module:name"),
+    (
+        "a program that is not async",
+        [*_PROGRAM, "program.function=json:loads"],
+        "program.function=json:loads: must be an async function: async def loads(row, llm)",
+    ),
+    (
+        "an option that the program does not take",
+        [*_PROGRAM, "program.function=dpgen.programs.critique:revise", "program.options.rounds=3"],
+        "can't be called with (row, llm, rounds=...), as program.options has it",
+    ),
+    (
+        "options without a program",
+        ["program.timeout_s=3"],
+        "program.timeout_s has no effect: program.function is not set",
+    ),
+    (
+        "a prompt beside a program",
+        ["program.function=dpgen.programs.critique:revise"],
+        "data.prompt_column has no effect: program.function makes a row's calls",
+    ),
+    (
+        "checks beside a program",
+        [*_PROGRAM, "program.function=dpgen.programs.critique:revise", "check.non_empty=true"],
+        "check has no effect: program.function makes a row's calls",
+    ),
+    (
+        "an unknown type of a program's column",
+        [*_PROGRAM, "program.function=dpgen.programs.critique:revise", "program.returns={final: text}"],
+        "program.returns.final: there is no type 'text'",
+    ),
+    (
+        "a program of a model that generates nothing",
+        [*_PROGRAM, "program.function=dpgen.programs.critique:revise", "task=embed"],
+        "task=embed generates nothing, and program.function makes calls that do",
+    ),
+    (
+        "an order by prompts of a program",
+        [*_PROGRAM, "program.function=dpgen.programs.critique:revise", "work.order=prefix"],
+        "work.order=prefix needs prompts",
+    ),
     ("a check's name without a module", ["check.function=f"], "must look like package.module:name"),
     ("a finish reason that is none", ["check.finish_reason=[stopp]"], "did you mean 'stop'"),
     ("a fraction above 1", ["check.max_repetition=20"], "check.max_repetition=20.0: must be from 0 to 1"),

@@ -108,3 +108,34 @@ def test_vllm_accepts_the_options_of_recipes_that_need_a_gpu(launcher: Launcher,
     ]
     job = launcher.start([launcher.python, "-c", CHECK_OPTIONS, json.dumps(words)])
     assert job.wait() == 0 and "all accepted" in job.output, job.output
+
+
+def test_each_ready_program_runs_with_its_recipe(launcher: Launcher, model: Path) -> None:
+    """A model of random weights says nothing sensible: what is generated is checked by its form."""
+    few = ["sampling.max_tokens=24", "data.chat_template_kwargs={}", "run.report=false"]
+    questions = [{"question": f"hello {word}"} for word in ("fox", "dog")]
+
+    def run(recipe: str, rows: list[dict[str, Any]], *overrides: str) -> list[dict[str, Any]]:
+        result = load_result(run_recipe(launcher, recipe, rows, model, *few, *overrides))
+        errors = [row["error"] for row in result if row["error"]]
+        assert not errors, errors
+        return result
+
+    for row in run("critique", questions):
+        assert row["draft"] and row["final"] and row["num_calls"] == 3
+    for row in run("self_consistency", questions, "program.options={num_answers: 3, pattern: '[a-z]'}"):
+        assert len(set(row["texts"])) == 3 and row["num_votes"] >= 1 and row["num_calls"] == 1
+    for row in run("user_simulation", [{"persona": "a fox"}], "program.options.num_turns=2"):
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 2
+        assert row["num_calls"] == 4
+    for row in run("pairwise_judge", [{"question": "why?", "answer_a": "fox", "answer_b": "dog"}]):
+        assert row["winner"] in ("A", "B", "tie") and set(row["verdicts"]) <= {"A", "B", "tie"}
+    rewards = run("best_of_n", questions, "program.options={num_answers: 3, reward: likelihood}")
+    for row in rewards:
+        assert row["num_calls"] == 4 and row["reward"] == max(row["rewards"]) < 0
+        assert row["best"] == row["texts"][row["rewards"].index(row["reward"])]
+    tools = ["sampling={temperature: 1, max_tokens: 300}", "program.options={max_input_chars: 12, max_steps: 2}"]
+    tools += ["engine.structured_outputs_config={backend: xgrammar, disable_any_whitespace: true}"]
+    results = run("tool_loop", [{"question": f"hello {number}"} for number in range(6)], *tools)
+    steps = [step for row in results for step in json.loads(row["steps"])]
+    assert steps and all(step["action"] == "calculate" and step["result"] for step in steps)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dpgen.distributed.group import SingleRankGroup
-from dpgen.journal.attempts import RejectedAttempt, Rejection, encode_attempt
+from dpgen.journal.attempts import RejectedAttempt, Rejection, decode_attempt, encode_attempt
 from dpgen.journal.reader import index_attempts, index_journal, list_segments, read_segment
 from dpgen.journal.segment import repair_segment
 from dpgen.journal.writer import JournalWriter
@@ -40,7 +40,7 @@ def select_all(rows: np.ndarray) -> np.ndarray:
 
 
 def read_store(folder: Path, *done: int) -> AttemptStore:
-    store, is_done = AttemptStore(folder, SingleRankGroup()), np.zeros(10, dtype=bool)
+    store, is_done = AttemptStore(folder, SingleRankGroup(), decode_attempt), np.zeros(10, dtype=bool)
     is_done[list(done)] = True
     store.read(is_done)
     return store

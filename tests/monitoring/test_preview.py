@@ -336,6 +336,13 @@ RECIPE_ROWS: dict[str, dict[str, Any]] = {
     "s3.yaml": {"prompt": "hello"},
     "samples.yaml": {"tokens": [5, 6]},
     "score.yaml": {"question": "hello", "answer": " world"},
+    "critique.yaml": {"question": "hello"},
+    "self_consistency.yaml": {"question": "hello"},
+    "tool_loop.yaml": {"question": "hello"},
+    "best_of_n.yaml": {"question": "hello"},
+    "user_simulation.yaml": {"persona": "hello"},
+    "pairwise_judge.yaml": {"question": "hello", "answer_a": "a", "answer_b": "b"},
+    "stages_judge.yaml": {"question": "hello", "final": "hi"},
     "tool_calls.yaml": {"messages": [{"role": "user", "content": "hello"}]},
 }
 
@@ -388,3 +395,18 @@ def test_lines_of_a_batch_file_are_shown_with_their_own_sampling_and_errors(tmp_
     }
     assert any("vLLM's own classes" in note for note in shown.notes)
     assert any("generated up to 3 times" in note for note in shown.notes)
+
+
+def test_of_a_program_the_first_call_is_shown_and_no_function_is_run(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "why?", "persona": "a fox"}\n')
+    common = [f"run.dir={tmp_path / 'run'}", f"data.path={rows}", "model=m", "run.engine=fake", "sampling.top_p=0.9"]
+    shown = preview(load([], [*common, "program.function=dpgen.programs.best_of_n:choose"]), num_prompts=1)
+    [prompt] = shown.prompts
+    assert prompt.text == "[{'role': 'user', 'content': 'why?'}]" and shown.num_sound == 1
+    origins = {name: (field.value, field.origin) for name, field in prompt.sampling.items()}
+    assert origins["n"] == (4, "the program") and origins["top_p"] == (0.9, "sampling")
+    assert any("the first call of each row's program" in note for note in shown.notes)
+    calls_tool = preview(load([], [*common, "program.function=helpers.programs:call_function_first"]), num_prompts=1)
+    assert calls_tool.errors[0].example == "it calls a function before it asks the model, and a preview runs none"
+    assert not (tmp_path / "ran").exists()

@@ -272,3 +272,9 @@ def test_numbers_are_formatted_for_people() -> None:
     assert list(map(format_duration, [0.4, 59, 200, 5 * 3600 + 420, 51 * 3600])) == [
         *("0 s", "59 s", "3 min 20 s", "5 h 07 min", "2 d 03 h")
     ]
+
+
+def test_finished_calls_of_programs_are_counted_beside_rows() -> None:
+    progress = ProgressDisplay(1000, 0, 30.0, clock=FakeClock(0.0))
+    assert ", 2,300 calls, " in progress.format_line(Totals(num_rows=10, num_calls=2300), 1.0)
+    assert "call" not in progress.format_line(Totals(num_rows=10), 2.0)

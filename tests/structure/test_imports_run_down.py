@@ -30,6 +30,7 @@ ORDER = (
     ("data",),
     ("config",),
     ("workers",),
+    ("programs",),
     ("lifecycle",),
     ("records", "result_codec", "logprobs", "errors", "formatting", "log", "imports"),
 )

@@ -120,7 +120,8 @@ class ChatTemplates:
         own_names = template_kwargs.keys() - self._config.chat_template_kwargs.keys()
         for name in sorted(own_names - template.accepted_names):
             unknown = describe_unknown_name(name, self._tokenizer, template.text)
-            raise RowRefused("bad_template_kwargs", f"{self._config.chat_template_kwargs_column}: {unknown}")
+            source = self._config.chat_template_kwargs_column or "template_kwargs"
+            raise RowRefused("bad_template_kwargs", f"{source}: {unknown}")
         return template
 
     def _find(self, has_tools: bool) -> ChatTemplate:

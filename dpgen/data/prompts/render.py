@@ -23,7 +23,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from dpgen.config.prompt import PromptConfig
+from dpgen.config.prompt import RESERVED_KWARGS, PromptConfig
+from dpgen.config.tools import parse_tools
 from dpgen.data.openai_batch.embeddings import find_embeddings_text
 from dpgen.data.openai_batch.requests import (
     adds_special_tokens,
@@ -39,6 +40,7 @@ from dpgen.data.prompts.row_template import compile_row_template, render_row
 from dpgen.data.prompts.token_ids import count_token_ids, to_text, validate_token_ids
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.formatting import describe_type
+from dpgen.programs.handle import ModelCall
 from dpgen.records import PoolingRequest, ServerRequest
 
 Prompt = str | list[int] | ChatPrompt
@@ -82,7 +84,7 @@ class PromptRenderer:
         self._tokenizer = tokenizer
         self._template = None if config.template is None else compile_row_template(config.template)
         self._num_ids: int | None = None
-        may_hold_ids = config.token_ids_column is not None or config.request_column is not None
+        may_hold_ids = config.token_ids_column is not None or not config.is_of_rows
         if may_hold_ids and tokenizer is not None:
             self._num_ids = count_token_ids(tokenizer)
         self._chat = ChatPromptBuilder(config, has_added_nulls)
@@ -100,6 +102,8 @@ class PromptRenderer:
         config = self._config
         if config.request_column is not None:
             return self._build_request_prompt(row.get(config.request_column))
+        if config.call_column is not None:
+            return self._build_call_prompt(row[config.call_column])
         if config.token_ids_column is not None:
             return validate_token_ids(config.token_ids_column, row.get(config.token_ids_column), self._num_ids)
         if config.messages_column is not None:
@@ -147,9 +151,9 @@ class PromptRenderer:
         Raises:
             RowRefused: as `tokenize_row`, and `empty_completion`.
         """
-        if self._config.completion_column is None:
+        completion = find_completion(row, self._config)
+        if completion is None:
             return RenderedPrompt(self.tokenize_row(row))
-        completion = get_completion(row, self._config.completion_column)
         prompt = self.build_prompt(row)
         if isinstance(prompt, list):
             prompt_ids = both = prompt
@@ -162,6 +166,18 @@ class PromptRenderer:
             both = prompt_ids + self._tokenize(completion, add_special_tokens=False)
         return RenderedPrompt(both, num_completion_tokens=len(both) - len(prompt_ids))
 
+    def render_untokenized(self, row: Mapping[str, Any]) -> RenderedPrompt:
+        """Return the row's prompt as what the engine tokenizes, or as its token ids.
+
+        Raises:
+            RowRefused: as `build_prompt`, and `unsupported_request`: a program's call gives a completion to score, and
+                that is tokenized here.
+        """
+        if find_completion(row, self._config) is not None:
+            raise RowRefused("unsupported_request", "llm.score needs a tokenizer that transformers can load")
+        prompt = self.build_prompt(row)
+        return RenderedPrompt(prompt) if isinstance(prompt, list) else RenderedPrompt(None, prompt)
+
     def _build_request_prompt(self, line: Any) -> Prompt:
         request = read_server_request(line)
         prompt = build_request_prompt(request, self._config)
@@ -173,6 +189,26 @@ class PromptRenderer:
             if self._tokenizer is not None and not (adds_specials and limit is None):
                 return self._tokenize(prompt, adds_specials, limit)
         return prompt
+
+    def _build_call_prompt(self, call: ModelCall) -> Prompt:
+        if isinstance(call.prompt, str):
+            reject_surrogates(call.prompt)
+            return call.prompt
+        if not call.is_chat:
+            return validate_token_ids("the prompt", call.prompt, self._num_ids)
+        chat = self._chat.build(validate_messages(call.prompt), {})
+        own = call.template.get("kwargs", {})
+        if forbidden := sorted(own.keys() & RESERVED_KWARGS):
+            raise RowRefused("bad_template_kwargs", f"template_kwargs may not hold {forbidden[0]}")
+        chat["template_kwargs"] = {**chat["template_kwargs"], **own}
+        if "tools" in call.template:
+            try:
+                chat["template_kwargs"]["tools"] = parse_tools(call.template["tools"]) or None
+            except ValueError as error:
+                raise RowRefused("bad_tools", f"tools: {error}") from None
+        if call.template.get("is_continued"):
+            chat["is_continued"], chat["add_generation_prompt"] = True, False
+        return chat
 
     def _get_chat_templates(self) -> ChatTemplates:
         """Return the chat templates; a batch file may hold no chat, so that nobody has asked for them before.
@@ -235,6 +271,18 @@ class PromptRenderer:
         if not ids:
             raise RowRefused("empty_prompt", "the prompt has no tokens")
         return list(ids)
+
+
+def find_completion(row: Mapping[str, Any], config: PromptConfig) -> str | None:
+    """Return the text to score after the row's prompt, or its call's; None to generate.
+
+    Raises:
+        RowRefused: as `get_completion`.
+    """
+    if config.call_column is not None:
+        call: ModelCall = row[config.call_column]
+        return None if call.completion is None else get_completion({"completion": call.completion}, "completion")
+    return None if config.completion_column is None else get_completion(row, config.completion_column)
 
 
 def get_completion(row: Mapping[str, Any], column: str) -> str:

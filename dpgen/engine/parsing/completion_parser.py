@@ -62,7 +62,12 @@ class CompletionParser:
     Args:
         pool: workers that `vllm_parsers.start` has made ready.
         tools: finds the tools of each row.
+
+    Attributes:
+        find_tools_of_call: returns the tools that a call of a row's program offered; None for those of the run.
     """
+
+    find_tools_of_call: Callable[[RequestId], Tools | None] | None = None
 
     def __init__(self, pool: WorkerPool, tools: ToolFinder) -> None:
         self._pool, self._tools = pool, tools
@@ -95,7 +100,12 @@ class CompletionParser:
         self._results[result.id] = result
         # Parsers need no log-probabilities: their arrays stay here.
         completions = tuple(dataclasses.replace(completion, logprobs=None) for completion in result.completions)
-        self._pool.submit(result.id, self._tools.make_task(result.row, completions))
+        of_call = None if self.find_tools_of_call is None else self.find_tools_of_call(result.id)
+        if of_call is None:
+            task = self._tools.make_task(result.row, completions)
+        else:
+            task = ParseTask(result.row, completions, of_call)
+        self._pool.submit(result.id, task)
 
     def poll(self) -> list[RowResult]:
         """Return the rows that have been parsed since the last call."""

@@ -27,7 +27,7 @@ from dpgen.data.prompts.render import (
     RenderFn,
     add_server_requests,
     describe_own_kwargs,
-    get_completion,
+    find_completion,
 )
 from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer
 from dpgen.distributed.devices import assign_cores, assign_gpus, count_sharing_ranks
@@ -253,7 +253,7 @@ def load_text_steps(config: Config, rows: InputRows) -> TextPipeline:
             key = "check.continue_truncated" if is_continued else "data.completion_column"
             raise ConfigError(f"{key} needs a tokenizer that transformers can load{reason and f': {reason}'}")
         untokenized = PromptRenderer(prompt, None, has_added_nulls=has_added_nulls)
-        render: RenderFn = lambda row: _wrap_prompt(untokenized.build_prompt(row))  # noqa: E731 - changed below
+        render: RenderFn = untokenized.render_untokenized
         if pooling is not None:
             render = wrap_untokenized_prompts(render, pooling, prompt, reason)
         return TextPipeline(
@@ -290,7 +290,6 @@ def _build_fake_text_pipeline(config: Config, has_added_nulls: bool) -> TextPipe
     if prompt_config.is_chat and (note := check_chat_without_tokenizer(prompt_config, config.model)):
         logger.info(f"run.engine=fake: {note}")
     fake, renderer = FakeTokenizer(), PromptRenderer(prompt_config, None, has_added_nulls=has_added_nulls)
-    column = prompt_config.completion_column
 
     def tokenize(prompt: Prompt) -> list[int]:
         if isinstance(prompt, list):
@@ -305,16 +304,12 @@ def _build_fake_text_pipeline(config: Config, has_added_nulls: bool) -> TextPipe
         return TextPipeline(render_pooled, decode=decode, pooling_context=context)
 
     def render(row: Mapping[str, Any]) -> RenderedPrompt:
-        completion = [] if column is None else fake.encode(get_completion(row, column))
+        given = find_completion(row, prompt_config)
+        completion = [] if given is None else fake.encode(given)
         prompt = tokenize(renderer.build_prompt(row))
         return RenderedPrompt(prompt + completion, num_completion_tokens=len(completion))
 
     return TextPipeline(add_server_requests(render, prompt_config), decode=decode)
-
-
-def _wrap_prompt(prompt: Prompt) -> RenderedPrompt:
-    """Return the prompt as token ids, or else as what the engine tokenizes."""
-    return RenderedPrompt(prompt) if isinstance(prompt, list) else RenderedPrompt(None, prompt)
 
 
 def has_cold_caches(config: Config, environ: Mapping[str, str]) -> bool:

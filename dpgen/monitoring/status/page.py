@@ -116,6 +116,8 @@ def _format_rows(status: RunStatus) -> str:
 
 
 def _format_engines(status: RunStatus) -> Iterator[str]:
+    if status.num_calls:
+        yield format_count(status.num_calls, "call")
     if status.prefix_cache_fraction:
         yield f"{100 * status.prefix_cache_fraction:.0f} % of prompt tokens cached"
     if status.num_preemptions:

@@ -92,6 +92,7 @@ class RunCounts:
         num_rows: rows of the input.
         num_done: rows with a result, of all attempts.
         num_errors, num_prompt_tokens, num_cached_tokens, num_generated_tokens, num_preemptions: of this attempt.
+        num_calls: finished calls of rows' programs, of this attempt.
         num_unclaimed: rows, or chunks of rows, that no rank has claimed.
         tokens_per_s: as of `RankCounts`.
     """
@@ -105,6 +106,7 @@ class RunCounts:
     num_preemptions: int = 0
     num_unclaimed: int = 0
     tokens_per_s: int | None = None
+    num_calls: int = 0
 
 
 @dataclass(frozen=True)

@@ -96,5 +96,5 @@ class ResultTally:
             self._samples[place : place + 1] = [SampleRow(result.row, result.pooled.describe(), None, 0)]
             return
         first = result.completions[0]
-        text = (first.text or first.reasoning or "")[:_MAX_TEXT_CHARS]
+        text = (first.text or first.reasoning or first.parsed or "")[:_MAX_TEXT_CHARS]
         self._samples[place : place + 1] = [SampleRow(result.row, text, first.finish_reason, first.num_tokens)]

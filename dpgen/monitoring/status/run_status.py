@@ -83,6 +83,7 @@ class RunStatus:
         num_rows, num_done: of the whole run; None if not known yet.
         num_errors, errors, num_generated_tokens, num_preemptions, num_engine_restarts: of this attempt; of a finished
             run's result, as far as that says.
+        num_calls: finished calls of rows' programs, of this attempt.
         tokens_per_s, rows_per_s, time_left: None while they are not known.
         prefix_cache_fraction: of all prompt tokens of finished rows, how many were cached; None if not known.
         waits_for: the ranks that others wait for, or that hold the last rows.
@@ -106,6 +107,7 @@ class RunStatus:
     prefix_cache_fraction: float | None = None
     num_preemptions: int = 0
     num_engine_restarts: int = 0
+    num_calls: int = 0
     errors: tuple[ErrorKind, ...] = ()
     waits_for: tuple[RankView, ...] = ()
     stragglers: tuple[SlowRank, ...] = ()
@@ -216,6 +218,7 @@ class RunWatcher:
             "num_errors": run.num_errors,
             "num_generated_tokens": run.num_generated_tokens,
             "num_preemptions": run.num_preemptions,
+            "num_calls": run.num_calls,
             "prefix_cache_fraction": run.num_cached_tokens / run.num_prompt_tokens if run.num_prompt_tokens else None,
             "tokens_per_s": round(median(rates)) if rates and is_live else None,
             "rows_per_s": _compute_row_rate(samples),

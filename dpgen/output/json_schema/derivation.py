@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dpgen.config.program import to_column_schema
 from dpgen.output.json_schema.value_types import JsonTextType, ListType, ScalarType, StructType, ValueType
 
 _MAX_PARTS = 1000  # of a schema whose definitions refer to each other again and again
@@ -72,6 +73,14 @@ def derive_type(schema: Mapping[str, Any]) -> DerivedType:
         return DerivedType(None, (("$", str(error)),))
     typed = None if isinstance(value_type, JsonTextType) else value_type
     return DerivedType(typed, tuple(dict.fromkeys(deriver.text_parts)))
+
+
+def derive_returned_type(returns: Mapping[str, Any]) -> StructType | None:
+    """Return the type of the dict that `program.returns` describes, a part for each column; None if it names none."""
+    if not returns:
+        return None
+    types = {name: derive_type(to_column_schema(type)).value_type or JsonTextType() for name, type in returns.items()}
+    return StructType(properties=tuple(types.items()), required=frozenset(types))
 
 
 class _Deriver:

@@ -45,6 +45,7 @@ HTTP_ERRORS: dict[str, HttpError] = {
         (
             *("tokenizer_failed", "render_timeout", "render_crashed", "engine_refused", "poison_row", "decode_failed"),
             *("check_failed", "not_finite"),
+            *("program_failed", "program_timeout", "program_too_many_calls", "program_bad_result", "tool_failed"),
         ),
         _INTERNAL,
     ),

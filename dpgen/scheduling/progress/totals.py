@@ -22,6 +22,7 @@ class Totals:
         num_groups_measured: see `RequestSource.should_reshard`.
         num_ranks_generating: ranks with a row in the engine for too long to be rejected.
         num_tried: see `LeadingErrorCheck`.
+        num_calls: finished calls of rows' programs.
         num_rejected_tokens: generated tokens of samples that failed their checks.
         num_retries: samples generated again, or continued, by the check that they had failed: as in `CHECK_NAMES`.
         rates: generated tokens/s by rank; see `ThroughputMeter.get_tokens_per_s`.
@@ -39,6 +40,7 @@ class Totals:
     num_groups_measured: int = 0
     num_ranks_generating: int = 0
     num_tried: int = 0
+    num_calls: int = 0
     num_rejected_tokens: int = 0
     num_retries: tuple[int, ...] = (0,) * len(CHECK_NAMES)
     rates: tuple[int, ...] = ()

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from dpgen.distributed.group import RankGroup
-from dpgen.journal.attempts import RejectedAttempt, decode_attempt
 from dpgen.journal.format import parse_name
 from dpgen.journal.reader import DamagedRecord, JournalIndex, JournalReader, index_attempts
 from dpgen.records import RequestId
@@ -25,7 +24,17 @@ from dpgen.records import RequestId
 logger = logging.getLogger(__name__)
 
 
-class EarlierAttempts(NamedTuple):
+class Attempt(Protocol):
+    """Interface of what a record holds: a `RejectedAttempt`, or a `FinishedCall` of a row's program."""
+
+    @property
+    def id(self) -> RequestId: ...
+
+
+A = TypeVar("A", bound=Attempt)
+
+
+class EarlierAttempts(NamedTuple, Generic[A]):
     """Hold what is known of a row's earlier attempts.
 
     Attributes:
@@ -34,22 +43,25 @@ class EarlierAttempts(NamedTuple):
     """
 
     first: int
-    current: list[RejectedAttempt]
+    current: list[A]
 
 
-class AttemptStore:
-    """Keep the earlier attempts at rows without a result, the same on every rank.
+class AttemptStore(Generic[A]):
+    """Keep the earlier attempts at rows without a result, or the finished calls of their programs.
+
+    They are the same on every rank.
 
     Args:
         journal_dir: this rank's journal directory.
+        decode: returns what a record holds; None for what is no attempt of this kind.
     """
 
-    def __init__(self, journal_dir: Path, group: RankGroup) -> None:
-        self._journal_dir, self._group = journal_dir, group
+    def __init__(self, journal_dir: Path, group: RankGroup, decode: Callable[[bytes], A | None]) -> None:
+        self._journal_dir, self._group, self._decode = journal_dir, group, decode
         self._num_ended: Counter[int] = Counter()
-        self._current: dict[int, dict[RequestId, RejectedAttempt]] = {}
+        self._current: dict[int, dict[RequestId, A]] = {}
 
-    def find(self, row: int) -> EarlierAttempts | None:
+    def find(self, row: int) -> EarlierAttempts[A] | None:
         """Return the earlier attempts at a row; None if there are none."""
         first, current = self._num_ended[row], self._current.get(row, {})
         if not first and not current:
@@ -60,8 +72,8 @@ class AttemptStore:
     def add(self, records: Iterable[bytes]) -> None:
         """Add records of the present try."""
         for record in records:
-            attempt = decode_attempt(record)
-            self._current.setdefault(attempt.id.row, {})[attempt.id] = attempt
+            if (attempt := self._decode(record)) is not None:
+                self._current.setdefault(attempt.id.row, {})[attempt.id] = attempt
 
     def read(self, is_done: np.ndarray) -> None:
         """Read the journals, and drop what was known before. Collective.

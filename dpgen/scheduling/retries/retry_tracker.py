@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ from dpgen.config.completion_checks import CHECK_NAMES
 from dpgen.config.schema import Config
 from dpgen.engine.checking.completion_checker import CheckedResult, CompletionChecker
 from dpgen.journal.attempts import RejectedAttempt, Rejection, encode_attempt
-from dpgen.records import Completion, Request, RequestId, RowResult, UndecodedRow, derive_seed
+from dpgen.records import Completion, Request, RequestId, RowResult, UndecodedRow
+from dpgen.scheduling.request_builder import derive_request_seed
 from dpgen.scheduling.retries.continuation import extend_prompt, has_room, join_result
 from dpgen.scheduling.retries.earlier_attempts import EarlierAttempts
 from dpgen.scheduling.retries.row_state import RowState, SampleState, make_row_error
@@ -93,7 +94,7 @@ class RetryTracker:
         config: RetryConfig,
         checker: CompletionChecker,
         append_attempt: Callable[[int, bytes], None],
-        find_earlier: Callable[[int], EarlierAttempts | None],
+        find_earlier: Callable[[int], EarlierAttempts[RejectedAttempt] | None],
         get_max_model_len: Callable[[], int],
     ) -> None:
         self._config, self._checker = config, checker
@@ -103,6 +104,7 @@ class RetryTracker:
         self._retries: deque[Request] = deque()
         self._texts: dict[RequestId, list[str]] = {}  # before they are parsed
         self.counts = RetryCounts(Counter(), 0)
+        self.num_calls = 0  # each row is one request
 
     # ---- requests
 
@@ -125,6 +127,20 @@ class RetryTracker:
         return self._continue(row)
 
     @property
+    def can_begin(self) -> bool:
+        """True: a row waits for nothing but the engine."""
+        return True
+
+    @property
+    def num_begun(self) -> int:
+        """0: a row that has begun has a request in the engine, or is being checked."""
+        return 0
+
+    def prepare(self) -> bool:
+        """Return False: requests are made at once."""
+        return False
+
+    @property
     def has_retries(self) -> bool:
         """True while requests wait to be taken."""
         return bool(self._retries)
@@ -134,7 +150,7 @@ class RetryTracker:
         return self._retries.popleft() if self._retries else None
 
     @property
-    def pending_rows(self) -> Iterable[int]:
+    def pending_rows(self) -> Collection[int]:
         """Rows without a result, of which an attempt is rejected or being checked."""
         return [row for row, state in self._rows.items() if state.samples or state.is_checking]
 
@@ -196,6 +212,9 @@ class RetryTracker:
         row.num_checking += 1
         self._checker.submit(result, row.first_attempt)
         return None
+
+    def close(self) -> None:
+        """Do nothing: the checker's owner ends it."""
 
     def poll(self) -> list[RowResult]:
         """Return the rows' results that the checks have led to since the last call."""
@@ -277,21 +296,13 @@ class RetryTracker:
             sampling: laid over the row's, for one sample; None for a request for all samples.
         """
         fields = dict(request.sampling)
-        if id.attempt:
-            seed = fields.get("seed")
-            base = self._config.run_seed if self._is_derived(request) else seed
-            if isinstance(base, int):
-                fields["seed"] = derive_seed(base, id)
+        if id.attempt and (seed := derive_request_seed(self._config.run_seed, fields, id)) is not None:
+            fields["seed"] = seed
         if sampling is not None:
             fields |= {**sampling, "n": 1}
             if self._config.drop_prompt_logprobs:
                 fields["prompt_logprobs"] = None
         return replace(request, id=id, sampling=fields)
-
-    def _is_derived(self, request: Request) -> bool:
-        """Return True if the request's seed follows from the run's, and no column gives it."""
-        run_seed, seed = self._config.run_seed, request.sampling.get("seed")
-        return run_seed is not None and seed == derive_seed(run_seed, RequestId(request.row))
 
     def _make_result(self, row: RowState) -> RowResult:
         samples = [row.samples[number] for number in range(len(row.samples))]

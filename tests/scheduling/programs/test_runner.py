@@ -1,0 +1,222 @@
+"""Rows' programs in one process: numbering, seeds, recalled calls, what runs at once, what an engine's loss leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from helpers.jobs import wait_for
+
+from dpgen.config.prompt import CALL_COLUMN
+from dpgen.data.prompts.render import RenderedPrompt
+from dpgen.journal.calls import AskedText, FinishedCall, decode_call
+from dpgen.journal.row_notes import RowNote
+from dpgen.programs.handle import Llm
+from dpgen.records import Completion, Request, RequestId, RowResult, derive_row_seed, derive_seed
+from dpgen.scheduling.programs.event_loop import ProgramLoop
+from dpgen.scheduling.programs.runner import ProgramRunner, RunnerConfig
+from dpgen.scheduling.programs.running import ProgramSpec
+from dpgen.scheduling.retries.earlier_attempts import EarlierAttempts
+
+
+class Harness:
+    """Drive a runner as the generation loop does, with answers that a test gives."""
+
+    def __init__(
+        self, function: Callable[..., Any], known: Sequence[FinishedCall] = (), max_running: int = 100
+    ) -> None:
+        self.records: list[FinishedCall] = []
+        self.loop = ProgramLoop(ProgramSpec(function, max_calls=50), 2)
+        self.runner = ProgramRunner(
+            RunnerConfig(7, max_running),
+            self.loop,
+            lambda row: RenderedPrompt([1], row[CALL_COLUMN].prompt),
+            RowNote(),
+            lambda row, record: self.records.append(decode(record)),
+            lambda row: EarlierAttempts(0, [call for call in known if call.id.row == row]),
+        )
+
+    def begin(self, row: int) -> None:
+        seed = derive_row_seed(7, row)
+        self.runner.begin(Request(RequestId(row), None, {"q": f"row {row}"}, {"seed": seed, "top_p": 0.5}))
+
+    def take(self, count: int) -> list[Request]:
+        """Return the next requests, once there are as many."""
+        taken: list[Request] = []
+
+        def has_all() -> bool:
+            while (request := self.runner.take_retry()) is not None:
+                taken.append(request)
+            return len(taken) >= count and self.loop.is_settled
+
+        wait_for(has_all)
+        assert len(taken) == count
+        return taken
+
+    def answer(self, request: Request, text: str) -> None:
+        result = RowResult(request.row, 3, (Completion(text, "stop", 2),)).with_id(request.id)
+        assert self.runner.submit(result) is None
+
+    def finish(self, count: int = 1) -> list[RowResult]:
+        """Return the results of rows, once there are as many."""
+        results: list[RowResult] = []
+
+        def has_all() -> bool:
+            results.extend(self.runner.poll())
+            return len(results) >= count
+
+        wait_for(has_all)
+        return results
+
+
+def decode(record: bytes) -> FinishedCall:
+    call = decode_call(record)
+    assert call is not None
+    return call
+
+
+@pytest.fixture
+def make_harness() -> Iterator[Callable[..., Harness]]:
+    made: list[Harness] = []
+
+    def make(*arguments: Any, **others: Any) -> Harness:
+        made.append(Harness(*arguments, **others))
+        return made[-1]
+
+    yield make
+    for harness in made:
+        harness.loop.close()
+
+
+async def three(row: dict[str, Any], llm: Llm) -> dict[str, Any]:
+    first = await llm.complete(row["q"], max_tokens=4)
+    pair = await asyncio.gather(two(llm, f"a {first.text}"), two(llm, f"b {first.text}"))
+    return {"pair": pair}
+
+
+async def two(llm: Llm, text: str) -> str:
+    first = await llm.complete(text)
+    return (await llm.complete(f"{text} then {first.text}")).text
+
+
+def run_three(harness: Harness, *, is_swapped: bool) -> tuple[RowResult, dict[str, Any]]:
+    """Run the program, with the second chain's call answered first where swapped; also return places by prompt."""
+    harness.begin(5)
+    [first] = harness.take(1)
+    harness.answer(first, "x")
+    a, b = harness.take(2)
+    last = []
+    for request in (b, a) if is_swapped else (a, b):
+        harness.answer(request, "y")
+        last += harness.take(1)
+    for request in last:
+        harness.answer(request, f"end of {request.prompt}")
+    [result] = harness.finish()
+    seeds = {request.prompt: (request.id, request.sampling) for request in (first, a, b, *last)}
+    return result, seeds
+
+
+def test_a_call_has_the_same_id_and_seed_whichever_of_several_is_answered_first(
+    make_harness: Callable[..., Harness],
+) -> None:
+    plain, seeds = run_three(make_harness(three), is_swapped=False)
+    swapped, same_seeds = run_three(make_harness(three), is_swapped=True)
+    assert (plain, seeds) == (swapped, same_seeds) and len({id for id, _ in seeds.values()}) == 5
+    assert plain.num_calls == 5 and plain.num_prompt_tokens == 15 and plain.num_generated_tokens == 10
+    assert plain.completions[0].parsed == '{"pair":["end of a x then y","end of b x then y"]}'
+    id, sampling = seeds["row 5"]
+    assert (id, sampling) == (RequestId(5), {"seed": derive_row_seed(7, 5), "top_p": 0.5, "max_tokens": 4})
+    id, sampling = seeds["b x"]
+    assert sampling["seed"] == derive_seed(7, id)
+
+
+def test_finished_calls_are_answered_from_the_journal_and_one_that_asks_otherwise_is_asked_anew(
+    make_harness: Callable[..., Harness], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = make_harness(three)
+    result, _ = run_three(before, is_swapped=True)
+    assert [call.place for call in before.records] == ["0", "2.0", "1.0", "2.1", "1.1"]
+    again = make_harness(three, before.records)
+    again.begin(5)
+    assert again.finish() == [result] and again.records == [], "no call is asked"
+    changed = [
+        FinishedCall(call.place, AskedText.of("another"), call.result) if call.place == "1.1" else call
+        for call in before.records
+    ]
+    other = make_harness(three, changed)
+    other.begin(5)
+    [request] = other.take(1)
+    assert request.prompt == "a x then y"
+    assert (
+        'row 5, call 1.1: the program asks something else than before the restart (before: ..."another"' in caplog.text
+    )
+    other.answer(request, "end of a x then y")
+    assert other.finish() == [result]
+
+
+def test_rows_begin_as_the_engine_has_room_and_calls_of_rows_begun_come_first(
+    make_harness: Callable[..., Harness],
+) -> None:
+    harness = make_harness(three, max_running=3)
+    assert harness.runner.can_begin
+    harness.begin(0)
+    wait_for(lambda: harness.runner.has_retries)
+    assert not harness.runner.can_begin, "a call waits"
+    harness.take(1)
+    wait_for(lambda: harness.runner.can_begin)
+    harness.begin(1)
+    harness.begin(2)
+    harness.take(2)
+    assert not harness.runner.can_begin, "as many run as may"
+    assert list(harness.runner.pending_rows) == [0, 1, 2]
+
+
+def test_an_abandoned_engines_rows_are_given_up_with_their_calls_but_for_those_whose_function_runs(
+    make_harness: Callable[..., Harness],
+) -> None:
+    is_done = threading.Event()
+
+    async def program(row: dict[str, Any], llm: Llm) -> dict[str, Any]:
+        text = (await llm.complete(row["q"])).text
+        if text == "slow":
+            await llm.tool(is_done.wait, 60)
+        return {"text": (await llm.complete(text)).text}
+
+    harness = make_harness(program)
+    harness.begin(0)
+    harness.begin(1)
+    first, second = harness.take(2)
+    harness.answer(first, "slow")
+    harness.answer(second, "quick")
+    harness.take(1)
+    wait_for(lambda: harness.loop.num_tools == 1)
+    dropped = [decode(record) for record in harness.runner.drop([])]
+    assert [(call.id.row, call.place) for call in dropped] == [(1, "0")]
+    assert list(harness.runner.pending_rows) == [0] and not harness.runner.has_retries
+    is_done.set()
+    wait_for(lambda: harness.runner.has_retries)  # the call after the function: stranded, so the row is dropped, too
+    dropped = [decode(record) for record in harness.runner.drop([])]
+    assert [(call.id.row, call.place) for call in dropped] == [(0, "0"), (0, "1")], "what the function returned, too"
+    assert not harness.runner.pending_rows
+
+
+def test_a_result_that_comes_after_its_program_has_ended_is_no_rows_result(
+    make_harness: Callable[..., Harness],
+) -> None:
+    async def program(row: dict[str, Any], llm: Llm) -> dict[str, Any]:
+        left = asyncio.ensure_future(llm.complete("left behind"))
+        await llm.complete("awaited")
+        assert not left.done()
+        return {}
+
+    harness = make_harness(program)
+    harness.begin(4)
+    by_prompt = {request.prompt: request for request in harness.take(2)}
+    harness.answer(by_prompt["awaited"], "x")
+    [result] = harness.finish()
+    assert result.error is None and result.num_calls == 2
+    harness.answer(by_prompt["left behind"], "late")
+    assert harness.runner.poll() == [] and len(harness.records) == 1
