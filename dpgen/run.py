@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from dpgen.config.schema import Config
@@ -24,6 +23,7 @@ from dpgen.distributed.layout import Layout, build_layout
 from dpgen.distributed.stages import Stage, run_stages
 from dpgen.distributed.topology import Topology
 from dpgen.engine.keeping.keeper import EngineKeeper
+from dpgen.engine.pool.engine_pool import EnginePool
 from dpgen.engine.starting.launch import (
     TextPipeline,
     build_text_pipeline,
@@ -33,7 +33,6 @@ from dpgen.engine.starting.launch import (
 )
 from dpgen.engine.starting.loading import ModelLoader
 from dpgen.engine.starting.log_file import EngineLog
-from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE, DpgenError
 from dpgen.journal.engine_notes import remove_engine_notes
 from dpgen.journal.row_notes import RowNote, open_note
@@ -45,16 +44,24 @@ from dpgen.lifecycle.status_file import StatusFile
 from dpgen.monitoring.run_monitor import RunMonitor
 from dpgen.monitoring.run_report import describe_generation, describe_plan, summarize_run
 from dpgen.monitoring.startup import StartupTimer
-from dpgen.monitoring.status.reporter import EngineView, RankReporter
+from dpgen.monitoring.status.reporter import RankReporter
 from dpgen.monitoring.trackers import check_trackers
 from dpgen.output.column_check import check_columns, check_result, list_used_columns
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.result import gather_results, is_already_complete, write_result
 from dpgen.records import RankManifest
-from dpgen.run_parts import build_loop_config, build_recorder, build_request_builder, watch_rows
+from dpgen.run_parts import (
+    build_engine_view,
+    build_loop_config,
+    build_planner_config,
+    build_recorder,
+    build_request_builder,
+    connect_engines,
+    watch_rows,
+)
 from dpgen.scheduling.generation_loop import GenerationLoop
 from dpgen.scheduling.interfaces import Engine
-from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
+from dpgen.scheduling.planner import ShardPlanner
 from dpgen.scheduling.programs.loading import load_program
 from dpgen.scheduling.progress.totals import Totals
 from dpgen.scheduling.request_source import RequestSource
@@ -155,14 +162,14 @@ class _Job:
         self._run_dir = RunDir(config.run.dir)
         self._stack.callback(self._run_dir.unlock)
         self._engine_log = EngineLog(config.run.log_level)
-        self._started_engine: EngineSupervisor | None = None
+        self._started_engine: EnginePool | None = None
         self._loaded_text: TextPipeline | None = None
         self._is_complete = False  # an earlier attempt has written the result
         self._has_planned = self._needs_engine = False
         self._num_before = 0  # rows that earlier attempts have finished
 
     @property
-    def _engine(self) -> EngineSupervisor:
+    def _engine(self) -> EnginePool:
         assert self._started_engine is not None
         return self._started_engine
 
@@ -242,12 +249,10 @@ class _Job:
         self._stack.push(self._shutdown.defer_signals_on_error)
 
     def _make_planner(self) -> ShardPlanner:
-        config = self._config
-        planner_config = PlannerConfig.from_config(config, self._rows.columns, self._layout, self._attempt)
-        if self.trial is not None:
-            planner_config = replace(planner_config, order=replace(planner_config.order, is_mixed=True))
-        builder = build_request_builder(config, self._rows, self._text, self._text_needs, self._note)
-        return ShardPlanner(planner_config, self._rows, self._run_dir.journal, self._group, builder)
+        config, rows = self._config, self._rows
+        settings = build_planner_config(config, rows.columns, self._layout, self._attempt, is_mixed=bool(self.trial))
+        builder = build_request_builder(config, rows, self._text, self._text_needs, self._note)
+        return ShardPlanner(settings, rows, self._run_dir.journal, self._group, builder)
 
     def _make_loop(self) -> GenerationLoop:
         config = self._config
@@ -265,9 +270,7 @@ class _Job:
         loop, engine, group = self._loop, self._engine, self._group
         self._reporter.logs_failure = group.is_node_leader
         self._reporter.reads_only = self._config.pooling is not None
-        self._reporter.view = EngineView(
-            lambda: loop.engine_stats, lambda: engine.num_deaths, group.get_wait_s, lambda: loop.latencies.counts
-        )
+        self._reporter.view = build_engine_view(loop, engine, group)
         return RunMonitor(self._config, self._run_dir, len(self._rows), self._reporter, is_rank_0=group.rank == 0)
 
     # ---- plan
@@ -303,10 +306,11 @@ class _Job:
         if not self._needs_engine:
             return
         is_first = self._group.rank == 0 and not self._engine.is_ready
+        connect_engines(self._config, self._engine, self._group, self._run_dir, self._count_rows_left)
         loaded = self._loader.load(self._engine, self._text.engine_text_config)
-        if not self._config.program.is_used:  # whose rows are no requests
-            self._engine.blame.find_canary = self._planner.build_succeeded_request
-        self._engine.blame.recall(self._planner.blame)
+        # A program's rows are no requests that could be sent to see whether an engine is well.
+        find_canary = (lambda: None) if self._config.program.is_used else self._planner.build_succeeded_request
+        self._engine.recall(self._planner.blame, find_canary)
         if loaded is not None:
             self._text.describe_model(loaded.info)
         if is_first and loaded is not None:
@@ -314,6 +318,9 @@ class _Job:
             self._run_dir.update_metadata(engine=engine)
         if is_first:
             logger.info(self._startup.describe(self._engine.start_phases))
+
+    def _count_rows_left(self) -> int:
+        return len(self._rows) - (self._status_file.num_done or 0)
 
     # ---- generate
 
@@ -348,7 +355,7 @@ class _Job:
     def _note_engine(self) -> None:
         """Note for the next attempt how this rank's engine ended, where engines share their work."""
         if self._layout.has_shared_engine:
-            death, blame = self._engine.final_death, self._engine.blame.save()
+            death, blame = self._engine.final_death, self._engine.save_blame()
             note_engine(self._group, self._layout, self._run_dir.journal, self._attempt, death, blame)
 
     # ---- gather, write

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dpgen.config.schema import Config
@@ -11,16 +14,21 @@ from dpgen.data.input_rows import InputRows
 from dpgen.data.time_limit import limit_render_time
 from dpgen.distributed.gloo.leases import end_stuck_process, read_lease_timing
 from dpgen.distributed.group import RankGroup
+from dpgen.distributed.layout import Layout
+from dpgen.engine.pool.engine_count import EngineCount
+from dpgen.engine.pool.engine_pool import EnginePool
+from dpgen.engine.pool.mps import find_mps
 from dpgen.engine.starting.launch import TextPipeline
-from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EXIT_RESUMABLE
 from dpgen.journal.row_notes import RowNote, compute_overdue_s
 from dpgen.journal.row_watch import RowWatch
+from dpgen.journal.run_dir import RunDir
 from dpgen.journal.writer import JournalWriter
 from dpgen.lifecycle.status_file import StatusFile
-from dpgen.scheduling.generation_loop import LoopConfig
+from dpgen.monitoring.status.reporter import EngineView
+from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
 from dpgen.scheduling.interfaces import FollowUps
-from dpgen.scheduling.planner import ShardPlanner
+from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
 from dpgen.scheduling.programs.event_loop import ProgramLoop
 from dpgen.scheduling.programs.loading import load_program, pass_columns
 from dpgen.scheduling.programs.runner import ProgramRunner, RunnerConfig
@@ -28,6 +36,8 @@ from dpgen.scheduling.programs.running import ProgramSpec
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.result_recorder import ResultRecorder
 from dpgen.scheduling.retries.retry_tracker import RetryConfig, RetryTracker
+
+logger = logging.getLogger(__name__)
 
 
 def build_request_builder(
@@ -50,7 +60,7 @@ def build_recorder(
     text: TextPipeline,
     note: RowNote,
     planner: ShardPlanner,
-    engine: EngineSupervisor,
+    engine: EnginePool,
 ) -> ResultRecorder:
     """Build what decodes, parses, checks and journals results, and runs rows' programs."""
     retries: FollowUps | None = None
@@ -65,6 +75,18 @@ def build_recorder(
             lambda: engine.max_model_len,
         )
     return ResultRecorder(journal, text.detokenizer, note, text.parser, retries)
+
+
+def build_planner_config(
+    config: Config, columns: Sequence[str], layout: Layout, attempt: int, *, is_mixed: bool
+) -> PlannerConfig:
+    """Build the settings of the planner.
+
+    Args:
+        is_mixed: spread the rows at the front over the whole order, for a trial of settings.
+    """
+    settings = PlannerConfig.from_config(config, columns, layout, attempt)
+    return replace(settings, order=replace(settings.order, is_mixed=True)) if is_mixed else settings
 
 
 def build_loop_config(config: Config) -> LoopConfig:
@@ -98,6 +120,17 @@ def _build_runner(
     return runner
 
 
+def build_engine_view(loop: GenerationLoop, engine: EnginePool, group: RankGroup) -> EngineView:
+    """Build what the rank's status says of its engines."""
+    return EngineView(
+        lambda: loop.engine_stats,
+        lambda: engine.num_deaths,
+        group.get_wait_s,
+        lambda: loop.latencies.counts,
+        lambda: engine.num_ready,
+    )
+
+
 def watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: StatusFile) -> RowWatch:
     """Return what times the row that the main thread works on, and ends this process if it never ends."""
     return RowWatch(
@@ -107,3 +140,26 @@ def watch_rows(config: Config, group: RankGroup, note: RowNote, status_file: Sta
         add=group.store.add,
         end_process=lambda why: end_stuck_process(lambda: status_file.write_once(EXIT_RESUMABLE), why),
     )
+
+
+def connect_engines(
+    config: Config, engine: EnginePool, group: RankGroup, run_dir: RunDir, count_rows_left: Callable[[], int]
+) -> None:
+    """Tell a rank's engines how many rows are left, and whom to tell how many of them pay.
+
+    Args:
+        count_rows_left: of the whole run, about.
+    """
+    engine.get_rows_left = lambda: count_rows_left() / group.size
+    if group.rank == 0:
+        engine.on_decided = partial(_report_engine_count, config, run_dir)
+
+
+def _report_engine_count(config: Config, run_dir: RunDir, count: EngineCount) -> None:
+    """Log how many engines a rank runs and why, and keep it in run.json."""
+    mps = find_mps(os.environ) if config.run.engine == "vllm" else None
+    beside = "" if mps is None else f"; NVIDIA MPS runs ({mps}), and they use it"
+    facts = {"number": count.number, "why": count.why, **count.facts, "uses_mps": mps is not None}
+    run_dir.update_metadata(engines_per_rank=facts)
+    if count.number > 1 or (config.run.engine == "vllm" and config.parallel.engines_per_rank == "auto"):
+        logger.info(f"{count.describe()}{beside if count.number > 1 else ''}")

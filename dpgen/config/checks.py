@@ -17,7 +17,7 @@ from dpgen.errors import ERROR_TYPES, ConfigError, suggest_name
 from dpgen.lifecycle.shutdown import parse_time_limit
 
 if TYPE_CHECKING:
-    from dpgen.config.sections import DataConfig, OutputConfig, RunConfig
+    from dpgen.config.sections import DataConfig, OutputConfig, ParallelConfig, RunConfig
 
 TRACKERS = ("prometheus", "tensorboard", "wandb")
 # Fields of SamplingParams whose log-probabilities are in the result.
@@ -58,6 +58,27 @@ def find_wrong_run_values(run: RunConfig) -> Iterator[str]:
             parse_time_limit(run.time_limit)
         except ConfigError as error:
             yield from error.mistakes
+
+
+def find_wrong_parallel_values(parallel: ParallelConfig) -> Iterator[str]:
+    """Yield one line for each wrong value of `parallel`, and for engines that can't be several on a rank."""
+    count = parallel.engines_per_rank
+    if count == "auto":
+        return
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        yield f"parallel.engines_per_rank={count!r}: must be auto, or a whole number of at least 1"
+    elif count > 1 and (obstacle := find_one_engine_reason(parallel)) is not None:
+        yield f"parallel.engines_per_rank={count}: must be auto or 1 {obstacle}"
+
+
+def find_one_engine_reason(parallel: ParallelConfig) -> str | None:
+    """Return which keys leave room for one engine on a rank, as "with KEY=VALUE, ..."; None if none does."""
+    if parallel.launcher == "external":
+        return "with parallel.launcher=external, where ranks share engines"
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if (size := getattr(parallel, name)) > 1:
+            return f"with parallel.{name}={size}, where an engine has several GPUs"
+    return None
 
 
 def find_wrong_input(data: DataConfig, model: str) -> Iterator[str]:

@@ -33,6 +33,7 @@ _RESERVED = (
 _ANY_KEYS: dict[str, Schema] = {
     "retry_errors": {"anyOf": [{"type": "boolean"}, {"type": "array", "items": {"enum": list(ERROR_TYPES)}}]},
     "path": {"anyOf": [_TEXT, {**_TEXTS, "minItems": 1}]},
+    "engines_per_rank": {"anyOf": [{"enum": ["auto"]}, {"type": "integer", "minimum": 1}]},
     "chat_template": {
         "anyOf": [
             {"type": ["string", "null"]},

@@ -185,6 +185,7 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
     yield from checks.find_wrong_input(sections["data"], sections["model"])
     yield from checks.find_wrong_output(sections["output"])
     yield from checks.find_wrong_engine_keys(sections["engine"])
+    yield from checks.find_wrong_parallel_values(sections["parallel"])
     yield from checks.find_wrong_adapters(sections["lora"])
     yield from checks.find_wrong_sampling(sections["sampling"], sections["sampling_by_rank"])
     yield from checks.find_wrong_logprobs(sections["engine"], sections["sampling"], sections["sampling_by_rank"])

@@ -212,6 +212,12 @@ class ParallelConfig:
     share_devices: bool = option(
         "let the ranks of a node share its GPUs, and divide their memory, where there are too few", False
     )
+    engines_per_rank: Any = option(
+        "engine processes of a rank, which divide its GPU and its memory: a number, or auto, which starts more beside "
+        "the first where the processor is the limit, as with small models, and logs why; always 1 with tensor or "
+        "pipeline parallelism, with launcher=external, and, for auto, on the CPU",
+        "auto",
+    )
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,27 @@ class BlameTracker:
         self._set_aside |= {id: request for id, request in requests.items() if id.row in suspects}
         self._waiting.extendleft(request for id, request in reversed(requests.items()) if id.row not in suspects)
 
+    # ---- to the rank's other engines
+
+    def give_up(self) -> list[tuple[Request, int]]:
+        """Remove all rows, since the engine is abandoned: no row is blamed for that. Return each with 0 kills."""
+        requests = [*self.in_flight.values(), *self._set_aside.values(), *self._waiting]
+        self.in_flight.clear()
+        self._set_aside.clear()
+        self._waiting.clear()
+        return [(request, 0) for request in requests]
+
+    def take_unblamed(self) -> list[tuple[Request, int]]:
+        """Remove the rows that wait and had no part in a death, and return each with the kills from outside it saw."""
+        taken = [request for request in self._waiting if not self._deaths_of_row[request.row]]
+        self._waiting = deque(request for request in self._waiting if self._deaths_of_row[request.row])
+        return [(request, self._kills_of_row.pop(request.row, 0)) for request in taken]
+
+    def add_kills(self, row: int, num_kills: int) -> None:
+        """Count kills from outside that a row saw in another engine of this rank."""
+        if num_kills:
+            self._kills_of_row[row] += num_kills
+
     # ---- from one attempt to the next
 
     def save(self) -> BlameState:

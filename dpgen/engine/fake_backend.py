@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import os
 import signal
@@ -40,6 +41,10 @@ class FakeOptions:
 
     Attributes:
         step_s: seconds of one step, in which every running row gains a token.
+        processor_s: seconds of one step for which a real engine's thread would compute.
+        kernel_s: seconds of one step in which it would use the device, beside its thread; engines with the same
+            `device_lock` wait for each other there.
+        device_lock: a file that stands for the device.
         load_s: seconds of loading.
         kv_cache_memory_bytes: bytes reported as free.
         load_error: fail to load, with this message.
@@ -57,6 +62,9 @@ class FakeOptions:
     max_num_seqs: int = 16
     max_model_len: int = 512
     step_s: float = 0.0
+    processor_s: float = 0.0
+    kernel_s: float = 0.0
+    device_lock: str | None = None
     load_s: float = 0.0
     kv_cache_memory_bytes: int = 1 << 20
     load_error: str | None = None
@@ -117,7 +125,13 @@ class FakeBackend:
         self._options = FakeOptions()
         self._rows: OrderedDict[RequestId, _Running] = OrderedDict()
         self._num_tokens = self._num_finished = self._num_read = 0
+        self._num_steps = self._num_reported_steps = 0
+        self._last_report_s = time.monotonic()
         self._is_livelocked = False
+
+    @property
+    def num_engines(self) -> int:
+        return self._spec.num_engines
 
     def check_options(self) -> tuple[str, ...]:
         self._check_names()
@@ -211,7 +225,7 @@ class FakeBackend:
         return sampling
 
     def step(self) -> list[RowResult | UndecodedRow]:
-        time.sleep(self._options.step_s)
+        self._run_model()
         results: list[RowResult | UndecodedRow] = []
         livelock_after = self._options.livelock_after
         if livelock_after is not None and not self._is_livelocked and self._num_finished >= livelock_after:
@@ -233,16 +247,37 @@ class FakeBackend:
         self._num_finished += len(results)
         return results
 
+    def _run_model(self) -> None:
+        """Take the time of a step: the thread's, or that of the kernels where they take longer."""
+        options, begin_s = self._options, time.monotonic()
+        self._num_steps += 1
+        if options.kernel_s:
+            with open(options.device_lock or os.devnull, "a") as device:
+                fcntl.flock(device, fcntl.LOCK_EX)
+                time.sleep(options.kernel_s)
+        rest_s = max(options.step_s, options.processor_s) - (time.monotonic() - begin_s)
+        time.sleep(max(0.0, rest_s))
+
     def has_unfinished_requests(self) -> bool:
         return bool(self._rows)
 
     def stats(self) -> EngineStats:
         num_running = min(len(self._rows), self._options.max_num_seqs)
         usage = round(num_running / self._options.max_num_seqs, 4)
-        num_waiting = len(self._rows) - num_running
         return EngineStats(
-            self._num_tokens, num_running, num_waiting, num_computed_tokens=self._num_read, kv_cache_usage=usage
+            self._num_tokens,
+            num_running,
+            len(self._rows) - num_running,
+            num_computed_tokens=self._num_read,
+            kv_cache_usage=usage,
+            processor_s=self._num_steps * self._options.processor_s,
+            device_busy=self._measure_device() if self._options.kernel_s else None,
         )
+
+    def _measure_device(self) -> float:
+        num_steps, self._num_reported_steps = self._num_steps - self._num_reported_steps, self._num_steps
+        elapsed_s, self._last_report_s = time.monotonic() - self._last_report_s, time.monotonic()
+        return min(1.0, num_steps * self._options.kernel_s / max(elapsed_s, 1e-9))
 
     def close(self) -> None:
         return

@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +38,10 @@ class EngineSpec:
         retry_sampling: only checked here; a request for a further attempt carries them.
         tensor_parallel_size, pipeline_parallel_size: devices of this one engine.
         local_size: engines on this node, which share its memory where they run on the CPU.
-        num_sharing: engines on this one's GPUs, itself included, which divide their memory (`parallel.share_devices`).
+        num_sharing: ranks on this one's GPUs, itself included, which divide their memory (`parallel.share_devices`).
+        num_engines: engines of this rank, which divide its part (`parallel.engines_per_rank`).
+        is_num_engines_auto: fewer are enough, if the memory has no room for so many.
+        engine_bytes: of a device's memory that each of several engines should have; 0 if not known.
         weight_bytes: of the weights on each device, at least; 0 if not known.
         enable_expert_parallel: split a mixture of experts over the devices.
         world: the processes that form one engine, or step together, with this one; None for an engine of its own.
@@ -66,6 +70,9 @@ class EngineSpec:
     reads_requests: bool = False
     retry_sampling: dict[str, Any] = field(default_factory=dict)
     num_sharing: int = 1
+    num_engines: int = 1
+    is_num_engines_auto: bool = False
+    engine_bytes: int = 0
     weight_bytes: int = 0
     reasoning_parser: str | None = None
     pooling: PoolingConfig | None = None
@@ -186,10 +193,12 @@ class OptionsChecked:
     Attributes:
         problem: the illegal option; None if all are legal.
         notes: lines for the log.
+        num_engines: that the rank's memory is divided by.
     """
 
     problem: str | None = None
     notes: tuple[str, ...] = ()
+    num_engines: int = 1
 
 
 @dataclass(frozen=True)
@@ -259,6 +268,10 @@ class EngineStats:
         num_computed_tokens: tokens of all rows that are in the KV cache or were, prompts included; a preempted
             sequence's count again from 0.
         kv_cache_usage: fraction of the KV cache in use now; None where the engine does not say.
+        num_steps, elapsed_s, processor_s: steps, seconds since the engine was ready, and seconds for which the thread
+            that steps has computed.
+        device_busy: share of the time since the last report in which the device ran kernels, of any process; None
+            where nothing tells.
     """
 
     num_generated_tokens: int = 0
@@ -268,6 +281,10 @@ class EngineStats:
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
     kv_cache_usage: float | None = None
+    num_steps: int = 0
+    elapsed_s: float = 0.0
+    processor_s: float = 0.0
+    device_busy: float | None = None
 
     @property
     def progress(self) -> tuple[int, ...]:
@@ -276,14 +293,12 @@ class EngineStats:
 
     def add_counts(self, earlier: EngineStats) -> EngineStats:
         """Return these numbers plus the counts of the engine's earlier lives."""
-        return EngineStats(
-            earlier.num_generated_tokens + self.num_generated_tokens,
-            self.num_running,
-            self.num_waiting,
-            earlier.num_preemptions + self.num_preemptions,
-            earlier.num_cached_tokens + self.num_cached_tokens,
-            earlier.num_computed_tokens + self.num_computed_tokens,
-            self.kv_cache_usage,
+        return replace(
+            self,
+            num_generated_tokens=earlier.num_generated_tokens + self.num_generated_tokens,
+            num_preemptions=earlier.num_preemptions + self.num_preemptions,
+            num_cached_tokens=earlier.num_cached_tokens + self.num_cached_tokens,
+            num_computed_tokens=earlier.num_computed_tokens + self.num_computed_tokens,
         )
 
 
@@ -305,6 +320,10 @@ class AgreeKvFn(Protocol):
 
 class Backend(Protocol):
     """Run an engine inside the engine process."""
+
+    @property
+    def num_engines(self) -> int:
+        """Return how many engines divide the rank's memory; known once the options are checked."""
 
     def check_options(self) -> tuple[str, ...]:
         """Check the options without loading the model, and return notes for the log.
@@ -352,6 +371,9 @@ class EngineHandle(Protocol):
     @property
     def log_path(self) -> Path | None: ...
 
+    @property
+    def pipe(self) -> Connection: ...
+
     def load_model(self, kv_bytes: int | None = None) -> None: ...
 
     def set_kv_bytes(self, num_bytes: int) -> None: ...
@@ -367,3 +389,9 @@ class EngineHandle(Protocol):
     def close(self) -> None: ...
 
     def kill(self) -> None: ...
+
+
+class StartEngine(Protocol):
+    """Start a process for the engine of a number."""
+
+    def __call__(self, spec: EngineSpec, index: int = 0) -> EngineHandle: ...

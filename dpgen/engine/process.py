@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import signal
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -38,6 +39,8 @@ from dpgen.engine.output_lines import find_root_cause, split_progress
 from dpgen.engine.starting.log_file import EngineLog
 from dpgen.errors import EngineError, EngineStuck
 from dpgen.records import Request
+
+logger = logging.getLogger(__name__)
 
 _MAX_LAST_LINES = 10  # shown to the user
 _MAX_SEARCHED_LINES = 200  # a worker's error, below which the engine prints tracebacks of its own
@@ -81,6 +84,7 @@ class EngineProcess:
 
     Attributes:
         is_loaded: True once it has loaded the model.
+        pipe: to wait for its messages beside those of other engines; only this object reads it.
     """
 
     def __init__(
@@ -107,7 +111,7 @@ class EngineProcess:
             )
         if cores is not None:
             os.sched_setaffinity(self._process.pid, cores)
-        self._pipe: Connection = Connection(ours.detach())
+        self.pipe: Connection = Connection(ours.detach())
         self._log = log
         log.start_life(self._process.pid)
         self._output: deque[str] = deque(maxlen=_MAX_SEARCHED_LINES)
@@ -173,8 +177,8 @@ class EngineProcess:
         if self._failure is not None:
             timeout_s = 0
         try:
-            while self._pipe.poll(0 if events else timeout_s):
-                event = self._pipe.recv()
+            while self.pipe.poll(0 if events else timeout_s):
+                event = self.pipe.recv()
                 if isinstance(event, EngineFailed):
                     self._failure = event.message
                     break
@@ -220,12 +224,12 @@ class EngineProcess:
         self._log_thread.join(timeout=1)
         self._log.show_claimed()
         self._sender.join(timeout=1)
-        self._pipe.close()
+        self.pipe.close()
 
     def _send_all(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # the engine is gone, or `kill` has closed the pipe
             while (message := self._outbox.get()) is not None:
-                self._pipe.send(message)
+                self.pipe.send(message)
 
     def _make_failure_error(self, message: str) -> EngineError:
         self.kill()
@@ -300,3 +304,11 @@ def build_engine_env(
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the rank sets the affinity, and vLLM would override it
         env["OMP_NUM_THREADS"] = str(num_cores)
     return env
+
+
+def warn_if_stuck(end: Callable[[], None]) -> None:
+    """End a process, and go on with a warning if it can't be ended."""
+    try:
+        end()
+    except EngineStuck as error:
+        logger.warning(error.summarize("leaving it to the kernel"))

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ from dpgen.engine.messages import (
     EngineFailed,
     EngineReady,
     EngineSpec,
+    EngineStats,
     KvBytesMeasured,
     LoadModel,
     OptionsChecked,
@@ -78,7 +80,7 @@ def _serve(pipe: Connection) -> None:
     except ConfigError as error:
         pipe.send(OptionsChecked(problem=str(error)))
         return
-    pipe.send(OptionsChecked(notes=notes))
+    pipe.send(OptionsChecked(notes=notes, num_engines=backend.num_engines))
     load_request = timer.exclude(pipe.recv)
     if isinstance(load_request, Shutdown):
         return
@@ -143,7 +145,7 @@ def _serve_next_job(
         kv_bytes: the loaded KV cache's, which is what this engine has to offer in the ranks' agreement.
     """
     try:
-        checked = OptionsChecked(notes=backend.begin_job(begin.spec))
+        checked = OptionsChecked(notes=backend.begin_job(begin.spec), num_engines=backend.num_engines)
     except ConfigError as error:
         checked = OptionsChecked(problem=str(error))
     pipe.send(checked)
@@ -176,6 +178,7 @@ def _generate(pipe: Connection, backend: Backend) -> BeginJob | None:
             finished += _add_requests(backend, message)
         if backend.has_unfinished_requests():
             finished += backend.step()
+            sender.num_steps += 1
         sender.send(finished)
 
 
@@ -251,22 +254,34 @@ class _EventSender:
 
     Attributes:
         num_in_flight: rows received and not yet sent back.
+        num_steps: of the backend so far.
     """
 
     def __init__(self, pipe: Connection, backend: Backend) -> None:
         self._pipe, self._backend = pipe, backend
         self._next_stats_s = 0.0
-        self.num_in_flight = 0
+        self._begin_s, self._begin_processor_s = time.monotonic(), time.thread_time()
+        self.num_in_flight = self.num_steps = 0
 
     def send(self, finished: list[RowResult | UndecodedRow]) -> None:
         self.num_in_flight -= len(finished)
         is_last = bool(finished) and self.num_in_flight == 0  # the rank may stop reading after it
         if is_last or time.monotonic() >= self._next_stats_s:
             self._next_stats_s = time.monotonic() + _STATS_INTERVAL_S
-            self._pipe.send(self._backend.stats())
+            self._pipe.send(self._measure())
         if finished:
             results = [row for row in finished if isinstance(row, RowResult)]
             self._pipe.send(RowsFinished(results, [row for row in finished if isinstance(row, UndecodedRow)]))
+
+    def _measure(self) -> EngineStats:
+        """Return the backend's statistics, with the times of its steps; a fake one has its own of the processor."""
+        stats = self._backend.stats()
+        return dataclasses.replace(
+            stats,
+            num_steps=self.num_steps,
+            elapsed_s=time.monotonic() - self._begin_s,
+            processor_s=stats.processor_s or time.thread_time() - self._begin_processor_s,
+        )
 
 
 def _build_backend(spec: EngineSpec) -> Backend:

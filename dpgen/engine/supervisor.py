@@ -16,6 +16,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,8 +33,9 @@ from dpgen.engine.messages import (
     OptionsChecked,
     RowsFinished,
 )
+from dpgen.engine.process import warn_if_stuck
 from dpgen.engine.progress_watch import ProgressWatch
-from dpgen.engine.starting.limits import EngineLimits, EngineMemory
+from dpgen.engine.starting.limits import EngineLimits, EngineMemory, format_delay
 from dpgen.errors import ConfigError, EngineError, EngineHung, EngineStuck, LockstepEngineLost
 from dpgen.formatting import format_count
 from dpgen.records import Request, RowResult, UndecodedRow
@@ -60,6 +62,8 @@ class EngineSupervisor:
         blame: this engine's rows, and what their engine's deaths say about them.
         max_model_len: tokens of prompt and completion together; 0 before the model is loaded.
         start_phases: what the engine did until it was ready, as (name, seconds), whatever the rank did meanwhile.
+        memory: what the next life is started with.
+        heirs: who gets its rows once it is abandoned, for the log.
         final_death: how the engine died, if it can't be restarted; None while it lives.
     """
 
@@ -73,7 +77,7 @@ class EngineSupervisor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._start, self._limits, self._clock = start, limits, clock
-        self._memory = EngineMemory(spec)
+        self.memory = EngineMemory(spec)
         self._can_restart = can_restart
         self._process: EngineHandle | None = start(spec)
         self._info: EngineInfo | None = None
@@ -85,13 +89,11 @@ class EngineSupervisor:
         self._start_due_s: float | None = None  # when the next life begins, where it waits
         self._num_start_retries = 0
         self._watch = ProgressWatch(limits, clock)
-        self.blame = BlameTracker()
+        self.blame, self.heirs = BlameTracker(), "other ranks"
         self.final_death: EngineError | None = None
-        self._deaths_in_a_row = 0
-        self.num_deaths = self.max_model_len = 0
+        self._deaths_in_a_row = self.num_deaths = self.max_model_len = 0
         self.start_phases: tuple[tuple[str, float], ...] = ()
-        self._earlier_stats = EngineStats()  # counts of earlier lives
-        self._stats = EngineStats()
+        self._stats, self._earlier_stats = EngineStats(), EngineStats()  # counts of this life, and of earlier ones
 
     # ---- start-up: the caller waits, since nothing can be generated yet
 
@@ -117,7 +119,7 @@ class EngineSupervisor:
                 continue
             if checked.problem is not None:
                 raise ConfigError(checked.problem)
-            self._notes = checked.notes
+            self._note_options(checked)
         return self._notes
 
     def load_model(
@@ -155,14 +157,22 @@ class EngineSupervisor:
         self.begin_loading()
         if self._measured_kv_bytes is None:
             self._measured_kv_bytes = self._wait_for(KvBytesMeasured, on_wait).num_bytes
-        if self._memory.kv_bytes is None:  # agreed once: the other ranks do not ask again
-            self._memory.kv_bytes = agree_kv(self._measured_kv_bytes)
+        if self.memory.kv_bytes is None:  # agreed once: the other ranks do not ask again
+            self.memory.kv_bytes = agree_kv(self._measured_kv_bytes)
             self._watch.mark()  # the wait for other ranks is not the engine's silence
         if not self._has_kv_bytes:
             self._has_kv_bytes = True
-            self._process.set_kv_bytes(min(self._memory.kv_bytes, self._measured_kv_bytes))
+            self._process.set_kv_bytes(min(self.memory.kv_bytes, self._measured_kv_bytes))
             self._process.set_text_config(self._text_config)
         self._set_ready(self._wait_for(EngineReady, on_wait))
+
+    def join(self, text_config: EngineTextConfig, kv_bytes: int) -> None:
+        """Load the model as `poll` is called: this engine joins others, whose KV cache has been agreed on."""
+        self._text_config, self.memory.kv_bytes = text_config, kv_bytes
+        if self._notes is not None and self._process is not None:
+            self._watch.mark()
+            self._process.load_model(kv_bytes)
+            self._process.set_text_config(text_config)
 
     def abandon(self) -> None:
         """End the engine for good: its rank goes on without one."""
@@ -170,6 +180,11 @@ class EngineSupervisor:
         self._process = None
 
     # ---- generating: nothing here waits for an engine
+
+    @property
+    def pipe(self) -> Connection | None:
+        """What to wait on beside other engines' pipes; None while there is nothing to wait for."""
+        return None if self._process is None or self._start_due_s is not None else self._process.pipe
 
     @property
     def max_num_seqs(self) -> int:
@@ -221,12 +236,12 @@ class EngineSupervisor:
     def close(self) -> None:
         """End the engine."""
         if self._process is not None:
-            _warn_if_stuck(self._process.close)
+            warn_if_stuck(self._process.close)
 
     def kill(self) -> None:
         """End the engine immediately."""
         if self._process is not None:
-            _warn_if_stuck(self._process.kill)
+            warn_if_stuck(self._process.kill)
 
     # ---- messages from the engine
 
@@ -252,19 +267,24 @@ class EngineSupervisor:
             self._stats = event
             yield event.add_counts(self._earlier_stats)
         elif isinstance(event, OptionsChecked):
-            assert self._process is not None
             if event.problem is not None:
                 raise self._make_error(f"the engine rejected its options: {event.problem}")
-            self._process.load_model(self._memory.kv_bytes)
-            self._process.set_text_config(self._text_config)
+            self._note_options(event)
+            if self.memory.kv_bytes is not None:
+                self.join(self._text_config, self.memory.kv_bytes)
         elif isinstance(event, EngineReady):
             self._set_ready(event)
-            logger.warning(f"engine restarted, resuming {format_count(self.blame.num_unfinished, 'row')}")
+            if self.num_deaths:
+                logger.warning(f"engine restarted, resuming {format_count(self.blame.num_unfinished, 'row')}")
+
+    def _note_options(self, checked: OptionsChecked) -> None:
+        self._notes, num_engines = checked.notes, checked.num_engines
+        self.memory.spec = dataclasses.replace(self.memory.spec, num_engines=num_engines, is_num_engines_auto=False)
 
     def _set_ready(self, ready: EngineReady) -> None:
         self._info, self._is_ready, self.max_model_len = ready.info, True, ready.info.max_model_len
         self.start_phases = ready.phases
-        self._memory.record_start(ready.info.max_num_seqs)
+        self.memory.record_start(ready.info.max_num_seqs)
         self._watch.mark()
 
     def _handle_finished(self, event: RowsFinished) -> Iterable[Event]:
@@ -306,10 +326,8 @@ class EngineSupervisor:
     # ---- rows to the engine
 
     def _submit_waiting(self) -> None:
-        if not self._is_ready or self._process is None:
-            return
         is_idle = not self.blame.is_busy
-        if batch := self.blame.take_batch():
+        if self._is_ready and self._process is not None and (batch := self.blame.take_batch()):
             if is_idle:
                 self._watch.mark()  # an idle engine sends nothing; its silence counts from now on
             self._process.submit(batch)
@@ -326,7 +344,7 @@ class EngineSupervisor:
             raise error
         self.num_deaths += 1
         self._deaths_in_a_row += 1
-        change = self._memory.reduce_after(error, self._deaths_in_a_row)
+        change = self.memory.reduce_after(error, self._deaths_in_a_row)
         is_immediate = bool(change or error.signal)
         self._num_start_retries += not is_immediate
         if self._num_start_retries > _MAX_START_RETRIES or self._has_no_restarts_left:
@@ -334,7 +352,7 @@ class EngineSupervisor:
         assert self._process is not None
         self._process.kill()
         delay_s = 0 if is_immediate else self._limits.start_retry_s
-        logger.warning(error.describe(f"retrying its start-up{change}{_format_delay(delay_s)}"))
+        logger.warning(error.describe(f"retrying its start-up{change}{format_delay(delay_s)}"))
         due_s = self._clock() + delay_s
         while self._clock() < due_s:
             on_wait()
@@ -355,15 +373,17 @@ class EngineSupervisor:
         self._deaths_in_a_row += 1
         self._earlier_stats, self._stats = self._stats.add_counts(self._earlier_stats), EngineStats()
         self.blame.record_death(error)
-        if (reason := self._find_reason_to_abandon(error)) is not None:
+        if (
+            reason := self._limits.find_reason_to_abandon(error, self._deaths_in_a_row, self.blame.sickness)
+        ) is not None:
             rows = format_count(self.blame.num_unfinished, "row")
-            logger.warning(error.describe(f"abandoning it{reason}, leaving {rows} to other ranks"))
+            logger.warning(error.describe(f"abandoning it{reason}, leaving {rows} to {self.heirs}"))
             self._process = None
             return
-        change = self._memory.reduce_after(error, self._deaths_in_a_row)
+        change = self.memory.reduce_after(error, self._deaths_in_a_row)
         is_immediate = self._is_ready or bool(change or error.signal)
         delay_s = 0 if is_immediate else self._limits.start_retry_s  # a start that failed may need time to succeed
-        logger.warning(error.describe(f"restarting it{change}{_format_delay(delay_s)}"))
+        logger.warning(error.describe(f"restarting it{change}{format_delay(delay_s)}"))
         self._is_ready, self._start_due_s = False, self._clock() + delay_s
         if is_immediate:
             self._start_again()
@@ -373,26 +393,8 @@ class EngineSupervisor:
         self._notes = self._measured_kv_bytes = None
         self._early_events.clear()
         self._watch.begin_life()
-        self._process, self._start_due_s = self._start(self._memory.spec), None
-
-    def _find_reason_to_abandon(self, error: EngineError) -> str | None:
-        if isinstance(error, EngineStuck):
-            return ", since it holds its devices"
-        if self._has_no_restarts_left:
-            return f" after {format_count(self._deaths_in_a_row, 'death')} in a row"
-        return f" after {self.blame.sickness}" if self.blame.sickness else None
+        self._process, self._start_due_s = self._start(self.memory.spec), None
 
     @property
     def _has_no_restarts_left(self) -> bool:
         return self._deaths_in_a_row >= self._limits.max_deaths
-
-
-def _warn_if_stuck(end: Callable[[], None]) -> None:
-    try:
-        end()
-    except EngineStuck as error:
-        logger.warning(error.summarize("leaving it to the kernel"))
-
-
-def _format_delay(delay_s: float) -> str:
-    return f" in {delay_s:g} s" if delay_s else ""

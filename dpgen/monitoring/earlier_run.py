@@ -28,7 +28,7 @@ class EarlierRun:
         busy_s, num_rows, num_prompt_tokens, num_generated_tokens: of each rank that generated rows; empty where the run
             has not gathered its result yet.
         num_ranks: length of these.
-        max_num_seqs: sequences that each engine ran at a time; None where unknown.
+        max_num_seqs: sequences that the engines of each rank ran at a time; None where unknown.
         kv_tokens: tokens that its KV cache held; None where unknown.
     """
 
@@ -63,6 +63,7 @@ def read_earlier_run(path: str) -> EarlierRun | None:
         return None
     ranks = [rank for rank in metadata.get("manifests") or [] if rank.get("busy_s", 0) > 0]
     engine: Mapping[str, Any] = metadata.get("engine") or {}
+    num_engines = (metadata.get("engines_per_rank") or {}).get("number") or 1
     return EarlierRun(
         run_dir.path,
         str((metadata.get("identity") or {}).get("model", "")),
@@ -72,8 +73,8 @@ def read_earlier_run(path: str) -> EarlierRun | None:
         tuple(int(rank["num_rows"]) for rank in ranks),
         tuple(int(rank["num_prompt_tokens"]) for rank in ranks),
         tuple(int(rank["num_generated_tokens"]) for rank in ranks),
-        engine.get("max_num_seqs"),
-        (engine.get("num_kv_blocks") or 0) * (engine.get("kv_block_tokens") or 0) or None,
+        (engine.get("max_num_seqs") or 0) * num_engines or None,
+        (engine.get("num_kv_blocks") or 0) * (engine.get("kv_block_tokens") or 0) * num_engines or None,
     )
 
 

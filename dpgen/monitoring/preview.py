@@ -316,6 +316,10 @@ def _describe_text(config: Config, text: TextPipeline) -> list[str]:
             f"only vLLM can tokenize these prompts ({text.engine_reason}): tokens are estimated, and rows that are too "
             "long are not found"
         )
+    if config.parallel.engines_per_rank not in ("auto", 1):
+        notes.append(
+            f"each rank runs {config.parallel.engines_per_rank} engines: the estimate of time takes it for one"
+        )
     parses = config.output.tool_parser is not None or config.output.reasoning != "keep"
     if parses and config.run.engine != "fake":
         notes.append("the parsers of output.* may change sampling.skip_special_tokens when the run begins")

@@ -154,6 +154,7 @@ def _list_identity(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
         "seed": identity.get("seed"),
         "device": engine.get("device"),
         "sequences at a time": engine.get("max_num_seqs"),
+        "engines a rank": _get(metadata, "engines_per_rank", "number"),
         "longest sequence": engine.get("max_model_len"),
         "ranks": metadata.get("dp_size"),
         "attempts": metadata.get("attempt"),

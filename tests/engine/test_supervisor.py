@@ -6,8 +6,9 @@ import dataclasses
 import logging
 import signal
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from helpers.clock import FakeClock
@@ -40,6 +41,7 @@ class FakeProcess:
     """Answer immediately; `find_cause(rows)` returns what the process dies of with these rows, or None."""
 
     log_path: Path | None = LOG_PATH
+    pipe = cast(Connection, None)  # nothing waits for it here
     sends_tokens = False  # instead of text
 
     def __init__(self, spec: EngineSpec, find_cause: CauseFn) -> None:

@@ -23,7 +23,12 @@ from helpers.jobs import REPO
 
 PAGES = ("README.md", "conf/README.md", "launch/README.md", "dpgen/README.md", "benchmarks/README.md")
 PROGRAMS = ("dpgen", "torchrun", "srun", "sbatch", "python", "bash", "pip", "hf", "git", "ulimit", "source")
-FOREIGN = {"hf auth login", "hf download", "git lfs pull", "git lfs install", "ulimit -Hn", "source .venv/bin/activate"}
+FOREIGN = {
+    *("hf auth login", "hf download", "git lfs pull", "git lfs install", "ulimit -Hn", "source .venv/bin/activate"),
+    "export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps-$USER CUDA_MPS_LOG_DIRECTORY=/tmp/mps-log-$USER",
+    "nvidia-cuda-mps-control -d",
+    "echo quit | nvidia-cuda-mps-control",
+}
 TAGS = {"bash", "text", "yaml", "python"}
 
 

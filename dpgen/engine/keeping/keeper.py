@@ -1,4 +1,4 @@
-"""Keep one rank's loaded engine from one job to the next, for callers that run several jobs with one model.
+"""Keep one rank's loaded engines from one job to the next, for callers that run several jobs with one model.
 
 - A job gets the engine by the same messages as a new one (`dpgen.engine.messages`), and its supervisor treats both the
   same. So everything that guards a run guards these jobs, too: restarts, the agreement on the KV cache, blame.
@@ -10,51 +10,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from dpgen.engine.messages import EngineSpec
+from dpgen.engine.pool.engine_count import EngineCount
+from dpgen.engine.pool.engine_pool import EnginePool
 from dpgen.engine.process import EngineProcess
 from dpgen.engine.starting.log_file import EngineLog
-from dpgen.engine.supervisor import EngineSupervisor
+
+
+class StartProcess(Protocol):
+    """Start a process for the engine of a number."""
+
+    def __call__(self, spec: EngineSpec, index: int = 0) -> EngineProcess: ...
 
 
 class EngineKeeper:
-    """Start an engine for the first job, and hand it on to the jobs after it."""
+    """Start engines for the first job, and hand them on to the jobs after it.
+
+    Attributes:
+        count: how many engines the last job found to pay; None before one has.
+    """
 
     def __init__(self) -> None:
-        self._kept: EngineProcess | None = None  # between two jobs
-        self._process: EngineProcess | None = None  # the last that was started
+        self.count: EngineCount | None = None
+        self._kept: dict[int, EngineProcess] = {}  # between two jobs, by the engines' numbers
+        self._processes: dict[int, EngineProcess] = {}  # the last of each engine that was started
 
-    def wrap_start(
-        self, start: Callable[[EngineSpec], EngineProcess], log: EngineLog
-    ) -> Callable[[EngineSpec], EngineProcess]:
-        """Return a function that gives the kept engine another job, once, and starts a new engine after that.
+    def wrap_start(self, start: StartProcess, log: EngineLog) -> Callable[..., EngineProcess]:
+        """Return a function that gives each kept engine another job, once, and starts a new engine after that.
 
         Args:
-            start: starts a process from a spec.
-            log: receives the lines of the job's engine.
+            start: starts a process from a spec, for an engine of a number.
+            log: receives the lines of the job's first engine; others have files beside it.
         """
 
-        def take_or_start(spec: EngineSpec) -> EngineProcess:
-            kept, self._kept = self._kept, None
+        def take_or_start(spec: EngineSpec, index: int = 0) -> EngineProcess:
+            kept = self._kept.pop(index, None)
             if kept is not None and kept.is_alive:
-                kept.begin_job(spec, log)
-                self._process = kept
+                kept.begin_job(spec, log.get_sibling(index))
+                self._processes[index] = kept
             else:
-                self._process = start(spec)
-            return self._process
+                self._processes[index] = start(spec, index)
+            return self._processes[index]
 
         return take_or_start
 
-    def take_back(self, engine: EngineSupervisor) -> None:
-        """Keep the engine of a job that has ended, or end the engine if it has not loaded its model."""
-        process = self._process
-        if process is not None and process.is_loaded and process.is_alive and not engine.is_abandoned:
-            self._kept = process
-        else:
-            engine.kill()
+    def take_back(self, pool: EnginePool) -> None:
+        """Keep the engines of a job that has ended; those that have not loaded their model are ended."""
+        self.count = None if pool.count.is_auto else pool.count
+        for index, engine in enumerate(pool.supervisors):
+            process = self._processes.get(index)
+            if process is not None and process.is_loaded and process.is_alive and not engine.is_abandoned:
+                self._kept[index] = process
+            else:
+                engine.kill()
 
     def close(self) -> None:
-        """End the kept engine."""
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            kept.close()
+        """End the kept engines."""
+        kept, self._kept = self._kept, {}
+        for process in kept.values():
+            process.stop()
+        for process in kept.values():
+            process.close()

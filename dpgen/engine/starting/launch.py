@@ -39,7 +39,8 @@ from dpgen.engine.checking.completion_checker import CompletionChecker, start_co
 from dpgen.engine.keeping.keeper import EngineKeeper
 from dpgen.engine.messages import EngineInfo, EngineSpec, EngineTextConfig, RequestParsers
 from dpgen.engine.parsing.completion_parser import CompletionParser, ToolFinder, start_completion_parser
-from dpgen.engine.process import EngineProcess, build_engine_env
+from dpgen.engine.pool.engine_pool import EnginePool
+from dpgen.engine.starting.engine_starter import EngineStarter, plan_engines
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.starting.model_damage import check_model_files, has_weights, measure_weights
@@ -49,7 +50,6 @@ from dpgen.engine.starting.pooling_text import (
     wrap_untokenized_prompts,
 )
 from dpgen.engine.starting.visible_gpus import list_visible_gpus
-from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
 
 def make_engine_factory(
     config: Config, topology: Topology, group: RankGroup, world: EngineWorld | None, log: EngineLog
-) -> Callable[[EngineSpec], EngineProcess]:
+) -> EngineStarter:
     """Return a function that starts an engine on this rank's share of its node's devices. Collective.
 
     Raises:
@@ -110,21 +110,10 @@ def make_engine_factory(
     )
     if gpus and world is not None:
         gpus = visible  # the neighbours' GPUs too: vLLM takes that of its LOCAL_RANK, and reaches the others directly
-    cores = None if gpus else assign_cores(on_node, min(topology.local_rank, len(on_node) - 1))
-    env = build_engine_env(
-        os.environ,
-        gpus=gpus,
-        num_cores=len(cores or ()),
-        log_level=config.run.log_level,
-        is_on_one_node=world is None or world.is_on_one_node,
-    )
-    if world is not None:
-        env |= world.to_env()
-        if len(visible) == 1:  # the launcher has bound each process to one GPU
-            env["LOCAL_RANK"] = "0"
+    cores = assign_cores(on_node, min(topology.local_rank, len(on_node) - 1))
     log.share(lambda key: group.checked_store.add(f"{_WARNINGS}/{key}", 1) == 1)
     num_sharing = count_sharing_ranks(topology, len(visible), config.gpus_per_rank) if gpus and world is None else 1
-    return lambda spec: EngineProcess(replace(spec, num_sharing=num_sharing), env, cores, log)
+    return EngineStarter(gpus, cores, num_sharing, world, len(visible) == 1, config.run.log_level, log)
 
 
 def prepare_engine(
@@ -134,8 +123,8 @@ def prepare_engine(
     group: RankGroup,
     log: EngineLog,
     keeper: EngineKeeper | None = None,
-) -> Callable[[], EngineSupervisor]:
-    """Return a function that starts this rank's engine process. Collective.
+) -> Callable[[], EnginePool]:
+    """Return a function that starts this rank's engines: the first one's process. Collective.
 
     The process checks its options, and then waits to load the model.
 
@@ -146,14 +135,24 @@ def prepare_engine(
         ConfigError: see `make_engine_factory`.
     """
     world = build_engine_world(topology, layout, group)
-    start = make_engine_factory(config, topology, group, world, log)
-    start = start if keeper is None else keeper.wrap_start(start, log)
+    starter = make_engine_factory(config, topology, group, world, log)
+    start = starter if keeper is None else keeper.wrap_start(starter, log)
     spec = group.run_on_all_ranks(lambda: build_engine_spec(config, topology, world))
+    count, engine_bytes = (None if keeper is None else keeper.count), 0
+    if count is None:
+        count, engine_bytes = plan_engines(config, spec.weight_bytes, starter)
+    spec = replace(
+        spec,
+        num_sharing=starter.num_sharing,
+        num_engines=count.number,
+        is_num_engines_auto=count.is_auto,
+        engine_bytes=engine_bytes,
+    )
     limits = EngineLimits.from_config(config.run)
-    return lambda: EngineSupervisor(start, spec, limits, can_restart=world is None)
+    return lambda: EnginePool(start, spec, limits, count, can_restart=world is None)
 
 
-def check_engine_options(engine: EngineSupervisor, config: ParallelConfig, group: RankGroup) -> None:
+def check_engine_options(engine: EnginePool, config: ParallelConfig, group: RankGroup) -> None:
     """Check the engine's options before a model loads. Collective.
 
     Raises:

@@ -16,7 +16,8 @@ from typing import Any
 
 from dpgen.config.sections import RunConfig
 from dpgen.engine.messages import EngineSpec
-from dpgen.errors import EngineError, FreeMemory
+from dpgen.errors import EngineError, EngineStuck, FreeMemory
+from dpgen.formatting import format_count
 
 # DPGEN_START_RETRY_S is for tests, which would otherwise wait 20 seconds for an engine that never starts.
 _START_RETRY_S = float(os.environ.get("DPGEN_START_RETRY_S") or 10.0)
@@ -45,6 +46,18 @@ class EngineLimits:
     def from_config(cls, run: RunConfig) -> EngineLimits:
         """Return the limits that the configuration sets."""
         return cls(run.engine_timeout_s, run.engine_start_timeout_s, run.max_engine_deaths)
+
+    def find_reason_to_abandon(self, error: EngineError, deaths_in_a_row: int, sickness: str | None) -> str | None:
+        """Return why an engine that died is not restarted, as the end of a sentence; None if it is.
+
+        Args:
+            sickness: how it fails on all rows; None if it does not.
+        """
+        if isinstance(error, EngineStuck):
+            return ", since it holds its devices"
+        if deaths_in_a_row >= self.max_deaths:
+            return f" after {format_count(deaths_in_a_row, 'death')} in a row"
+        return f" after {sickness}" if sickness else None
 
 
 class EngineMemory:
@@ -94,7 +107,7 @@ class EngineMemory:
         """Let the engine use what is free, where that may be enough."""
         if self._has_given_fraction or not free.is_at_start or self._find_problem(free):
             return ""
-        options["gpu_memory_utilization"] = free.fraction
+        options["gpu_memory_utilization"] = free.fraction * self.spec.num_engines  # which the engines divide
         return f" with gpu_memory_utilization={free.fraction:g}, which is what other processes leave"
 
     def _find_problem(self, free: FreeMemory) -> str:
@@ -118,8 +131,14 @@ class EngineMemory:
         if "kv_cache_memory_bytes" in options:
             options["kv_cache_memory_bytes"] = options["kv_cache_memory_bytes"] * 8 // 10
             return f" with kv_cache_memory_bytes={options['kv_cache_memory_bytes']}"
-        fraction = round(float(options.get("gpu_memory_utilization", _DEFAULT_FRACTION)) - 0.1, 2)
+        usual = _DEFAULT_FRACTION / self.spec.num_sharing
+        fraction = round(float(options.get("gpu_memory_utilization", usual)) - 0.1, 2)
         if fraction <= 0 or error.has_no_room_for_cache:  # less memory would leave even less for the cache
             return ""
         options["gpu_memory_utilization"] = fraction
-        return f" with gpu_memory_utilization={fraction}"
+        return f" with gpu_memory_utilization={fraction / self.spec.num_engines:g}"
+
+
+def format_delay(delay_s: float) -> str:
+    """Return the delay as the end of a sentence; "" for none."""
+    return f" in {delay_s:g} s" if delay_s else ""

@@ -22,7 +22,7 @@ from dpgen.config.sections import ParallelConfig
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout
 from dpgen.engine.messages import EngineInfo, EngineTextConfig
-from dpgen.engine.supervisor import EngineSupervisor
+from dpgen.engine.pool.engine_pool import EnginePool
 from dpgen.errors import EngineError
 from dpgen.formatting import format_count
 
@@ -66,7 +66,7 @@ class ModelLoader:
         self._error: EngineError | None = None
         self._loaded: LoadedModel | None = None
 
-    def begin(self, engine: EngineSupervisor, *, is_cold: bool, is_wanted: bool) -> None:
+    def begin(self, engine: EnginePool, *, is_cold: bool, is_wanted: bool) -> None:
         """Let the engine load, until `load`, beside what the rank does, unless another rank loads first. Collective.
 
         Args:
@@ -79,7 +79,7 @@ class ModelLoader:
         if is_wanted and not self._is_after_node_leader:
             engine.begin_loading()
 
-    def load(self, engine: EngineSupervisor, text_config: EngineTextConfig) -> LoadedModel | None:
+    def load(self, engine: EnginePool, text_config: EngineTextConfig) -> LoadedModel | None:
         """Load the model and log the KV cache's size. Collective; after a loss of ranks once more.
 
         Returns:
@@ -106,7 +106,7 @@ class ModelLoader:
             self._go_on_without(engine, self._error, is_agreeing)
         return self._loaded
 
-    def _load(self, engine: EngineSupervisor, text_config: EngineTextConfig) -> None:
+    def _load(self, engine: EnginePool, text_config: EngineTextConfig) -> None:
         if self._is_after_node_leader:
             self._wait_for_node_leader()
         info = engine.load_model(self._agree_kv_bytes, self._group.raise_if_peer_failed, text_config)
@@ -146,7 +146,7 @@ class ModelLoader:
         [self._agreed_kv_bytes] = self._group.wait(self._group.all_reduce_async([num_bytes], "min"))
         return self._agreed_kv_bytes
 
-    def _go_on_without(self, engine: EngineSupervisor, error: EngineError, is_agreeing: bool) -> None:
+    def _go_on_without(self, engine: EnginePool, error: EngineError, is_agreeing: bool) -> None:
         """Abandon this rank's engine once it is known that most other ranks have one.
 
         Raises:

@@ -57,6 +57,7 @@ class EngineLog:
         self._unclaimed: deque[tuple[str, str]] = deque(maxlen=_MAX_SHOWN_MESSAGES)  # (key, line) of warnings
         self._warnings: set[str] = set()  # keys of this rank's
         self._errors: set[str] = set()  # keys of this life's
+        self._siblings: dict[int, EngineLog] = {}
 
     def open(self, path: Path) -> None:
         """Append to this file from now on, starting with the lines held back so far."""
@@ -71,6 +72,17 @@ class EngineLog:
             self.path = path
             for line in early:
                 self._write_to_file(line)
+
+    def get_sibling(self, index: int) -> EngineLog:
+        """Return the log of the rank's engine of a number: this one for 0, and others in files beside it."""
+        if index == 0:
+            return self
+        if index not in self._siblings:
+            sibling = self._siblings[index] = EngineLog(logging.getLevelName(self._min_level))
+            sibling._claim = self._claim
+            if self.path is not None:
+                sibling.open(self.path.with_name(self.path.name.replace(".engine.", f".engine-{index}.")))
+        return self._siblings[index]
 
     def start_life(self, pid: int) -> None:
         """Mark in the file where the output of a new engine process begins."""

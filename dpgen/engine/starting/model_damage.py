@@ -111,6 +111,15 @@ def measure_weights(model: str, options: Mapping[str, Any]) -> int:
         return 0
 
 
+def find_small_file(model: str, name: str, revision: Any = None) -> Path | None:
+    """Return a file of the model's folder, or of its repository in the Hub's cache; None if it is not there."""
+    path = Path(os.path.expanduser(model)) / name
+    if not path.parent.is_dir():
+        cached = _find_cached(model, name, revision)
+        return None if cached is None else Path(cached)
+    return path if path.is_file() else None
+
+
 def _measure_file(path: Path) -> int:
     with path.open("rb") as file:
         header: dict[str, Any] = json.loads(read_safetensors_header(file, _MAX_HEADER_BYTES)[1])

@@ -14,7 +14,7 @@ from vllm.usage.usage_lib import UsageContext
 
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.vllm.adapters import VllmAdapters
-from dpgen.engine.vllm.default_options import apply_cpu_defaults, share_memory
+from dpgen.engine.vllm.default_options import apply_cpu_defaults
 from dpgen.engine.vllm.pooling import add_pooler_task
 from dpgen.engine.vllm.reasoning import find_engine_parser
 from dpgen.engine.vllm.rejections import summarize_error
@@ -34,8 +34,7 @@ def create_engine_config(
     """
     notes = adapters.add_options(options)
     if current_platform.is_cpu():
-        notes += apply_cpu_defaults(options, spec.local_size, samples=spec.pooling is None)
-    notes += share_memory(options, spec.num_sharing)
+        notes += apply_cpu_defaults(options, spec.local_size * spec.num_engines, samples=spec.pooling is None)
     if spec.world is not None:
         options["data_parallel_size"] = spec.world.num_groups
     if (parser := find_engine_parser(spec)) is not None:

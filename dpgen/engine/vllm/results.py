@@ -114,3 +114,8 @@ def _read_logprobs(token_ids: Sequence[int], flat: Any, k: int | None) -> TokenL
         ValueError: they are not those of these tokens.
     """
     return None if k is None or flat is None else from_rows(token_ids, flat.token_ids, flat.logprobs, k)
+
+
+def format_id(id: RequestId) -> str:
+    """Return a request's id as vLLM takes it: the row's index alone for its first request."""
+    return str(id.row) if id == RequestId(id.row) else "-".join(map(str, id))

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,9 @@ from dpgen.data.prompts.token_ids import reject_unknown_ids
 from dpgen.data.tokenizer import TokenizerConfig
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig, RequestParsers
 from dpgen.engine.parsing.request_parsers import ParserMaker, find_parser_class
+from dpgen.engine.pool.device_monitor import DeviceMonitor
 from dpgen.engine.vllm.adapters import VllmAdapters
+from dpgen.engine.vllm.default_options import share_memory
 from dpgen.engine.vllm.engine_config import convert_types, create_engine_config
 from dpgen.engine.vllm.executors import (
     SyncKvExternalExecutor,
@@ -44,10 +47,10 @@ from dpgen.engine.vllm.field_names import VllmFields
 from dpgen.engine.vllm.pooling import VllmPooling, find_wrong_model
 from dpgen.engine.vllm.reasoning import ReasoningState, make_core_request
 from dpgen.engine.vllm.rejections import classify_rejection, summarize_error
-from dpgen.engine.vllm.results import RunningRow, read_result
+from dpgen.engine.vllm.results import RunningRow, format_id, read_result
 from dpgen.engine.vllm.sampling_check import check_params, name_constraint
 from dpgen.errors import ConfigError, RowRefused
-from dpgen.records import Request, RequestId, RowResult, UndecodedRow
+from dpgen.records import Request, RowResult, UndecodedRow
 
 if TYPE_CHECKING:
     from dpgen.engine.vllm.server_requests import RequestConverter
@@ -73,6 +76,8 @@ class VllmBackend:
         self._pooling: VllmPooling | None = None
         self._preemptions: dict[str, int] = {}  # preemptions of each running sequence that was preempted
         self._num_preemptions = 0
+        self._device = DeviceMonitor(os.environ)
+        self.num_engines = spec.num_engines
 
     def check_options(self) -> tuple[str, ...]:
         unknown = list(self._find_unknown_names())
@@ -80,7 +85,11 @@ class VllmBackend:
         mistakes, notes = [*unknown, *wrong_types], list[str]()
         if not mistakes:
             try:
-                self._config, notes = create_engine_config(self._spec, options, self._executor.backend, self._adapters)
+                on_cpu = current_platform.is_cpu()
+                self.num_engines, shared = share_memory(options, self._spec, self._device, on_cpu=on_cpu)
+                spec = dataclasses.replace(self._spec, num_engines=self.num_engines)
+                self._config, notes = create_engine_config(spec, options, self._executor.backend, self._adapters)
+                notes += shared
                 mistakes += self._adapters.find_rejected(self._config.lora_config)
                 mistakes += find_wrong_model(self._spec, self._config.model_config)
             except ConfigError as error:
@@ -162,7 +171,7 @@ class VllmBackend:
         is_decoded_by_rank = is_decoded_by_rank and token_ids is request.prompt_token_ids
         params.detokenize = params.detokenize and not (is_decoded_by_rank or is_scored)
         params.flat_logprobs = True  # no object for each log-probability
-        name, source = _format_id(request.id), request.server_request
+        name, source = format_id(request.id), request.server_request
         self._rows[name] = RunningRow(
             request.id,
             params,
@@ -212,6 +221,7 @@ class VllmBackend:
             + self._num_finished_tokens
             + sum(request.num_computed_tokens for request in scheduler.requests.values()),
             round(scheduler.kv_cache_manager.usage, 4),
+            device_busy=self._device.measure_busy(),
         )
 
     def close(self) -> None:
@@ -355,7 +365,7 @@ class VllmBackend:
     def _add_pooling(self, pooling: VllmPooling, request: Request) -> None:
         token_ids = self._find_token_ids(request)
         try:
-            pooling.add(_format_id(request.id), request, token_ids, self._adapters.get_request(request.adapter))
+            pooling.add(format_id(request.id), request, token_ids, self._adapters.get_request(request.adapter))
         except RowRefused:
             raise
         except Exception as error:  # noqa: BLE001 - as in `add_request`
@@ -388,8 +398,3 @@ class VllmBackend:
         self._num_finished_prompt_tokens += len(output.prompt_token_ids or ()) * max(1, len(output.outputs))
         self._num_finished_tokens += sum(len(sample.token_ids) for sample in output.outputs)
         return read_result(output, self._rows.pop(output.request_id))
-
-
-def _format_id(id: RequestId) -> str:
-    """Return the id as vLLM takes it: the row's index alone for its first request."""
-    return str(id.row) if id == RequestId(id.row) else "-".join(map(str, id))

@@ -101,6 +101,8 @@ def format_rank_lines(records: Mapping[int, RankRecord], rates: Sequence[int]) -
             parts.append(f"KV {100 * counts.kv_cache_usage:.0f} %")
         if counts.num_errors:
             parts.append(format_count(counts.num_errors, "error"))
+        if counts.num_engines > 1:
+            parts.append(format_count(counts.num_engines, "engine"))
         if counts.num_engine_restarts:
             parts.append(format_count(counts.num_engine_restarts, "restart"))
         yield f"rank {rank} on {host}: {', '.join(parts)}"
@@ -116,6 +118,8 @@ def _format_rows(status: RunStatus) -> str:
 
 
 def _format_engines(status: RunStatus) -> Iterator[str]:
+    if any(view.counts.num_engines > 1 for view in status.ranks):
+        yield f"{status.num_engines} on {format_count(len(status.ranks), 'rank')}"
     if status.num_calls:
         yield format_count(status.num_calls, "call")
     if status.prefix_cache_fraction:

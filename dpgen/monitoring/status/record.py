@@ -69,6 +69,7 @@ class RankCounts:
         kv_cache_usage: fraction of the KV cache in use now; None where the engine does not say.
         tokens_per_s: generated tokens/s over the last seconds, prompt tokens/s of a model that only reads; None while
             nothing is generated.
+        num_engines: engines of this rank that have loaded the model; its other numbers are their sums.
     """
 
     num_rows: int = 0
@@ -82,6 +83,7 @@ class RankCounts:
     num_waiting: int = 0
     kv_cache_usage: float | None = None
     tokens_per_s: int | None = None
+    num_engines: int = 0
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class EngineView(NamedTuple):
         get_stats: returns the engine's newest statistics, since the start of the attempt; None before the first.
         get_num_restarts: returns how often the engine was restarted.
         get_wait_s: returns for how many seconds the rank has waited for other ranks; 0 if it does not wait.
+        get_num_engines: returns how many engines of this rank have loaded the model.
         get_latencies: returns the counts of a `LatencyHistogram`: for how long the engine had each request.
     """
 
@@ -83,6 +84,7 @@ class EngineView(NamedTuple):
     get_num_restarts: Callable[[], int] = lambda: 0
     get_wait_s: Callable[[], float] = lambda: 0.0
     get_latencies: Callable[[], Sequence[int]] = lambda: ()
+    get_num_engines: Callable[[], int] = lambda: 0
 
 
 class _Phase(NamedTuple):
@@ -276,6 +278,7 @@ class RankReporter:
             self._rate.record(now_s, stats.num_computed_tokens if self.reads_only else counts["num_generated_tokens"])
         if stats is not None and phase.name == GENERATING and self._state == "live":
             counts |= {"num_running": stats.num_running, "num_waiting": stats.num_waiting}
+            counts["num_engines"] = self.view.get_num_engines()
             counts |= {"kv_cache_usage": stats.kv_cache_usage, "tokens_per_s": _read_rate(self._rate, now_s)}
         return dataclasses.replace(tally, **counts)
 

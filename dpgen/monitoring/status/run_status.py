@@ -84,6 +84,7 @@ class RunStatus:
         num_errors, errors, num_generated_tokens, num_preemptions, num_engine_restarts: of this attempt; of a finished
             run's result, as far as that says.
         num_calls: finished calls of rows' programs, of this attempt.
+        num_engines: of all ranks that are live, such as have loaded the model.
         tokens_per_s, rows_per_s, time_left: None while they are not known.
         prefix_cache_fraction: of all prompt tokens of finished rows, how many were cached; None if not known.
         waits_for: the ranks that others wait for, or that hold the last rows.
@@ -108,6 +109,7 @@ class RunStatus:
     num_preemptions: int = 0
     num_engine_restarts: int = 0
     num_calls: int = 0
+    num_engines: int = 0
     errors: tuple[ErrorKind, ...] = ()
     waits_for: tuple[RankView, ...] = ()
     stragglers: tuple[SlowRank, ...] = ()
@@ -204,6 +206,7 @@ class RunWatcher:
             ranks=tuple(_add_missing(views, num_ranks)),
             errors=_merge_errors(records),
             num_engine_restarts=sum(record.counts.num_engine_restarts for record in records),
+            num_engines=sum(record.counts.num_engines for _, record in live),
             notes=tuple(_find_notes(views, num_ranks, is_live=is_live)),
             waits_for=_find_awaited([v for v, _ in live], [r for _, r in live], num_ranks) if is_live else (),
             stragglers=_find_slow_ranks([r for _, r in live]) if is_live else (),

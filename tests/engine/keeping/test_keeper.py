@@ -10,13 +10,15 @@ import pytest
 
 from dpgen.engine.keeping.keeper import EngineKeeper
 from dpgen.engine.messages import EngineSpec, EngineStats, RowsFinished
+from dpgen.engine.pool.engine_count import EngineCount
+from dpgen.engine.pool.engine_pool import EnginePool
 from dpgen.engine.process import EngineProcess, build_engine_env
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.starting.log_file import EngineLog
-from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import ConfigError
 from dpgen.records import Request, RequestId, RowResult
 
+ONE = EngineCount(1, "the test has one")
 SPEC = EngineSpec("fake", "none", {"kv_cache_memory_bytes": 1 << 16})
 
 
@@ -26,17 +28,17 @@ class Rank:
     def __init__(self, log: Path) -> None:
         self.keeper, self.pids, self._log = EngineKeeper(), list[int](), log
 
-    def start(self, spec: EngineSpec) -> EngineProcess:
+    def start(self, spec: EngineSpec, index: int = 0) -> EngineProcess:
         env = build_engine_env({}, gpus=None, num_cores=1, log_level="warning")
         process = EngineProcess(spec, env, None, EngineLog("warning"))
         self.pids.append(process.pid)
         return process
 
-    def begin(self, spec: EngineSpec, num_bytes: int = 1 << 15) -> EngineSupervisor:
+    def begin(self, spec: EngineSpec, num_bytes: int = 1 << 15) -> EnginePool:
         """Return the engine of a job, with its options checked and its model loaded."""
         log = EngineLog("warning")
         log.open(self._log)
-        engine = EngineSupervisor(self.keeper.wrap_start(self.start, log), spec, EngineLimits(60, 60, 8, 0.1))
+        engine = EnginePool(self.keeper.wrap_start(self.start, log), spec, EngineLimits(60, 60, 8, 0.1), ONE)
         engine.load_model(lambda measured: min(measured, num_bytes), lambda: None)
         return engine
 
@@ -48,7 +50,7 @@ def rank(tmp_path: Path) -> Iterator[Rank]:
     rank.keeper.close()
 
 
-def finish(engine: EngineSupervisor, is_done: Callable[[list[RowResult], list[EngineStats]], bool]) -> list[RowResult]:
+def finish(engine: EnginePool, is_done: Callable[[list[RowResult], list[EngineStats]], bool]) -> list[RowResult]:
     results: list[RowResult] = []
     stats: list[EngineStats] = []
     while not is_done(results, stats):
@@ -60,7 +62,7 @@ def finish(engine: EngineSupervisor, is_done: Callable[[list[RowResult], list[En
     return results
 
 
-def submit(engine: EngineSupervisor, count: int) -> None:
+def submit(engine: EnginePool, count: int) -> None:
     engine.submit([Request(RequestId(row), [65 + row], sampling={"seed": 0}) for row in range(count)])
 
 
@@ -95,7 +97,7 @@ def test_wrong_sampling_of_a_job_costs_that_job_alone(rank: Rank) -> None:
     rank.keeper.take_back(rank.begin(SPEC))
     log = EngineLog("warning")
     wrong = dataclasses.replace(SPEC, sampling={"temprature": 1})
-    engine = EngineSupervisor(rank.keeper.wrap_start(rank.start, log), wrong, EngineLimits(60, 60, 8, 0.1))
+    engine = EnginePool(rank.keeper.wrap_start(rank.start, log), wrong, EngineLimits(60, 60, 8, 0.1), ONE)
     with pytest.raises(ConfigError, match=r"temprature.*temperature"):
         engine.check_options(lambda: None)
     rank.keeper.take_back(engine)
@@ -121,7 +123,7 @@ def test_a_job_that_ends_while_its_input_is_read_leaves_the_engine_to_the_next(
     rank.keeper.take_back(rank.begin(SPEC))
     spec = dataclasses.replace(SPEC, sampling=sampling)
     start = rank.keeper.wrap_start(rank.start, EngineLog("warning"))
-    engine = EngineSupervisor(start, spec, EngineLimits(60, 60, 8, 0.1))
+    engine = EnginePool(start, spec, EngineLimits(60, 60, 8, 0.1), ONE)
     engine.begin_loading()  # and then the input is wrong
     rank.keeper.take_back(engine)
     engine = rank.begin(SPEC)
@@ -129,3 +131,23 @@ def test_a_job_that_ends_while_its_input_is_read_leaves_the_engine_to_the_next(
     assert finish(engine, lambda results, _: bool(results))
     rank.keeper.take_back(engine)
     assert len(rank.pids) == 1, "the engine is loaded only once"
+
+
+def test_all_engines_of_a_rank_are_kept(rank: Rank) -> None:
+    pids = []
+    for _ in range(2):
+        spec = dataclasses.replace(SPEC, num_engines=2)
+        limits, log = EngineLimits(60, 60, 8, 0.1), EngineLog("warning")
+        count = rank.keeper.count or EngineCount(2, "the test has two")
+        pool = EnginePool(rank.keeper.wrap_start(rank.start, log), spec, limits, count)
+        pool.load_model(lambda measured: measured, lambda: None)
+        while pool.num_ready < 2:
+            pool.poll(1.0)
+        submit(pool, 30)
+        results: list[RowResult] = []
+        while len(results) < 30:
+            results += finish(pool, lambda results, _: bool(results))
+        assert sorted(result.row for result in results) == list(range(30))
+        pids.append(list(rank.pids))
+        rank.keeper.take_back(pool)
+    assert len(pids[0]) == 2 and pids[1] == pids[0], "the second job starts none"

@@ -10,7 +10,7 @@ import pytest
 from helpers.jobs import Launcher, make_numbered_rows
 
 from dpgen.engine.messages import EngineSpec
-from dpgen.errors import EngineError, FreeMemory
+from dpgen.errors import ConfigError, EngineError, FreeMemory
 
 GIB = 1 << 30
 
@@ -57,16 +57,45 @@ def test_engines_on_one_gpu_divide_its_memory_unless_the_user_has() -> None:
 
     from dpgen.engine.vllm.default_options import share_memory
 
+    def share(options: dict[str, Any], **shared: Any) -> tuple[int, list[str]]:
+        return share_memory(options, EngineSpec("vllm", "m", **shared), FakeDevice(), on_cpu=False)  # type: ignore[arg-type]
+
     options: dict[str, Any] = {}
-    [note] = share_memory(options, 3)
+    [note] = share(options, num_sharing=3)[1]
     assert (
         0.99 * EngineArgs.gpu_memory_utilization
         < 3 * options["gpu_memory_utilization"]
         <= EngineArgs.gpu_memory_utilization
     )
     assert note.startswith("parallel.share_devices: 3 engines on a GPU, each with gpu_memory_utilization=0.3")
-    assert share_memory(options, 3) == [] and share_memory({}, 1) == []
+    assert share(options, num_sharing=3) == (1, []) and share({}) == (1, [])
     assert EngineSpec("vllm", "m").num_sharing == 1
+
+
+class FakeDevice:
+    memory_bytes, free_bytes = 80 << 30, 79 << 30
+
+
+@pytest.mark.vllm
+def test_the_engines_of_a_rank_divide_what_is_the_ranks() -> None:
+    from dpgen.engine.vllm.default_options import share_memory
+
+    def share(options: dict[str, Any], on_cpu: bool = False, **shared: Any) -> int:
+        spec = EngineSpec("vllm", "m", **shared)
+        return share_memory(options, spec, FakeDevice(), on_cpu=on_cpu)[0]  # type: ignore[arg-type]
+
+    given: dict[str, Any] = {"gpu_memory_utilization": 0.9, "kv_cache_memory_bytes": 9 << 30}
+    assert share(given, num_engines=3) == 3
+    assert given == {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 3 << 30}
+    shared: dict[str, Any] = {}
+    assert share(shared, num_engines=2, num_sharing=2) == 2 and shared == {"gpu_memory_utilization": 0.23}
+    on_cpu: dict[str, Any] = {}
+    assert share(on_cpu, on_cpu=True, num_engines=2) == 2 and on_cpu == {}, "the CPU's default divides its own memory"
+    auto: dict[str, Any] = {}
+    needs: dict[str, Any] = {"num_engines": 4, "is_num_engines_auto": True, "engine_bytes": 30 << 30}
+    assert share(auto, **needs) == 2, "as many as the memory has room for"
+    with pytest.raises(ConfigError, match=r"engines_per_rank=3: weights of 30.0 GiB .* at most 2 do"):
+        share({}, num_engines=3, weight_bytes=30 << 30)
 
 
 @pytest.mark.multi

@@ -12,8 +12,8 @@ from dpgen.config.sections import ParallelConfig
 from dpgen.distributed.group import PeerLost, PendingReduce, SingleRankGroup
 from dpgen.distributed.layout import Layout
 from dpgen.engine.messages import EngineInfo, EngineTextConfig
+from dpgen.engine.pool.engine_pool import EnginePool
 from dpgen.engine.starting.loading import LoadedModel, ModelLoader
-from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EngineError, PeerFailed
 
 INFO = EngineInfo(max_num_seqs=8, max_model_len=100, num_kv_blocks=2048, kv_block_tokens=16)
@@ -89,14 +89,14 @@ def load(
     engine, phases = FakeEngine(), list[str]()
     layout = layout or Layout(num_engines=group.size)
     loader = ModelLoader(ParallelConfig(**parallel), layout, group, phases.append)
-    loader.begin(cast(EngineSupervisor, engine), is_cold=is_cold, is_wanted=True)
-    loaded = loader.load(cast(EngineSupervisor, engine), EngineTextConfig())
+    loader.begin(cast(EnginePool, engine), is_cold=is_cold, is_wanted=True)
+    loaded = loader.load(cast(EnginePool, engine), EngineTextConfig())
     assert loaded is not None
     return loaded, engine, phases
 
 
 def load_with(loader: ModelLoader, engine: FakeEngine) -> LoadedModel | None:
-    return loader.load(cast(EngineSupervisor, engine), EngineTextConfig())
+    return loader.load(cast(EnginePool, engine), EngineTextConfig())
 
 
 def make_loader(group: SingleRankGroup, layout: Layout | None = None) -> ModelLoader:
@@ -141,7 +141,7 @@ def test_a_rank_waits_where_the_nodes_first_rank_has_a_cache_to_fill(
 def test_a_rank_whose_node_s_first_rank_fills_a_cache_waits_also_once_the_cache_holds_something() -> None:
     group, engine = TwoRankGroup(peer_is_cold=True), FakeEngine()
     loader = make_loader(group)
-    loader.begin(cast(EngineSupervisor, engine), is_cold=True, is_wanted=True)
+    loader.begin(cast(EnginePool, engine), is_cold=True, is_wanted=True)
     group._peer_is_cold = False  # rank 0 has begun to write to it
     load_with(loader, engine)
     assert group.num_polls == 3 and not engine.has_begun
@@ -149,7 +149,7 @@ def test_a_rank_whose_node_s_first_rank_fills_a_cache_waits_also_once_the_cache_
 
 def test_no_engine_loads_ahead_in_a_run_directory_that_may_hold_the_result() -> None:
     engine = FakeEngine()
-    make_loader(SingleRankGroup()).begin(cast(EngineSupervisor, engine), is_cold=False, is_wanted=False)
+    make_loader(SingleRankGroup()).begin(cast(EnginePool, engine), is_cold=False, is_wanted=False)
     assert not engine.has_begun
 
 

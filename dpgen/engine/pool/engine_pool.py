@@ -1,0 +1,400 @@
+"""Run the engines of one rank as one: one admission, one shard, one journal; see `parallel.engines_per_rank`.
+
+- The first engine loads as a rank's only engine does, and generates. Others join it in the background, one after the
+  other: vLLM measures memory while it loads, and two that load would count each other's.
+- All have the KV cache that the ranks agreed on with their first engines, so that no further agreement is needed.
+- Each engine dies, is restarted and is abandoned alone, with its own blame. What cannot have killed it goes to the
+  others at once; rows that may have stay with it. The rank is without an engine only once all are abandoned.
+- Statistics are sums. `poll` waits for all engines at once.
+
+Limits: engines that share their work with other ranks are one a rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import wait
+
+from dpgen.engine.messages import (
+    EngineInfo,
+    EngineSpec,
+    EngineStats,
+    EngineTextConfig,
+    Event,
+    RowsFinished,
+    StartEngine,
+)
+from dpgen.engine.pool.engine_count import (
+    DEFAULT_NUM_SEQS,
+    Calibration,
+    EngineCount,
+    KvWatch,
+    Signals,
+    decide_engine_count,
+    pays,
+)
+from dpgen.engine.pool.router import RequestRouter, count_samples
+from dpgen.engine.pool.stats_sum import StatsSum
+from dpgen.engine.starting.limits import EngineLimits
+from dpgen.engine.supervisor import EngineSupervisor
+from dpgen.errors import EngineError
+from dpgen.journal.engine_notes import BlameState
+from dpgen.records import Request, RequestId
+
+logger = logging.getLogger(__name__)
+
+_MAX_JOIN_DEATHS = 2  # of an engine that has not been ready: the others go on without it
+_TOO_FEW_ROWS = "too few rows are left for another to pay"
+_MIN_START_S = 5.0  # of an engine that joins; the first one's loading tells more
+
+
+class EnginePool:
+    """Run one rank's engines.
+
+    Args:
+        start: starts a process from a spec, for an engine of a number.
+        spec: of each engine; its number of engines is the most that there may be.
+        limits: of each engine.
+        count: how many there are to be.
+        can_restart: as of `EngineSupervisor`.
+        clock: seconds that only increase.
+
+    Attributes:
+        count: how many engines there are to be, and why.
+        supervisors: the engines, by their numbers.
+        on_decided: called with the number once it is known; again where fewer engines start after all.
+        get_rows_left: returns how many rows this rank still has to generate, about.
+        has_joined_all: True once all engines that there are to be have loaded the model.
+    """
+
+    def __init__(
+        self,
+        start: StartEngine,
+        spec: EngineSpec,
+        limits: EngineLimits,
+        count: EngineCount,
+        *,
+        can_restart: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._start, self._limits, self._can_restart, self._clock = start, limits, can_restart, clock
+        self.supervisors: list[EngineSupervisor] = []
+        self.count = count
+        self.on_decided: Callable[[EngineCount], None] = lambda count: None
+        self.get_rows_left: Callable[[], float] = lambda: float("inf")
+        self._router = RequestRouter(count_samples(spec))
+        self._stats = StatsSum()
+        self._text_config = EngineTextConfig()
+        self._blame: tuple[BlameState, Callable[[], Request | None]] | None = None
+        self._calibration: Calibration | None = None
+        self._kv_watch: KvWatch | None = None
+        self._max_engines, self._was_auto = count.number, count.is_auto
+        self._is_decided = self.has_joined_all = False
+        self._load_begin_s: float | None = None
+        self._ready_s = clock()
+        self._start_s, self._num_finished = _MIN_START_S, 0
+        self._num_seqs_before = spec.options.get("max_num_seqs") or DEFAULT_NUM_SEQS  # before an engine is loaded
+        self._add_engine(spec)
+
+    # ---- start-up: of the first engine alone
+
+    def begin_loading(self) -> None:
+        """Let the first engine load its model; see `EngineSupervisor.begin_loading`."""
+        if self._load_begin_s is None:
+            self._load_begin_s = self._clock()
+        self.supervisors[0].begin_loading()
+
+    def check_options(self, on_wait: Callable[[], None]) -> tuple[str, ...]:
+        """Wait for the first engine's check of its options; see `EngineSupervisor.check_options`."""
+        notes = self.supervisors[0].check_options(on_wait)
+        num_engines = self.supervisors[0].memory.spec.num_engines
+        if num_engines < self.count.number:
+            why = f"{self.count.why}; the memory that is known to be free has room for {num_engines}"
+            self.count = EngineCount(num_engines, why, self.count.is_auto and num_engines > 1)
+        return notes
+
+    def load_model(
+        self,
+        agree_kv: Callable[[int], int],
+        on_wait: Callable[[], None],
+        text_config: EngineTextConfig = EngineTextConfig(),  # noqa: B008 - frozen
+    ) -> EngineInfo:
+        """Load the first engine's model; see `EngineSupervisor.load_model`. Others join once `poll` is called.
+
+        Their processes start now, so that vLLM is imported there meanwhile.
+        """
+        self._text_config = text_config
+        self.begin_loading()
+        self.check_options(on_wait)
+        self._prepare()
+        info = self.supervisors[0].load_model(agree_kv, on_wait, text_config)
+        self._ready_s = self._clock()
+        self._start_s = max(_MIN_START_S, self._ready_s - (self._load_begin_s or self._ready_s))
+        if self.count.is_auto:
+            self._calibration = Calibration(info.max_num_seqs, self._ready_s)
+            self._kv_watch = KvWatch(info.max_num_seqs)
+            self._max_engines = self.count.number
+        return info
+
+    def recall(self, state: BlameState, find_canary: Callable[[], Request | None]) -> None:
+        """Continue from what an earlier attempt knows of rows; see `BlameTracker.recall` and its `find_canary`."""
+        self._blame = state, find_canary
+        for engine in self.supervisors:
+            self._teach(engine)
+
+    # ---- what the loop sees
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that the engines run at a time; of one that starts again, those that stay with it."""
+        ready = sum(engine.max_num_seqs for engine in self.supervisors if engine.is_ready)
+        if not ready:
+            return sum(engine.max_num_seqs for engine in self.supervisors)
+        waiting = (index for index, engine in enumerate(self.supervisors) if not engine.is_ready)
+        return ready + sum(min(self.supervisors[index].max_num_seqs, self._router.count(index)) for index in waiting)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and completion together; 0 before a model is loaded."""
+        return max(engine.max_model_len for engine in self.supervisors)
+
+    @property
+    def is_ready(self) -> bool:
+        """True while an engine has loaded its model."""
+        return any(engine.is_ready for engine in self.supervisors)
+
+    @property
+    def is_abandoned(self) -> bool:
+        """True once every engine is abandoned; other ranks then claim this rank's rows."""
+        return all(engine.is_abandoned for engine in self.supervisors)
+
+    @property
+    def num_deaths(self) -> int:
+        """Deaths of all engines."""
+        return sum(engine.num_deaths for engine in self.supervisors)
+
+    @property
+    def num_ready(self) -> int:
+        """Engines that have loaded their model."""
+        return sum(engine.is_ready for engine in self.supervisors)
+
+    @property
+    def start_phases(self) -> tuple[tuple[str, float], ...]:
+        """What the first engine did until it was ready."""
+        return self.supervisors[0].start_phases
+
+    @property
+    def final_death(self) -> EngineError | None:
+        """How the only engine died, if it can't be restarted."""
+        return self.supervisors[0].final_death
+
+    def save_blame(self) -> BlameState:
+        """Return what the next attempt needs to know, of an engine that shares its work with other ranks."""
+        return self.supervisors[0].blame.save()
+
+    def submit(self, requests: list[Request]) -> None:
+        """Give rows to the engines, now or as soon as they can take them."""
+        sizes = {index: engine.max_num_seqs for index, engine in enumerate(self.supervisors) if engine.is_ready}
+        if not sizes:  # all of them start again
+            sizes = {index: engine.max_num_seqs for index, engine in enumerate(self.supervisors) if engine.max_num_seqs}
+        sizes = sizes or {0: 1}
+        batches: dict[int, list[Request]] = {}
+        for request in requests:
+            batches.setdefault(self._router.place(request, sizes), []).append(request)
+        for index, batch in batches.items():
+            self.supervisors[index].submit(batch)
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """Return finished rows and the sum of statistics, after waiting up to `timeout_s` for the first."""
+        if self.is_abandoned:
+            time.sleep(timeout_s)
+            return []
+        self._grow()
+        if len(self.supervisors) == 1:
+            return list(self._sum_up(0, self.supervisors[0].poll(timeout_s)))
+        if timeout_s:
+            self._wait(timeout_s)
+        events: list[Event] = []
+        for index, engine in enumerate(self.supervisors):
+            if not engine.is_abandoned:
+                num_deaths = engine.num_deaths
+                events += self._sum_up(index, engine.poll(0))
+                if engine.num_deaths > num_deaths:
+                    self._after_death(index)
+        return events
+
+    # ---- the end
+
+    def abandon(self) -> None:
+        """End all engines for good: the rank goes on without one."""
+        for engine in self.supervisors:
+            engine.abandon()
+
+    def stop(self) -> None:
+        """Let the engines end while the rank continues; `close` waits for the end."""
+        for engine in self.supervisors[1:]:
+            if not engine.is_ready:
+                engine.kill()  # while it loads, it reads no request
+        for engine in self.supervisors:
+            engine.stop()
+
+    def close(self) -> None:
+        """End the engines; all are asked before any is awaited."""
+        self.stop()
+        for engine in self.supervisors:
+            engine.close()
+
+    def kill(self) -> None:
+        """End the engines immediately."""
+        for engine in self.supervisors:
+            engine.kill()
+
+    # ---- events
+
+    def _wait(self, timeout_s: float) -> None:
+        pipes = [engine.pipe for engine in self.supervisors]
+        if awaited := [pipe for pipe in pipes if pipe is not None]:
+            wait(awaited, timeout_s)
+        else:
+            time.sleep(timeout_s)
+
+    def _sum_up(self, index: int, events: Iterable[Event]) -> Iterator[Event]:
+        """Yield an engine's finished rows, and all engines' statistics in place of its own."""
+        for event in events:
+            if isinstance(event, RowsFinished):
+                for id in event.ids:
+                    self._finish(id)
+                yield event
+            elif isinstance(event, EngineStats):
+                self._calibrate(index, event)
+                ready = {number for number, engine in enumerate(self.supervisors) if engine.is_ready}
+                working = {number for number in ready if self.supervisors[number].blame.is_busy}
+                if (total := self._stats.add(index, event, ready, working, self._clock())) is not None:
+                    yield total
+
+    def _finish(self, id: RequestId) -> None:
+        self._num_finished += 1
+        self._router.remove(id)
+
+    # ---- more engines
+
+    def _calibrate(self, index: int, stats: EngineStats) -> None:
+        if self._kv_watch is not None and self.has_joined_all and self._kv_watch.is_short(stats):
+            self._use_idle_memory()
+        if self._calibration is None or index != 0:
+            return
+        found = self._calibration.add(stats, self._clock())
+        if found is None:
+            return
+        self._calibration = None
+        if isinstance(found, Signals):
+            self.count = decide_engine_count(found, self.count.number)
+        else:
+            self.count = EngineCount(1, found)
+
+    def _grow(self) -> None:
+        """Start the processes of further engines, and let the next one load once the one before is ready."""
+        if self.has_joined_all or not self.is_ready:
+            return
+        if self.count.is_auto:
+            self._prepare()
+            return
+        if not self._is_decided:
+            self._is_decided = True
+            if self._was_auto and self.count.number > 1 and not self._pays():
+                self.count = dataclasses.replace(self.count, number=1, why=f"{self.count.why}; {_TOO_FEW_ROWS}")
+            self._drop_surplus()
+            self.on_decided(self.count)
+        joining = [engine for engine in self.supervisors if not engine.max_num_seqs and not engine.is_abandoned]
+        if any(engine.memory.kv_bytes is not None for engine in joining):
+            return  # one loads, or starts again
+        if not joining and len(self.supervisors) >= self.count.number:
+            self.has_joined_all = True
+        elif self._was_auto and not self._pays():
+            self._stay_with(len(self.supervisors) - len(joining), _TOO_FEW_ROWS)
+        else:
+            engine = joining[0] if joining else self._add_engine(self.supervisors[0].memory.spec)
+            engine.join(self._text_config, self._kv_bytes)
+            self._prepare()
+
+    def _use_idle_memory(self) -> None:
+        """Let another engine join where memory was left for one: the KV caches are full, and it has its own."""
+        if len(self.supervisors) < self._max_engines and self._pays():
+            why = f"{self.count.why}; later the KV cache was full"
+            self.count = dataclasses.replace(self.count, number=len(self.supervisors) + 1, why=why)
+            self.has_joined_all = False
+            self.on_decided(self.count)
+
+    @property
+    def _kv_bytes(self) -> int:
+        """KV cache of the engines that have one."""
+        return min(engine.memory.kv_bytes for engine in self.supervisors if engine.memory.kv_bytes is not None)
+
+    def _prepare(self) -> None:
+        """Start the processes that may be wanted: they import vLLM and check their options, and take no memory yet."""
+        while len(self.supervisors) < self.count.number and (not self._was_auto or self._pays()):
+            self._add_engine(self.supervisors[0].memory.spec)
+
+    def _pays(self) -> bool:
+        generating_s = self._clock() - self._ready_s
+        rate = self._num_finished / generating_s if generating_s > 0 else 0.0
+        num_seqs = self.supervisors[0].max_num_seqs or self._num_seqs_before
+        return pays(self.get_rows_left(), rate, self._start_s, num_seqs)
+
+    def _drop_surplus(self) -> None:
+        """End the engines that are not wanted after all; none of them has loaded."""
+        surplus = self.supervisors[self.count.number :]
+        del self.supervisors[self.count.number :]
+        for engine in surplus:
+            engine.kill()
+        self._name_heirs()
+
+    def _stay_with(self, number: int, why: str) -> None:
+        self.has_joined_all = True
+        self.count = dataclasses.replace(self.count, number=number, why=f"{self.count.why}; {why}")
+        self._drop_surplus()
+        self.on_decided(self.count)
+
+    def _add_engine(self, spec: EngineSpec) -> EngineSupervisor:
+        index = len(self.supervisors)
+        engine = EngineSupervisor(
+            lambda spec: self._start(spec, index), spec, self._limits, can_restart=self._can_restart, clock=self._clock
+        )
+        self.supervisors.append(engine)
+        self._name_heirs()
+        self._teach(engine)
+        return engine
+
+    def _teach(self, engine: EngineSupervisor) -> None:
+        if self._blame is not None:
+            state, engine.blame.find_canary = self._blame
+            engine.blame.recall(state)
+
+    # ---- deaths
+
+    def _after_death(self, index: int) -> None:
+        """Pass on the rows of an engine that died: all where it is abandoned, else those that can't have killed it."""
+        engine = self.supervisors[index]
+        if not engine.is_abandoned and not engine.max_num_seqs and engine.num_deaths >= _MAX_JOIN_DEATHS:
+            engine.abandon()
+            logger.warning(f"engine {index} of this rank does not start, continuing with {self.num_ready}")
+        self._name_heirs()
+        if engine.is_abandoned and not self.is_abandoned:
+            given_up = engine.blame.give_up()
+        elif any(other.is_ready for other in self.supervisors):
+            given_up = engine.blame.take_unblamed()
+        else:
+            return
+        for request, _ in given_up:
+            self._router.remove(request.id)
+        self.submit([request for request, _ in given_up])
+        for request, num_kills in given_up:
+            self.supervisors[self._router.find(request.id)].blame.add_kills(request.row, num_kills)
+
+    def _name_heirs(self) -> None:
+        alive = [engine for engine in self.supervisors if not engine.is_abandoned]
+        for engine in alive:
+            engine.heirs = "other ranks" if len(alive) == 1 else "this rank's other engines"

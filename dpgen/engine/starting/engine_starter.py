@@ -1,0 +1,100 @@
+"""Start the processes of one rank's engines on the rank's devices and cores, and plan how many there are to be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from dpgen.config.schema import Config
+from dpgen.data.model_facts import estimate_model_size, load_model_config
+from dpgen.distributed.layout import EngineWorld
+from dpgen.engine.messages import EngineSpec
+from dpgen.engine.pool.engine_count import EngineCount, estimate_engine_bytes, plan_engine_count
+from dpgen.engine.process import EngineProcess, build_engine_env
+from dpgen.engine.starting.log_file import EngineLog
+from dpgen.engine.starting.model_damage import find_small_file
+
+
+@dataclass(frozen=True)
+class EngineStarter:
+    """Start engines of one rank.
+
+    Attributes:
+        gpus: entries of CUDA_VISIBLE_DEVICES; None for engines on the CPU.
+        cores: of the rank; engines on the CPU divide them.
+        num_sharing: ranks that share these GPUs.
+        world: as of `EngineSpec`.
+        is_bound_to_gpu: True if the launcher lets the process see one GPU.
+        log_level: `run.log_level`.
+        log: receives the lines of the first engine; others have files beside it.
+    """
+
+    gpus: Sequence[str] | None
+    cores: Sequence[int]
+    num_sharing: int
+    world: EngineWorld | None
+    is_bound_to_gpu: bool
+    log_level: str
+    log: EngineLog
+
+    def __call__(self, spec: EngineSpec, index: int = 0) -> EngineProcess:
+        """Start the process of the engine of a number, from 0 to `spec.num_engines` - 1."""
+        cores = None if self.gpus else divide_cores(self.cores, index, spec.num_engines)
+        env = build_engine_env(
+            os.environ,
+            gpus=self.gpus,
+            num_cores=len(cores or ()),
+            log_level=self.log_level,
+            is_on_one_node=self.world is None or self.world.is_on_one_node,
+        )
+        if self.world is not None:
+            env |= self.world.to_env()
+            if self.is_bound_to_gpu:
+                env["LOCAL_RANK"] = "0"
+        spec = dataclasses.replace(spec, num_sharing=self.num_sharing)
+        return EngineProcess(spec, env, cores, self.log.get_sibling(index))
+
+
+def divide_cores(cores: Sequence[int], index: int, num_engines: int) -> Sequence[int]:
+    """Return an engine's part of its rank's cores; engines share single cores if there are fewer cores than engines."""
+    if len(cores) < num_engines:
+        return [cores[index % len(cores)]]
+    return cores[len(cores) * index // num_engines : len(cores) * (index + 1) // num_engines]
+
+
+def plan_engines(config: Config, weight_bytes: int, starter: EngineStarter) -> tuple[EngineCount, int]:
+    """Return how many engines this rank is to have, or at most, and the memory that each of several should have.
+
+    Args:
+        weight_bytes: of each device, as measured; 0 if not known.
+    """
+    size_bytes, kv_bytes = float(weight_bytes), 0.0
+    if config.run.engine == "vllm" and starter.gpus and config.parallel.engines_per_rank != 1:
+        model_config = _read_model_config(os.path.expanduser(config.model), config.engine)
+        if (size := estimate_model_size(config.model, model_config, config.engine)) is not None:
+            size_bytes, kv_bytes = size_bytes or size.weight_bytes, size.kv_bytes
+    count = plan_engine_count(
+        config, size_bytes, len(starter.cores), on_gpu=bool(starter.gpus), num_sharing=starter.num_sharing
+    )
+    return count, estimate_engine_bytes(size_bytes, kv_bytes, config.engine) if size_bytes else 0
+
+
+def _read_model_config(model: str, options: Mapping[str, Any]) -> Any:
+    """Return the model's configuration; from a file on the disk without transformers, which takes seconds to import."""
+    path = find_small_file(model, "config.json", options.get("revision"))
+    if path is None or options.get("hf_config_path") or callable(options.get("hf_overrides")):
+        return load_model_config(model, options)
+    try:
+        values = {**json.loads(path.read_bytes()), **(options.get("hf_overrides") or {})}
+        values |= values.get("text_config") or {}
+    except (OSError, ValueError, TypeError):
+        return None
+    config = SimpleNamespace(**values)
+    config.dtype = values.get("dtype") or values.get("torch_dtype")
+    config.get_text_config = lambda: config
+    return config

@@ -1,0 +1,135 @@
+"""How many engines a rank runs: by its configuration, by the model's size, and by what the first one measures."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from dpgen.config.loader import load
+from dpgen.config.schema import Config
+from dpgen.engine.messages import EngineStats
+from dpgen.engine.pool.engine_count import (
+    Calibration,
+    Signals,
+    decide_engine_count,
+    estimate_engine_bytes,
+    fit_memory,
+    pays,
+    plan_engine_count,
+)
+from dpgen.errors import ConfigError
+
+GIB = 1 << 30
+
+
+def make_config(*words: str) -> Config:
+    return load([], ["run.dir=r", "model=m", "data.path=d.jsonl", "data.prompt_column=p", *words])
+
+
+def plan(size_bytes: float, *words: str, num_cores: int = 16, on_gpu: bool = True) -> tuple[int, bool]:
+    count = plan_engine_count(make_config(*words), size_bytes, num_cores, on_gpu=on_gpu)
+    return count.number, count.is_auto
+
+
+@pytest.mark.parametrize(
+    ("billions", "number"), [(0.5, 4), (1.3, 4), (2, 3), (4, 2), (8, 1), (70, 1)], ids="{0}".format
+)
+def test_small_models_may_have_several_engines_and_a_large_one_gets_all_memory_at_once(
+    billions: float, number: int
+) -> None:
+    assert plan(2e9 * billions) == (number, number > 1), "weights in 16 bits"
+
+
+def test_what_a_user_sets_is_taken_and_what_rules_it_out_is_named() -> None:
+    assert plan(2e9, "parallel.engines_per_rank=3") == (3, False)
+    assert plan(2e9, "parallel.engines_per_rank=1") == (1, False)
+    for words in (
+        ["parallel.tensor_parallel_size=2"],
+        ["parallel.pipeline_parallel_size=2"],
+        ["parallel.launcher=external"],
+    ):
+        assert plan(2e9, *words) == (1, False)
+        with pytest.raises(ConfigError, match="engines_per_rank=2: must be auto or 1 with parallel"):
+            make_config("parallel.engines_per_rank=2", *words)
+    for value in ("0", "-1", "true", "1.5", "x", "null"):
+        with pytest.raises(ConfigError, match=r"engines_per_rank=.*: must be auto, or a whole number of at least 1"):
+            make_config(f"parallel.engines_per_rank={value}")
+
+
+def test_auto_is_one_engine_on_the_cpu_with_few_cores_and_where_nothing_is_known() -> None:
+    assert plan(2e9, on_gpu=False) == (1, False)
+    assert plan(2e9, num_cores=2) == (1, False)
+    assert plan(2e9, num_cores=4) == (3, True)
+    assert plan(0) == (1, False)
+    assert plan(2e9, "engine.kv_cache_memory_bytes=1000000000") == (1, False)
+    assert plan(2e9, "run.engine=fake") == (1, False)
+    shared = plan_engine_count(make_config(), 2e9, 16, on_gpu=True, num_sharing=3)
+    assert shared.describe() == "1 engine a rank: 3 ranks share its GPU", "the user has divided it by hand"
+
+
+def test_the_memory_limits_the_number() -> None:
+    needs = estimate_engine_bytes(2.5 * GIB, 32 << 10, {"max_num_seqs": 256})
+    assert needs == (2.5 + 2 + 4) * GIB
+    assert estimate_engine_bytes(2.5 * GIB, 32 << 10, {"max_num_seqs": 256, "max_model_len": 128}) == 5.5 * GIB
+    assert [fit_memory(4, needs, memory * GIB) for memory in (80, 24, 16)] == [4, 2, 1]
+    assert fit_memory(4, 0, 80 * GIB) == 4, "nothing is known of the model"
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "processor_ms", "busy", "number"),
+    [
+        (8.5, 8.4, 0.33, 3),  # 1 billion on an H100
+        (8.5, 8.4, 0.41, 3),
+        (8.5, 8.4, 0.15, 4),
+        (8.5, 8.4, 0.60, 2),
+        (13.5, 6.9, 0.96, 1),  # 8 billion
+        (27.6, 22.0, 0.96, 1),  # 8 billion, 512 sequences: the processor waits by spinning
+        (8.5, 2.0, 0.3, 1),  # something else is the limit
+        (8.5, 8.45, None, 2),
+        (27.6, 25.0, None, 1),  # it may spin
+    ],
+)
+def test_engines_are_added_until_the_device_is_busy(
+    step_ms: float, processor_ms: float, busy: float | None, number: int
+) -> None:
+    count = decide_engine_count(Signals(step_ms / 1000, processor_ms / 1000, busy, 256), 4)
+    assert count.number == number and f"takes {step_ms:.1f} ms" in count.why
+    assert count.facts["device_busy"] == busy and not count.is_auto
+
+
+def test_a_full_kv_cache_is_a_reason_for_the_rest_of_the_memory() -> None:
+    count = decide_engine_count(Signals(0.0135, 0.007, 0.96, 90, is_kv_full=True), 2)
+    assert count.number == 2 and "KV cache is full" in count.why
+
+
+def make_stats(second: int, num_running: int = 256, **changes: Any) -> EngineStats:
+    stats = EngineStats(0, num_running, 32, num_steps=100 * second, elapsed_s=second, processor_s=0.9 * second)
+    return dataclasses.replace(stats, **{"device_busy": 0.4, **changes})
+
+
+def test_a_full_engine_is_measured_over_some_seconds_without_the_first() -> None:
+    calibration = Calibration(256, 0.0)
+    assert calibration.add(make_stats(1, num_running=20), 1.0) is None, "it fills first"
+    first = make_stats(2, device_busy=1.0)
+    found = [calibration.add(first, 2.0), *(calibration.add(make_stats(second), second) for second in (3, 4, 5, 6))]
+    assert found[:-1] == [None] * 4
+    signals = found[-1]
+    assert isinstance(signals, Signals) and signals.num_running == 256
+    assert (signals.step_s, signals.processor_s, signals.device_busy) == pytest.approx((0.01, 0.009, 0.4))
+
+
+def test_an_engine_that_the_rows_do_not_fill_is_enough() -> None:
+    calibration = Calibration(256, 0.0)
+    assert calibration.add(make_stats(5, num_running=20), 5.0) is None
+    assert (
+        calibration.add(make_stats(21, num_running=20), 21.0) == "the rows fill 20 of the 256 sequences of one engine"
+    )
+
+
+def test_another_engine_pays_only_if_enough_is_left() -> None:
+    assert pays(10_000, 100, start_s=20, num_seqs=256)
+    assert not pays(2_000, 100, start_s=20, num_seqs=256), "done in 20 s"
+    assert not pays(300, 1, start_s=20, num_seqs=256), "too few to fill two engines"
+    assert pays(10_000, 0, start_s=20, num_seqs=256) and not pays(500, 0, start_s=20, num_seqs=256)

@@ -1,0 +1,335 @@
+"""Several engines that look like one, with scripted processes and a clock that stands still."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from helpers.clock import FakeClock
+
+from dpgen.engine.messages import (
+    EngineInfo,
+    EngineReady,
+    EngineSpec,
+    EngineStats,
+    EngineTextConfig,
+    Event,
+    KvBytesMeasured,
+    OptionsChecked,
+    RowsFinished,
+)
+from dpgen.engine.pool.engine_count import EngineCount
+from dpgen.engine.pool.engine_pool import EnginePool
+from dpgen.engine.starting.limits import EngineLimits
+from dpgen.errors import EngineError
+from dpgen.records import Completion, Request, RequestId, RowResult
+
+LIMITS = EngineLimits(timeout_s=60.0, start_timeout_s=600.0, max_deaths=3, start_retry_s=5.0)
+NUM_SEQS = 8
+SIGKILLED = EngineError("the engine process was killed by SIGKILL", signal=signal.SIGKILL)
+CRASHED = EngineError("the engine failed: RuntimeError: no such kernel")
+
+
+class ScriptedProcess:
+    """Report what the test tells it to: finished rows, statistics, or its death."""
+
+    log_path: Path | None = None
+    pipe = cast(Connection, None)  # nothing waits for it here
+
+    def __init__(self, spec: EngineSpec, index: int) -> None:
+        self.spec, self.index = spec, index
+        self.events: list[Event] = [OptionsChecked(num_engines=spec.num_engines)]
+        self.rows: list[int] = []
+        self.kv_bytes: int | None = None
+        self.is_loading = self.is_loaded_by_test = self.is_ended = False
+        self.death: EngineError | None = None
+
+    def load_model(self, kv_bytes: int | None = None) -> None:
+        self.is_loading = True
+        if kv_bytes is None:
+            self.events.append(KvBytesMeasured(1000))
+        self.kv_bytes = kv_bytes
+
+    def set_text_config(self, text_config: EngineTextConfig) -> None: ...
+
+    def set_kv_bytes(self, num_bytes: int) -> None:
+        self.kv_bytes = num_bytes
+        self.become_ready()
+
+    def become_ready(self) -> None:
+        self.events.append(EngineReady(EngineInfo(NUM_SEQS, 100, 64, 16)))
+
+    def submit(self, requests: list[Request]) -> None:
+        self.rows += [request.row for request in requests]
+
+    def finish(self, count: int) -> None:
+        done, self.rows = self.rows[:count], self.rows[count:]
+        self.events.append(RowsFinished([RowResult(row, 1, (Completion("x", "stop", 1),)) for row in done]))
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        if self.death is not None:
+            raise self.death
+        events, self.events = self.events, []
+        return events
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None:
+        self.is_ended = True
+
+    def kill(self) -> None:
+        self.is_ended = True
+
+
+class Harness:
+    """A pool whose first engine is loaded, and its engines' processes so far."""
+
+    def __init__(self, count: EngineCount, rows_left: float = 1e6) -> None:
+        self.clock, self.processes, self.decided = FakeClock(), list[ScriptedProcess](), list[EngineCount]()
+        spec = EngineSpec("fake", "m", num_engines=count.number, is_num_engines_auto=count.is_auto)
+        self.pool = EnginePool(self.start, spec, LIMITS, count, clock=self.clock)
+        self.pool.on_decided = self.decided.append
+        self.pool.get_rows_left = lambda: rows_left
+        self.pool.check_options(lambda: None)
+        self.pool.load_model(lambda measured: measured - 100, lambda: None)
+
+    def start(self, spec: EngineSpec, index: int = 0) -> ScriptedProcess:
+        self.processes.append(ScriptedProcess(spec, index))
+        return self.processes[-1]
+
+    def poll(self, seconds: float = 1.0) -> list[Event]:
+        self.clock.now_s += seconds
+        return self.pool.poll(0)
+
+    def join_all(self) -> None:
+        """Let each engine that loads become ready, until no more do."""
+        for _ in range(20):
+            for process in self.processes:
+                if process.is_loading and process.index and not process.is_loaded_by_test:
+                    process.is_loaded_by_test = True
+                    process.become_ready()
+            self.poll()
+
+    def submit(self, rows: range) -> None:
+        self.pool.submit([Request(RequestId(row), [row]) for row in rows])
+
+    def newest(self, index: int) -> ScriptedProcess:
+        return [process for process in self.processes if process.index == index][-1]
+
+    def finish_all(self, count: int) -> list[int]:
+        """Let all processes finish what they have until `count` rows are finished, and return these."""
+        rows: list[int] = []
+        for _ in range(100):
+            for process in self.processes:
+                if not process.is_ended and process.rows and process.death is None:
+                    process.finish(len(process.rows))
+            rows += [row.row for event in self.poll() if isinstance(event, RowsFinished) for row in event.results]
+            if len(rows) >= count:
+                return rows
+        return rows
+
+
+def given(number: int) -> EngineCount:
+    return EngineCount(number, f"parallel.engines_per_rank={number}")
+
+
+def test_the_first_engine_generates_while_the_others_load_one_after_the_other() -> None:
+    harness = Harness(given(3))
+    assert len(harness.processes) == 3, "their processes import vLLM while the first loads"
+    assert harness.pool.max_num_seqs == NUM_SEQS
+    harness.submit(range(4))
+    for _ in range(4):
+        harness.poll()
+    assert [process.is_loading for process in harness.processes] == [True, True, False], "each measures memory alone"
+    assert harness.processes[0].rows == [0, 1, 2, 3]
+    harness.join_all()
+    assert harness.pool.max_num_seqs == 3 * NUM_SEQS and harness.pool.num_ready == 3
+    assert [process.kv_bytes for process in harness.processes] == [900] * 3, "the ranks agree once"
+    assert harness.decided == [given(3)]
+
+
+def test_one_engine_is_never_more_than_one_process() -> None:
+    harness = Harness(given(1))
+    harness.join_all()
+    harness.submit(range(20))
+    assert len(harness.processes) == 1 and harness.finish_all(20) == list(range(20))
+
+
+def test_rows_go_to_the_engine_with_the_fewest_sequences() -> None:
+    harness = Harness(given(2))
+    harness.submit(range(6))
+    harness.join_all()
+    harness.submit(range(6, 16))
+    assert [len(process.rows) for process in harness.processes] == [8, 8]
+
+
+def test_the_rows_of_an_engine_killed_from_outside_go_to_the_others_at_once() -> None:
+    harness = Harness(given(2))
+    harness.join_all()
+    harness.submit(range(12))
+    harness.newest(1).death = SIGKILLED
+    harness.poll()
+    assert sorted(harness.newest(0).rows) == list(range(12)), "the other goes on with all rows"
+    harness.submit(range(12, 14))
+    assert harness.newest(1).rows == [], "an engine that starts gets no rows"
+    assert harness.pool.max_num_seqs == NUM_SEQS and harness.pool.num_deaths == 1
+    assert sorted(harness.finish_all(14)) == list(range(14)), "each row once"
+    harness.newest(1).become_ready()
+    harness.poll()
+    assert harness.pool.max_num_seqs == 2 * NUM_SEQS
+
+
+def test_rows_that_may_have_crashed_an_engine_stay_with_it() -> None:
+    harness = Harness(given(2))
+    harness.join_all()
+    harness.submit(range(12))
+    before = list(harness.newest(1).rows)
+    harness.newest(1).death = CRASHED
+    harness.poll()
+    assert not set(before) & set(harness.newest(0).rows)
+    assert harness.pool.max_num_seqs == NUM_SEQS + len(before), "the other's share is not taken by rows that wait"
+    harness.poll(LIMITS.start_retry_s)
+    harness.newest(1).become_ready()
+    harness.poll()
+    assert sorted(harness.newest(1).rows) == sorted(before)
+
+
+def test_an_abandoned_engines_rows_go_to_the_ranks_other_engines(caplog: pytest.LogCaptureFixture) -> None:
+    harness = Harness(given(2))
+    harness.join_all()
+    harness.submit(range(12))
+    while not harness.pool.supervisors[1].is_abandoned:
+        harness.newest(1).death = CRASHED
+        harness.poll(2 * LIMITS.start_retry_s)
+    assert not harness.pool.is_abandoned, "the rank is not without an engine"
+    assert any("to this rank's other engines" in message for message in caplog.messages)
+    assert sorted(harness.finish_all(12)) == list(range(12))
+    while not harness.pool.is_abandoned:
+        harness.newest(0).death = CRASHED
+        harness.poll(2 * LIMITS.start_retry_s)
+    assert "to other ranks" in caplog.messages[-1], "the last one leaves its rows to other ranks"
+    assert harness.pool.max_num_seqs == 0
+
+
+def test_a_further_engine_that_does_not_start_leaves_the_run_to_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    harness = Harness(given(2))
+    harness.poll()
+    for _ in range(4):
+        harness.newest(1).death = CRASHED
+        harness.poll(2 * LIMITS.start_retry_s)
+    assert "engine 1 of this rank does not start, continuing with 1" in caplog.messages
+    harness.submit(range(8))
+    assert sorted(harness.finish_all(8)) == list(range(8))
+
+
+def test_statistics_are_sums_and_outlive_an_engine() -> None:
+    harness = Harness(given(2))
+    harness.join_all()
+    harness.submit(range(8))
+    first, second = harness.newest(0), harness.newest(1)
+    first.events.append(EngineStats())
+    harness.poll(0.1)
+    first.events.append(EngineStats(100, 4, 1, 2, 3, 200, kv_cache_usage=0.5))
+    assert not [event for event in harness.poll(0.1) if isinstance(event, EngineStats)], "the sum waits for both"
+    second.events.append(EngineStats(50, 3, 0, 1, 1, 90, kv_cache_usage=0.25))
+    [total] = harness.poll(0.1)
+    assert total == EngineStats(150, 7, 1, 3, 4, 290, kv_cache_usage=0.375)
+    second.death = SIGKILLED
+    harness.poll()
+    first.events.append(EngineStats(120, 4, 0, 2, 3, 220, kv_cache_usage=0.5))
+    [total] = [event for event in harness.poll() if isinstance(event, EngineStats)]
+    assert (total.num_generated_tokens, total.num_running) == (170, 4), "what it had generated counts, it runs nothing"
+
+
+def calibrate(harness: Harness, device_busy: float, processor: float = 0.95, rows_left: float = 1e6) -> None:
+    """Report steps of 8 ms from a full first engine, which finishes some rows, until the pool has decided."""
+    harness.pool.get_rows_left = lambda: rows_left
+    harness.submit(range(1000, 1000 + NUM_SEQS + 2))
+    for second in range(1, 12):
+        steps, elapsed_s = 125 * second, float(second)
+        times: dict[str, Any] = {"num_steps": steps, "elapsed_s": elapsed_s, "processor_s": processor * elapsed_s}
+        stats = EngineStats(steps, NUM_SEQS, 2, device_busy=device_busy)
+        harness.processes[0].events.append(dataclasses.replace(stats, **times))
+        harness.poll()
+        if harness.decided:
+            return
+
+
+AUTO = EngineCount(4, "weights of 2.5 GB, at most 4", is_auto=True)
+
+
+def test_auto_starts_as_many_engines_as_the_device_has_time_for() -> None:
+    harness = Harness(AUTO)
+    calibrate(harness, device_busy=0.38)
+    [count] = harness.decided
+    assert count.number == 3 and "GPU busy 0.38" in count.why and "8.0 ms" in count.why
+    harness.join_all()
+    assert harness.pool.num_ready == 3
+    alive = [process for process in harness.processes if not process.is_ended]
+    assert len(alive) == 3, "the process that is not wanted is ended"
+
+
+@pytest.mark.parametrize(("device_busy", "processor"), [(0.96, 0.95), (0.4, 0.3)])
+def test_auto_stays_with_one_engine_where_the_device_or_nothing_of_ours_is_the_limit(
+    device_busy: float, processor: float
+) -> None:
+    harness = Harness(AUTO)
+    calibrate(harness, device_busy, processor)
+    harness.join_all()
+    assert [count.number for count in harness.decided] == [1] and harness.pool.num_ready == 1
+    assert [process.is_ended for process in harness.processes] == [False, True, True, True]
+
+
+def test_auto_starts_nothing_for_a_job_that_is_almost_over() -> None:
+    harness = Harness(AUTO, rows_left=20)
+    calibrate(harness, device_busy=0.2, rows_left=20)
+    harness.join_all()
+    assert len(harness.processes) == 1
+    assert harness.decided[-1].number == 1 and "too few rows are left" in harness.decided[-1].why
+
+
+def test_the_memory_may_have_room_for_fewer_engines(caplog: pytest.LogCaptureFixture) -> None:
+    class Small(Harness):
+        def start(self, spec: EngineSpec, index: int = 0) -> ScriptedProcess:
+            process = super().start(spec, index)
+            process.events = [OptionsChecked(num_engines=2)]
+            return process
+
+    harness = Small(AUTO)
+    assert harness.pool.count.number == 2 and "room for 2" in harness.pool.count.why
+    calibrate(harness, device_busy=0.1)
+    harness.join_all()
+    assert harness.pool.num_ready == 2
+    assert {process.spec.num_engines for process in harness.processes[1:]} == {2}, "all divide the memory by the same"
+
+
+def test_a_row_of_many_samples_counts_as_many_sequences() -> None:
+    harness = Harness(given(2))
+    harness.join_all()
+    requests = [Request(RequestId(0), [0], sampling={"n": 6})]
+    requests += [Request(RequestId(row), [row]) for row in range(1, 7)]
+    harness.pool.submit(requests)
+    assert len(harness.newest(0).rows) == 1 and len(harness.newest(1).rows) == 6
+
+
+def test_closing_ends_every_engine() -> None:
+    harness = Harness(given(3))
+    harness.join_all()
+    harness.pool.close()
+    assert all(process.is_ended for process in harness.processes)
+
+
+def test_memory_that_was_left_for_an_engine_is_used_once_the_kv_cache_is_full() -> None:
+    harness = Harness(AUTO)
+    calibrate(harness, device_busy=0.96)
+    harness.join_all()
+    assert harness.pool.num_ready == 1
+    for second in range(6):
+        harness.processes[0].events.append(EngineStats(1000 + second, NUM_SEQS // 2, kv_cache_usage=0.97))
+        harness.poll()
+    harness.join_all()
+    assert harness.pool.num_ready == 2 and "later the KV cache was full" in harness.decided[-1].why
