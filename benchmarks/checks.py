@@ -6,8 +6,9 @@ The tests' tiny model writes JSON by a grammar. Ways, in turn in every round:
 - checked: rows are generated until they pass, at most --max-attempts times
 - unchecked: as many rows as the checked run is expected to make attempts, so that both generate equally many tokens
 
-Compares generated tokens per second from the first row submitted to the last one finished. Exits with an error unless
-every row is valid or explained. Prints one JSON line last: attempts over their expected number, and the throughputs.
+Compares generated tokens per second from the first row submitted to the last one finished, and the processor time of
+the rank, its workers and the engine for each attempt. Exits with an error unless every row is valid or explained.
+Prints one JSON line last: attempts over their expected number, the throughputs and the processor times.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from measure import (
     time_dpgen,
     write_rows,
 )
+from processor_time import ProcessorMeter
 
 FAILING_FRACTION = 0.2
 NUMBER = "(10|200|3000)"
@@ -64,28 +66,29 @@ class Bench:
         self.options, self.work_dir = options, work_dir
         self.model = make_tiny_model(work_dir)
         self.expected = sum(FAILING_FRACTION**attempt for attempt in range(options.max_attempts))
-        self.attempts: list[float] = []
+        self.attempts: list[int] = []
+        self.processor_ms: dict[str, dict[str, float]] = {}  # of the last round, by way and by process
 
     def measure(self) -> dict[str, Any]:
         rates = measure_in_turn({"checked": self.run_checked, "unchecked": self.run_unchecked}, self.options.rounds)
         return {
             "tokens_per_s": {name: round(statistics.median(values)) for name, values in rates.items()},
             "checked_over_unchecked": compute_ratio(rates["checked"], rates["unchecked"]),
+            "processor_ms_per_attempt": self.processor_ms,
             "attempts_over_expected": round(max(self.attempts) / (self.expected * self.options.rows), 4),
         }
 
     def run_checked(self) -> float:
         check = {"function": "checks:fail_a_fifth", "json_schema": SCHEMA, "max_attempts": self.options.max_attempts}
-        run_dir = self._run("checked", self.options.rows, f"check={json.dumps(check)}")
-        manifests = _read_manifests(run_dir)
-        self.attempts.append(self.options.rows + sum(sum(m["num_retries"].values()) for m in manifests))
-        self._check_result(run_dir)
+        manifests = self._run("checked", self.options.rows, f"check={json.dumps(check)}")
+        self.attempts.append(_count_attempts(self.options.rows, manifests))
+        self._check_result(self.work_dir / "checked")
         return _compute_rate(manifests)
 
     def run_unchecked(self) -> float:
-        return _compute_rate(_read_manifests(self._run("unchecked", round(self.expected * self.options.rows))))
+        return _compute_rate(self._run("unchecked", round(self.expected * self.options.rows)))
 
-    def _run(self, name: str, num_rows: int, *arguments: str) -> Path:
+    def _run(self, name: str, num_rows: int, *arguments: str) -> list[dict[str, Any]]:
         data = write_rows(self.work_dir / f"{name}.jsonl", make_rows("constant:64", num_rows, 64))
         run_dir = self.work_dir / name
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -93,8 +96,12 @@ class Bench:
         config += [f"sampling.structured_outputs={json.dumps({'regex': GRAMMAR})}", "sampling.max_tokens=200"]
         config += [f"engine={json.dumps(TINY_ENGINE)}", "output.parse=json", *arguments]
         path = str(REPO / "benchmarks")
-        time_dpgen(self.options.ranks, config, self.work_dir / f"{name}.log", PYTHONPATH=path)
-        return run_dir
+        meter = ProcessorMeter(run_dir)
+        with meter.running():
+            time_dpgen(self.options.ranks, config, self.work_dir / f"{name}.log", PYTHONPATH=path)
+        manifests: list[dict[str, Any]] = json.loads((run_dir / "run.json").read_text())["manifests"]
+        self.processor_ms[name] = meter.measure_by_role(_count_attempts(num_rows, manifests))
+        return manifests
 
     def _check_result(self, run_dir: Path) -> None:
         """Exit unless each row is valid, or has an error that explains why not."""
@@ -111,9 +118,8 @@ class Bench:
             sys.exit(f"{len(rows)} of {self.options.rows} rows")
 
 
-def _read_manifests(run_dir: Path) -> list[dict[str, Any]]:
-    manifests: list[dict[str, Any]] = json.loads((run_dir / "run.json").read_text())["manifests"]
-    return manifests
+def _count_attempts(num_rows: int, manifests: list[dict[str, Any]]) -> int:
+    return num_rows + sum(sum(manifest["num_retries"].values()) for manifest in manifests)
 
 
 def _compute_rate(manifests: list[dict[str, Any]]) -> float:

@@ -333,6 +333,11 @@ class OutputConfig:
         return None if self.reasoning == "keep" else self.reasoning_parser
 
     @property
+    def parses_with_vllm(self) -> bool:
+        """Return True if vLLM's parsers take reasoning or tool calls out of texts."""
+        return self.reasoning != "keep" or self.tool_parser is not None
+
+    @property
     def parses_json(self) -> bool:
         """Return True if texts are read as JSON."""
         return self.parse == "json" or self.schema is not None

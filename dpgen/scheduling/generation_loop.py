@@ -40,7 +40,10 @@ _WAIT_S = 0.1  # the longest wait for an engine that has work
 _DRAIN_S = 5.0  # the longest wait for rows that are being parsed when the loop ends early
 # Results that may be between engine and journal before no more rows are admitted.
 _MIN_PENDING, _PENDING_PER_SEQ = 64, 2
-_IDLE_WAIT_S = 0.01  # ... for one that has none while other ranks work, or while results are parsed or checked
+_IDLE_WAIT_S = 0.01  # the longest wait for one that has none, while other ranks work or results are checked
+# While the engine has work, workers are asked for results that they parse or check only so often, or once so many are
+# with them: each time costs as much as several results do, and nothing waits for them.
+_WORKER_INTERVAL_S, _WORKER_BATCH = 0.04, 16
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class GenerationLoop:
         self._local = Totals()
         self._global: Totals | None = None
         self._pending_sync: PendingReduce | None = None
-        self._next_sync_s = self._last_finished_s = 0.0
+        self._next_sync_s = self._next_recorded_s = self._last_finished_s = 0.0
         self._first_admitted_s: float | None = None
 
     def run(self, source: RequestSource, on_progress: Callable[[Totals], None] = lambda totals: None) -> Totals:
@@ -206,8 +209,7 @@ class GenerationLoop:
         if not events and not self._engine.is_abandoned and self._prepare():
             return
         finished = []
-        is_waiting = self._needs_engine and not self._results.num_processing
-        for event in events or self._engine.poll(_WAIT_S if is_waiting else _IDLE_WAIT_S):
+        for event in events or self._engine.poll(self._max_wait_s):
             if isinstance(event, RowsFinished):
                 self._last_finished_s = time.monotonic()
                 self._admission.release(event.ids, self._last_finished_s)
@@ -223,6 +225,13 @@ class GenerationLoop:
     def _prepare(self) -> bool:
         """Build a request ahead of its admission; return False if there is none to build."""
         return self._results.prepare() or (self._source.should_prefetch and self._source.prefetch())
+
+    @property
+    def _max_wait_s(self) -> float:
+        """Seconds to wait for the engine at most."""
+        if not self._needs_engine:
+            return _IDLE_WAIT_S
+        return _WORKER_INTERVAL_S if self._results.num_processing else _WAIT_S
 
     def _apply_engine_stats(self, stats: EngineStats) -> None:
         now, self.engine_stats = time.monotonic(), stats
@@ -247,6 +256,10 @@ class GenerationLoop:
             self._results.add(result)
 
     def _count_recorded(self) -> None:
+        now = time.monotonic()
+        if 0 < self._results.num_processing < _WORKER_BATCH and now < self._next_recorded_s and self._needs_engine:
+            return
+        self._next_recorded_s = now + _WORKER_INTERVAL_S
         for result in self._results.take_recorded():
             self._count(result)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from dpgen.journal.reader import index_journal
 from dpgen.journal.row_notes import DECODING, RowNote, decode_word
 from dpgen.journal.writer import JournalWriter
 from dpgen.records import Completion, RankManifest, Request, RequestId, RowError, RowResult, UndecodedRow
+from dpgen.scheduling import generation_loop
 from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
 from dpgen.scheduling.groups.prompt_groups import RankState
@@ -375,6 +377,35 @@ def test_rejected_rows_go_to_the_engine_again_until_they_have_no_attempt_left() 
     assert sum(totals.num_retries) == 10
     manifest = loop.fill_manifest(RankManifest(0, "node"))
     assert (manifest.num_retries, manifest.num_rejected_tokens) == ({"regex": 10}, 60)
+
+
+def test_workers_are_asked_for_the_results_of_several_steps_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+
+    class SteppingEngine(FakeEngine):
+        """Finish one row in each step of 10 ms."""
+
+        def poll(self, timeout_s: float) -> list[Event]:
+            nonlocal now_s
+            now_s += 0.01 if timeout_s else 0
+            requests, self._requests = self._requests[timeout_s > 0 :], self._requests[: timeout_s > 0]
+            events = super().poll(timeout_s)
+            self._requests = requests
+            return events
+
+    num_polls, poll = 0, RejectingChecker.poll
+
+    def count_polls(checker: RejectingChecker) -> list[CheckedResult]:
+        nonlocal num_polls
+        num_polls += 1
+        return poll(checker)
+
+    monkeypatch.setattr(RejectingChecker, "poll", count_polls)
+    monkeypatch.setattr(generation_loop, "time", SimpleNamespace(monotonic=lambda: now_s, sleep=lambda _: None))
+    loop, planner, _, records = make_checked_loop(SteppingEngine(max_num_seqs=16), 40)
+    assert loop.run(planner.plan()).num_rows == 40
+    assert len(records) == 80, "every attempt is checked"
+    assert 80 / 5 <= num_polls <= 80 / 2, "40 ms are four steps; the last rows are not waited for"
 
 
 def test_an_abandoned_engines_rejected_rows_are_planned_again_with_their_attempts() -> None:

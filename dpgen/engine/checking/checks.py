@@ -8,14 +8,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dpgen.config.sections import CheckConfig
-from dpgen.engine.parsing.json_text import describe_json_error, extract_json
+from dpgen.config.sections import CheckConfig, OutputConfig
+from dpgen.engine.parsing.json_text import JsonText, read_json
 from dpgen.imports import load_function
 from dpgen.journal.attempts import Rejection
 from dpgen.records import Completion, ToolCall
@@ -74,7 +75,7 @@ class CheckTask(NamedTuple):
     """Hold what workers need of one completion.
 
     Attributes:
-        parsed: as in `Completion`.
+        parsed: as in `Completion`; None also where the workers read the text as JSON themselves.
         for_function: None where there is no function.
     """
 
@@ -83,7 +84,33 @@ class CheckTask(NamedTuple):
     for_function: FunctionInput | None = None
 
 
-_Check = Callable[[CheckTask], str | None]  # the reason to reject a completion, None if it passes
+class CheckAnswer(NamedTuple):
+    """Hold what workers find of one completion.
+
+    Attributes:
+        rejection: None if it passes.
+        parsed, parse_error: as in `Completion`, where the workers read the text as JSON.
+    """
+
+    rejection: Rejection | None
+    parsed: str | None = None
+    parse_error: str | None = None
+
+
+class _Subject:
+    """Hold a completion that is being checked, with its JSON value, which is read once."""
+
+    def __init__(self, task: CheckTask) -> None:
+        self.task = task
+
+    @functools.cached_property
+    def json(self) -> JsonText:
+        """Return the JSON value of the completion, or why it has none."""
+        parsed = self.task.parsed
+        return read_json(self.task.text) if parsed is None else JsonText(json.loads(parsed), parsed)
+
+
+_Check = Callable[[_Subject], str | None]  # the reason to reject a completion, None if it passes
 
 
 def make_quick_check(config: CheckConfig) -> Callable[[Completion], Rejection | None]:
@@ -107,8 +134,19 @@ def list_worker_checks(config: CheckConfig) -> list[str]:
     return [name for name in names if getattr(config, name) is not None]
 
 
-def start(config: CheckConfig) -> tuple[Callable[[CheckTask], Rejection | None], None]:
+def checks_parse_json(config: CheckConfig, output: OutputConfig) -> bool:
+    """Return True if the workers that check texts also read them as JSON: one message where there would be two.
+
+    vLLM's parsers have workers of their own, since each imports vLLM.
+    """
+    return output.parses_json and not output.parses_with_vllm and bool(list_worker_checks(config))
+
+
+def start(config: CheckConfig, parses_json: bool = False) -> tuple[Callable[[CheckTask], CheckAnswer], None]:
     """Return the handler of check tasks; the factory of a pool's workers.
+
+    Args:
+        parses_json: read texts as JSON, too (`output.parse=json`).
 
     Raises:
         ValueError: the JSON Schema is none, or there is no such function.
@@ -116,26 +154,34 @@ def start(config: CheckConfig) -> tuple[Callable[[CheckTask], Rejection | None],
     checks: dict[str, _Check] = {}
     if config.regex is not None:
         pattern = re.compile(config.regex)
-        checks["regex"] = lambda task: None if pattern.search(task.text) else "it is found nowhere"
+        checks["regex"] = lambda subject: None if pattern.search(subject.task.text) else "it is found nowhere"
     if config.max_repetition is not None:
         limit = config.max_repetition
-        checks["max_repetition"] = lambda task: _check_repetition(task.text, limit)
+        checks["max_repetition"] = lambda subject: _check_repetition(subject.task.text, limit)
     if config.json_schema is not None:
         checks["json_schema"] = make_schema_check(config.json_schema)
     if config.function is not None:
-        checks["function"] = _make_function_check(config.function)
+        checks["function"] = _make_function_check(config.function, has_parsed=parses_json)
 
-    def handle(task: CheckTask) -> Rejection | None:
-        for name, check in checks.items():
-            try:
-                reason = check(task)
-            except Exception as error:  # noqa: BLE001 - foreign code: one bad completion costs one attempt
-                reason = f"it raised {type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-            if reason is not None:
-                return Rejection(name, reason[:_MAX_REASON_CHARS])
-        return None
+    def handle(task: CheckTask) -> CheckAnswer:
+        subject = _Subject(task)
+        if not parses_json:
+            return CheckAnswer(_find_rejection(checks, subject))
+        parsed, parse_error = subject.json.canonical, subject.json.error
+        return CheckAnswer(_find_rejection(checks, subject), parsed, parse_error)
 
     return handle, None
+
+
+def _find_rejection(checks: Mapping[str, _Check], subject: _Subject) -> Rejection | None:
+    for name, check in checks.items():
+        try:
+            reason = check(subject)
+        except Exception as error:  # noqa: BLE001 - foreign code: one bad completion costs one attempt
+            reason = f"it raised {type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+        if reason is not None:
+            return Rejection(name, reason[:_MAX_REASON_CHARS])
+    return None
 
 
 def compute_repetition(text: str) -> float:
@@ -166,13 +212,11 @@ def make_schema_check(schema: Any) -> _Check:
     _reject_foreign_references(schema)
     validator = validator_class(schema)
 
-    def check(task: CheckTask) -> str | None:
-        text = task.text
-        try:
-            value = json.loads(task.parsed or extract_json(text))
-        except (ValueError, RecursionError) as error:
-            return f"no JSON: {describe_json_error(error, text)}"
-        problem = exceptions.best_match(validator.iter_errors(value))
+    def check(subject: _Subject) -> str | None:
+        found = subject.json
+        if found.error is not None:
+            return found.error
+        problem = exceptions.best_match(validator.iter_errors(found.value))
         return None if problem is None else f"at {problem.json_path}: {problem.message}"
 
     return check
@@ -189,10 +233,16 @@ def _reject_foreign_references(schema: Any) -> None:
         _reject_foreign_references(item)
 
 
-def _make_function_check(name: str) -> _Check:
+def _make_function_check(name: str, *, has_parsed: bool) -> _Check:
+    """Return the check of a user's function.
+
+    Args:
+        has_parsed: the function gets the text's JSON value, also where the task doesn't have it.
+    """
     function = load_function("check.function", name)
 
-    def check(task: CheckTask) -> str | None:
+    def check(subject: _Subject) -> str | None:
+        task = subject.task
         assert task.for_function is not None
         columns, finish_reason, num_tokens, reasoning, tool_calls, token_ids, sample, attempt = task.for_function
         shown = CheckedCompletion(
@@ -201,7 +251,7 @@ def _make_function_check(name: str) -> _Check:
             num_tokens,
             reasoning,
             tool_calls,
-            None if task.parsed is None else json.loads(task.parsed),
+            subject.json.value if has_parsed or task.parsed is not None else None,
             token_ids,
             sample,
             attempt,

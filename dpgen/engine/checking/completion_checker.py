@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpgen.config.sections import CheckConfig
+from dpgen.config.sections import CheckConfig, OutputConfig
 from dpgen.data.input_rows import InputRows
-from dpgen.engine.checking.checks import CheckTask, FunctionInput, list_worker_checks, make_quick_check
+from dpgen.engine.checking.checks import (
+    CheckAnswer,
+    CheckTask,
+    FunctionInput,
+    checks_parse_json,
+    list_worker_checks,
+    make_quick_check,
+)
 from dpgen.engine.process import select_own_environment
 from dpgen.errors import ConfigError
 from dpgen.imports import list_import_folders
@@ -39,12 +46,22 @@ class _PendingResult:
         rejections: for each completion; None for one that has passed, or is being checked.
         first_attempt: number of the row's first attempt of those that users count.
         num_open: completions that are being checked.
+        parsed: completions that workers have read as JSON, by their place.
     """
 
     result: RowResult
     rejections: list[Rejection | None]
     first_attempt: int
     num_open: int
+    parsed: dict[int, Completion] = field(default_factory=dict)
+
+    def make_checked(self) -> CheckedResult:
+        """Return the result with its rejections, once nothing of it is being checked."""
+        result = self.result
+        if self.parsed:
+            completions = [self.parsed.get(place, completion) for place, completion in enumerate(result.completions)]
+            result = replace(result, completions=tuple(completions))
+        return CheckedResult(result, tuple(self.rejections))
 
 
 class CompletionChecker:
@@ -108,22 +125,26 @@ class CompletionChecker:
                 assert isinstance(answer.key, tuple)
                 id, index = answer.key
                 pending = self._pending[id]
-                is_failed = answer.failure is not None
-                pending.rejections[index] = (
-                    Rejection(self._slow_check, answer.failure or "") if is_failed else answer.value
-                )
-                pending.num_open -= 1
-                if not pending.num_open:
-                    self._checked.append(pending)
+                failure = None if answer.failure is None else Rejection(self._slow_check, answer.failure)
+                self._add_answer(pending, index, answer.value if failure is None else CheckAnswer(failure))
         checked, self._checked = self._checked, []
         for pending in checked:
             del self._pending[pending.result.id]
-        return [CheckedResult(pending.result, tuple(pending.rejections)) for pending in checked]
+        return [pending.make_checked() for pending in checked]
 
     def close(self) -> None:
         """End the workers."""
         if self._pool is not None:
             self._pool.close()
+
+    def _add_answer(self, pending: _PendingResult, index: int, answer: CheckAnswer) -> None:
+        pending.rejections[index] = answer.rejection
+        if answer.parsed is not None or answer.parse_error is not None:
+            completion = pending.result.completions[index]
+            pending.parsed[index] = replace(completion, parsed=answer.parsed, parse_error=answer.parse_error)
+        pending.num_open -= 1
+        if not pending.num_open:
+            self._checked.append(pending)
 
     def _make_tasks(self) -> Iterator[tuple[tuple[RequestId, int], CheckTask]]:
         """Yield a task for each completion that workers must check. Reading many rows takes hardly longer than one."""
@@ -165,11 +186,12 @@ def _select_input(completion: Completion, columns: dict[str, Any], sample: int, 
 
 
 def start_completion_checker(
-    config: CheckConfig, rows: InputRows, log: Callable[[str], None]
+    config: CheckConfig, output: OutputConfig, rows: InputRows, log: Callable[[str], None]
 ) -> CompletionChecker | None:
     """Start the workers that a configuration asks for; None if it asks for no checks.
 
     Args:
+        output: says whether texts are read as JSON, too; see `checks_parse_json`.
         log: takes each line that the workers print.
     """
     if not config.is_used:
@@ -182,7 +204,7 @@ def start_completion_checker(
     workers = WorkerSpec(
         "the check",
         "dpgen.engine.checking.checks:start",
-        (config,),
+        (config, checks_parse_json(config, output)),
         environment,
         num_workers=config.num_workers,
         timeout_s=config.timeout_s,

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.sections import OutputConfig
+from dpgen.config.sections import CheckConfig, OutputConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.openai_batch.requests import drop_prompt, read_server_request
 from dpgen.data.prompts.chat_prompt import ChatPromptBuilder
 from dpgen.data.tokenizer import TokenizerConfig
+from dpgen.engine.checking.checks import checks_parse_json
 from dpgen.engine.parsing.vllm_parsers import ParserInfo, ParserSpec, ParseTask
 from dpgen.engine.process import select_own_environment
 from dpgen.errors import ConfigError
+from dpgen.logprobs import TokenLogprobs
 from dpgen.records import Completion, RequestId, RowResult
 from dpgen.workers.pool import WorkerPool, WorkerRefused, WorkerSpec
 
@@ -99,7 +101,7 @@ class CompletionParser:
         """Add a row; `poll` returns it, parsed."""
         self._results[result.id] = result
         # Parsers need no log-probabilities: their arrays stay here.
-        completions = tuple(dataclasses.replace(completion, logprobs=None) for completion in result.completions)
+        completions = tuple(_replace_logprobs(completion, None) for completion in result.completions)
         of_call = None if self.find_tools_of_call is None else self.find_tools_of_call(result.id)
         if of_call is None:
             task = self._tools.make_task(result.row, completions)
@@ -116,7 +118,7 @@ class CompletionParser:
             if answer.failure is None:
                 answered: tuple[Completion, ...] = answer.value
                 completions = tuple(
-                    dataclasses.replace(completion, logprobs=before.logprobs)
+                    _replace_logprobs(completion, before.logprobs)
                     for completion, before in zip(answered, result.completions, strict=True)
                 )
             else:  # the text stays
@@ -131,8 +133,13 @@ class CompletionParser:
         self._pool.close()
 
 
+def _replace_logprobs(completion: Completion, logprobs: TokenLogprobs | None) -> Completion:
+    return completion if completion.logprobs is logprobs else dataclasses.replace(completion, logprobs=logprobs)
+
+
 def start_completion_parser(
     output: OutputConfig,
+    check: CheckConfig,
     tokenizer: TokenizerConfig | None,
     tools: ToolFinder,
     log: Callable[[str], None],
@@ -140,16 +147,16 @@ def start_completion_parser(
     """Start the workers that a configuration asks for; None if it asks for no parsing.
 
     Args:
+        check: with it, the workers that check texts may also parse them; see `checks_parse_json`.
         tokenizer: the model's; None for the fake engine.
         tools: finds the tools of each row, and knows `data.chat_template_kwargs`.
         log: takes each line that the workers print.
     """
-    wants_reasoning = output.reasoning != "keep"
-    if not wants_reasoning and output.tool_parser is None and not output.parses_json:
+    if not output.parses_with_vllm and (not output.parses_json or checks_parse_json(check, output)):
         return None
     spec = ParserSpec(
         tokenizer,
-        output.reasoning_parser if wants_reasoning else None,
+        output.reasoning_parser_or_none,
         output.tool_parser,
         keep_reasoning=output.reasoning == "split",
         parse_json=output.parses_json,

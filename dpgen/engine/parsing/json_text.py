@@ -5,29 +5,43 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 # The whole text in one fence, as chat models like to write JSON: ```json ... ```
 _FENCE = re.compile(r"\s*```[A-Za-z0-9_-]*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 
 
-def extract_json(text: str) -> str:
-    """Return the JSON value of a text as canonical JSON text: no blanks, characters rather than escapes.
+class JsonText(NamedTuple):
+    """Hold the JSON value of a text.
 
-    The text is the value and nothing else; one Markdown fence around all of it is taken off.
+    Attributes:
+        value: as `json.loads` returns it; None where there is an error.
+        canonical: the value as JSON text, without blanks, with characters rather than escapes; None likewise.
+        error: why the text is no JSON; None where it is.
+    """
 
-    Raises:
-        ValueError: the text is no JSON value, or holds NaN, an infinity, or half of a surrogate pair.
+    value: Any
+    canonical: str | None
+    error: str | None = None
+
+
+def read_json(text: str) -> JsonText:
+    """Return the JSON value of a text, or why there is none.
+
+    The text is the value and nothing else; one Markdown fence around all of it is taken off. NaN, an infinity and half
+    of a surrogate pair are no JSON.
     """
     fenced = _FENCE.fullmatch(text)
-    value = json.loads(fenced[1] if fenced else text, parse_constant=_reject, parse_float=_parse_float)
-    canonical = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    canonical.encode("utf-8")  # half of a surrogate pair, as an escape
-    return canonical
+    try:
+        value = json.loads(fenced[1] if fenced else text, parse_constant=_reject, parse_float=_parse_float)
+        canonical = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        canonical.encode("utf-8")  # half of a surrogate pair, as an escape
+    except (ValueError, RecursionError) as error:
+        return JsonText(None, None, f"no JSON: {_describe_error(error, text)}")
+    return JsonText(value, canonical)
 
 
-def describe_json_error(error: Exception, text: str) -> str:
-    """Return why a text is no JSON, with the place."""
+def _describe_error(error: Exception, text: str) -> str:
     if not text.strip():
         return "the text is empty"
     if isinstance(error, json.JSONDecodeError):

@@ -13,7 +13,7 @@ from typing import Any
 
 from dpgen.data.tokenizer import TokenizerConfig, fetch_config_files
 from dpgen.engine.messages import RequestParsers
-from dpgen.engine.parsing.json_text import describe_json_error, extract_json
+from dpgen.engine.parsing.json_text import read_json
 from dpgen.errors import find_nearest_name
 from dpgen.records import Completion, ServerRequest, ToolCall
 
@@ -106,10 +106,8 @@ def start(spec: ParserSpec) -> tuple[Callable[[ParseTask], tuple[Completion, ...
             except Exception as error:  # noqa: BLE001 - foreign code: the text stays
                 return replace(completion, parse_error=_describe(error))
         if spec.parse_json and not completion.tool_calls:
-            try:
-                return replace(completion, parsed=extract_json(completion.text))
-            except (ValueError, RecursionError) as error:
-                return replace(completion, parse_error=f"no JSON: {describe_json_error(error, completion.text)}")
+            found = read_json(completion.text)
+            return replace(completion, parsed=found.canonical, parse_error=found.error)
         return completion
 
     return handle, info

@@ -228,8 +228,9 @@ def build_text_pipeline(config: Config, log: EngineLog, rows: InputRows) -> Text
     if steps.engine_reason and not config.data.token_ids_column:
         logger.info(f"prompts are tokenized in the engine process: {steps.engine_reason}")
     tokenizer = None if config.run.engine == "fake" else _find_tokenizer(config)
-    parser = start_completion_parser(config.output, tokenizer, ToolFinder(config.prompt, rows), log.write)
-    return replace(steps, parser=parser, checker=start_completion_checker(config.check, rows, log.write))
+    tools, check, output = ToolFinder(config.prompt, rows), config.check, config.output
+    parser = start_completion_parser(output, check, tokenizer, tools, log.write)
+    return replace(steps, parser=parser, checker=start_completion_checker(check, output, rows, log.write))
 
 
 def load_text_steps(config: Config, rows: InputRows) -> TextPipeline:

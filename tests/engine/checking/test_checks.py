@@ -28,7 +28,7 @@ def check(config: CheckConfig, text: str = "text", row: dict[str, Any] | None = 
         handle, _ = start(config)
         calls, ids = completion.tool_calls, completion.token_ids
         given = FunctionInput(row or {}, completion.finish_reason, 3, completion.reasoning, calls, ids, 1, 2)
-        rejection = handle(CheckTask(text, completion.parsed, given))
+        rejection = handle(CheckTask(text, completion.parsed, given)).rejection
     return None if rejection is None else str(rejection)
 
 
@@ -109,6 +109,13 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_function_gets_the_row_and_the_completion(module: str) -> None:
     seen = check(CheckConfig(function=f"{module}:see"), "t", {"a": 1}, parsed='{"b":2}', token_ids=[5, 6])
     assert seen == "function: {'a': 1} t stop 3 {'b': 2} [5, 6] 1 2"
+
+
+def test_a_function_gets_the_json_value_where_the_same_worker_reads_it(module: str) -> None:
+    handle, _ = start(CheckConfig(function=f"{module}:see", json_schema={"type": "object"}), parses_json=True)
+    answer = handle(CheckTask('{"b": 2}', None, FunctionInput({}, "stop", 3)))
+    assert (answer.parsed, answer.parse_error) == ('{"b":2}', None)
+    assert str(answer.rejection) == "function: {} {\"b\": 2} stop 3 {'b': 2} None 0 0"
 
 
 @pytest.mark.parametrize(

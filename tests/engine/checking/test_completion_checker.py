@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpgen.config.sections import CheckConfig
+from dpgen.config.sections import CheckConfig, OutputConfig
 from dpgen.engine.checking import completion_checker
-from dpgen.engine.checking.checks import CheckTask
+from dpgen.engine.checking.checks import CheckAnswer, CheckTask, checks_parse_json, start
 from dpgen.engine.checking.completion_checker import CheckedResult, CompletionChecker, start_completion_checker
+from dpgen.engine.parsing.completion_parser import start_completion_parser
 from dpgen.journal.attempts import Rejection
 from dpgen.records import Completion, RowResult
 from dpgen.workers.pool import Answer
@@ -53,7 +54,7 @@ def test_checks_that_only_look_start_no_worker_and_answer_at_once(monkeypatch: p
     monkeypatch.setattr(completion_checker, "WorkerPool", None)
     rows: Any = Rows()
     for config in (CheckConfig(non_empty=True, finish_reason=["stop"]), CheckConfig(continue_truncated=True)):
-        checker = start_completion_checker(config, rows, print)
+        checker = start_completion_checker(config, OutputConfig(), rows, print)
         assert checker is not None
         checker.wait_until_ready(lambda: None)
         checker.submit(make_result(3, "a", " "))
@@ -82,6 +83,37 @@ def test_workers_get_only_what_they_must_check() -> None:
     ]
 
 
+def test_workers_that_check_also_parse_so_that_each_text_goes_to_one_worker_once() -> None:
+    tools: Any = None
+    assert start_completion_parser(OutputConfig(parse="json"), CheckConfig(regex="a"), None, tools, print) is None
+    pool: Any = Pool()
+    checker = CompletionChecker(CheckConfig(regex="[a1]"), pool)
+    checker.submit(make_result(1, "[1, 1]", "a", "[2]"))
+    assert checker.poll() == []
+    handle, _ = start(CheckConfig(regex="[a1]"), parses_json=True)
+    pool.answers = [Answer(key, handle(task)) for key, task in pool.tasks.items()]
+    [checked] = checker.poll()
+    assert [completion.parsed for completion in checked.result.completions] == ["[1,1]", None, "[2]"]
+    error = "no JSON: Expecting value at character 0 of 1"
+    assert [completion.parse_error for completion in checked.result.completions] == [None, error, None]
+    assert checked.rejections == (None, None, Rejection("regex", "it is found nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("check", "output", "is_one"),
+    [
+        (CheckConfig(regex="a"), OutputConfig(parse="json"), True),
+        (CheckConfig(function="m:f"), OutputConfig(schema={"type": "object"}), True),
+        (CheckConfig(non_empty=True), OutputConfig(parse="json"), False),  # no worker checks
+        (CheckConfig(regex="a"), OutputConfig(parse="json", tool_parser="hermes"), False),  # vLLM's parser comes first
+        (CheckConfig(regex="a"), OutputConfig(parse="json", reasoning="split"), False),
+        (CheckConfig(regex="a"), OutputConfig(), False),
+    ],
+)
+def test_checks_parse_only_what_needs_no_parser_of_vllm(check: CheckConfig, output: OutputConfig, is_one: bool) -> None:
+    assert checks_parse_json(check, output) is is_one
+
+
 def test_rows_of_many_results_are_read_at_once_and_each_goes_with_its_own() -> None:
     pool: Any = Pool()
     rows: Any = Rows()
@@ -100,7 +132,8 @@ def test_rows_of_many_results_are_read_at_once_and_each_goes_with_its_own() -> N
         "d": ({"prompt": "p7"}, 1, 1),
     }
     pool.answers += [
-        Answer(key, None if task.text != "b" else Rejection("function", "no")) for key, task in pool.tasks.items()
+        Answer(key, CheckAnswer(None if task.text != "b" else Rejection("function", "no")))
+        for key, task in pool.tasks.items()
     ]
     assert {(checked.result.id, checked.rejections) for checked in checker.poll()} == {
         (make_result(7).id, (None, Rejection("function", "no"))),

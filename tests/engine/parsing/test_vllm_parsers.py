@@ -10,7 +10,7 @@ import pytest
 from helpers.tiny_tokenizers import add_special_tokens, save_tokenizer
 
 from dpgen.data.tokenizer import TokenizerConfig
-from dpgen.engine.parsing.json_text import extract_json
+from dpgen.engine.parsing.json_text import read_json
 from dpgen.engine.parsing.vllm_parsers import ParserSpec, ParseTask, start
 from dpgen.records import Completion, ToolCall
 
@@ -107,7 +107,7 @@ def test_a_model_that_does_not_tell_how_it_thinks_is_refused(tmp_path: Path) -> 
 def test_json_is_read_whole(text: str, parsed: str) -> None:
     [completion] = parse(ParserSpec(None, parse_json=True), text)
     assert (completion.parsed, completion.parse_error, completion.text) == (parsed, None, text)
-    assert extract_json(parsed) == parsed
+    assert read_json(parsed).canonical == parsed
 
 
 @pytest.mark.parametrize(
