@@ -33,6 +33,7 @@ HOMES = {
         "dpgen/engine/vllm/default_options.py": "vLLM's own default of an option",
         "dpgen/engine/vllm/engine_config.py": "vLLM's configuration",
         "dpgen/engine/vllm/executors.py": "vLLM's executors, which drive the devices",
+        "dpgen/engine/vllm/hooks/hot_path.py": "vLLM's kinds of outputs, of which a batch job needs one",
         "dpgen/engine/vllm/pooling.py": "vLLM's parameters and outputs of pooling models",
         "dpgen/engine/vllm/reasoning.py": "vLLM's tokenizer, to choose a reasoning parser for the engine",
         "dpgen/engine/vllm/sampling_check.py": "vLLM's check of sampling and of grammars",

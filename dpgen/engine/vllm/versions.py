@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 OLDEST, NEWEST = "0.26", "0.33"  # that were read
+HOOKED = ("0.26", "0.32")  # whose work for each token was read, line by line
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ CHANGED = (
     ),
     ("0.33", "mamba_cache_mode and ir_op_priority only warn that they have no effect", "none is needed"),
 )
+
+
+def takes_hooks(installed: str) -> bool:
+    """Return True for a version of vLLM with which the hooks of `dpgen.engine.vllm.hooks` were compared."""
+    return ".".join(installed.split(".")[:2]) in HOOKED
 
 
 def describe_version(section: str, name: str, installed: str | None) -> str | None:

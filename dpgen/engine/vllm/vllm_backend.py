@@ -44,11 +44,13 @@ from dpgen.engine.vllm.executors import (
     SyncKvUniProcExecutor,
 )
 from dpgen.engine.vllm.field_names import VllmFields
+from dpgen.engine.vllm.hooks.hot_path import install_hooks
 from dpgen.engine.vllm.pooling import VllmPooling, find_wrong_model
 from dpgen.engine.vllm.reasoning import ReasoningState, make_core_request
 from dpgen.engine.vllm.rejections import classify_rejection, summarize_error
 from dpgen.engine.vllm.results import RunningRow, format_id, read_result
 from dpgen.engine.vllm.sampling_check import check_params, name_constraint
+from dpgen.engine.vllm.versions import takes_hooks
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Request, RowResult, UndecodedRow
 
@@ -64,6 +66,7 @@ class VllmBackend:
         self._params = pydantic.TypeAdapter(SamplingParams)
         self._config: VllmConfig | None = None
         self._engine: LLMEngine | None = None
+        self._hooks: tuple[Any, ...] = ()  # in what vLLM does for each token
         self._adapters = VllmAdapters(spec.adapters)
         self._sampling: dict[str, Any] = {}
         self._converter: RequestConverter | None = None
@@ -117,6 +120,7 @@ class VllmBackend:
         if not SyncKvMixin.has_agreed:
             agree_kv(0)  # a model without a KV cache, as encoders are: the other ranks wait for a number all the same
         self._adapters.load_all(self._engine)
+        self._hooks = install_hooks(self._engine) if takes_hooks(vllm.__version__) else ()
         config = self._engine.vllm_config
         return EngineInfo(
             max_num_seqs=config.scheduler_config.max_num_seqs,
