@@ -24,7 +24,7 @@ from typing import Any
 from engine import Peer, prepare_process
 from measure import REPO, compute_ratio, make_parser, measure_in_turn, run_benchmark, write_rows
 
-ENGINE = {"dtype": "float32", "max_num_seqs": 64, "enforce_eager": True}
+ENGINE = {"dtype": "float32", "max_num_seqs": 64, "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from dpgen.engine.fake_vectors import describe_fake_vectors, make_fake_vectors
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.logprobs import TokenLogprobs, from_rows
-from dpgen.records import Completion, Request, RequestId, RowResult, ScoredCompletion, UndecodedRow
+from dpgen.records import Completion, PooledKind, Request, RequestId, RowResult, ScoredCompletion, UndecodedRow
 
 _BLOCK_TOKENS = 16
 _BYTES_PER_TOKEN = 64
@@ -179,8 +179,11 @@ class FakeBackend:
             num_kv_blocks=kv_bytes // (_BLOCK_TOKENS * _BYTES_PER_TOKEN),
             kv_block_tokens=_BLOCK_TOKENS,
             device="none",
-            pooled=None if self._spec.pooling is None else describe_fake_vectors(self._spec.pooling),
         )
+
+    @property
+    def pooled(self) -> PooledKind | None:
+        return None if self._spec.pooling is None else describe_fake_vectors(self._spec.pooling)
 
     def _check_free_memory(self) -> None:
         free, fraction = self._options.free_gib, self._options.gpu_memory_utilization

@@ -342,6 +342,10 @@ class Backend(Protocol):
             ConfigError: it is illegal. Another job may follow.
         """
 
+    @property
+    def pooled(self) -> PooledKind | None:
+        """What the vectors of the job's task are, once it is prepared; None where text is generated."""
+
     def prepare_job(self, text_config: EngineTextConfig) -> None:
         """Take the engine's part of the work on text for a job, in a loaded engine; requests may come then."""
 

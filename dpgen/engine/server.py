@@ -100,7 +100,7 @@ def _serve(pipe: Connection) -> None:
         info = backend.load(agree_kv)
         timer.mark("KV cache")
         _prepare_job(pipe, backend)
-        return EngineReady(info, tuple(timer.phases))
+        return EngineReady(dataclasses.replace(info, pooled=backend.pooled), tuple(timer.phases))
 
     if spec.world is None:
         ready = load()
@@ -154,7 +154,7 @@ def _serve_next_job(
         message = _agree_kv(pipe, message, kv_bytes)
     if isinstance(message, SetKvBytes):
         _prepare_job(pipe, backend)
-        pipe.send(ready)
+        pipe.send(dataclasses.replace(ready, info=dataclasses.replace(ready.info, pooled=backend.pooled)))
         return _generate(pipe, backend)
     return message if isinstance(message, BeginJob) else None
 

@@ -306,7 +306,7 @@ def _is_generated(dataset_format: DatasetFormat) -> bool:
 
 
 def _is_text(dataset_format: DatasetFormat) -> bool:
-    return not (dataset_format.is_scored or dataset_format.is_program)
+    return _is_generated(dataset_format) and not dataset_format.is_program
 
 
 _RESULT_COLUMNS = (

@@ -24,13 +24,15 @@ CHATS = [[{"role": "user", "content": text[:9]}, {"role": "assistant", "content"
 REFERENCE = """
 import gc, json, sys
 from vllm import LLM, PoolingParams
+from vllm.config import PoolerConfig
 from vllm.distributed import cleanup_dist_env_and_memory
 
 given = json.loads(sys.argv[1])
 texts, pairs = given["texts"], given["pairs"]
 found = {}
 for kind, folder in given["models"].items():
-    llm = LLM(folder, **given["engine"])
+    more = {"pooler_config": PoolerConfig(task="token_classify")} if kind == "tokens" else {}
+    llm = LLM(folder, **given["engine"], **more)
     tokenizer, quiet = llm.get_tokenizer(), {"use_tqdm": False}
     if kind == "bert":
         found["embed"] = [output.outputs.embedding for output in llm.embed(texts, **quiet)]
@@ -50,8 +52,8 @@ for kind, folder in given["models"].items():
     else:
         chats = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in given["chats"]]
         prompts = [{"prompt_token_ids": tokenizer(c, add_special_tokens=False)["input_ids"]} for c in chats]
-        for task in ("classify", "token_classify"):
-            found[task] = [o.outputs.data.tolist() for o in llm.encode(prompts, pooling_task=task, **quiet)]
+        task = "token_classify" if kind == "tokens" else "classify"
+        found[task] = [o.outputs.data.tolist() for o in llm.encode(prompts, pooling_task=task, **quiet)]
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
@@ -68,7 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def expected(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     given = {
-        "models": {kind: str(folder) for kind, folder in models.items()},
+        "models": {kind: str(folder) for kind, folder in {**models, "tokens": models["reward"]}.items()},
         "engine": {**ENGINE, "kv_cache_memory_bytes": 64 << 20},
         **{"texts": TEXTS, "pairs": PAIRS, "chats": CHATS, "long": LONG},
     }

@@ -7,12 +7,14 @@ import typing
 from typing import Any
 
 import pydantic
+import torch
+import vllm
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
-from dpgen.engine.messages import EngineSpec
+from dpgen.engine.messages import EngineInfo, EngineSpec
 from dpgen.engine.vllm.adapters import VllmAdapters
 from dpgen.engine.vllm.default_options import apply_cpu_defaults
 from dpgen.engine.vllm.pooling import add_pooler_task
@@ -54,6 +56,21 @@ def create_engine_config(
         **options,
     )
     return args.create_engine_config(UsageContext.LLM_CLASS), notes
+
+
+def describe_engine(config: VllmConfig) -> EngineInfo:
+    """Return what the rank is told of a loaded engine."""
+    return EngineInfo(
+        max_num_seqs=config.scheduler_config.max_num_seqs,
+        max_model_len=config.model_config.max_model_len,
+        num_kv_blocks=config.cache_config.num_gpu_blocks or 0,
+        kv_block_tokens=config.cache_config.block_size or 0,
+        versions={
+            **{"vllm": vllm.__version__, "torch": torch.__version__},
+            "model runner": "V2" if config.use_v2_model_runner else "V1",
+        },
+        device=current_platform.device_type,
+    )
 
 
 def convert_types(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

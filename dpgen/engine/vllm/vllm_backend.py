@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pydantic
-import torch
 import vllm
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -36,7 +35,7 @@ from dpgen.engine.parsing.request_parsers import ParserMaker, find_parser_class
 from dpgen.engine.pool.device_monitor import DeviceMonitor
 from dpgen.engine.vllm.adapters import VllmAdapters
 from dpgen.engine.vllm.default_options import share_memory
-from dpgen.engine.vllm.engine_config import convert_types, create_engine_config
+from dpgen.engine.vllm.engine_config import convert_types, create_engine_config, describe_engine
 from dpgen.engine.vllm.executors import (
     SyncKvExternalExecutor,
     SyncKvMixin,
@@ -52,7 +51,7 @@ from dpgen.engine.vllm.results import RunningRow, format_id, read_result
 from dpgen.engine.vllm.sampling_check import check_params, name_constraint
 from dpgen.engine.vllm.versions import takes_hooks
 from dpgen.errors import ConfigError, RowRefused
-from dpgen.records import Request, RowResult, UndecodedRow
+from dpgen.records import PooledKind, Request, RowResult, UndecodedRow
 
 if TYPE_CHECKING:
     from dpgen.engine.vllm.server_requests import RequestConverter
@@ -121,19 +120,11 @@ class VllmBackend:
             agree_kv(0)  # a model without a KV cache, as encoders are: the other ranks wait for a number all the same
         self._adapters.load_all(self._engine)
         self._hooks = install_hooks(self._engine) if takes_hooks(vllm.__version__) else ()
-        config = self._engine.vllm_config
-        return EngineInfo(
-            max_num_seqs=config.scheduler_config.max_num_seqs,
-            max_model_len=config.model_config.max_model_len,
-            num_kv_blocks=config.cache_config.num_gpu_blocks or 0,
-            kv_block_tokens=config.cache_config.block_size or 0,
-            versions={
-                **{"vllm": vllm.__version__, "torch": torch.__version__},
-                "model runner": "V2" if config.use_v2_model_runner else "V1",
-            },
-            device=current_platform.device_type,
-            pooled=None if self._pooling is None else self._pooling.kind,
-        )
+        return describe_engine(self._engine.vllm_config)
+
+    @property
+    def pooled(self) -> PooledKind | None:
+        return None if self._pooling is None else self._pooling.kind
 
     def begin_job(self, spec: EngineSpec) -> tuple[str, ...]:
         assert self._engine is not None
