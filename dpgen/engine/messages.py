@@ -34,10 +34,9 @@ class EngineSpec:
         options: fields of vLLM's EngineArgs.
         sampling: fields of SamplingParams, the same for every row.
         sampling_columns: fields of SamplingParams that each row takes from its columns.
-        sampling_by_rank: only checked here; a request carries the fields of its row's entry.
-        retry_sampling: only checked here; a request for a further attempt carries them.
+        sampling_by_rank, retry_sampling: only checked here; a request carries those that hold for it.
         tensor_parallel_size, pipeline_parallel_size: devices of this one engine.
-        local_size: engines on this node, which share its memory where they run on the CPU.
+        local_size: ranks on this node, whose engines share its memory where they run on the CPU.
         num_sharing: ranks on this one's GPUs, itself included, which divide their memory (`parallel.share_devices`).
         num_engines: engines of this rank, which divide its part (`parallel.engines_per_rank`).
         is_num_engines_auto: fewer are enough, if the memory has no room for so many.

@@ -18,7 +18,7 @@ HOMES = {
         "dpgen/distributed/gloo/rank_group.py": "gloo exchanges tensors",
         "dpgen/distributed/gloo/torch_world.py": "sets torch.distributed up",
         "dpgen/engine/lockstep.py": "the engine processes of one group exchange tensors",
-        "dpgen/engine/vllm/vllm_backend.py": "run.json records torch's version next to vLLM's",
+        "dpgen/engine/vllm/engine_config.py": "run.json records torch's version next to vLLM's",
     },
     "torch.distributed": {
         "dpgen/distributed/gloo/address_book.py": "gloo asks a Store for addresses",
