@@ -102,13 +102,15 @@ class RowRunner:
         if row.way == "generate":
             seconds = float(_find_line(log, "SECONDS"))
             return {"tokens": sum(budgets), "seconds": round(seconds, 2), "tokens_per_s": sum(budgets) / seconds}
-        run = read_run(self._work_dir / row.name / "run")
+        run_dir = self._work_dir / row.name / "run"
+        run, result = read_run(run_dir), json.loads((run_dir / "_SUCCESS").read_text())
+        num_tokens = result["num_generated_tokens"]  # those of a rank that was killed, too
         measured: dict[str, Any] = {
-            "tokens": sum(run["tokens"]),
+            "tokens": num_tokens,
             "seconds": round(run["longest_s"], 2),
-            "tokens_per_s": sum(run["tokens"]) / run["longest_s"],
+            "tokens_per_s": num_tokens / run["longest_s"],
             "balance": round(run["balance"], 3),
-            "is_complete": sum(run["tokens"]) == sum(budgets),
+            "is_complete": num_tokens == sum(budgets) and not result["num_errors"],
         }
         for key, pattern in _LOG_FACTS.items():
             if found := re.findall(pattern, log):
