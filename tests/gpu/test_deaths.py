@@ -63,9 +63,10 @@ def test_one_of_two_engines_on_a_gpu_is_killed_and_the_other_goes_on(
     ranks: int,
     setting: str,
 ) -> None:
-    if not hasattr(ParallelConfig, setting.partition("=")[0].partition(".")[2]):
-        pytest.skip(f"this version has no {setting.partition('=')[0]}")
-    gpus = take_gpus(1)
+    key = setting.partition("=")[0]
+    if not hasattr(ParallelConfig, key.removeprefix("parallel.")):
+        pytest.skip(f"this version has no {key}")
+    gpus = take_gpus(1, whole=True)
     engine = {**GPU_ENGINE, "load_format": "dummy"}
     del engine["kv_cache_memory_bytes"]  # the engines divide what vLLM takes by itself, some 92 % of the GPU
     conf = write_job(NUM_ROWS, model=str(write_large_cache_model(tmp_path / "model")), engine=engine)

@@ -22,7 +22,7 @@ from typing import IO
 from dpgen.engine.starting.launch import _list_visible_gpus
 from helpers.locks import try_lock
 
-NUM_SLOTS = 8
+NUM_SLOTS = 12  # engines of small models take about a GiB each
 NUM_TOKENS = 100  # of each row of `write_job`
 # For the demo's model on a GPU that other tests use as well; the KV cache holds more tokens than all sequences have.
 GPU_ENGINE = {
