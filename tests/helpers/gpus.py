@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
-from dpgen.engine.starting.launch import _list_visible_gpus
+from dpgen.engine.starting.visible_gpus import list_visible_gpus
 from helpers.locks import try_lock
 
 NUM_SLOTS = 12  # engines of small models take about a GiB each
@@ -43,7 +43,7 @@ sys.stdin.read()
 
 def list_gpus() -> list[str]:
     """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    return _list_visible_gpus(os.environ, os.listdir("/dev"))
+    return list_visible_gpus(os.environ, os.listdir("/dev"))
 
 
 def find_obstacle() -> str | None:
