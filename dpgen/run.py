@@ -41,6 +41,7 @@ from dpgen.journal.run_identity import compute_run_identity, describe_hashed_fil
 from dpgen.journal.writer import JournalWriter
 from dpgen.lifecycle.shutdown import ShutdownMonitor, watch_for_shutdown
 from dpgen.lifecycle.status_file import StatusFile
+from dpgen.monitoring.efficiency import gather_efficiency
 from dpgen.monitoring.run_monitor import RunMonitor
 from dpgen.monitoring.run_report import describe_generation, describe_plan, summarize_run
 from dpgen.monitoring.startup import StartupTimer
@@ -166,6 +167,7 @@ class _Job:
         self._loaded_text: TextPipeline | None = None
         self._is_complete = False  # an earlier attempt has written the result
         self._has_planned = self._needs_engine = False
+        self._generation_s = 0.0
         self._num_before = 0  # rows that earlier attempts have finished
 
     @property
@@ -350,7 +352,8 @@ class _Job:
             raise
         finally:
             monitor.end()
-        logger.info(describe_generation(totals, time.monotonic() - started_s))
+        self._generation_s = time.monotonic() - started_s
+        logger.info(describe_generation(totals, self._generation_s))
 
     def _note_engine(self) -> None:
         """Note for the next attempt how this rank's engine ended, where engines share their work."""
@@ -368,7 +371,11 @@ class _Job:
                 manifest = self._loop.fill_manifest(manifest)
             self._journal.seal()
             manifests = gather_results(self._group, self._run_dir, self._journal, manifest, self._config.output)
-            for finding in summarize_run(manifests or []):
+            speed = self._loop.measure_speed() if self._needs_engine else None
+            efficiency = gather_efficiency(self._group, self._config, speed, self._generation_s)
+            if self._group.rank == 0:
+                self._run_dir.update_metadata(efficiency=None if efficiency is None else vars(efficiency))
+            for finding in summarize_run(manifests or [], efficiency):
                 logger.info(finding)
             if self._group.is_node_leader:
                 remove_engine_notes(self._run_dir.journal)

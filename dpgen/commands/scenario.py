@@ -167,7 +167,8 @@ def _read_lengths(options: argparse.Namespace, config: Config, rows: InputRows) 
 def _order_by_noisy_hints(lengths: np.ndarray, options: argparse.Namespace, random: np.random.Generator) -> RowOrder:
     hints = lengths * random.lognormal(0.0, options.hint_noise, len(lengths))
     reason = f"by hints with a typical error of a factor of {np.exp(options.hint_noise):.1f}"
-    return RowOrder(np.argsort(-hints, kind="stable"), "longest_first", reason)
+    rows = np.argsort(-hints, kind="stable")
+    return RowOrder(rows, "longest_first", reason, lengths=hints[rows].astype(np.float32))
 
 
 def _build_model(options: argparse.Namespace) -> EngineCostModel:

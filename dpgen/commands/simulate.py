@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Run dpgen's own claims and admission in virtual time, with modelled engines: a step takes A + C x sequences + K x tokens
 in the KV cache, and P for each prompt token. Print how long a run takes on each number of ranks, its GPU-hours, how
-near that is to what no schedule can beat (all work in full batches, or the longest row), what other choices of work.*
+near that is to what no schedule can beat (the bound, see dpgen/scheduling/tail/bound.py), what other choices of work.*
 would change, and up to how many ranks are efficient.
 
 Rows and their lengths come from a configuration's dataset, or are sampled from a distribution:
@@ -132,7 +132,8 @@ def _simulate_alternatives(scenario: Scenario, num_ranks: int) -> Iterator[tuple
     from dpgen.scheduling.order import RowOrder
 
     lengths, order = scenario.workload.lengths, scenario.workload.order
-    longest_first = RowOrder(np.argsort(-lengths, kind="stable"), "longest_first")
+    rows = np.argsort(-lengths, kind="stable")
+    longest_first = RowOrder(rows, "longest_first", lengths=lengths[rows].astype(np.float32))
     if order.kind != "dataset":
         yield "work.order=dataset", _simulate(scenario, num_ranks, RowOrder(np.sort(order.rows)))
     yield "work.order=longest_first, by hints that are right", _simulate(scenario, num_ranks, longest_first)
@@ -174,11 +175,12 @@ def _format_text(
 ) -> Iterator[str]:
     yield from _format_scenario(scenario)
     yield ""
-    yield f"{'ranks':>7} {'time':>14} {'GPU-hours':>11} {'efficiency':>11} {'balance':>8}"
+    yield f"{'ranks':>7} {'time':>14} {'GPU-hours':>11} {'bound':>14} {'efficiency':>11} {'balance':>8}"
     for num_ranks, result in results.items():
         gpu_hours = result.wall_s * num_ranks * scenario.gpus_per_rank / 3600
         fractions = f"{result.efficiency:>11.2f} {result.balance:>8.2f}"
-        yield f"{num_ranks:>7,} {format_duration(result.wall_s):>14} {gpu_hours:>11,.2f} {fractions}"
+        times = f"{format_duration(result.wall_s):>14} {gpu_hours:>11,.2f} {format_duration(result.bound_s):>14}"
+        yield f"{num_ranks:>7,} {times} {fractions}"
     max_ranks = max(results)
     yield ""
     yield f"on {format_count(max_ranks, 'rank')} other choices would take:"

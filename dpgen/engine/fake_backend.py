@@ -45,6 +45,7 @@ class FakeOptions:
         kernel_s: seconds of one step in which it would use the device, beside its thread; engines with the same
             `device_lock` wait for each other there.
         device_lock: a file that stands for the device.
+        seq_s: seconds more, for each running row.
         load_s: seconds of loading.
         kv_cache_memory_bytes: bytes reported as free.
         load_error: fail to load, with this message.
@@ -65,6 +66,7 @@ class FakeOptions:
     processor_s: float = 0.0
     kernel_s: float = 0.0
     device_lock: str | None = None
+    seq_s: float = 0.0
     load_s: float = 0.0
     kv_cache_memory_bytes: int = 1 << 20
     load_error: str | None = None
@@ -258,7 +260,9 @@ class FakeBackend:
             with open(options.device_lock or os.devnull, "a") as device:
                 fcntl.flock(device, fcntl.LOCK_EX)
                 time.sleep(options.kernel_s)
-        rest_s = max(options.step_s, options.processor_s) - (time.monotonic() - begin_s)
+        num_running = min(len(self._rows), options.max_num_seqs)
+        step_s = max(options.step_s + options.seq_s * num_running, options.processor_s)
+        rest_s = step_s - (time.monotonic() - begin_s)
         time.sleep(max(0.0, rest_s))
 
     def has_unfinished_requests(self) -> bool:

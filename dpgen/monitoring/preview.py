@@ -288,13 +288,16 @@ def _divide_rows(
     """Return each engine's shard, scaled to all rows where the order is a sample's."""
     tokens = np.maximum(examined.num_tokens, 0)  # by row, unless they are a sample
     mean_tokens = float(tokens.mean()) if len(tokens) else 0.0
+    if len(order.rows) < num_rows:
+        order = dataclasses.replace(order, lengths=None)  # a sample's rows are too few to plan the end by
     shards = SourceMaker(order, config.work, layout.num_engines, lockstep=layout.lockstep).shards
     scale = num_rows / max(1, len(order.rows))
     parts = []
     for index in range(layout.num_engines):
-        row_ids = shards.list_rows(order, index)
+        row_ids = shards.list_first_rows(order.rows, index)
         # Single rows are dealt in turn, so that their number is known without the order.
-        count = round(len(row_ids) * scale) if shards.groups else len(range(index, num_rows, layout.num_engines))
+        is_dealt = not (shards.groups or shards.num_heads)
+        count = len(range(index, num_rows, layout.num_engines)) if is_dealt else round(len(row_ids) * scale)
         first = row_ids[:_FIRST_ROWS].tolist()
         num_tokens = int(tokens[row_ids].sum()) if len(tokens) == num_rows else round(mean_tokens * count)
         parts.append(RankPart(index * layout.group_size, count, first, num_tokens))

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dpgen.config.completion_checks import CHECK_NAMES
 from dpgen.formatting import format_count, format_duration
+from dpgen.monitoring.efficiency import describe_efficiency
 from dpgen.records import RankManifest
+from dpgen.scheduling.progress.step_times import RunEfficiency
 from dpgen.scheduling.progress.throughput import UNKNOWN_RATE, find_straggler
 from dpgen.scheduling.progress.totals import Totals
 
@@ -46,17 +48,20 @@ def describe_generation(totals: Totals, elapsed_s: float) -> str:
     )
 
 
-def summarize_run(manifests: Sequence[RankManifest]) -> Iterator[str]:
+def summarize_run(manifests: Sequence[RankManifest], efficiency: RunEfficiency | None = None) -> Iterator[str]:
     """Yield log lines on what is worth a user's notice; none for what went as expected.
 
     Args:
         manifests: by rank.
+        efficiency: None where it can't be told.
     """
     working = [manifest for manifest in manifests if manifest.busy_s > 0]
     if len(working) > 1:
         times_s = [manifest.busy_s for manifest in working]
         range_of_times = " to ".join(dict.fromkeys([format_duration(min(times_s)), format_duration(max(times_s))]))
         yield f"ranks were busy for {range_of_times}: balance {balance(working):.2f} (mean over longest)"
+    if efficiency is not None:
+        yield describe_efficiency(efficiency)
     yield from _describe_straggler(manifests)
     num_cached = sum(manifest.num_cached_tokens for manifest in manifests)
     fraction = num_cached / max(1, sum(manifest.num_prompt_tokens for manifest in manifests))

@@ -2,8 +2,8 @@
 
 - Time is split by what ranks did. The time in which they generated is split further by tokens: those in the result,
   those that checks rejected, and those that were lost with a rank or an engine and generated again.
-- The bound is the simulation's (`EngineCostModel.compute_lower_bounds_s`), with a step time measured in this run: all
-  tokens in full batches, or the longest completion alone.
+- The bound is that of `dpgen.scheduling.tail.bound` with the costs of a step that the run measured. Where it measured
+  none, it is only what all tokens take in full batches, at a speed measured in this run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 
 from dpgen.report.journal_facts import JournalFacts
 from dpgen.report.timeline import Timeline
-from dpgen.simulation.simulator import EngineCostModel
+from dpgen.scheduling.progress.step_times import BY_LONGEST_ROW
+from dpgen.scheduling.tail.bound import StepCosts, compute_bound
 
 Purpose = Literal["start", "generate", "rejected", "lost", "tail", "idle", "end"]
 PURPOSES: tuple[Purpose, ...] = ("generate", "rejected", "lost", "tail", "idle", "start", "end")
@@ -122,30 +123,43 @@ def compute_efficiency(
     measured = _measure_full_speed(timeline, metadata)
     if spending is None or measured is None or not len(lengths) or not wall_s:
         return None
-    speed, num_seqs, source = measured
-    model = EngineCostModel(step_s=num_seqs / speed, seq_s=0.0, max_num_seqs=num_seqs)
-    work_s, longest_s = model.compute_lower_bounds_s(lengths, np.zeros_like(lengths), num_ranks)
-    work_s *= num_kept_tokens / max(1, int(lengths.sum()))
-    bound_s = min(max(work_s, longest_s), wall_s)
-    return Efficiency(
-        bound_s, wall_s, speed * num_ranks, source, _find_limits(spending, bound_s / wall_s), longest_s > work_s
-    )
+    speed, source = measured
+    bound_s, longest_s = num_kept_tokens / (speed * num_ranks), 0.0
+    costs = _read_step_costs(metadata)
+    if costs is not None:
+        counts = np.full(len(lengths), num_kept_tokens / int(lengths.sum()))  # where the lengths are those of a sample
+        bound_s = compute_bound(lengths, costs, num_ranks, counts=counts)
+        longest_s = (costs.step + costs.sequence) * int(lengths.max())
+        source = f"steps took {1e3 * costs.step:.3g} ms and {1e6 * costs.sequence:.3g} us a sequence"
+    bound_s = min(bound_s, wall_s)
+    limits = _find_limits(spending, bound_s / wall_s)
+    return Efficiency(bound_s, wall_s, speed * num_ranks, source, limits, longest_s >= BY_LONGEST_ROW * bound_s)
 
 
-def _measure_full_speed(timeline: Timeline, metadata: Mapping[str, Any]) -> tuple[float, int, str] | None:
-    """Return the tokens/s of a rank with full batches, its sequences at that time, and how both are measured."""
+def _read_step_costs(metadata: Mapping[str, Any]) -> StepCosts | None:
+    """Return the costs of a step that the run measured; None if it measured none."""
+    measured = metadata.get("efficiency")
+    if not isinstance(measured, Mapping):
+        return None
+    step_s, seq_s, num_seqs = (measured.get(name) for name in ("step_s", "seq_s", "max_num_seqs"))
+    if not (isinstance(step_s, float) and isinstance(seq_s, float) and isinstance(num_seqs, int) and num_seqs > 0):
+        return None
+    return StepCosts(step_s, seq_s, num_seqs)
+
+
+def _measure_full_speed(timeline: Timeline, metadata: Mapping[str, Any]) -> tuple[float, str] | None:
+    """Return the tokens/s of a rank with full batches, and how that is measured."""
     samples = [sample for attempt in timeline.attempts for rank in attempt.ranks for sample in rank.full_rates]
     if len(samples) >= 4:
         speeds = sorted(samples)[len(samples) // 2 :]  # a sample right after a restart is no measure
         source = "the upper half of the speeds that ranks reported while rows were left for all"
-        return median(speed for speed, _ in speeds), round(median(number for _, number in speeds)), source
-    manifests, engine = metadata.get("manifests"), metadata.get("engine")
+        return median(speed for speed, _ in speeds), source
+    manifests = metadata.get("manifests")
     ranks = [rank for rank in manifests if isinstance(rank, Mapping)] if isinstance(manifests, list) else []
     means = [(rank.get("num_generated_tokens") or 0) / rank["busy_s"] for rank in ranks if rank.get("busy_s")]
-    num_seqs = engine.get("max_num_seqs") if isinstance(engine, Mapping) else None
-    if not any(means) or not isinstance(num_seqs, int):
+    if not any(means):
         return None
-    return max(means), num_seqs, "the fastest rank's mean, since the run was too short for samples"
+    return max(means), "the fastest rank's mean, since the run was too short for samples"
 
 
 _LIMITS: Mapping[Purpose, str] = {

@@ -62,6 +62,7 @@ class ShardClaimer:
         cursors: one key per shard, new ones for each plan. All exist before any rank makes its first claim.
         shard_sizes: positions in each shard.
         rank: index of this rank's own shard, counted over the ranks that claim.
+        num_heads: blocks of rows beyond the shards; a rank's first claim is one of them, as long as there are any.
 
     Attributes:
         num_remaining: unclaimed positions over all shards: as of the last sync of totals, whose result the caller
@@ -71,12 +72,19 @@ class ShardClaimer:
     """
 
     def __init__(
-        self, store: CounterStore, cursors: Sequence[str], shard_sizes: Sequence[int], rank: int, policy: ClaimPolicy
+        self,
+        store: CounterStore,
+        cursors: Sequence[str],
+        shard_sizes: Sequence[int],
+        rank: int,
+        policy: ClaimPolicy,
+        num_heads: int = 0,
     ) -> None:
         self._store, self._cursors, self._sizes, self._rank = store, cursors, shard_sizes, rank
         self._can_steal, self._max_size = policy.steal, policy.max_size
         self._adaptive = policy.steal and policy.adaptive
         self._own_remaining = shard_sizes[rank]
+        self._num_heads, self._has_claimed = num_heads, False
         other_shards = [shard for shard, size in enumerate(shard_sizes) if size and shard != rank]
         self._others = other_shards if policy.steal else []
         random.Random(rank).shuffle(self._others)  # so that ranks probe different shards first
@@ -114,7 +122,12 @@ class ShardClaimer:
 
         Without stealing, None means that the own shard is exhausted.
         """
-        return (self._steal(limit) if self._is_ahead else None) or self._claim_own(limit) or self._steal(limit)
+        if not self._has_claimed:
+            self._has_claimed = True
+            if (head := self._claim_head()) is not None:
+                return head
+        claim = (self._steal(limit) if self._is_ahead else None) or self._claim_own(limit) or self._steal(limit)
+        return claim or self._claim_head()
 
     def _compute_fair_size(self, num_remaining: int) -> int:
         slowdown = max(1.0, self.slowdown) if self._adaptive else 1.0
@@ -125,6 +138,15 @@ class ShardClaimer:
     def _is_ahead(self) -> bool:
         mean = min(self.num_remaining, self._last_estimate) / len(self._sizes)
         return self._adaptive and self._own_remaining + _AHEAD_POSITIONS < _AHEAD_FRACTION * mean
+
+    def _claim_head(self) -> Claim | None:
+        if not self._num_heads:
+            return None
+        number = self._store.add(f"{self._cursors[0]}/heads", 1) - 1
+        if number < self._num_heads:
+            return Claim(len(self._sizes), number, number + 1)
+        self._num_heads = 0
+        return None
 
     def _claim_own(self, limit: int) -> Claim | None:
         if not self._own_remaining:

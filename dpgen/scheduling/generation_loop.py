@@ -27,6 +27,7 @@ from dpgen.scheduling.admission import AdmissionController
 from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.interfaces import Engine, Planner, ResultSink
 from dpgen.scheduling.progress.leading_errors import LeadingErrorCheck
+from dpgen.scheduling.progress.step_times import RankSpeed, StepMeter, summarize_lengths
 from dpgen.scheduling.progress.throughput import ThroughputMeter, compute_slowdowns
 from dpgen.scheduling.progress.totals import Totals
 from dpgen.scheduling.request_source import RequestSource
@@ -94,7 +95,7 @@ class GenerationLoop:
         self._admission = AdmissionController(config.reserve_rows, config.num_samples, reads_only=config.reads_only)
         self._reads_only = config.reads_only
         self.latencies = self._admission.latencies
-        self._throughput = ThroughputMeter(config.rate_window_s)
+        self._throughput, self._steps = ThroughputMeter(config.rate_window_s), StepMeter()
         self.engine_stats: EngineStats | None = None
         self._source: RequestSource
         self._on_progress: Callable[[Totals], None]
@@ -164,6 +165,11 @@ class GenerationLoop:
             num_rejected_tokens=self._results.retry_counts.num_rejected_tokens,
             busy_s=round(max(0.0, busy_s), 3),
         )
+
+    def measure_speed(self) -> RankSpeed:
+        """Return what this rank's engine took for its steps, and how long its rows got."""
+        lengths, counts = summarize_lengths(np.array(self._kept_tokens, dtype=np.int64))
+        return RankSpeed(self._steps.samples, lengths, counts, self._engine.max_num_seqs)
 
     @property
     def _has_work(self) -> bool:
@@ -235,9 +241,13 @@ class GenerationLoop:
 
     def _apply_engine_stats(self, stats: EngineStats) -> None:
         now, self.engine_stats = time.monotonic(), stats
+        num_tokens_before = self._local.num_generated_tokens
         self._local.num_generated_tokens = max(stats.num_generated_tokens, self._num_kept_tokens)
         self._local.num_cached_tokens = stats.num_cached_tokens
         num_before, self._local.num_preemptions = self._local.num_preemptions, stats.num_preemptions
+        self._steps.record(now, self._local.num_generated_tokens, stats.num_running)
+        if stats.num_running:
+            self._source.advance((self._local.num_generated_tokens - num_tokens_before) / stats.num_running)
         if self._admission:
             num_tokens = stats.num_computed_tokens if self._reads_only else self._local.num_generated_tokens
             self._throughput.record(now, num_tokens)
@@ -264,6 +274,7 @@ class GenerationLoop:
             self._count(result)
 
     def _count(self, result: RowResult) -> None:
+        self._source.release(result.row, result.num_generated_tokens if result.error is None else None)
         if result.error is None:
             self._source.record_finished(result.row)
         self._finished_rows.append(result.row)
@@ -311,7 +322,7 @@ class GenerationLoop:
         if not self._has_work:
             self._throughput.reset()
         rate = self._throughput.get_tokens_per_s(now)
-        values = self._collect_local_totals().as_list(self._group.rank, self._group.size, rate)
+        values = self._collect_local_totals().as_list(self._group.rank, self._group.size, rate, self._source.load)
         return self._group.all_reduce_async(values, "sum")
 
     def _collect_local_totals(self) -> Totals:
@@ -329,12 +340,15 @@ class GenerationLoop:
         counts = self._results.retry_counts
         self._local.num_rejected_tokens = counts.num_rejected_tokens
         self._local.num_retries = counts.by_check
+        self._local.num_lengths_checked, self._local.num_lengths_wrong = self._source.length_checks
         return self._local
 
     def _apply_totals(self, totals: Totals) -> None:
         """Act on the totals, which are the same on all ranks. Collective where they ask for a reshard."""
         self._global = totals
-        self._source.update(totals.num_unclaimed, compute_slowdowns(totals.rates)[self._group.rank])
+        length_checks = totals.num_lengths_checked, totals.num_lengths_wrong
+        slowdown = compute_slowdowns(totals.rates)[self._group.rank]
+        self._source.update(totals.num_unclaimed, slowdown, totals.loads, length_checks)
         num_done = totals.num_rows + self._planner.num_inherited_rows
         self._on_progress(dataclasses.replace(totals, num_rows=num_done))
         if self._leading_errors.needs_trial(totals, has_completions=self._planner.has_completions):

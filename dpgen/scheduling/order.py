@@ -12,7 +12,7 @@ Limits: the choice rests on a sample of 20,000 rows; prompts are compared as tex
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from dpgen.scheduling.groups.prefix_groups import PrefixGroups, group_by_prefix,
 from dpgen.scheduling.groups.prompt_groups import LengthTracker, PromptGroups, RankState, group_by_prompt
 from dpgen.scheduling.groups.samples import compute_tail_ratio, format_range, sample_rows
 from dpgen.scheduling.order_config import OrderConfig
+from dpgen.scheduling.shards import ShardSpec
 
 # longest_first needs values that vary: the 99th percentile over the median, at least. Prompt lengths predict completion
 # lengths less well than hints do.
@@ -50,6 +51,8 @@ class RowOrder:
         reason: why or by what, to follow the name of the kind in a log line; may be empty.
         groups: positions in `rows` where each prefix group begins, int64[num_groups]; None unless `kind` is "prefix".
         weights: each row's work in arbitrary units, float64[num_rows]; None unless `kind` is "prefix".
+        lengths: expected length of each row in any unit, the longest first, float32[num_rows]; None where it is not
+            known, or where the rows are in another order.
         prompt_groups: rows with the same prompt, where lengths are measured on probes; None where they are not.
         num_probes: rows at the front that are probes. Once half of them are finished, the remaining rows are
             resharded by `order_by_measured_lengths`.
@@ -63,6 +66,7 @@ class RowOrder:
     reason: str = ""
     groups: np.ndarray | None = None
     weights: np.ndarray | None = None
+    lengths: np.ndarray | None = None
     prompt_groups: PromptGroups | None = None
     num_probes: int = 0
     num_spread: int = 0
@@ -81,7 +85,8 @@ class RowOrder:
         if len(positions) != np.count_nonzero(is_remaining):
             return None
         groups, weights = self._regroup(positions)
-        order = RowOrder(self.rows[positions], self.kind, "(as in the first plan)", groups, weights)
+        lengths = None if self.lengths is None else self.lengths[positions]
+        order = RowOrder(self.rows[positions], self.kind, "(as in the first plan)", groups, weights, lengths)
         return dataclasses.replace(order, adapter_groups=self.adapter_groups)
 
     def spread_first(self) -> RowOrder:
@@ -100,6 +105,7 @@ class RowOrder:
             rows=self.rows[positions],
             groups=groups,
             weights=weights,
+            lengths=None,
             num_probes=self.num_probes and self.num_probes + len(picked),
             num_spread=len(picked),
         )
@@ -109,7 +115,7 @@ class RowOrder:
         if adapter_groups is None:
             return self
         groups, weights = self._regroup(positions := adapter_groups.sort(self.rows, self.num_probes))
-        order = dataclasses.replace(self, rows=self.rows[positions], groups=groups, weights=weights)
+        order = dataclasses.replace(self, rows=self.rows[positions], groups=groups, weights=weights, lengths=None)
         return dataclasses.replace(order, adapter_groups=adapter_groups)
 
     def put_last(self, rows: Collection[int]) -> RowOrder:
@@ -117,7 +123,8 @@ class RowOrder:
         is_last = np.isin(self.rows, list(rows))
         groups, weights = self._regroup(positions := np.argsort(is_last, kind="stable"))
         num_probes, num_spread = (int((~is_last[:number]).sum()) for number in (self.num_probes, self.num_spread))
-        order = dataclasses.replace(self, rows=self.rows[positions], groups=groups, weights=weights)
+        lengths = None if self.lengths is None else self.lengths[positions]
+        order = dataclasses.replace(self, rows=self.rows[positions], groups=groups, weights=weights, lengths=lengths)
         return dataclasses.replace(order, num_probes=num_probes, num_spread=num_spread)
 
     def mix(self) -> RowOrder:
@@ -140,7 +147,9 @@ class RowOrder:
         if groups is not None and weights is not None:
             groups = np.append(groups, len(self.rows) + np.arange(len(rows)))
             weights = np.append(weights, np.full(len(rows), weights.mean()))
-        return dataclasses.replace(self, rows=np.append(self.rows, rows), groups=groups, weights=weights)
+        lengths = None if self.lengths is None else np.append(self.lengths, np.zeros(len(rows), dtype=np.float32))
+        order = dataclasses.replace(self, rows=np.append(self.rows, rows), groups=groups, weights=weights)
+        return dataclasses.replace(order, lengths=lengths)
 
     def _regroup(self, positions: np.ndarray, num_single: int = 0) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Return `groups` and `weights` of an order with the rows at these positions.
@@ -164,7 +173,7 @@ class RowOrder:
     def __str__(self) -> str:
         return f"order of work: {self.description}"
 
-    def shard(self, num_shards: int, max_rows: int) -> ShardSpec:
+    def shard(self, num_shards: int, max_rows: int, head_ends: Sequence[int] = ()) -> ShardSpec:
         """Split the rows into shards.
 
         Single rows go to the shards in turn, so that each shard gets its part of the first and of the last rows:
@@ -173,29 +182,15 @@ class RowOrder:
 
         Args:
             max_rows: the most rows of one claim.
+            head_ends: ends of blocks at the front that belong to no shard; see `dpgen.scheduling.tail.heads`.
         """
         if self.groups is None or self.weights is None:
-            return ShardSpec([len(range(shard, len(self.rows), num_shards)) for shard in range(num_shards)])
+            head_starts = np.array([0, *head_ends], dtype=np.int64)
+            num_rows, num_full = len(self.rows) - int(head_starts[-1]), num_shards - len(head_ends)
+            sizes = [len(range(shard, num_rows, num_full)) for shard in range(num_full)]
+            return ShardSpec([*(0 for _ in head_ends), *sizes], head_starts=head_starts)
         chunks = shard_groups(self.rows, self.groups, self.weights, num_shards, max_rows)
         return ShardSpec([len(chunk_starts) - 1 for _, chunk_starts in chunks], chunks)
-
-
-@dataclass(frozen=True)
-class ShardSpec:
-    """Shards of an order.
-
-    Attributes:
-        sizes: positions to claim in each shard: rows, or chunks of prefix groups.
-        groups: of each shard, its rows (int64[num_rows]) and where its chunks begin in them, with their end
-            (int64[num_chunks + 1]); None where shard i of n holds every n-th row from row i on.
-    """
-
-    sizes: list[int]
-    groups: list[tuple[np.ndarray, np.ndarray]] | None = None
-
-    def list_rows(self, order: RowOrder, index: int) -> np.ndarray:
-        """Return the rows of shard `index` of the order that was split, int64[num_rows]."""
-        return order.rows[index :: len(self.sizes)] if self.groups is None else self.groups[index][0]
 
 
 def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:
@@ -331,7 +326,9 @@ def _order_by_hint(config: OrderConfig, rows: InputRows, remaining: np.ndarray, 
         reason = f"by hint column {hint} ({format_range(hints)})"
     else:
         reason = f"by max_tokens from column {hint} ({format_range(hints, 'tokens')})"
-    return _sort_by_length(remaining, lengths, reason)
+    return _sort_by_length(
+        remaining, lengths, reason, are_expected=bool(len(hints)) and lengths.min() >= 0 and not config.reads_only
+    )
 
 
 def _order_by_prompts(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:
@@ -347,8 +344,10 @@ def _order_by_prompts(config: OrderConfig, rows: InputRows, remaining: np.ndarra
     return _sort_by_length(remaining, prompts.lengths.astype(np.float64), reason)
 
 
-def _sort_by_length(remaining: np.ndarray, lengths: np.ndarray, reason: str) -> RowOrder:
-    return RowOrder(remaining[np.argsort(-lengths, kind="stable")], "longest_first", reason)
+def _sort_by_length(remaining: np.ndarray, lengths: np.ndarray, reason: str, *, are_expected: bool = False) -> RowOrder:
+    positions = np.argsort(-lengths, kind="stable")
+    expected = lengths[positions].astype(np.float32) if are_expected else None
+    return RowOrder(remaining[positions], "longest_first", reason, lengths=expected)
 
 
 def _order_by_prefix(config: OrderConfig, rows: InputRows, remaining: np.ndarray, prefixes: PrefixGroups) -> RowOrder:

@@ -33,7 +33,6 @@ import numpy as np
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.columns import select_prompt_columns
-from dpgen.data.row_view import Shard
 from dpgen.distributed.engine_deaths import gather_engine_notes
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout
@@ -48,13 +47,13 @@ from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
 from dpgen.records import Request, RowError
 from dpgen.scheduling.claims import ShardClaimer
 from dpgen.scheduling.groups.prompt_groups import RankState
-from dpgen.scheduling.order import RowOrder, ShardSpec, order_by_measured_lengths
+from dpgen.scheduling.order import RowOrder, order_by_measured_lengths
 from dpgen.scheduling.order_config import OrderConfig
 from dpgen.scheduling.progress.slow_rows import SlowRowFilter
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource
 from dpgen.scheduling.retries.earlier_attempts import AttemptStore
-from dpgen.scheduling.sources import SourceMaker
+from dpgen.scheduling.sources import ASSUMED_SEQS, SourceMaker
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +78,7 @@ class PlannerConfig:
         has_attempts: rows may have been begun by earlier attempts, and have rejected completions in a journal, or
             finished calls of their programs.
         decode_attempt: as in `AttemptStore`.
+        max_num_seqs: sequences that each engine is expected to run at a time.
         attempt: number of the attempt; part of every cursor's name, so that no two attempts share a cursor.
     """
 
@@ -92,6 +92,7 @@ class PlannerConfig:
     render_timeout_s: float = 60.0
     has_attempts: bool = False
     decode_attempt: Callable[[bytes], Any] = decode_attempt
+    max_num_seqs: int = ASSUMED_SEQS
 
     @classmethod
     def from_config(cls, config: Config, columns: Sequence[str], layout: Layout, attempt: int) -> PlannerConfig:
@@ -116,6 +117,7 @@ class PlannerConfig:
             render_timeout_s=config.data.render_timeout_s,
             has_attempts=config.check.is_used or config.program.is_used,
             decode_attempt=decode_call if config.program.is_used else decode_attempt,
+            max_num_seqs=config.engine.get("max_num_seqs") or ASSUMED_SEQS,
         )
 
 
@@ -320,21 +322,16 @@ class ShardPlanner:
             len(ranks),
             num_running=peers.num_running,
             lockstep=self._config.lockstep,
+            max_num_seqs=self._config.max_num_seqs,
         )
         claimer = None
         if rank in ranks:
             cursors = [f"{cursor_prefix}/{claiming_rank}" for claiming_rank in ranks]
             claimer = maker.make_claimer(ShardClaimer, self._group.checked_store, cursors, ranks.index(rank))
         # A rank opens few shards where all ranks are equally fast.
-        open_shard = cache(lambda index: self._open_shard(order, maker.shards, index))
+        open_shard = cache(lambda index: maker.shards.open(self._rows, order.rows, index, self._config.columns))
         builder = dataclasses.replace(self._builder, rejected_rows=self._left_out.errors)
         return maker.make_source(claimer, open_shard, builder)
-
-    def _open_shard(self, order: RowOrder, shards: ShardSpec, index: int) -> Shard:
-        columns = self._config.columns
-        if shards.groups is None:
-            return self._rows.shard(order.rows, len(shards.sizes), index, columns)
-        return self._rows.shard_in_chunks(*shards.groups[index], columns)
 
     def _mask(self, *rows: np.ndarray) -> np.ndarray:
         mask = np.zeros(len(self._rows), dtype=bool)

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from dpgen.errors import RowRefused
@@ -16,6 +16,7 @@ from dpgen.records import Request, RequestId, RowResult, make_rejected_result
 from dpgen.scheduling.claims import Claim
 from dpgen.scheduling.groups.prompt_groups import LengthTracker
 from dpgen.scheduling.request_builder import RequestBuilder
+from dpgen.scheduling.tail.held_work import NO_LOAD, HeldWork, Load
 
 
 class Claimer(Protocol):
@@ -54,6 +55,7 @@ class RequestSource:
 
     Attributes:
         max_num_seqs: sequences that the engine runs at a time; the source holds back no more rows than that.
+        held_work: tells when the next rows should be left to others; None where no lengths are expected.
         num_in_flight: rows that the engine has. num_in_flight_when_full: rows it had when it could take no more.
     """
 
@@ -72,6 +74,7 @@ class RequestSource:
         self._ready: deque[Request | RowResult] = deque()
         self._shards_exhausted = claimer is None
         self._num_probes, self._length_tracker = num_probes, length_tracker
+        self.held_work: HeldWork | None = None
         self._num_unclaimed = 0 if length_tracker is None else length_tracker.num_rows
         self.fair_share = fair_share
         self.max_num_seqs, self.num_in_flight, self.num_in_flight_when_full = 1, 0, 0
@@ -120,7 +123,10 @@ class RequestSource:
         """Return the next request, or the result of a rejected row; None if no row is available now."""
         if not self._ready and not self.prefetch():
             return None
-        return self._ready.popleft()
+        request = self._ready.popleft()
+        if self.held_work is not None:
+            self.held_work.start(request.row)
+        return request
 
     # ---- coordination with the other ranks
 
@@ -128,14 +134,30 @@ class RequestSource:
         """Return the unclaimed positions of this rank's own shard, for the ranks to sum."""
         return 0 if self._claimer is None else self._claimer.refresh_own_remaining()
 
-    def update(self, num_unclaimed: int, slowdown: float) -> None:
+    @property
+    def load(self) -> Load:
+        """Return what this rank holds, to share with all ranks; see `HeldWork`."""
+        return NO_LOAD if self.held_work is None else self.held_work.measure()
+
+    @property
+    def length_checks(self) -> tuple[int, int]:
+        """Return how many expected lengths were checked, and how many were wrong, for the ranks to sum."""
+        return (0, 0) if self.held_work is None else (self.held_work.num_checked, self.held_work.num_wrong)
+
+    def update(
+        self, num_unclaimed: int, slowdown: float, loads: Sequence[Load] = (), length_checks: tuple[int, int] = (0, 0)
+    ) -> None:
         """Store the result of a sync of totals.
 
         Args:
             num_unclaimed: unclaimed positions over all shards.
             slowdown: the other ranks' mean tokens/s over this rank's; 1 where unknown.
+            loads: of all ranks.
+            length_checks: summed over all ranks.
         """
         self._num_unclaimed = num_unclaimed
+        if self.held_work is not None:
+            self.held_work.update(loads, *length_checks)
         if self._claimer is not None:
             self._claimer.num_remaining, self._claimer.slowdown = num_unclaimed, slowdown
 
@@ -143,6 +165,16 @@ class RequestSource:
         """Yield no rows until the next sync of totals: the last one is too old to rely on the other ranks."""
         if self._claimer is not None:
             self._claimer.slowdown = 1.0
+
+    def advance(self, num_steps: float) -> None:
+        """Count the engine's steps: tokens that each of its sequences has gained."""
+        if self.held_work is not None:
+            self.held_work.advance(num_steps)
+
+    def release(self, row: int, num_tokens: int | None) -> None:
+        """Note that a row is finished; `num_tokens` is None if it has failed."""
+        if self.held_work is not None:
+            self.held_work.release(row, num_tokens)
 
     def record_finished(self, row: int) -> None:
         """Count the row's prompt group as measured."""
@@ -182,9 +214,17 @@ class RequestSource:
         num_in_flight = self.num_in_flight + len(self._claimed) + len(self._ready)
         if self._claimer.should_yield(max(self.num_in_flight_when_full, num_in_flight)):
             return False
-        claim = self._claimer.claim(self._max_claim_size)
+        limit = self._max_claim_size
+        if self.held_work is not None:
+            limit = min(limit, self.held_work.count_affordable(self._claimer.num_remaining))
+            if not limit:
+                return False
+        claim = self._claimer.claim(limit)
         if claim is None:
             self._shards_exhausted = True
             return False
-        self._claimed.extend(self._open_shard(claim.shard).read_positions(claim.start, claim.stop))
+        rows = list(self._open_shard(claim.shard).read_positions(claim.start, claim.stop))
+        if self.held_work is not None:
+            self.held_work.hold(claim, [row for row, _ in rows])
+        self._claimed.extend(rows)
         return True

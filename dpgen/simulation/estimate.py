@@ -125,7 +125,7 @@ def _find_engine(
     earlier = options.earlier
     if config.run.engine == "fake":
         fake = FakeOptions(**config.engine)
-        return EngineCostModel(fake.step_s, 0.0, max_num_seqs=fake.max_num_seqs), "engine.step_s", False, []
+        return EngineCostModel(fake.step_s, fake.seq_s, max_num_seqs=fake.max_num_seqs), "engine.step_s", False, []
     model, source, notes = _estimate_engine(config, model_config, options.gpu)
     if earlier is None:
         return model, source, True, notes
@@ -232,5 +232,5 @@ def _simulate(model: EngineCostModel, workload: Workload, total: int, num_engine
     num_others = total - len(workload.lengths)
     if num_others <= 0:
         return wall_s
-    work_s, _ = model.compute_lower_bounds_s(workload.lengths, workload.prompt_lengths, num_engines)
+    work_s = model.compute_full_batches_s(workload.lengths, workload.prompt_lengths, num_engines)
     return wall_s + work_s * num_others / len(workload.lengths)

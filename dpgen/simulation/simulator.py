@@ -28,11 +28,13 @@ from dpgen.records import RequestId
 from dpgen.scheduling.admission import AdmissionController
 from dpgen.scheduling.claims import Claim, ShardClaimer
 from dpgen.scheduling.groups.prompt_groups import RankState
-from dpgen.scheduling.order import RowOrder, ShardSpec, order_by_measured_lengths
+from dpgen.scheduling.order import RowOrder, order_by_measured_lengths
 from dpgen.scheduling.progress.throughput import ThroughputMeter, compute_slowdowns
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.request_source import RequestSource
+from dpgen.scheduling.shards import ShardSpec
 from dpgen.scheduling.sources import SourceMaker
+from dpgen.scheduling.tail.bound import StepCosts, compute_bound
 
 _SYNC_INTERVAL_S = 1.0  # as in `dpgen.scheduling.generation_loop`
 _STATS_INTERVAL_S = 1.0  # as in `dpgen.engine.server`
@@ -59,19 +61,26 @@ class EngineCostModel:
     max_num_seqs: int = 256
     kv_tokens: int | None = None
 
-    def compute_lower_bounds_s(
-        self, lengths: np.ndarray, prompt_lengths: np.ndarray, num_ranks: int
-    ) -> tuple[float, float]:
-        """Return two times in seconds that no schedule can beat: all work in full batches, and the longest row alone.
+    def compute_bound_s(self, lengths: np.ndarray, prompt_lengths: np.ndarray, num_ranks: int) -> float:
+        """Return the time in seconds that no schedule can beat; see `dpgen.scheduling.tail.bound`.
 
         Args:
             lengths: tokens to generate of each row, int64[num_rows].
             prompt_lengths: prompt tokens of each row, int64[num_rows].
         """
+        costs = StepCosts(self.step_s, self.seq_s, self.max_num_seqs)
+        return compute_bound(lengths, costs, num_ranks, self._compute_row_costs_s(lengths, prompt_lengths))
+
+    def compute_full_batches_s(self, lengths: np.ndarray, prompt_lengths: np.ndarray, num_ranks: int) -> float:
+        """Return the seconds that all work takes in full batches; arguments as for `compute_bound_s`."""
+        work_s = self._compute_row_costs_s(lengths, prompt_lengths).sum()
+        return float(work_s + lengths.sum() * self.step_s / self.max_num_seqs) / num_ranks
+
+    def _compute_row_costs_s(self, lengths: np.ndarray, prompt_lengths: np.ndarray) -> np.ndarray:
+        """Return what each row costs beyond the steps, float64[num_rows]."""
         kv_reads = lengths * prompt_lengths + lengths * (lengths + 1) / 2  # tokens, summed over a row's steps
-        row_s = lengths * self.seq_s + kv_reads * self.kv_s + prompt_lengths * self.prefill_s
-        work_s = (row_s.sum() + lengths.sum() * self.step_s / self.max_num_seqs) / num_ranks
-        return float(work_s), float((row_s + lengths * self.step_s).max(initial=0))
+        costs_s: np.ndarray = lengths * self.seq_s + kv_reads * self.kv_s + prompt_lengths * self.prefill_s
+        return costs_s
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class SimulationResult:
     Attributes:
         wall_s: time until the last rank is finished.
         busy_s: time until each rank's last row is finished, float64[num_ranks].
-        bound_s: the larger of the two times that no schedule can beat.
+        bound_s: time that no schedule can beat; see `dpgen.scheduling.tail.bound`.
         num_claims: claims, over all ranks.
         num_preemptions: preempted sequences, over all ranks.
     """
@@ -124,59 +133,62 @@ def simulate(
     num_ranks: int,
     work: WorkConfig,
     slowdown: Mapping[int, float] | None = None,
+    start_s: Mapping[int, float] | None = None,
 ) -> SimulationResult:
     """Simulate one run over all rows of `workload.order`.
 
     Args:
         work: settings of claims and admission; its `order` is ignored.
         slowdown: rank → factor on all times of its engine; 1 for a rank that is not in it.
+        start_s: rank → seconds after which its engine is ready; 0 for a rank that is not in it.
     """
-    order, factors = workload.order, slowdown or {}
+    order, factors, delays_s = workload.order, slowdown or {}, start_s or {}
     ranks = [
         _SimulatedRank(model, workload, claimer, source, work.reserve_rows, factors.get(rank, 1.0))
-        for rank, (claimer, source) in enumerate(_plan_shards(order, num_ranks, work))
+        for rank, (claimer, source) in enumerate(_plan_shards(order, num_ranks, work, model.max_num_seqs))
     ]
-    wall_s = _run_events(ranks, work, order)
-    bounds_s = model.compute_lower_bounds_s(
-        workload.lengths[order.rows], workload.prompt_lengths[order.rows], num_ranks
-    )
+    for rank, delay_s in delays_s.items():
+        ranks[rank].now_s = delay_s
+    wall_s = _run_events(ranks, work, order, model.max_num_seqs)
+    bound_s = model.compute_bound_s(workload.lengths[order.rows], workload.prompt_lengths[order.rows], num_ranks)
     return SimulationResult(
         wall_s,
         np.array([rank.busy_s for rank in ranks]),
-        max(bounds_s),
+        bound_s,
         sum(rank.claimer.num_claims for rank in ranks),
         sum(rank.num_preemptions for rank in ranks),
     )
 
 
 def _plan_shards(
-    order: RowOrder, num_ranks: int, work: WorkConfig, num_running: int = 0
+    order: RowOrder, num_ranks: int, work: WorkConfig, max_num_seqs: int, num_running: int = 0
 ) -> list[tuple[_CountingClaimer, RequestSource]]:
     """Return every rank's claimer and source, as `dpgen.scheduling.planner` makes them."""
     store, cursors = InMemoryStore(), [f"cursor/{rank}" for rank in range(num_ranks)]
     for cursor in cursors:
         store.add(cursor, 0)
-    maker = SourceMaker(order, work, num_ranks, num_running=num_running)
+    maker = SourceMaker(order, work, num_ranks, num_running=num_running, max_num_seqs=max_num_seqs)
     open_shard = cache(lambda index: _SimulatedShard(order, maker.shards, index))
     builder = RequestBuilder(_render_nothing, None, {})
     claimers = [maker.make_claimer(_CountingClaimer, store, cursors, rank) for rank in range(num_ranks)]
     return [(claimer, maker.make_source(claimer, open_shard, builder)) for claimer in claimers]
 
 
-def _run_events(ranks: Sequence[_SimulatedRank], work: WorkConfig, order: RowOrder) -> float:
+def _run_events(ranks: Sequence[_SimulatedRank], work: WorkConfig, order: RowOrder, max_num_seqs: int) -> float:
     """Advance the rank whose clock is furthest behind, until all are finished; return the time in seconds."""
-    due = [(0.0, rank) for rank in range(len(ranks))]
-    next_sync_s = 0.0
-    far_from_end = _FAR_FROM_END_CLAIMS * work.claim_rows * len(ranks)
+    due = [(rank.now_s, number) for number, rank in enumerate(ranks)]
+    heapq.heapify(due)
+    next_sync_s = _SYNC_INTERVAL_S
+    far_from_end = _FAR_FROM_END_CLAIMS * work.claim_rows * len(ranks) if len(ranks) > 64 else np.inf
     while due:
         now_s, rank = heapq.heappop(due)
         if now_s >= next_sync_s:
             num_unclaimed = _sync_totals(ranks)
             if ranks[rank].source.should_reshard(sum(other.source.num_groups_measured for other in ranks)):
-                _reshard(ranks, work, order)
+                _reshard(ranks, work, order, max_num_seqs)
                 _wake_idle_ranks(ranks, due, rank, now_s)
             # A sync visits every rank, which takes as long as simulating thousands of rows: few while far from the end.
-            next_sync_s = now_s + (_SYNC_INTERVAL_S if num_unclaimed < far_from_end else 10 * _SYNC_INTERVAL_S)
+            next_sync_s = now_s + (10 if num_unclaimed >= far_from_end else 1) * _SYNC_INTERVAL_S
         if ranks[rank].advance():
             heapq.heappush(due, (ranks[rank].now_s, rank))
     return max(rank.busy_s for rank in ranks)
@@ -185,13 +197,16 @@ def _run_events(ranks: Sequence[_SimulatedRank], work: WorkConfig, order: RowOrd
 def _sync_totals(ranks: Sequence[_SimulatedRank]) -> int:
     """Share totals and rates, as `dpgen.scheduling.generation_loop` does; return the number of unclaimed positions."""
     num_unclaimed = sum(rank.source.refresh_own_remaining() for rank in ranks)
+    loads = [rank.source.load for rank in ranks]
+    checks = [rank.source.length_checks for rank in ranks]
+    length_checks = (sum(checked for checked, _ in checks), sum(wrong for _, wrong in checks))
     slowdowns = compute_slowdowns([rank.get_tokens_per_s() for rank in ranks])
     for rank, slowdown in zip(ranks, slowdowns, strict=True):
-        rank.source.update(num_unclaimed, slowdown)
+        rank.source.update(num_unclaimed, slowdown, loads, length_checks)
     return num_unclaimed
 
 
-def _reshard(ranks: Sequence[_SimulatedRank], work: WorkConfig, order: RowOrder) -> None:
+def _reshard(ranks: Sequence[_SimulatedRank], work: WorkConfig, order: RowOrder, max_num_seqs: int) -> None:
     """Plan rows that no rank has finished or is running, by measured lengths, as `dpgen.scheduling.planner` does."""
     assert order.prompt_groups is not None
     states = [rank.get_state() for rank in ranks]
@@ -200,7 +215,8 @@ def _reshard(ranks: Sequence[_SimulatedRank], work: WorkConfig, order: RowOrder)
     counts = np.sum([order.prompt_groups.count(state) for state in states], axis=0)
     new_order = order_by_measured_lengths(np.sort(remaining), order.prompt_groups, counts, order.adapter_groups)
     num_running = sum(len(state.running) for state in states)
-    for rank, (claimer, source) in zip(ranks, _plan_shards(new_order, len(ranks), work, num_running), strict=True):
+    plan = _plan_shards(new_order, len(ranks), work, max_num_seqs, num_running)
+    for rank, (claimer, source) in zip(ranks, plan, strict=True):
         claimer.num_claims = rank.claimer.num_claims
         rank.claimer, rank.source = claimer, source
 
@@ -226,8 +242,9 @@ class _SimulatedShard:
     """Provide the rows of a shard to a `RequestSource`, without columns."""
 
     def __init__(self, order: RowOrder, shards: ShardSpec, index: int) -> None:
-        self._rows = shards.list_rows(order, index)
-        self._chunk_starts = None if shards.groups is None else shards.groups[index][1]
+        self._rows = shards.list_rows(order.rows, index)
+        chunks = shards.get_chunks(order.rows, index)
+        self._chunk_starts = None if chunks is None else chunks[1]
 
     def read_positions(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
         if self._chunk_starts is not None:
@@ -295,6 +312,8 @@ class _SimulatedRank:
                 self.now_s += _SYNC_INTERVAL_S
                 return True
             num_finished = self._advance_to_next_finish()
+            if not num_finished:  # long rows: the other ranks must see how far they are
+                return True
             # As many rows may be prefetched in their place, which may take a claim. Claims must come in the order of
             # all ranks' clocks.
             if not self.source.is_exhausted and self.source.num_unrendered <= num_finished:
@@ -325,7 +344,10 @@ class _SimulatedRank:
         num_steps = self._running[0][0] - self._step
         if self._kv_tokens is not None and num_running > 1:
             num_steps = min(num_steps, max(1, (self._kv_tokens - self._num_kv_tokens) // num_running))
+        step_s = self._step_s + self._seq_s * num_running + self._kv_s * self._num_kv_tokens
+        num_steps = min(num_steps, max(1, int(_SYNC_INTERVAL_S / max(step_s, 1e-9))))
         self._step += num_steps
+        self.source.advance(num_steps)
         started_s, num_tokens = self.now_s, num_steps * num_running
         kv_reads = num_steps * self._num_kv_tokens + num_running * num_steps * (num_steps + 1) // 2
         self.now_s += num_steps * (self._step_s + self._seq_s * num_running) + kv_reads * self._kv_s
@@ -346,6 +368,7 @@ class _SimulatedRank:
             self._admission.release([RequestId(row)])
             self._finished.append(row)
             self.busy_s = self.now_s
+            self.source.release(row, int(self._lengths[row]))
             self.source.record_finished(row)
             num_finished += 1
         return num_finished

@@ -55,9 +55,7 @@ def test_steps_get_shorter_as_rows_finish_and_longer_with_the_kv_cache() -> None
     # Each step reads all tokens so far: 5 + 1, 5 + 2, 5 + 3.
     model = EngineCostModel(1.0, 0.0, kv_s=0.01, prefill_s=0.5, max_num_seqs=4)
     assert run(model, [3], prompt=5).wall_s == pytest.approx(3 + 5 * 0.5 + 0.01 * (6 + 7 + 8))
-    assert model.compute_lower_bounds_s(np.array([3]), np.array([5]), 1)[1] == pytest.approx(
-        3 + 5 * 0.5 + 0.01 * (6 + 7 + 8)
-    )
+    assert model.compute_bound_s(np.array([3]), np.array([5]), 1) == pytest.approx(3 + 5 * 0.5 + 0.01 * (6 + 7 + 8))
 
 
 def test_the_longest_row_bounds_any_number_of_ranks() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dpgen.config.completion_checks import CHECK_NAMES
+from dpgen.scheduling.tail.held_work import NO_LOAD, Load
 
 
 @dataclass
@@ -25,7 +26,10 @@ class Totals:
         num_calls: finished calls of rows' programs.
         num_rejected_tokens: generated tokens of samples that failed their checks.
         num_retries: samples generated again, or continued, by the check that they had failed: as in `CHECK_NAMES`.
+        num_lengths_checked, num_lengths_wrong: finished rows of expected length, and those that missed it; see
+            `HeldWork`.
         rates: generated tokens/s by rank; see `ThroughputMeter.get_tokens_per_s`.
+        loads: what each rank holds.
     """
 
     num_unfinished_ranks: int = 0
@@ -43,7 +47,10 @@ class Totals:
     num_calls: int = 0
     num_rejected_tokens: int = 0
     num_retries: tuple[int, ...] = (0,) * len(CHECK_NAMES)
+    num_lengths_checked: int = 0
+    num_lengths_wrong: int = 0
     rates: tuple[int, ...] = ()
+    loads: tuple[Load, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -55,10 +62,12 @@ class Totals:
         """Return what `num_tokens` counts: "token" or "prompt token"."""
         return "token" if self.num_generated_tokens or not self.num_prompt_tokens else "prompt token"
 
-    def as_list(self, rank: int, num_ranks: int, rate: int) -> list[int]:
-        """Return the numbers to sum over all ranks: counts, then one rate per rank, of which a rank fills its own."""
+    def as_list(self, rank: int, num_ranks: int, rate: int, load: Load = NO_LOAD) -> list[int]:
+        """Return the numbers to sum over all ranks: counts, then three for each rank, of which a rank fills its own."""
         counts = [getattr(self, field.name) for field in fields(self) if field.type == "int"]
-        return [*counts, *self.num_retries, *(rate if other == rank else 0 for other in range(num_ranks))]
+        by_rank = [0] * (3 * num_ranks)
+        by_rank[rank::num_ranks] = rate, load.time, load.slack
+        return [*counts, *self.num_retries, *by_rank]
 
     @staticmethod
     def from_list(values: Sequence[int]) -> Totals:
@@ -66,4 +75,7 @@ class Totals:
         names = [field.name for field in fields(Totals) if field.type == "int"]
         others, num_checks = values[len(names) :], len(CHECK_NAMES)
         counts: dict[str, Any] = dict(zip(names, values, strict=False))
-        return Totals(num_retries=tuple(others[:num_checks]), rates=tuple(others[num_checks:]), **counts)
+        by_rank = others[num_checks:]
+        rates, times, slacks = (tuple(by_rank[k * len(by_rank) // 3 : (k + 1) * len(by_rank) // 3]) for k in range(3))
+        loads = tuple(map(Load, times, slacks))
+        return Totals(num_retries=tuple(others[:num_checks]), rates=rates, loads=loads, **counts)

@@ -1,0 +1,159 @@
+"""Measure what an engine's steps cost, by the number of its sequences, and how close a run came to its bound.
+
+- Each report of an engine gives one sample: sequences that ran, and the time for each token that one of them gained.
+- A line through the samples of all ranks, step + sequence x number of sequences, gives the costs of a step. A few
+  samples, or samples that lie close together, say nothing about it, so that there is no bound then.
+- The bound is that of `dpgen.scheduling.tail.bound` with these costs: what no schedule of these rows could beat if each
+  step cost what steps cost on average in this run. It says nothing about whether the steps themselves could be faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dpgen.scheduling.tail.bound import StepCosts, compute_bound
+
+_MIN_SAMPLES = 16  # over all ranks
+_MIN_SPREAD = 2.0  # of the numbers of sequences: the largest over the smallest
+BY_LONGEST_ROW = 0.9  # of the bound
+_EXACT_LENGTHS, _MAX_QUANTILES = 256, 768  # of one rank: its longest rows, and quantiles of the others
+
+
+@dataclass
+class StepSamples:
+    """Sums over the samples of one rank: of their number, of sequences, of times, of squares and of products."""
+
+    num_samples: int = 0
+    seqs: float = 0.0
+    time_s: float = 0.0
+    seqs_squared: float = 0.0
+    seqs_by_time: float = 0.0
+    min_seqs: float = float("inf")
+    max_seqs: float = 0.0
+
+    def add(self, seqs: float, time_s: float) -> None:
+        """Count one sample."""
+        self.num_samples += 1
+        self.seqs += seqs
+        self.time_s += time_s
+        self.seqs_squared += seqs * seqs
+        self.seqs_by_time += seqs * time_s
+        self.min_seqs, self.max_seqs = min(self.min_seqs, seqs), max(self.max_seqs, seqs)
+
+
+class StepMeter:
+    """Sample the steps of one rank's engine.
+
+    Attributes:
+        samples: their sums.
+    """
+
+    def __init__(self) -> None:
+        self.samples = StepSamples()
+        self._last: tuple[float, int, int] | None = None
+
+    def record(self, now_s: float, num_generated_tokens: int, num_running: int) -> None:
+        """Add the engine's report: tokens since the start of the attempt, and sequences that run now."""
+        last, self._last = self._last, (now_s, num_generated_tokens, num_running)
+        if last is None:
+            return
+        took_s, num_tokens, seqs = now_s - last[0], num_generated_tokens - last[1], (num_running + last[2]) / 2
+        if min(num_running, last[2]) > 0 and num_tokens > 0 and took_s > 0:
+            self.samples.add(seqs, took_s * seqs / num_tokens)
+
+
+@dataclass(frozen=True)
+class RankSpeed:
+    """Describe one rank's part of an attempt, to compute the bound of all.
+
+    Attributes:
+        samples: of its engine's steps.
+        lengths, counts: generated tokens of its rows, and how many rows each stands for.
+        max_num_seqs: sequences that its engine runs at a time.
+    """
+
+    samples: StepSamples = field(default_factory=StepSamples)
+    lengths: Sequence[int] = ()
+    counts: Sequence[float] = ()
+    max_num_seqs: int = 0
+
+
+def summarize_lengths(lengths: np.ndarray) -> tuple[list[int], list[float]]:
+    """Return the longest lengths and quantiles of the others, and how many rows each of them stands for."""
+    ordered = np.sort(lengths)[::-1]
+    exact, others = ordered[:_EXACT_LENGTHS], ordered[_EXACT_LENGTHS:]
+    chunks = np.array_split(others, min(len(others), _MAX_QUANTILES)) if len(others) else []
+    means = [round(float(chunk.mean())) for chunk in chunks]
+    return [*exact.tolist(), *means], [*(1.0 for _ in exact), *(float(len(chunk)) for chunk in chunks)]
+
+
+@dataclass(frozen=True)
+class RunEfficiency:
+    """Compare the time that generating took with its bound; `run.json` holds the fields under these names.
+
+    Attributes:
+        bound_s: what no schedule of these rows could beat with such steps.
+        generation_s: from the first row to the last, over all ranks.
+        longest_row_s: what the longest row takes in an engine without others.
+        step_s, seq_s: costs of a step, as measured.
+        max_num_seqs: sequences that an engine runs at a time.
+    """
+
+    bound_s: float
+    generation_s: float
+    longest_row_s: float
+    step_s: float
+    seq_s: float
+    max_num_seqs: int
+
+    @property
+    def is_longest_row(self) -> bool:
+        """Return True if the bound is about what the longest row takes alone."""
+        return self.longest_row_s >= BY_LONGEST_ROW * self.bound_s
+
+    @property
+    def fraction(self) -> float:
+        """Return the bound over the time; at most 1, as the costs are means."""
+        return min(1.0, self.bound_s / self.generation_s) if self.generation_s else 1.0
+
+
+def compute_efficiency(speeds: Sequence[RankSpeed], generation_s: float) -> RunEfficiency | None:
+    """Return how close a run came to its bound; None where too little was measured to say.
+
+    Args:
+        speeds: of the ranks that generated.
+    """
+    costs = fit_step_costs(speeds)
+    lengths = np.array([length for speed in speeds for length in speed.lengths], dtype=np.int64)
+    counts = np.array([count for speed in speeds for count in speed.counts])
+    if costs is None or not lengths.any() or generation_s <= 0:
+        return None
+    num_ranks = sum(speed.samples.num_samples > 0 for speed in speeds)
+    bound_s = compute_bound(lengths, costs, num_ranks, counts=counts)
+    longest_s = (costs.step + costs.sequence) * int(lengths.max())
+    return RunEfficiency(
+        round(bound_s, 3), round(generation_s, 3), round(longest_s, 3), costs.step, costs.sequence, costs.max_num_seqs
+    )
+
+
+def fit_step_costs(speeds: Sequence[RankSpeed]) -> StepCosts | None:
+    """Return the costs of a step in seconds, by least squares; None where samples are few or alike."""
+    samples = [speed.samples for speed in speeds if speed.samples.num_samples]
+    count = sum(sample.num_samples for sample in samples)
+    if count < _MIN_SAMPLES:
+        return None
+    if max(sample.max_seqs for sample in samples) < _MIN_SPREAD * min(sample.min_seqs for sample in samples):
+        return None
+    seqs, times = sum(sample.seqs for sample in samples) / count, sum(sample.time_s for sample in samples) / count
+    squares = sum(sample.seqs_squared for sample in samples) / count
+    products = sum(sample.seqs_by_time for sample in samples) / count
+    sequence = (products - seqs * times) / max(squares - seqs * seqs, 1e-12)
+    step = times - sequence * seqs
+    if sequence < 0:
+        step, sequence = times, 0.0
+    elif step < 0:
+        step, sequence = 0.0, products / squares
+    return StepCosts(step, sequence, max(speed.max_num_seqs for speed in speeds))
