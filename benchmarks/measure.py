@@ -138,15 +138,21 @@ def time_dpgen(num_ranks: int, arguments: Sequence[str], log: Path, **environmen
     return time_command([*build_torchrun_command(num_ranks), "-m", "dpgen", "run", *arguments], log, **environment)
 
 
-def time_command(command: Sequence[str], log: Path, *, timeout_s: float | None = None, **environment: str) -> float:
-    """Return the seconds that a command takes. If it fails, or takes too long, exit and print its output."""
-    path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
+def time_command(
+    command: Sequence[str], log: Path, cwd: Path = REPO, *, timeout_s: float | None = None, **environment: str
+) -> float:
+    """Return the seconds that a command takes. If it fails, or takes too long, exit and print its output.
+
+    Args:
+        cwd: a checkout, whose package runs.
+    """
+    path = os.pathsep.join([str(cwd), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **environment}
     log.parent.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=REPO, start_new_session=True
+            command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=cwd, start_new_session=True
         )
         try:
             status: int | str = process.wait(timeout_s)
