@@ -41,15 +41,13 @@ from dpgen.journal.run_identity import compute_run_identity, describe_hashed_fil
 from dpgen.journal.writer import JournalWriter
 from dpgen.lifecycle.shutdown import ShutdownMonitor, watch_for_shutdown
 from dpgen.lifecycle.status_file import StatusFile
-from dpgen.monitoring.efficiency import gather_efficiency
 from dpgen.monitoring.run_monitor import RunMonitor
-from dpgen.monitoring.run_report import describe_generation, describe_plan, summarize_run
+from dpgen.monitoring.run_report import describe_generation, describe_plan
 from dpgen.monitoring.startup import StartupTimer
 from dpgen.monitoring.status.reporter import RankReporter
 from dpgen.monitoring.trackers import check_trackers
 from dpgen.output.column_check import check_columns, check_result, list_used_columns
-from dpgen.output.columns import DatasetFormat
-from dpgen.output.result import gather_results, is_already_complete, write_result
+from dpgen.output.result import gather_results, is_already_complete
 from dpgen.records import RankManifest
 from dpgen.run_parts import (
     build_engine_view,
@@ -58,7 +56,9 @@ from dpgen.run_parts import (
     build_recorder,
     build_request_builder,
     connect_engines,
+    report_run,
     watch_rows,
+    write_run_result,
 )
 from dpgen.scheduling.generation_loop import GenerationLoop
 from dpgen.scheduling.interfaces import Engine
@@ -372,11 +372,7 @@ class _Job:
             self._journal.seal()
             manifests = gather_results(self._group, self._run_dir, self._journal, manifest, self._config.output)
             speed = self._loop.measure_speed() if self._needs_engine else None
-            efficiency = gather_efficiency(self._group, self._config, speed, self._generation_s)
-            if self._group.rank == 0:
-                self._run_dir.update_metadata(efficiency=None if efficiency is None else vars(efficiency))
-            for finding in summarize_run(manifests or [], efficiency):
-                logger.info(finding)
+            report_run(self._config, self._group, self._run_dir, manifests or [], (speed, self._generation_s))
             if self._group.is_node_leader:
                 remove_engine_notes(self._run_dir.journal)
         self._group.reach_milestone("gathered")
@@ -390,18 +386,8 @@ class _Job:
             self._journal.close()
             self._monitor.log_rows(self._planner.build_request, self._text.decode)
             if self._group.rank == 0:
-                self._write_result()
+                write_run_result(self._config, self._rows.with_progress(self._group.heartbeat), self._run_dir)
         self._group.reach_milestone("complete")
         self._shutdown.ignore_signals()
         if not self._is_complete and self._keeper is None:
             self._engine.close()
-
-    def _write_result(self) -> None:
-        config, rows = self._config, self._rows.with_progress(self._group.heartbeat)
-        write_result(
-            rows,
-            self._run_dir,
-            DatasetFormat.from_config(config, self._run_dir.read_metadata()),
-            config.output.rows_per_file,
-            allow_all_errors=config.run.allow_all_errors,
-        )

@@ -25,7 +25,12 @@ from dpgen.journal.row_watch import RowWatch
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.writer import JournalWriter
 from dpgen.lifecycle.status_file import StatusFile
+from dpgen.monitoring.efficiency import gather_efficiency
+from dpgen.monitoring.run_report import summarize_run
 from dpgen.monitoring.status.reporter import EngineView
+from dpgen.output.columns import DatasetFormat
+from dpgen.output.result import write_result
+from dpgen.records import RankManifest
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
 from dpgen.scheduling.interfaces import FollowUps
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
@@ -33,6 +38,7 @@ from dpgen.scheduling.programs.event_loop import ProgramLoop
 from dpgen.scheduling.programs.loading import load_program, pass_columns
 from dpgen.scheduling.programs.runner import ProgramRunner, RunnerConfig
 from dpgen.scheduling.programs.running import ProgramSpec
+from dpgen.scheduling.progress.step_times import RankSpeed
 from dpgen.scheduling.request_builder import RequestBuilder
 from dpgen.scheduling.result_recorder import ResultRecorder
 from dpgen.scheduling.retries.retry_tracker import RetryConfig, RetryTracker
@@ -163,3 +169,34 @@ def _report_engine_count(config: Config, run_dir: RunDir, count: EngineCount) ->
     run_dir.update_metadata(engines_per_rank=facts)
     if count.number > 1 or (config.run.engine == "vllm" and config.parallel.engines_per_rank == "auto"):
         logger.info(f"{count.describe()}{beside if count.number > 1 else ''}")
+
+
+def report_run(
+    config: Config,
+    group: RankGroup,
+    run_dir: RunDir,
+    manifests: Sequence[RankManifest],
+    measured: tuple[RankSpeed | None, float],
+) -> None:
+    """Log on rank 0 how the run went, and keep how near it came to its bound. Collective.
+
+    Args:
+        manifests: of all ranks; none on other ranks than 0.
+        measured: this rank's speed, and for how many seconds it generated.
+    """
+    efficiency = gather_efficiency(group, config, *measured)
+    if group.rank == 0:
+        run_dir.update_metadata(efficiency=None if efficiency is None else vars(efficiency))
+    for finding in summarize_run(manifests, efficiency):
+        logger.info(finding)
+
+
+def write_run_result(config: Config, rows: InputRows, run_dir: RunDir) -> None:
+    """Write the final dataset and the marker of completion."""
+    write_result(
+        rows,
+        run_dir,
+        DatasetFormat.from_config(config, run_dir.read_metadata()),
+        config.output.rows_per_file,
+        allow_all_errors=config.run.allow_all_errors,
+    )
