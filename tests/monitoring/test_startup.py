@@ -121,7 +121,7 @@ def test_caches_are_cold_without_the_model_s_files_or_compiled_code(tmp_path: Pa
     environ = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm")}
 
     def make_config(model: str, **engine: Any) -> Config:
-        return Config(RunConfig(dir="x"), DataConfig(path="x", prompt_column="x"), model, engine)
+        return Config(RunConfig(dir="x"), DataConfig(path="x", prompt_column="x"), model=model, engine=engine)
 
     assert has_cold_caches(make_config(str(tmp_path)), environ)
     assert not has_cold_caches(make_config(str(tmp_path), enforce_eager=True), environ)
