@@ -232,6 +232,8 @@ def test_costs_are_left_out_where_samples_say_too_little() -> None:
     few, alike = sample_steps(6e-3, 0, [1, 256]), sample_steps(6e-3, 0, [250, 256] * 20)
     assert fit_step_costs([RankSpeed(few)]) is None and fit_step_costs([RankSpeed(alike)]) is None
     assert compute_efficiency([], 60.0) is None
+    without_engines = RankSpeed(sample_steps(6e-3, 30e-6, [1, 256] * 20), [100], [1.0], max_num_seqs=0)
+    assert compute_efficiency([without_engines], 60.0) is None, "every engine was abandoned by the end"
 
 
 def test_the_efficiency_is_the_bound_over_the_time() -> None:

@@ -156,4 +156,5 @@ def fit_step_costs(speeds: Sequence[RankSpeed]) -> StepCosts | None:
         step, sequence = times, 0.0
     elif step < 0:
         step, sequence = 0.0, products / squares
-    return StepCosts(step, sequence, max(speed.max_num_seqs for speed in speeds))
+    max_num_seqs = max(speed.max_num_seqs for speed in speeds)
+    return StepCosts(step, sequence, max_num_seqs) if max_num_seqs else None  # 0: every engine was abandoned
