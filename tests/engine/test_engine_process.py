@@ -128,7 +128,7 @@ def test_stats_come_before_the_last_row(engine: EngineProcess) -> None:
 
 def count_unread_bytes(engine: EngineProcess) -> int:
     count = bytearray(4)
-    fcntl.ioctl(engine._pipe.fileno(), termios.FIONREAD, count)
+    fcntl.ioctl(engine.pipe.fileno(), termios.FIONREAD, count)
     return int.from_bytes(count, sys.byteorder)
 
 

@@ -22,13 +22,17 @@ def test_a_prompt_shows_its_end_with_special_tokens() -> None:
     assert shown.startswith('"...') and shown.endswith('<998><999>"') and len(shown) < 120
 
 
+def make_chat(message: dict[str, str]) -> dict[str, Any]:
+    return {"messages": [message], "template_kwargs": {}}
+
+
 @pytest.mark.parametrize(
     ("request_", "expected"),
     [
         (None, "(no prompt)"),
         (Request(RequestId(0), None, "a text"), '"a text"'),
-        (Request(RequestId(0), None, {"messages": [{"role": "user", "content": "hi\n"}]}), r'"hi\n"'),
-        (Request(RequestId(0), None, {"messages": [{"role": "user"}]}), '"None"'),
+        (Request(RequestId(0), None, make_chat({"role": "user", "content": "hi\n"})), r'"hi\n"'),
+        (Request(RequestId(0), None, make_chat({"role": "user"})), '"None"'),
         (Request(RequestId(0), [1, 2]), "(2 tokens)"),
     ],
 )
