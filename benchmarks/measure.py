@@ -50,6 +50,8 @@ def run_benchmark(name: str, parent_dir: str | None, measure: Callable[[Path], A
         measure: takes the directory and returns the record's `found`.
         settings: further keys of the record.
     """
+    if parent_dir is not None:
+        Path(parent_dir).mkdir(parents=True, exist_ok=True)
     work_dir = Path(tempfile.mkdtemp(dir=parent_dir))
     try:
         measured = measure(work_dir)

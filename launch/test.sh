@@ -67,8 +67,8 @@ for script in "${scripts[@]}"; do bash -n "$script"; done
 "$bin/shellcheck" "${scripts[@]}"
 
 # pytest reports its failures itself, and its summary must be the last line.
-# Three tests at a time, since most tests wait for processes; at most two of them with real engines (conftest.py).
-pytest=("$bin/python" -m pytest -n 3 --dist loadgroup "${select[@]}" "$@")
+# Four tests at a time, since most tests wait for processes; at most two of them with real engines (conftest.py).
+pytest=("$bin/python" -m pytest -n 4 --dist loadgroup "${select[@]}" "$@")
 if [[ -z $types ]]; then
     step "pytest"
     trap - EXIT

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     - SLURM's tests run first of all: they run one after the other and mostly wait, so other tests get the cores.
     - Of the others, tests with and without a real engine alternate, since few engines run at a time.
     - Tests with real engines that share a fixture are one group, `engines`: its worker and that of SLURM's tests have
-      the slots, while the third worker runs tests without real engines and waits for none.
+      the slots, while the others run tests without real engines and wait for none.
     """
     slurm = sorted((item for item in items if has_mark(item, "slurm")), key=lambda item: not has_mark(item, "vllm"))
     others = [item for item in items if not has_mark(item, "slurm")]

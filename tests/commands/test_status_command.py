@@ -22,7 +22,17 @@ from dpgen.monitoring.status.record import identify_process, write_record
 FIELDS = {
     *("version", "run_dir", "state", "exit_status", "reason", "attempt", "num_ranks", "num_rows", "num_done"),
     *("num_errors", "num_generated_tokens", "tokens_per_s", "rows_per_s", "time_left", "prefix_cache_fraction"),
-    *("num_preemptions", "num_engine_restarts", "num_calls", "num_engines", "errors", "waits_for", "stragglers", "ranks", "notes"),
+    *(
+        "num_preemptions",
+        "num_engine_restarts",
+        "num_calls",
+        "num_engines",
+        "errors",
+        "waits_for",
+        "stragglers",
+        "ranks",
+        "notes",
+    ),
 }
 RANK_FIELDS = {"rank", "host", "state", "phase", "phase_s", "pid", "reason", "counts"}
 

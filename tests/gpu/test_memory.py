@@ -56,7 +56,7 @@ def test_a_run_goes_on_with_the_memory_that_others_leave(
 def test_a_limit_of_the_user_that_does_not_fit_ends_the_run_with_what_to_write(
     take_gpus: Callable[..., list[str]], start_dpgen: Callable[..., Any], write_memory_job: Callable[..., str]
 ) -> None:
-    [gpu] = take_gpus(1)  # not alone: it is never loaded
+    [gpu] = take_gpus(1, whole=True)  # it holds memory that other tests would need
     with hold_memory(gpu, HELD_FRACTION):
         job = start_dpgen([gpu], write_memory_job(40, gpu_memory_utilization=0.9))
         assert job.wait() == 75, job.output
