@@ -175,7 +175,7 @@ class TuneJob:
         if outcome.error_type is None:
             return
         error = outcome.to_error()
-        is_own = not {*plan.overrides} - {*choose_first_overrides(self.config)}
+        is_own = not plan.overrides  # the first trial may have more sequences than the engine takes
         if isinstance(error, Interrupted) or (is_own and isinstance(error, ConfigError)):
             raise error
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from dpgen.config.sections import DataConfig, OutputConfig
 
 COLUMN_TYPES = ("string", "integer", "number", "boolean", "json")
+# Columns that each row of the result gets from dpgen; see `dpgen.output.columns`.
+_RESULT_COLUMNS = ("row_id", "num_calls", "num_prompt_tokens", "num_generated_tokens", "error")
 # Arguments that the function gets from dpgen itself.
 _RESERVED_OPTIONS = ("row", "llm")
 
@@ -92,6 +94,8 @@ def _find_wrong_columns(returns: Mapping[str, Any]) -> Iterator[str]:
         key = f"program.returns.{name}"
         if not name.strip():
             yield f"program.returns: {name!r} can't be a column's name"
+        elif name in _RESULT_COLUMNS:
+            yield f"{key}: the result has a column {name!r} of its own; return it under another name"
         elif isinstance(type, str):
             if type not in COLUMN_TYPES:
                 yield f"{key}: there is no type {type!r}{suggest_name(type, COLUMN_TYPES, 'types')}, or a JSON Schema"

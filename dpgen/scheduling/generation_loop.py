@@ -141,6 +141,8 @@ class GenerationLoop:
 
     def get_state(self) -> RankState:
         """Return the rows that this rank has finished or runs; those of an abandoned engine return to the plan."""
+        for result in self._results.take_recorded():  # `_count_recorded` may have put them off
+            self._count(result)
         attempts = self._results.drop_retries() if self._engine.is_abandoned else []
         if self._engine.is_abandoned:
             self._admission.clear()

@@ -35,6 +35,7 @@ _MIN_PROMPT_TAIL_RATIO = 4.0
 _LONG_PROMPT_CHARS = 1_000  # shorter prompts cost little in any order
 _MIN_SHARED_FRACTION = 0.25  # of all prompt text, from which on shared prefixes are worth an order of their own
 _CHARS_PER_TOKEN = 4
+_MAX_EXPECTED = 1e7  # tokens of a row: a limit that stands for none (2**31 - 1, infinity) is no length
 _ASSUMED_OUTPUT_TOKENS = 256  # of a row without a hint, to weigh its completion against its prompt
 _ORDER_NAMES = {"dataset": "dataset order", "longest_first": "longest first", "prefix": "grouped by prefix"}
 
@@ -346,7 +347,7 @@ def _order_by_prompts(config: OrderConfig, rows: InputRows, remaining: np.ndarra
 
 def _sort_by_length(remaining: np.ndarray, lengths: np.ndarray, reason: str, *, are_expected: bool = False) -> RowOrder:
     positions = np.argsort(-lengths, kind="stable")
-    expected = lengths[positions].astype(np.float32) if are_expected else None
+    expected = np.minimum(lengths[positions], _MAX_EXPECTED).astype(np.float32) if are_expected else None
     return RowOrder(remaining[positions], "longest_first", reason, lengths=expected)
 
 

@@ -226,5 +226,6 @@ class RequestSource:
         rows = list(self._open_shard(claim.shard).read_positions(claim.start, claim.stop))
         if self.held_work is not None:
             self.held_work.hold(claim, [row for row, _ in rows])
+            self.fair_share = max(self.fair_share, len(rows))  # a block of long rows is to run at once
         self._claimed.extend(rows)
         return True

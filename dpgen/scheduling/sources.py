@@ -107,7 +107,8 @@ class SourceMaker:
             num_probes=self._order.num_probes,
             length_tracker=self._order.make_tracker(),
         )
-        source.held_work = self._make_held_work()
+        if claimer is not None:  # else others would leave rows to this rank, which takes none
+            source.held_work = self._make_held_work()
         return source
 
     def _plan_heads(self) -> HeadPlan | None:
@@ -116,7 +117,10 @@ class SourceMaker:
             return None
         if not len(lengths) or lengths[0] < _MIN_LENGTH_RATIO * lengths[len(lengths) // 2]:
             return None  # rows of about one length end together, whoever takes them
-        return plan_heads(lengths, self._costs, self._num_claimers)
+        plan = plan_heads(lengths, self._costs, self._num_claimers)
+        if plan.ends and plan.ends[-1] == len(lengths):
+            return None  # so few rows need no plan: ranks without a block would have none
+        return plan
 
     def _make_held_work(self) -> HeldWork | None:
         if self._heads is None or self._order.lengths is None:

@@ -110,6 +110,8 @@ def check_tunable(config: Config) -> None:
         mistakes.append("parallel.launcher=external: dpgen tune restarts engines, and these can't restart alone")
     if config.run.resume == "never":
         mistakes.append("run.resume=never: the rows of a trial could not be kept by the next; leave it out to tune")
+    if config.pooling is not None:
+        mistakes.append(f"task={config.task}: dpgen tune measures generated tokens, and this task generates none")
     if mistakes:
         raise ConfigError(*mistakes)
 

@@ -383,6 +383,11 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
         "program.returns.final: there is no type 'text'",
     ),
     (
+        "a program's column that dpgen has itself",
+        [*_PROGRAM, "program.function=dpgen.programs.critique:revise", "program.returns={row_id: integer}"],
+        "program.returns.row_id: the result has a column 'row_id' of its own",
+    ),
+    (
         "a program of a model that generates nothing",
         [*_PROGRAM, "program.function=dpgen.programs.critique:revise", "task=embed"],
         "task=embed generates nothing, and program.function makes calls that do",

@@ -78,6 +78,12 @@ def test_a_hint_column_takes_precedence_over_max_tokens() -> None:
     assert order.reason == "by hint column expected (min 1, median 20, max 49)"
 
 
+def test_a_limit_that_stands_for_none_is_no_expected_length() -> None:
+    rows = [{"prompt": "x", "budget": 2**31 - 1 if n == 3 else 10 * n + 1} for n in range(8)]
+    order = find_order(make_config(max_tokens_column="budget"), rows)
+    assert order.rows[0] == 3 and order.lengths is not None and order.lengths.max() < 1e8
+
+
 def test_hints_that_hardly_vary_are_ignored() -> None:
     config = make_config(max_tokens_column="budget")
     order = find_order(config, [{"prompt": "x", "budget": 100 + n} for n in range(8)])

@@ -58,6 +58,15 @@ def test_so_do_six_waves_where_long_rows_slow_their_steps_down(kind: str) -> Non
     assert run(sample(kind), WITH_CONTEXT).efficiency > 0.92
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [[1000, 1, 1], [1000] + [1] * 100, [2000, 1000], [4000, 4000, 10, 10, 10], [500] * 11 + [50] * 50, [7], []],
+)
+def test_a_handful_of_rows_is_planned_too(lengths: list[int]) -> None:
+    result = run(np.array(lengths, dtype=np.int64))
+    assert result.wall_s <= 1.6 * MODEL.step_s * max(lengths, default=0) + 1
+
+
 @pytest.mark.parametrize("kind", ["chat", "reasoning"])
 def test_late_ranks_cost_no_more_than_their_delay(kind: str) -> None:
     result = run(sample(kind), start_s={0: 2.0, 2: 0.5})

@@ -100,3 +100,5 @@ def test_jobs_of_which_no_trial_can_be_made_are_refused(tmp_path: Path) -> None:
         check_tunable(make_config(tmp_path, "run.resume=never"))
     with pytest.raises(ConfigError, match=r"parallel\.launcher=external"):
         check_tunable(make_config(tmp_path, "parallel.launcher=external"))
+    with pytest.raises(ConfigError, match="task=embed: dpgen tune measures generated tokens"):
+        check_tunable(make_config(tmp_path, "task=embed"))

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.pool.engine_count import EngineCount
-from dpgen.engine.pool.engine_pool import EnginePool
+from dpgen.engine.pool.engine_pool import TOO_FEW_ROWS, EnginePool
 from dpgen.engine.process import EngineProcess
 from dpgen.engine.starting.log_file import EngineLog
 
@@ -58,7 +58,8 @@ class EngineKeeper:
 
     def take_back(self, pool: EnginePool) -> None:
         """Keep the engines of a job that has ended; those that have not loaded their model are ended."""
-        self.count = None if pool.count.is_auto else pool.count
+        is_measured = bool(pool.count.facts) and not pool.count.why.endswith(TOO_FEW_ROWS)
+        self.count = pool.count if is_measured else None  # a job with few rows says nothing about the next one
         for index, engine in enumerate(pool.supervisors):
             process = self._processes.get(index)
             if process is not None and process.is_loaded and process.is_alive and not engine.is_abandoned:

@@ -100,15 +100,18 @@ def plan_engine_count(
     return EngineCount(number, f"{size}, at most {number}", is_auto=True)
 
 
-def estimate_engine_bytes(size_bytes: float, kv_bytes_per_token: float, options: Mapping[str, Any]) -> int:
+def estimate_engine_bytes(
+    size_bytes: float, kv_bytes_per_token: float, options: Mapping[str, Any], max_model_len: int = 0
+) -> int:
     """Return the device memory that one engine should have: weights, and a KV cache for its sequences.
 
     Args:
         options: `engine.*`.
+        max_model_len: tokens of the longest sequence, which vLLM wants to have room for; 0 where unknown.
     """
     num_tokens = min(_TOKENS_PER_SEQ, options.get("max_model_len") or _TOKENS_PER_SEQ)
     num_seqs = options.get("max_num_seqs") or DEFAULT_NUM_SEQS
-    return int(size_bytes + _OVERHEAD_BYTES + kv_bytes_per_token * num_tokens * num_seqs)
+    return int(size_bytes + _OVERHEAD_BYTES + kv_bytes_per_token * max(num_tokens * num_seqs, max_model_len))
 
 
 def fit_memory(number: int, engine_bytes: int, usable_bytes: int) -> int:

@@ -42,12 +42,12 @@ from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EngineError
 from dpgen.journal.engine_notes import BlameState
-from dpgen.records import Request, RequestId
+from dpgen.records import Request
 
 logger = logging.getLogger(__name__)
 
 _MAX_JOIN_DEATHS = 2  # of an engine that has not been ready: the others go on without it
-_TOO_FEW_ROWS = "too few rows are left for another to pay"
+TOO_FEW_ROWS = "too few rows are left for another to pay"
 _MIN_START_S = 5.0  # of an engine that joins; the first one's loading tells more
 
 
@@ -141,9 +141,10 @@ class EnginePool:
 
     def recall(self, state: BlameState, find_canary: Callable[[], Request | None]) -> None:
         """Continue from what an earlier attempt knows of rows; see `BlameTracker.recall` and its `find_canary`."""
-        self._blame = state, find_canary
-        for engine in self.supervisors:
-            self._teach(engine)
+        if self._blame is None:  # after a loss of ranks, the engines know more than the earlier attempt
+            self._blame = state, find_canary
+            for engine in self.supervisors:
+                self._teach(engine)
 
     # ---- what the loop sees
 
@@ -266,7 +267,8 @@ class EnginePool:
         for event in events:
             if isinstance(event, RowsFinished):
                 for id in event.ids:
-                    self._finish(id)
+                    self._num_finished += 1
+                    self._router.remove(id)
                 yield event
             elif isinstance(event, EngineStats):
                 self._calibrate(index, event)
@@ -274,10 +276,6 @@ class EnginePool:
                 working = {number for number in ready if self.supervisors[number].blame.is_busy}
                 if (total := self._stats.add(index, event, ready, working, self._clock())) is not None:
                     yield total
-
-    def _finish(self, id: RequestId) -> None:
-        self._num_finished += 1
-        self._router.remove(id)
 
     # ---- more engines
 
@@ -305,7 +303,7 @@ class EnginePool:
         if not self._is_decided:
             self._is_decided = True
             if self._was_auto and self.count.number > 1 and not self._pays():
-                self.count = dataclasses.replace(self.count, number=1, why=f"{self.count.why}; {_TOO_FEW_ROWS}")
+                self.count = dataclasses.replace(self.count, number=1, why=f"{self.count.why}; {TOO_FEW_ROWS}")
             self._drop_surplus()
             self.on_decided(self.count)
         joining = [engine for engine in self.supervisors if not engine.max_num_seqs and not engine.is_abandoned]
@@ -314,7 +312,7 @@ class EnginePool:
         if not joining and len(self.supervisors) >= self.count.number:
             self.has_joined_all = True
         elif self._was_auto and not self._pays():
-            self._stay_with(len(self.supervisors) - len(joining), _TOO_FEW_ROWS)
+            self._stay_with(len(self.supervisors) - len(joining), TOO_FEW_ROWS)
         else:
             engine = joining[0] if joining else self._add_engine(self.supervisors[0].memory.spec)
             engine.join(self._text_config, self._kv_bytes)
@@ -381,6 +379,8 @@ class EnginePool:
         if not engine.is_abandoned and not engine.max_num_seqs and engine.num_deaths >= _MAX_JOIN_DEATHS:
             engine.abandon()
             logger.warning(f"engine {index} of this rank does not start, continuing with {self.num_ready}")
+        if not any(other.max_num_seqs for other in self.supervisors):
+            self.abandon()  # those that have not loaded would wait for one that has
         self._name_heirs()
         if engine.is_abandoned and not self.is_abandoned:
             given_up = engine.blame.give_up()

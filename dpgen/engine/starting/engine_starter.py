@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dpgen.config.schema import Config
-from dpgen.data.model_facts import estimate_model_size, load_model_config
+from dpgen.data.model_facts import estimate_model_size, find_context_limit, load_model_config
 from dpgen.distributed.layout import EngineWorld
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.pool.engine_count import EngineCount, estimate_engine_bytes, plan_engine_count
@@ -73,15 +73,17 @@ def plan_engines(config: Config, weight_bytes: int, starter: EngineStarter) -> t
     Args:
         weight_bytes: of each device, as measured; 0 if not known.
     """
-    size_bytes, kv_bytes = float(weight_bytes), 0.0
+    size_bytes, kv_bytes, max_len = float(weight_bytes), 0.0, 0
     if config.run.engine == "vllm" and starter.gpus and config.parallel.engines_per_rank != 1:
         model_config = _read_model_config(os.path.expanduser(config.model), config.engine)
         if (size := estimate_model_size(config.model, model_config, config.engine)) is not None:
             size_bytes, kv_bytes = size_bytes or size.weight_bytes, size.kv_bytes
+            limit = find_context_limit(model_config, config.engine)
+            max_len = 0 if limit is None or config.engine.get("max_model_len") == -1 else limit.num_tokens
     count = plan_engine_count(
         config, size_bytes, len(starter.cores), on_gpu=bool(starter.gpus), num_sharing=starter.num_sharing
     )
-    return count, estimate_engine_bytes(size_bytes, kv_bytes, config.engine) if size_bytes else 0
+    return count, estimate_engine_bytes(size_bytes, kv_bytes, config.engine, max_len) if size_bytes else 0
 
 
 def _read_model_config(model: str, options: Mapping[str, Any]) -> Any:
@@ -96,5 +98,6 @@ def _read_model_config(model: str, options: Mapping[str, Any]) -> Any:
         return None
     config = SimpleNamespace(**values)
     config.dtype = values.get("dtype") or values.get("torch_dtype")
+    config.model_type = values.get("model_type")
     config.get_text_config = lambda: config
     return config

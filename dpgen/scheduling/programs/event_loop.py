@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
@@ -96,14 +96,17 @@ class ProgramLoop:
         if not self.is_settled:
             self._settled.wait(timeout_s)
 
-    def cancel_idle(self) -> list[int]:
+    def cancel_idle(self, kept: Collection[int] = ()) -> list[int]:
         """End the programs for which no function runs, without a result, and return their rows; see `drop` of runners.
 
         None end where the loop does not answer.
+
+        Args:
+            kept: rows whose programs go on.
         """
         if self._thread is None:
             return []
-        future = asyncio.run_coroutine_threadsafe(self._cancel_idle(), self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._cancel_idle(kept), self._loop)
         try:
             return future.result(_CANCEL_TIMEOUT_S)
         except FutureTimeout:
@@ -188,8 +191,8 @@ class ProgramLoop:
         if (program := self._programs.get(result.row)) is not None:
             program.deliver(result)
 
-    async def _cancel_idle(self) -> list[int]:
-        idle = [row for row, program in self._programs.items() if not program.num_tools]
+    async def _cancel_idle(self, kept: Collection[int]) -> list[int]:
+        idle = [row for row, program in self._programs.items() if not program.num_tools and row not in kept]
         for row in idle:
             self._programs.pop(row).cancel()
         return idle
@@ -208,7 +211,11 @@ class ProgramLoop:
     async def run_function(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return what a function returns, or raise what it raises; it runs in a thread that no exit waits for."""
         if inspect.iscoroutinefunction(function):
-            return await function(*args, **kwargs)
+            self.num_tools += 1
+            try:
+                return await function(*args, **kwargs)
+            finally:
+                self.num_tools -= 1
         if not hasattr(self, "_threads"):
             self._threads = asyncio.Semaphore(self._num_tool_threads)
         async with self._threads:

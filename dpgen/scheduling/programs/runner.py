@@ -187,14 +187,14 @@ class ProgramRunner:
     def drop(self, parsing: Collection[RequestId]) -> list[bytes]:
         """Give up the rows, since there is no engine for their calls, and return the records of their calls.
 
-        Rows for which a function runs are kept until it has returned. Their calls wait then, so that this is called
-        again.
+        Rows for which a function runs, or a result is being parsed, are kept until that has ended. Their calls wait
+        then, so that this is called again.
 
         Args:
             parsing: ids of the results that are being parsed.
         """
         self._handle_messages()
-        dropped = set(self._loop.cancel_idle())
+        dropped = set(self._loop.cancel_idle({id.row for id in parsing}))
         self._handle_messages()
         records: list[bytes] = []
         for row in dropped & self._rows.keys():

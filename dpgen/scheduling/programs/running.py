@@ -206,7 +206,7 @@ class RunningProgram:
         name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', type(function).__name__)}"
         result = self._recall(place, asked := AskedText.of(["tool", name, list(args), dict(kwargs)]))
         if result is None:
-            result = await self._call_function(function, args, kwargs)
+            result = await self._call_function(place, function, args, kwargs)
             result = result.with_id(RequestId(self.row, number_call(place), 0, self._attempt))
             self._host.send(ToolReturned(FinishedCall(place, asked, result)))
         if result.error is not None:
@@ -214,9 +214,11 @@ class RunningProgram:
         return json.loads(result.completions[0].text)
 
     async def _call_function(
-        self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, place: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> RowResult:
         self.num_tools += 1
+        branch = _branch.get()
+        _branch.set(_Branch(self, f"{place}."))  # what an async function begins is not there in the next life
         try:
             text = to_json(await self._host.run_function(function, args, kwargs))
         except (asyncio.CancelledError, ProgramBlocked):
@@ -224,6 +226,7 @@ class RunningProgram:
         except BaseException as error:  # noqa: BLE001 - foreign code: what it raises is the program's to handle
             return RowResult(self.row, error=RowError("tool_failed", describe_exception(error)))
         finally:
+            _branch.set(branch)
             self.num_tools -= 1
         return RowResult(self.row, completions=(Completion(text, None, 0),))
 
@@ -264,7 +267,13 @@ class RunningProgram:
         except CallFailed as error:
             self._end(RowError(error.type, _shorten(error.message)))
         except BaseException as error:  # noqa: BLE001 - foreign code: it may raise anything, SystemExit included
-            self._end(RowError("program_failed", describe_exception(error)))
+            first = error
+            while isinstance(first, BaseExceptionGroup):  # of an asyncio.TaskGroup
+                first = first.exceptions[0]
+            if isinstance(first, CallFailed):
+                self._end(RowError(first.type, _shorten(first.message)))
+            else:
+                self._end(RowError("program_failed", describe_exception(first)))
         else:
             self._finish(value)
 

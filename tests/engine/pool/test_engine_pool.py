@@ -26,6 +26,7 @@ from dpgen.engine.pool.engine_count import EngineCount
 from dpgen.engine.pool.engine_pool import EnginePool
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.errors import EngineError
+from dpgen.journal.engine_notes import BlameState
 from dpgen.records import Completion, Request, RequestId, RowResult
 
 LIMITS = EngineLimits(timeout_s=60.0, start_timeout_s=600.0, max_deaths=3, start_retry_s=5.0)
@@ -213,6 +214,30 @@ def test_an_abandoned_engines_rows_go_to_the_ranks_other_engines(caplog: pytest.
         harness.poll(2 * LIMITS.start_retry_s)
     assert "to other ranks" in caplog.messages[-1], "the last one leaves its rows to other ranks"
     assert harness.pool.max_num_seqs == 0
+
+
+def test_a_rank_whose_only_loaded_engine_is_abandoned_leaves_its_rows_to_other_ranks() -> None:
+    harness = Harness(EngineCount(3, "measured later", is_auto=True))
+    assert len(harness.processes) == 3, "two wait until it is known how many pay"
+    harness.submit(range(4))
+    for _ in range(2 * LIMITS.max_deaths):
+        harness.newest(0).death = CRASHED
+        harness.poll(2 * LIMITS.start_retry_s)
+    assert harness.pool.is_abandoned, "those that have not loaded would wait for ever"
+
+
+def test_a_second_plan_takes_nothing_from_what_the_engines_know_of_their_rows() -> None:
+    harness = Harness(given(1))
+    harness.pool.recall(BlameState(), lambda: None)
+    harness.submit(range(4))
+    for _ in range(2):
+        harness.newest(0).death = CRASHED
+        harness.poll()
+        harness.poll()
+        harness.newest(0).become_ready()
+        harness.pool.recall(BlameState(), lambda: None)  # after a loss of ranks
+        harness.poll()
+    assert harness.newest(0).rows, "the engine goes on with its suspects"
 
 
 def test_a_further_engine_that_does_not_start_leaves_the_run_to_the_others(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ from dpgen.data.prompts.render import RenderedPrompt
 from dpgen.journal.calls import AskedText, FinishedCall, decode_call
 from dpgen.journal.row_notes import RowNote
 from dpgen.programs.handle import Llm
-from dpgen.records import Completion, Request, RequestId, RowResult, derive_row_seed, derive_seed
+from dpgen.records import Completion, Request, RequestId, RowError, RowResult, derive_row_seed, derive_seed
 from dpgen.scheduling.programs.event_loop import ProgramLoop
 from dpgen.scheduling.programs.runner import ProgramRunner, RunnerConfig
 from dpgen.scheduling.programs.running import ProgramSpec
@@ -201,6 +201,54 @@ def test_an_abandoned_engines_rows_are_given_up_with_their_calls_but_for_those_w
     dropped = [decode(record) for record in harness.runner.drop([])]
     assert [(call.id.row, call.place) for call in dropped] == [(0, "0"), (0, "1")], "what the function returned, too"
     assert not harness.runner.pending_rows
+
+
+def test_a_row_whose_answer_is_being_parsed_is_not_given_up(make_harness: Callable[..., Harness]) -> None:
+    harness = make_harness(three)
+    harness.begin(1)
+    harness.begin(2)
+    parsing = harness.take(2)[0]
+    assert not harness.runner.drop([parsing.id])
+    assert list(harness.runner.pending_rows) == [parsing.row]
+    harness.answer(parsing, "parsed")
+    wait_for(lambda: harness.runner.has_retries)
+    dropped = [decode(record) for record in harness.runner.drop([])]
+    assert {call.id.row for call in dropped} == {parsing.row}, "its answer is kept, so nothing is asked twice"
+
+
+async def look(question: str) -> str:
+    await asyncio.gather(asyncio.sleep(0), asyncio.sleep(0))
+    return question
+
+
+async def look_and_ask(row: dict[str, Any], llm: Llm) -> dict[str, Any]:
+    found = await llm.tool(look, row["q"])
+    return {"answer": (await llm.complete(found)).text}
+
+
+def test_what_an_async_tool_begins_takes_no_place_of_the_program(make_harness: Callable[..., Harness]) -> None:
+    first = make_harness(look_and_ask)
+    first.begin(1)
+    [asked] = first.take(1)
+    again = make_harness(look_and_ask, first.records)  # killed: the tool answers from the journal
+    again.begin(1)
+    [asked_again] = again.take(1)
+    assert (asked_again.id, asked_again.sampling) == (asked.id, asked.sampling)
+
+
+async def ask_in_group(row: dict[str, Any], llm: Llm) -> dict[str, Any]:
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(llm.complete(row["q"]))
+    return {"answer": task.result().text}
+
+
+def test_a_failed_call_of_a_task_group_keeps_its_error(make_harness: Callable[..., Harness]) -> None:
+    harness = make_harness(ask_in_group)
+    harness.begin(1)
+    [asked] = harness.take(1)
+    harness.runner.submit(RowResult(1, error=RowError("prompt_too_long", "607 tokens")).with_id(asked.id))
+    [result] = harness.finish()
+    assert result.error is not None and result.error.type == "prompt_too_long"
 
 
 def test_a_result_that_comes_after_its_program_has_ended_is_no_rows_result(
