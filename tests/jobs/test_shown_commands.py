@@ -16,7 +16,7 @@ import pytest
 import yaml
 from helpers.batch_files import make_chat
 from helpers.jobs import REPO, Launcher, run_each_command, write_into
-from helpers.shown_commands import PAGES, ShownCommand, get_dpgen_arguments, list_commands
+from helpers.shown_commands import FOREIGN, PAGES, ShownCommand, get_dpgen_arguments, list_commands
 
 # Runs each list of arguments in its folder, one after the other in one process, and reports status and output.
 PROGRAM = """
@@ -66,13 +66,13 @@ def replace_what_is_elsewhere(configuration: dict[str, Any]) -> dict[str, Any]:
         data.pop(key, None)
     if "check" in configuration:  # the fake engine writes no JSON, and repeats itself
         configuration["check"] = {"non_empty": True}
-        configuration["output"].pop("parse")
+        configuration.get("output", {}).pop("parse", None)
     return configuration
 
 
 def fit(command: ShownCommand) -> list[str] | None:
-    """Return the arguments of `dpgen` that run a shown command here; None if another test runs it."""
-    if command.words[0] in IS_SCRIPT:
+    """Return the arguments of `dpgen` that run a shown command here; None if another test runs it, or nothing can."""
+    if command.words[0] in IS_SCRIPT or " ".join(command.words) in FOREIGN:
         return None
     arguments = get_dpgen_arguments(command.words)
     assert arguments is not None, f"no rule runs this command: {command}"
