@@ -133,7 +133,9 @@ def _measure_order(rows: InputRows, journal_dir: Path, kind: str) -> dict[str, A
         "reshard_s": reshard_s,
         "reshard_after_loss_s": reshard_after_loss_s,
         "prompts_read_again": num_reads - num_first_reads,
-        "open_shard_s": _time(lambda: [*planner._open_shard(planner.order, shards, 1).read_positions(0, num_claimed)]),
+        "open_shard_s": _time(
+            lambda: [*shards.open(rows, planner.order.rows, 1, ("row",)).read_positions(0, num_claimed)]
+        ),
     }
 
 

@@ -18,6 +18,7 @@ from dpgen.config.pooling.pooling_config import (
     PoolingConfig,
     find_wrong_task_input,
     find_wrong_task_keys,
+    has_misplaced_pair,
 )
 from dpgen.config.program import ProgramConfig
 from dpgen.config.prompt import CALL_COLUMN, REQUEST_COLUMN, PromptConfig
@@ -250,6 +251,7 @@ def _validate(config: Config) -> None:
         if not config.prompt.is_chat and config.output.messages and not config.program.is_used:
             mistakes.append("output.messages=true needs a chat: set data.messages_column, or data.as_chat=true")
     except ConfigError as error:
-        mistakes += error.mistakes
+        if not has_misplaced_pair(config.task, config.data):  # one mistake, which the lines above name
+            mistakes += error.mistakes
     if mistakes:
         raise ConfigError(*mistakes)

@@ -429,7 +429,11 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ),
     ("a parsed text where none is generated", ["task=embed", "output.parse=json"], "output.parse has no effect"),
     ("a score of one text", ["task=score"], "task=score compares texts: set data.query_column"),
-    ("a query without a document", ["task=score", "data.query_column=prompt"], "make a pair: set the query's"),
+    (
+        "a query without a document",
+        ["task=score", "data.prompt_column=null", "data.query_column=prompt"],
+        "make a pair: set the query's",
+    ),
     (
         "documents for a classifier",
         ["task=classify", "data.prompt_column=null", "data.query_column=prompt", "data.documents_column=prompt"],

@@ -56,9 +56,8 @@ def find_wrong_task_keys(
     if task == GENERATE:
         if data.too_long != default_data.too_long:
             yield f"data.too_long={data.too_long} needs task=embed, classify, score or reward: task=generate rejects"
-        for name in ("query_column", "document_column", "documents_column"):
-            if getattr(data, name) is not None:
-                yield f"data.{name} needs task=score or classify: task=generate has one prompt"
+        for name in _find_pair_keys(data):
+            yield f"data.{name} needs task=score or classify: task=generate has one prompt"
         return
     if data.too_long == "chunk_mean" and task != "embed":
         yield f"data.too_long=chunk_mean averages embeddings: task={task} has none; set error or truncate"
@@ -70,6 +69,11 @@ def find_wrong_task_keys(
     keys += ["data.prefill_column"] if data.prefill_column is not None else []
     for key in keys:
         yield f"{key} has no effect: task={task} generates no text; leave one of them out"
+
+
+def has_misplaced_pair(task: str, data: DataConfig) -> bool:
+    """Return True if columns of a pair are named, and the task generates text."""
+    return task == GENERATE and bool(_find_pair_keys(data))
 
 
 def find_wrong_task_input(task: str, prompt: PromptConfig, *, is_batch: bool) -> Iterator[str]:
@@ -86,3 +90,8 @@ def find_wrong_task_input(task: str, prompt: PromptConfig, *, is_batch: bool) ->
         yield f"data.documents_column needs task=score: task={task} reads one pair a row; set data.document_column"
     if is_batch and task not in (GENERATE, "embed"):
         yield f"task={task} can't answer a batch file: set task=embed for /v1/embeddings, or task=generate"
+
+
+def _find_pair_keys(data: DataConfig) -> list[str]:
+    names = ("query_column", "document_column", "documents_column")
+    return [name for name in names if getattr(data, name) is not None]
