@@ -1,8 +1,8 @@
 """Measure what checks cost: a JSON Schema, and a Python check that fails a fifth of all attempts, on the real engine.
 
-    python benchmarks/checks.py [--rows 10000] [--rounds 3] [--ranks 1]
+    python benchmarks/checks.py [--rows 10000] [--rounds 3] [--ranks 1] [--side-by-side]
 
-The tests' tiny model writes JSON by a grammar. Ways, in turn in every round:
+The tests' tiny model writes JSON by a grammar. Ways, in turn in every round, or at the same time on one core each:
 - checked: rows are generated until they pass, at most --max-attempts times
 - unchecked: as many rows as the checked run is expected to make attempts, so that both generate equally many tokens
 
@@ -30,6 +30,7 @@ from measure import (
     make_rows,
     make_tiny_model,
     measure_in_turn,
+    measure_side_by_side,
     run_benchmark,
     time_dpgen,
     write_rows,
@@ -54,8 +55,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--max-attempts", type=int, default=5)
+    parser.add_argument("--side-by-side", action="store_true", help="both ways at once, each on a core of its own")
     options = parser.parse_args()
-    settings = {"rows": options.rows, "ranks": options.ranks, "max_attempts": options.max_attempts}
+    settings = {name: getattr(options, name) for name in ("rows", "ranks", "max_attempts", "side_by_side")}
     run_benchmark("checks", options.dir, lambda work_dir: Bench(options, work_dir).measure(), **settings)
 
 
@@ -70,7 +72,11 @@ class Bench:
         self.processor_ms: dict[str, dict[str, float]] = {}  # of the last round, by way and by process
 
     def measure(self) -> dict[str, Any]:
-        rates = measure_in_turn({"checked": self.run_checked, "unchecked": self.run_unchecked}, self.options.rounds)
+        ways = {"checked": self.run_checked, "unchecked": self.run_unchecked}
+        if self.options.side_by_side:
+            rates = measure_side_by_side(*ways.items(), self.options.rounds)
+        else:
+            rates = measure_in_turn(ways, self.options.rounds)
         return {
             "tokens_per_s": {name: round(statistics.median(values)) for name, values in rates.items()},
             "checked_over_unchecked": compute_ratio(rates["checked"], rates["unchecked"]),

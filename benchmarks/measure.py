@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,31 @@ def measure_in_turn(ways: Mapping[str, Callable[[], float]], num_rounds: int) ->
             measured[name].append(ways[name]())
             print(f"  round {number + 1}: {name} {measured[name][-1]:.2f}", file=sys.stderr, flush=True)
     return measured
+
+
+def measure_side_by_side(
+    first: tuple[str, Callable[[], float]], second: tuple[str, Callable[[], float]], num_rounds: int
+) -> dict[str, list[float]]:
+    """Measure two ways at the same time, each on a core of its own, and return the measurements by way.
+
+    The cores are swapped in every round. What slows the machine down meets both ways, and no second core hides what
+    one of them does beside its engine.
+    """
+    measured: dict[str, list[float]] = {first[0]: [], second[0]: []}
+    own_cores = sorted(os.sched_getaffinity(0))
+    for number in range(num_rounds):
+        cores = own_cores[:2] if number % 2 == 0 else own_cores[1::-1]
+        with ThreadPoolExecutor(2) as pool:
+            runs = [pool.submit(_run_on, core, way) for core, (_, way) in zip(cores, (first, second), strict=True)]
+            for (name, _), run in zip((first, second), runs, strict=True):
+                measured[name].append(run.result())
+                print(f"  round {number + 1}: {name} {measured[name][-1]:.2f}", file=sys.stderr, flush=True)
+    return measured
+
+
+def _run_on(core: int, way: Callable[[], float]) -> float:
+    os.sched_setaffinity(0, {core})  # of this thread, and of the processes that it starts
+    return way()
 
 
 def compute_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:

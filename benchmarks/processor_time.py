@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ Sample = tuple[int, dict[str, float]]  # bytes of the journal, and seconds by ro
 
 
 class ProcessorMeter:
-    """Sample the processes below this one; `measure_by_role` says what a result has cost.
+    """Sample the processes of a run that this process has started; `measure_by_role` says what a result has cost.
 
     Args:
         run_dir: of the run, whose journal tells how far it is.
@@ -52,8 +53,18 @@ class ProcessorMeter:
         num_inner = num_results * (last_bytes - first_bytes) / num_bytes
         return {role: round(1e3 * (last[role] - first.get(role, 0.0)) / num_inner, 3) for role in sorted(last)}
 
+    def _find_processes(self) -> list[psutil.Process]:
+        """Return the processes of this run; others may be measured at the same time."""
+        run_dir = str(self._journal.parent)
+        found = list[psutil.Process]()
+        for started in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if any(run_dir in argument for argument in started.cmdline()):
+                    found += started.children(recursive=True)
+        return found
+
     def _sample(self) -> None:
-        for process in psutil.Process().children(recursive=True):
+        for process in self._find_processes():
             try:
                 role = self._seconds[process.pid][0] if process.pid in self._seconds else _find_role(process)
                 times = process.cpu_times()
