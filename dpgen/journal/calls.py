@@ -12,8 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from pathlib import PurePath
 from typing import Any
+from uuid import UUID
 
+from dpgen.formatting import describe_type
 from dpgen.records import RequestId, RowResult
 from dpgen.result_codec import decode_result, encode_result
 
@@ -36,12 +41,15 @@ class AskedText:
 
     @classmethod
     def of(cls, asked: Any) -> AskedText:
-        """Return what is kept of a value of JSON.
+        """Return what is kept of a value of JSON; it may hold dates, bytes and the like, as columns do.
 
         Raises:
-            TypeError, ValueError: it is none.
+            TypeError: it holds something else.
         """
-        text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
+        try:
+            text = json.dumps(asked, sort_keys=True, separators=(",", ":"), default=_to_json_value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(f"a call takes values of JSON: {error}") from None
         digest = hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()
         return cls(digest, text[:_MAX_SHOWN_CHARS], len(text))
 
@@ -55,6 +63,17 @@ class AskedText:
         start = max(0, first - _CONTEXT_CHARS)
         old, new = (text[start : first + _CONTEXT_CHARS] for text in (before, after))
         return f"before: ...{old}..., now: ...{new}..."
+
+
+def _to_json_value(value: Any) -> Any:
+    """Return what stands for a value that JSON does not have; equal values must give the same in each process."""
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": hashlib.blake2b(value, digest_size=16).hexdigest()}
+    if isinstance(value, (date, time, timedelta, Decimal, UUID, PurePath)):
+        return str(value)
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{describe_type(value)} is none")
 
 
 @dataclass(frozen=True)

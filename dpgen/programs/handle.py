@@ -21,10 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dpgen.formatting import describe_type
 from dpgen.logprobs import TokenLogprobs
 from dpgen.records import Completion, RowResult, ToolCall
 
 Messages = str | Sequence[Mapping[str, Any]]
+_CHAT_OPTIONS = ("system", "tools", "template_kwargs", "continue_final_message")
 
 
 class CallFailed(Exception):
@@ -159,10 +161,8 @@ class Llm:
         Raises:
             CallFailed: as a row fails, e.g. `prompt_too_long`.
         """
-        call = _make_chat(messages, system, tools, template_kwargs, sampling)
-        if continue_final_message:
-            call.template["is_continued"] = True
-        [answer] = await self._generate(call)
+        options = (system, tools, template_kwargs, continue_final_message)
+        [answer] = await self._generate(_make_chat(messages, options, sampling))
         return answer
 
     async def complete(self, prompt: str | Sequence[int], **sampling: Any) -> ModelAnswer:
@@ -180,8 +180,7 @@ class Llm:
         if type(n) is not int or n < 1:
             raise ValueError(f"llm.samples: n={n!r} must be a whole number of at least 1")
         if as_chat:
-            system, tools, kwargs = (others.pop(name, None) for name in ("system", "tools", "template_kwargs"))
-            call = _make_chat(messages, system, tools, kwargs, others)
+            call = _make_chat(messages, tuple(others.pop(name, None) for name in _CHAT_OPTIONS), others)
         else:
             call = ModelCall("complete", _to_prompt(messages), False, sampling=_check_n(others))
         call.sampling["n"] = n
@@ -217,8 +216,11 @@ class Llm:
             as_chat: False for a completion of the text itself.
             others: `system` and `template_kwargs`, as for `chat`.
         """
+        if not isinstance(completion, str):
+            raise CallFailed("wrong_type", f"llm.score: the completion is {describe_type(completion)}, not a string")
         if as_chat:
-            chat = _make_chat(prompt, others.pop("system", None), None, others.pop("template_kwargs", None), others)
+            options = (others.pop("system", None), None, others.pop("template_kwargs", None), False)
+            chat = _make_chat(prompt, options, others)
             call = ModelCall("score", chat.prompt, True, chat.template, chat.sampling, completion)
         else:
             call = ModelCall("score", _to_prompt(prompt), False, {}, others, completion)
@@ -271,23 +273,26 @@ def _to_answer(completion: Completion, num_prompt_tokens: int) -> ModelAnswer:
     )
 
 
-def _make_chat(
-    messages: Any,
-    system: str | None,
-    tools: Any,
-    template_kwargs: Mapping[str, Any] | None,
-    sampling: dict[str, Any],
-) -> ModelCall:
+def _make_chat(messages: Any, options: tuple[Any, ...], sampling: dict[str, Any]) -> ModelCall:
+    """Return a chat's call. It holds copies, since the program may change its messages before they are rendered.
+
+    Args:
+        options: the values of `_CHAT_OPTIONS`.
+    """
+    system, tools, template_kwargs, is_continued = options
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    chat = list(messages) if isinstance(messages, (list, tuple)) else messages
-    if system is not None and isinstance(chat, list):
-        chat = [{"role": "system", "content": system}, *chat]
+    chat = messages
+    if isinstance(messages, (list, tuple)):
+        chat = [] if system is None else [{"role": "system", "content": system}]
+        chat += [dict(message) if isinstance(message, Mapping) else message for message in messages]
     template: dict[str, Any] = {}
     if template_kwargs:
         template["kwargs"] = dict(template_kwargs)
     if tools is not None:
         template["tools"] = list(tools)
+    if is_continued:
+        template["is_continued"] = True
     return ModelCall("chat", chat, True, template, _check_n(sampling))
 
 
@@ -298,4 +303,6 @@ def _check_n(sampling: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_prompt(prompt: Any) -> Any:
-    return prompt if isinstance(prompt, str) else list(prompt)
+    if hasattr(prompt, "tolist"):  # of numpy
+        return prompt.tolist()
+    return list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str) else prompt

@@ -63,7 +63,8 @@ class ProgramLoop:
         self._num_posted = self._num_settled = 0
         self._settled = threading.Event()
         self._pinged_s: float | None = None
-        self._next_ping_s = 0.0
+        self._next_ping_s = self._seen_s = 0.0
+        self._seen_task: asyncio.Task[Any] | None = None  # that ran when the main thread last looked
         self._is_interrupted = False
 
     # ---- the main thread
@@ -114,27 +115,34 @@ class ProgramLoop:
             return []
 
     def interrupt_if_blocked(self) -> None:
-        """Interrupt a program that has kept the loop for itself for long.
+        """Interrupt a program that has kept the loop for itself for long; many that compute in turn are none.
 
         Raises:
             DpgenError: it can't be interrupted.
         """
         now = time.monotonic()
         limit_s = min(_MAX_BLOCKED_S, max(_MIN_BLOCKED_S, self.spec.timeout_s / 4))
-        if self._pinged_s is None:
+        pinged_s = self._pinged_s  # the other thread may set it to None meanwhile
+        if pinged_s is None:
             if self._thread is not None and now >= self._next_ping_s:
                 self._pinged_s, self._next_ping_s = now, now + _PING_INTERVAL_S
                 self._loop.call_soon_threadsafe(self._answer_ping)
-        elif now - self._pinged_s > limit_s and not self._is_interrupted:
+            return
+        # The loop runs no task twice before it answers: one that is seen again and again has kept the loop meanwhile.
+        task = asyncio.current_task(self._loop)
+        if task is not self._seen_task:
+            self._seen_task, self._seen_s, self._is_interrupted = task, now, False
+        blocked_s = now - max(pinged_s, self._seen_s)
+        if blocked_s > limit_s + _MAX_BLOCKED_S:
+            raise DpgenError(
+                f"a program has blocked the event loop for {blocked_s:.0f} s, in code that can't be interrupted; one "
+                f"of rows {sorted(self._programs)[:5]}...: call what takes long by llm.tool"
+            )
+        if blocked_s > limit_s and not self._is_interrupted:
             assert self._thread is not None and self._thread.ident is not None
             self._is_interrupted = True
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
                 ctypes.c_ulong(self._thread.ident), ctypes.py_object(ProgramBlocked)
-            )
-        elif now - self._pinged_s > limit_s + _MAX_BLOCKED_S:
-            raise DpgenError(
-                f"a program has blocked the event loop for {now - self._pinged_s:.0f} s, in code that can't be "
-                f"interrupted; one of rows {sorted(self._programs)[:5]}...: call what takes long by llm.tool"
             )
 
     def close(self) -> None:
@@ -198,7 +206,7 @@ class ProgramLoop:
         return idle
 
     def _answer_ping(self) -> None:
-        self._pinged_s, self._is_interrupted = None, False
+        self._pinged_s, self._seen_task, self._is_interrupted = None, None, False
 
     # ---- what programs use
 

@@ -1,7 +1,8 @@
 """Run one row's program on the event loop: number its calls, answer those that are known, and end it.
 
 - A call's place is the number of the call in its task; a task's place is a number there, too. Places depend on the
-  program alone, not on which of several calls is answered first.
+  program alone, not on which of several calls is answered first. Tasks that callbacks begin are numbered apart: when a
+  callback runs depends on whether the calls before it had to wait.
 - A call that the journal has is answered at once, if it asks the same. If it asks something else, it is asked anew.
 - A program ends once: with a result, with what it raised, or with the limit that it has exceeded. What it still runs
   then is cancelled.
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +22,13 @@ from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
 
+from dpgen.errors import ERROR_TYPES
 from dpgen.formatting import describe_type
 from dpgen.journal.calls import AskedText, FinishedCall
 from dpgen.programs.handle import CallFailed, Llm, ModelCall
 from dpgen.records import Completion, RequestId, RowError, RowResult
 
-_OWN_FILES = ("dpgen/programs/handle.py", "dpgen/scheduling/programs/")
+_OWN_FILES = ("dpgen/programs/handle.py", "dpgen/scheduling/programs/", "dpgen/journal/calls.py")
 _MAX_MESSAGE_CHARS = 500
 
 
@@ -105,15 +108,21 @@ class _Branch:
 
     Attributes:
         prefix: of the places in it: "" for the program itself, "2." for the task begun as its third.
+        num_callback_tasks: begun by callbacks, e.g. to close an async generator; "c0." for the first.
     """
 
     program: RunningProgram
     prefix: str = ""
     num_places: int = 0
+    num_callback_tasks: int = 0
 
     def take_place(self) -> str:
         self.num_places += 1
         return f"{self.prefix}{self.num_places - 1}"
+
+    def take_place_of_callback(self) -> str:
+        self.num_callback_tasks += 1
+        return f"{self.prefix}c{self.num_callback_tasks - 1}"
 
 
 _branch: ContextVar[_Branch] = ContextVar("branch")
@@ -125,7 +134,8 @@ def make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, context: Any = No
     if branch is None or (context is not None and context.get(_branch) is not branch):
         return asyncio.Task(coroutine, loop=loop, context=context, **others)
     context = copy_context() if context is None else context.copy()
-    context.run(_branch.set, _Branch(branch.program, f"{branch.take_place()}."))
+    place = branch.take_place_of_callback() if asyncio.current_task(loop) is None else branch.take_place()
+    context.run(_branch.set, _Branch(branch.program, f"{place}."))
     task = asyncio.Task(coroutine, loop=loop, context=context, **others)
     branch.program.tasks.add(task)
     return task
@@ -188,7 +198,7 @@ class RunningProgram:
         place = await self._take_place()
         options = {"kind": call.kind, "template": call.template, "sampling": call.sampling}
         asked = AskedText.of([call.prompt, call.completion, options])
-        result = self._recall(place, asked)
+        result = await self._recall(place, asked)
         if result is None:
             id = RequestId(self.row, number_call(place), 0, self._attempt)
             self._waiting[id] = future = asyncio.get_running_loop().create_future()
@@ -204,7 +214,7 @@ class RunningProgram:
         """Return what a function of the user returns; see `Port`."""
         place = await self._take_place()
         name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', type(function).__name__)}"
-        result = self._recall(place, asked := AskedText.of(["tool", name, list(args), dict(kwargs)]))
+        result = await self._recall(place, asked := AskedText.of(["tool", name, list(args), dict(kwargs)]))
         if result is None:
             result = await self._call_function(place, function, args, kwargs)
             result = result.with_id(RequestId(self.row, number_call(place), 0, self._attempt))
@@ -220,15 +230,25 @@ class RunningProgram:
         branch = _branch.get()
         _branch.set(_Branch(self, f"{place}."))  # what an async function begins is not there in the next life
         try:
-            text = to_json(await self._host.run_function(function, args, kwargs))
-        except (asyncio.CancelledError, ProgramBlocked):
+            value = await self._host.run_function(function, args, kwargs)
+        except ProgramBlocked:
             raise
-        except BaseException as error:  # noqa: BLE001 - foreign code: what it raises is the program's to handle
+        except BaseException as error:  # foreign code: what it raises is the program's to handle
+            if isinstance(error, asyncio.CancelledError) and self._is_cancelled():
+                raise
             return RowResult(self.row, error=RowError("tool_failed", describe_exception(error)))
         finally:
             _branch.set(branch)
             self.num_tools -= 1
-        return RowResult(self.row, completions=(Completion(text, None, 0),))
+        try:
+            return RowResult(self.row, completions=(Completion(to_json(value), None, 0),))
+        except Exception as error:  # noqa: BLE001 - foreign code, too: it may be any object
+            return RowResult(self.row, error=RowError("tool_failed", _describe_bad_value(error)))
+
+    @staticmethod
+    def _is_cancelled() -> bool:
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0  # else a function has raised CancelledError by itself
 
     async def _take_place(self) -> str:
         branch = _branch.get(None)
@@ -241,7 +261,7 @@ class RunningProgram:
             await asyncio.get_running_loop().create_future()
         return branch.take_place()
 
-    def _recall(self, place: str, asked: AskedText) -> RowResult | None:
+    async def _recall(self, place: str, asked: AskedText) -> RowResult | None:
         """Return the result that an earlier life has of a call; None if it has none, or asked something else."""
         known = self._known.pop(place, None)
         if known is None:
@@ -249,6 +269,7 @@ class RunningProgram:
         if known.asked.digest != asked.digest:
             self._host.send(Diverged(self.row, place, known.asked.describe_difference(asked)))
             return None
+        await asyncio.sleep(0)  # tasks that the program has begun run, as they did while this call was answered
         return known.result
 
     # ---- the end
@@ -256,38 +277,22 @@ class RunningProgram:
     async def _run(self, columns: dict[str, Any]) -> None:
         spec = self._host.spec
         try:
-            value = await spec.function(columns, Llm(self.row, self._seed, self), **spec.options)
-        except ProgramBlocked:
-            self._end(
-                RowError(
-                    "program_timeout",
-                    "it blocked the event loop, and all other programs with it: call what takes long by llm.tool",
-                )
-            )
-        except CallFailed as error:
-            self._end(RowError(error.type, _shorten(error.message)))
+            value = await spec.function(columns, Llm(self.row, self._seed, self), **copy.deepcopy(dict(spec.options)))
+            outcome: RowResult | RowError = self._make_result(value)
         except BaseException as error:  # noqa: BLE001 - foreign code: it may raise anything, SystemExit included
-            first = error
-            while isinstance(first, BaseExceptionGroup):  # of an asyncio.TaskGroup
-                first = first.exceptions[0]
-            if isinstance(first, CallFailed):
-                self._end(RowError(first.type, _shorten(first.message)))
-            else:
-                self._end(RowError("program_failed", describe_exception(first)))
-        else:
-            self._finish(value)
+            outcome = _make_error(error)
+        self._end(outcome)
 
-    def _finish(self, value: Any) -> None:
+    def _make_result(self, value: Any) -> RowResult | RowError:
         try:
             if not isinstance(value, Mapping):
                 raise ValueError(f"it returned {describe_type(value)}, and must return a dict of columns")
             text = to_json(dict(value))
             self._host.spec.check_result(json.loads(text))
-        except (TypeError, ValueError, RecursionError) as error:
-            self._end(RowError("program_bad_result", _shorten(str(error))))
-            return
+        except Exception as error:  # noqa: BLE001 - foreign code: it may be a mapping of the user's own
+            return RowError("program_bad_result", _describe_bad_value(error))
         done = Completion("", None, self._num_generated_tokens, parsed=text)
-        self._end(RowResult(self.row, self._num_prompt_tokens, (done,), num_calls=self._num_calls))
+        return RowResult(self.row, self._num_prompt_tokens, (done,), num_calls=self._num_calls)
 
     def _time_out(self) -> None:
         limit = self._host.spec.timeout_s
@@ -301,13 +306,36 @@ class RunningProgram:
         self._host.send(ProgramEnded(result))
 
 
+def _make_error(error: BaseException) -> RowError:
+    """Return the error of a row whose program has raised something."""
+    while isinstance(error, BaseExceptionGroup):  # of an asyncio.TaskGroup
+        error = error.exceptions[0]
+    if isinstance(error, ProgramBlocked):
+        why = "it blocked the event loop, and all other programs with it: call what takes long by llm.tool"
+        return RowError("program_timeout", why)
+    if isinstance(error, CallFailed) and error.type in ERROR_TYPES:
+        return RowError(error.type, _shorten(str(error.message)))
+    return RowError("program_failed", describe_exception(error))
+
+
 def to_json(value: Any) -> str:
     """Return a value as JSON text; numbers and arrays of numpy as those of Python.
 
     Raises:
         TypeError, ValueError, RecursionError: JSON can't hold it.
     """
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_to_plain)
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_to_plain)
+    except ValueError as error:
+        if "Out of range float" in str(error):
+            raise ValueError("it returned NaN or infinity, which is no value of JSON; return null for it") from None
+        raise
+
+
+def _describe_bad_value(error: Exception) -> str:
+    """Return why a value is none of JSON."""
+    is_own = isinstance(error, (TypeError, ValueError, RecursionError))
+    return _shorten(_to_text(error)) if is_own else describe_exception(error)
 
 
 def _to_plain(value: Any) -> Any:
@@ -319,7 +347,7 @@ def _to_plain(value: Any) -> Any:
 
 def describe_exception(error: BaseException) -> str:
     """Return what was raised, and the last frame of its traceback outside of dpgen's own machinery."""
-    what = _shorten(f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": "))
+    what = _shorten(f"{type(error).__name__}: {' '.join(_to_text(error).split())}".rstrip(": "))
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -328,6 +356,13 @@ def describe_exception(error: BaseException) -> str:
     if not frames:
         return what
     return f"{what} ({Path(frames[-1].filename).name}, line {frames[-1].lineno}, in {frames[-1].name})"
+
+
+def _to_text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as other:  # noqa: BLE001 - foreign code: the message is the user's own
+        return f"its text can't be made: {type(other).__name__}"
 
 
 def _shorten(text: str) -> str:
