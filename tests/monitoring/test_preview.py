@@ -19,6 +19,7 @@ from dpgen.engine.starting.launch import load_text_steps
 from dpgen.errors import ConfigError
 from dpgen.monitoring.preview import Preview, PreviewOptions, build_preview
 from dpgen.records import derive_row_seed
+from dpgen.scheduling.programs import first_call
 from dpgen.scheduling.request_builder import RequestBuilder
 
 CHATS = [
@@ -410,3 +411,17 @@ def test_of_a_program_the_first_call_is_shown_and_no_function_is_run(tmp_path: P
     calls_tool = preview(load([], [*common, "program.function=helpers.programs:call_function_first"]), num_prompts=1)
     assert calls_tool.errors[0].example == "it calls a function before it asks the model, and a preview runs none"
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["slow", "blocks"])
+def test_a_program_that_asks_nothing_for_long_does_not_hold_up_the_preview(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_call, "_MAX_PATIENCE_S", 0.2)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f'{{"prompt": "{kind}"}}\n{{"prompt": "good"}}\n{{"prompt": "{kind}"}}\n')
+    common = [f"run.dir={tmp_path / 'run'}", f"data.path={rows}", "model=m", "run.engine=fake"]
+    shown = preview(load([], [*common, "program.function=helpers.programs:misbehave"]), num_prompts=3)
+    [group] = shown.errors
+    assert (group.type, group.rows) == ("program_timeout", [0, 2]) and "it asks the model nothing for" in group.example
+    assert shown.prompts[1].text == "good"
