@@ -14,6 +14,7 @@ from typing import Any
 from dpgen.imports import load_function
 from dpgen.programs.handle import Llm
 
+_REWARDS = ("grade", "likelihood")
 _GRADES = [str(grade) for grade in range(1, 11)]
 _PROMPT = (
     "Grade the answer from 1 (wrong or useless) to 10 (right and complete). Write only the number.\n\n"
@@ -39,16 +40,17 @@ async def choose(
         grade_prompt: a template of str.format with question and answer.
     """
     question = row[column]
+    function = None if reward in _REWARDS else load_function("program.options.reward", reward)
     texts = [answer.text for answer in await llm.samples(question, num_answers)]
 
     async def compute(text: str) -> float:
         if reward == "likelihood":
             return (await llm.score(question, text)).mean_logprob if text else float("-1e9")
-        if reward == "grade":
+        if function is None:
             prompt = grade_prompt.format(question=question, answer=text)
             grade = await llm.chat(prompt, temperature=0, max_tokens=4, structured_outputs={"choice": _GRADES})
             return float(grade.text) if grade.text in _GRADES else 0.0
-        return float(await llm.tool(load_function("program.options.reward", reward), dict(row), text))
+        return float(await llm.tool(function, dict(row), text))
 
     rewards = await asyncio.gather(*map(compute, texts))
     best = max(range(len(texts)), key=lambda index: rewards[index])

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from dpgen.programs.columns import read_text
 from dpgen.programs.handle import Llm
 
 _PROMPT = (
@@ -31,10 +32,10 @@ async def judge(
         column: of the question.
         prompt: a template of str.format with question, a and b.
     """
-    first, second = row[first_column], row[second_column]
+    question, first, second = (read_text(row, name) for name in (column, first_column, second_column))
     verdicts = await asyncio.gather(
-        _ask(llm, prompt.format(question=row[column], a=first, b=second)),
-        _ask(llm, prompt.format(question=row[column], a=second, b=first)),
+        _ask(llm, prompt.format(question=question, a=first, b=second)),
+        _ask(llm, prompt.format(question=question, a=second, b=first)),
     )
     there, back = verdicts[0], _SWAPPED[verdicts[1]]
     return {"winner": there if there == back else "tie", "is_consistent": there == back, "verdicts": list(verdicts)}

@@ -40,6 +40,8 @@ async def solve(
         max_input_chars: of what a function gets, and of the answer.
     """
     tools = {name.rpartition(":")[2]: load_function("program.options.functions", name) for name in functions}
+    if len(tools) < len(functions) or _ANSWER in tools:
+        raise ValueError(f"program.options.functions: the model knows them by their names alone: {[*tools, _ANSWER]}")
     schema = {
         "type": "object",
         "properties": {

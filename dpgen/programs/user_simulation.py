@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dpgen.programs.columns import read_text
 from dpgen.programs.handle import Llm
 
 _OPENING = "(The chat is open. Write your first message.)"  # what the user sees before the first message
@@ -31,11 +32,12 @@ async def converse(
         system: the assistant's system message.
         user_system: that of the model as the user; a template of str.format with persona.
     """
+    as_user = user_system.format(persona=read_text(row, column))
     messages: list[dict[str, Any]] = []
     for _ in range(num_turns):
         seen = [{"role": _SWAPPED[message["role"]], "content": message["content"]} for message in messages]
         view = [{"role": "user", "content": _OPENING}, *seen]
-        said = await llm.chat(view, system=user_system.format(persona=row[column]))
+        said = await llm.chat(view, system=as_user)
         messages.append({"role": "user", "content": said.text})
         answer = await llm.chat(messages, system=system)
         messages.append({"role": "assistant", "content": answer.text})
