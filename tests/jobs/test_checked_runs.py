@@ -138,6 +138,7 @@ def test_each_exploded_sample_has_its_own_error_and_retrying_has_other_seeds(
             ["check.function=helpers.row_checks:nope"],
             "check.function=helpers.row_checks:nope: helpers.row_checks has no",
         ),
+        (["check.function=helpers.programs:drift"], "check.function=helpers.programs:drift: is async, and must return"),
         (["check.json_schema={type: objekt}"], "check.json_schema is no JSON Schema, at $.type"),
         (["check.non_empty=true", "check.retry_sampling={temperatur: 1}"], "did you mean 'check.retry_sampling.temper"),
     ],

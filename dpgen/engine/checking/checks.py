@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -240,6 +241,8 @@ def _make_function_check(name: str, *, has_parsed: bool) -> _Check:
         has_parsed: the function gets the text's JSON value, also where the task doesn't have it.
     """
     function = load_function("check.function", name)
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(f"check.function={name}: is async, and must return True, False or a reason by itself")
 
     def check(subject: _Subject) -> str | None:
         task = subject.task
@@ -265,6 +268,6 @@ def _read_verdict(value: Any) -> str | None:
     """Return the reason in what a user's function has returned; None if the completion passes."""
     if isinstance(value, str):
         return value or "it returned an empty reason"
-    if isinstance(value, bool) or type(value).__module__ == "numpy":
+    if isinstance(value, bool) or (type(value).__module__ == "numpy" and str(getattr(value, "dtype", "")) == "bool"):
         return None if value else "it returned False"
     return f"it returned {type(value).__name__}, and must return True, False or a reason"

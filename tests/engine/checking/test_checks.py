@@ -86,6 +86,9 @@ def give(row, completion):
 def numpy_says(row, completion):
     return numpy.bool_(row["value"])
 
+def numpy_number(row, completion):
+    return numpy.float64(row["value"])
+
 def fail(row, completion):
     raise AssertionError("not 4")
 
@@ -129,6 +132,7 @@ def test_a_function_gets_the_json_value_where_the_same_worker_reads_it(module: s
         ("give", 1, "function: it returned int, and must return True, False or a reason"),
         ("numpy_says", True, None),
         ("numpy_says", False, "function: it returned False"),
+        ("numpy_number", 0.3, "function: it returned float64, and must return True, False or a reason"),
         ("fail", None, "function: it raised AssertionError: not 4"),
         ("Grader.grade", None, "function: it returned False"),
     ],
