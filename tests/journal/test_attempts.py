@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dpgen.distributed.group import SingleRankGroup
 from dpgen.journal.attempts import RejectedAttempt, Rejection, decode_attempt, encode_attempt
+from dpgen.journal.calls import AskedText, FinishedCall, decode_call, encode_call
 from dpgen.journal.reader import index_attempts, index_journal, list_segments, read_segment
 from dpgen.journal.segment import repair_segment
 from dpgen.journal.writer import JournalWriter
@@ -95,3 +97,30 @@ def test_another_try_after_an_error_begins_with_the_next_number(tmp_path: Path) 
     write(tmp_path, 3, make_attempt(1, 3), failed)
     earlier = read_store(tmp_path).find(1)
     assert earlier is not None and (earlier.first, earlier.current) == (4, []), "the last error counts"
+
+
+class TwoNodes(SingleRankGroup):
+    """Gather what another node has before one's own."""
+
+    def __init__(self, others: list[Any]) -> None:
+        super().__init__()
+        self._others = others
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [self._others.pop(0), *super().all_gather_object(value)]
+
+
+def test_of_two_nodes_journals_the_later_record_of_a_call_counts(tmp_path: Path) -> None:
+    """A program may ask something else than before a restart: what it asked last is what it asks next."""
+    before, after = (make_result(1, text).with_id(RequestId(1)) for text in ("before", "after"))
+    records = [
+        encode_call(FinishedCall("0", AskedText.of(result.completions[0].text), result)) for result in (before, after)
+    ]
+    journal = JournalWriter(tmp_path, 1, 0)
+    journal.append_attempt(1, records[0])
+    journal.close()
+    group = TwoNodes([[[], []], [[], [[2, records[1]]]]])
+    store = AttemptStore(tmp_path, group, decode_call)
+    store.read(np.zeros(10, dtype=bool))
+    earlier = store.find(1)
+    assert earlier is not None and [call.result for call in earlier.current] == [after]

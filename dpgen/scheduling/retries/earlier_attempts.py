@@ -102,16 +102,24 @@ class AttemptStore(Generic[A]):
                 ended_by[row] = max(ended_by.get(row, 0), job_attempt)
         own = ([], []) if attempts is None else _split_attempts(attempts, ended_by)
         ended: set[tuple[Any, ...]] = set()  # nodes may share a directory
+        current: list[tuple[int, bytes]] = []
         for places, records in self._group.all_gather_object(list(own)):
             ended.update(map(tuple, places))
-            self.add(records)
+            current += records
+        current.sort(key=lambda entry: entry[0])  # what a later attempt of the job has asked anew counts
+        self.add(record for _, record in current)
         self._num_ended.update(row for row, *_ in ended)
 
 
-def _split_attempts(attempts: JournalIndex, ended_by: Mapping[int, int]) -> tuple[list[list[Any]], list[bytes]]:
-    """Return the places of attempts of ended tries, as [row, segment, offset], and the records of all others."""
+def _split_attempts(
+    attempts: JournalIndex, ended_by: Mapping[int, int]
+) -> tuple[list[list[Any]], list[tuple[int, bytes]]]:
+    """Return the places of attempts of ended tries, as [row, segment, offset], and the records of all others.
+
+    Each record comes with the attempt of the job that wrote it.
+    """
     places: list[list[Any]] = []
-    records: list[bytes] = []
+    records: list[tuple[int, bytes]] = []
     with JournalReader(attempts) as reader:
         for position, row in enumerate(attempts.row.tolist()):
             path = attempts.files[attempts.file[position]]
@@ -121,7 +129,7 @@ def _split_attempts(attempts: JournalIndex, ended_by: Mapping[int, int]) -> tupl
                 places.append([row, path.name, int(attempts.offset[position])])
                 continue
             try:
-                records.append(reader.payload(position))
+                records.append((key[0], reader.payload(position)))
             except DamagedRecord:
                 logger.warning(f"the journal {path} is damaged: an attempt at row {row} is repeated")
     return places, records
