@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Set
+import functools
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dpgen.config.environment import read_versions
 from dpgen.config.vllm.vllm_fields import describe_unknown_field
@@ -40,8 +42,7 @@ class VllmFields:
     def find_unknown(self, spec: EngineSpec) -> Iterator[str]:
         """Yield one line for each key of `engine`, `sampling` and `sampling_by_rank` that vLLM doesn't know."""
         version = read_versions().get("vllm")
-        sampling = {name for name in self.sampling if not name.startswith("_")} - _RESERVED_SAMPLING_FIELDS
-        constraints = {name for name in self.constraints if not name.startswith("_")}
+        sampling, constraints = self._own_sampling, self._own_constraints
         for name in spec.options:
             if name not in self.engine:
                 yield describe_version("engine", name, version) or describe_unknown_field(
@@ -57,6 +58,27 @@ class VllmFields:
             for name in given if isinstance(given, dict) else ():  # vLLM ignores those that it doesn't know
                 if name not in constraints:
                     yield describe_unknown_field(f"{section}.structured_outputs", str(name), constraints)
+
+    def find_unknown_of_request(self, sampling: Mapping[str, Any]) -> str | None:
+        """Return a line about a field of one request that vLLM doesn't know; None if it knows all.
+
+        Names come from the calls of rows' programs, and from constraints in columns.
+        """
+        for name in sampling.keys() - self._own_sampling:
+            return describe_unknown_field("sampling", str(name), self._own_sampling, self.engine)
+        given = sampling.get("structured_outputs")
+        for name in given.keys() - self._own_constraints if isinstance(given, dict) else ():
+            return describe_unknown_field("structured_outputs", str(name), self._own_constraints)
+        return None
+
+    @functools.cached_property
+    def _own_sampling(self) -> Set[str]:
+        """Return the fields of SamplingParams that users may set."""
+        return {name for name in self.sampling if not name.startswith("_")} - _RESERVED_SAMPLING_FIELDS
+
+    @functools.cached_property
+    def _own_constraints(self) -> Set[str]:
+        return {name for name in self.constraints if not name.startswith("_")}
 
 
 def read_vllm_fields() -> VllmFields | None:

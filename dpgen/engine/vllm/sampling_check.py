@@ -6,14 +6,26 @@ choose for them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.sampling_params import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from dpgen.config.checks import CONSTRAINTS
+from dpgen.engine.vllm.field_names import VllmFields
+
+
+def list_vllm_fields() -> VllmFields:
+    """Return the names of the loaded vLLM's fields."""
+    return VllmFields(
+        {field.name for field in dataclasses.fields(EngineArgs)},
+        set(SamplingParams.__struct_fields__),
+        {field.name for field in dataclasses.fields(StructuredOutputsParams)},
+    )
 
 
 def check_params(params: SamplingParams, config: VllmConfig) -> None:

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 import vllm
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -42,13 +41,12 @@ from dpgen.engine.vllm.executors import (
     SyncKvMultiprocExecutor,
     SyncKvUniProcExecutor,
 )
-from dpgen.engine.vllm.field_names import VllmFields
 from dpgen.engine.vllm.hooks.hot_path import install_hooks
 from dpgen.engine.vllm.pooling import VllmPooling, find_wrong_model
 from dpgen.engine.vllm.reasoning import ReasoningState, make_core_request
 from dpgen.engine.vllm.rejections import classify_rejection, summarize_error
 from dpgen.engine.vllm.results import RunningRow, format_id, read_result
-from dpgen.engine.vllm.sampling_check import check_params, name_constraint
+from dpgen.engine.vllm.sampling_check import check_params, list_vllm_fields, name_constraint
 from dpgen.engine.vllm.versions import takes_hooks
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import PooledKind, Request, RowResult, UndecodedRow
@@ -63,6 +61,7 @@ class VllmBackend:
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._params = pydantic.TypeAdapter(SamplingParams)
+        self._fields = list_vllm_fields()
         self._config: VllmConfig | None = None
         self._engine: LLMEngine | None = None
         self._hooks: tuple[Any, ...] = ()  # in what vLLM does for each token
@@ -82,7 +81,7 @@ class VllmBackend:
         self.num_engines = spec.num_engines
 
     def check_options(self) -> tuple[str, ...]:
-        unknown = list(self._find_unknown_names())
+        unknown = list(self._fields.find_unknown(self._spec))
         options, wrong_types = convert_types(self._spec.options)
         mistakes, notes = [*unknown, *wrong_types], list[str]()
         if not mistakes:
@@ -133,7 +132,7 @@ class VllmBackend:
             self._pooling.abort()
         self._spec, self._rows, self._preemptions, self._num_preemptions = spec, {}, {}, 0
         self._num_finished_tokens = self._num_cached_tokens = self._num_finished_prompt_tokens = 0
-        if mistakes := list(self._find_unknown_names()) or list(self._find_wrong_sampling()):
+        if mistakes := list(self._fields.find_unknown(self._spec)) or list(self._find_wrong_sampling()):
             raise ConfigError(*mistakes)
         return ()
 
@@ -250,14 +249,6 @@ class VllmBackend:
                 self._preemptions[name] = request.num_preemptions
                 self._num_preemptions += request.num_preemptions - before.get(name, 0)
 
-    def _find_unknown_names(self) -> Iterator[str]:
-        fields = VllmFields(
-            {field.name for field in dataclasses.fields(EngineArgs)},
-            set(SamplingParams.__struct_fields__),
-            {field.name for field in dataclasses.fields(StructuredOutputsParams)},
-        )
-        yield from fields.find_unknown(self._spec)
-
     def _find_wrong_sampling(self) -> Iterator[str]:
         """Yield one line for each sampling section that vLLM rejects."""
         if self._spec.pooling is not None:
@@ -334,6 +325,9 @@ class VllmBackend:
             fields["prompt_logprobs"] = fields.get("prompt_logprobs") or 0
         try:
             fields["structured_outputs"] = parse_json_text(fields.get("structured_outputs"))
+            own = {**request.sampling, "structured_outputs": fields["structured_outputs"]}
+            if (unknown := self._fields.find_unknown_of_request(own)) is not None:
+                raise ValueError(unknown)
             params = self._params.validate_python(fields)
             assert isinstance(params, SamplingParams)
             self._check_logprobs(params)
