@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from dpgen.engine.blame import BlameTracker
+from dpgen.engine.handle import EngineHandle
 from dpgen.engine.messages import (
-    EngineHandle,
     EngineInfo,
     EngineReady,
     EngineSpec,

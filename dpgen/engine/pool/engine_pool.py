@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import wait
 
+from dpgen.engine.handle import StartEngine
 from dpgen.engine.messages import (
     EngineInfo,
     EngineSpec,
@@ -25,7 +26,6 @@ from dpgen.engine.messages import (
     EngineTextConfig,
     Event,
     RowsFinished,
-    StartEngine,
 )
 from dpgen.engine.pool.engine_count import (
     DEFAULT_NUM_SEQS,
