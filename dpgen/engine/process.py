@@ -17,9 +17,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from dpgen.engine.messages import (
@@ -304,6 +305,14 @@ def build_engine_env(
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the rank sets the affinity, and vLLM would override it
         env["OMP_NUM_THREADS"] = str(num_cores)
     return env
+
+
+def wait_for_any(pipes: Iterable[Connection | None], timeout_s: float) -> None:
+    """Wait up to `timeout_s` for a message in one of the pipes; None stands for an engine that has none now."""
+    if awaited := [pipe for pipe in pipes if pipe is not None]:
+        wait(awaited, timeout_s)
+    else:
+        time.sleep(timeout_s)
 
 
 def warn_if_stuck(end: Callable[[], None]) -> None:

@@ -14,11 +14,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
 
 from dpgen.engine.blame import BlameTracker
 from dpgen.engine.handle import EngineHandle
@@ -33,8 +31,10 @@ from dpgen.engine.messages import (
     OptionsChecked,
     RowsFinished,
 )
+from dpgen.engine.pool.stats_sum import LifeStats
 from dpgen.engine.process import warn_if_stuck
 from dpgen.engine.progress_watch import ProgressWatch
+from dpgen.engine.starting.early_events import START_WAIT_S, EarlyEvents
 from dpgen.engine.starting.limits import EngineLimits, EngineMemory, format_delay
 from dpgen.errors import ConfigError, EngineError, EngineHung, EngineStuck, LockstepEngineLost
 from dpgen.formatting import format_count
@@ -42,10 +42,7 @@ from dpgen.records import Request, RowResult, UndecodedRow
 
 logger = logging.getLogger(__name__)
 
-E = TypeVar("E", OptionsChecked, KvBytesMeasured, EngineReady)
-
 _MAX_START_RETRIES = 2
-_START_WAIT_S = 0.2  # while an engine starts, the other ranks are checked this often
 
 
 class EngineSupervisor:
@@ -64,6 +61,7 @@ class EngineSupervisor:
         start_phases: what the engine did until it was ready, as (name, seconds), whatever the rank did meanwhile.
         memory: what the next life is started with.
         heirs: who gets its rows once it is abandoned, for the log.
+        may_load: False while other engines on its devices load: each would count their memory as its own.
         final_death: how the engine died, if it can't be restarted; None while it lives.
     """
 
@@ -84,25 +82,26 @@ class EngineSupervisor:
         self._text_config = EngineTextConfig()
         self._notes: tuple[str, ...] | None = None  # of this life's check of its options
         self._is_loading = self._has_kv_bytes = self._is_ready = False
-        self._early_events: deque[Event] = deque()  # received, and not yet waited for
         self._measured_kv_bytes: int | None = None  # by this life
         self._start_due_s: float | None = None  # when the next life begins, where it waits
         self._num_start_retries = 0
         self._watch = ProgressWatch(limits, clock)
+        self._early_events = EarlyEvents(self._watch)
         self.blame, self.heirs = BlameTracker(), "other ranks"
+        self.may_load: Callable[[], bool] = lambda: True
         self.final_death: EngineError | None = None
         self._deaths_in_a_row = self.num_deaths = self.max_model_len = 0
         self.start_phases: tuple[tuple[str, float], ...] = ()
-        self._stats, self._earlier_stats = EngineStats(), EngineStats()  # counts of this life, and of earlier ones
+        self._stats = LifeStats()
 
     # ---- start-up: the caller waits, since nothing can be generated yet
 
-    def begin_loading(self) -> None:
+    def begin_loading(self, kv_bytes: int | None = None) -> None:
         """Let this life of the engine load its model once it has checked its options; `load_model` waits for it."""
         if self._process is not None and not self._is_loading:
             self._is_loading = True
             self._watch.mark()
-            self._process.load_model()
+            self._process.load_model(kv_bytes)
 
     def check_options(self, on_wait: Callable[[], None]) -> tuple[str, ...]:
         """Wait for the engine's check of its options, and return notes for the log.
@@ -112,8 +111,9 @@ class EngineSupervisor:
             EngineError: the engine died.
         """
         while self._notes is None:
+            assert self._process is not None
             try:
-                checked = self._wait_for(OptionsChecked, on_wait)
+                checked = self._early_events.wait_for(OptionsChecked, self._process, on_wait)
             except EngineError as error:
                 self._restart_or_raise(error, on_wait)
                 continue
@@ -156,7 +156,7 @@ class EngineSupervisor:
         assert self._process is not None
         self.begin_loading()
         if self._measured_kv_bytes is None:
-            self._measured_kv_bytes = self._wait_for(KvBytesMeasured, on_wait).num_bytes
+            self._measured_kv_bytes = self._early_events.wait_for(KvBytesMeasured, self._process, on_wait).num_bytes
         if self.memory.kv_bytes is None:  # agreed once: the other ranks do not ask again
             self.memory.kv_bytes = agree_kv(self._measured_kv_bytes)
             self._watch.mark()  # the wait for other ranks is not the engine's silence
@@ -164,15 +164,11 @@ class EngineSupervisor:
             self._has_kv_bytes = True
             self._process.set_kv_bytes(min(self.memory.kv_bytes, self._measured_kv_bytes))
             self._process.set_text_config(self._text_config)
-        self._set_ready(self._wait_for(EngineReady, on_wait))
+        self._set_ready(self._early_events.wait_for(EngineReady, self._process, on_wait))
 
     def join(self, text_config: EngineTextConfig, kv_bytes: int) -> None:
         """Load the model as `poll` is called: this engine joins others, whose KV cache has been agreed on."""
         self._text_config, self.memory.kv_bytes = text_config, kv_bytes
-        if self._notes is not None and self._process is not None:
-            self._watch.mark()
-            self._process.load_model(kv_bytes)
-            self._process.set_text_config(text_config)
 
     def abandon(self) -> None:
         """End the engine for good: its rank goes on without one."""
@@ -195,6 +191,11 @@ class EngineSupervisor:
     def is_ready(self) -> bool:
         """True while the engine has loaded its model."""
         return self._is_ready
+
+    @property
+    def is_loading(self) -> bool:
+        """True while a life of the engine loads the model, and so measures the memory that is free."""
+        return self._is_loading and not self._is_ready and self._process is not None and self._start_due_s is None
 
     @property
     def is_abandoned(self) -> bool:
@@ -220,6 +221,7 @@ class EngineSupervisor:
         try:
             for event in self._process.poll(timeout_s):
                 events += self._handle_event(event)
+            self._load_beside_others()
             self._raise_if_hung()
         except EngineError as error:
             self._handle_death(error)
@@ -228,7 +230,7 @@ class EngineSupervisor:
 
     def stop(self) -> None:
         """Let the engine end while its rank continues; `close` waits for the end."""
-        if self._process is not None and self._is_loading and not self._is_ready:
+        if self.is_loading:
             self.kill()  # it reads no message before it has loaded
         elif self._process is not None:
             self._process.stop()
@@ -245,37 +247,29 @@ class EngineSupervisor:
 
     # ---- messages from the engine
 
-    def _wait_for(self, kind: type[E], on_wait: Callable[[], None]) -> E:
-        assert self._process is not None
-        while True:
-            on_wait()
-            if not self._early_events:
-                self._early_events += self._process.poll(_START_WAIT_S)
-            if self._early_events:
-                event = self._early_events.popleft()
-                self._watch.mark()
-                if isinstance(event, kind):
-                    return event
-                raise self._make_error(f"the engine sent {type(event).__name__} instead of {kind.__name__}")
-            self._raise_if_hung()
-
     def _handle_event(self, event: Event) -> Iterable[Event]:
         self._watch.note(event)
         if isinstance(event, RowsFinished):
             yield from self._handle_finished(event)
         elif isinstance(event, EngineStats):
-            self._stats = event
-            yield event.add_counts(self._earlier_stats)
+            yield self._stats.add(event)
         elif isinstance(event, OptionsChecked):
             if event.problem is not None:
                 raise self._make_error(f"the engine rejected its options: {event.problem}")
             self._note_options(event)
-            if self.memory.kv_bytes is not None:
-                self.join(self._text_config, self.memory.kv_bytes)
         elif isinstance(event, EngineReady):
             self._set_ready(event)
             if self.num_deaths:
                 logger.warning(f"engine restarted, resuming {format_count(self.blame.num_unfinished, 'row')}")
+
+    def _load_beside_others(self) -> None:
+        """Let a life that has checked its options load the model, once the KV cache is known and no other one loads."""
+        if self._process is None or self._start_due_s is not None or self._notes is None or self._is_loading:
+            return
+        self._watch.mark()  # it waits for its rank
+        if self.memory.kv_bytes is not None and self.may_load():
+            self.begin_loading(self.memory.kv_bytes)
+            self._process.set_text_config(self._text_config)
 
     def _note_options(self, checked: OptionsChecked) -> None:
         self._notes, num_engines = checked.notes, checked.num_engines
@@ -289,14 +283,10 @@ class EngineSupervisor:
 
     def _handle_finished(self, event: RowsFinished) -> Iterable[Event]:
         """Yield the rows without the canary's result, and the verdicts for which they are the witnesses."""
-        results: list[RowResult] = []
+        results = [result for result in event.results if self._finish(result) is not None]
         undecoded_rows: list[UndecodedRow] = []
-        for result in event.results:
-            if self._finish(result) is not None:
-                results.append(result)
         for undecoded in event.undecoded:
-            request = self._finish(undecoded.result)
-            if request is not None:
+            if (request := self._finish(undecoded.result)) is not None:
                 prompt = request.prompt_token_ids or ()
                 undecoded_rows.append(dataclasses.replace(undecoded, prompt_token_ids=prompt))
         results += self.blame.take_verdicts()
@@ -308,9 +298,7 @@ class EngineSupervisor:
         if result.error is None:
             self._deaths_in_a_row = 0
         if request is None:  # the canary's tokens are no part of the result
-            counts = self._earlier_stats
-            num_tokens = counts.num_generated_tokens - result.num_generated_tokens
-            self._earlier_stats = dataclasses.replace(counts, num_generated_tokens=num_tokens)
+            self._stats.drop_generated(result.num_generated_tokens)
         return request
 
     def _raise_if_hung(self) -> None:
@@ -347,7 +335,7 @@ class EngineSupervisor:
         change = self.memory.reduce_after(error, self._deaths_in_a_row)
         is_immediate = bool(change or error.signal)
         self._num_start_retries += not is_immediate
-        if self._num_start_retries > _MAX_START_RETRIES or self._has_no_restarts_left:
+        if self._num_start_retries > _MAX_START_RETRIES or self._deaths_in_a_row >= self._limits.max_deaths:
             raise error
         assert self._process is not None
         self._process.kill()
@@ -356,7 +344,7 @@ class EngineSupervisor:
         due_s = self._clock() + delay_s
         while self._clock() < due_s:
             on_wait()
-            time.sleep(min(_START_WAIT_S, delay_s))
+            time.sleep(min(START_WAIT_S, delay_s))
         self._start_again()
 
     def _handle_death(self, error: EngineError) -> None:
@@ -371,7 +359,7 @@ class EngineSupervisor:
             raise LockstepEngineLost(error.summarize())
         self.num_deaths += 1
         self._deaths_in_a_row += 1
-        self._earlier_stats, self._stats = self._stats.add_counts(self._earlier_stats), EngineStats()
+        self._stats.end_life()
         self.blame.record_death(error)
         if (
             reason := self._limits.find_reason_to_abandon(error, self._deaths_in_a_row, self.blame.sickness)
@@ -394,7 +382,3 @@ class EngineSupervisor:
         self._early_events.clear()
         self._watch.begin_life()
         self._process, self._start_due_s = self._start(self.memory.spec), None
-
-    @property
-    def _has_no_restarts_left(self) -> bool:
-        return self._deaths_in_a_row >= self._limits.max_deaths

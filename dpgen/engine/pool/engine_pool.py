@@ -1,7 +1,7 @@
 """Run the engines of one rank as one: one admission, one shard, one journal; see `parallel.engines_per_rank`.
 
-- The first engine loads as a rank's only engine does, and generates. Others join it in the background, one after the
-  other: vLLM measures memory while it loads, and two that load would count each other's.
+- The first engine loads as a rank's only engine does, and generates. Others join it in the background. Whether they
+  join or start again, one loads after the other: vLLM measures memory then, and two would count each other's.
 - All have the KV cache that the ranks agreed on with their first engines, so that no further agreement is needed.
 - Each engine dies, is restarted and is abandoned alone, with its own blame. What cannot have killed it goes to the
   others at once; rows that may have stay with it. The rank is without an engine only once all are abandoned.
@@ -16,7 +16,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.connection import wait
 
 from dpgen.engine.handle import StartEngine
 from dpgen.engine.messages import (
@@ -38,6 +37,7 @@ from dpgen.engine.pool.engine_count import (
 )
 from dpgen.engine.pool.router import RequestRouter, count_samples
 from dpgen.engine.pool.stats_sum import StatsSum
+from dpgen.engine.process import wait_for_any
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EngineError
@@ -217,7 +217,7 @@ class EnginePool:
         if len(self.supervisors) == 1:
             return list(self._sum_up(0, self.supervisors[0].poll(timeout_s)))
         if timeout_s:
-            self._wait(timeout_s)
+            wait_for_any((engine.pipe for engine in self.supervisors), timeout_s)
         events: list[Event] = []
         for index, engine in enumerate(self.supervisors):
             if not engine.is_abandoned:
@@ -254,13 +254,6 @@ class EnginePool:
             engine.kill()
 
     # ---- events
-
-    def _wait(self, timeout_s: float) -> None:
-        pipes = [engine.pipe for engine in self.supervisors]
-        if awaited := [pipe for pipe in pipes if pipe is not None]:
-            wait(awaited, timeout_s)
-        else:
-            time.sleep(timeout_s)
 
     def _sum_up(self, index: int, events: Iterable[Event]) -> Iterator[Event]:
         """Yield an engine's finished rows, and all engines' statistics in place of its own."""
@@ -361,6 +354,7 @@ class EnginePool:
         engine = EngineSupervisor(
             lambda spec: self._start(spec, index), spec, self._limits, can_restart=self._can_restart, clock=self._clock
         )
+        engine.may_load = lambda: not any(other.is_loading for other in self.supervisors)
         self.supervisors.append(engine)
         self._name_heirs()
         self._teach(engine)

@@ -1,4 +1,4 @@
-"""Sum the statistics of a rank's engines, so that they read like one engine's."""
+"""Sum the statistics of an engine's lives, and of a rank's engines, so that they read like one engine's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,27 @@ from collections.abc import Collection, Sequence
 from dpgen.engine.messages import EngineStats
 
 _INTERVAL_S = 1.0
+
+
+class LifeStats:
+    """Add the counts of an engine's earlier lives to those of this one."""
+
+    def __init__(self) -> None:
+        self._newest, self._earlier = EngineStats(), EngineStats()
+
+    def add(self, stats: EngineStats) -> EngineStats:
+        """Take this life's newest statistics, and return them with the counts of all lives."""
+        self._newest = stats
+        return stats.add_counts(self._earlier)
+
+    def end_life(self) -> None:
+        """Count from 0 again, on top of what was counted."""
+        self._newest, self._earlier = EngineStats(), self._newest.add_counts(self._earlier)
+
+    def drop_generated(self, num_tokens: int) -> None:
+        """Leave out tokens that are no part of the result."""
+        num_left = self._earlier.num_generated_tokens - num_tokens
+        self._earlier = dataclasses.replace(self._earlier, num_generated_tokens=num_left)
 
 
 class StatsSum:

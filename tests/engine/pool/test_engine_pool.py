@@ -358,3 +358,57 @@ def test_memory_that_was_left_for_an_engine_is_used_once_the_kv_cache_is_full() 
         harness.poll()
     harness.join_all()
     assert harness.pool.num_ready == 2 and "later the KV cache was full" in harness.decided[-1].why
+
+
+def test_engines_that_die_together_load_one_after_the_other() -> None:
+    harness = Harness(given(3))
+    harness.join_all()
+    harness.submit(range(12))
+    for index in range(3):  # a fault of the GPU, or of NVIDIA's MPS daemon, ends all of its processes
+        harness.newest(index).death = SIGKILLED
+    for num_ready in range(3):
+        harness.poll()
+        harness.poll()
+        loading = [harness.newest(index).is_loading for index in range(3)]
+        assert sum(loading) == num_ready + 1, "each measures memory alone"
+        harness.newest(loading.index(True) if num_ready == 0 else num_ready).become_ready()
+    harness.poll()
+    assert harness.pool.num_ready == 3
+    assert sorted(harness.finish_all(12)) == list(range(12)), "each row once"
+
+
+def test_a_further_engine_waits_while_another_one_starts_again() -> None:
+    harness = Harness(given(2))
+    harness.submit(range(4))
+    harness.newest(0).death = SIGKILLED
+    harness.poll()
+    harness.poll()
+    assert [process.is_loading for process in harness.processes if not process.is_ended] == [True, False]
+    [waiting] = [process for process in harness.processes if process.is_loading and not process.is_ended]
+    waiting.become_ready()
+    harness.poll()
+    harness.poll()
+    assert [process.is_loading for process in harness.processes if not process.is_ended] == [True, True]
+
+
+def test_an_engine_that_waits_for_others_to_load_is_not_taken_for_one_that_hangs() -> None:
+    harness = Harness(given(4))
+    for index in (1, 2):
+        for _ in range(4):
+            harness.poll(LIMITS.start_timeout_s / 5)
+        harness.newest(index).become_ready()
+        harness.poll()
+    assert harness.pool.num_ready == 3 and harness.pool.num_deaths == 0
+    assert len(harness.processes) == 4
+
+
+def test_an_engine_that_starts_again_is_ended_at_once_when_the_run_ends() -> None:
+    harness = Harness(given(2))
+    harness.join_all()
+    harness.newest(0).death = SIGKILLED
+    harness.poll()
+    harness.poll()
+    assert harness.newest(0).is_loading
+    harness.pool.stop()
+    assert harness.newest(0).is_ended, "it would read the request to end only once it has loaded"
+    assert not harness.newest(1).is_ended
