@@ -87,7 +87,7 @@ class PacedEngine:
         self._process.start()
         self._events: list[Any] = [OptionsChecked()]
 
-    def load_model(self, text_config: Any, kv_bytes: int | None = None) -> None:
+    def load_model(self, kv_bytes: int | None = None) -> None:
         from dpgen.engine.messages import KvBytesMeasured
 
         if kv_bytes is None:
@@ -100,6 +100,8 @@ class PacedEngine:
 
         self._events.append(EngineReady(EngineInfo(NUM_SEQS, 4096, num_bytes, 16)))
 
+    def set_text_config(self, text_config: Any) -> None: ...
+
     def submit(self, requests: list[Any]) -> None:
         self.pipe.send(requests)
 
@@ -108,6 +110,8 @@ class PacedEngine:
         while self.pipe.poll(0 if events else timeout_s):
             events.append(self.pipe.recv())
         return events
+
+    def show_errors(self) -> None: ...
 
     def stop(self) -> None: ...
 

@@ -184,7 +184,9 @@ class EngineProcess:
                     self._failure = event.message
                     break
                 self._num_checks_pending -= isinstance(event, OptionsChecked)
-                self.is_loaded = self.is_loaded or isinstance(event, EngineReady)
+                if isinstance(event, EngineReady):
+                    self.is_loaded = True
+                    self.show_errors()
                 if not self._num_checks_pending:
                     events.append(event)
         except (EOFError, OSError):
@@ -195,6 +197,10 @@ class EngineProcess:
         if not events and self._process.poll() is not None:  # a worker of the dead engine may hold the pipe open
             raise self._make_death_error()
         return events
+
+    def show_errors(self) -> None:
+        """Show the errors that it has logged while it started, since it is ready, or is not started again."""
+        self._log.show_errors()
 
     def stop(self) -> None:
         """Ask the engine to shut down; `close` waits for the end."""

@@ -172,6 +172,8 @@ class EngineSupervisor:
 
     def abandon(self) -> None:
         """End the engine for good: its rank goes on without one."""
+        if self._process is not None:
+            self._process.show_errors()
         self.kill()
         self._process = None
 
@@ -323,7 +325,16 @@ class EngineSupervisor:
     # ---- deaths
 
     def _restart_or_raise(self, error: EngineError, on_wait: Callable[[], None]) -> None:
-        """Restart an engine that died before it was ready.
+        """Restart an engine that died before it was ready, or raise the error once it is not worth another start."""
+        try:
+            self._restart(error, on_wait)
+        except EngineError:
+            if self._process is not None:
+                self._process.show_errors()
+            raise
+
+    def _restart(self, error: EngineError, on_wait: Callable[[], None]) -> None:
+        """Start the engine again, or raise the error.
 
         A start is tried again at once with less memory or after a signal, twice after any other failure. A start that
         took longer than its limit, or that no memory would help, is not tried again.
@@ -356,6 +367,7 @@ class EngineSupervisor:
             error = stuck
         if not self._can_restart:
             self.final_death = error
+            self._process.show_errors()
             raise LockstepEngineLost(error.summarize())
         self.num_deaths += 1
         self._deaths_in_a_row += 1
@@ -365,6 +377,7 @@ class EngineSupervisor:
             reason := self._limits.find_reason_to_abandon(error, self._deaths_in_a_row, self.blame.sickness)
         ) is not None:
             rows = format_count(self.blame.num_unfinished, "row")
+            self._process.show_errors()
             logger.warning(error.describe(f"abandoning it{reason}, leaving {rows} to {self.heirs}"))
             self._process = None
             return

@@ -49,7 +49,7 @@ class FakeProcess:
         self._events: list[Event] = [OptionsChecked()]
         self._rows: list[int] = []
         self.kv_bytes: int | None = None
-        self.killed = self.stopped = False
+        self.killed = self.stopped = self.has_shown_errors = False
         self.num_loads = 0
 
     def load_model(self, kv_bytes: int | None = None) -> None:
@@ -82,6 +82,9 @@ class FakeProcess:
                 return [RowsFinished([], [make_undecoded(row) for row in rows])]
             return [RowsFinished([RowResult(row, 1, (Completion("x", "stop", 1),)) for row in rows])]
         return []
+
+    def show_errors(self) -> None:
+        self.has_shown_errors = True
 
     def stop(self) -> None:
         self.stopped = True
@@ -524,6 +527,8 @@ def test_a_start_that_fails_three_times_ends_the_run_with_the_cause() -> None:
     with pytest.raises(EngineError, match="no such device") as raised:
         harness.load()
     assert raised.value.exit_status == 1
+    shown = [process.has_shown_errors for process in harness.processes]
+    assert shown == [False, False, True], "what the engine logged of a start that is tried again is held back"
 
 
 def test_an_engine_that_is_killed_at_every_start_ends_the_run_resumable(caplog: pytest.LogCaptureFixture) -> None:

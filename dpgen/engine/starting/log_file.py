@@ -5,6 +5,8 @@
 - A line without a level stays in the file: Python warnings, tracebacks, progress bars.
 - From the level "warning" on, harmless warnings stay in the file as well (`output_lines`). Each other warning is shown
   once, by the first rank that claims it, and each error once in a life of the engine, without its traceback.
+- Errors of an engine that starts are held back, since the start may be tried again. They are shown once it has
+  succeeded, or has failed for good (`EngineLog.show_errors`), and stay in the file alone where it is tried again.
 - A file that cannot be written costs a warning, never the run.
 """
 
@@ -57,6 +59,8 @@ class EngineLog:
         self._unclaimed: deque[tuple[str, str]] = deque(maxlen=_MAX_SHOWN_MESSAGES)  # (key, line) of warnings
         self._warnings: set[str] = set()  # keys of this rank's
         self._errors: set[str] = set()  # keys of this life's
+        self._is_starting = False
+        self._held: deque[tuple[int, str]] = deque(maxlen=_MAX_SHOWN_MESSAGES)  # (level, line) of errors
         self._siblings: dict[int, EngineLog] = {}
 
     def open(self, path: Path) -> None:
@@ -90,6 +94,8 @@ class EngineLog:
         with self._lock:
             self._num_lives += 1
             self._errors.clear()
+            self._held.clear()
+            self._is_starting = True
             self._keep(f"---- {now} dpgen: engine life {self._num_lives} of this attempt, pid {pid}")
 
     def write(self, line: str) -> None:
@@ -105,6 +111,15 @@ class EngineLog:
         elif level == logging.WARNING:
             self._add_warning(line)
         elif not is_traceback(line) and self._is_new(self._errors, make_message_key(line)):
+            self._add_error(level, line)
+
+    def show_errors(self) -> None:
+        """Show the errors of a start: it has succeeded, or is not tried again."""
+        with self._lock:
+            self._is_starting = False
+            held = list(self._held)
+            self._held.clear()
+        for level, line in held:
             self._show(level, line)
 
     def share(self, claim: Callable[[str], bool]) -> None:
@@ -124,6 +139,13 @@ class EngineLog:
                 is_first = True
             if is_first:
                 self._show(logging.WARNING, line)
+
+    def _add_error(self, level: int, line: str) -> None:
+        with self._lock:
+            if self._is_starting:
+                self._held.append((level, line))
+                return
+        self._show(level, line)
 
     def _add_warning(self, line: str) -> None:
         key = make_message_key(line)

@@ -77,6 +77,8 @@ class ScriptedProcess:
         events, self.events = self.events, []
         return events
 
+    def show_errors(self) -> None: ...
+
     def stop(self) -> None: ...
 
     def close(self) -> None:

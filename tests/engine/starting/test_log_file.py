@@ -106,10 +106,28 @@ def test_a_warning_is_shown_once_whatever_its_numbers_and_an_error_once_in_a_lif
     lines = [slow.format(7, 50, 12), slow.format(8, 51, 13), slow.format(8, 51, 13).replace("few", "many"), ERROR_LINE]
     for _ in range(2):
         log.start_life(7)
+        log.show_errors()
         for line in lines + lines:
             log.write(line)
     assert caplog.messages == [lines[0], lines[2], ERROR_LINE, ERROR_LINE]
     assert (tmp_path / "log").read_text().count("blocks are too") == 12, "the file has all"
+
+
+def test_errors_of_a_start_are_shown_unless_it_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = EngineLog("warning")
+    log.open(tmp_path / "log")
+    second_line, later_line = ERROR_LINE.replace("error", "another"), ERROR_LINE.replace("error", "while it generates")
+    log.start_life(7)
+    log.write(ERROR_LINE)
+    log.start_life(8)  # the start is tried again
+    log.write(second_line)
+    assert caplog.messages == []
+    log.show_errors()
+    log.write(later_line)
+    assert caplog.messages == [second_line, later_line]
+    assert [line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("----")] == [
+        *(ERROR_LINE, second_line, later_line)
+    ]
 
 
 def test_of_several_ranks_with_the_same_warning_one_shows_it_and_all_show_their_errors(
