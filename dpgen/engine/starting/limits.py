@@ -98,8 +98,8 @@ class EngineMemory:
             self._was_held, change = True, ""
         else:
             change = self._fit(options, error.free_memory)
-        if error.free_memory is not None and (problem := self._find_problem(error.free_memory)):
-            error.advice = problem
+        if error.free_memory is not None:
+            error.advice = self._find_problem(error.free_memory) or self._advise(error.free_memory)
         self.spec = dataclasses.replace(self.spec, options=options)
         return change
 
@@ -119,6 +119,16 @@ class EngineMemory:
             return ""
         need = f"and the weights alone take {weights_gib:.1f} GiB" if weights_gib else "which is too little"
         return f"{need}: end what else runs on it, or use another device"
+
+    def _advise(self, free: FreeMemory) -> str:
+        """Return what to write in the configuration, whose memory this rank's engines divide; "" if nothing helps."""
+        number = self.spec.num_engines
+        if number == 1 or not free.advice:
+            return free.advice
+        if not free.is_at_start:
+            num_bytes = number * int(free.free_gib * 2**30)
+            return f"set engine.kv_cache_memory_bytes, which {number} engines divide, to less than {num_bytes}"
+        return f"set engine.gpu_memory_utilization={number * free.fraction:g} or lower, which {number} engines divide"
 
     def _lower(self, options: dict[str, Any], num_deaths: int, error: EngineError) -> str:
         num_seqs = options.get("max_num_seqs") or self.num_seqs or _DEFAULT_NUM_SEQS

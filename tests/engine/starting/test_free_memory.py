@@ -10,6 +10,7 @@ import pytest
 from helpers.jobs import Launcher, make_numbered_rows
 
 from dpgen.engine.messages import EngineSpec
+from dpgen.engine.starting.limits import EngineMemory
 from dpgen.errors import ConfigError, EngineError, FreeMemory
 
 GIB = 1 << 30
@@ -96,6 +97,19 @@ def test_the_engines_of_a_rank_divide_what_is_the_ranks() -> None:
     assert share(auto, **needs) == 2, "as many as the memory has room for"
     with pytest.raises(ConfigError, match=r"engines_per_rank=3: weights of 30.0 GiB .* at most 2 do"):
         share({}, num_engines=3, weight_bytes=30 << 30)
+
+
+def test_where_several_engines_divide_the_memory_the_advice_is_for_all_of_them() -> None:
+    memory = EngineMemory(EngineSpec("vllm", "m", options={"gpu_memory_utilization": 0.9}, num_engines=3))
+    error = EngineError(
+        "ValueError: Free memory on device cuda:0 (20.0/80.0 GiB) on startup is less than desired GPU memory "
+        "utilization (0.3, 24.0 GiB)."
+    )
+    for _ in range(2):
+        assert memory.reduce_after(error, 1) == "", "the user has set it"
+    assert error.summarize().endswith(
+        "GiB are free on cuda:0, set engine.gpu_memory_utilization=0.72 or lower, which 3 engines divide"
+    )
 
 
 @pytest.mark.multi
