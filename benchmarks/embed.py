@@ -73,7 +73,8 @@ def make_tiny_bert(work_dir: Path) -> Path:
     sys.path.insert(0, str(REPO / "tests"))
     from helpers.tiny_pooling import save_tiny_pooling
 
-    return save_tiny_pooling("bert", work_dir / "model")
+    model: Path = save_tiny_pooling("bert", work_dir / "model")
+    return model
 
 
 def make_texts(num_rows: int, max_words: int) -> list[dict[str, str]]:

@@ -214,7 +214,7 @@ def time_rank(config: Any, journal_dir: Path, attempt: int, supervisor: Any, tex
     from dpgen.distributed.group import SingleRankGroup
     from dpgen.journal.writer import JournalWriter
     from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
-    from dpgen.scheduling.order import OrderConfig
+    from dpgen.scheduling.order_config import OrderConfig
     from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
     from dpgen.scheduling.request_builder import RequestBuilder
     from dpgen.scheduling.result_recorder import ResultRecorder

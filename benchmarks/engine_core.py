@@ -68,7 +68,8 @@ class Bench:
         sampling = {"temperature": 1.0, "ignore_eos": True, "max_tokens": options.tokens}
         self.backend = VllmBackend(EngineSpec("vllm", str(model), engine, sampling, ("seed",)))
         self.backend.check_options()
-        self.info = self.backend.load(lambda measured: measured, EngineTextConfig(skip_detokenize=True))
+        self.info = self.backend.load(lambda measured: measured)
+        self.backend.prepare_job(EngineTextConfig(skip_detokenize=True))
         assert self.backend._engine is not None
         self.engine = self.backend._engine
         self.hooks = self.backend._hooks

@@ -19,6 +19,7 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class GpuTable:
         threads = []
         for row in rows:
             with self._changed:
-                self._changed.wait_for(lambda row=row: len(self._free) >= min(row.gpus, self._num_gpus))
+                self._changed.wait_for(partial(self._has_free, min(row.gpus, self._num_gpus)))
                 if reason := self._find_obstacle(row):
                     self._record(row, {"not_run": reason})
                     continue
@@ -99,6 +100,9 @@ class GpuTable:
             threads.append(thread)
         for thread in threads:
             thread.join()
+
+    def _has_free(self, count: int) -> bool:
+        return len(self._free) >= count
 
     def _find_obstacle(self, row: BenchmarkRow) -> str | None:
         if row.gpus > self._num_gpus:
@@ -186,7 +190,7 @@ class GpuTable:
         if "kernels_ms" not in profile or row.workload != "chat" or row.engine:
             return None
         rate: float = self.measured[row.name]["tokens_per_s"] / row.gpus
-        return rate * profile["kernels_ms"] / 1e3 / int(profile["sequences"])
+        return float(rate * profile["kernels_ms"]) / 1e3 / int(profile["sequences"])
 
     def _format_step(self, row: BenchmarkRow) -> str:
         measured = self.measured[row.name]

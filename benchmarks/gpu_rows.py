@@ -158,7 +158,7 @@ def _list_large(num_gpus: int) -> Iterator[BenchmarkRow]:
     )
     share = ("parallel.share_devices=true",)
     yield BenchmarkRow("8b-shared", "two ranks on one GPU", ranks=2, base=alone, settings=share)
-    reasoning = {"workload": "reasoning", "num_rows": WAVES_6}
+    reasoning: dict[str, Any] = {"workload": "reasoning", "num_rows": WAVES_6}
     yield BenchmarkRow("8b-reasoning-generate", "`LLM.generate()`, reasoning-like", "generate", **reasoning)
     yield BenchmarkRow("8b-reasoning", "dpgen, one rank, reasoning-like", base="8b-reasoning-generate", **reasoning)
     yield BenchmarkRow("8b-profile-no-seeds", "a step, 256 sequences, no seeds", "profile", has_seeds=False)

@@ -75,7 +75,7 @@ class RowRunner:
             SystemExit: the row fails, or takes too long; with its output.
         """
         command, folder = self.build_command(row), self._work_dir / row.name
-        environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "OMP_NUM_THREADS": "4"}
+        environment: dict[str, Any] = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "OMP_NUM_THREADS": "4"}
         environment["HF_HOME"] = str(self._work_dir / "hf")
         if row.has_cold_caches:
             environment["VLLM_CACHE_ROOT"] = str(folder / "vllm-cache")

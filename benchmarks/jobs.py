@@ -90,7 +90,7 @@ def _time_static_shards(work_dir: Path, model: Path, data: Path) -> float:
 def _time_ray(work_dir: Path, model: Path, data: Path, python: str) -> float:
     out = _make_fresh_path(work_dir, "ray")
     program = [str(REPO / "benchmarks" / "ray_llm.py"), str(data), str(out), str(model)]
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+    env: dict[str, Any] = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
     return time_command([python, *program, json.dumps(TINY_ENGINE), "2"], work_dir / "ray.log", **env)
 
 
@@ -105,7 +105,7 @@ def _time_run_batch(work_dir: Path, model: Path, rows: list[dict[str, Any]]) -> 
             command.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             command += [flag, str(value)]
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2", "VLLM_LOGGING_LEVEL": "ERROR"}
+    env: dict[str, Any] = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2", "VLLM_LOGGING_LEVEL": "ERROR"}
     seconds = time_command(command, work_dir / "batch.log", **env)
     if len(out.read_text().splitlines()) != len(rows):
         sys.exit((work_dir / "batch.log").read_text())

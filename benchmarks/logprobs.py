@@ -19,6 +19,7 @@ import argparse
 import os
 import pickle
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class Bench:
             EngineSpec("vllm", str(model), dict(TINY_ENGINE), sampling, ("max_tokens", "logprobs"), token_ids=True)
         )
         self.backend.check_options()
-        self.backend.load(lambda measured: measured, EngineTextConfig(skip_detokenize=True))
+        self.backend.load(lambda measured: measured)
+        self.backend.prepare_job(EngineTextConfig(skip_detokenize=True))
         self.read_result = self.backend._to_result
         self.rows = make_rows(options.workload, options.rows, options.longest)
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -78,7 +80,7 @@ class Bench:
 
     def measure(self) -> dict[str, Any]:
         self.time(WAYS[0])  # a warm-up: fills caches
-        seconds = measure_in_turn({way: lambda way=way: self.time(way) for way in WAYS}, self.num_rounds)
+        seconds = measure_in_turn({way: partial(self.time, way) for way in WAYS}, self.num_rounds)
         num_tokens = sum(row["budget"] for row in self.rows)
         record: dict[str, Any] = {"tokens": num_tokens}
         print(f"{'way':<14} {'processor seconds':>18} {'us a token':>12} {'kept over it':>26}")
@@ -111,6 +113,7 @@ class Bench:
             if way == "dropped":
                 assert backend._engine is not None
                 state = next(reversed(backend._engine.output_processor.request_states.values()))
+                assert state.logprobs_processor is not None
                 state.logprobs_processor.logprobs = []
         num_results = 0
         while backend.has_unfinished_requests():

@@ -66,7 +66,8 @@ def make_tiny_model(work_dir: Path) -> Path:
     sys.path.insert(0, str(REPO / "tests"))
     from helpers.tiny_model import save_tiny_model
 
-    return save_tiny_model(work_dir / "model", max_model_len=TINY_ENGINE["max_model_len"])
+    model: Path = save_tiny_model(work_dir / "model", max_model_len=TINY_ENGINE["max_model_len"])
+    return model
 
 
 def make_rows(
@@ -136,7 +137,7 @@ def find_engine(run_dir: str, rank: int) -> int | None:
     return None
 
 
-def time_dpgen(num_ranks: int, arguments: Sequence[str], log: Path, **environment: str) -> float:
+def time_dpgen(num_ranks: int, arguments: Sequence[str], log: Path, **environment: Any) -> float:
     """Return the seconds of a whole `torchrun -m dpgen run`; see `time_command`."""
     return time_command([*build_torchrun_command(num_ranks), "-m", "dpgen", "run", *arguments], log, **environment)
 

@@ -115,7 +115,7 @@ def read_environment(pid: int) -> dict[str, str]:
         pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return {}
-    return dict(pair.decode(errors="replace").partition("=")[::2] for pair in pairs)  # type: ignore[misc]
+    return dict(pair.decode(errors="replace").partition("=")[::2] for pair in pairs)
 
 
 def read_anonymous_bytes(pid: int) -> int:

@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def measure(options: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
         fractions[order].append(cached_fraction)
         return busy_s
 
-    seconds = measure_in_turn({order: (lambda order=order: run(order)) for order in fractions}, options.rounds)
+    seconds = measure_in_turn({order: partial(run, order) for order in fractions}, options.rounds)
     ratio = compute_ratio(seconds["dataset"], seconds["prefix"])
     print(f"{'order':<10} {'seconds':>9} {'from the cache':>15} {'of the ideal':>13}")
     for order, times_s in seconds.items():
@@ -99,7 +100,7 @@ def compute_ideal_fraction(model: Path, rows: list[dict[str, Any]], documents: l
     tokenizer = AutoTokenizer.from_pretrained(model)
     block_tokens = [len(tokenizer(text)["input_ids"]) // _BLOCK_TOKENS * _BLOCK_TOKENS for text in documents]
     total = sum(len(tokenizer(row["prompt"])["input_ids"]) for row in rows)
-    return sum(block_tokens[row["document"]] for row in rows) / total - sum(block_tokens) / total
+    return float(sum(block_tokens[row["document"]] for row in rows) - sum(block_tokens)) / total
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def main() -> None:
     if kind == "formation":
         measured = form_group(int(num_ranks))
     else:
-        rank_group.connect_world = _exchange_addresses if kind == "addresses" else _connect_nothing
+        rank_group.connect_world = _exchange_addresses if kind == "addresses" else _connect_nothing  # type: ignore[attr-defined]
         measured = run_stand_ins(int(num_ranks), float(rest[0]) if rest else 0.0)
     print(json.dumps(measured), flush=True)
     os._exit(0)  # as dpgen exits: native threads may abort the interpreter's regular exit
@@ -158,7 +158,7 @@ def _lead_stand_ins(num_ranks: int, port: int, seconds: float) -> dict[str, Any]
         return joined
     while group.store.add(_JOINED, 0) < num_ranks - 1:  # ranks of their own cores would have joined by now
         time.sleep(0.1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return joined | _watch_main_thread(group, seconds)
 
 
@@ -169,7 +169,9 @@ def _watch_main_thread(group: GlooGroup, seconds: float) -> dict[str, Any]:
         by "leases" and "totals", the processor time of the main thread and of the thread that asks the store for it;
         "wait_fraction", the seconds of both, with all waits for the store and for a core.
     """
-    store_clock = time.pthread_getcpuclockid(next(iter(group.store._thread._threads)).ident)
+    store_thread = next(iter(group.store._thread._threads)).ident
+    assert store_thread is not None
+    store_clock = time.pthread_getcpuclockid(store_thread)
     values = Totals().as_list(0, group.size, 1000)
     busy_s = dict.fromkeys(("leases", "totals", "wait"), 0.0)
     started_s, cpu_s = time.monotonic(), time.thread_time()

@@ -23,6 +23,7 @@ import numpy as np
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.sections import OutputConfig, WorkConfig
 from dpgen.data.input_rows import InputRows
+from dpgen.data.prompts.render import RenderedPrompt
 from dpgen.distributed.group import SingleRankGroup
 from dpgen.journal.reader import BATCH_ROWS, list_segments
 from dpgen.journal.run_dir import RunDir
@@ -33,7 +34,7 @@ from dpgen.records import Completion, RowResult
 from dpgen.scheduling import order
 from dpgen.scheduling.groups.prefix_groups import _LEVELS, PrefixGroups
 from dpgen.scheduling.groups.prompt_groups import RankState
-from dpgen.scheduling.order import OrderConfig
+from dpgen.scheduling.order_config import OrderConfig
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
 from dpgen.scheduling.request_builder import RequestBuilder
 
@@ -64,7 +65,7 @@ class ManyRanks(SingleRankGroup):
     """
 
     size = _NUM_RANKS
-    num_shrinks = 0  # type: ignore[assignment]
+    num_shrinks = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +115,7 @@ def _measure_order(rows: InputRows, journal_dir: Path, kind: str) -> dict[str, A
         num_reads += len(row_ids)
         return _make_prompts(row_ids, kind)
 
-    order.group_by_prefix = read_prompts
+    order.group_by_prefix = read_prompts  # type: ignore[assignment, attr-defined]
     group = ManyRanks()
     planner = _make_planner(rows, journal_dir, group, WorkConfig(order=_KINDS[kind]))  # type: ignore[arg-type]
     first_plan_s = _time(planner.plan)
@@ -165,7 +166,7 @@ def _make_prompts(row_ids: np.ndarray, kind: str) -> PrefixGroups:
 def _make_planner(rows: InputRows, journal_dir: Path, group: ManyRanks, work: WorkConfig) -> ShardPlanner:
     order_config = OrderConfig(work, PromptConfig(prompt_column="row"), None, prefix_caching=work.order == "prefix")
     config = PlannerConfig(order_config, False, ("row",), lockstep=False, claims_rows=True, attempt=2)
-    builder = RequestBuilder(lambda row: (None, row["row"]), None, {})
+    builder = RequestBuilder(lambda row: RenderedPrompt(None, row["row"]), None, {})
     return ShardPlanner(config, rows, journal_dir, group, builder)
 
 
@@ -184,7 +185,7 @@ def count_opens(num_segments: int, rows_per_segment: int, work_dir: Path) -> dic
     Returns:
         opens of the segment that was opened most often while rows were read; the index opens each once more.
     """
-    run_dir = RunDir(work_dir / "run")
+    run_dir = RunDir(str(work_dir / "run"))
     run_dir.create()
     num_rows = num_segments * rows_per_segment
     for rank in range(num_segments):

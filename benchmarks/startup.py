@@ -76,7 +76,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     """Return seconds and ratios by caches, ranks and way."""
     started_s = time.monotonic()
-    runs, found = Runs(options, work_dir), {}
+    runs, found = Runs(options, work_dir), dict[str, Any]()
     for caches in ("cold", "warm") if options.caches == "both" else (options.caches,):
         for num_ranks in map(int, options.ranks.split(",")):
             ways = {_LLM: runs.make_script(num_ranks), _DPGEN: runs.make_dpgen(REPO, num_ranks)}

@@ -15,6 +15,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 _PROMPT_TOKENS = 300
@@ -43,9 +44,10 @@ def profile_steps(model: str, engine: dict[str, Any], *, has_seeds: bool) -> dic
     sampling = {"temperature": 1.0, "ignore_eos": True}
     backend = VllmBackend(EngineSpec("vllm", model, engine, sampling, ("max_tokens", "seed")))
     backend.check_options()
-    backend.load(lambda measured: measured, EngineTextConfig(skip_detokenize=True))
+    backend.load(lambda measured: measured)
+    backend.prepare_job(EngineTextConfig(skip_detokenize=True))
     _add_requests(backend, engine["max_num_seqs"], has_seeds=has_seeds)
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
     def run_steps(count: int) -> tuple[float, float]:
         """Return milliseconds a step: of wall clock, and of this process's processor time."""

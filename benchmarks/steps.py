@@ -58,7 +58,8 @@ class Bench:
         sampling = {"temperature": 1.0, "ignore_eos": True}
         self.backend = VllmBackend(EngineSpec("vllm", str(model), dict(TINY_ENGINE), sampling, ("max_tokens",)))
         self.backend.check_options()
-        self.backend.load(lambda measured: measured, EngineTextConfig(skip_detokenize=True))
+        self.backend.load(lambda measured: measured)
+        self.backend.prepare_job(EngineTextConfig(skip_detokenize=True))
         rows = make_rows(options.workload, options.rows, options.longest)
         self.budgets = [row["budget"] for row in rows]
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -98,7 +99,7 @@ class Bench:
         assert engine is not None
         engine.reset_prefix_cache()
         scheduler = engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
-        remaining, num_in_flight, steps = iter(order), 0, []
+        remaining, num_in_flight, steps = iter(order), 0, list[tuple[int, float]]()
         while True:
             while num_in_flight < max_rows and (row := next(remaining, None)) is not None:
                 self.backend.add_request(

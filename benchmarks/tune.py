@@ -91,7 +91,8 @@ class Workload:
 
     def sample(self, num_rows: int, seed: int) -> np.ndarray:
         """Return the generated tokens of rows, int64[num_rows]."""
-        return np.minimum(sample_lengths(self.lengths, num_rows, seed), self.max_tokens)
+        lengths: np.ndarray = np.minimum(sample_lengths(self.lengths, num_rows, seed), self.max_tokens)
+        return lengths
 
 
 _CHAT_PROMPT = 300
@@ -138,7 +139,7 @@ class Engines:
         lengths = self._lengths.astype(float)
         context = self.workload.prompt_tokens + (lengths**2).mean() / (2 * lengths.mean())
         num_seqs = min(limit * self.num_engines, self.model.num_kv_tokens / context)
-        return num_seqs / self._compute_step_s(num_seqs, num_seqs * context, num_seqs / lengths.mean())
+        return float(num_seqs / self._compute_step_s(num_seqs, num_seqs * context, num_seqs / lengths.mean()))
 
     def _count_fitting(self, limit: int) -> int:
         mean = self._context.mean() if len(self._context) else self._usual_context
