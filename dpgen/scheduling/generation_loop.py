@@ -247,7 +247,7 @@ class GenerationLoop:
         self._local.num_generated_tokens = max(stats.num_generated_tokens, self._num_kept_tokens)
         self._local.num_cached_tokens = stats.num_cached_tokens
         num_before, self._local.num_preemptions = self._local.num_preemptions, stats.num_preemptions
-        self._steps.record(now, self._local.num_generated_tokens, stats.num_running)
+        self._steps.record(now, self._local.num_generated_tokens, stats.num_running, stats.elapsed_s)
         if stats.num_running:
             self._source.advance((self._local.num_generated_tokens - num_tokens_before) / stats.num_running)
         if self._admission:

@@ -228,6 +228,16 @@ def test_the_costs_of_a_step_are_found_from_reports_of_the_engine() -> None:
     assert costs.step == pytest.approx(6e-3, rel=0.15) and costs.sequence == pytest.approx(29e-6, rel=0.15)
 
 
+def test_the_time_in_which_an_engine_starts_again_is_no_step_s() -> None:
+    meter, now_s, num_tokens = StepMeter(), 0.0, 0
+    for number in range(20):
+        meter.record(now_s, num_tokens, 256, elapsed_s=number % 10)
+        now_s += 40.0 if number == 9 else 1.0  # the engine dies, and loads its model again
+        num_tokens += 25_600
+    assert meter.samples.num_samples == 18
+    assert meter.samples.time_s / 18 == pytest.approx(0.01), "the run was slower than its steps, and says so"
+
+
 def test_costs_are_left_out_where_samples_say_too_little() -> None:
     few, alike = sample_steps(6e-3, 0, [1, 256]), sample_steps(6e-3, 0, [250, 256] * 20)
     assert fit_step_costs([RankSpeed(few)]) is None and fit_step_costs([RankSpeed(alike)]) is None

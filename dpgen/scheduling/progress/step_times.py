@@ -54,11 +54,17 @@ class StepMeter:
     def __init__(self) -> None:
         self.samples = StepSamples()
         self._last: tuple[float, int, int] | None = None
+        self._last_elapsed_s = 0.0
 
-    def record(self, now_s: float, num_generated_tokens: int, num_running: int) -> None:
-        """Add the engine's report: tokens since the start of the attempt, and sequences that run now."""
+    def record(self, now_s: float, num_generated_tokens: int, num_running: int, elapsed_s: float = 0.0) -> None:
+        """Add the engine's report: tokens since the start of the attempt, and sequences that run now.
+
+        Args:
+            elapsed_s: since this life of the engine was ready. The time between two lives is no step's.
+        """
         last, self._last = self._last, (now_s, num_generated_tokens, num_running)
-        if last is None:
+        is_new_life, self._last_elapsed_s = elapsed_s < self._last_elapsed_s, elapsed_s
+        if last is None or is_new_life:
             return
         took_s, num_tokens, seqs = now_s - last[0], num_generated_tokens - last[1], (num_running + last[2]) / 2
         if min(num_running, last[2]) > 0 and num_tokens > 0 and took_s > 0:
