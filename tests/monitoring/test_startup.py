@@ -125,6 +125,10 @@ def test_caches_are_cold_without_the_model_s_files_or_compiled_code(tmp_path: Pa
 
     assert has_cold_caches(make_config(str(tmp_path)), environ)
     assert not has_cold_caches(make_config(str(tmp_path), enforce_eager=True), environ)
+    assert not has_cold_caches(make_config(str(tmp_path)), {**environ, "VLLM_DISABLE_COMPILE_CACHE": "1"})
+    for options in ({"compilation_config": {"mode": 0}}, {"optimization_level": 0}):
+        assert not has_cold_caches(make_config(str(tmp_path), **options), environ), "nothing would ever be in it"
+    assert has_cold_caches(make_config(str(tmp_path), compilation_config={"mode": 3}), environ)
     assert has_cold_caches(make_config("nobody/nothing", enforce_eager=True), environ)
     (tmp_path / "vllm" / "torch_compile_cache" / "a1b2").mkdir(parents=True)
     assert not has_cold_caches(make_config(str(tmp_path)), environ)

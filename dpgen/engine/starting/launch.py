@@ -317,7 +317,7 @@ def has_cold_caches(config: Config, environ: Mapping[str, str]) -> bool:
     if config.run.engine != "vllm":
         return False
     return not has_weights(config.model) or (
-        not config.engine.get("enforce_eager") and not _is_populated(_find_compile_cache(environ))
+        _keeps_compiled_code(config.engine, environ) and not _is_populated(_find_compile_cache(environ))
     )
 
 
@@ -338,7 +338,7 @@ def _check_model(config: Config, *, is_node_leader: bool) -> None:
     if config.run.engine != "vllm" or not is_node_leader:
         return
     check_files(config)
-    if not config.engine.get("enforce_eager"):
+    if _keeps_compiled_code(config.engine, os.environ):
         check_cache(_find_compile_cache(os.environ), "vLLM's cache of compiled code", "VLLM_CACHE_ROOT")
 
 
@@ -347,6 +347,18 @@ def _measure_weights_per_device(config: Config, world: EngineWorld | None) -> in
     if config.run.engine != "vllm" or world is not None:
         return 0
     return measure_weights(expand_model_path(config), config.engine) // config.gpus_per_rank
+
+
+def _keeps_compiled_code(options: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
+    """Return True unless vLLM compiles nothing, or keeps nothing of it: then a cache stays empty at every start.
+
+    Args:
+        options: fields of EngineArgs.
+    """
+    compilation = options.get("compilation_config")
+    mode = compilation.get("mode") if isinstance(compilation, Mapping) else None
+    is_eager = bool(options.get("enforce_eager")) or options.get("optimization_level") in (0, "0", "O0")
+    return not is_eager and mode not in (0, "0", "NONE") and environ.get("VLLM_DISABLE_COMPILE_CACHE", "0") == "0"
 
 
 def _find_compile_cache(environ: Mapping[str, str]) -> Path:
