@@ -20,7 +20,8 @@ from dpgen.config.pooling.pooling_config import PoolingConfig
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.openai_batch.embeddings import EmbeddingsRequest, read_embeddings_request
 from dpgen.data.prompts.chat_template import ChatTemplates
-from dpgen.data.prompts.render import Prompt, PromptRenderer, RenderedPrompt, read_pair
+from dpgen.data.prompts.render import Prompt, PromptRenderer, RenderedPrompt
+from dpgen.data.prompts.row_texts import read_pair
 from dpgen.errors import RowRefused
 from dpgen.records import PoolingRequest
 

@@ -37,6 +37,7 @@ from dpgen.data.prompts.chat import ChatPrompt, merge_developer_role, to_convers
 from dpgen.data.prompts.chat_prompt import ChatPromptBuilder
 from dpgen.data.prompts.chat_template import ChatTemplates
 from dpgen.data.prompts.row_template import compile_row_template, render_row
+from dpgen.data.prompts.row_texts import find_completion, get_completion, read_pair, reject_surrogates
 from dpgen.data.prompts.token_ids import count_token_ids, to_text, validate_token_ids
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.formatting import describe_type
@@ -273,55 +274,6 @@ class PromptRenderer:
         return list(ids)
 
 
-def find_completion(row: Mapping[str, Any], config: PromptConfig) -> str | None:
-    """Return the text to score after the row's prompt, or its call's; None to generate.
-
-    Raises:
-        RowRefused: as `get_completion`.
-    """
-    if config.call_column is not None:
-        call: ModelCall = row[config.call_column]
-        return None if call.completion is None else get_completion({"completion": call.completion}, "completion")
-    return None if config.completion_column is None else get_completion(row, config.completion_column)
-
-
-def get_completion(row: Mapping[str, Any], column: str) -> str:
-    """Return the text of `data.completion_column`.
-
-    Raises:
-        RowRefused: `wrong_type`, `empty_completion`, `invalid_text`.
-    """
-    text = row.get(column)
-    if not isinstance(text, str):
-        raise RowRefused("wrong_type", f"{column} is {describe_type(text)}, not a string")
-    if not text:
-        raise RowRefused("empty_completion", f"{column} is empty, so there is nothing to score")
-    reject_surrogates(text)
-    return text
-
-
-def read_pair(row: Mapping[str, Any], config: PromptConfig) -> tuple[str, list[str]]:
-    """Return a row's query, and its documents.
-
-    Raises:
-        RowRefused: `wrong_type`, `empty_prompt`, `invalid_text`.
-    """
-    column = config.document_column or config.documents_column
-    assert config.query_column is not None and column is not None
-    query, documents = row.get(config.query_column), row.get(column)
-    if config.documents_column is None:
-        documents = [documents]
-    elif not isinstance(documents, list | tuple):
-        raise RowRefused("wrong_type", f"{column} is {describe_type(documents)}, not a list of strings")
-    if not documents:
-        raise RowRefused("empty_prompt", f"{column} is an empty list: there is nothing to score")
-    for name, text in [(config.query_column, query), *((column, document) for document in documents)]:
-        if not isinstance(text, str):
-            raise RowRefused("wrong_type", f"{name} is {describe_type(text)}, not a string")
-        reject_surrogates(text)
-    return str(query), list(documents)
-
-
 def add_server_requests(render: RenderFn, config: PromptConfig) -> RenderFn:
     """Return a function that renders as `render` does, and adds the row's request where rows are requests."""
     column = config.request_column
@@ -366,19 +318,6 @@ def describe_own_kwargs(config: PromptConfig, prompt: ChatPrompt) -> str:
     of_run = {**config.chat_template_kwargs, **({} if config.tools is None else {"tools": config.tools})}
     own = prompt["template_kwargs"]
     return "" if own == of_run else f"{own}\n"
-
-
-def reject_surrogates(text: str) -> None:
-    """Raise RowRefused (`invalid_text`) if no encoding can hold the text."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        if 0xDC80 <= code <= 0xDCFF:  # as `surrogateescape` reads bytes
-            what = f"the byte 0x{code - 0xDC00:02X}, which is not valid UTF-8 there"
-        else:
-            what = "half of a surrogate pair, which no encoding of text can hold"
-        raise RowRefused("invalid_text", f"character {error.start} is {what}") from None
 
 
 def _describe_error(error: Exception) -> str:

@@ -27,8 +27,8 @@ from dpgen.data.prompts.render import (
     RenderFn,
     add_server_requests,
     describe_own_kwargs,
-    find_completion,
 )
+from dpgen.data.prompts.row_texts import find_completion
 from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer
 from dpgen.distributed.devices import assign_cores, assign_gpus, count_sharing_ranks
 from dpgen.distributed.group import RankGroup
