@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from dpgen.api.calls import load_result
     from dpgen.api.session import Session, generate, stream
     from dpgen.api.settings import load_config
+    from dpgen.config.completion_checks import CheckConfig
     from dpgen.config.program import ProgramConfig
     from dpgen.config.schema import Config
     from dpgen.config.sections import (
-        CheckConfig,
         DataConfig,
         OutputConfig,
         ParallelConfig,
@@ -66,11 +66,10 @@ _HOMES = {
     "dpgen.api.calls": ("load_result",),
     "dpgen.api.session": ("Session", "generate", "stream"),
     "dpgen.api.settings": ("load_config",),
+    "dpgen.config.completion_checks": ("CheckConfig",),
     "dpgen.config.program": ("ProgramConfig",),
     "dpgen.config.schema": ("Config",),
-    "dpgen.config.sections": (
-        *("CheckConfig", "DataConfig", "OutputConfig", "ParallelConfig", "RunConfig", "WorkConfig"),
-    ),
+    "dpgen.config.sections": ("DataConfig", "OutputConfig", "ParallelConfig", "RunConfig", "WorkConfig"),
 }
 
 

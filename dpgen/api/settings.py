@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from dpgen.config.completion_checks import CheckConfig
 from dpgen.config.program import ProgramConfig
 from dpgen.config.schema import Config
 from dpgen.config.sections import (
     MISSING,
-    CheckConfig,
     DataConfig,
     OutputConfig,
     ParallelConfig,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dpgen.config import checks, completion_checks, program
+from dpgen.config.completion_checks import CheckConfig
 from dpgen.config.pooling.pooling_config import (
     GENERATE,
     PoolingConfig,
@@ -25,7 +26,6 @@ from dpgen.config.prompt import CALL_COLUMN, REQUEST_COLUMN, PromptConfig
 from dpgen.config.secrets import redact_secrets
 from dpgen.config.sections import (
     MISSING,
-    CheckConfig,
     DataConfig,
     OutputConfig,
     ParallelConfig,

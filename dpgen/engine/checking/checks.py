@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dpgen.config.sections import CheckConfig, OutputConfig
+from dpgen.config.completion_checks import CheckConfig
+from dpgen.config.sections import OutputConfig
 from dpgen.engine.parsing.json_text import JsonText, read_json
 from dpgen.imports import load_function
 from dpgen.journal.attempts import Rejection

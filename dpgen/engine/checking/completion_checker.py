@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpgen.config.sections import CheckConfig, OutputConfig
+from dpgen.config.completion_checks import CheckConfig
+from dpgen.config.sections import OutputConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.engine.checking.checks import (
     CheckAnswer,

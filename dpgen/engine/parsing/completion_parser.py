@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from dpgen.config.completion_checks import CheckConfig
 from dpgen.config.prompt import PromptConfig
-from dpgen.config.sections import CheckConfig, OutputConfig
+from dpgen.config.sections import OutputConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.openai_batch.requests import drop_prompt, read_server_request
 from dpgen.data.prompts.chat_prompt import ChatPromptBuilder

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpgen.config.sections import CheckConfig
+from dpgen.config.completion_checks import CheckConfig
 from dpgen.engine.checking.checks import CheckTask, FunctionInput, compute_repetition, make_quick_check, start
 from dpgen.records import Completion, ToolCall
 

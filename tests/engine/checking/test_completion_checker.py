@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpgen.config.sections import CheckConfig, OutputConfig
+from dpgen.config.completion_checks import CheckConfig
+from dpgen.config.sections import OutputConfig
 from dpgen.engine.checking import completion_checker
 from dpgen.engine.checking.checks import CheckAnswer, CheckTask, checks_parse_json, start
 from dpgen.engine.checking.completion_checker import CheckedResult, CompletionChecker, start_completion_checker
