@@ -213,6 +213,7 @@ class PoolingRenderer:
     def _cut(self, prompt: Prompt) -> list[PooledSequence]:
         """Return the sequences that a prompt is read in."""
         ids, limit = self._tokenizer.tokenize(prompt), self._context.max_model_len
+        self._reject_empty(ids)
         if limit is None or len(ids) <= limit:
             return [PooledSequence(ids)]
         if self._config.too_long == "error":

@@ -13,6 +13,7 @@ from dpgen.config.prompt import PromptConfig
 from dpgen.data.prompts.pooling import (
     BI_ENCODER,
     CROSS_ENCODER,
+    ByteTokenizer,
     PoolingContext,
     PoolingRenderer,
     PoolingTokenizer,
@@ -136,3 +137,14 @@ def test_a_pair_that_no_file_of_json_lines_holds_is_its_rows_error(
     with pytest.raises(RowRefused) as refused:
         make_renderer(tokenizer, "score", PAIRS).render(row)
     assert f"{refused.value.type}: {refused.value.message}".startswith(error)
+
+
+def test_a_text_without_tokens_is_its_rows_error_on_the_fake_engine_too() -> None:
+    prompt = PromptConfig(prompt_column="text")
+    tokenizer = ByteTokenizer(lambda text: list(str(text).encode()))
+    renderer = PoolingRenderer(
+        PoolingConfig("reward"), prompt, PromptRenderer(prompt, None), tokenizer, PoolingContext()
+    )
+    with pytest.raises(RowRefused) as refused:
+        renderer.render({"text": ""})
+    assert refused.value.type == "empty_prompt"
