@@ -34,7 +34,7 @@ from dpgen.tuning.space import (
     list_candidates,
     list_engine_options,
 )
-from dpgen.tuning.store import compute_base, read_results, write_results
+from dpgen.tuning.store import compute_base, describe_machine, read_results, write_results
 from dpgen.tuning.table import format_settings
 from dpgen.tuning.trial import Budget, TrialPlan, TrialResult, get_trial_path, read_trial
 
@@ -87,7 +87,8 @@ class TuneJob:
         self.is_complete = False
         self._run_dir = RunDir(self.config.run.dir)
         self._base = compute_base(self.config, options.num_ranks)
-        self._stored = read_results(self._run_dir.tuning, self._base)
+        self._machine = describe_machine()
+        self._stored = read_results(self._run_dir.tuning, self._base, self._machine)
         self._ranks: RankProcesses | None = None
         self._num_started = 0  # rank processes of `_ranks`
 
@@ -116,7 +117,7 @@ class TuneJob:
                     continue
                 self._stored = self._stored[:number]
                 self.search.record(self._run_trial(plan))
-                write_results(self._run_dir.tuning, self._base, self.search.results)
+                write_results(self._run_dir.tuning, self._base, self._machine, self.search.results)
         finally:
             if self._ranks is not None:
                 self._ranks.close()

@@ -3,7 +3,8 @@
 - First the job's own settings, at several numbers of sequences in one start of the engines (`climb`). Then one change
   at a time on top of the best so far, the most promising first; a change that pays stays.
 - A trial is worth its time only if the gain that it may bring saves more than a start of the engines costs, and if the
-  budget holds a start and a measurement. So a short job is tuned by its first trial alone.
+  budget holds a start and a measurement. So a short job is tuned by its first trial alone. Where even one start takes
+  more than the budget's share of the job, the job is too short to tune, and the reason says so.
 - Nothing is chosen that was not measured. A change must be better by `MIN_GAIN`.
 - The same results give the same next trial: a search that is continued repeats no trial.
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dpgen.formatting import format_duration
 from dpgen.tuning.climb import MIN_GAIN
 from dpgen.tuning.meter import RATE_WINDOW_S
 from dpgen.tuning.space import ENGINES_PER_RANK, MAX_NUM_SEQS, TENSOR_PARALLEL, Candidate
@@ -125,15 +127,25 @@ class Search:
         while self._candidates:
             candidate = self._candidates.pop(0)
             if cost_s > left_s:
-                self.reason = (
-                    f"another trial would take about {cost_s:.0f} s, and {max(0.0, left_s):.0f} s of the budget of "
-                    f"{self.budget.get_s(job_s):.0f} s are left"
-                )
+                self.reason = self._describe_shortage(cost_s, left_s)
                 return None
             if candidate.expected_gain * job_s >= self.start_s:
                 return candidate
         self.reason = "no further change promises to save more than a start of the engines costs"
         return None
+
+    def _describe_shortage(self, cost_s: float, left_s: float) -> str:
+        budget_s = self.budget.get_s(self.job_s)
+        if self.budget.seconds is None and self.start_s > budget_s:
+            return (
+                f"the job is too short to tune within {100 * self.budget.fraction:g} % of its time: it takes about "
+                f"{format_duration(self.job_s)}, and a start of the engines alone {self.start_s:.0f} s. What is "
+                "measured is from its first start"
+            )
+        return (
+            f"another trial would take about {cost_s:.0f} s, and {max(0.0, left_s):.0f} s of the budget of "
+            f"{budget_s:.0f} s are left"
+        )
 
     # ---- estimates
 

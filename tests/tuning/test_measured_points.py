@@ -38,3 +38,14 @@ def test_the_chosen_settings_are_nearly_the_best_and_found_in_time(benchmark: An
     assert found["chosen_over_best"] >= 0.97
     assert found["wall_fraction"] < 0.05
     assert found["added_fraction"] < 0.04, "rows of the trials are done, so tuning costs less than it takes"
+
+
+@pytest.mark.parametrize(("workload", "start_s"), [("prefill-heavy", 23.0), ("chat-like", 23.0)])
+def test_slow_starts_leave_room_for_fewer_of_them_or_the_job_is_said_to_be_too_short(
+    benchmark: Any, workload: str, start_s: float
+) -> None:
+    found = benchmark.tune("1 billion", workload, 100_000, start_s=start_s)
+    is_too_short = 0.046 * found["job_s"] < start_s
+    assert found["reason"].startswith("the job is too short to tune within 5 %") == is_too_short
+    assert found["wall_fraction"] < 0.05 or is_too_short
+    assert found["chosen_over_best"] >= 0.97

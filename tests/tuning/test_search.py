@@ -56,6 +56,18 @@ def test_no_trial_is_made_that_the_budget_has_no_time_for() -> None:
     assert "10 s of the budget of 40 s are left" in search.reason
 
 
+def test_a_job_of_which_one_start_is_too_large_a_share_is_too_short_to_tune() -> None:
+    search = make_search([Candidate({"engine.a": 1}, 0.5)], Budget(fraction=0.05))
+    plan = search.propose()
+    assert plan is not None
+    search.record(make_result(plan, 2000.0, num_rows=1000))  # 200 tokens each, in 100 s, after a start of 10 s
+    assert search.propose() is None
+    assert search.reason.startswith(
+        "the job is too short to tune within 5 % of its time: it takes about 1 min 40 s, and a start of the engines "
+        "alone 10 s"
+    )
+
+
 def test_no_trial_is_made_whose_gain_would_not_pay_for_its_start() -> None:
     search = make_search([Candidate({"engine.a": 1}, 0.0001)])
     assert run_search(search, {}) == [{}]
