@@ -153,7 +153,7 @@ def find_wrong_response_keys(output: OutputConfig, default: OutputConfig, data: 
             "output.format=openai_batch answers the requests of a batch file, and the input is none "
             "(data.format=openai_batch): set output.format=parquet or jsonl"
         )
-    names = ("token_ids", "explode", "messages", "parse")
+    names = ("token_ids", "explode", "messages", "parse", "embedding_dtype")
     keys = [f"output.{name}" for name in names if getattr(output, name) != getattr(default, name)]
     keys += ["data.columns"] if data.columns is not None else []
     for key in keys:

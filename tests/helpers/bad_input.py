@@ -447,6 +447,11 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
         "data.too_long=chunk_mean averages embeddings: task=classify has none",
     ),
     ("an embedding's type where none is made", ["output.embedding_dtype=int8"], "output.embedding_dtype=int8 has no"),
+    (
+        "an embedding's type in responses",
+        ["task=embed", "output.format=openai_batch", "output.embedding_dtype=int8"],
+        "output.embedding_dtype has no effect: with output.format=openai_batch each line is a response",
+    ),
     ("no dimensions", ["task=embed", "output.dimensions=0"], "output.dimensions=0: must be at least 1"),
     ("a reward a token where none is given", ["task=embed", "output.reward_per=token"], "output.reward_per=token has"),
     ("a model that is not there", ["model=./no-such-model"], "model=./no-such-model: there is no such directory"),

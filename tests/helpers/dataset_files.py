@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpgen.config.program import ProgramConfig
 from dpgen.config.schema import Config
 from dpgen.config.sections import DataConfig, OutputConfig, RunConfig
 from dpgen.data.input_loading import load_input
@@ -76,20 +78,22 @@ def make_run(
 
     Args:
         table: the input, or the configuration of one that is there already.
-        sections: `sampling`, keys of `data`, and the keys of `output`.
+        sections: `task` with `pooled`, `program`, `sampling`, keys of `data`, and the keys of `output`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(table, DataConfig):
         data = table
     else:
-        data = DataConfig(
-            path=str(folder / "rows.parquet"), prompt_column=table.column_names[0], **sections.pop("data", {})
-        )
+        prompt = {} if "program" in sections else {"prompt_column": table.column_names[0]}
+        data = DataConfig(path=str(folder / "rows.parquet"), **{**prompt, **sections.pop("data", {})})
         pq.write_table(table, folder / "rows.parquet")
+    engine = {"pooled": dataclasses.asdict(pooled)} if (pooled := sections.pop("pooled", None)) else {}
     config = Config(
         run=RunConfig(dir=str(folder / "run"), engine="fake"),
         model="none",
         data=data,
+        task=sections.pop("task", "generate"),
+        program=sections.pop("program", ProgramConfig()),
         sampling=sections.pop("sampling", {}),
         output=OutputConfig(format=file_format, rows_per_file=4, **sections),
     )
@@ -97,10 +101,10 @@ def make_run(
     run_dir = RunDir(config.run.dir)
     run_dir.create()
     run_dir.write_config(config)
-    run_dir.update_metadata(identity=compute_run_identity(config, rows.fingerprint()))
+    run_dir.update_metadata(identity=compute_run_identity(config, rows.fingerprint()), engine=engine)
     journal = JournalWriter(run_dir.journal, 1, 0)
     for result in results:
         journal.append(result)
     journal.close()
-    write_dataset(rows, run_dir, DatasetFormat.from_config(config), 4)
+    write_dataset(rows, run_dir, DatasetFormat.from_config(config, run_dir.read_metadata()), 4)
     return run_dir

@@ -2,7 +2,7 @@
 
 - A finished run is read from RUN_DIR/dataset, so neither the input nor the journal has to be there any more.
 - An unfinished run is read from its journal and its input, in input order. So are conversations that no column of the
-  dataset holds.
+  dataset holds, and runs whose dataset is a response file.
 """
 
 from __future__ import annotations
@@ -74,9 +74,13 @@ def open_source(run_dir: RunDir, *, with_messages: bool) -> ExportSource:
     if num_rows is None:
         raise ConfigError(f"RUN_DIR={run_dir.path}: there is no run.json of a run, so this is no run directory")
     dataset_format = DatasetFormat.from_identity(metadata["identity"], metadata=metadata)
-    if with_messages and dataset_format.is_scored:
-        raise ConfigError("--format messages needs the model's answers, and this run scored given completions")
-    is_typed = dataset_format.file_format == "parquet" or num_rows > 0  # JSON lines without a row have no types
+    if with_messages and (reason := _find_missing_answers(dataset_format)) is not None:
+        raise ConfigError(
+            f"--format messages needs the model's answers to chats, and {reason}: choose another format, e.g. "
+            "--format jsonl"
+        )
+    # JSON lines without a row have no types, and responses are no rows.
+    is_typed = dataset_format.file_format == "parquet" or (dataset_format.file_format == "jsonl" and num_rows > 0)
     if run_dir.is_finished and is_typed and (dataset_format.messages is not None or not with_messages):
         return _open_dataset(run_dir, metadata, dataset_format, num_rows)
     config = load([str(run_dir.path / "config.yaml")], [])
@@ -115,7 +119,21 @@ def _make_empty_schema() -> pa.Schema:
     return pa.schema([])
 
 
+def _find_missing_answers(dataset_format: DatasetFormat) -> str | None:
+    """Return why no row of a run has an answer of the model; None if rows may have some."""
+    if dataset_format.pooling is not None:
+        return f"task={dataset_format.pooling.task} gives none"
+    if dataset_format.is_program:
+        return "the result of program.function has the columns that it returned"
+    return "this run scored given completions" if dataset_format.is_scored else None
+
+
 def _add_messages(dataset_format: DatasetFormat, config: Config) -> DatasetFormat:
+    if config.prompt.request_column is not None:
+        raise ConfigError(
+            "--format messages needs a chat in each row, and the rows of a batch file are requests: choose another "
+            "format, e.g. --format jsonl"
+        )
     if not config.prompt.is_chat:
         raise ConfigError(
             "--format messages needs a chat, and this run's prompts are texts (no data.messages_column, "

@@ -18,8 +18,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.batch_files import make_chat, write_batch
 from helpers.dataset_files import make_run
 
+from dpgen.config.program import ProgramConfig
+from dpgen.config.sections import DataConfig
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.run_dir import RunDir
 from dpgen.logprobs import from_rows
@@ -27,7 +30,7 @@ from dpgen.output.export import formats
 from dpgen.output.export.export import ExportReport, export_run, find_format
 from dpgen.output.export.selection import Selection
 from dpgen.output.export.stats import ExportStats
-from dpgen.records import Completion, RowError, RowResult
+from dpgen.records import Completion, PooledKind, PooledOutput, RowError, RowResult
 
 MOMENT = datetime.datetime(2024, 5, 6, 7, 8, 9, 123456)
 TABLE = pa.table(
@@ -207,6 +210,77 @@ def test_each_sample_is_a_conversation(tmp_path: Path) -> None:
 def test_a_run_of_texts_has_no_conversations(tmp_path: Path) -> None:
     run = make_run(tmp_path, pa.table({"q": ["x"]}), [RowResult(0, 1, (Completion("a", "stop", 1),))])
     with pytest.raises(ConfigError, match="needs a chat, and this run's prompts are texts"):
+        export(run, tmp_path / "sft.jsonl", format="messages")
+
+
+def test_a_run_without_answers_has_no_conversations(tmp_path: Path) -> None:
+    vector, answer = PooledOutput(np.zeros((1, 2), np.float32)), Completion("{}", "stop", 1, parsed="{}")
+    runs: dict[str, tuple[RowResult, dict[str, Any]]] = {
+        **{task: (RowResult(0, 1, pooled=vector), {"task": task}) for task in ("embed", "classify", "reward")},
+        "program.function": (RowResult(0, 1, (answer,)), {"program": ProgramConfig("a:b"), "data": {}}),
+    }
+    for name, (result, sections) in runs.items():
+        sections.setdefault("data", {"as_chat": True})
+        run = make_run(tmp_path / name, pa.table({"q": ["x"]}), [result], **sections)
+        with pytest.raises(ConfigError, match=f"needs the model's answers to chats, and .*{name}.*: choose another"):
+            export(run, tmp_path / "sft.jsonl", format="messages")
+        for target in ("rows.jsonl", "rows.csv", "rows"):
+            assert export(run, tmp_path / name / target).num_exported == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "sections"),
+    [
+        ("embedding", {"task": "embed", "pooled": PooledKind(3)}),
+        ("embedding", {"task": "embed", "pooled": PooledKind(3), "embedding_dtype": "float16"}),
+        ("embedding", {"task": "embed", "pooled": PooledKind(3), "embedding_dtype": "int8"}),
+        ("embedding", {"task": "embed", "pooled": PooledKind(3), "embedding_dtype": "binary"}),
+        ("probs", {"task": "classify", "pooled": PooledKind(3, ("no", "yes, sir", "maybe"))}),
+        ("label", {"task": "classify", "pooled": PooledKind(3, ("no", "yes, sir", "maybe"))}),
+        ("reward", {"task": "reward", "pooled": PooledKind(1)}),
+        ("reward", {"task": "reward", "pooled": PooledKind(3)}),
+        ("reward", {"task": "reward", "pooled": PooledKind(1), "reward_per": "token"}),
+    ],
+)
+@pytest.mark.parametrize("file_format", ["parquet", "jsonl"])
+def test_what_a_pooling_model_returns_is_the_same_in_every_format(
+    tmp_path: Path, column: str, sections: dict[str, Any], file_format: str
+) -> None:
+    vector = PooledOutput(np.array([[0.1, -0.7, 0.3]], np.float32))
+    results = [RowResult(0, 3, pooled=vector), RowResult(1, error=RowError("wrong_type", "why"))]
+    run = make_run(tmp_path / "made", pa.table({"q": ["x", "y"]}), results, file_format, **sections)
+    for target in ("rows.parquet", "rows.jsonl", "rows.csv", "rows"):
+        export(run, tmp_path / target)
+    export(run, tmp_path / "saved", format="save_to_disk")
+    value, error = read_lines(tmp_path / "rows.jsonl")
+    assert value["error"] is None and error[column] is None and error["error"]["type"] == "wrong_type"
+    if column != "label" and sections.get("embedding_dtype", "float32") == "float32":
+        assert value[column] in (0.1, [0.1], [[0.1, -0.7, 0.3]], [0.1, -0.7, 0.3], list_probs(0.1, -0.7, 0.3))
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert second[column] == "" and (first[column] == value[column] or json.loads(first[column]) == value[column])
+    tables = [read_parquet(tmp_path / name) for name in ("rows.parquet", "rows")]
+    for rows in (*(table.to_pylist() for table in tables), list(datasets.load_from_disk(str(tmp_path / "saved")))):
+        assert rows[1][column] is None
+        found = json.loads(json.dumps(rows[0][column]), parse_float=lambda text: round(float(text), 6))
+        assert found == json.loads(json.dumps(value[column]), parse_float=lambda text: round(float(text), 6))
+
+
+def list_probs(*values: float) -> dict[str, float]:
+    return dict(zip(("no", "yes, sir", "maybe"), values, strict=True))
+
+
+def test_a_run_of_response_files_is_exported_as_rows(tmp_path: Path) -> None:
+    lines = [make_chat("a", "x"), "no JSON"]
+    data = DataConfig(path=str(write_batch(tmp_path / "in.jsonl", lines)), format="openai_batch")
+    results = [RowResult(0, 1, (Completion("an answer", "stop", 1),)), RowResult(1, error=RowError("bad_request", "y"))]
+    run = make_run(tmp_path, data, results, "openai_batch")
+    export(run, tmp_path / "rows.jsonl", Selection(["custom_id", "generated_text", "error"]))
+    assert read_lines(tmp_path / "rows.jsonl") == [
+        {"custom_id": "a", "generated_text": ["an answer"], "error": None},
+        {"custom_id": None, "generated_text": None, "error": {"type": "bad_request", "message": "y"}},
+    ]
+    with pytest.raises(ConfigError, match="the rows of a batch file are requests: choose another format"):
         export(run, tmp_path / "sft.jsonl", format="messages")
 
 
