@@ -43,6 +43,36 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_engine_options(parser: argparse.ArgumentParser, num_rows: int, default_model: str) -> None:
+    """Declare the options of programs that time one engine in several ways, in turn.
+
+    Args:
+        default_model: what `--model` is by default, for its help.
+    """
+    parser.add_argument("--rows", type=int, default=num_rows)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", help=f"a directory; {default_model} by default")
+    parser.add_argument("--engine", help="engine options as JSON, the same for all ways")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--core", type=int, default=0, help="the core that all ways run on, without a GPU")
+
+
+def run_engine_benchmark(
+    name: str,
+    options: argparse.Namespace,
+    default_engine: Mapping[str, Any],
+    measure: Callable[[argparse.Namespace, dict[str, Any], Path], Any],
+) -> None:
+    """Run a benchmark with the options of `add_engine_options`; see `run_benchmark`.
+
+    Args:
+        measure: takes the options, the engine's options and the directory.
+    """
+    engine = json.loads(options.engine) if options.engine else dict(default_engine)
+    settings = {"engine": engine, "device": options.device}
+    run_benchmark(name, options.dir, lambda work_dir: measure(options, engine, work_dir), **settings)
+
+
 def run_benchmark(name: str, parent_dir: str | None, measure: Callable[[Path], Any], **settings: Any) -> None:
     """Measure in a temporary directory, remove the directory, and print the record as one JSON line.
 

@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from engine import load_config, time_rank
+from engine import list_settings
+from loaded_engines import time_rank
 from measure import make_parser, make_rows, run_benchmark, write_rows
 from random_model import save_random_model
 
@@ -40,6 +41,7 @@ def measure(work_dir: Path, engines: int, tokens_per_s: int, rows: int) -> dict[
     """Generate the rows, and return the rate that was reached and the processor time that it took."""
     import datasets
 
+    from dpgen.config.loader import load
     from dpgen.data.input_rows import InputRows
     from dpgen.engine.messages import EngineSpec
     from dpgen.engine.pool.engine_count import EngineCount
@@ -51,7 +53,7 @@ def measure(work_dir: Path, engines: int, tokens_per_s: int, rows: int) -> dict[
     model, path = save_random_model(work_dir / "model", "1b"), work_dir / "rows.jsonl"
     write_rows(path, make_rows("chat", rows, 2048))
     num_tokens = sum(json.loads(line)["budget"] for line in path.read_text().splitlines())
-    config = load_config(str(work_dir), str(model), {}, str(path), "0")
+    config = load([], list_settings(str(work_dir), str(model), {}, "dpgen-seeded", str(path)))
     texts = load_text_steps(config, InputRows(datasets.Dataset.from_dict({})))
     step_s = NUM_SEQS * engines / tokens_per_s
     count = EngineCount(engines, "the benchmark's")
