@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+import numpy as np
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
 
 def make_chat(custom_id: str, text: str = "hello", model: str = "none", **body: Any) -> str:
@@ -21,6 +24,12 @@ def make_completion(custom_id: str, prompt: Any = "hello", model: str = "none", 
     """Return a request for a completion."""
     body = {"model": model, "prompt": prompt, "max_tokens": 8, **body}
     return json.dumps({"custom_id": custom_id, "method": "POST", "url": COMPLETIONS, "body": body})
+
+
+def make_embeddings(custom_id: str, model: str = "none", **body: Any) -> str:
+    """Return a request for embeddings."""
+    body = {"model": model, "input": "hello", **body}
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": EMBEDDINGS, "body": body})
 
 
 def make_numbered_requests(count: int) -> list[str]:
@@ -37,16 +46,31 @@ def write_batch(path: Path, lines: Sequence[str]) -> Path:
 
 def read_responses(path: Path) -> list[dict[str, Any]]:
     """Return a response file's lines, after parsing each answer with OpenAI's own types."""
-    from openai.types import Completion
+    from openai.types import Completion, CreateEmbeddingResponse
     from openai.types.chat import ChatCompletion
 
+    types = {"chat.completion": ChatCompletion, "text_completion": Completion, "list": CreateEmbeddingResponse}
     responses = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     for response in responses:
         body = response["response"]["body"]
         if body is not None:
-            (ChatCompletion if body["object"] == "chat.completion" else Completion).model_validate(body)
+            types[body["object"]].model_validate(decode_embeddings(body))
         assert (body is None) == (response["error"] is not None) == (response["response"]["status_code"] != 200)
     return responses
+
+
+def decode_embeddings(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a response body whose embeddings are numbers, as the `openai` package makes them of base64."""
+    if body["object"] != "list":
+        return body
+    data = [{**item, "embedding": _decode(item["embedding"])} for item in body["data"]]
+    return {**body, "data": data}
+
+
+def _decode(embedding: list[float] | str) -> list[float]:
+    if isinstance(embedding, list):
+        return embedding
+    return [float(number) for number in np.frombuffer(base64.b64decode(embedding), "<f4")]
 
 
 def drop_creation(response: dict[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.batch_files import make_chat, make_completion, read_responses, write_batch
+from helpers.batch_files import (
+    decode_embeddings,
+    make_chat,
+    make_completion,
+    make_embeddings,
+    read_responses,
+    write_batch,
+)
 from helpers.jobs import Launcher
 from helpers.tiny_adapter import save_adapter
 from helpers.tiny_model import save_tiny_model
+from helpers.tiny_pooling import save_tiny_pooling
 from transformers import AutoTokenizer
 
 from dpgen.output.verification import verify
@@ -78,6 +86,36 @@ BODIES: dict[str, dict[str, Any]] = {
         "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "frob"}}}
     },
 }
+
+# Of texts that tests/helpers/tiny_pooling.py knows the words of.
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "a text": {"input": "the quick brown fox"},
+    "texts": {"input": ["the fox", "hello world where is it", "the fox"]},
+    "token ids": {"input": [2, 60, 61, 3]},
+    "lists of token ids": {"input": [[60], [61, 62]]},
+    "base64": {"input": ["the fox", "it sleeps"], "encoding_format": "base64"},
+    "dimensions": {"input": "the fox", "dimensions": 16},
+    "dimensions as base64": {"input": "the fox", "dimensions": 16, "encoding_format": "base64"},
+    "too many dimensions": {"dimensions": 4096},
+    "no dimensions": {"dimensions": 0},
+    "too long": {"input": "the " * 100},
+    "one is too long": {"input": ["the fox", "the " * 100]},
+    "no texts": {"input": []},
+    "an empty text": {"input": ""},
+    "an empty text among others": {"input": ["", "the fox"]},
+    "out of vocabulary": {"input": [99_999]},
+    "a stream": {"encoding_format": "bytes"},
+    "no model": {"model": None},
+    "an unknown model": {"model": "nope"},
+    "a field that nobody knows": {"frobnicate": 1, "user": "me"},
+    "not scaled": {"use_activation": False},
+    "no special tokens": {"add_special_tokens": False},
+    "cut": {"input": "the quick brown fox", "truncate_prompt_tokens": 3},
+    "half precision as base64": {"embed_dtype": "float16", "encoding_format": "base64"},
+}
+
+# Which dpgen does not support yet: see "Response files" in conf/README.md.
+UNSUPPORTED = ("no special tokens", "cut", "half precision as base64")
 
 CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n</tool_call>'
 THINKING: dict[str, Any] = {"temperature": 1.0, "seed": 3, "chat_template_kwargs": {}, "max_tokens": 40}
@@ -161,14 +199,14 @@ def check_writing(found: dict[str, list[dict[str, Any]]]) -> None:
     assert messages["an adapter"]["content"] != messages["plain"]["content"]
 
 
-def is_near(one: Any, other: Any) -> bool:
+def is_near(one: Any, other: Any, tolerance: float = 1e-4) -> bool:
     """Return True if two values are the same, but for the last digits of numbers."""
     if isinstance(one, float) and isinstance(other, float):
-        return one == pytest.approx(other, abs=1e-4)
+        return abs(one - other) <= tolerance
     if isinstance(one, dict) and isinstance(other, dict):
-        return list(one) == list(other) and all(is_near(one[key], other[key]) for key in one)
+        return list(one) == list(other) and all(is_near(one[key], other[key], tolerance) for key in one)
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(is_near, one, other))
+        return len(one) == len(other) and all(is_near(*items, tolerance) for items in zip(one, other, strict=True))
     return bool(one == other)
 
 
@@ -213,4 +251,36 @@ def test_responses_are_those_of_vllm_run_batch(launcher: Launcher, tmp_path: Pat
     check_writing(found)
     [choice], [plain] = last["response"]["body"]["choices"], found["plain"]
     assert (choice["text"], choice["finish_reason"]) == (prompt + plain["message"]["content"], plain["finish_reason"])
+    assert verify(tmp_path / "dpgen.jsonl.run").verdict == "sound"
+
+
+def test_embeddings_are_those_of_vllm_run_batch(launcher: Launcher, tmp_path: Path) -> None:
+    model = save_tiny_pooling("bert", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "is_matryoshka": True}))
+    lines = [make_embeddings(name, **{"model": "tiny", **body}) for name, body in EMBEDDINGS.items()]
+    source = write_batch(tmp_path / "in.jsonl", lines)
+    flags = ("--served-model-name", "tiny", "--dtype", "float32", "--max-num-seqs", "16", "--enforce-eager")
+    command = ("-i", str(source), "--model", str(model), *flags, "--kv-cache-memory-bytes", "64000000")
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.run_batch"]
+    peer = launcher.start([*program, *command, "-o", str(tmp_path / "vllm.jsonl")], VLLM_NO_USAGE_STATS="1")
+    assert peer.wait() == 0, peer.output
+    out = tmp_path / "dpgen.jsonl"
+    job = launcher.dpgen("run-batch", *command, "-o", str(out), "task=embed")
+    assert job.wait() == 0, job.output
+    expected = [json.loads(line) for line in (tmp_path / "vllm.jsonl").read_text().splitlines()]
+    for theirs, ours in zip(expected, read_responses(out), strict=True):
+        name, bodies = theirs["custom_id"], [response["response"]["body"] for response in (theirs, ours)]
+        if name in UNSUPPORTED:
+            assert ours["error"]["error"]["error_type"] == "unsupported_request", name
+            continue
+        assert ours["response"]["status_code"] == theirs["response"]["status_code"], (name, theirs, ours)
+        assert (bodies[0] is None) == (bodies[1] is None), name
+        if bodies[0] is None:
+            assert (name == "a stream") or theirs["error"]["error"]["type"] == ours["error"]["error"]["type"]
+            continue
+        kept = [{key: value for key, value in body.items() if key not in ("id", "created")} for body in bodies]
+        for body in kept:
+            assert {type(item["embedding"]) for item in body["data"]} == {str if "base64" in name else list}, name
+        assert is_near(*map(decode_embeddings, kept), tolerance=1e-5), name
     assert verify(tmp_path / "dpgen.jsonl.run").verdict == "sound"

@@ -23,7 +23,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "truncation_side": (None, "right"),
     "padding": (None, "do_not_pad"),
     "add_special_tokens": (None, True),
-    "use_activation": (None, True),
     "embed_dtype": (None, "float32"),
     "endianness": (None, "native", "little"),
 }
@@ -36,11 +35,13 @@ class EmbeddingsRequest:
     Attributes:
         prompts: texts or lists of token ids, at least one.
         dimensions: of each embedding; None for all.
+        normalize: True if embeddings get length 1; None as the run, or the model's files, say.
         source: the request without its texts.
     """
 
     prompts: list[str | list[int]]
     dimensions: int | None
+    normalize: bool | None
     source: ServerRequest
 
 
@@ -62,8 +63,11 @@ def read_embeddings_request(text: Any) -> EmbeddingsRequest:
     dimensions = body.get("dimensions")
     if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
         raise RowRefused(BAD_REQUEST, f"'dimensions' is {dimensions!r}: must be a whole number of at least 1")
+    normalize = body.get("use_activation")
+    if normalize is not None and type(normalize) is not bool:
+        raise RowRefused(BAD_REQUEST, f"'use_activation' is {normalize!r}: must be true or false")
     source = ServerRequest(request.url, {key: value for key, value in body.items() if key != "input"})
-    return EmbeddingsRequest(_read_prompts(body.get("input")), dimensions, source)
+    return EmbeddingsRequest(_read_prompts(body.get("input")), dimensions, normalize, source)
 
 
 def find_embeddings_text(line: Any) -> str | None:
@@ -78,7 +82,7 @@ def find_embeddings_text(line: Any) -> str | None:
 def _read_prompts(value: Any) -> list[str | list[int]]:
     """Return the texts or the lists of token ids of 'input', which may be one or a list of them."""
     if isinstance(value, str):
-        return [_check_text("'input'", value)]
+        return [value]
     if not isinstance(value, list):
         raise RowRefused(BAD_REQUEST, f"'input' is {describe_type(value)}, not a string or a list")
     if not value:
@@ -86,16 +90,9 @@ def _read_prompts(value: Any) -> list[str | list[int]]:
     if all(type(item) is int for item in value):
         return [value]
     for index, item in enumerate(value):
-        if isinstance(item, str):
-            _check_text(f"'input' item {index}", item)
-        elif not (isinstance(item, list) and item and all(type(token_id) is int for token_id in item)):
+        is_list = isinstance(item, list) and item and all(type(token_id) is int for token_id in item)
+        if not isinstance(item, str) and not is_list:
             raise RowRefused(BAD_REQUEST, f"'input' item {index} is {describe_type(item)}, no text and no token ids")
     if len({type(item) for item in value}) > 1:
         raise RowRefused(BAD_REQUEST, "'input' mixes texts and token ids")
     return list(value)
-
-
-def _check_text(name: str, text: str) -> str:
-    if not text:
-        raise RowRefused(BAD_REQUEST, f"{name} is an empty string")
-    return text

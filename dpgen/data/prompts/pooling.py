@@ -161,21 +161,14 @@ class PoolingRenderer:
             return self.render_pair(*read_pair(row, config))
         return self.render_prompts([self._prompts.build_prompt(row)])
 
-    def render_prompts(self, prompts: Sequence[Prompt], *, dimensions: int | None = None) -> RenderedPrompt:
+    def render_prompts(self, prompts: Sequence[Prompt]) -> RenderedPrompt:
         """Return the request for a vector of each prompt: texts, token ids or chats.
-
-        Args:
-            dimensions: of embeddings; None for `output.dimensions`.
 
         Raises:
             RowRefused: as `render`.
         """
         parts = [self._cut(prompt) for prompt in prompts]
-        rendered = self._join([(text, part) for text, found in enumerate(parts) for part in found])
-        if dimensions is None:
-            return rendered
-        assert rendered.pooling is not None
-        return rendered._replace(pooling=dataclasses.replace(rendered.pooling, dimensions=dimensions))
+        return self._join([(text, part) for text, found in enumerate(parts) for part in found])
 
     def render_pair(self, query: str, documents: Sequence[str]) -> RenderedPrompt:
         """Return the request for a score of each document, or for the classes of a pair.
@@ -194,8 +187,12 @@ class PoolingRenderer:
         for prompt in request.prompts:
             if isinstance(prompt, list):
                 self._prompts.check_token_ids("'input'", prompt)
-        rendered = self.render_prompts(request.prompts, dimensions=request.dimensions)
-        return rendered._replace(server_request=request.source)
+        rendered = self.render_prompts(request.prompts)
+        assert rendered.pooling is not None
+        own = {"dimensions": request.dimensions, "normalize": request.normalize}
+        given = {name: value for name, value in own.items() if value is not None}
+        pooling = dataclasses.replace(rendered.pooling, **given)  # type: ignore[arg-type]
+        return rendered._replace(pooling=pooling, server_request=request.source)
 
     def _join_texts(self, query: str, document: str) -> PooledSequence:
         limit = self._context.max_model_len

@@ -195,19 +195,14 @@ def build_embeddings_body(request: Mapping[str, Any], result: RowResult, facts: 
     vectors = [] if result.pooled is None else list(result.pooled.values)
     is_base64 = request.get("encoding_format") == "base64"
     values = [b64encode(v.astype("<f4").tobytes()).decode() if is_base64 else _list_decimals(v) for v in vectors]
-    model, num_tokens = request.get("model"), result.num_prompt_tokens or 0
+    model = request.get("model")
     return {
         "id": f"embd-{key}",
         "object": "list",
         "created": facts.created,
         "model": model if model in facts.adapters else facts.model,
         "data": [{"index": index, "object": "embedding", "embedding": value} for index, value in enumerate(values)],
-        "usage": {
-            "prompt_tokens": num_tokens,
-            "total_tokens": num_tokens,
-            "completion_tokens": 0,
-            "prompt_tokens_details": None,
-        },
+        "usage": _build_usage(result),
     }
 
 
