@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,20 @@ from dpgen.logprobs import TokenLogprobs
 
 POOLED_TYPE = "<f4"  # of the values of `PooledOutput`, on the disk
 _SHOWN_VALUES = 4
+
+
+class Record:
+    """Let a frozen dataclass with slots cross a pipe in half the time: its values go as one tuple."""
+
+    __slots__ = ()
+    _get_values: ClassVar[Callable[[Any], tuple[Any, ...]]]
+
+    def __init_subclass__(cls) -> None:
+        if cls.__slots__:  # the class that `dataclass` makes of the one that is written here
+            cls._get_values = attrgetter(*cls.__slots__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), type(self)._get_values(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +66,7 @@ class RequestId(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class PoolingRequest:
+class PoolingRequest(Record):
     """Ask a pooling model for vectors of one or several sequences, instead of generating text.
 
     Attributes:
@@ -98,7 +113,7 @@ class PoolingRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Request(Record):
     """Hold one row that is ready to generate, or a part of it.
 
     Attributes:
@@ -145,7 +160,7 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(Record):
     """Hold one sample of a row.
 
     Attributes:
@@ -194,7 +209,7 @@ class ScoredCompletion:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PooledOutput:
+class PooledOutput(Record):
     """Hold a row's vectors.
 
     Attributes:
@@ -255,7 +270,7 @@ class RowError:
 
 
 @dataclass(frozen=True, slots=True)
-class RowResult:
+class RowResult(Record):
     """Hold a row's result: one completion per sample, a scored completion, a pooling model's vectors, or an error.
 
     A row of which samples failed their checks has an error, and completions of the others in their places.
@@ -301,7 +316,7 @@ class RowResult:
 
 
 @dataclass(frozen=True, slots=True)
-class UndecodedRow:
+class UndecodedRow(Record):
     """Hold a finished row without text; its rank decodes the tokens.
 
     Attributes:

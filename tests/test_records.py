@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -13,11 +16,16 @@ from hypothesis import strategies as st
 from dpgen.logprobs import TokenLogprobs, from_rows
 from dpgen.records import (
     Completion,
+    PooledOutput,
+    PoolingRequest,
+    Request,
     RequestId,
     RowError,
     RowResult,
     ScoredCompletion,
+    ServerRequest,
     ToolCall,
+    UndecodedRow,
     derive_row_seed,
     derive_seed,
 )
@@ -141,3 +149,15 @@ def test_a_rows_first_request_has_the_seed_that_it_always_had_and_every_other_re
     ids = [RequestId(7, call, sample, attempt) for call in (0, 1) for sample in (0, 1) for attempt in (0, 1, 2)]
     seeds = {derive_seed(run_seed, id) for run_seed in (3, 4) for id in [*ids, RequestId(8, attempt=1)]}
     assert len(seeds) == 2 * (len(ids) + 1) and max(seeds) < 2**62
+
+
+def test_requests_and_results_cross_a_pipe_and_are_copied_as_they_are() -> None:
+    pooling = PoolingRequest("embed", (1, 2), dimensions=8)
+    done = Completion("a", "stop", 3, [1, 2, 3], tool_calls=(ToolCall("1", "f", "{}"),), stop_reason=7)
+    result = RowResult(5, 2, (done,), RowError("check_failed", "why"), attempt=2, num_calls=4)
+    vectors = RowResult(6, 2, pooled=PooledOutput(np.arange(6, dtype=np.float32).reshape(2, 3), 2, 1))
+    records: list[Any] = [result, vectors, UndecodedRow(result, ([1], [2]), False, (4, 5))]
+    records.append(Request(RequestId(7, 1), [1, 2], {"a": 1}, {"n": 2}, "x", 1, ServerRequest("/v1", {}), pooling))
+    for record in records:
+        for copied in (pickle.loads(pickle.dumps(record)), copy.deepcopy(record), dataclasses.replace(record)):
+            assert copied == record and type(copied) is type(record) and repr(copied) == repr(record)

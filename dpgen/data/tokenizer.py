@@ -152,6 +152,38 @@ def load_tokenizer(config: TokenizerConfig) -> Any:
     return tokenizer
 
 
+def make_encoder(tokenizer: Any) -> Callable[[str, bool], list[int]]:
+    """Return what gives a text's tokens as a tokenizer of transformers does: (text, adds special tokens) → ids.
+
+    What transformers 5 does around the tokenizers library, for batches and masks, takes as long as the tokens of a
+    short text. It is left out where the tokenizer's class is plain and nothing cuts or pads texts.
+    """
+
+    def encode(text: str, add_special_tokens: bool) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+    try:
+        from transformers import PreTrainedTokenizerBase, TokenizersBackend
+    except ImportError:  # transformers 4
+        return encode
+    kind = type(tokenizer)
+    is_plain = isinstance(tokenizer, TokenizersBackend) and not hasattr(tokenizer, "_switch_to_input_mode")
+    if not is_plain or kind.__call__ is not PreTrainedTokenizerBase.__call__:
+        return encode
+    if kind._encode_plus is not TokenizersBackend._encode_plus:
+        return encode
+    backend = tokenizer._tokenizer
+
+    def encode_plainly(text: str, add_special_tokens: bool) -> list[int]:
+        is_set = backend.encode_special_tokens == tokenizer.split_special_tokens
+        if not is_set or backend.truncation is not None or backend.padding is not None:
+            return encode(text, add_special_tokens)  # which sets all three as they should be
+        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    return encode_plainly
+
+
 def looks_like_path(name: str) -> bool:
     """Return True if a model's name is neither a name on the Hub (NAME or USER/NAME) nor a URL."""
     return name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,25 @@ BLOCK_SIZE = 4
 def test_hooks_are_for_versions_of_vllm_whose_code_was_read() -> None:
     assert takes_hooks("0.26.0") and takes_hooks("0.32.1.dev4+g12ab")
     assert not any(map(takes_hooks, ("0.25.9", "0.3.2", "0.34.0", "1.0.0")))
+
+
+def test_requests_of_the_same_name_get_names_of_their_own() -> None:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from dpgen.engine.vllm.hooks.hot_path import NameHook
+
+    processor = SimpleNamespace(assign_request_id=InputProcessor.assign_request_id)
+    hook = NameHook(processor)
+    hook.install()
+    requests = [SimpleNamespace(request_id="a", external_req_id=None) for _ in range(3)]
+    for request in requests:
+        processor.assign_request_id(request)
+    assert len({request.request_id for request in requests}) == 3
+    assert all(request.external_req_id == "a" and request.request_id.startswith("a-") for request in requests)
+    with pytest.raises(ValueError, match="external_req_id"):
+        processor.assign_request_id(requests[0])
+    hook.remove()
+    assert processor.assign_request_id is InputProcessor.assign_request_id
 
 
 def make_manager(*, enable_caching: bool) -> Any:

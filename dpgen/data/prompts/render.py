@@ -39,6 +39,7 @@ from dpgen.data.prompts.chat_template import ChatTemplates
 from dpgen.data.prompts.row_template import compile_row_template, render_row
 from dpgen.data.prompts.row_texts import find_completion, get_completion, read_pair, reject_surrogates
 from dpgen.data.prompts.token_ids import count_token_ids, to_text, validate_token_ids
+from dpgen.data.tokenizer import make_encoder
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.formatting import describe_type
 from dpgen.programs.handle import ModelCall
@@ -83,6 +84,7 @@ class PromptRenderer:
     def __init__(self, config: PromptConfig, tokenizer: Any, *, has_added_nulls: bool = True) -> None:
         self._config = config
         self._tokenizer = tokenizer
+        self._encode = None if tokenizer is None else make_encoder(tokenizer)
         self._template = None if config.template is None else compile_row_template(config.template)
         self._num_ids: int | None = None
         may_hold_ids = config.token_ids_column is not None or not config.is_of_rows
@@ -264,9 +266,10 @@ class PromptRenderer:
 
     def _tokenize(self, text: str, add_special_tokens: bool, limit: int | None = None) -> list[int]:
         """Return the tokens of a text, cut to `limit` as the tokenizer does it, which keeps its special tokens."""
-        cut = {} if limit is None else {"truncation": True, "max_length": limit}
+        assert self._encode is not None
+        cut = {"truncation": True, "max_length": limit, "add_special_tokens": add_special_tokens}
         try:
-            ids = self._tokenizer(text, add_special_tokens=add_special_tokens, **cut)["input_ids"]
+            ids = self._encode(text, add_special_tokens) if limit is None else self._tokenizer(text, **cut)["input_ids"]
         except Exception as error:  # foreign code, perhaps the model's own
             raise RowRefused("tokenizer_failed", f"the tokenizer failed: {_describe_error(error)}") from error
         if not ids:

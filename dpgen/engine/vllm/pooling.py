@@ -89,6 +89,13 @@ def find_wrong_model(spec: EngineSpec, model_config: Any) -> Iterator[str]:
             yield f"vLLM rejects output.dimensions: {summarize_error(error)}"
 
 
+class OwnPoolingParams(PoolingParams):
+    """Spare vLLM the deep copy of parameters that no other request has."""
+
+    def clone(self) -> OwnPoolingParams:
+        return self
+
+
 class VllmPooling:
     """Send sequences to a loaded engine, and collect their vectors.
 
@@ -161,7 +168,7 @@ class VllmPooling:
         Raises:
             RowRefused: the model can't do the task, or has no such dimensions.
         """
-        params = PoolingParams(
+        params = OwnPoolingParams(
             task=self._find_task(pooling.task, is_per_token=pooling.is_per_token),  # type: ignore[arg-type]
             dimensions=pooling.dimensions,
             use_activation=pooling.normalize,

@@ -1,8 +1,9 @@
-"""Spare vLLM, for each token, the work that leads to nothing in a batch job.
+"""Spare vLLM, for each token and each request, the work that leads to nothing in a batch job.
 
 - For each token of each sequence vLLM looks for a KV block to allocate and to cache, and updates what a stream would
   show. Here one comparison finds out that there is nothing to do. That is so for 14 of the 16 tokens of a block, and,
   without a stream, for all tokens but the last.
+- For each request it asks the kernel for random bytes, so that two requests of the same name differ. A count does, too.
 - Each hook wraps a method of one object, decides only what vLLM itself would decide, and leaves all else to vLLM.
 - Hooks are installed only in versions of vLLM whose code was read (`versions.HOOKED`), and where one kind of attention,
   which keeps all blocks, is all that the model has. Speculative decoding, connectors and the like do without.
@@ -10,15 +11,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
 
 
-def install_hooks(engine: Any) -> tuple[OutputHook | BlockHook, ...]:
+def install_hooks(engine: Any) -> tuple[OutputHook | BlockHook | NameHook, ...]:
     """Install all hooks that fit vLLM's `LLMEngine`, and return them."""
-    hooks: list[OutputHook | BlockHook] = [OutputHook(engine.output_processor)]
+    hooks: list[OutputHook | BlockHook | NameHook] = [OutputHook(engine.output_processor)]
+    if hasattr(engine.input_processor, "assign_request_id"):
+        hooks.append(NameHook(engine.input_processor))
     scheduler = engine.engine_core.engine_core.scheduler
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     is_plain = len(managers) == 1 and type(managers[0]).__name__ == "FullAttentionManager"
@@ -28,6 +32,30 @@ def install_hooks(engine: Any) -> tuple[OutputHook | BlockHook, ...]:
     for hook in hooks:
         hook.install()
     return tuple(hooks)
+
+
+class NameHook:
+    """Tell requests of the same name apart by a count, where vLLM draws a random number for each.
+
+    Args:
+        processor: vLLM's `InputProcessor`.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor, self._assign, self._numbers = processor, processor.assign_request_id, itertools.count()
+
+    def install(self) -> None:
+        self._processor.assign_request_id = self._assign_request_id
+
+    def remove(self) -> None:
+        self._processor.assign_request_id = self._assign
+
+    def _assign_request_id(self, request: Any) -> None:
+        if request.external_req_id is not None:
+            self._assign(request)  # which rejects it
+            return
+        request.external_req_id = request.request_id
+        request.request_id = f"{request.request_id}-{next(self._numbers):x}"
 
 
 class OutputHook:
