@@ -1,10 +1,13 @@
 """Measure what a rank's own process costs while its engines generate 75,000 tokens/s: text, journal, and all the rest.
 
-    python benchmarks/rank_core.py [--engines 3] [--tokens-per-s 75000] [--rows 12000]
+    python benchmarks/rank_core.py [--engines 3] [--tokens-per-s 75000] [--rows 12000] [--hold-ms 0,20,100]
 
 Processes that make random tokens at that rate stand for the engines; everything on the rank's side is the real one:
 the pool, the loop, claims, rendering, decoding and the journal. The rank keeps up while its main thread needs less than
 one core. Lengths are chat-like.
+
+With --hold-ms engines keep finished rows for so long, and send them together. `send_us_per_row` is what a row takes an
+engine to pickle and send, of its thread that steps.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import time
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from engine import list_settings
 from loaded_engines import time_rank
@@ -32,12 +35,21 @@ def main() -> None:
     parser.add_argument("--engines", type=int, default=3)
     parser.add_argument("--tokens-per-s", type=int, default=75_000)
     parser.add_argument("--rows", type=int, default=12_000)
+    parser.add_argument("--hold-ms", default="0", help="comma-separated; for how long engines keep finished rows")
     options = parser.parse_args()
     settings = {"engines": options.engines, "tokens_per_s": options.tokens_per_s, "rows": options.rows}
-    run_benchmark("rank_core", options.dir, partial(measure, **settings), **settings)
+
+    def measure_all(work_dir: Path) -> dict[str, Any]:
+        found = {}
+        for hold_ms in map(float, options.hold_ms.split(",")):
+            found[f"{hold_ms:g} ms"] = measure(work_dir / f"{hold_ms:g}", hold_s=hold_ms / 1e3, **settings)
+            print(f"kept for {hold_ms:g} ms: {found[f'{hold_ms:g} ms']}", flush=True)
+        return found
+
+    run_benchmark("rank_core", options.dir, measure_all, **settings)
 
 
-def measure(work_dir: Path, engines: int, tokens_per_s: int, rows: int) -> dict[str, Any]:
+def measure(work_dir: Path, engines: int, tokens_per_s: int, rows: int, hold_s: float) -> dict[str, Any]:
     """Generate the rows, and return the rate that was reached and the processor time that it took."""
     import datasets
 
@@ -57,7 +69,8 @@ def measure(work_dir: Path, engines: int, tokens_per_s: int, rows: int) -> dict[
     texts = load_text_steps(config, InputRows(datasets.Dataset.from_dict({})))
     step_s = NUM_SEQS * engines / tokens_per_s
     count = EngineCount(engines, "the benchmark's")
-    pool = EnginePool(partial(PacedEngine, step_s), EngineSpec("fake", "m"), EngineLimits(600, 600, 1), count)
+    start = partial(PacedEngine, step_s, hold_s)
+    pool = EnginePool(start, EngineSpec("fake", "m", num_engines=engines), EngineLimits(600, 600, 1), count)
     pool.load_model(lambda measured: measured, lambda: None)
     while pool.num_ready < engines:
         pool.poll(0.1)
@@ -73,21 +86,33 @@ def measure(work_dir: Path, engines: int, tokens_per_s: int, rows: int) -> dict[
         "process_us_per_token": round(1e6 * processor_s / num_tokens, 2),
         "cores_of_main_thread": round(main_s / num_tokens * tokens_per_s, 3),
         "cores_of_process": round(processor_s / num_tokens * tokens_per_s, 3),
+        "send_us_per_row": round(1e6 * sum(engine.send_s for engine in PacedEngine.started) / rows, 1),
+        "rows_per_message": round(rows / sum(engine.num_messages for engine in PacedEngine.started), 2),
     }
 
 
 class PacedEngine:
-    """Stand for an engine's process, as its supervisor uses it; see `EngineHandle`."""
+    """Stand for an engine's process, as its supervisor uses it; see `EngineHandle`.
+
+    Attributes:
+        started: those of the last pool.
+        send_s: processor seconds that sending rows took; num_messages: in which they came.
+    """
 
     log_path = None
+    started: ClassVar[list[PacedEngine]] = []
 
-    def __init__(self, step_s: float, spec: Any, index: int = 0) -> None:
+    def __init__(self, step_s: float, hold_s: float, spec: Any, index: int = 0) -> None:
         from dpgen.engine.messages import OptionsChecked
 
+        if index == 0:
+            self.started.clear()
+        self.started.append(self)
+        self.send_s, self.num_messages = 0.0, 0
         self.pipe, theirs = multiprocessing.Pipe()
-        self._process = multiprocessing.Process(target=generate, args=(theirs, step_s, index), daemon=True)
+        self._process = multiprocessing.Process(target=generate, args=(theirs, step_s, hold_s, index), daemon=True)
         self._process.start()
-        self._events: list[Any] = [OptionsChecked()]
+        self._events: list[Any] = [OptionsChecked(num_engines=spec.num_engines)]
 
     def load_model(self, kv_bytes: int | None = None) -> None:
         from dpgen.engine.messages import KvBytesMeasured
@@ -108,9 +133,15 @@ class PacedEngine:
         self.pipe.send(requests)
 
     def poll(self, timeout_s: float) -> list[Any]:
+        from dpgen.engine.messages import EngineStats
+
         events, self._events = self._events, []
         while self.pipe.poll(0 if events else timeout_s):
             events.append(self.pipe.recv())
+            if isinstance(events[-1], EngineStats):
+                self.send_s = events[-1].processor_s
+            else:
+                self.num_messages += 1
         return events
 
     def show_errors(self) -> None: ...
@@ -125,7 +156,7 @@ class PacedEngine:
         self._process.join()
 
 
-def generate(pipe: Connection, step_s: float, seed: int) -> None:
+def generate(pipe: Connection, step_s: float, hold_s: float, seed: int) -> None:
     """Finish the requests that come, each after as many steps as it has tokens, at most NUM_SEQS at a time."""
     from dpgen.engine.messages import EngineStats, RowsFinished
     from dpgen.records import Completion, RowResult, UndecodedRow
@@ -134,7 +165,9 @@ def generate(pipe: Connection, step_s: float, seed: int) -> None:
     waiting: list[Any] = []
     running: list[tuple[int, int, Any]] = []  # (step in which it ends, number, request)
     step = number = num_tokens = 0
-    next_s = next_stats_s = time.monotonic()
+    finished: list[UndecodedRow] = []
+    send_s, next_s = 0.0, time.monotonic()
+    next_stats_s = next_send_s = next_s
     while True:
         while pipe.poll(0 if running else None):
             waiting += pipe.recv()
@@ -145,7 +178,7 @@ def generate(pipe: Connection, step_s: float, seed: int) -> None:
             heapq.heappush(running, (step + request.sampling["max_tokens"], number, request))
         next_s = max(next_s + step_s, time.monotonic() - 0.1)
         time.sleep(max(0.0, next_s - time.monotonic()))
-        step, num_tokens, finished = step + 1, num_tokens + len(running), []
+        step, num_tokens = step + 1, num_tokens + len(running)
         while running and running[0][0] <= step:
             request = heapq.heappop(running)[2]
             count = request.sampling["max_tokens"]
@@ -154,9 +187,12 @@ def generate(pipe: Connection, step_s: float, seed: int) -> None:
             finished.append(UndecodedRow(result.with_id(request.id), (tokens,), True))
         if time.monotonic() >= next_stats_s:
             next_stats_s = time.monotonic() + 1
-            pipe.send(EngineStats(num_tokens, len(running), len(waiting)))
-        if finished:
+            pipe.send(EngineStats(num_tokens, len(running), len(waiting), processor_s=send_s))
+        if finished and (time.monotonic() >= next_send_s or not running):
+            began_s, next_send_s = time.thread_time(), time.monotonic() + hold_s
             pipe.send(RowsFinished([], finished))
+            send_s += time.thread_time() - began_s
+            finished = []
 
 
 if __name__ == "__main__":
