@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 from helpers.jobs import Launcher, write_into
+from helpers.kept_engine import KeptEngine
 from helpers.locks import try_lock
+from helpers.tiny_model import save_tiny_model
 
 _NUM_ENGINE_SLOTS = 2
 
@@ -25,8 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     - SLURM's tests run first of all: they run one after the other and mostly wait, so other tests get the cores.
     - Of the others, tests with and without a real engine alternate, since few engines run at a time.
-    - Tests with real engines that share a fixture are one group, `engines`: its worker and that of SLURM's tests have
-      the slots, while the others run tests without real engines and wait for none.
+    - Tests with real engines that share an engine or a fixture are one group, `engines`: its worker and that of SLURM's
+      tests have the slots, while the others run tests without real engines and wait for none.
     """
     slurm = sorted((item for item in items if has_mark(item, "slurm")), key=lambda item: not has_mark(item, "vllm"))
     others = [item for item in items if not has_mark(item, "slurm")]
@@ -89,6 +91,26 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
     yield launcher
     for job in launcher.jobs:
         job.end()
+
+
+@pytest.fixture(scope="session")
+def kept_engine() -> Iterator[KeptEngine]:
+    """Run jobs on real vLLM that share an engine; their tests belong to the group `engines`, to share one process."""
+    engine = KeptEngine()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny model with the tokenizer `plain`; tests of several modules run on one engine with it."""
+    return save_tiny_model(tmp_path_factory.mktemp("plain"), "plain")
+
+
+@pytest.fixture(scope="session")
+def bos_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny model whose tokenizer puts a token before each text, as `plain_model`."""
+    return save_tiny_model(tmp_path_factory.mktemp("bos"))
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ REPO = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 400
 # For tests in which ranks wait until a lost rank's lease expires. One test in test_recovery.py waits the real minute.
 SHORT_LEASE = {"DPGEN_LEASE_S": "24"}
+# Of all jobs: no network, and engines that are quick to start again.
+JOB_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DPGEN_START_RETRY_S": "0.5"}
 _MIN_FREE_PORT = 10_000  # services have lower ones
 _MAX_PORT_TRIES = 100
 
@@ -117,14 +119,18 @@ class Launcher:
     def start(self, command: Sequence[str], terminal: bool = False, **environment: str) -> Job:
         """Start a command in `cwd` (the repository), without the variables of a launcher around the tests."""
         variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
-        variables |= {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        variables |= {"DPGEN_START_RETRY_S": "0.5", **environment}
+        variables |= {"PYTHONPATH": str(REPO), **JOB_ENVIRONMENT, **environment}
         job = Job(command, variables, self.folder / f"job-{len(self.jobs)}.log", terminal, self.cwd)
         if self.engine_slot is not None and command[0] == self.python and "torch.distributed.run" not in command:
-            cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(job.process.pid, {cores[self.engine_slot % len(cores)]})
+            os.sched_setaffinity(job.process.pid, self.choose_cores())
         self.jobs.append(job)
         return job
+
+    @classmethod
+    def choose_cores(cls) -> set[int]:
+        """Return the core of a one-process job if the test has an engine slot, else all cores."""
+        cores = sorted(os.sched_getaffinity(0))
+        return set(cores) if cls.engine_slot is None else {cores[cls.engine_slot % len(cores)]}
 
     def dpgen(
         self,

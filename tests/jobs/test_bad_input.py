@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from helpers.bad_input import BAD_CONFIGS, BAD_ENGINE_CONFIGS, BAD_ROWS, HELLO, TEMPLATE
 from helpers.jobs import EACH_IN_TURN, Launcher, load_result, run_each_command
+from helpers.kept_engine import KeptEngine
 from helpers.tiny_adapter import save_adapter
-from helpers.tiny_model import ENGINE, save_tiny_model
+from helpers.tiny_model import ENGINE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.multi]
 
@@ -23,9 +24,9 @@ GOOD = {
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(bos_model: Path, plain_model: Path) -> dict[str, Path]:
     """Return the models by tokenizer: `bos` is strict about roles; with `plain`, an empty text has no tokens."""
-    return {name: save_tiny_model(tmp_path_factory.mktemp(name), name) for name in ("bos", "plain")}
+    return {"bos": bos_model, "plain": plain_model}
 
 
 @pytest.fixture
@@ -37,9 +38,10 @@ def write(write_config: Callable[..., str], models: dict[str, Path]) -> Callable
     return write
 
 
+@pytest.mark.xdist_group("engines")  # one engine runs most of the sources
 @pytest.mark.parametrize("source", BAD_ROWS)
 def test_a_bad_row_gets_its_error_and_its_neighbours_their_text(
-    launcher: Launcher, write: Callable[..., str], tmp_path: Path, source: str
+    kept_engine: KeptEngine, write: Callable[..., str], tmp_path: Path, source: str
 ) -> None:
     table = BAD_ROWS[source]
     fields = {name for _, row, _, _ in table for name in row}
@@ -57,8 +59,7 @@ def test_a_bad_row_gets_its_error_and_its_neighbours_their_text(
         data=prompt,
         sampling={"temperature": 0, "max_tokens": 4, "from_columns": {name: name for name in sampling}},
     )
-    job = launcher.dpgen("run", conf, "run.max_leading_errors=0")
-    assert job.wait() == 0, job.output
+    kept_engine.run(conf, "run.max_leading_errors=0")
     result = load_result(tmp_path / "run")
     assert len(result) == 2 * len(table)
     texts = {repr(row["generated_text"]) for row in result[::2]}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.jobs import REPO, Launcher, load_result, read_run_json
-from helpers.tiny_model import ENGINE, save_tiny_model
+from helpers.jobs import REPO, load_result, read_run_json
+from helpers.kept_engine import KeptEngine
+from helpers.tiny_model import ENGINE
 
-pytestmark = [pytest.mark.vllm, pytest.mark.multi]
+pytestmark = [pytest.mark.vllm, pytest.mark.multi, pytest.mark.xdist_group("engines")]  # one engine runs all
 
 WORDS = "the quick brown fox jumps over the lazy dog"
 # A random model writes no JSON by itself; with this choice it does, at its second attempt.
@@ -19,29 +21,19 @@ ANSWERS = ['{"title":"a","keywords":[]}', '{"title":"b","keywords":["x"]}']
 TEMPLATE = "{% if enable_thinking %}think{% endif %}{{ messages[0].content }}"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"), "plain")
+@pytest.fixture
+def run(kept_engine: KeptEngine, plain_model: Path, tmp_path: Path) -> Callable[..., list[Any]]:
+    def run(name: str, rows: list[dict[str, Any]], *arguments: str) -> list[Any]:
+        return load_result(kept_engine.run_rows(tmp_path / name, rows, plain_model, ENGINE, *arguments))
+
+    return run
 
 
-def run(launcher: Launcher, name: str, model: Path, rows: list[dict[str, Any]], *arguments: str) -> list[Any]:
-    data = launcher.folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    engine = [f"engine.{key}={json.dumps(value)}" for key, value in ENGINE.items()]
-    run_dir = launcher.folder / name
-    paths = (f"run.dir={run_dir}", f"model={model}", f"data.path={data}")
-    job = launcher.dpgen("run", *arguments, *paths, *engine)
-    assert job.wait() == 0, job.output
-    return load_result(run_dir)
-
-
-def test_the_recipe_of_checked_rows_generates_again_what_fails(launcher: Launcher, model: Path) -> None:
+def test_the_recipe_of_checked_rows_generates_again_what_fails(run: Callable[..., list[Any]], tmp_path: Path) -> None:
     articles = [{"article": WORDS[: 10 + 4 * index]} for index in range(6)]
     retry_sampling = {"temperature": 1.0, "structured_outputs": {"choice": ANSWERS}}
     rows = run(
-        launcher,
         "checked",
-        model,
         articles,
         str(REPO / "conf" / "checked.yaml"),
         f"data.chat_template={TEMPLATE}",
@@ -52,11 +44,11 @@ def test_the_recipe_of_checked_rows_generates_again_what_fails(launcher: Launche
     assert [row["error"] for row in rows] == [None] * 6
     for row in rows:
         assert json.loads(row["parsed"])["title"] in ("a", "b") and row["rejected_text"] is None
-    [manifest] = read_run_json(launcher.folder / "checked")["manifests"]
+    [manifest] = read_run_json(tmp_path / "checked")["manifests"]
     assert sum(manifest["num_retries"].values()) >= 6 and manifest["num_rejected_tokens"] > 0
 
 
-def test_a_continued_greedy_sample_equals_the_uninterrupted_one(launcher: Launcher, model: Path) -> None:
+def test_a_continued_greedy_sample_equals_the_uninterrupted_one(run: Callable[..., list[Any]], tmp_path: Path) -> None:
     prompts = [{"prompt": WORDS[: 3 + 7 * index]} for index in range(6)]
     shared = [
         "data.prompt_column=prompt",
@@ -64,11 +56,9 @@ def test_a_continued_greedy_sample_equals_the_uninterrupted_one(launcher: Launch
         "sampling.logprobs=2",
         "sampling.prompt_logprobs=0",
     ]
-    whole = run(launcher, "whole", model, prompts, *shared, "sampling.max_tokens=24")
+    whole = run("whole", prompts, *shared, "sampling.max_tokens=24")
     pieces = run(
-        launcher,
         "pieces",
-        model,
         prompts,
         *shared,
         "sampling.max_tokens=8",
@@ -84,5 +74,5 @@ def test_a_continued_greedy_sample_equals_the_uninterrupted_one(launcher: Launch
         assert other["num_generated_tokens"] == len(other["generated_token_ids"]) == len(other["token_logprobs"])
         for name in floats[:3]:
             assert np.allclose(one[name], other[name], atol=1e-3), name
-    [manifest] = read_run_json(launcher.folder / "pieces")["manifests"]
+    [manifest] = read_run_json(tmp_path / "pieces")["manifests"]
     assert manifest["num_retries"] == {"truncated": 6} and manifest["num_rejected_tokens"] == 0

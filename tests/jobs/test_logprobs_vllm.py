@@ -1,18 +1,21 @@
-"""Log-probabilities of whole runs on real vLLM (its CPU build), compared with those of vLLM and of transformers."""
+"""Whole runs on real vLLM (its CPU build): the texts of LLM.generate, and its log-probabilities and transformers'."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.jobs import REPO, Launcher, load_result
-from helpers.tiny_model import ENGINE, save_tiny_model
+from helpers.kept_engine import KeptEngine
+from helpers.tiny_model import ENGINE
 
-pytestmark = [pytest.mark.vllm, pytest.mark.multi]
+pytestmark = [pytest.mark.vllm, pytest.mark.multi, pytest.mark.xdist_group("engines")]  # one engine runs all
 
 WORDS = "the quick brown fox jumps over the lazy dog"
 PROMPTS = [WORDS[: 3 + 7 * index] for index in range(6)]
@@ -40,43 +43,23 @@ if __name__ == "__main__":
         })
     scores = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in pairs],
                           SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
-    print("RESULT " + json.dumps([rows, [to_lists(output.prompt_logprobs) for output in scores]]))
+    plain = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12))
+    texts = [[list(output.outputs[0].token_ids), output.outputs[0].text] for output in plain]
+    print("RESULT " + json.dumps([rows, [to_lists(output.prompt_logprobs) for output in scores], texts]))
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"), "plain")
-
-
-def run_recipe(launcher: Launcher, recipe: str, rows: list[dict[str, Any]], model: Path, *overrides: str) -> list[Any]:
+@pytest.fixture
+def run_recipe(kept_engine: KeptEngine, plain_model: Path, tmp_path: Path) -> Callable[..., list[Any]]:
     """Run a shipped recipe over other rows and another model, and return the result's rows."""
-    data = launcher.folder / f"{recipe}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_dir = launcher.folder / recipe / "run"
-    engine = [f"engine.{name}={json.dumps(value)}" for name, value in ENGINE.items()]
-    job = launcher.dpgen(
-        "run",
-        str(REPO / "conf" / f"{recipe}.yaml"),
-        *(f"run.dir={run_dir}", f"model={model}", f"data.path={data}", "run.log_level=error", *engine, *overrides),
-    )
-    assert job.wait() == 0, job.output
-    return load_result(run_dir)
 
+    def run(recipe: str, rows: list[dict[str, Any]], *overrides: str) -> list[Any]:
+        conf = str(REPO / "conf" / f"{recipe}.yaml")
+        run_dir = tmp_path / recipe
+        kept_engine.run_rows(run_dir, rows, plain_model, ENGINE, conf, "run.log_level=error", *overrides)
+        return load_result(run_dir)
 
-def ask_peer(launcher: Launcher, model: Path, pairs: list[list[int]]) -> list[Any]:
-    peer = launcher.folder / "peer.py"
-    peer.write_text(PEER)
-    arguments = [str(model), *map(json.dumps, (ENGINE, PROMPTS, pairs))]
-    job = launcher.start(
-        [launcher.python, str(peer), *arguments],
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_OMP_THREADS_BIND="nobind",
-    )
-    assert job.wait() == 0, job.output
-    line = next(line for line in job.output.splitlines() if line.startswith("RESULT "))
-    answer: list[Any] = json.loads(line.removeprefix("RESULT "))
-    return answer
+    return run
 
 
 def assert_same_tokens(expected: list[list[list[float]]], ids: list[int], logprobs: list[float], k: int) -> None:
@@ -134,23 +117,68 @@ class TransformersPeer:
         raise AssertionError("the text of no likely token becomes that token again")
 
 
-def test_a_run_keeps_the_log_probabilities_that_vllm_and_transformers_compute(launcher: Launcher, model: Path) -> None:
+@dataclass
+class Answers:
+    """Hold what vLLM and transformers themselves make of the rows.
+
+    Attributes:
+        scored_rows: the rows of the recipe `score`, and `pairs` their tokens: of the prompt, and of the answer.
+        rows, scores, texts: what the peer prints: of the prompts, of the pairs, and of the prompts alone.
+    """
+
+    transformers: TransformersPeer
+    scored_rows: list[dict[str, Any]]
+    pairs: list[tuple[list[int], list[int]]]
+    rows: list[Any]
+    scores: list[Any]
+    texts: list[Any]
+
+
+@pytest.fixture(scope="module")
+def answers(plain_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    transformers = TransformersPeer(plain_model)
+    rows = [{"question": prompt, "answer": answer} for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    rows.append(transformers.find_greedy_row())
+    pairs = [transformers.encode(row) for row in rows]
+    launcher = Launcher(tmp_path_factory.mktemp("peer"))
+    peer = launcher.folder / "peer.py"
+    peer.write_text(PEER)
+    sequences = [prompt + completion for prompt, completion in pairs]
+    arguments = [str(plain_model), *map(json.dumps, (ENGINE, PROMPTS, sequences))]
+    job = launcher.start(
+        [launcher.python, str(peer), *arguments],
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+    )
+    try:
+        assert job.wait() == 0, job.output
+    finally:
+        job.end()
+    line = next(line for line in job.output.splitlines() if line.startswith("RESULT "))
+    return Answers(transformers, rows, pairs, *json.loads(line.removeprefix("RESULT ")))
+
+
+def test_a_run_generates_what_llm_generate_does(
+    kept_engine: KeptEngine, plain_model: Path, tmp_path: Path, answers: Answers
+) -> None:
+    options = ("data.prompt_column=prompt", "sampling={temperature: 0, max_tokens: 12}", "output.token_ids=true")
+    prompts = [{"prompt": prompt} for prompt in PROMPTS]
+    rows = load_result(kept_engine.run_rows(tmp_path / "run", prompts, plain_model, ENGINE, *options))
+    assert [[row["generated_token_ids"], row["generated_text"]] for row in rows] == answers.texts
+
+
+def test_a_run_keeps_the_log_probabilities_that_vllm_and_transformers_compute(
+    run_recipe: Callable[..., list[Any]], answers: Answers
+) -> None:
     generated = run_recipe(
-        launcher,
         "logprobs",
         [{"prompt": prompt, "stop": ["zzz"] if index % 2 else None} for index, prompt in enumerate(PROMPTS)],
-        model,
         *("data.as_chat=false", "sampling.temperature=0", "sampling.max_tokens=8"),
         *("sampling.logprobs=3", "sampling.prompt_logprobs=2", "sampling.from_columns={stop: stop}"),
     )
-    transformers = TransformersPeer(model)
-    rows = [{"question": prompt, "answer": answer} for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
-    rows.append(transformers.find_greedy_row())
-    scored = run_recipe(launcher, "score", [*rows, {"question": "x", "answer": "word " * 400}], model)
-    pairs = [transformers.encode(row) for row in rows]
-    peer_rows, peer_scores = ask_peer(launcher, model, [prompt + completion for prompt, completion in pairs])
+    scored = run_recipe("score", [*answers.scored_rows, {"question": "x", "answer": "word " * 400}])
 
-    for row, expected in zip(generated, peer_rows, strict=True):
+    for row, expected in zip(generated, answers.rows, strict=True):
         assert row["generated_text"] == expected["text"]
         assert row["generated_token_ids"] == expected["ids"]
         own = [dict(map(tuple, top))[token] for top, token in zip(expected["top"], expected["ids"], strict=True)]
@@ -166,12 +194,12 @@ def test_a_run_keeps_the_log_probabilities_that_vllm_and_transformers_compute(la
     *scored, too_long = scored
     assert too_long["error"]["type"] == "prompt_too_long" and too_long["completion_logprob"] is None
     assert "generated_text" not in scored[0]
-    for row, (prompt_ids, completion_ids), expected in zip(scored, pairs, peer_scores, strict=True):
+    for row, (prompt_ids, completion_ids), expected in zip(scored, answers.pairs, answers.scores, strict=True):
         assert row["error"] is None and row["num_prompt_tokens"] == len(prompt_ids)
         assert row["completion_token_ids"] == completion_ids
         own = [top[0][1] for top in expected[len(prompt_ids) :]]
         assert row["completion_token_logprobs"] == pytest.approx(own, abs=TOLERANCE)
-        theirs, is_greedy = transformers.compute(prompt_ids, completion_ids)
+        theirs, is_greedy = answers.transformers.compute(prompt_ids, completion_ids)
         assert row["completion_token_logprobs"] == pytest.approx(theirs, abs=1e-3)
         assert row["completion_logprob"] == pytest.approx(math.fsum(theirs), abs=1e-2)
         assert row["completion_is_greedy"] is is_greedy

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.jobs import REPO, Launcher, load_result
+from helpers.kept_engine import KeptEngine
 from helpers.tiny_model import ENGINE, quantize, save_tiny_model
 
-pytestmark = [pytest.mark.vllm, pytest.mark.multi]
+pytestmark = [pytest.mark.vllm, pytest.mark.multi, pytest.mark.xdist_group("engines")]  # one engine runs most recipes
 
 DOCUMENT = "the quick brown fox jumps over the lazy dog " * 16  # more than a block of the KV cache, 128 tokens
 QUESTIONS = [{"document": DOCUMENT, "question": f"hello {word}"} for word in ("fox", "dog", "world", "there")]
+# Without blanks in JSON: a random model would write them for ever.
+XGRAMMAR = {"backend": "xgrammar", "disable_any_whitespace": True}
+OPTIONS = {**ENGINE, "max_model_len": 1024, "enable_prefix_caching": True, "structured_outputs_config": XGRAMMAR}
 PROMPTS = [{"prompt": f"{row['document']}\n\nQuestion: {row['question']}\nAnswer:"} for row in QUESTIONS]
 
 
@@ -24,31 +29,30 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model"), "plain", max_model_len=1024)
 
 
-def run_recipe(launcher: Launcher, recipe: str, rows: list[dict[str, Any]], model: Path, *overrides: str) -> Path:
+@pytest.fixture
+def run_recipe(kept_engine: KeptEngine, tmp_path: Path, model: Path) -> Callable[..., Path]:
     """Run a shipped recipe over other rows and another model, and return the run directory."""
-    data = launcher.folder / f"{recipe}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_dir = launcher.folder / recipe / "run"
-    engine = [f"engine.{name}={json.dumps(value)}" for name, value in {**ENGINE, "max_model_len": 1024}.items()]
-    job = launcher.dpgen(
-        "run",
-        str(REPO / "conf" / f"{recipe}.yaml"),
-        *(f"run.dir={run_dir}", f"model={model}", f"data.path={data}", "run.log_level=error", *engine, *overrides),
-    )
-    assert job.wait() == 0, job.output
-    return run_dir
+
+    def run(recipe: str, rows: list[dict[str, Any]], *overrides: str) -> Path:
+        conf = str(REPO / "conf" / f"{recipe}.yaml")
+        quiet = "run.log_level=error"
+        return kept_engine.run_rows(tmp_path / f"run-{recipe}", rows, model, OPTIONS, conf, quiet, *overrides)
+
+    return run
 
 
-def test_speculation_and_the_prefix_cache_change_no_greedy_text(launcher: Launcher, model: Path) -> None:
-    cached = run_recipe(launcher, "prefix_caching", QUESTIONS, model, "sampling.max_tokens=40", "engine.max_num_seqs=1")
+def test_speculation_and_the_prefix_cache_change_no_greedy_text(run_recipe: Callable[..., Path]) -> None:
+    cached = run_recipe("prefix_caching", QUESTIONS, "sampling.max_tokens=40", "engine.max_num_seqs=1")
     facts = json.loads((cached / "run.json").read_text())
     assert facts["manifests"][0]["num_cached_tokens"] >= 3 * 128, "later rows found the document in the cache"
-    speculative = run_recipe(launcher, "speculative", PROMPTS, model, "data.as_chat=false", "sampling.max_tokens=40")
+    speculative = run_recipe("speculative", PROMPTS, "data.as_chat=false", "sampling.max_tokens=40")
     texts = [[row["generated_text"] for row in load_result(run)] for run in (cached, speculative)]
     assert texts[0] == texts[1] and all(texts[0])
 
 
-def test_a_quantized_model_runs_and_answers_follow_the_schema(launcher: Launcher, model: Path, tmp_path: Path) -> None:
+def test_a_quantized_model_runs_and_answers_follow_the_schema(
+    run_recipe: Callable[..., Path], model: Path, tmp_path: Path
+) -> None:
     quantized = Path(shutil.copytree(model, tmp_path / "quantized"))
     quantize(quantized)
     own_constraint = '{"choice": ["yes", "no"]}'
@@ -57,14 +61,14 @@ def test_a_quantized_model_runs_and_answers_follow_the_schema(launcher: Launcher
         {"prompt": "the fox", "constraint": own_constraint},
     ]
     overrides = [
+        f"model={quantized}",
         "data.as_chat=false",
         "sampling.max_tokens=200",
         "output.schema=@conf/schemas/review.json",
-        "engine.structured_outputs_config={backend: xgrammar, disable_any_whitespace: true}",
         "sampling.from_columns={structured_outputs: constraint}",
         "sampling.temperature=0",
     ]
-    run = run_recipe(launcher, "quantized", rows, quantized, *overrides)
+    run = run_recipe("quantized", rows, *overrides)
     answer, own = load_result(run)
     if answer["finish_reason"] == "stop":  # a random model may not come to an end
         assert answer["parse_error"] is None and answer["parsed"] == json.loads(answer["generated_text"])
@@ -73,9 +77,9 @@ def test_a_quantized_model_runs_and_answers_follow_the_schema(launcher: Launcher
     assert own["parse_error"].startswith("no JSON: ")
 
 
-def test_each_sample_of_a_prompt_of_token_ids_is_a_row(launcher: Launcher, model: Path) -> None:
+def test_each_sample_of_a_prompt_of_token_ids_is_a_row(run_recipe: Callable[..., Path]) -> None:
     rows = [{"tokens": [5, 6, 7]}, {"tokens": [9, 10]}, {"tokens": [100_000]}]
-    run = run_recipe(launcher, "samples", rows, model, "sampling.n=3", "sampling.max_tokens=9")
+    run = run_recipe("samples", rows, "sampling.n=3", "sampling.max_tokens=9")
     result = load_result(run)
     assert [(row["row_id"], row["sample_id"]) for row in result] == [
         *((0, n) for n in range(3)),
@@ -110,13 +114,13 @@ def test_vllm_accepts_the_options_of_recipes_that_need_a_gpu(launcher: Launcher,
     assert job.wait() == 0 and "all accepted" in job.output, job.output
 
 
-def test_each_ready_program_runs_with_its_recipe(launcher: Launcher, model: Path) -> None:
+def test_each_ready_program_runs_with_its_recipe(run_recipe: Callable[..., Path]) -> None:
     """A model of random weights says nothing sensible: what is generated is checked by its form."""
     few = ["sampling.max_tokens=24", "data.chat_template_kwargs={}", "run.report=false"]
     questions = [{"question": f"hello {word}"} for word in ("fox", "dog")]
 
     def run(recipe: str, rows: list[dict[str, Any]], *overrides: str) -> list[dict[str, Any]]:
-        result = load_result(run_recipe(launcher, recipe, rows, model, *few, *overrides))
+        result = load_result(run_recipe(recipe, rows, *few, *overrides))
         errors = [row["error"] for row in result if row["error"]]
         assert not errors, errors
         return result
@@ -135,7 +139,6 @@ def test_each_ready_program_runs_with_its_recipe(launcher: Launcher, model: Path
         assert row["num_calls"] == 4 and row["reward"] == max(row["rewards"]) < 0
         assert row["best"] == row["texts"][row["rewards"].index(row["reward"])]
     tools = ["sampling={temperature: 1, max_tokens: 300}", "program.options={max_input_chars: 12, max_steps: 2}"]
-    tools += ["engine.structured_outputs_config={backend: xgrammar, disable_any_whitespace: true}"]
     results = run("tool_loop", [{"question": f"hello {number}"} for number in range(6)], *tools)
     steps = [step for row in results for step in json.loads(row["steps"])]
     assert steps and all(step["action"] == "calculate" and step["result"] for step in steps)

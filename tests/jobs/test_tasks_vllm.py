@@ -12,7 +12,7 @@ from helpers.bad_input import BAD_PAIRS
 from helpers.jobs import REPO, Launcher, load_result, read_run_json
 from helpers.tiny_pooling import ENGINE, LABELS, WORDS, save_tiny_pooling
 
-pytestmark = [pytest.mark.vllm, pytest.mark.multi, pytest.mark.slow, pytest.mark.xdist_group("tasks_vllm")]
+pytestmark = [pytest.mark.vllm, pytest.mark.multi, pytest.mark.slow, pytest.mark.xdist_group("engines")]
 
 VOCABULARY = WORDS.split()
 TEXTS = [" ".join(VOCABULARY[(7 * i + j) % len(VOCABULARY)] for j in range(1 + i % 9)) for i in range(24)]
