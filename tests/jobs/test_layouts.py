@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from helpers.jobs import Launcher, WriteConfig, find_engine_pids, load_result, make_numbered_rows, wait_for, write_into
+from helpers.kept_engine import KeptEngine
 from helpers.results import count_journal_bytes, load_all_rows
-from helpers.tiny_model import ENGINE, save_tiny_model, save_tiny_moe
+from helpers.tiny_model import ENGINE, save_tiny_moe
 
 from dpgen.config.sections import ParallelConfig
 from dpgen.distributed.layout import build_layout
@@ -99,11 +100,6 @@ def test_a_row_that_kills_engines_in_lockstep_is_recorded_after_restarts_and_all
 # ---- real vLLM
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
 def make_uneven_rows(count: int) -> list[dict[str, Any]]:
     """Return rows with prompts and outputs of different lengths.
 
@@ -113,15 +109,10 @@ def make_uneven_rows(count: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[dict[str, Any]]:
+def alone(tmp_path_factory: pytest.TempPathFactory, kept_engine: KeptEngine, bos_model: Path) -> list[dict[str, Any]]:
     """Return the rows that one process generates from 41 uneven ones."""
     folder = tmp_path_factory.mktemp("alone")
-    launcher = Launcher(folder)
-    job = launcher.dpgen("run", write_uneven(folder, model))
-    try:
-        assert job.wait() == 0, job.output
-    finally:
-        job.end()
+    kept_engine.run(write_uneven(folder, bos_model))
     return load_result(folder / "run")
 
 
@@ -144,25 +135,22 @@ def write_uneven(folder: Path, model: Path) -> str:
     ("ranks", "count", "options"),
     [
         pytest.param(2, 41, [TP_2], id="two ranks, TP 2 below each"),
-        pytest.param(2, 1, [TP_2], id="two ranks, TP 2 below each, one row"),
-        pytest.param(2, 41, [EXTERNAL, TP_2], id="TP 2 of two processes"),
         pytest.param(2, 41, [EXTERNAL, LOCKSTEP], id="DP 2 in lockstep"),
         pytest.param(4, 41, [EXTERNAL, TP_2], id="DP 2 x TP 2 of four processes"),
         # With one row, the other engine has none.
-        pytest.param(4, 1, [EXTERNAL, TP_2], id="DP 2 x TP 2 of four processes, one row"),
         pytest.param(4, 1, [EXTERNAL, TP_2, LOCKSTEP], id="DP 2 x TP 2 in lockstep, one row"),
     ],
 )
 def test_every_layout_generates_the_same_rows_as_one_process(
     launcher: Launcher,
     tmp_path: Path,
-    model: Path,
+    bos_model: Path,
     alone: list[dict[str, Any]],
     ranks: int,
     count: int,
     options: list[str],
 ) -> None:
-    job = launcher.dpgen("run", write_uneven(tmp_path, model), f"data.limit={count}", *options, ranks=ranks)
+    job = launcher.dpgen("run", write_uneven(tmp_path, bos_model), f"data.limit={count}", *options, ranks=ranks)
     assert job.wait() == 0, job.output
     assert load_result(tmp_path / "run") == alone[:count]
     assert ("only costs" in job.output) == (LOCKSTEP in options)
@@ -191,13 +179,13 @@ def test_experts_split_over_ranks_work_up_to_vllms_communicator_for_the_cpu(
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_vllm_accepts_pipeline_stages_below_a_rank(launcher: Launcher, tmp_path: Path, model: Path) -> None:
+def test_vllm_accepts_pipeline_stages_below_a_rank(launcher: Launcher, bos_model: Path) -> None:
     program = (
         "import sys; from dpgen.engine.messages import EngineSpec; "
         "from dpgen.engine.vllm.vllm_backend import VllmBackend; "
         "print(VllmBackend(EngineSpec('vllm', sys.argv[1], pipeline_parallel_size=2)).check_options())"
     )
-    job = launcher.start([launcher.python, "-c", program, str(model)])
+    job = launcher.start([launcher.python, "-c", program, str(bos_model)])
     assert job.wait() == 0 and "vLLM on the CPU" in job.output, job.output
 
 

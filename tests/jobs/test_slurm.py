@@ -243,43 +243,39 @@ def test_a_run_continues_without_a_lost_node_under_srun_and_is_requeued_under_to
     assert results(tmp_path, "slurm.sbatch", real.NUM_ROWS) == real.expected()
 
 
-@pytest.mark.vllm
-def test_a_run_continues_without_a_killed_task_and_completes(cluster: Cluster, real: RealRuns, tmp_path: Path) -> None:
-    job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", real.write(tmp_path / "run-of-two", 16), **SHORT_LEASE)
-    job.wait_for(lambda: is_generating(tmp_path, "run-of-two"))
+def test_a_run_continues_without_a_killed_task_and_completes(
+    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
+) -> None:
+    conf = write("run", {"step_s": 0.1, "max_num_seqs": 2})  # half a minute for the rank that is left
+    job = SlurmJob.submit(cluster, tmp_path, "slurm.sbatch", conf, **SHORT_LEASE)
+    job.wait_for(lambda: is_generating(tmp_path, "run"))
     os.kill(job.rank_pid(1), signal.SIGKILL)
     assert job.wait() == "COMPLETED", job.output
     assert "task 1: Killed" in job.output and "continuing with the remaining ranks" in job.output
     assert "2 ranks" in job.output and "dpgen: the run is complete" in job.output
     assert job.num_restarts == 0
-    assert results(tmp_path, "run-of-two", real.NUM_ROWS) == real.expected()
+    assert results(tmp_path, "run") == undisturbed(launcher, write("expected", FAST), tmp_path)
 
 
 # ---- runs that must not be requeued
 
 
-@pytest.mark.vllm
 def test_cancelled_runs_stay_cancelled_and_can_be_resumed_by_hand(
-    cluster: Cluster, write: Callable[..., str], real: RealRuns, launcher: Launcher, tmp_path: Path
+    cluster: Cluster, write: Callable[..., str], launcher: Launcher, tmp_path: Path
 ) -> None:
-    """The job under torchrun has real vLLM."""
-    confs = {"slurm.sbatch": write("slurm.sbatch", SLOW)}
-    confs["slurm_torchrun.sbatch"] = real.write(tmp_path / "slurm_torchrun.sbatch", 1)
-    jobs = {script: SlurmJob.submit(cluster, tmp_path, script, conf) for script, conf in confs.items()}
+    jobs = {script: SlurmJob.submit(cluster, tmp_path, script, write(script, SLOW)) for script in SCRIPTS}
     for script, job in jobs.items():
         job.wait_for(lambda script=script: is_generating(tmp_path, script))
         cluster.run("scancel", job.id)
     for job in jobs.values():
         assert job.wait() == "CANCELLED", job.output
         assert "Not requeued: SLURM is ending the job" in job.output
-    again = {"slurm.sbatch": write("slurm.sbatch", FAST)}
-    again["slurm_torchrun.sbatch"] = real.write(tmp_path / "slurm_torchrun.sbatch", 32)
-    for conf in again.values():
-        resumed = launcher.dpgen("run", conf)
+    expected = undisturbed(launcher, write("expected", FAST), tmp_path)
+    for script in SCRIPTS:
+        resumed = launcher.dpgen("run", write(script, FAST))
         assert resumed.wait() == 0, resumed.output
         assert "attempt 2: " in resumed.output and "attempt 2: 0 of" not in resumed.output
-    results(tmp_path, "slurm.sbatch")
-    assert results(tmp_path, "slurm_torchrun.sbatch", real.NUM_ROWS) == real.expected()
+        assert results(tmp_path, script) == expected
 
 
 def test_runs_that_fail_are_not_requeued(cluster: Cluster, write: Callable[..., str], tmp_path: Path) -> None:

@@ -155,8 +155,8 @@ def test_without_sync_kv_cache_no_rank_waits_for_a_late_one(
 
 @pytest.mark.multi
 @pytest.mark.slow
-def test_thirty_two_ranks_on_one_machine(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
-    job = launcher.dpgen("run", write_config(make_numbered_rows(320), engine={"step_s": 0.01}), ranks=32)
+def test_sixteen_ranks_on_one_machine(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
+    job = launcher.dpgen("run", write_config(make_numbered_rows(160), engine={"step_s": 0.01}), ranks=16)
     assert job.wait() == 0, job.output
-    assert [row["row_id"] for row in load_result(tmp_path / "run")] == list(range(320))
-    assert "320 rows over 32 ranks" in job.output and "ready after" in job.output
+    assert [row["row_id"] for row in load_result(tmp_path / "run")] == list(range(160))
+    assert "160 rows over 16 ranks" in job.output and "ready after" in job.output
