@@ -56,6 +56,7 @@ def find_difference(config: Config, other: Config) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_ranks_with_other_sampling_or_another_seed_end_with_both_values(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

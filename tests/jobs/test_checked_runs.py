@@ -75,6 +75,7 @@ def test_a_run_that_is_killed_repeats_no_attempt_at_any_world_size(
     assert manifests[0]["num_retries"]["function"] > 0 and manifests[0]["num_rejected_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_a_check_that_crashes_hangs_or_raises_costs_its_row_an_attempt(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ def test_a_sick_engine_is_abandoned_and_poisons_no_row(
     assert count_engine_starts(tmp_path / "run", rank=1) <= 9
 
 
+@pytest.mark.slow
 def test_one_rank_finds_its_only_poison_row(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
     job = launcher.dpgen("run", write_config(make_numbered_rows(24), engine={"raise_on": "number 7"}))
     assert job.wait() == 0, job.output
@@ -36,6 +37,7 @@ def test_one_rank_finds_its_only_poison_row(launcher: Launcher, write_config: Wr
     assert errors == {7: "poison_row"}
 
 
+@pytest.mark.slow
 def test_a_row_that_livelocks_its_engine_is_recorded_and_the_run_continues(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -69,7 +71,8 @@ def test_two_kills_from_outside_leave_all_rows_running_together(
     assert all(row["error"] is None for row in load_all_rows(tmp_path / "run", 30))
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=[pytest.mark.multi, pytest.mark.slow])])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.multi)])
 def test_a_run_whose_only_remaining_rows_are_poison_records_them(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, ranks: int
 ) -> None:

@@ -11,6 +11,7 @@ from helpers.jobs import Launcher, WriteConfig, load_result
 pytestmark = pytest.mark.multi
 
 
+@pytest.mark.slow
 def test_a_bad_row_gets_a_typed_error_and_the_other_rows_are_generated(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -57,6 +58,7 @@ def test_a_run_in_which_no_row_succeeded_ends_with_1_however_often_it_is_started
     assert launcher.dpgen("run", conf, "run.allow_all_errors=true").wait() == 0
 
 
+@pytest.mark.slow
 def test_rows_that_fail_first_do_not_stop_a_run_whose_good_rows_are_still_running(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -81,6 +83,7 @@ def test_slow_rows_that_fail_first_do_not_stop_a_run_whose_good_rows_come_last(
     assert [row["row_id"] for row in load_result(tmp_path / "run") if not row["error"]] == list(range(300, 320))
 
 
+@pytest.mark.slow
 def test_failed_rows_may_fail_again_in_a_finished_run(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from dpgen.output.verification import verify
 pytestmark = pytest.mark.multi
 
 
+@pytest.mark.slow
 def test_rows_fail_alone_and_replaced_files_are_noticed(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def test_a_program_that_is_killed_at_any_world_size_repeats_no_call_and_ends_the
     assert verified.wait() == 0, verified.output
 
 
+@pytest.mark.slow
 def test_each_way_in_which_a_program_ends_badly_is_its_rows_error_alone(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_each_way_in_which_a_program_ends_badly_is_its_rows_error_alone(
         assert rows[kind]["answer"] is None
 
 
+@pytest.mark.slow
 def test_a_program_that_asks_something_else_than_before_is_told_so_and_goes_on(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -102,6 +104,7 @@ def test_a_program_that_asks_something_else_than_before_is_told_so_and_goes_on(
     assert len({row[0] for row in texts}) == 12, "each call has a seed of its row"
 
 
+@pytest.mark.slow
 def test_rows_of_an_abandoned_engine_go_to_other_ranks_with_their_finished_calls(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -267,6 +267,7 @@ def test_a_signal_during_start_up_stops_a_job_within_five_seconds(
     wait_for(lambda: not find_engine_pids(job))
 
 
+@pytest.mark.slow
 def test_a_time_limit_stops_a_job(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
     conf = write_config(make_numbered_rows(600), engine={"step_s": 0.05, "max_num_seqs": 4})
     job = launcher.dpgen("run", conf, "run.time_limit=15")  # on a busy machine loading alone takes more than 5 s
@@ -316,7 +317,8 @@ def test_an_engine_killed_while_it_starts_is_restarted(
     load_all_rows(tmp_path / "run", 30)
 
 
-@pytest.mark.parametrize("moment", [pytest.param("", marks=pytest.mark.slow), "KV cache"])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["", "KV cache"])
 def test_a_killed_torchrun_leaves_no_process(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, moment: str
 ) -> None:

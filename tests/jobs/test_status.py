@@ -140,6 +140,7 @@ def test_a_status_directory_that_can_not_be_written_costs_no_row(
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_a_line_for_each_rank_and_rows_at_the_end_are_logged_on_request(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
