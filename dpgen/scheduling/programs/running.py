@@ -127,17 +127,28 @@ class _Branch:
 
 _branch: ContextVar[_Branch] = ContextVar("branch")
 
+# Tasks that have not ended, those of a closed loop included. Nothing else holds a task that waits for ever. If it were
+# collected as garbage, in any thread, its coroutine would be closed there, and one that catches all would never return.
+_unfinished: set[asyncio.Task[Any]] = set()
+
 
 def make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, context: Any = None, **others: Any) -> Any:
     """Make a task; the task factory of the event loop. A task that a program begins gets a place in it."""
     branch = _branch.get(None)
     if branch is None or (context is not None and context.get(_branch) is not branch):
-        return asyncio.Task(coroutine, loop=loop, context=context, **others)
+        return _keep(asyncio.Task(coroutine, loop=loop, context=context, **others))
     context = copy_context() if context is None else context.copy()
     place = branch.take_place_of_callback() if asyncio.current_task(loop) is None else branch.take_place()
     context.run(_branch.set, _Branch(branch.program, f"{place}."))
-    task = asyncio.Task(coroutine, loop=loop, context=context, **others)
+    task = _keep(asyncio.Task(coroutine, loop=loop, context=context, **others))
     branch.program.tasks.add(task)
+    return task
+
+
+def _keep(task: asyncio.Task[Any]) -> asyncio.Task[Any]:
+    """Hold a task until it has ended."""
+    _unfinished.add(task)
+    task.add_done_callback(_unfinished.discard)
     return task
 
 

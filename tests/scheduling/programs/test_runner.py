@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -193,3 +194,24 @@ def test_a_result_that_comes_after_its_program_has_ended_is_no_rows_result(
     assert result.error is None and result.num_calls == 2
     harness.answer(by_prompt["left behind"], "late")
     assert harness.runner.poll() == [] and len(harness.records) == 1
+
+
+def test_a_program_that_catches_all_is_not_closed_as_garbage(make_harness: Callable[..., Harness]) -> None:
+    """It would catch that, too, and loop for ever in whichever thread collects garbage."""
+    caught: list[str] = []
+
+    async def program(row: dict[str, Any], llm: Llm) -> None:
+        while len(caught) < 10:
+            try:
+                await llm.complete(row["q"])
+            except BaseException as error:  # noqa: BLE001 - what a careless program does
+                caught.append(type(error).__name__)
+
+    harness = make_harness(program, max_calls=0)
+    harness.begin(1)
+    [result] = harness.finish()
+    assert result.error is not None and result.error.type == "program_too_many_calls"
+    harness.loop.close()
+    del harness
+    gc.collect()
+    assert "GeneratorExit" not in caught
