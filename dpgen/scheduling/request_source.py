@@ -49,7 +49,7 @@ class RequestSource:
         claimer: claims positions; None for a rank that gets no rows.
         open_shard: returns the shard with a given index.
         builder: builds the requests.
-        fair_share: rows in flight on this rank, at most: its part if all ranks generated equally many.
+        fair_share: rows in flight or claimed on this rank, at most: its part if all ranks generated equally many.
         num_probes: probe rows over all ranks; their lengths estimate those of other rows.
         length_tracker: counts the measured prompt groups; None where no lengths are measured.
 
@@ -212,6 +212,8 @@ class RequestSource:
         if self._shards_exhausted or self._claimer is None:
             return False
         num_in_flight = self.num_in_flight + len(self._claimed) + len(self._ready)
+        if num_in_flight >= max(1, self.fair_share):  # a rank that holds nothing finds out if any row is left
+            return False  # another rank can start the next row now, and this one could not
         if self._claimer.should_yield(max(self.num_in_flight_when_full, num_in_flight)):
             return False
         limit = self._max_claim_size

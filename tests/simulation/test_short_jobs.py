@@ -100,3 +100,12 @@ def test_wrong_hints_do_no_harm(kind: str, noise: float) -> None:
 def test_a_slow_rank_does_no_more_harm_than_without_a_plan(kind: str) -> None:
     planned = run(sample(kind), slowdown={1: 1.5})
     assert planned.wall_s < 1.03 * run(sample(kind), slowdown={1: 1.5}, is_planned=False).wall_s
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("start_s", [{}, {1: 1.0, 2: 1.5, 3: 2.0}], ids=["together", "one after the other"])
+def test_no_rank_holds_a_row_that_another_one_could_start(num_rows: int, start_s: dict[int, float]) -> None:
+    result = run(np.full(num_rows, 1000), start_s=start_s)
+    one_row_s = 1000 * (MODEL.step_s + MODEL.seq_s)
+    assert result.wall_s <= one_row_s + max(start_s.values(), default=0.0) + 0.01
+    assert (result.busy_s > 0).sum() == num_rows
