@@ -50,6 +50,7 @@ class FakeOptions:
         kv_cache_memory_bytes: bytes reported as free.
         load_error: fail to load, with this message.
         load_output: print this while loading.
+        load_lock: a file; loading takes, after that, as long as another process has the file locked.
         free_gib: memory that other processes leave of 100 GiB; None for all. As on a GPU, loading fails if it is less
             than `gpu_memory_utilization`.
         crash_on, hang_on, raise_on: kill the engine process, hang for good, or raise.
@@ -71,6 +72,7 @@ class FakeOptions:
     kv_cache_memory_bytes: int = 1 << 20
     load_error: str | None = None
     load_output: str | None = None
+    load_lock: str | None = None
     free_gib: float | None = None
     gpu_memory_utilization: float = 0.9
     crash_on: str | None = None
@@ -171,6 +173,9 @@ class FakeBackend:
         time.sleep(self._options.load_s)
         if self._options.load_output is not None:
             print(self._options.load_output, flush=True)
+        if self._options.load_lock is not None:
+            with open(self._options.load_lock, "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH)
         self._check_free_memory()
         if self._options.load_error is not None and self._takes_fault():
             raise RuntimeError(self._options.load_error)

@@ -46,6 +46,7 @@ _RESULT_NEUTRAL_ENGINE_KEYS = frozenset(
         "kernel_s",
         "device_lock",
         "load_s",
+        "load_lock",
         "load_error",
         "free_gib",
         "crash_on",
