@@ -74,7 +74,8 @@ class Bench:
     def measure(self) -> dict[str, Any]:
         ways = {"checked": self.run_checked, "unchecked": self.run_unchecked}
         if self.options.side_by_side:
-            rates = measure_side_by_side(*ways.items(), self.options.rounds)
+            first, second = ways.items()
+            rates = measure_side_by_side(first, second, self.options.rounds)
         else:
             rates = measure_in_turn(ways, self.options.rounds)
         return {

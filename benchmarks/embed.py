@@ -21,6 +21,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ def measure(options: argparse.Namespace, engine: dict[str, Any], work_dir: Path)
         Peer(serve_ranks, options, work_dir, settings, num_processes=options.ranks) as dpgen,
         Peer(serve_llm, options, work_dir, model, engine, embed) as llm,
     ):
-        ways = {"dpgen": lambda: dpgen.time("dpgen", path), "embed": lambda: llm.time("embed", path)}
+        ways: dict[str, Callable[[], float]] = {
+            "dpgen": lambda: dpgen.time("dpgen", path),
+            "embed": lambda: llm.time("embed", path),
+        }
         for time_pass in ways.values():
             time_pass()  # a warm-up
         seconds = measure_in_turn(ways, options.rounds)
