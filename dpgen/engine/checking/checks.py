@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from dpgen.config.completion_checks import CheckConfig
 from dpgen.config.sections import OutputConfig
+from dpgen.engine.checking.quick_schema import make_quick_yes
 from dpgen.engine.parsing.json_text import JsonText, read_json
 from dpgen.imports import load_function
 from dpgen.journal.attempts import Rejection
@@ -212,12 +213,14 @@ def make_schema_check(schema: Any) -> _Check:
     except exceptions.SchemaError as error:
         raise ValueError(f"check.json_schema is no JSON Schema, at {error.json_path}: {error.message}") from None
     _reject_foreign_references(schema)
-    validator = validator_class(schema)
+    validator, is_sure = validator_class(schema), make_quick_yes(schema)
 
     def check(subject: _Subject) -> str | None:
         found = subject.json
         if found.error is not None:
             return found.error
+        if is_sure(found.value):
+            return None
         problem = exceptions.best_match(validator.iter_errors(found.value))
         return None if problem is None else f"at {problem.json_path}: {problem.message}"
 
