@@ -69,6 +69,12 @@ class InputRows:
         return self.source.kind not in ("json", "csv", "tsv", "text", BATCH_FORMAT)
 
     @property
+    def mean_row_bytes(self) -> float:
+        """Return the bytes of a row in memory, all columns together."""
+        table = self.dataset.data.table
+        return float(table.nbytes / max(1, table.num_rows))
+
+    @property
     def is_empty(self) -> bool:
         """Return True if there are no rows; then the columns may be unknown, too."""
         return len(self.dataset) == 0

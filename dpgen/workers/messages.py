@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 _SIZE = struct.Struct("<Q")
-_READ_BYTES = 256 << 10
+_READ_BYTES = 64 << 10  # malloc maps pages for 128 KiB and more, which takes five times as long as to read an answer
 
 
 def encode_message(value: Any) -> bytes:

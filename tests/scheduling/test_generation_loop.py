@@ -343,6 +343,9 @@ class RejectingChecker:
     def pending_ids(self) -> list[RequestId]:
         return [result.id for result in self._results]
 
+    def expect(self, row: int) -> None:
+        pass
+
     def submit(self, result: RowResult, first_attempt: int) -> None:
         self._results.append(result)
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from dpgen.config.completion_checks import CheckConfig
 from dpgen.config.sections import OutputConfig
 from dpgen.data.input_rows import InputRows
@@ -20,6 +18,7 @@ from dpgen.engine.checking.checks import (
     list_worker_checks,
     make_quick_check,
 )
+from dpgen.engine.checking.row_cache import RowCache
 from dpgen.engine.process import select_own_environment
 from dpgen.errors import ConfigError
 from dpgen.imports import list_import_folders
@@ -75,7 +74,8 @@ class CompletionChecker:
     """
 
     def __init__(self, config: CheckConfig, pool: WorkerPool | None = None, rows: InputRows | None = None) -> None:
-        self._check_quickly, self._pool, self._rows = make_quick_check(config), pool, rows
+        self._check_quickly, self._pool = make_quick_check(config), pool
+        self._rows = None if rows is None else RowCache(rows)
         names = list_worker_checks(config)
         # The check that a worker most likely dies of, or takes too long for.
         self._slow_check = next((name for name in _SLOWEST_FIRST if name in names), "")
@@ -104,6 +104,11 @@ class CompletionChecker:
                 self._pool.wait_until_ready(on_wait)
         except WorkerRefused as error:
             raise ConfigError(str(error)) from None
+
+    def expect(self, row: int) -> None:
+        """Note that completions of a row have been requested."""
+        if self._rows is not None:
+            self._rows.expect(row)
 
     def submit(self, result: RowResult, first_attempt: int = 0) -> None:
         """Add a result with completions; `poll` returns it, checked.
@@ -148,13 +153,13 @@ class CompletionChecker:
             self._checked.append(pending)
 
     def _make_tasks(self) -> Iterator[tuple[tuple[RequestId, int], CheckTask]]:
-        """Yield a task for each completion that workers must check. Reading many rows takes hardly longer than one."""
+        """Yield a task for each completion that workers must check."""
         by_row: dict[int, list[_PendingResult]] = {}
         for pending in self._unsent:
             by_row.setdefault(pending.result.row, []).append(pending)
         columns_of_rows: Iterable[dict[str, Any] | None] = [None] * len(by_row)
         if self._rows is not None and by_row:
-            columns_of_rows = self._rows.iter_rows(np.array(list(by_row)), self._rows.columns)
+            columns_of_rows = self._rows.read(list(by_row))
         for columns, results in zip(columns_of_rows, by_row.values(), strict=True):
             for pending in results:
                 yield from _make_tasks_of_result(pending, columns)

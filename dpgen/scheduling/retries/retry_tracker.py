@@ -118,6 +118,7 @@ class RetryTracker:
             request if earlier is None else self._make_request(request, RequestId(request.row, attempt=earlier.first))
         )
         row = self._rows[request.row] = RowState(request, first.id.attempt)
+        self._checker.expect(request.row)
         attempts = [] if earlier is None else earlier.current
         for attempt in attempts:
             row.apply(attempt)

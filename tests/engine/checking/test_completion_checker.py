@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from dpgen.config.sections import OutputConfig
 from dpgen.engine.checking import completion_checker
 from dpgen.engine.checking.checks import CheckAnswer, CheckTask, checks_parse_json, start
 from dpgen.engine.checking.completion_checker import CheckedResult, CompletionChecker, start_completion_checker
+from dpgen.engine.checking.row_cache import RowCache
 from dpgen.engine.parsing.completion_parser import start_completion_parser
 from dpgen.journal.attempts import Rejection
 from dpgen.records import Completion, RowResult
@@ -24,7 +25,8 @@ class Rows:
 
     columns = ("prompt",)
 
-    def __init__(self) -> None:
+    def __init__(self, mean_row_bytes: float = 100.0) -> None:
+        self.mean_row_bytes = mean_row_bytes
         self.reads: list[list[int]] = []
 
     def iter_rows(self, row_ids: np.ndarray, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -141,3 +143,31 @@ def test_rows_of_many_results_are_read_at_once_and_each_goes_with_its_own() -> N
         (make_result(5, attempt=3).id, (None,)),
         (make_result(7, sample=1, attempt=1).id, (None,)),
     }
+
+
+def test_rows_of_requests_in_flight_are_read_with_the_first_that_is_checked_and_again_only_if_long_gone() -> None:
+    pool: Any = Pool()
+    rows: Any = Rows()
+    checker = CompletionChecker(CheckConfig(function="m:f"), pool, rows)
+    for row in range(100):
+        checker.expect(row)
+    for row in (3, 0, 3, 63):  # a further attempt, too
+        checker.submit(make_result(row, "a", attempt=len(pool.tasks)))
+        checker.poll()
+    assert rows.reads == [[3, *range(3), *range(4, 64)]]
+    for row in range(100, 400):
+        checker.expect(row)
+    checker.submit(make_result(64, "a"))
+    checker.poll()
+    assert rows.reads[1:] == [list(range(64, 128))]
+
+
+def test_large_rows_are_not_read_before_they_are_checked() -> None:
+    cache = RowCache(cast(Any, Rows(mean_row_bytes=3e5)))
+    for row in range(9):
+        cache.expect(row)
+    assert cache.read([5]) == [{"prompt": "p5"}]
+    assert cast(Any, cache)._rows.reads == [[5, 0, 1]]
+    for row in range(20, 40):  # no more than a few are kept
+        assert cache.read([row]) == [{"prompt": f"p{row}"}]
+    assert len(cache) <= 12
