@@ -16,7 +16,6 @@ import pytest
 from helpers.jobs import Launcher, write_into
 from helpers.kept_engine import KeptEngine
 from helpers.locks import try_lock
-from helpers.tiny_model import save_tiny_model
 
 _NUM_ENGINE_SLOTS = 2
 
@@ -104,12 +103,16 @@ def kept_engine() -> Iterator[KeptEngine]:
 @pytest.fixture(scope="session")
 def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a tiny model with the tokenizer `plain`; tests of several modules run on one engine with it."""
+    from helpers.tiny_model import save_tiny_model  # imports transformers, which most tests do without
+
     return save_tiny_model(tmp_path_factory.mktemp("plain"), "plain")
 
 
 @pytest.fixture(scope="session")
 def bos_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a tiny model whose tokenizer puts a token before each text, as `plain_model`."""
+    from helpers.tiny_model import save_tiny_model
+
     return save_tiny_model(tmp_path_factory.mktemp("bos"))
 
 

@@ -20,7 +20,6 @@ from helpers.jobs import Launcher
 from helpers.tiny_adapter import save_adapter
 from helpers.tiny_model import save_tiny_model
 from helpers.tiny_pooling import save_tiny_pooling
-from transformers import AutoTokenizer
 
 from dpgen.output.verification import verify
 
@@ -211,6 +210,8 @@ def is_near(one: Any, other: Any, tolerance: float = 1e-4) -> bool:
 
 
 def test_responses_are_those_of_vllm_run_batch(launcher: Launcher, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer  # takes seconds, and every worker imports this module
+
     model = save_tiny_model(tmp_path / "model", "plain", max_model_len=512)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["<think>", "</think>"])

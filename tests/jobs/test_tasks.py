@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 from helpers.jobs import Launcher, WriteConfig, load_result, make_numbered_rows, wait_for
 from helpers.results import count_journal_bytes, load_all_rows, run_undisturbed
-from openai.types import CreateEmbeddingResponse
 
 pytestmark = pytest.mark.multi
 
@@ -111,6 +110,8 @@ def test_embeddings_can_be_exported_and_written_as_json_lines(
 def test_requests_for_embeddings_of_a_batch_file_are_answered(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
+    from openai.types import CreateEmbeddingResponse  # takes seconds, and every worker imports this module
+
     bodies: list[dict[str, Any]] = [
         {"input": "hello"},
         {"input": ["hello", "there"], "encoding_format": "base64", "dimensions": 8},
