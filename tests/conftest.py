@@ -20,7 +20,21 @@ from helpers.locks import try_lock
 _NUM_ENGINE_SLOTS = 2
 
 
-@pytest.hookimpl(trylast=True)  # after pytest-xdist's, which marks groups
+class GroupTestsThatImportVllm:
+    """Put tests that import vLLM into pytest's own process into the group `engines`: it takes 8 seconds a worker."""
+
+    @pytest.hookimpl(tryfirst=True)  # before pytest-xdist's, which reads the marks
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            if has_mark(item, "vllm") and not any(has_mark(item, mark) for mark in ("multi", "slow", "xdist_group")):
+                item.add_marker(pytest.mark.xdist_group("engines"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(GroupTestsThatImportVllm())
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-xdist's, which writes groups into the tests' names
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the tests, longest first, so that no worker is still in a long test when the others are finished.
 
