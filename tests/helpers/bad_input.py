@@ -216,6 +216,7 @@ TEMPLATE = (
 )
 
 _PROGRAM = ["data.prompt_column=null", "data.messages_column=null"]
+_BATCH = ["data.prompt_column=null", "data.format=openai_batch"]
 
 # (what is wrong, arguments of the command, words of its error). All exit with status 2, before a model loads.
 BAD_CONFIGS: list[tuple[str, list[str], str]] = [
@@ -449,7 +450,7 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ("an embedding's type where none is made", ["output.embedding_dtype=int8"], "output.embedding_dtype=int8 has no"),
     (
         "an embedding's type in responses",
-        ["task=embed", "output.format=openai_batch", "output.embedding_dtype=int8"],
+        [*_BATCH, "task=embed", "output.format=openai_batch", "output.embedding_dtype=int8"],
         "output.embedding_dtype has no effect: with output.format=openai_batch each line is a response",
     ),
     ("no dimensions", ["task=embed", "output.dimensions=0"], "output.dimensions=0: must be at least 1"),
