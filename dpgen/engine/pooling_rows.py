@@ -53,6 +53,8 @@ def _combine(pooling: PoolingRequest, vectors: Sequence[np.ndarray], lengths: Se
     if pooling.is_per_token and not pooling.has_query:
         values = np.concatenate(vectors)
         return PooledOutput(values.reshape(len(values), -1), len(vectors), pooling.num_cut_tokens)
+    if len(vectors) == 1:  # nearly all rows: a text in one piece
+        return PooledOutput(vectors[0][None], 1, pooling.num_cut_tokens)
     by_text: dict[int, list[int]] = {}
     for sequence, text in enumerate(pooling.texts or range(len(vectors))):
         by_text.setdefault(text, []).append(sequence)
