@@ -155,3 +155,31 @@ def test_rewards_are_those_of_llm_encode_by_row_and_by_token(generate: Any, expe
     by_token = generate("reward", rows[:6], recipe, "output.reward_per=token", name="tokens")
     for row, values in zip(by_token, expected["token_classify"], strict=False):
         assert row["reward"] == pytest.approx([value for [value] in values], abs=1e-5)
+
+
+def test_sentence_transformers_embeds_the_same_and_reads_every_type(generate: Any, models: dict[str, Path]) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.util.quantization import quantize_embeddings
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models["qwen"])
+    tokenizer.pad_token = tokenizer.eos_token  # which it needs for texts of several lengths
+    tokenizer.save_pretrained(models["qwen"])
+    arguments, rows = ("task=embed", "data.prompt_column=text"), [{"text": text} for text in TEXTS]
+    found = {
+        dtype: np.array(
+            [
+                row["embedding"]
+                for row in generate("qwen", rows, *arguments, f"output.embedding_dtype={dtype}", name=dtype)
+            ]
+        )
+        for dtype in ("float32", "int8", "binary")
+    }
+    exact, util = found["float32"].astype(np.float32), sentence_transformers.util
+    own = sentence_transformers.SentenceTransformer(str(models["qwen"]), device="cpu").encode(TEXTS)
+    assert np.abs(exact - own).max() < 1e-5
+    expected = util.semantic_search(own, own, top_k=3)
+    for hits, others in zip(util.semantic_search(exact, own, top_k=3), expected, strict=True):
+        assert [hit["score"] for hit in hits] == pytest.approx([hit["score"] for hit in others], abs=1e-5)
+    assert np.abs(np.diag(util.cos_sim(found["int8"].astype(np.float32), exact)) - 1).max() < 1e-3
+    assert (found["binary"] == quantize_embeddings(exact, "binary")).all()
