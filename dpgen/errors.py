@@ -69,6 +69,7 @@ ERROR_TYPES = (
         "bad_sampling",
     ),
     *("bad_tools", "bad_template_kwargs", "unknown_adapter", "engine_refused", "poison_row", "decode_failed"),
+    *("media_missing", "media_invalid", "media_too_large", "media_not_allowed", "media_fetch_failed", "media_mismatch"),
     *("bad_request", "unsupported_request", "unknown_model", "check_failed", "not_finite"),
     *("program_failed", "program_timeout", "program_too_many_calls", "program_bad_result", "tool_failed"),
 )

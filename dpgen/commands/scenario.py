@@ -140,7 +140,9 @@ def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
     order_config = OrderConfig.from_config(config)
 
     def order(row_ids: np.ndarray, text_of: PromptTextFn) -> RowOrder:
-        prompts = group_by_prefix(rows, row_ids, select_prompt_columns(config.prompt, rows.columns), text_of)
+        prompts = group_by_prefix(
+            rows, row_ids, select_prompt_columns(config.prompt.without_media, rows.columns), text_of
+        )
         prompt_lengths[row_ids] = prompts.lengths // _CHARS_PER_TOKEN
         return order_rows(order_config, rows, row_ids, text_of)
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dpgen.config.media.media_checks import MEDIA_COLUMN_KEYS
 from dpgen.config.prompt import PROMPT_SOURCES
 from dpgen.config.schema_source import find_wrong_schema
 from dpgen.errors import ERROR_TYPES, ConfigError, suggest_name
@@ -120,6 +121,7 @@ def find_keys_without_effect_on_requests(
     names = [*PROMPT_SOURCES, "completion_column", "as_chat", "system_prompt", "system_prompt_column", "prefill_column"]
     names += ["chat_template_kwargs_column", "tools", "tools_column", "add_generation_prompt"]
     names += ["continue_final_message", "lora_column", "query_column", "document_column", "documents_column"]
+    names += MEDIA_COLUMN_KEYS
     keys = [f"data.{name}" for name in names if getattr(data, name) != getattr(default, name)]
     keys += ["sampling.from_columns"] if sampling.get("from_columns") else []
     for key in keys:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dpgen.config.checks import find_wrong_engine_keys
+from dpgen.config.media.media_checks import MEDIA_COLUMN_KEYS
 from dpgen.config.schema import Config
 from dpgen.config.sections import MISSING
 from dpgen.config.vllm.vllm_fields import iter_old_fields
@@ -34,6 +35,8 @@ _ANY_KEYS: dict[str, Schema] = {
     "retry_errors": {"anyOf": [{"type": "boolean"}, {"type": "array", "items": {"enum": list(ERROR_TYPES)}}]},
     "path": {"anyOf": [_TEXT, {**_TEXTS, "minItems": 1}]},
     "engines_per_rank": {"anyOf": [{"enum": ["auto"]}, {"type": "integer", "minimum": 1}]},
+    **{key: {"anyOf": [{"type": ["string", "null"]}, {**_TEXTS, "minItems": 1}]} for key in MEDIA_COLUMN_KEYS},
+    "media_workers": {"anyOf": [{"enum": ["auto"]}, {"type": "integer", "minimum": 1}]},
     "chat_template": {
         "anyOf": [
             {"type": ["string", "null"]},

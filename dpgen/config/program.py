@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dpgen.config.completion_checks import FUNCTION_NAME
+from dpgen.config.media.media_checks import MEDIA_COLUMN_KEYS
 from dpgen.config.prompt import PROMPT_SOURCES
 from dpgen.config.schema_source import find_wrong_schema
 from dpgen.config.sections import option
@@ -115,7 +116,7 @@ def find_keys_without_effect_on_programs(
         data, output: these sections as they are where nothing is set.
     """
     names = [*PROMPT_SOURCES, "completion_column", "as_chat", "system_prompt_column", "prefill_column"]
-    names += ["chat_template_kwargs_column", "tools_column", "continue_final_message"]
+    names += ["chat_template_kwargs_column", "tools_column", "continue_final_message", *MEDIA_COLUMN_KEYS]
     keys = [f"data.{name}" for name in names if getattr(sections["data"], name) != getattr(data, name)]
     names = ["explode", "messages", "token_ids", "parse", "schema"]
     keys += [f"output.{name}" for name in names if getattr(sections["output"], name) != getattr(output, name)]

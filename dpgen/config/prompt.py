@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpgen.config.tools import parse_tools
@@ -57,6 +57,7 @@ class PromptConfig:
         request_column: a text column of the lines of a batch file, which say all of this; no key of its own.
         query_column, document_column: columns of the two texts of a pair, for models that read both.
         documents_column: in place of the latter, a column of lists of texts.
+        images_column, audios_column, videos_column: columns of media, one or a list of them.
         call_column: stands for the calls that rows' programs make, each of which says its prompt; no key of its own.
 
     Raises:
@@ -84,6 +85,9 @@ class PromptConfig:
     document_column: str | None = None
     documents_column: str | None = None
     call_column: str | None = None
+    images_column: Any = None
+    audios_column: Any = None
+    videos_column: Any = None
 
     def __post_init__(self) -> None:
         if mistakes := list(self._find_mistakes()):
@@ -109,6 +113,25 @@ class PromptConfig:
     def is_of_rows(self) -> bool:
         """Return True if rows are prompts; False where they are requests, or their programs make calls."""
         return self.request_column is None and self.call_column is None
+
+    @property
+    def media_columns(self) -> dict[str, list[str]]:
+        """Return the columns of media by kind: "image", "audio", "video"."""
+        given = {kind: getattr(self, f"{kind}s_column") for kind in ("image", "audio", "video")}
+        return {
+            kind: [] if value is None else [value] if isinstance(value, str) else list(value)
+            for kind, value in given.items()
+        }
+
+    @property
+    def has_media_columns(self) -> bool:
+        """Return True if columns hold media."""
+        return any(self.media_columns.values())
+
+    @property
+    def without_media(self) -> PromptConfig:
+        """Return the same without the columns of media, for what compares and measures texts."""
+        return replace(self, images_column=None, audios_column=None, videos_column=None)
 
     @property
     def chat_template_name(self) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from dpgen.config import checks, completion_checks, program
 from dpgen.config.completion_checks import CheckConfig
+from dpgen.config.media.media_checks import find_wrong_media_use, find_wrong_media_values
 from dpgen.config.pooling.pooling_config import (
     GENERATE,
     PoolingConfig,
@@ -184,6 +185,7 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}='': must be a text, or null for none"
     yield from checks.find_wrong_run_values(sections["run"])
     yield from checks.find_wrong_input(sections["data"], sections["model"])
+    yield from find_wrong_media_values(sections["data"])
     yield from checks.find_wrong_output(sections["output"])
     yield from checks.find_wrong_engine_keys(sections["engine"])
     yield from checks.find_wrong_parallel_values(sections["parallel"])
@@ -248,6 +250,7 @@ def _validate(config: Config) -> None:
     try:
         is_batch = config.data.format == "openai_batch"
         mistakes += find_wrong_task_input(config.task, config.prompt, is_batch=is_batch)
+        mistakes += find_wrong_media_use(config.prompt, config.task)
         if not config.prompt.is_chat and config.output.messages and not config.program.is_used:
             mistakes.append("output.messages=true needs a chat: set data.messages_column, or data.as_chat=true")
     except ConfigError as error:

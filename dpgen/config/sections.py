@@ -179,6 +179,44 @@ class DataConfig:
     render_timeout_s: float = option(
         "reject a row, as render_timeout, whose prompt takes longer than this many seconds to render", 60.0, minimum=0.1
     )
+    images_column: Any = option(
+        "a column of images for models that see, or a list of columns: what datasets stores (Image), bytes, paths, or "
+        "data: and http(s): URLs, each one or a list a row; they fill the messages' placeholders ({type: image}) in "
+        "order, or else come before the first user's text; null: none"
+    )
+    audios_column: Any = option("the same of audio, for models that hear; placeholders are {type: audio}")
+    videos_column: Any = option("the same of videos; placeholders are {type: video}")
+    media_dir: str | None = option(
+        "the folder that relative paths of images, audio and video start from; only files below it are read, links "
+        "followed; by default the folders of the input's files"
+    )
+    fetch_urls: list[str] = option(
+        "hosts that images, audio and video may be fetched from over http(s), redirects included: [images.example.com, "
+        "'*.example.org', 'host:8080']; none by default; an address in a private network is never fetched",
+        factory=list,
+    )
+    fetch_timeout_s: float = option(
+        "seconds in which one image, audio or video is fetched, repeated tries included", 30.0, minimum=0.1
+    )
+    max_media_bytes: int = option(
+        "reject a row, as media_too_large, with an image, audio or video whose file is larger", 256 << 20, minimum=1
+    )
+    max_image_pixels: int = option(
+        "reject a row, as media_too_large, with an image of more pixels by its header, before it is decoded; the "
+        "default is Pillow's and vLLM's own limit",
+        178_956_970,
+        minimum=1,
+    )
+    media_workers: Any = option(
+        "worker processes of each rank that load, decode and preprocess images, audio and video ahead of the engine: a "
+        "number, or auto, by the rank's processor cores",
+        "auto",
+    )
+    max_prepared_bytes: int = option(
+        "the maximum bytes of each rank's images, audio and video that are preprocessed and wait for the engine",
+        4 << 30,
+        minimum=1 << 20,
+    )
     select: str | None = option("a range of rows, start:stop or start:stop:step, counted from 0")
     limit: int | None = option("the maximum number of rows, after select; a run resumes with a larger one", minimum=0)
     columns: list[str] | None = option("the input columns kept in the result; all by default")

@@ -22,7 +22,7 @@ from dpgen.config.sections import DataConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.input_source import InputSource
 from dpgen.data.reading.cache import compute_files_key, describe_error, read_files
-from dpgen.data.reading.dataset_folder import has_configurations, is_read_alike, load_files_with_rows
+from dpgen.data.reading.dataset_folder import has_configurations, is_media_folder, is_read_alike, load_files_with_rows
 from dpgen.data.reading.files import (
     check_all_read,
     check_names_read,
@@ -158,20 +158,24 @@ def _load_folder(path: str, config: DataConfig) -> tuple[datasets.Dataset, Input
     files = [file for names in splits.values() for file in names]
     if not has_configurations(path):
         check_all_read(path, files)
-        check_names_read(files)
+        if not is_media_folder(builder):
+            check_names_read(files)
     others = list_other_files(path, files)
     if config.split is None and len(splits) > 1:
         raise ConfigError(f"data.split is needed: there are {', '.join(sorted(splits))}")
 
+    # A folder may hold a million images.
+    key = compute_files_key(files, opens_files=not is_media_folder(builder))
+
     def load() -> datasets.Dataset:
-        cache = _get_cache() / "dpgen" / f"folder-{compute_files_key(files)}"
+        cache = _get_cache() / "dpgen" / f"folder-{key}"
         loaded = datasets.load_dataset(path, config.name, split=config.split, cache_dir=str(cache))
         return _select_split(loaded, config.split)
 
     if is_read_alike(builder):
         dataset, source = _read_splits(splits, config, load)
         return dataset, replace(source, other_files=others)
-    return load(), InputSource(num_files=len(files), key=compute_files_key(files), other_files=others)
+    return load(), InputSource(num_files=len(files), key=key, other_files=others)
 
 
 def _read_splits(
@@ -226,6 +230,15 @@ def _get_cache() -> Path:
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE)
+
+
+def list_hub_folders(name: str) -> tuple[str, ...]:
+    """Return the folders where the files of a dataset of the Hub are kept."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repository = f"datasets--{name.replace('/', '--')}"
+    return os.path.join(HF_HUB_CACHE, repository), str(datasets.config.DOWNLOADED_DATASETS_PATH)
 
 
 def _select_split(loaded: Any, split: str | None) -> datasets.Dataset:

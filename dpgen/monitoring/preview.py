@@ -20,6 +20,7 @@ import numpy as np
 from dpgen.config.schema import Config
 from dpgen.data.input_loading import load_input
 from dpgen.data.input_rows import InputRows
+from dpgen.data.media.policy import MediaPolicy
 from dpgen.data.model_facts import (
     ContextLimit,
     find_context_limit,
@@ -175,7 +176,7 @@ def build_preview(config: Config, options: PreviewOptions) -> tuple[Preview, Exa
     examiner = RowExaminer(builder, spec, of_model, None if limit is None else limit.num_tokens, num_ids)
     used = [] if rows.is_empty else list(dict.fromkeys(list_used_columns(config, rows.columns)))
     examined = examine_rows(examiner, rows, used, options.max_examined, _MAX_EXAMINE_S)
-    viewer = PromptViewer(config, examiner, text.tokenizer)
+    viewer = PromptViewer(config, examiner, text.tokenizer, MediaPolicy.from_config(config.data))
     preview = Preview(
         config.model,
         len(rows),
@@ -193,7 +194,7 @@ def build_preview(config: Config, options: PreviewOptions) -> tuple[Preview, Exa
         _divide_rows(config, order, layout, examined, len(rows)),
         used,
         [name for name in rows.columns if name not in used],
-        [*notes, *_describe_text(config, text)],
+        [*notes, *_describe_text(config, text), *viewer.notes],
     )
     return preview, examined, model_config
 

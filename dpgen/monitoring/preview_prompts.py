@@ -8,6 +8,9 @@ from itertools import groupby
 from typing import Any
 
 from dpgen.config.schema import Config
+from dpgen.data.media.looking import look_at
+from dpgen.data.media.parts import find_media
+from dpgen.data.media.policy import MediaPolicy
 from dpgen.errors import RowRefused
 from dpgen.monitoring.preview_rows import RowExaminer, count_prompt_tokens, format_untokenized, get_own_sampling
 from dpgen.records import Request
@@ -67,11 +70,23 @@ class PromptViewer:
     Args:
         examiner: makes the rows' requests.
         tokenizer: of transformers; None where the engine, or the fake engine, has another.
+        media_policy: what may be loaded to look at it.
     """
 
-    def __init__(self, config: Config, examiner: RowExaminer, tokenizer: Any) -> None:
+    def __init__(self, config: Config, examiner: RowExaminer, tokenizer: Any, media_policy: MediaPolicy) -> None:
         self._config, self._examiner, self._tokenizer = config, examiner, tokenizer
+        self._media_policy, self._has_seen_media = media_policy, False
         self._special = {} if tokenizer is None else _find_special_tokens(tokenizer)
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what the views leave out."""
+        if not self._has_seen_media:
+            return []
+        return [
+            "tokens of images, audio and video are not counted, and those that are missing or broken are found in the "
+            "rows shown alone"
+        ]
 
     def view(self, row: int, columns: Mapping[str, Any]) -> PromptView:
         """Return the view of a row."""
@@ -79,14 +94,15 @@ class PromptViewer:
             request = self._examiner.build(row, columns)
         except RowRefused as error:
             return PromptView(row, error={"type": error.type, "message": error.message})
-        rejected = None
+        rejected, pieces = None, []
         try:
+            pieces = self._split(request)
             self._examiner.check(request)
         except RowRefused as error:
             rejected = {"type": error.type, "message": error.message}
         return PromptView(
             row,
-            self._split(request),
+            pieces,
             request.prompt_token_ids,
             count_prompt_tokens(request),
             request.num_completion_tokens,
@@ -98,7 +114,8 @@ class PromptViewer:
     def _split(self, request: Request) -> list[PromptPiece]:
         ids = request.prompt_token_ids
         if ids is None:
-            return [PromptPiece(format_untokenized(request.prompt))]
+            self._has_seen_media |= bool(find_media(request.prompt))
+            return [PromptPiece(format_untokenized(request.prompt, lambda part: look_at(part, self._media_policy)))]
         num_prompt = len(ids) - request.num_completion_tokens
         pieces = list(self._iter_pieces(ids[:num_prompt]))
         if request.num_completion_tokens:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from dpgen.data.input_rows import InputRows
+from dpgen.data.media.looking import Describe, format_media_text, format_messages
+from dpgen.data.media.parts import MediaPart, MediaText
 from dpgen.data.openai_batch.requests import select_plain_sampling
 from dpgen.data.prompts.token_ids import reject_too_long, reject_unknown_ids
 from dpgen.engine.messages import EngineSpec
@@ -218,11 +220,11 @@ def count_prompt_tokens(request: Request) -> int:
     return -(-len(format_untokenized(request.prompt)) // CHARS_PER_TOKEN)
 
 
-def format_untokenized(prompt: Any) -> str:
-    """Return the text of a prompt that the engine tokenizes: as it is, or message by message."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt["messages"])
+def format_untokenized(prompt: Any, describe: Describe = MediaPart.describe) -> str:
+    """Return the text of a prompt that is not tokenized yet: as it is, or message by message."""
+    if isinstance(prompt, MediaText):
+        return format_media_text(prompt, describe)
+    return prompt if isinstance(prompt, str) else format_messages(prompt["messages"], describe)
 
 
 def get_own_sampling(request: Request) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from dpgen.config.media.media_checks import check_media_dir
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.columns import check_prompt_columns, select_prompt_columns
@@ -26,6 +27,7 @@ def list_used_columns(config: Config, columns: Sequence[str]) -> list[str]:
 def check_columns(config: Config, rows: InputRows) -> None:
     """Raise ConfigError for the first column that the configuration names and the input lacks or can't give."""
     columns = rows.columns
+    check_media_dir(config.data.media_dir)
     check_prompt_columns(config.prompt, [*columns, *rows.unreadable])
     kept_columns = [*columns, *rows.unreadable] if config.data.columns is None else config.data.columns
     for name, reason in rows.unreadable.items():

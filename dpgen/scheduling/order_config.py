@@ -44,7 +44,7 @@ class OrderConfig:
         generates = config.pooling is None
         return cls(
             config.work,
-            config.prompt,
+            config.prompt.without_media,  # an order needs no contents of images
             (config.prompt.request_column or config.sampling_columns.get("max_tokens")) if generates else None,
             config.reads_prefix_cache,
             AdapterConfig.from_config(config),

@@ -143,7 +143,9 @@ BAD_PROMPT_COLUMNS: list[tuple[str, dict[str, Any], str, str]] = [
 ]
 
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-_IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+_NO_URL = [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]
+_NO_IMAGE = [{"role": "user", "content": [{"type": "image"}]}]
+_UUID = [{"role": "user", "content": [{"type": "image_url", "image_url": None, "uuid": "7"}]}]
 
 # The same for lines of a batch file, (what is wrong, URL, body, ...); tests/data/openai_batch runs it. Lines that are
 # no requests at all are in its test_lines.py; what only vLLM rejects is in tests/engine/test_server_requests_vllm.py.
@@ -197,7 +199,9 @@ BAD_REQUESTS: list[tuple[str, str, dict[str, Any], str, str]] = [
     ("a tool without a name", _CHAT, {"messages": HELLO, "tools": [{"function": {}}]}, "bad_request", "no 'name'"),
     ("no messages", _CHAT, {}, "wrong_type", "messages are null"),
     ("an empty list of messages", _CHAT, {"messages": []}, "empty_prompt", "the list of messages is empty"),
-    ("an image", _CHAT, {"messages": _IMAGE}, "unsupported_content", "only text parts"),
+    ("an image without a URL", _CHAT, {"messages": _NO_URL}, "wrong_type", "has no 'image_url' with the image"),
+    ("a placeholder for an image", _CHAT, {"messages": _NO_IMAGE}, "media_mismatch", "has no image: put it there"),
+    ("an image by its uuid", _CHAT, {"messages": _UUID}, "unsupported_content", "with a uuid"),
     ("no prompt", _COMPLETIONS, {}, "bad_request", "'prompt' is null"),
     ("an empty prompt", _COMPLETIONS, {"prompt": ""}, "empty_prompt", "'prompt' is empty"),
     ("several prompts", _COMPLETIONS, {"prompt": ["a", "b"]}, "unsupported_request", "'prompt' holds 2 prompts"),
@@ -235,6 +239,18 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
         ["data.format=openai_batch"],
         "data.prompt_column has no effect: with data.format=openai_batch each line is a whole request",
     ),
+    (
+        "images beside token ids",
+        ["data.prompt_column=null", "data.token_ids_column=ids", "data.images_column=image"],
+        "data.images_column and data.token_ids_column are set: token ids have no places for media",
+    ),
+    (
+        "a URL in place of a host",
+        ["data.fetch_urls=[https://x.org/a]"],
+        "'https://x.org/a' is no host: write it without",
+    ),
+    ("a folder of images that is not there", ["data.media_dir=nowhere"], "data.media_dir=nowhere: there is no such"),
+    ("a column of images that is not there", ["data.images_column=img"], "data.images_column: 'img' is no column"),
     ("a system prompt without a chat", ["data.system_prompt=Hello"], "needs a chat"),
     ("a key that another sets", ["engine.tensor_parallel_size=2"], "parallel.tensor_parallel_size"),
     ("not YAML", ["run.seed=["], "not valid YAML"),

@@ -143,7 +143,7 @@ def test_failing_rows_are_counted_by_the_run_s_error_types(tmp_path: Path) -> No
         {"messages": None},
         {"messages": []},
         {"messages": [{"role": "user", "content": "long " * 300}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_embeds", "image_embeds": "x"}]}]},
         {"messages": [{"role": "user", "content": "\udc80"}]},
         {"messages": None},
     ]
@@ -153,6 +153,24 @@ def test_failing_rows_are_counted_by_the_run_s_error_types(tmp_path: Path) -> No
     assert sorted(row for found in groups.values() for row in found) == [1, 2, 3, 4, 5, 6]
     assert shown.num_sound == 1 and not shown.all_fail
     assert shown.prompts[1].error is not None and shown.prompts[1].error["type"] in groups
+
+
+def test_images_are_looked_at_in_the_rows_shown(tmp_path: Path) -> None:
+    url = f"data:image/gif;base64,{SMALL_GIF}"
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    rows: list[dict[str, Any]] = [
+        {"messages": chat, "image": image} for image in (url, "no.png", "https://x.org/a.png")
+    ]
+    data = {"prompt_column": None, "messages_column": "messages", "images_column": "image"}
+    shown = preview(make_vllm_config(tmp_path, rows, data=data), num_prompts=3)
+    assert [view.text for view in shown.prompts] == [
+        "user: <image 1x1 GIF, 34 bytes>\nWhat?",
+        "",
+        "user: <image https://x.org/a.png>\nWhat?",
+    ]
+    error = shown.prompts[1].error
+    assert error is not None and error["type"] == "media_missing" and "no such file: no.png" in error["message"]
+    assert any("tokens of images, audio and video are not counted" in note for note in shown.notes)
 
 
 def test_a_run_of_the_fake_engine_fails_on_the_same_rows_for_the_same_reasons(tmp_path: Path) -> None:
@@ -311,6 +329,7 @@ def test_examining_ends_in_time_with_what_it_has(tmp_path: Path, monkeypatch: py
 
 RECIPES = sorted(path.name for path in (REPO / "conf").glob("*.yaml") if path.name != "reference.yaml")
 # One row for each recipe whose data is not in the repository.
+SMALL_GIF = "R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="
 RECIPE_ROWS: dict[str, dict[str, Any]] = {
     "70b_tp4.yaml": {"messages": [{"role": "user", "content": "hello"}]},
     "batch.yaml": {
@@ -332,6 +351,7 @@ RECIPE_ROWS: dict[str, dict[str, Any]] = {
         **{"prefill": None, "chat": None, "stop": ["x"]},
     },
     "embed.yaml": {"text": "hello"},
+    "images.yaml": {"question": "What is it?", "image": f"data:image/gif;base64,{SMALL_GIF}"},
     "rerank.yaml": {"query": "why?", "documents": ["hello", "there"]},
     "reward.yaml": {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]},
     "s3.yaml": {"prompt": "hello"},

@@ -3,7 +3,7 @@
 - Follows vLLM 0.32: `vllm/entrypoints/openai/chat_completion/protocol.py` (build_chat_params),
   `vllm/renderers/online_renderer.py` (render_chat, render_completion).
 - What is not about the prompt is checked by the engine, with vLLM's own classes of requests.
-- Limits: text only; one prompt a line; no suffix or beam search, and no echo of a prompt of token ids.
+- Limits: one prompt a line; no suffix or beam search, and no echo of a prompt of token ids.
 """
 
 from __future__ import annotations

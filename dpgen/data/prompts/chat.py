@@ -3,7 +3,8 @@
 - Follows vLLM 0.32: `vllm/renderers/chat_utils.py` (parse_chat_messages and what it calls) and `vllm/renderers/hf.py`
   (the developer role). `dpgen.data.prompts.content_format` finds the content format that a template expects.
 - A row's messages are never changed: each function returns copies.
-- Limits: text only; a message with an image or another medium is rejected.
+- A part with an image, audio or a video becomes ``{"type": "media", "media": MediaPart}``, beside keys that the
+  template receives. Nothing here loads it: prompts with media become tokens in workers (`dpgen.data.media`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+from dpgen.data.media.message_parts import MEDIA_PART_KEYS, read_media_part
+from dpgen.data.media.parts import MEDIA_TYPE
 from dpgen.data.nested import drop_nulls
 from dpgen.errors import RowRefused
 from dpgen.formatting import describe_type
@@ -59,15 +62,15 @@ _BILLING_HEADER = "x-anthropic-billing-header"
 
 
 def validate_messages(value: Any) -> list[Message]:
-    """Return a copy of a row's messages without null keys, after checking that they are a text conversation.
+    """Return a copy of a row's messages without null keys, after checking that they are a conversation.
 
     A null key and an absent key mean the same; see `drop_nulls`. (Tool arguments that are JSON text keep their nulls.)
 
     Args:
-        value: a list of {role, content, ...}; content is a string, a list of text parts, or absent.
+        value: a list of {role, content, ...}; content is a string, a list of parts, or absent.
 
     Raises:
-        RowRefused: `wrong_type`, `empty_prompt` (no message), `unsupported_content` (images and the like).
+        RowRefused: `wrong_type`, `empty_prompt` (no message), `unsupported_content` (parts of unknown types).
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         hint = "; store them as a list of {role, content}" if isinstance(value, str | Mapping) else ""
@@ -119,7 +122,7 @@ def _check_message(where: str, message: Any) -> None:
     content = message.get("content", "")
     if isinstance(content, list):
         for index, part in enumerate(content):
-            _check_part(f"{where}, part {index}", part)
+            content[index] = _read_part(f"{where}, part {index}", part)
     elif not isinstance(content, str):
         raise _make_wrong_type_error(
             f"{where}: content is {describe_type(content)}, neither a string nor a list of parts"
@@ -128,21 +131,27 @@ def _check_message(where: str, message: Any) -> None:
         _check_tool_calls(where, message.get("tool_calls", []))
 
 
-def _check_part(where: str, part: Any) -> None:
+def _read_part(where: str, part: Any) -> Any:
+    """Return a part of a message as it is, or with its medium as a `MediaPart`."""
     if isinstance(part, str):
-        return
+        return part
     if not isinstance(part, dict):
         raise _make_wrong_type_error(f"{where} is {describe_type(part)}, neither a string nor a part with a type")
     part_type = part.get("type")
     if part_type == "tool_reference" and isinstance(part.get("name"), str):
-        return
-    # vLLM takes a part with a uuid for a medium, whatever its type.
+        return part
+    if "uuid" not in part and (medium := read_media_part(where, part)) is not None:
+        extras = {key: value for key, value in part.items() if key not in KNOWN_PART_KEYS | MEDIA_PART_KEYS}
+        return {**extras, "type": MEDIA_TYPE, MEDIA_TYPE: medium}
+    # vLLM takes a part with a uuid for a medium that it has seen before, whatever its type.
     if not isinstance(part_type, str) or part_type not in _TEXT_KEYS or "uuid" in part:
         description = f"type {part_type!r}" if part_type is not None else f"no type; its keys: {_join_keys(part)}"
-        raise RowRefused("unsupported_content", f"{where} ({description}) is not text; only text parts can be sent")
+        description += ", with a uuid" if "uuid" in part else ""
+        raise RowRefused("unsupported_content", f"{where} ({description}) is neither text nor an image, audio or video")
     text = part.get(_TEXT_KEYS[part_type])
     if not isinstance(text, str) and not (text is None and part_type in _TEXT_OPTIONAL):
         raise _make_wrong_type_error(f"{where}: {_TEXT_KEYS[part_type]!r} is {describe_type(text)}, not a string")
+    return part
 
 
 def _check_tool_calls(where: str, calls: Any) -> None:

@@ -23,8 +23,8 @@ def check_prompt_columns(config: PromptConfig, columns: Sequence[str]) -> None:
     """
     mistakes = [
         f"data.{key}: {name!r} is no column of the dataset{suggest_name(name, columns, 'columns')}"
-        for key in _COLUMN_KEYS
-        if (name := getattr(config, key)) is not None and name not in columns
+        for key, name in _list_named_columns(config)
+        if name not in columns
     ]
     if config.template is not None:
         try:
@@ -37,6 +37,11 @@ def check_prompt_columns(config: PromptConfig, columns: Sequence[str]) -> None:
 
 def select_prompt_columns(config: PromptConfig, columns: Sequence[str]) -> list[str]:
     """Return the dataset's columns that a prompt is made of, each once."""
-    named = [name for key in _COLUMN_KEYS if (name := getattr(config, key)) is not None]
     in_template = [] if config.template is None else template_columns(config.template, columns)
-    return list(dict.fromkeys([*in_template, *named]))
+    return list(dict.fromkeys([*in_template, *(name for _, name in _list_named_columns(config))]))
+
+
+def _list_named_columns(config: PromptConfig) -> list[tuple[str, str]]:
+    """Return the columns that keys name, each with its key."""
+    named = [(key, name) for key in _COLUMN_KEYS if (name := getattr(config, key)) is not None]
+    return named + [(f"{kind}s_column", name) for kind, names in config.media_columns.items() for name in names]

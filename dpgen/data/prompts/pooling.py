@@ -20,7 +20,7 @@ from dpgen.config.pooling.pooling_config import PoolingConfig
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.openai_batch.embeddings import EmbeddingsRequest, read_embeddings_request
 from dpgen.data.prompts.chat_template import ChatTemplates
-from dpgen.data.prompts.render import Prompt, PromptRenderer, RenderedPrompt
+from dpgen.data.prompts.render import Prompt, PromptRenderer, RenderedPrompt, reject_media
 from dpgen.data.prompts.row_texts import read_pair
 from dpgen.errors import RowRefused
 from dpgen.records import PoolingRequest
@@ -300,7 +300,13 @@ class ScoreTemplate:
 
 
 def wrap_untokenized(rendered: RenderedPrompt, config: PoolingConfig) -> RenderedPrompt:
-    """Return a prompt that the engine tokenizes as a request for a pooling model."""
+    """Return a prompt that the engine tokenizes as a request for a pooling model.
+
+    Raises:
+        RowRefused: `unsupported_content`, it has media.
+    """
+    if rendered.token_ids is None:
+        reject_media(rendered.prompt)
     pooling = PoolingRequest(
         config.task,
         dimensions=config.dimensions,

@@ -10,7 +10,8 @@
   the template has written them. Adding them again is the classic doubled BOS.
 - Follows vLLM 0.32: `vllm/entrypoints/common/offline.py` (_preprocess_cmpl, _preprocess_chat),
   `vllm/renderers/base.py` (_tokenize_prompt), `vllm/renderers/hf.py` (safe_apply_chat_template).
-- Limits: text only, decoder-only models. Where `is_supported_by_transformers` is false, only vLLM knows the tokenizer,
+- A prompt with images, audio or video is not tokenized here: workers load and render it, with vLLM's own code.
+- Limits: decoder-only models. Where `is_supported_by_transformers` is false, only vLLM knows the tokenizer,
   and `dpgen.engine.vllm.vllm_render` renders. A chat template that writes today's date gives other tokens tomorrow.
 - A given completion (`data.completion_column`) is tokenized together with its prompt's text, so that its first token is
   the one that the model knows there. Where the text on both sides of the border would become one token, it is
@@ -25,6 +26,8 @@ from typing import Any, NamedTuple
 
 from dpgen.config.prompt import RESERVED_KWARGS, PromptConfig
 from dpgen.config.tools import parse_tools
+from dpgen.data.media.columns import put_media_into_chat, read_media_columns
+from dpgen.data.media.parts import MediaText, find_media
 from dpgen.data.openai_batch.embeddings import find_embeddings_text
 from dpgen.data.openai_batch.requests import (
     adds_special_tokens,
@@ -45,7 +48,7 @@ from dpgen.formatting import describe_type
 from dpgen.programs.handle import ModelCall
 from dpgen.records import PoolingRequest, ServerRequest
 
-Prompt = str | list[int] | ChatPrompt
+Prompt = str | list[int] | ChatPrompt | MediaText
 
 
 class RenderedPrompt(NamedTuple):
@@ -53,7 +56,7 @@ class RenderedPrompt(NamedTuple):
 
     Attributes:
         token_ids: the prompt's tokens, and those of a given completion after them; None where the engine tokenizes.
-        prompt: the text or the chat messages if `token_ids` is None.
+        prompt: the text, the chat, or the text with media, if `token_ids` is None.
         num_completion_tokens: how many tokens at the end are the given completion; 0 if there is none.
         server_request: the request that the prompt is a part of, without the prompt; None if the row is no request.
         pooling: what is asked of a pooling model; None to generate text.
@@ -76,14 +79,17 @@ class PromptRenderer:
         config: how a row becomes a prompt.
         tokenizer: as `load_tokenizer` returns it; None where the engine renders, and only `build_prompt` is called.
         has_added_nulls: True if Arrow may have given objects of a column the keys of other rows' objects, as null.
+        fills_media: False to leave placeholders of media as they are.
 
     Raises:
         ConfigError: a broken template, a chat without a chat template, or a variable that the template doesn't use.
     """
 
-    def __init__(self, config: PromptConfig, tokenizer: Any, *, has_added_nulls: bool = True) -> None:
+    def __init__(
+        self, config: PromptConfig, tokenizer: Any, *, has_added_nulls: bool = True, fills_media: bool = True
+    ) -> None:
         self._config = config
-        self._tokenizer = tokenizer
+        self._tokenizer, self._fills_media = tokenizer, fills_media
         self._encode = None if tokenizer is None else make_encoder(tokenizer)
         self._template = None if config.template is None else compile_row_template(config.template)
         self._num_ids: int | None = None
@@ -96,12 +102,15 @@ class PromptRenderer:
             self._chat_templates = ChatTemplates(config, tokenizer)
 
     def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
-        """Return the row's prompt: the text or the token ids for LLM.generate, or the chat for LLM.chat.
+        """Return the row's prompt: the text, with media if it has any, or the token ids for LLM.generate, or the chat.
 
         Raises:
             RowRefused: `wrong_type`, `template_failed`, `empty_prompt`, `unsupported_content`, `invalid_text`,
-                `out_of_vocabulary`, `bad_template_kwargs`, `bad_tools`.
+                `out_of_vocabulary`, `bad_template_kwargs`, `bad_tools`, `media_mismatch`.
         """
+        return self._put_media(self._build_plain_prompt(row), row)
+
+    def _build_plain_prompt(self, row: Mapping[str, Any]) -> Prompt:
         config = self._config
         if config.request_column is not None:
             return self._build_request_prompt(row.get(config.request_column))
@@ -132,8 +141,10 @@ class PromptRenderer:
         """Return a prompt of `build_prompt` as token ids, at least one.
 
         Raises:
-            RowRefused: `chat_template_failed`, `tokenizer_failed`, `empty_prompt`.
+            RowRefused: `chat_template_failed`, `tokenizer_failed`, `empty_prompt`; `unsupported_content`, it has media.
         """
+        reject_media(prompt)
+        assert not isinstance(prompt, MediaText), "a text without media is a str"
         if isinstance(prompt, list):
             return prompt
         if isinstance(prompt, str):
@@ -155,9 +166,13 @@ class PromptRenderer:
             RowRefused: as `tokenize_row`, and `empty_completion`.
         """
         completion = find_completion(row, self._config)
-        if completion is None:
-            return RenderedPrompt(self.tokenize_row(row))
         prompt = self.build_prompt(row)
+        media = find_media(prompt)
+        if completion is None:
+            return RenderedPrompt(None, prompt) if media else RenderedPrompt(self.tokenize(prompt))
+        if media:
+            raise RowRefused("unsupported_content", f"{media[0].where}: text after {media[0].kind} can't be scored")
+        assert not isinstance(prompt, MediaText), "a text without media is a str"
         if isinstance(prompt, list):
             prompt_ids = both = prompt
         else:
@@ -180,6 +195,17 @@ class PromptRenderer:
             raise RowRefused("unsupported_request", "llm.score needs a tokenizer that transformers can load")
         prompt = self.build_prompt(row)
         return RenderedPrompt(prompt) if isinstance(prompt, list) else RenderedPrompt(None, prompt)
+
+    def _put_media(self, prompt: Prompt, row: Mapping[str, Any]) -> Prompt:
+        if not self._fills_media or isinstance(prompt, list):
+            return prompt
+        media = read_media_columns(row, self._config)
+        if isinstance(prompt, str):
+            found = tuple(medium for media_of_kind in media.values() for medium in media_of_kind)
+            return MediaText(prompt, found) if found else prompt
+        if isinstance(prompt, dict):
+            put_media_into_chat(prompt["messages"], media, self._config)
+        return prompt
 
     def _build_request_prompt(self, line: Any) -> Prompt:
         request = read_server_request(line)
@@ -296,7 +322,7 @@ def make_prompt_text_fn(config: PromptConfig) -> Callable[[Mapping[str, Any]], s
     The text serves to compare and measure prompts. A given completion is a part of it, since it takes time as a prompt
     does. The function raises as `PromptRenderer.render` does.
     """
-    renderer = PromptRenderer(config, None)
+    renderer = PromptRenderer(config.without_media, None, fills_media=False)
 
     def make_text(row: Mapping[str, Any]) -> str:
         if config.is_pair:
@@ -310,10 +336,17 @@ def make_prompt_text_fn(config: PromptConfig) -> Callable[[Mapping[str, Any]], s
             return to_text(prompt) + completion
         if isinstance(prompt, str):
             return prompt + completion
+        assert not isinstance(prompt, MediaText), "columns with media are not read"
         messages = "\n".join(f"{message['role']}\n{message.get('content', '')}" for message in prompt["messages"])
         return f"{describe_own_kwargs(config, prompt)}{messages}{completion}"
 
     return make_text
+
+
+def reject_media(prompt: Prompt) -> None:
+    """Raise RowRefused (`unsupported_content`) if a prompt that has to be text has media."""
+    if media := find_media(prompt):
+        raise RowRefused("unsupported_content", f"{media[0].where}: {media[0].kind} needs task=generate")
 
 
 def describe_own_kwargs(config: PromptConfig, prompt: ChatPrompt) -> str:

@@ -36,6 +36,11 @@ def is_read_alike(builder: Any) -> bool:
     return bool(builder.config.data_files)
 
 
+def is_media_folder(builder: Any) -> bool:
+    """Return True if the rows are a folder's images, audio or videos, with what a metadata file says of them."""
+    return any(kind.__name__ == "FolderBasedBuilder" for kind in type(builder).__mro__)
+
+
 def load_files_with_rows(files: Sequence[str], load: Callable[[list[str]], Any]) -> Any:
     """Return what `load` returns for files, which fails where one of them has no rows; None if none has rows."""
 

@@ -18,6 +18,7 @@ from dpgen.config.sections import ParallelConfig
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
 from dpgen.data.hub import check_cache
 from dpgen.data.input_rows import InputRows
+from dpgen.data.media.parts import MediaText
 from dpgen.data.prompts.chat_template import check_chat_without_tokenizer
 from dpgen.data.prompts.pooling import PoolingContext
 from dpgen.data.prompts.render import (
@@ -296,6 +297,8 @@ def _build_fake_text_pipeline(config: Config, has_added_nulls: bool) -> TextPipe
             return prompt
         if isinstance(prompt, str):
             return fake.encode(prompt)
+        if isinstance(prompt, MediaText):
+            return fake.encode(f"{prompt.media}{prompt.text}")
         return fake.encode(f"{describe_own_kwargs(prompt_config, prompt)}{prompt['messages']}")
 
     if config.pooling is not None:

@@ -35,7 +35,8 @@ HTTP_ERRORS: dict[str, HttpError] = {
         (
             *("bad_request", "unsupported_request", "invalid_text", "wrong_type", "empty_prompt", "empty_completion"),
             *("template_failed", "chat_template_failed", "unsupported_content", "out_of_vocabulary", "bad_sampling"),
-            *("bad_tools", "bad_template_kwargs"),
+            *("bad_tools", "bad_template_kwargs", "media_missing", "media_invalid", "media_too_large"),
+            *("media_not_allowed", "media_mismatch"),
         ),
         _BAD_REQUEST,
     ),
@@ -44,7 +45,7 @@ HTTP_ERRORS: dict[str, HttpError] = {
     **dict.fromkeys(
         (
             *("tokenizer_failed", "render_timeout", "render_crashed", "engine_refused", "poison_row", "decode_failed"),
-            *("check_failed", "not_finite"),
+            *("check_failed", "not_finite", "media_fetch_failed"),
             *("program_failed", "program_timeout", "program_too_many_calls", "program_bad_result", "tool_failed"),
         ),
         _INTERNAL,

@@ -1,0 +1,1 @@
+"""Check the keys about images, audio and video."""
