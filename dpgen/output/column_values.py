@@ -55,11 +55,13 @@ def get_error(entry: Entry) -> dict[str, str] | None:
     return None if error is None else {"type": error.type, "message": escape_surrogates(error.message)}
 
 
-def get_messages(entry: Entry) -> list[dict[str, Any]] | None:
-    """Return the conversation with the model's turn; None where the row has none."""
+def get_messages(entry: Entry, *, has_parts: bool = False) -> list[dict[str, Any]] | None:
+    """Return the conversation with the model's turn; None where the row has none. See `append_turn`."""
     if entry.completion is None or entry.completion.rejection is not None or entry.conversation is None:
         return None
-    messages: list[dict[str, Any]] = escape_all_surrogates(append_turn(entry.conversation, entry.completion))
+    messages: list[dict[str, Any]] = escape_all_surrogates(
+        append_turn(entry.conversation, entry.completion, has_parts=has_parts)
+    )
     return messages
 
 

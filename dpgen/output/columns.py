@@ -31,7 +31,6 @@ from dpgen.output.column_values import (
     Entry,
     escape_if_any,
     get_error,
-    get_messages,
     get_prompt_logprobs,
     get_sample_logprobs,
     get_scored_logprobs,
@@ -40,19 +39,16 @@ from dpgen.output.column_values import (
     get_tool_calls,
     list_program_values,
 )
-from dpgen.output.conversations import get_messages_type
 from dpgen.output.json_lines import JSONL_ENCODING
 from dpgen.output.json_schema.derivation import derive_returned_type, derive_type
 from dpgen.output.json_schema.value_types import StructType, ValueType, read_value
+from dpgen.output.result_columns.messages_column import MESSAGES, MESSAGES_COLUMN
 from dpgen.output.result_columns.pooled_columns import POOLED_COLUMNS
 from dpgen.output.result_columns.result_column import ResultColumn
 from dpgen.records import Completion, PooledKind, RowResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-
-MESSAGES = "messages"  # the only column that needs the input as well as the result
 
 
 @dataclass(frozen=True)
@@ -347,13 +343,7 @@ _RESULT_COLUMNS = (
         is_present=lambda dataset_format: dataset_format.parsed,
         specialize=lambda column, dataset_format: _give_type(column, dataset_format.parsed_type),
     ),
-    ResultColumn(
-        MESSAGES,
-        get_messages_type,
-        get_messages,
-        is_of_sample=False,
-        is_present=lambda dataset_format: dataset_format.messages is not None,
-    ),
+    MESSAGES_COLUMN,
     ResultColumn(
         "parse_error",
         TEXT,

@@ -2,20 +2,24 @@
 
 - Messages are in the form of OpenAI's chat completions. Every message has the same keys, since an Arrow column has one
   type; a key that says nothing is null.
-- A message's text parts are joined by newlines. Keys of a message that are not listed in `_build_message` are left out.
+- A message's text parts are joined by newlines, with ``<image PATH>`` in the place of an image inside messages. Where
+  columns hold the images, contents are lists of parts {type, text, url}, as transformers and trainers take them beside
+  the column: {type: image} with its path or URL, never its contents. Keys of a message that are not listed in
+  `_build_message` are left out.
 - Where the model continued the last message, the message and its continuation are one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.input_rows import InputRows
+from dpgen.data.media.parts import MEDIA_TYPE, MediaPart, iter_media_parts
 from dpgen.data.prompts.chat import Message
 from dpgen.data.prompts.columns import select_prompt_columns
 from dpgen.data.prompts.render import PromptRenderer
@@ -47,20 +51,28 @@ class ConversationReader:
         except RowRefused:
             return None
         assert isinstance(prompt, dict), "the configuration was checked: prompts are chats"
+        for part in iter_media_parts(prompt["messages"]):  # a batch of images may fill the memory
+            medium = part[MEDIA_TYPE]
+            part[MEDIA_TYPE] = MediaPart(medium.kind, medium.where, source=medium.reference)
         return prompt["messages"]
 
 
-def get_messages_type() -> pa.DataType:
-    """Return the Arrow type of a conversation: a list of messages."""
+def get_messages_type(*, has_parts: bool = False) -> pa.DataType:
+    """Return the Arrow type of a conversation: a list of messages.
+
+    Args:
+        has_parts: True if contents are lists of parts, since columns hold media.
+    """
     import pyarrow as pa
 
     text = pa.string()
+    content = pa.list_(pa.struct([(name, text) for name in ("type", "text", "url")])) if has_parts else text
     call = pa.struct([("id", text), ("type", text), ("function", pa.struct([("name", text), ("arguments", text)]))])
     return pa.list_(
         pa.struct(
             [
                 ("role", text),
-                ("content", text),
+                ("content", content),
                 ("reasoning_content", text),
                 ("tool_calls", pa.list_(call)),
                 ("tool_call_id", text),
@@ -70,8 +82,14 @@ def get_messages_type() -> pa.DataType:
     )
 
 
-def append_turn(conversation: Iterable[Message], completion: Completion) -> list[dict[str, Any]]:
-    """Return a conversation with the model's turn: its answer, reasoning and calls."""
+def append_turn(
+    conversation: Sequence[Message], completion: Completion, *, has_parts: bool = False
+) -> list[dict[str, Any]]:
+    """Return a conversation with the model's turn: its answer, reasoning and calls.
+
+    Args:
+        has_parts: True to give contents as lists of parts.
+    """
     messages = [_build_message(message) for message in conversation]
     turn = _build_message(
         {
@@ -89,7 +107,22 @@ def append_turn(conversation: Iterable[Message], completion: Completion) -> list
         turn["content"] = (begun["content"] or "") + (turn["content"] or "")
         turn["reasoning_content"] = turn["reasoning_content"] or begun["reasoning_content"]
         turn["tool_calls"] = turn["tool_calls"] or begun["tool_calls"]
+    if has_parts:
+        for message, source in zip(messages, conversation, strict=False):  # without the one that was continued
+            message["content"] = _list_parts(source.get("content"))
+        turn["content"] = _list_parts(turn["content"])
     return [*messages, turn]
+
+
+def _list_parts(content: Any) -> list[dict[str, Any]]:
+    """Return a message's content as parts of one type, {type, text, url}."""
+    parts = []
+    for part in [content] if isinstance(content, str) else content or ():
+        if isinstance(part, dict) and MEDIA_TYPE in part:
+            parts.append({"type": part[MEDIA_TYPE].kind, "text": None, "url": part[MEDIA_TYPE].reference})
+        elif text := _find_text(part):
+            parts.append({"type": "text", "text": text, "url": None})
+    return parts
 
 
 def _build_message(message: Message) -> dict[str, Any]:
@@ -107,12 +140,16 @@ def _build_message(message: Message) -> dict[str, Any]:
 def _join_content(content: Any) -> str | None:
     if content is None or isinstance(content, str):
         return content
-    texts = [part if isinstance(part, str) else next(_iter_texts(part), "") for part in content]
-    return "\n".join(text for text in texts if text)
+    return "\n".join(text for part in content if (text := _find_text(part)))
 
 
-def _iter_texts(part: dict[str, Any]) -> Iterator[str]:
-    yield from (part[key] for key in ("text", "refusal", "thinking", "name") if isinstance(part.get(key), str))
+def _find_text(part: str | dict[str, Any]) -> str:
+    if isinstance(part, str):
+        return part
+    if MEDIA_TYPE in part:
+        return str(part[MEDIA_TYPE].describe())
+    names = ("text", "refusal", "thinking", "name")
+    return next((part[name] for name in names if isinstance(part.get(name), str)), "")
 
 
 def _build_call(call: dict[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from dpgen.data.reading.python_values import to_python_values
 from dpgen.formatting import format_rows
 from dpgen.journal.reader import BATCH_ROWS, JournalIndex, JournalReader
 from dpgen.output.column_values import Entry
-from dpgen.output.columns import MESSAGES, DatasetFormat, build_result_arrays, list_entries
+from dpgen.output.columns import DatasetFormat, build_result_arrays, list_entries
 from dpgen.output.conversations import ConversationReader
 from dpgen.output.file_set import list_files
 from dpgen.output.json_lines import to_json_columns
+from dpgen.output.result_columns.messages_column import MESSAGES
 from dpgen.output.result_stats import ResultStats
 from dpgen.records import RowResult
 

@@ -12,13 +12,14 @@ from dpgen.data.saved_dataset import rename_columns
 from dpgen.data.storage.store import show_address
 from dpgen.errors import ConfigError, suggest_name
 from dpgen.journal.run_dir import RunDir
-from dpgen.output.columns import MESSAGES, list_float_columns
+from dpgen.output.columns import list_float_columns
 from dpgen.output.export.card import write_export_card
 from dpgen.output.export.formats import COMPRESSIONS, FOLDER_FILES, FORMATS, SUFFIXES, open_writer
 from dpgen.output.export.selection import Selection, select_rows
 from dpgen.output.export.source import ExportSource, open_source
 from dpgen.output.export.stats import ExportStats
 from dpgen.output.export.target import check_target, open_target, resolve_target
+from dpgen.output.result_columns.messages_column import MESSAGES
 
 if TYPE_CHECKING:
     import pyarrow as pa

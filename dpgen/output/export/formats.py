@@ -175,14 +175,17 @@ class _MessagesWriter(_JsonLinesWriter):
     def _convert(self, table: pa.Table) -> dict[str, list[Any]]:
         columns = super()._convert(table)
         for item in table.schema:
-            if item.type == get_messages_type():
+            if item.type in (get_messages_type(), get_messages_type(has_parts=True)):
                 columns[item.name] = [list(map(_drop_nulls, messages)) for messages in columns[item.name]]
         return columns
 
 
 def _drop_nulls(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message without its null keys; its content stays, which is null beside calls."""
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
+    """Return a message without its null keys, nor those of its parts; its content stays, which is null beside calls."""
+    kept = {key: value for key, value in message.items() if value is not None or key == "content"}
+    if isinstance(kept["content"], list):
+        kept["content"] = [{key: value for key, value in part.items() if value is not None} for part in kept["content"]]
+    return kept
 
 
 class _CsvWriter:
