@@ -2,7 +2,8 @@
 
 - A name is looked up here, and the connection goes to an address that was checked: what DNS says the next time is no
   matter. Redirects are followed one by one, and each is checked in the same way. No proxy is used.
-- One clock runs for all of it: a thread closes the socket when the time is over, whatever it waits for.
+- One clock runs for all of it: a thread closes the socket when the time is over, whatever it waits for. Only
+  the look-up of a name has the system's own limit.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ _CHUNK_BYTES = 1 << 16
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _HEADERS = {"User-Agent": "dpgen", "Accept": "*/*", "Accept-Encoding": "identity"}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Networks that Python 3.11 takes for public: NAT64 of a site, and addresses of a site as they were before fc00::/7.
+_LOCAL_NETWORKS = [ipaddress.ip_network(text) for text in ("64:ff9b:1::/48", "fec0::/10")]
 
 
 def fetch(where: str, url: str, policy: MediaPolicy, is_allowed_address: AddressCheck | None = None) -> bytes:
@@ -55,6 +58,8 @@ def fetch(where: str, url: str, policy: MediaPolicy, is_allowed_address: Address
 def is_public_address(address: str) -> bool:
     """Return True if an IP address belongs to the public Internet, and so do IPv4 addresses that it stands for."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
+    if any(parsed in network for network in _LOCAL_NETWORKS):
+        return False
     if not parsed.is_global or parsed.is_multicast or parsed.is_reserved or parsed.is_unspecified:
         return parsed in _NAT64 and is_public_address(str(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)))
     if isinstance(parsed, ipaddress.IPv4Address):

@@ -190,7 +190,7 @@ def test_a_url_is_an_error_that_names_the_key_where_none_is_listed() -> None:
         *("100.64.0.1", "192.0.2.1", "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255"),
         *("::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12:3456::1", "ff02::1", "2001:db8::1"),
         *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:169.254.169.254", "2002:7f00:1::", "64:ff9b::7f00:1"),
-        *("64:ff9b::a00:1", "2001:0:a00:1::f5ff:fffe", "::7f00:1"),
+        *("64:ff9b::a00:1", "64:ff9b:1::a00:1", "fec0::1", "2001:0:a00:1::f5ff:fffe", "::7f00:1"),
     ],
 )
 def test_a_private_or_reserved_address_is_never_connected_to(
