@@ -33,7 +33,7 @@ _READY_WAIT_S = 0.2
 _MAX_START_DEATHS = 2
 _CLOSE_TIMEOUT_S = 5.0
 _PIPE_TIMEOUT_S = 10
-_MAX_AHEAD, _MAX_AHEAD_BYTES = 8, 64 << 10  # tasks that a worker has at most; a larger one is alone
+_MAX_AHEAD_BYTES = 64 << 10  # of the tasks that a worker has; a larger one is alone
 
 
 class WorkerRefused(DpgenError):
@@ -54,6 +54,7 @@ class WorkerSpec:
         timeout_s: seconds that a task may take.
         start_timeout_s: seconds that a worker may take to start.
         niceness: added to the rank's; above 0 the workers leave the cores to the engine where both want them.
+        max_ahead: tasks that a worker has at a time, at most.
     """
 
     name: str
@@ -64,6 +65,7 @@ class WorkerSpec:
     timeout_s: float = 60.0
     start_timeout_s: float = 600.0
     niceness: int = 0
+    max_ahead: int = 8
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,15 @@ class Answer:
         key: as submitted.
         value: what the handler returned.
         failure: why there is no value; None if there is one.
+        has_timed_out: True if the worker took too long.
+        signal: the signal that the worker died of, as the kernel's when memory runs out; None if it did not.
     """
 
     key: Hashable
     value: Any = None
     failure: str | None = None
+    has_timed_out: bool = False
+    signal: int | None = None
 
 
 class WorkerPool:
@@ -145,7 +151,7 @@ class WorkerPool:
         for worker in self._workers:
             worker.pipe.close()  # the worker ends at the end of its pipe, once it has finished its task
         for worker in self._workers:
-            worker.end(_CLOSE_TIMEOUT_S if not worker.is_busy else 0.0)
+            worker.end(_CLOSE_TIMEOUT_S if worker.is_ready and not worker.is_busy else 0.0)
 
     def _start_worker(self) -> _Worker:
         return _Worker(self._spec, self._log, self._clock())
@@ -162,7 +168,7 @@ class WorkerPool:
                 continue
             limit_s = self._spec.timeout_s if worker.is_ready else self._spec.start_timeout_s
             if (worker.is_busy or not worker.is_ready) and now_s - worker.since_s > limit_s:
-                self._replace(index, f"{self._spec.name} took longer than {limit_s:g} s")
+                self._replace(index, f"{self._spec.name} took longer than {limit_s:g} s", has_timed_out=True)
         self._assign_tasks()
 
     def _handle_message(self, worker: _Worker, succeeded: bool, value: Any) -> None:
@@ -175,10 +181,11 @@ class WorkerPool:
         worker.since_s = self._clock()
         self._answers.append(Answer(key, value) if succeeded else Answer(key, failure=value))
 
-    def _replace(self, index: int, reason: str) -> None:
+    def _replace(self, index: int, reason: str, *, has_timed_out: bool = False) -> None:
         """Start another worker in place of one that died or hangs; the first of its tasks has failed."""
         worker = self._workers[index]
         worker.pipe.close()
+        signal = None if has_timed_out else worker.signal
         worker.end(0.0)
         if not worker.is_ready:
             self._num_start_deaths += 1
@@ -186,7 +193,7 @@ class WorkerPool:
                 raise DpgenError(f"{reason} while it was starting, {self._num_start_deaths} times in a row")
         if worker.is_busy:
             key, _ = worker.tasks.popleft()
-            self._answers.append(Answer(key, failure=reason))
+            self._answers.append(Answer(key, failure=reason, has_timed_out=has_timed_out, signal=signal))
             self._waiting.extendleft(reversed(worker.tasks))
         self._workers[index] = self._start_worker()
 
@@ -240,14 +247,22 @@ class _Worker:
         self.tasks: deque[tuple[Hashable, bytes]] = deque()
         self.since_s = now_s
 
+        self._max_ahead = spec.max_ahead
+
     @property
     def is_busy(self) -> bool:
         return bool(self.tasks)
 
+    @property
+    def signal(self) -> int | None:
+        """The signal that the process has died of; None if it has not."""
+        status = self._process.poll()
+        return -status if status is not None and status < 0 else None
+
     def has_room(self, num_bytes: int) -> bool:
         """Return True if a task of this size can be sent without waiting."""
         num_bytes += sum(len(data) for _, data in self.tasks)
-        return not self.tasks or (len(self.tasks) < _MAX_AHEAD and num_bytes <= _MAX_AHEAD_BYTES)
+        return not self.tasks or (len(self.tasks) < self._max_ahead and num_bytes <= _MAX_AHEAD_BYTES)
 
     def _read_lines(self, log: Callable[[str], None]) -> None:
         assert self._process.stdout is not None

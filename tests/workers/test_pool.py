@@ -88,6 +88,12 @@ def test_a_worker_has_tasks_ahead_but_no_more_than_its_pipe_holds(make_pool: Mak
         pool.submit(key, "hang" if key == 0 else "a")
     assert pool.poll() == []
     assert len(pool._workers[0].tasks) == 8
+    pool = make_pool(max_ahead=2)
+    wait_ready(pool)
+    for key in range(4):
+        pool.submit(key, "hang")
+    assert pool.poll() == []
+    assert len(pool._workers[0].tasks) == 2
     pool = make_pool()
     wait_ready(pool)
     for key, size in enumerate([40_000, 20_000, 20_000]):
@@ -112,7 +118,9 @@ def test_tasks_ahead_of_a_death_or_a_hang_are_done_by_the_successor(make_pool: M
         5: "d",
     }
     assert answers[1].failure == "the helper process died (exit status -9)"
+    assert (answers[1].signal, answers[1].has_timed_out) == (9, False), "as the kernel kills when memory runs out"
     assert answers[3].failure == "the helper took longer than 1 s"
+    assert (answers[3].signal, answers[3].has_timed_out) == (None, True)
 
 
 def test_a_worker_that_dies_idle_costs_no_task(make_pool: MakePool) -> None:
