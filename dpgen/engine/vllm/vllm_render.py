@@ -1,4 +1,4 @@
-"""Tokenize prompts with vLLM's own renderer, for tokenizers that only vLLM knows. Runs in the engine process.
+"""Render prompts with vLLM's own renderer: for tokenizers that only vLLM knows in the engine, for media in workers.
 
 For prompts that are token ids, only their vocabulary is found here.
 
@@ -24,15 +24,16 @@ class VllmRenderer:
     Args:
         engine: vLLM's `LLMEngine`, or its renderer.
         config: how rows become prompts.
+        options: further arguments of the renderer's own functions.
 
     Raises:
         ConfigError: the prompts are chats and the tokenizer has no chat template, so no row could be rendered; or the
             template can't use something that the configuration gives it.
     """
 
-    def __init__(self, engine: Any, config: PromptConfig) -> None:
+    def __init__(self, engine: Any, config: PromptConfig, **options: Any) -> None:
         self._renderer = getattr(engine, "renderer", engine)
-        self._config = config
+        self._config, self._options = config, options
         if config.may_be_chat:
             self._tokenizes_chats = _tokenizes_chats(self._renderer)
             self._own_template = find_own_template(config, self._renderer.tokenizer)
@@ -44,35 +45,47 @@ class VllmRenderer:
         """Return the prompt's token ids, at least one.
 
         Raises:
+            RowRefused: see `render_input`.
+        """
+        return list(self.render_input(prompt)["prompt_token_ids"])
+
+    def render_input(self, prompt: Any) -> Any:
+        """Return vLLM's input for the engine, with at least one token.
+
+        Args:
+            prompt: a text, a `ChatPrompt`, or a dict as LLM.generate takes it. Media are parts as LLM.chat takes them.
+
+        Raises:
             RowRefused: `prompt_too_long`, `invalid_text`, `chat_template_failed`, `tokenizer_failed`,
                 `empty_prompt`, `bad_template_kwargs`.
         """
-        if not isinstance(prompt, str) and self._chat_templates is not None:
+        is_chat = isinstance(prompt, dict) and "messages" in prompt
+        if is_chat and self._chat_templates is not None:
             self._chat_templates.select(prompt["template_kwargs"])  # vLLM drops unknown names without a word
-        is_text = isinstance(prompt, str)
         try:
-            ids = self._tokenize_text(prompt) if isinstance(prompt, str) else self._tokenize_chat(prompt)
+            rendered = self._render_chat(prompt) if is_chat else self._render_text(prompt)
         except UnicodeEncodeError as error:
             raise RowRefused("invalid_text", str(error)) from error
         except Exception as error:  # foreign code and templates: one bad row costs one row
             reason = str(error) or type(error).__name__
             if getattr(error, "parameter", None) in ("input_text", "input_tokens"):
                 raise RowRefused("prompt_too_long", reason) from error
-            raise RowRefused("tokenizer_failed" if is_text else "chat_template_failed", reason) from error
-        if not ids:
+            raise RowRefused("chat_template_failed" if is_chat else "tokenizer_failed", reason) from error
+        if not len(rendered["prompt_token_ids"]):
             raise RowRefused("empty_prompt", "the prompt has no tokens")
-        return list(ids)
+        return rendered
 
-    def _tokenize_text(self, text: str) -> list[int]:
+    def _render_text(self, prompt: Any) -> Any:
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
+        text = prompt if isinstance(prompt, str) else prompt["prompt"]
         text.encode("utf-8")
-        prompt = parse_model_prompt(self._renderer.model_config, text)
-        (rendered,) = self._renderer.render_cmpl([prompt], self._renderer.default_cmpl_tok_params)
-        ids: list[int] = rendered["prompt_token_ids"]
-        return ids
+        parsed = parse_model_prompt(self._renderer.model_config, prompt)
+        params = self._renderer.default_cmpl_tok_params
+        (rendered,) = self._renderer.render_cmpl([parsed], params, **self._options)
+        return rendered
 
-    def _tokenize_chat(self, prompt: ChatPrompt) -> list[int]:
+    def _render_chat(self, prompt: ChatPrompt) -> Any:
         from vllm.renderers import ChatParams
 
         own = {
@@ -86,9 +99,8 @@ class VllmRenderer:
             chat_template=self._own_template, chat_template_kwargs={**copied["template_kwargs"], **own}
         )
         params = self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=prompt["add_special_tokens"])
-        _, (rendered,) = self._renderer.render_chat([copied["messages"]], chat_params, params)
-        ids: list[int] = rendered["prompt_token_ids"]
-        return ids
+        _, (rendered,) = self._renderer.render_chat([copied["messages"]], chat_params, params, **self._options)
+        return rendered
 
     def _require_chat_template(self) -> None:
         template_kwargs = dict(self._config.chat_template_kwargs)
@@ -96,7 +108,7 @@ class VllmRenderer:
             template_kwargs["tools"] = self._config.tools
         messages = [{"role": "user", "content": "warmup"}]
         try:
-            self._tokenize_chat(
+            self._render_chat(
                 {
                     "messages": messages,
                     "template_kwargs": template_kwargs,
