@@ -128,6 +128,8 @@ class Request(Record):
         server_request: what says how to sample, over `sampling`, as it would say it to vLLM's server; None where only
             `sampling` does.
         pooling: what is asked of a pooling model; None to generate text.
+        media: the memory with what the model takes of the prompt's media; the tokens that stand for them are in
+            `prompt_token_ids`. None for a prompt without media, and until workers have prepared it.
     """
 
     id: RequestId
@@ -138,6 +140,7 @@ class Request(Record):
     num_completion_tokens: int = 0
     server_request: ServerRequest | None = None
     pooling: PoolingRequest | None = None
+    media: Any = None
 
     @property
     def row(self) -> int:

@@ -26,6 +26,7 @@ from dpgen.engine.keeping.keeper import EngineKeeper
 from dpgen.engine.pool.engine_pool import EnginePool
 from dpgen.engine.starting.launch import (
     TextPipeline,
+    add_media_preparer,
     build_text_pipeline,
     check_engine_options,
     has_cold_caches,
@@ -56,6 +57,7 @@ from dpgen.run_parts import (
     build_recorder,
     build_request_builder,
     connect_engines,
+    make_canary_finder,
     report_run,
     watch_rows,
     write_run_result,
@@ -237,7 +239,10 @@ class _Job:
 
     def _load_text(self) -> TextPipeline:
         if self._loaded_text is None:
-            self._loaded_text = build_text_pipeline(self._config, self._engine_log, self._rows)
+            text = build_text_pipeline(self._config, self._engine_log, self._rows)
+            self._loaded_text = add_media_preparer(
+                text, self._config, self._topology, self._engine_log, claims_rows=self._layout.is_group_leader
+            )
             self._stack.callback(self._loaded_text.close)
         return self._loaded_text
 
@@ -310,9 +315,7 @@ class _Job:
         is_first = self._group.rank == 0 and not self._engine.is_ready
         connect_engines(self._config, self._engine, self._group, self._run_dir, self._count_rows_left)
         loaded = self._loader.load(self._engine, self._text.engine_text_config)
-        # A program's rows are no requests that could be sent to see whether an engine is well.
-        find_canary = (lambda: None) if self._config.program.is_used else self._planner.build_succeeded_request
-        self._engine.recall(self._planner.blame, find_canary)
+        self._engine.recall(self._planner.blame, make_canary_finder(self._config, self._planner, self._text))
         if loaded is not None:
             self._text.describe_model(loaded.info)
         if is_first and loaded is not None:

@@ -30,10 +30,11 @@ from dpgen.monitoring.run_report import summarize_run
 from dpgen.monitoring.status.reporter import EngineView
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.result import write_result
-from dpgen.records import RankManifest
+from dpgen.records import RankManifest, Request
 from dpgen.scheduling.generation_loop import GenerationLoop, LoopConfig
 from dpgen.scheduling.interfaces import FollowUps
 from dpgen.scheduling.planner import PlannerConfig, ShardPlanner
+from dpgen.scheduling.preparation import NoPreparer
 from dpgen.scheduling.programs.event_loop import ProgramLoop
 from dpgen.scheduling.programs.loading import load_program, pass_columns
 from dpgen.scheduling.programs.runner import ProgramRunner, RunnerConfig
@@ -56,8 +57,10 @@ def build_request_builder(
         note: tells the next attempt which row is being rendered.
     """
     needed = {name: value for name, value in text_needs.items() if name not in config.sampling}
-    render = pass_columns if config.program.is_used else text.render
-    return RequestBuilder.from_config(config, rows, render, base_sampling=needed, note=note)
+    runs_program = config.program.is_used  # whose rows are no prompts
+    render = pass_columns if runs_program else text.render
+    preparer = NoPreparer() if runs_program or text.preparer is None else text.preparer
+    return RequestBuilder.from_config(config, rows, render, base_sampling=needed, note=note, preparer=preparer)
 
 
 def build_recorder(
@@ -114,7 +117,7 @@ def _build_runner(
     planner: ShardPlanner,
 ) -> ProgramRunner:
     runner = ProgramRunner(
-        RunnerConfig(config.run.seed, config.program.max_running),
+        RunnerConfig(config.run.seed, config.program.max_running, text.preparer or NoPreparer()),
         ProgramLoop(program, config.program.num_tool_threads),
         limit_render_time(text.render, config.data.render_timeout_s),
         note,
@@ -124,6 +127,19 @@ def _build_runner(
     if text.parser is not None:
         text.parser.find_tools_of_call = runner.find_tools
     return runner
+
+
+def make_canary_finder(config: Config, planner: ShardPlanner, text: TextPipeline) -> Callable[[], Request | None]:
+    """Return a function that makes the request of a row that has succeeded, to see whether an engine is well."""
+
+    def find() -> Request | None:
+        request = planner.build_succeeded_request()
+        if request is None or text.preparer is None or not text.preparer.needs(request):
+            return request
+        return text.preparer.prepare_now(request)
+
+    # A program's rows are no requests.
+    return (lambda: None) if config.program.is_used else find
 
 
 def build_engine_view(loop: GenerationLoop, engine: EnginePool, group: RankGroup) -> EngineView:

@@ -57,6 +57,8 @@ class FakeOptions:
         livelock_on: step on and on, and report stats, without a token for any row.
         livelock_after: the same, once this many rows are finished.
         refuse_on: reject the row.
+        prepare_s: seconds that a worker takes for the media of a row.
+        prepare_crash_on, prepare_hang_on: kill the worker that prepares the media of the row, or hang it.
         max_faults: be faulty this many times, then sound; None: always. Needs `fault_dir`.
         fault_dir: a directory that counts the faults, one file each, over all lives of the engines that share it.
     """
@@ -81,6 +83,9 @@ class FakeOptions:
     livelock_on: str | None = None
     livelock_after: int | None = None
     refuse_on: str | None = None
+    prepare_s: float = 0.0
+    prepare_crash_on: str | None = None
+    prepare_hang_on: str | None = None
     max_faults: int | None = None
     fault_dir: str | None = None
 
@@ -210,6 +215,8 @@ class FakeBackend:
             self._rows[request.id] = _Running(request, "", 1, 0, {})
             return
         reject_too_long(num_prompt_tokens, self._options.max_model_len)
+        if request.media is not None:
+            _check_media(request.media.read(), prompt)
         self._inject_fault(prompt)
         sampling = self._read_sampling(request)
         digest = hashlib.blake2b(f"{prompt}/{sampling.get('seed')}".encode(), digest_size=8)
@@ -352,6 +359,13 @@ class FakeBackend:
             except FileExistsError:
                 number += 1
         return False
+
+
+def _check_media(parts: Sequence[memoryview], prompt: str) -> None:
+    """Raise RuntimeError if the media are not those that the prompt was made of."""
+    digests = [hashlib.blake2b(part, digest_size=8).hexdigest() for part in parts[1:]]
+    if not prompt.startswith(bytes(parts[0]).decode()) or not all(digest in prompt for digest in digests):
+        raise RuntimeError("the media in the shared memory are those of another row")
 
 
 def _make_logprobs(token_ids: Sequence[int], k: int, num_without: int = 0) -> TokenLogprobs:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from dpgen.distributed.codec import decode, encode
 from dpgen.distributed.gloo.torch_world import open_store
 from dpgen.distributed.layout import EngineWorld
+from dpgen.engine.media.buffers import BufferAddress, CopiedBuffer
 from dpgen.errors import RowRefused
 from dpgen.records import PoolingRequest, Request, RequestId, RowResult, make_rejected_result
 
@@ -40,8 +41,12 @@ def host_store_on_loopback(world: EngineWorld) -> Any:
     return open_store(address, num_ranks=None, is_host=True, connect_s=limit_s, answer_s=limit_s)
 
 
-def encode_requests(requests: Iterable[Request]) -> tuple[list[bytes], list[RowResult]]:
-    """Return the requests as bytes for the other processes, and the results of rows that can't be sent to them."""
+def encode_requests(requests: Iterable[Request], *, shares_memory: bool = True) -> tuple[list[bytes], list[RowResult]]:
+    """Return the requests as bytes for the other processes, and the results of rows that can't be sent to them.
+
+    Args:
+        shares_memory: the other processes are on this host; else prepared media are copied into the bytes.
+    """
     encoded, rejected = [], []
     for request in requests:
         error_type = "bad_sampling"
@@ -50,7 +55,8 @@ def encode_requests(requests: Iterable[Request]) -> tuple[list[bytes], list[RowR
             error_type = "unsupported_content"
             content = [list(request.id), request.prompt_token_ids, request.prompt, sampling, request.adapter]
             pooling = None if request.pooling is None else dataclasses.asdict(request.pooling)
-            encoded.append(encode([*content, request.num_completion_tokens, pooling]))
+            media = _encode_media(request.media, shares_memory=shares_memory)
+            encoded.append(encode([*content, request.num_completion_tokens, pooling, media]))
         except TypeError as error:
             rejected.append(make_rejected_result(request.id, RowRefused(error_type, str(error))))
     return encoded, rejected
@@ -83,6 +89,11 @@ class LockstepGroup:
         """True for the process that receives its group's requests and reports its results."""
         return self._world.is_leader
 
+    @property
+    def shares_memory(self) -> bool:
+        """True if the processes of this one's group are on this host."""
+        return self._world.group_size == 1 or self._world.is_on_one_node
+
     def exchange(self, requests: Sequence[bytes], stop_requested: bool) -> tuple[list[Request], bool]:
         """Exchange one round's requests. Collective.
 
@@ -109,7 +120,7 @@ class LockstepGroup:
 def _decode_requests(message: bytes) -> list[Request]:
     requests = []
     for data in decode(message) if message else ():
-        id, prompt_token_ids, prompt, sampling, adapter, num_completion_tokens, fields = decode(data)
+        id, prompt_token_ids, prompt, sampling, adapter, num_completion_tokens, fields, media = decode(data)
         pooling = None if fields is None else PoolingRequest(**fields)
         requests.append(
             Request(
@@ -120,6 +131,20 @@ def _decode_requests(message: bytes) -> list[Request]:
                 adapter,
                 num_completion_tokens,
                 pooling=pooling,
+                media=_decode_media(media),
             )
         )
     return requests
+
+
+def _encode_media(media: Any, *, shares_memory: bool) -> list[Any] | None:
+    if media is None:
+        return None
+    return list(media) if shares_memory else [bytes(part) for part in media.read()]
+
+
+def _decode_media(media: list[Any] | None) -> Any:
+    if media is None:
+        return None
+    is_address = all(isinstance(field, int) for field in media)
+    return BufferAddress(*media) if is_address else CopiedBuffer([memoryview(bytearray(part)) for part in media])

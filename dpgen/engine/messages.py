@@ -48,6 +48,7 @@ class EngineSpec:
         reads_requests: rows are requests of a batch file.
         reasoning_parser: as in `RequestParsers`.
         pooling: the task, if the model's hidden states are pooled; None to generate text.
+        takes_media: the rows have images, audio or video.
     """
 
     kind: str
@@ -73,6 +74,7 @@ class EngineSpec:
     weight_bytes: int = 0
     reasoning_parser: str | None = None
     pooling: PoolingConfig | None = None
+    takes_media: bool = False
 
     def iter_sampling_sections(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield `sampling` and the sections over it, as (section, fields)."""

@@ -52,6 +52,7 @@ HARMLESS_WARNINGS = (
         "dpgen wants the model's own, as LLM.generate",
     ),
     ("cpu.py", "Triton is not installed", "the CPU build needs none"),
+    ("cpu_worker.py", "CPU backend doesn't allow to use `torch.set_num_threads`", "it keeps the threads that it has"),
     ("cpu_worker.py", r"lib\w+ is not found in LD_PRELOAD", "it makes the CPU build faster, which is for trying out"),
     (
         "multiproc_executor.py",

@@ -200,7 +200,7 @@ def _generate_lockstep(pipe: Connection, backend: Backend, group: LockstepGroup)
                 stop_requested = True
             else:
                 requests += message
-        encoded, rejected = encode_requests(requests)
+        encoded, rejected = encode_requests(requests, shares_memory=group.shares_memory)
         requests, is_over = group.exchange(encoded, stop_requested)
         if is_over:
             return

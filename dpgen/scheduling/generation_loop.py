@@ -42,8 +42,8 @@ _DRAIN_S = 5.0  # the longest wait for rows that are being parsed when the loop 
 # Results that may be between engine and journal before no more rows are admitted.
 _MIN_PENDING, _PENDING_PER_SEQ = 64, 2
 _IDLE_WAIT_S = 0.01  # the longest wait for one that has none, while other ranks work or results are checked
-# While the engine has work, workers are asked for results that they parse or check only so often, or once so many are
-# with them: each time costs as much as several results do, and nothing waits for them.
+# While the engine has work, workers are asked for what they parse, check or prepare only so often, or once so many
+# results are with them: each time costs as much as several results do, and nothing waits for them.
 _WORKER_INTERVAL_S, _WORKER_BATCH = 0.04, 16
 
 
@@ -232,14 +232,16 @@ class GenerationLoop:
 
     def _prepare(self) -> bool:
         """Build a request ahead of its admission; return False if there is none to build."""
+        self._source.poll()
         return self._results.prepare() or (self._source.should_prefetch and self._source.prefetch())
 
     @property
     def _max_wait_s(self) -> float:
         """Seconds to wait for the engine at most."""
-        if not self._needs_engine:
+        is_preparing = self._source.num_preparing > 0
+        if not self._needs_engine or (is_preparing and not self._admission):
             return _IDLE_WAIT_S
-        return _WORKER_INTERVAL_S if self._results.num_processing else _WAIT_S
+        return _WORKER_INTERVAL_S if self._results.num_processing or is_preparing else _WAIT_S
 
     def _apply_engine_stats(self, stats: EngineStats) -> None:
         now, self.engine_stats = time.monotonic(), stats

@@ -19,6 +19,7 @@ from dpgen.errors import RowRefused
 from dpgen.journal.row_notes import RENDERING, RowNote
 from dpgen.records import Request, RequestId, RowError, derive_seed
 from dpgen.scheduling.groups.adapters import AdapterConfig
+from dpgen.scheduling.preparation import NoPreparer, Preparer
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class RequestBuilder:
             try.
         has_added_nulls: True if Arrow may have given objects of a column the keys of other rows' objects, as null.
         adapters: which row uses which LoRA adapter.
+        preparer: prepares what the engine can't take as it is built.
     """
 
     render: RenderFn
@@ -49,6 +51,7 @@ class RequestBuilder:
     rejected_rows: Mapping[int, RowError] = field(default_factory=dict)
     has_added_nulls: bool = True
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    preparer: Preparer = field(default_factory=NoPreparer)
 
     @classmethod
     def from_config(cls, config: Config, rows: InputRows, render: RenderFn, **others: Any) -> RequestBuilder:

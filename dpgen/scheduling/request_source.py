@@ -2,6 +2,7 @@
 
 - A claimed row leaves a source exactly once, as a request or as the result of a row that was rejected.
 - At most one claim's rows are read ahead, and at most as many requests are built ahead as the engine runs sequences.
+- Requests that workers prepare leave in the order in which they get ready.
 - All ranks come to the same answer in `should_reshard`, since every input of the answer is a sum over all ranks.
 """
 
@@ -72,6 +73,7 @@ class RequestSource:
         self._claimer, self._open_shard, self._builder = claimer, open_shard, builder
         self._claimed: deque[tuple[int, dict[str, Any]]] = deque()
         self._ready: deque[Request | RowResult] = deque()
+        self._preparing = builder.preparer.open_queue()
         self._shards_exhausted = claimer is None
         self._num_probes, self._length_tracker = num_probes, length_tracker
         self.held_work: HeldWork | None = None
@@ -84,14 +86,31 @@ class RequestSource:
     @property
     def is_exhausted(self) -> bool:
         """True once the source holds no row and will get none."""
-        return self._shards_exhausted and not self._claimed and not self._ready
+        return self._shards_exhausted and not self._claimed and not self._ready and not len(self._preparing)
 
     @property
     def should_prefetch(self) -> bool:
         """True while fewer requests are built than may be held back, so that `prefetch` is worth a call."""
         # As many as the engine runs: rows of one length all finish at once.
         fair_size = 0 if self._claimer is None else self._claimer.fair_claim_size
-        return len(self._ready) < min(self.max_num_seqs, 1 + fair_size)
+        if not len(self._preparing):
+            return len(self._ready) < min(self.max_num_seqs, 1 + fair_size)
+        limit = max(self.max_num_seqs, self._preparing.max_ahead)
+        # What is claimed is this rank's already, and its workers wait for it.
+        return self._num_built < (limit if self._claimed else min(limit, 1 + fair_size))
+
+    def poll(self) -> None:
+        """Take what workers have prepared, so that they get more, while the engine takes nothing."""
+        self._preparing.poll()
+
+    @property
+    def num_preparing(self) -> int:
+        """Number of requests that workers prepare, or have prepared."""
+        return len(self._preparing)
+
+    @property
+    def _num_built(self) -> int:
+        return len(self._ready) + len(self._preparing)
 
     @property
     def num_unrendered(self) -> int:
@@ -114,19 +133,29 @@ class RequestSource:
             return False
         row, columns = self._claimed.popleft()
         try:
-            self._ready.append(self._builder.build(row, columns))
+            request = self._builder.build(row, columns)
         except RowRefused as error:
             self._ready.append(make_rejected_result(RequestId(row), error))
+            return True
+        if self._builder.preparer.needs(request):
+            self._preparing.add(request)
+        else:
+            self._ready.append(request)
         return True
 
     def next_request(self) -> Request | RowResult | None:
         """Return the next request, or the result of a rejected row; None if no row is available now."""
-        if not self._ready and not self.prefetch():
+        request = self._take_ready()
+        if request is None and self.should_prefetch and self.prefetch():
+            request = self._take_ready()
+        if request is None:
             return None
-        request = self._ready.popleft()
         if self.held_work is not None:
             self.held_work.start(request.row)
         return request
+
+    def _take_ready(self) -> Request | RowResult | None:
+        return self._ready.popleft() if self._ready else self._preparing.take()
 
     # ---- coordination with the other ranks
 
@@ -211,7 +240,7 @@ class RequestSource:
     def _claim_more(self) -> bool:
         if self._shards_exhausted or self._claimer is None:
             return False
-        num_in_flight = self.num_in_flight + len(self._claimed) + len(self._ready)
+        num_in_flight = self.num_in_flight + len(self._claimed) + self._num_built
         if num_in_flight >= max(1, self.fair_share):  # a rank that holds nothing finds out if any row is left
             return False  # another rank can start the next row now, and this one could not
         if self._claimer.should_yield(max(self.num_in_flight_when_full, num_in_flight)):

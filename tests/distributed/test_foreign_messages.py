@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d as c10d
 from dpgen.distributed.codec import ForeignMessage, encode
 from dpgen.distributed.gloo import torch_world
 from dpgen.engine.lockstep import _decode_requests, encode_requests
+from dpgen.engine.media.buffers import BufferAddress, MediaBuffer
 from dpgen.errors import DpgenError
 from dpgen.records import Request, RequestId
 
@@ -104,6 +105,17 @@ def test_a_request_reaches_the_other_processes_of_an_engine_as_it_is() -> None:
     requests = [Request(RequestId(0), [5]), Request(RequestId(2), None, "text", {"seed": 7}, "math")]
     encoded, _ = encode_requests(requests)
     assert _decode_requests(encode(encoded)) == requests
+
+
+@pytest.mark.parametrize("shares_memory", [True, False])
+def test_prepared_media_reach_the_other_processes_of_an_engine_on_this_host_or_another(shares_memory: bool) -> None:
+    buffer = MediaBuffer()
+    buffer.write([b"head", b"pixels" * 100])
+    in_engine = pickle.loads(pickle.dumps(Request(RequestId(0), [5], media=buffer)))
+    encoded, _ = encode_requests([in_engine], shares_memory=shares_memory)
+    [received] = _decode_requests(encode(encoded))
+    assert [bytes(part) for part in received.media.read()] == [b"head", b"pixels" * 100]
+    assert isinstance(received.media, BufferAddress) == shares_memory
 
 
 @pytest.mark.parametrize(

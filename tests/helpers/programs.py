@@ -96,3 +96,11 @@ async def call_function_first(row: dict[str, Any], llm: Llm) -> dict[str, Any]:
     """Call a function before the model."""
     await llm.tool(count_chars, "x", log="ran", name="ran")
     return {"text": (await llm.complete("x")).text}
+
+
+async def look_twice(row: dict[str, Any], llm: Llm) -> dict[str, Any]:
+    """Ask about the row's image, and again with the answer before it."""
+    image = {"type": "image_url", "image_url": {"url": row["image"]}}
+    first = await llm.chat([{"role": "user", "content": [image, {"type": "text", "text": row["prompt"]}]}])
+    second = await llm.chat([{"role": "user", "content": [{"type": "text", "text": first.text}, image]}])
+    return {"first": first.text, "second": second.text}

@@ -18,7 +18,7 @@ from dpgen.config.sections import ParallelConfig
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
 from dpgen.data.hub import check_cache
 from dpgen.data.input_rows import InputRows
-from dpgen.data.media.parts import MediaText
+from dpgen.data.media.parts import find_media
 from dpgen.data.prompts.chat_template import check_chat_without_tokenizer
 from dpgen.data.prompts.pooling import PoolingContext
 from dpgen.data.prompts.render import (
@@ -38,12 +38,14 @@ from dpgen.distributed.topology import Topology
 from dpgen.engine.adapters import check_adapters, find_adapter_folders
 from dpgen.engine.checking.completion_checker import CompletionChecker, start_completion_checker
 from dpgen.engine.keeping.keeper import EngineKeeper
+from dpgen.engine.media.preparer import MediaPreparer
 from dpgen.engine.messages import EngineInfo, EngineSpec, EngineTextConfig, RequestParsers
 from dpgen.engine.parsing.completion_parser import CompletionParser, ToolFinder, start_completion_parser
 from dpgen.engine.pool.engine_pool import EnginePool
 from dpgen.engine.starting.engine_starter import EngineStarter, plan_engines
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.starting.log_file import EngineLog
+from dpgen.engine.starting.media_workers import build_media_preparer
 from dpgen.engine.starting.model_damage import check_model_files, has_weights, measure_weights
 from dpgen.engine.starting.pooling_text import (
     make_fake_pooling_renderer,
@@ -87,6 +89,7 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
         weight_bytes=_measure_weights_per_device(config, world),
         reasoning_parser=config.output.reasoning_parser_or_none,
         pooling=config.pooling,
+        takes_media=config.prompt.has_media_columns,
     )
 
 
@@ -179,6 +182,7 @@ class TextPipeline:
         tokenizer: of transformers; None where the engine, or the fake engine, has another.
         engine_reason: why the engine tokenizes; None where the rank does.
         pooling_context: what the rank has to know of a pooling model, once that is loaded; None to generate text.
+        preparer: prepares requests with media; None where no process may be started, and for pooling models.
     """
 
     render: RenderFn
@@ -190,6 +194,7 @@ class TextPipeline:
     tokenizer: Any = None
     engine_reason: str | None = None
     pooling_context: PoolingContext | None = None
+    preparer: MediaPreparer | None = None
 
     def wait_until_ready(self, on_wait: Callable[[], None]) -> Mapping[str, Any]:
         """Wait for the parser and the checks, and return the fields of SamplingParams that the parser needs.
@@ -209,8 +214,8 @@ class TextPipeline:
             self.pooling_context.uses_separator = info.pooled.uses_separator
 
     def close(self) -> None:
-        """End the processes of the parser and the checks."""
-        for workers in (self.parser, self.checker):
+        """End the processes of the parser, the checks and the media."""
+        for workers in (self.parser, self.checker, self.preparer):
             if workers is not None:
                 workers.close()
 
@@ -232,6 +237,24 @@ def build_text_pipeline(config: Config, log: EngineLog, rows: InputRows) -> Text
     tools, check, output = ToolFinder(config.prompt, rows), config.check, config.output
     parser = start_completion_parser(output, check, tokenizer, tools, log.write)
     return replace(steps, parser=parser, checker=start_completion_checker(check, output, rows, log.write))
+
+
+def add_media_preparer(
+    text: TextPipeline, config: Config, topology: Topology, log: EngineLog, *, claims_rows: bool = True
+) -> TextPipeline:
+    """Return the text pipeline with what prepares media, whose workers start now if columns of media are named.
+
+    Args:
+        log: takes what the workers print.
+        claims_rows: as of `PlannerConfig`; without rows there is nothing to prepare.
+    """
+    if config.pooling is not None:
+        return text
+    spec = build_engine_spec(config, topology, None)
+    preparer = build_media_preparer(config, spec, topology.local_size, log.write)
+    if claims_rows and config.prompt.has_media_columns:
+        preparer.start()
+    return replace(text, preparer=preparer)
 
 
 def load_text_steps(config: Config, rows: InputRows) -> TextPipeline:
@@ -297,8 +320,7 @@ def _build_fake_text_pipeline(config: Config, has_added_nulls: bool) -> TextPipe
             return prompt
         if isinstance(prompt, str):
             return fake.encode(prompt)
-        if isinstance(prompt, MediaText):
-            return fake.encode(f"{prompt.media}{prompt.text}")
+        assert isinstance(prompt, dict), "prompts with media are left to workers"
         return fake.encode(f"{describe_own_kwargs(prompt_config, prompt)}{prompt['messages']}")
 
     if config.pooling is not None:
@@ -309,8 +331,10 @@ def _build_fake_text_pipeline(config: Config, has_added_nulls: bool) -> TextPipe
     def render(row: Mapping[str, Any]) -> RenderedPrompt:
         given = find_completion(row, prompt_config)
         completion = [] if given is None else fake.encode(given)
-        prompt = tokenize(renderer.build_prompt(row))
-        return RenderedPrompt(prompt + completion, num_completion_tokens=len(completion))
+        prompt = renderer.build_prompt(row)
+        if find_media(prompt):
+            return RenderedPrompt(None, prompt)
+        return RenderedPrompt(tokenize(prompt) + completion, num_completion_tokens=len(completion))
 
     return TextPipeline(add_server_requests(render, prompt_config), decode=decode)
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 import vllm
 from vllm.config import VllmConfig
-from vllm.inputs.engine import tokens_input
 from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -42,6 +41,8 @@ from dpgen.engine.vllm.executors import (
     SyncKvUniProcExecutor,
 )
 from dpgen.engine.vllm.hooks.hot_path import install_hooks
+from dpgen.engine.vllm.media.features import make_engine_prompt, send_media_whole
+from dpgen.engine.vllm.media.requirements import find_missing_processor
 from dpgen.engine.vllm.pooling import VllmPooling, find_wrong_model
 from dpgen.engine.vllm.reasoning import ReasoningState, make_core_request
 from dpgen.engine.vllm.rejections import classify_rejection, summarize_error
@@ -93,6 +94,7 @@ class VllmBackend:
                 notes += shared
                 mistakes += self._adapters.find_rejected(self._config.lora_config)
                 mistakes += find_wrong_model(self._spec, self._config.model_config)
+                mistakes += find_missing_processor(self._spec, self._config.model_config)
             except ConfigError as error:
                 mistakes += error.mistakes
             except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
@@ -107,6 +109,7 @@ class VllmBackend:
     def load(self, agree_kv: AgreeKvFn) -> EngineInfo:
         assert self._config is not None
         SyncKvMixin.agree_kv, SyncKvMixin.has_agreed = agree_kv, False
+        send_media_whole(self._config)
         # The constructor takes our executor class. The configuration takes only vLLM's own names, at least for
         # pipelines and external launchers.
         self._engine = LLMEngine(
@@ -177,14 +180,15 @@ class VllmBackend:
         )
         try:
             adapter = self._adapters.get_request(request.adapter)
-            prompt: Any = tokens_input(token_ids)
+            prompt: Any = make_engine_prompt(request, token_ids)
             if reasoning is not None:
                 prompt = make_core_request(self._engine, name, prompt, params, adapter, reasoning)
             self._engine.add_request(name, prompt, params, lora_request=adapter)
         except Exception as error:  # noqa: BLE001 - foreign code over a row's own values: one bad row costs one row
             del self._rows[name]
             self._engine.abort_request([name])  # vLLM may have added a part of it
-            error_type = classify_rejection(error, len(token_ids), self._max_model_len)
+            default = "bad_sampling" if request.media is None else "unsupported_content"
+            error_type = classify_rejection(error, len(token_ids), self._max_model_len, default)
             raise RowRefused(error_type, summarize_error(error)) from None
 
     def step(self) -> list[RowResult | UndecodedRow]:

@@ -22,6 +22,7 @@ from dpgen.errors import RowRefused
 from dpgen.journal.calls import FinishedCall, encode_call
 from dpgen.journal.row_notes import RENDERING, RowNote
 from dpgen.records import Request, RequestId, RowResult, UndecodedRow, derive_seed, make_rejected_result
+from dpgen.scheduling.preparation import NoPreparer, Preparer
 from dpgen.scheduling.programs.event_loop import ProgramLoop
 from dpgen.scheduling.programs.running import AskedCall, Message, ProgramEnded, ToolReturned
 from dpgen.scheduling.request_builder import derive_request_seed
@@ -43,10 +44,12 @@ class RunnerConfig:
     Attributes:
         run_seed: as in `RequestBuilder`.
         max_running: `program.max_running`.
+        preparer: as in `RequestBuilder`.
     """
 
     run_seed: int | None = None
     max_running: int = 10_000
+    preparer: Preparer = field(default_factory=NoPreparer)
 
 
 @dataclass
@@ -92,6 +95,7 @@ class ProgramRunner:
         self._rows: dict[int, _Row] = {}
         self._asked: deque[AskedCall] = deque()
         self._ready: deque[Request] = deque()
+        self._preparing = config.preparer.open_queue()
         self._in_flight: dict[RequestId, tuple[AskedCall, Request]] = {}
         self._finals: list[RowResult] = []
         self._num_begun_at_once = 0  # since the programs were settled
@@ -128,12 +132,13 @@ class ProgramRunner:
     def has_retries(self) -> bool:
         """True while calls wait to be taken."""
         self._handle_messages()
-        return bool(self._asked or self._ready)
+        return bool(self._asked or self._ready or self._preparing.has_ready)
 
     def take_retry(self) -> Request | None:
         """Return the request of the next call; None if there is none."""
         self._handle_messages()
         for _ in range(_MAX_RENDERED_AT_ONCE):
+            self._take_prepared()
             if self._ready:
                 return self._ready.popleft()
             if not self.prepare():
@@ -142,7 +147,8 @@ class ProgramRunner:
 
     def prepare(self) -> bool:
         """Render one call ahead of its admission; return False if none waits, or enough are ready."""
-        if not self._asked or len(self._ready) >= _MAX_RENDERED_AHEAD:
+        self._preparing.poll()
+        if not self._asked or len(self._ready) + len(self._preparing) >= _MAX_RENDERED_AHEAD:
             return False
         asked = self._asked.popleft()
         row = self._rows.get(asked.id.row)
@@ -154,8 +160,24 @@ class ProgramRunner:
             self._finish(asked, make_rejected_result(asked.id, error))
             return True
         self._in_flight[asked.id] = (asked, request)
-        self._ready.append(request)
+        if self._config.preparer.needs(request):
+            self._preparing.add(request)
+        else:
+            self._ready.append(request)
         return True
+
+    def _take_prepared(self) -> None:
+        """Move a call that workers have prepared to those that are ready, if none is; answer those that can't be."""
+        while not self._ready and (prepared := self._preparing.take()) is not None:
+            entry = self._in_flight.get(prepared.id)
+            if entry is None:
+                continue
+            if isinstance(prepared, Request):
+                self._in_flight[prepared.id] = (entry[0], prepared)
+                self._ready.append(prepared)
+            else:
+                del self._in_flight[prepared.id]
+                self._finish(entry[0], prepared)
 
     def _build(self, row: Request, asked: AskedCall) -> Request:
         rendered = RenderedPrompt(*self._note.run(RENDERING, row.row, self._render, {CALL_COLUMN: asked.call}))
@@ -202,6 +224,7 @@ class ProgramRunner:
         self._asked = deque(asked for asked in self._asked if self._runs(asked.id.row))
         kept = {id: request for id, (_, request) in self._in_flight.items() if self._runs(id.row)}
         self._ready = deque(request for id, request in kept.items() if id not in parsing)
+        self._preparing = self._config.preparer.open_queue()
         self._in_flight = {id: entry for id, entry in self._in_flight.items() if id in kept or id in parsing}
         return records
 

@@ -1,0 +1,260 @@
+"""Have workers prepare requests with media, ahead of admission: the rank's side.
+
+- Nothing waits, but `prepare_now`. Queues take requests in, and give them back, prepared, as they get ready.
+- Requests that are ready for admission take at most `max_prepared_bytes`, as far as sizes can be foreseen: those of the
+  last ones tell. One request is prepared whatever its size.
+- Each request that is not finished holds a buffer, hence a file descriptor: workers get no more than the process may
+  have.
+- A request keeps its buffer until it is dropped. It is prepared once, whatever follows from it.
+- A worker's death or hang costs one row. A death by a signal, which the kernel sends when memory runs out, has a second
+  try.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from dpgen.data.media.parts import find_media
+from dpgen.engine.media.buffers import MediaBuffer
+from dpgen.engine.media.handling import PreparedAnswer, RejectedAnswer, encode_prompt
+from dpgen.errors import ConfigError, RowRefused
+from dpgen.records import Request, RowResult, make_rejected_result
+from dpgen.workers.pool import Answer, WorkerRefused
+
+TASKS_AHEAD = 4  # of a worker: the rank looks for answers every 40 ms
+_POLL_S = 0.002
+_WAIT_S = 0.01
+_SIZES_REMEMBERED = 32
+_CRASHED, _TIMED_OUT = "render_crashed", "render_timeout"
+
+
+class Workers(Protocol):
+    """Interface of a pool of workers; see `WorkerPool`."""
+
+    def submit(self, key: int, task: object) -> None: ...
+
+    def poll(self) -> list[Answer]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class PreparationLimits:
+    """Bound what is prepared ahead.
+
+    Attributes:
+        num_workers: processes.
+        max_prepared_bytes: of the requests that are ready for admission.
+        max_buffers: of the requests that are prepared and not finished.
+    """
+
+    num_workers: int = 1
+    max_prepared_bytes: int = 1 << 30
+    max_buffers: int = 512
+
+
+class MediaQueue:
+    """Hold requests of one owner while they are prepared, and until they are admitted.
+
+    A queue that its owner drops is forgotten with what it holds.
+
+    Attributes:
+        max_ahead: requests that are worth holding here, so that no worker runs out of work.
+        ready_bytes: of the requests that are ready.
+    """
+
+    def __init__(self, preparer: MediaPreparer) -> None:
+        self._preparer = preparer
+        self._ready: deque[Request | RowResult] = deque()
+        self._num_open = 0  # not ready
+        self.max_ahead = preparer.max_pending
+        self.ready_bytes = 0
+
+    def __len__(self) -> int:
+        """Return the number of requests that are being prepared, or ready."""
+        return self._num_open + len(self._ready)
+
+    @property
+    def has_ready(self) -> bool:
+        """True if `take` would return a request."""
+        if not self._ready:
+            self.poll()
+        return bool(self._ready)
+
+    def poll(self) -> None:
+        """Take what the workers have prepared, and give them more; to be called while nothing is taken, too."""
+        if self._num_open:
+            self._preparer.poll()
+
+    def add(self, request: Request) -> None:
+        """Add a request that needs to be prepared."""
+        self._num_open += 1
+        self._preparer.submit(self, request)
+
+    def take(self) -> Request | RowResult | None:
+        """Return a request that is prepared, or the result of one that can't be; None if none is ready."""
+        if not self.has_ready:
+            return None
+        request = self._ready.popleft()
+        if isinstance(request, Request):
+            self.ready_bytes -= request.media.num_bytes
+            self.poll()  # there is room for another one now
+        return request
+
+    def put(self, request: Request | RowResult) -> None:
+        """Take what has become of a request that was added."""
+        self._num_open -= 1
+        self._ready.append(request)
+        if isinstance(request, Request):
+            self.ready_bytes += request.media.num_bytes
+
+
+@dataclass
+class _Pending:
+    queue: weakref.ref[MediaQueue]
+    request: Request
+    buffer: MediaBuffer
+    num_deaths: int = 0
+
+
+class MediaPreparer:
+    """Prepare requests whose prompts hold media.
+
+    Args:
+        start_workers: starts the pool; called once, when it is first needed.
+        clock: seconds that only increase.
+    """
+
+    def __init__(
+        self,
+        start_workers: Callable[[], Workers],
+        limits: PreparationLimits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._start_workers, self._limits, self._clock = start_workers, limits, clock
+        self._workers: Workers | None = None
+        self._queues: weakref.WeakSet[MediaQueue] = weakref.WeakSet()
+        self._waiting: deque[tuple[weakref.ref[MediaQueue], Request]] = deque()
+        self._pending: dict[int, _Pending] = {}
+        self._buffers: weakref.WeakSet[MediaBuffer] = weakref.WeakSet()
+        self._num_submitted = self._num_prepared = 0
+        self._mean_bytes = 0.0
+        self._polled_s = float("-inf")
+
+    @property
+    def max_pending(self) -> int:
+        """Requests that the workers have at a time, at most."""
+        return self._limits.num_workers * TASKS_AHEAD
+
+    def start(self) -> None:
+        """Start the workers, if they are not; they get ready in the background."""
+        if self._workers is None:
+            self._workers = self._start_workers()
+
+    def needs(self, request: Request) -> bool:
+        """Return True if a request has to be prepared before the engine can take it."""
+        is_open = request.prompt_token_ids is None and request.media is None
+        return is_open and bool(find_media(request.prompt))
+
+    def open_queue(self) -> MediaQueue:
+        """Return a queue for requests of one owner."""
+        queue = MediaQueue(self)
+        self._queues.add(queue)
+        return queue
+
+    def submit(self, queue: MediaQueue, request: Request) -> None:
+        """Prepare a request of a queue, once there is room."""
+        self.start()
+        self._waiting.append((weakref.ref(queue), request))
+        self._send_waiting()
+
+    def poll(self) -> None:
+        """Put what is ready in its queue, and send the workers what there is room for.
+
+        Raises:
+            ConfigError: the workers can't be started with this configuration.
+            DpgenError: they died while they were starting, again and again.
+        """
+        now_s = self._clock()
+        if self._workers is None or now_s < self._polled_s + _POLL_S:
+            return
+        self._polled_s = now_s
+        try:
+            answers = self._workers.poll()
+        except WorkerRefused as error:
+            raise ConfigError(str(error)) from None
+        for answer in answers:
+            self._handle(answer)
+        if self._send_waiting():
+            self._polled_s = float("-inf")  # the next poll sends them
+
+    def prepare_now(self, request: Request) -> Request | None:
+        """Wait until a request is prepared, and return it; None if it is rejected."""
+        queue = self.open_queue()
+        queue.add(request)
+        while (prepared := queue.take()) is None:
+            time.sleep(_WAIT_S)
+        return prepared if isinstance(prepared, Request) else None
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._workers is not None:
+            self._workers.close()
+
+    def _send_waiting(self) -> bool:
+        """Give the workers what waits, as far as there is room; return True if there was."""
+        has_sent = False
+        while self._waiting and self._has_room():
+            queue, request = self._waiting.popleft()
+            if queue() is None:
+                continue
+            self._num_submitted += 1
+            self._send(self._num_submitted, queue, request)
+            has_sent = True
+        return has_sent
+
+    def _send(self, key: int, queue: weakref.ref[MediaQueue], request: Request, num_deaths: int = 0) -> None:
+        assert self._workers is not None
+        buffer = MediaBuffer()
+        self._buffers.add(buffer)
+        buffer.write(encode_prompt(request.prompt))
+        self._pending[key] = _Pending(queue, request, buffer, num_deaths)
+        self._workers.submit(key, buffer.address)
+
+    def _has_room(self) -> bool:
+        limits, num_pending = self._limits, len(self._pending)
+        ready_bytes = sum(queue.ready_bytes for queue in self._queues)
+        if not num_pending and not ready_bytes:
+            return True
+        if num_pending >= self.max_pending or len(self._buffers) >= limits.max_buffers:
+            return False
+        return ready_bytes + self._mean_bytes * (num_pending + 1) <= limits.max_prepared_bytes
+
+    def _handle(self, answer: Answer) -> None:
+        assert isinstance(answer.key, int)
+        pending = self._pending.pop(answer.key)
+        if answer.signal is not None and not pending.num_deaths:
+            self._send(answer.key, pending.queue, pending.request, num_deaths=1)
+            return
+        if isinstance(answer.value, PreparedAnswer):
+            self._num_prepared += 1
+            weight = 1 / min(self._num_prepared, _SIZES_REMEMBERED)
+            self._mean_bytes += weight * (answer.value.num_bytes - self._mean_bytes)
+        if (queue := pending.queue()) is not None:
+            queue.put(_finish(pending, answer))
+
+
+def _finish(pending: _Pending, answer: Answer) -> Request | RowResult:
+    request, value = pending.request, answer.value
+    if isinstance(value, PreparedAnswer):
+        return replace(request, prompt_token_ids=value.token_ids.tolist(), prompt=None, media=pending.buffer)
+    if isinstance(value, RejectedAnswer):
+        return make_rejected_result(request.id, RowRefused(value.type, value.message))
+    error_type = _TIMED_OUT if answer.has_timed_out else _CRASHED
+    hint = " (data.render_timeout_s)" if answer.has_timed_out else ""
+    return make_rejected_result(request.id, RowRefused(error_type, f"preparing its media: {answer.failure}{hint}"))

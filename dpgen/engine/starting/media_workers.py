@@ -1,0 +1,90 @@
+"""Prepare what prepares a rank's media: how many worker processes, their environment, and what they run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from collections.abc import Callable
+
+from dpgen.config.schema import Config
+from dpgen.data.media.policy import MediaPolicy
+from dpgen.distributed.network import raise_open_file_limit
+from dpgen.engine.media.preparer import TASKS_AHEAD, MediaPreparer, PreparationLimits
+from dpgen.engine.messages import EngineSpec
+from dpgen.engine.process import build_engine_env
+from dpgen.formatting import format_count
+from dpgen.workers.pool import WorkerPool, WorkerSpec
+
+logger = logging.getLogger(__name__)
+
+_MAX_WORKERS = 8
+_NUM_OTHERS = 2  # cores for the rank and its engine
+_MAX_BUFFERS = 1 << 16
+_OTHER_FILES = 256  # file descriptors for all else
+_NICENESS = 5  # the engine's thread goes first
+
+
+def build_media_preparer(
+    config: Config, spec: EngineSpec, local_size: int, log: Callable[[str], None]
+) -> MediaPreparer:
+    """Build what prepares a rank's media; its workers start with the first row that has any.
+
+    Args:
+        spec: of this rank's engine.
+        local_size: ranks on this node.
+        log: takes each line that the workers print.
+    """
+    num_workers = count_workers(config.data.media_workers, local_size)
+    limits = PreparationLimits(num_workers, config.data.max_prepared_bytes, _find_max_buffers())
+
+    def start() -> WorkerPool:
+        logger.info(f"preparing media in {format_count(num_workers, 'worker')}")
+        return WorkerPool(_describe_workers(config, spec, num_workers), log)
+
+    return MediaPreparer(start, limits)
+
+
+def count_workers(wanted: int | str, local_size: int) -> int:
+    """Return the number of a rank's workers.
+
+    Args:
+        wanted: `data.media_workers`: a number, or "auto" for one on each core that rank and engine leave, 8 at most.
+        local_size: ranks on this node; they divide the cores, unless each is bound to its own.
+    """
+    if wanted != "auto":
+        return int(wanted)
+    num_cores, num_all = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    if num_cores > num_all // local_size:
+        num_cores //= local_size
+    return max(1, min(_MAX_WORKERS, num_cores - _NUM_OTHERS))
+
+
+def _find_max_buffers() -> int:
+    """Let this process have as many open files as it may, and return how many of them may be buffers."""
+    raise_open_file_limit(_MAX_BUFFERS)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_free = _MAX_BUFFERS if soft == resource.RLIM_INFINITY else soft - len(os.listdir("/proc/self/fd"))
+    return max(16, min(_MAX_BUFFERS, num_free - _OTHER_FILES))
+
+
+def _describe_workers(config: Config, spec: EngineSpec, num_workers: int) -> WorkerSpec:
+    policy = MediaPolicy.from_config(config.data)
+    if config.run.engine == "fake":
+        factory, arguments = "dpgen.engine.media.fake_handler:start", (dict(config.engine), policy)
+    else:
+        factory = "dpgen.engine.vllm.media.processing:start"
+        arguments = (spec, config.prompt, policy, num_workers)  # type: ignore[assignment]
+    environment = build_engine_env(os.environ, gpus=None, num_cores=1, log_level=config.run.log_level)
+    environment |= dict.fromkeys(("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    return WorkerSpec(
+        "preparing media",
+        factory,
+        arguments,
+        environment,
+        num_workers=num_workers,
+        timeout_s=config.data.render_timeout_s,
+        niceness=_NICENESS,
+        max_ahead=TASKS_AHEAD,
+    )

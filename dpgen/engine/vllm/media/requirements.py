@@ -1,0 +1,42 @@
+"""Say what is missing for a model's processor of media."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dpgen.engine.messages import EngineSpec
+from dpgen.engine.vllm.rejections import summarize_error
+
+_HINTS = {
+    "torchvision": "install torchvision's build for the installed torch (launch/install.sh --vision, or dpgen[vision])",
+}
+
+
+def describe_processor_error(model: str, error: Exception) -> str:
+    """Return one line on why a model's processor can't be loaded, and what to install if a package is missing."""
+    text = f"{error} {error.__cause__ or ''}".lower()
+    reason = summarize_error(error)
+    for package, hint in _HINTS.items():
+        if package in text:
+            return f"the processor of {model} needs {package}: {hint}"
+    return f"vLLM can't load the processor of {model}, for images, audio or video: {reason}"
+
+
+def find_missing_processor(spec: EngineSpec, model_config: Any) -> Iterator[str]:
+    """Yield one line if rows have media, and the model can't process them with what is installed.
+
+    Args:
+        model_config: vLLM's `ModelConfig`.
+    """
+    if not spec.takes_media:
+        return
+    if not model_config.supports_multimodal_inputs:
+        yield f"{spec.model} takes no images, audio or video, which data.*_column names: choose another model"
+        return
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    try:
+        MULTIMODAL_REGISTRY.create_processor(model_config).info.get_hf_processor()
+    except Exception as error:  # noqa: BLE001 - processors are foreign code
+        yield describe_processor_error(spec.model, error)

@@ -1,0 +1,56 @@
+"""Tests of the memory that a rank shares with its workers and its engine."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+
+import pytest
+
+from dpgen.engine.media.buffers import BufferAddress, MediaBuffer
+from dpgen.errors import DpgenError
+
+
+def _count_open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_what_is_written_is_read_by_address_and_aligned() -> None:
+    buffer, parts = MediaBuffer(), [b"head", b"", bytes(range(200)), b"x" * 70]
+    num_bytes = buffer.address.write(parts)
+    read = pickle.loads(pickle.dumps(buffer)).read()
+    assert [bytes(part) for part in read] == parts
+    assert num_bytes == buffer.num_bytes
+    before = read[2].tobytes()
+    read[2][0] = 9
+    assert buffer.address.read()[2].tobytes() == before, "a reader's writing must not change what others read"
+
+
+def test_memory_is_written_anew_by_a_worker() -> None:
+    buffer = MediaBuffer()
+    buffer.write([b"the prompt" * 100])
+    buffer.address.write([b"pixels"])
+    assert [bytes(part) for part in buffer.address.read()] == [b"pixels"]
+
+
+def test_a_dropped_buffer_leaves_nothing_open_and_its_address_is_no_other_buffer() -> None:
+    before = _count_open_files()
+    buffer = MediaBuffer()
+    buffer.write([b"one"])
+    address, view = buffer.address, buffer.address.read()
+    del buffer
+    gc.collect()
+    assert bytes(view[0]) == b"one", "the engine still has what it maps"
+    del view
+    gc.collect()
+    assert _count_open_files() == before
+    others = [MediaBuffer() for _ in range(8)]  # one of them gets the number of the file descriptor
+    assert address.fd in [other.address.fd for other in others]
+    with pytest.raises(DpgenError, match="is gone"):
+        address.read()
+
+
+def test_a_buffer_of_a_process_that_has_ended_is_an_error() -> None:
+    with pytest.raises(DpgenError, match="can't be opened"):
+        BufferAddress(2**22 + 1, 3, 1).read()

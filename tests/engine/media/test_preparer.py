@@ -1,0 +1,206 @@
+"""Tests of what prepares requests with media, with workers that answer when the test says so."""
+
+from __future__ import annotations
+
+import pickle
+from array import array
+from typing import Any
+
+import pytest
+from helpers.clock import FakeClock
+
+from dpgen.data.media.parts import MediaPart, MediaText
+from dpgen.engine.media.buffers import BufferAddress
+from dpgen.engine.media.handling import PreparedAnswer, RejectedAnswer
+from dpgen.engine.media.preparer import TASKS_AHEAD, MediaPreparer, PreparationLimits
+from dpgen.errors import ConfigError
+from dpgen.records import Request, RequestId, RowResult
+from dpgen.workers.pool import Answer, WorkerRefused
+
+
+class ScriptedWorkers:
+    """Hold the tasks until the test answers them."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[int, BufferAddress] = {}
+        self.answers: list[Answer] = []
+        self.error: Exception | None = None
+        self.is_closed = False
+
+    def submit(self, key: int, task: Any) -> None:
+        self.tasks[key] = task
+
+    def poll(self) -> list[Answer]:
+        if self.error is not None:
+            raise self.error
+        answers, self.answers = self.answers, []
+        return answers
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def finish(self, key: int, num_bytes: int = 1000) -> None:
+        [data] = self.tasks[key].read()
+        prompt = pickle.loads(data)
+        written = self.tasks.pop(key).write([bytes(num_bytes)])
+        self.answers.append(Answer(key, PreparedAnswer(array("i", [len(prompt.text)]), written)))
+
+    def fail(self, key: int, **answer: Any) -> None:
+        del self.tasks[key]
+        self.answers.append(Answer(key, **answer))
+
+
+class Harness:
+    def __init__(self, **limits: int) -> None:
+        self.clock = FakeClock()
+        self.workers = ScriptedWorkers()
+        self.num_starts = 0
+        self.preparer = MediaPreparer(self._start, PreparationLimits(**limits), self.clock)
+        self.queue = self.preparer.open_queue()
+
+    def _start(self) -> ScriptedWorkers:
+        self.num_starts += 1
+        return self.workers
+
+    def add(self, *rows: int) -> None:
+        for row in rows:
+            self.queue.add(make_request(row))
+
+    def take(self) -> Request | RowResult | None:
+        self.clock.now_s += 1
+        return self.queue.take()
+
+
+def make_request(row: int) -> Request:
+    return Request(RequestId(row), None, MediaText("x" * row, (MediaPart("image", "image", b"file"),)))
+
+
+def test_only_requests_with_media_are_prepared_and_the_first_one_starts_the_workers() -> None:
+    harness = Harness()
+    assert not harness.preparer.needs(Request(RequestId(0), [1]))
+    assert not harness.preparer.needs(Request(RequestId(0), None, "text"))
+    assert harness.preparer.needs(make_request(0))
+    assert harness.take() is None
+    assert harness.num_starts == 0
+    harness.add(1, 2)
+    assert harness.num_starts == 1
+
+
+def test_requests_come_back_as_they_get_ready_with_their_tokens_and_memory() -> None:
+    harness = Harness()
+    harness.add(3, 4)
+    assert len(harness.queue) == 2
+    assert harness.take() is None
+    harness.workers.finish(2)
+    second = harness.take()
+    harness.workers.finish(1)
+    first = harness.take()
+    assert isinstance(second, Request)
+    assert isinstance(first, Request)
+    assert (second.row, second.prompt_token_ids, second.prompt) == (4, [4], None)
+    assert (first.row, first.prompt_token_ids) == (3, [3])
+    assert [bytes(part) for part in first.media.address.read()] == [bytes(1000)]
+    assert not harness.preparer.needs(first), "what follows from a request is not prepared again"
+    assert len(harness.queue) == 0
+
+
+def test_what_is_ready_is_bounded_by_bytes_but_one_row_is_prepared_whatever_its_size() -> None:
+    harness = Harness(num_workers=2, max_prepared_bytes=5000)
+    harness.add(*range(20))
+    assert len(harness.workers.tasks) == 2 * TASKS_AHEAD, "no size is known yet"
+    for key in list(harness.workers.tasks):
+        harness.workers.finish(key, 2400)
+    assert harness.take() is not None
+    while harness.take() is not None:
+        assert harness.queue.ready_bytes + 2400 * len(harness.workers.tasks) <= 5000 + 2 * TASKS_AHEAD * 2500
+    assert len(harness.workers.tasks) == 1 or len(harness.workers.tasks) == 2, "two rows fit"
+    for key in list(harness.workers.tasks):
+        harness.workers.finish(key, 90_000)
+    taken = [harness.take(), harness.take()]
+    assert None not in taken
+    assert len(harness.workers.tasks) == 1, "a row above the limit is prepared alone"
+
+
+def test_the_workers_get_more_while_the_engine_takes_nothing() -> None:
+    harness = Harness()
+    harness.add(*range(3 * TASKS_AHEAD))
+    for _ in range(3):
+        for key in list(harness.workers.tasks):
+            harness.workers.finish(key)
+        harness.clock.now_s += 1
+        harness.queue.poll()
+    taken = [harness.take() for _ in range(3 * TASKS_AHEAD)]
+    assert None not in taken
+
+
+def test_rows_in_the_engine_count_as_open_files() -> None:
+    harness = Harness(max_buffers=3)
+    harness.add(*range(8))
+    assert len(harness.workers.tasks) == 3
+    for key in list(harness.workers.tasks):
+        harness.workers.finish(key)
+    in_engine = [harness.take() for _ in range(2)]
+    assert harness.take() is not None  # dropped at once
+    harness.take()
+    assert len(in_engine) + len(harness.workers.tasks) <= 3
+    in_engine.clear()
+    harness.clock.now_s += 1
+    harness.preparer.poll()
+    assert len(harness.workers.tasks) >= 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "error_type"),
+    [
+        ({"failure": "preparing media took longer than 60 s", "has_timed_out": True}, "render_timeout"),
+        ({"failure": "preparing media process died (exit status 1)"}, "render_crashed"),
+        ({"value": RejectedAnswer("media_invalid", "image: no image")}, "media_invalid"),
+    ],
+)
+def test_what_can_t_be_prepared_is_its_row_s_error(answer: dict[str, Any], error_type: str) -> None:
+    harness = Harness()
+    harness.add(1, 2)
+    harness.workers.fail(1, **answer)
+    harness.workers.finish(2)
+    [failed, other] = [harness.take(), harness.take()]
+    assert isinstance(failed, RowResult)
+    assert failed.error is not None
+    assert (failed.row, failed.error.type) == (1, error_type)
+    assert isinstance(other, Request)
+
+
+def test_a_worker_that_is_killed_costs_a_second_try_and_then_the_row() -> None:
+    harness = Harness()
+    harness.add(5)
+    harness.workers.fail(1, failure="died (exit status -9)", signal=9)
+    assert harness.take() is None
+    assert list(harness.workers.tasks) == [1]
+    harness.workers.fail(1, failure="died (exit status -9)", signal=9)
+    failed = harness.take()
+    assert isinstance(failed, RowResult)
+    assert failed.error is not None
+    assert failed.error.type == "render_crashed"
+    assert "-9" in failed.error.message
+
+
+def test_a_dropped_queue_is_forgotten_with_its_rows() -> None:
+    harness = Harness(max_buffers=2)
+    harness.add(1, 2, 3)
+    harness.queue = harness.preparer.open_queue()
+    harness.add(4)
+    for key in list(harness.workers.tasks):
+        harness.workers.finish(key)
+    assert harness.take() is None
+    assert len(harness.workers.tasks) == 1, "the third row of the old queue is left out"
+    harness.workers.finish(*harness.workers.tasks)
+    taken = harness.take()
+    assert taken is not None
+    assert taken.row == 4
+
+
+def test_a_configuration_that_workers_reject_ends_the_run_in_one_line() -> None:
+    harness = Harness()
+    harness.add(1)
+    harness.workers.error = WorkerRefused("preparing media can't start: the processor needs torchvision")
+    with pytest.raises(ConfigError, match="needs torchvision"):
+        harness.take()
