@@ -3,7 +3,8 @@
 - A process sleeps while another one is timed. Start-up is not timed.
 - A rank's pass is what a run does between loading the engine and writing the result: plan, render, admission, engine
   process, text, journal. It is made of the run's own parts.
-- Without a GPU each process has one core: a rank shares its core with its engine's process.
+- Without a GPU each process has one core: a rank shares its core with its engine's process. A rank with columns of
+  media may use all cores, and so may the workers that prepare them; its engine keeps its core.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ def serve_ranks(pipe: Connection, place: Place, work_dir: str, list_settings: Se
     Args:
         list_settings: returns the arguments of `dpgen run` for a way and a path of rows.
     """
+    all_cores = os.sched_getaffinity(0)
     place.prepare_process(f"{work_dir}/serve_ranks.log")
     import datasets
 
@@ -174,7 +176,12 @@ def serve_ranks(pipe: Connection, place: Place, work_dir: str, list_settings: Se
     from dpgen.distributed.group import RankGroup, SingleRankGroup
     from dpgen.distributed.layout import build_layout
     from dpgen.distributed.topology import read_topology
-    from dpgen.engine.starting.launch import build_text_pipeline, check_engine_options, prepare_engine
+    from dpgen.engine.starting.launch import (
+        add_media_preparer,
+        build_text_pipeline,
+        check_engine_options,
+        prepare_engine,
+    )
     from dpgen.engine.starting.log_file import EngineLog
     from dpgen.journal.run_dir import RunDir
 
@@ -190,6 +197,9 @@ def serve_ranks(pipe: Connection, place: Place, work_dir: str, list_settings: Se
     engine = prepare_engine(config, topology, build_layout(topology, config.parallel), group, log)()
     check_engine_options(engine, config.parallel, group)
     texts = build_text_pipeline(config, log, InputRows(datasets.Dataset.from_dict({})))
+    if config.prompt.has_media_columns:
+        os.sched_setaffinity(0, all_cores)
+        texts = add_media_preparer(texts, config, topology, log)
     texts.describe_model(
         engine.load_model(lambda num_bytes: num_bytes, group.raise_if_peer_failed, texts.engine_text_config)
     )
@@ -200,6 +210,7 @@ def serve_ranks(pipe: Connection, place: Place, work_dir: str, list_settings: Se
         run_dir = RunDir(f"{work_dir}/run-{attempt}")
         run_dir.create()
         pipe.send(time_rank(load([], list_settings(*command)), run_dir.journal, attempt, engine, texts, group))
+    texts.close()
     engine.kill()
     group.close()
 
