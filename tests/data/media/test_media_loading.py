@@ -102,7 +102,7 @@ def test_what_is_no_file_of_its_own_is_rejected_at_once(folder: Path) -> None:
         assert reject("socket.png", folder)[0] == "media_invalid"
     assert reject("a\0b.png", folder)[0] == "media_missing"
     assert reject("x" * 5000, folder)[0] == "media_missing"
-    assert len(reject("x" * 5000, folder)[1]) < 200
+    assert len(reject("x" * 5000, folder)[1]) < 200 + len(str(folder))
     assert reject("s3://bucket/a.png", folder) == (
         "media_not_allowed",
         "s3:// URLs can't be read: only paths, data:, http: and https:",
