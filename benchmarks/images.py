@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def measure(options: argparse.Namespace, engine: dict[str, Any], work_dir: Path)
         Peer(serve_ranks, options, work_dir, settings) as dpgen,
         Peer(serve_llm, options, work_dir, model, engine, Reference(options.max_tokens)) as llm,
     ):
-        ways = {
+        ways: dict[str, Callable[[], float]] = {
             "prepared": lambda: llm.time("prepared", path),
             "dpgen": lambda: dpgen.time("dpgen", path),
             "chat": lambda: llm.time("chat", path),

@@ -25,7 +25,7 @@ class RowMediaConnector(MediaConnector):
         Args:
             load: given a medium's number and vLLM's function that decodes its contents, returns what that returns.
         """
-        cls._load = staticmethod(load)  # type: ignore[assignment]
+        cls._load = staticmethod(load)
         try:
             yield
         finally:

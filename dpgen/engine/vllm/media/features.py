@@ -34,8 +34,8 @@ def encode_features(rendered: Any) -> Sequence[Buffer]:
             name = rendered["mm_hashes"][modality][index]
             item = rendered["mm_kwargs"][modality][index]
             features.append(MultiModalFeatureSpec(item, modality, name, position, name))
-    parts: Sequence[Buffer] = MsgpackEncoder(_INLINE_BYTES).encode(features)
-    return parts
+    parts: Any = MsgpackEncoder(_INLINE_BYTES).encode(features)
+    return list[Buffer](parts)
 
 
 def make_engine_prompt(request: Request, token_ids: list[int]) -> Any:
