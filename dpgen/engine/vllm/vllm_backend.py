@@ -42,7 +42,7 @@ from dpgen.engine.vllm.executors import (
 )
 from dpgen.engine.vllm.hooks.hot_path import install_hooks
 from dpgen.engine.vllm.media.features import make_engine_prompt, send_media_whole
-from dpgen.engine.vllm.media.requirements import find_missing_processor
+from dpgen.engine.vllm.media.requirements import explain_failed_import, find_missing_processor
 from dpgen.engine.vllm.pooling import VllmPooling, find_wrong_model
 from dpgen.engine.vllm.reasoning import ReasoningState, make_core_request
 from dpgen.engine.vllm.rejections import classify_rejection, summarize_error
@@ -98,7 +98,8 @@ class VllmBackend:
             except ConfigError as error:
                 mistakes += error.mistakes
             except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
-                reason = explain_hub_error(self._spec.model, error) or summarize_error(error)
+                reason = explain_hub_error(self._spec.model, error) or explain_failed_import(error)
+                reason = reason or summarize_error(error)
                 mistakes.append(f"vLLM rejects the model or an engine.* key: {reason}")
         if not unknown:
             mistakes += self._find_wrong_sampling()

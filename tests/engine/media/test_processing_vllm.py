@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from dpgen.data.media.policy import MediaPolicy
 from dpgen.engine.media.buffers import MediaBuffer
 from dpgen.engine.media.handling import PreparedAnswer, encode_prompt
 from dpgen.engine.messages import EngineSpec
+from dpgen.errors import ConfigError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -87,3 +90,13 @@ def test_a_text_with_marks_takes_images_and_the_worker_goes_on_after_errors(hand
 def test_a_model_of_texts_alone_takes_no_image(start: Callable[[Path], Handle], tmp_path: Path) -> None:
     answer = start(save_tiny_model(tmp_path / "model", "plain", 512))(make_chat(make_image(1)))
     assert answer.type == "unsupported_content", answer
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_a_model_whose_code_needs_torchvision_says_what_to_install(tmp_path: Path) -> None:
+    from dpgen.engine.vllm.vllm_backend import VllmBackend
+
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": {"model_type": "llama"}}))
+    with pytest.raises(ConfigError, match=r"torchvision is not installed.*launch/install\.sh --vision"):
+        VllmBackend(EngineSpec("vllm", str(tmp_path), {"dtype": "float32"})).check_options()

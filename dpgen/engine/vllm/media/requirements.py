@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from dpgen.engine.messages import EngineSpec
@@ -11,6 +12,20 @@ from dpgen.engine.vllm.rejections import summarize_error
 _HINTS = {
     "torchvision": "install torchvision's build for the installed torch (launch/install.sh --vision, or dpgen[vision])",
 }
+
+
+def explain_failed_import(error: Exception) -> str | None:
+    """Return why vLLM can't import a model's code, if a package is missing that may be the reason; None otherwise.
+
+    vLLM imports it in a process of its own, and says only that this has failed.
+    """
+    missing = [package for package in _HINTS if find_spec(package) is None]
+    if "failed to be inspected" not in str(error) or not missing:
+        return None
+    hints = "; ".join(
+        f"{package} is not installed, which many models of images need: {_HINTS[package]}" for package in missing
+    )
+    return f"{summarize_error(error)} {hints}"
 
 
 def describe_processor_error(model: str, error: Exception) -> str:
