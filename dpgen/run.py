@@ -315,7 +315,8 @@ class _Job:
         is_first = self._group.rank == 0 and not self._engine.is_ready
         connect_engines(self._config, self._engine, self._group, self._run_dir, self._count_rows_left)
         loaded = self._loader.load(self._engine, self._text.engine_text_config)
-        self._engine.recall(self._planner.blame, make_canary_finder(self._config, self._planner, self._text))
+        find_canary = make_canary_finder(self._config, self._planner, self._text, self._group.heartbeat)
+        self._engine.recall(self._planner.blame, find_canary)
         if loaded is not None:
             self._text.describe_model(loaded.info)
         if is_first and loaded is not None:

@@ -129,14 +129,20 @@ def _build_runner(
     return runner
 
 
-def make_canary_finder(config: Config, planner: ShardPlanner, text: TextPipeline) -> Callable[[], Request | None]:
-    """Return a function that makes the request of a row that has succeeded, to see whether an engine is well."""
+def make_canary_finder(
+    config: Config, planner: ShardPlanner, text: TextPipeline, on_wait: Callable[[], None]
+) -> Callable[[], Request | None]:
+    """Return a function that makes the request of a row that has succeeded, to see whether an engine is well.
+
+    Args:
+        on_wait: called while the row's media are prepared.
+    """
 
     def find() -> Request | None:
         request = planner.build_succeeded_request()
         if request is None or text.preparer is None or not text.preparer.needs(request):
             return request
-        return text.preparer.prepare_now(request)
+        return text.preparer.prepare_now(request, on_wait)
 
     # A program's rows are no requests.
     return (lambda: None) if config.program.is_used else find

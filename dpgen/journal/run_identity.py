@@ -39,6 +39,7 @@ _RESULT_NEUTRAL_ENGINE_KEYS = frozenset(
         "num_gpu_blocks_override",
         "ray_workers_use_nsight",
         "use_tqdm_on_load",
+        "mm_processor_cache_gb",
         "max_cudagraph_capture_size",
         "cudagraph_capture_sizes",
         "step_s",

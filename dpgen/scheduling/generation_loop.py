@@ -137,6 +137,8 @@ class GenerationLoop:
         except (Interrupted, PeerFailed):
             self._drain_finished()
             raise
+        finally:
+            self._source.close()
         return self._global
 
     def get_state(self) -> RankState:
@@ -369,6 +371,7 @@ class GenerationLoop:
     def _reshard(self, *, spread_first: bool = False) -> None:
         """Plan again with all ranks. Rows that are claimed and not yet in the engine return to the plan. Collective."""
         has_engine = not self._engine.is_abandoned
+        self._source.close()
         self._source = self._planner.plan(self.get_state(), has_engine=has_engine, spread_first=spread_first)
 
     # ---- check

@@ -26,6 +26,8 @@ class PreparationQueue(Protocol):
 
     def take(self) -> Request | RowResult | None: ...
 
+    def close(self) -> None: ...
+
 
 class Preparer(Protocol):
     """Interface of what prepares requests; see `dpgen.engine.media.preparer.MediaPreparer`."""
@@ -57,3 +59,6 @@ class NoPreparer:
 
     def take(self) -> Request | RowResult | None:
         return None
+
+    def close(self) -> None:
+        return

@@ -21,6 +21,8 @@ from dpgen.records import Request, RequestId, RowError, derive_seed
 from dpgen.scheduling.groups.adapters import AdapterConfig
 from dpgen.scheduling.preparation import NoPreparer, Preparer
 
+_READ_AHEAD_BYTES = 256 << 20  # of rows that hold images, say
+
 
 @dataclass(frozen=True)
 class RequestBuilder:
@@ -40,6 +42,7 @@ class RequestBuilder:
         has_added_nulls: True if Arrow may have given objects of a column the keys of other rows' objects, as null.
         adapters: which row uses which LoRA adapter.
         preparer: prepares what the engine can't take as it is built.
+        max_rows_ahead: rows that may be read ahead, as their size allows.
     """
 
     render: RenderFn
@@ -52,6 +55,7 @@ class RequestBuilder:
     has_added_nulls: bool = True
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     preparer: Preparer = field(default_factory=NoPreparer)
+    max_rows_ahead: int = 1 << 30
 
     @classmethod
     def from_config(cls, config: Config, rows: InputRows, render: RenderFn, **others: Any) -> RequestBuilder:
@@ -67,6 +71,7 @@ class RequestBuilder:
             config.sampling_by_rank,
             has_added_nulls=rows.has_added_nulls,
             adapters=AdapterConfig.from_config(config),
+            max_rows_ahead=max(1, int(_READ_AHEAD_BYTES / max(1.0, rows.mean_row_bytes))),
             **others,
         )
 

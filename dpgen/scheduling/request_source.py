@@ -94,8 +94,8 @@ class RequestSource:
         # As many as the engine runs: rows of one length all finish at once.
         fair_size = 0 if self._claimer is None else self._claimer.fair_claim_size
         if not len(self._preparing):
-            return len(self._ready) < min(self.max_num_seqs, 1 + fair_size)
-        limit = max(self.max_num_seqs, self._preparing.max_ahead)
+            return len(self._ready) < min(self._max_claim_size, 1 + fair_size)
+        limit = min(max(self.max_num_seqs, self._preparing.max_ahead), self._builder.max_rows_ahead)
         # What is claimed is this rank's already, and its workers wait for it.
         return self._num_built < (limit if self._claimed else min(limit, 1 + fair_size))
 
@@ -153,6 +153,10 @@ class RequestSource:
         if self.held_work is not None:
             self.held_work.start(request.row)
         return request
+
+    def close(self) -> None:
+        """Have nothing more prepared: the rows that this source holds return to the plan, or to the next start."""
+        self._preparing.close()
 
     def _take_ready(self) -> Request | RowResult | None:
         return self._ready.popleft() if self._ready else self._preparing.take()
@@ -235,7 +239,7 @@ class RequestSource:
     @property
     def _max_claim_size(self) -> int:
         # Enough to refill the engine if all of its rows finish at once.
-        return max(1, self.max_num_seqs)
+        return max(1, min(self.max_num_seqs, self._builder.max_rows_ahead))
 
     def _claim_more(self) -> bool:
         if self._shards_exhausted or self._claimer is None:

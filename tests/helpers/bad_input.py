@@ -158,6 +158,13 @@ BAD_REQUESTS: list[tuple[str, str, dict[str, Any], str, str]] = [
         "unsupported_request",
         "'echo' of a prompt of token",
     ),
+    (
+        "options of the image processor",
+        _CHAT,
+        {"messages": HELLO, "mm_processor_kwargs": {"max_pixels": 4}},
+        "unsupported_request",
+        "'mm_processor_kwargs' is not supported: set engine.mm_processor_kwargs",
+    ),
     ("beam search", _CHAT, {"messages": HELLO, "use_beam_search": True}, "unsupported_request", "'use_beam_search'"),
     ("a chat template", _CHAT, {"messages": HELLO, "chat_template": "x"}, "bad_request", "set data.chat_template"),
     (

@@ -48,6 +48,10 @@ class ScriptedPreparer:
     def take(self) -> Request | RowResult | None:
         return self.ready.popleft() if self.ready else None
 
+    def close(self) -> None:
+        self.open.clear()
+        self.ready.clear()
+
     def finish(self) -> None:
         self.ready.append(replace(self.open.popleft(), media="memory"))
 
@@ -63,6 +67,7 @@ class OneShard:
 
     def __init__(self) -> None:
         self.start = 0
+        self.limits: list[int] = []
 
     def refresh_own_remaining(self) -> int:
         return NUM_ROWS - self.start
@@ -71,6 +76,7 @@ class OneShard:
         return False
 
     def claim(self, limit: int) -> Claim | None:
+        self.limits.append(limit)
         if self.start == NUM_ROWS:
             return None
         self.start += 4
@@ -147,3 +153,21 @@ def test_a_source_without_anything_to_prepare_builds_as_many_ahead_as_before() -
     source = make_source(Nothing(), max_num_seqs=2)
     assert prefetch(source) == 2
     assert source.next_request() == Request(RequestId(0), [0])
+
+
+def test_few_large_rows_are_read_ahead() -> None:
+    shard = OneShard()
+    builder = RequestBuilder(lambda columns: RenderedPrompt([1]), None, {}, max_rows_ahead=3)
+    source = RequestSource(shard, lambda index: shard, builder)
+    source.max_num_seqs = 100
+    assert prefetch(source) == 3
+    assert shard.limits == [3]
+
+
+def test_a_source_that_is_closed_has_nothing_more_prepared() -> None:
+    preparer = ScriptedPreparer()
+    source = make_source(preparer)
+    prefetch(source)
+    assert preparer.open
+    source.close()
+    assert not preparer.open and not preparer.ready

@@ -13,8 +13,9 @@ from dpgen.data.media.parts import INVALID, TOO_LARGE
 from dpgen.data.media.policy import MediaPolicy
 from dpgen.errors import RowRefused
 
-# Pillow runs other programs for these, or knows no more of them than their names (`open_image` of vLLM).
-_UNSAFE_FORMATS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+# Pillow runs other programs for these, or knows no more of them than their names (`open_image` of vLLM). IPTC may hold
+# an image of any of these kinds, which Pillow opens.
+_UNSAFE_FORMATS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
 
 
 class ImageFacts(NamedTuple):

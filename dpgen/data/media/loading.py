@@ -36,7 +36,10 @@ def load_media(part: MediaPart, policy: MediaPolicy) -> bytes:
     data = part.data
     if data is None:
         assert part.source is not None, "placeholders are filled before a row is sent off"
-        data = _load_source(part.where, part.source.strip(), policy)
+        try:
+            data = _load_source(part.where, part.source.strip(), policy)
+        except ValueError:  # of the functions that take URLs apart, and encode names of files
+            raise RowRefused(MISSING, f"{part.where}: {shorten(part.source)!a} is no path and no URL") from None
     if len(data) > policy.max_bytes:
         raise make_size_error(part.where, len(data), policy)
     if not data:

@@ -32,8 +32,12 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (None,),
     "suffix": (None,),
     "use_beam_search": (None, False),
+    "mm_processor_kwargs": (None, {}),
+    "media_io_kwargs": (None, {}),
 }
 _REASONS = {
+    "mm_processor_kwargs": ": set engine.mm_processor_kwargs for all rows",
+    "media_io_kwargs": ": set engine.media_io_kwargs for all rows",
     "suffix": ": vLLM's server takes it for a few models alone. Write the prompt with the model's own marks",
     "use_beam_search": ". Ask for several samples instead: n, with a temperature",
 }

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Sequence
@@ -66,7 +67,9 @@ class BufferAddress(NamedTuple):
         try:
             fd = os.open(f"/proc/{self.pid}/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise DpgenError(f"the memory of process {self.pid} for media can't be opened: {error.strerror}") from None
+            hint = " (see `ulimit -Hn`)" if error.errno == errno.EMFILE else ""
+            reason = f"the memory of process {self.pid} for media can't be opened: {error.strerror}{hint}"
+            raise DpgenError(reason) from None
         if os.fstat(fd).st_ino != self.inode:
             os.close(fd)
             raise DpgenError(f"the memory of process {self.pid} for media is gone")

@@ -2,7 +2,7 @@
 
 - Nothing waits, but `prepare_now`. Queues take requests in, and give them back, prepared, as they get ready.
 - Requests that are ready for admission take at most `max_prepared_bytes`, as far as sizes can be foreseen: those of the
-  last ones tell. One request is prepared whatever its size.
+  last ones tell. One request is prepared whatever its size. Those in the engine hold theirs until they end.
 - Each request that is not finished holds a buffer, hence a file descriptor: workers get no more than the process may
   have.
 - A request keeps its buffer until it is dropped. It is prepared once, whatever follows from it.
@@ -61,8 +61,6 @@ class PreparationLimits:
 class MediaQueue:
     """Hold requests of one owner while they are prepared, and until they are admitted.
 
-    A queue that its owner drops is forgotten with what it holds.
-
     Attributes:
         max_ahead: requests that are worth holding here, so that no worker runs out of work.
         ready_bytes: of the requests that are ready.
@@ -74,6 +72,7 @@ class MediaQueue:
         self._num_open = 0  # not ready
         self.max_ahead = preparer.max_pending
         self.ready_bytes = 0
+        self._is_closed = False
 
     def __len__(self) -> int:
         """Return the number of requests that are being prepared, or ready."""
@@ -93,8 +92,12 @@ class MediaQueue:
 
     def add(self, request: Request) -> None:
         """Add a request that needs to be prepared."""
-        self._num_open += 1
+        self.expect()
         self._preparer.submit(self, request)
+
+    def expect(self) -> None:
+        """Count a request that `put` will bring."""
+        self._num_open += 1
 
     def take(self) -> Request | RowResult | None:
         """Return a request that is prepared, or the result of one that can't be; None if none is ready."""
@@ -108,15 +111,24 @@ class MediaQueue:
 
     def put(self, request: Request | RowResult) -> None:
         """Take what has become of a request that was added."""
+        if self._is_closed:
+            return
         self._num_open -= 1
         self._ready.append(request)
         if isinstance(request, Request):
             self.ready_bytes += request.media.num_bytes
 
+    def close(self) -> None:
+        """Drop all requests, also those that workers have. None is added after that."""
+        self._is_closed = True
+        self._ready.clear()
+        self._num_open = self.ready_bytes = 0
+        self._preparer.forget(self)
+
 
 @dataclass
 class _Pending:
-    queue: weakref.ref[MediaQueue]
+    queue: MediaQueue
     request: Request
     buffer: MediaBuffer
     num_deaths: int = 0
@@ -138,8 +150,8 @@ class MediaPreparer:
     ) -> None:
         self._start_workers, self._limits, self._clock = start_workers, limits, clock
         self._workers: Workers | None = None
-        self._queues: weakref.WeakSet[MediaQueue] = weakref.WeakSet()
-        self._waiting: deque[tuple[weakref.ref[MediaQueue], Request]] = deque()
+        self._queues = set[MediaQueue]()
+        self._waiting = deque[tuple[MediaQueue, Request]]()
         self._pending: dict[int, _Pending] = {}
         self._buffers: weakref.WeakSet[MediaBuffer] = weakref.WeakSet()
         self._num_submitted = self._num_prepared = 0
@@ -170,8 +182,13 @@ class MediaPreparer:
     def submit(self, queue: MediaQueue, request: Request) -> None:
         """Prepare a request of a queue, once there is room."""
         self.start()
-        self._waiting.append((weakref.ref(queue), request))
+        self._waiting.append((queue, request))
         self._send_waiting()
+
+    def forget(self, queue: MediaQueue) -> None:
+        """Prepare no further request of a queue, and give its room to others."""
+        self._queues.discard(queue)
+        self._waiting = deque(entry for entry in self._waiting if entry[0] is not queue)
 
     def poll(self) -> None:
         """Put what is ready in its queue, and send the workers what there is room for.
@@ -193,12 +210,20 @@ class MediaPreparer:
         if self._send_waiting():
             self._polled_s = float("-inf")  # the next poll sends them
 
-    def prepare_now(self, request: Request) -> Request | None:
-        """Wait until a request is prepared, and return it; None if it is rejected."""
+    def prepare_now(self, request: Request, on_wait: Callable[[], None]) -> Request | None:
+        """Wait until a request is prepared, whatever room there is, and return it; None if it is rejected.
+
+        Args:
+            on_wait: called again and again meanwhile.
+        """
+        self.start()
         queue = self.open_queue()
-        queue.add(request)
+        queue.expect()
+        self._send(queue, request)
         while (prepared := queue.take()) is None:
+            on_wait()
             time.sleep(_WAIT_S)
+        queue.close()
         return prepared if isinstance(prepared, Request) else None
 
     def close(self) -> None:
@@ -210,16 +235,14 @@ class MediaPreparer:
         """Give the workers what waits, as far as there is room; return True if there was."""
         has_sent = False
         while self._waiting and self._has_room():
-            queue, request = self._waiting.popleft()
-            if queue() is None:
-                continue
-            self._num_submitted += 1
-            self._send(self._num_submitted, queue, request)
+            self._send(*self._waiting.popleft())
             has_sent = True
         return has_sent
 
-    def _send(self, key: int, queue: weakref.ref[MediaQueue], request: Request, num_deaths: int = 0) -> None:
+    def _send(self, queue: MediaQueue, request: Request, num_deaths: int = 0) -> None:
         assert self._workers is not None
+        self._num_submitted += 1
+        key = self._num_submitted
         buffer = MediaBuffer()
         self._buffers.add(buffer)
         buffer.write(encode_prompt(request.prompt))
@@ -229,24 +252,23 @@ class MediaPreparer:
     def _has_room(self) -> bool:
         limits, num_pending = self._limits, len(self._pending)
         ready_bytes = sum(queue.ready_bytes for queue in self._queues)
-        if not num_pending and not ready_bytes:
-            return True
         if num_pending >= self.max_pending or len(self._buffers) >= limits.max_buffers:
             return False
+        if not num_pending and not ready_bytes:
+            return True
         return ready_bytes + self._mean_bytes * (num_pending + 1) <= limits.max_prepared_bytes
 
     def _handle(self, answer: Answer) -> None:
         assert isinstance(answer.key, int)
         pending = self._pending.pop(answer.key)
         if answer.signal is not None and not pending.num_deaths:
-            self._send(answer.key, pending.queue, pending.request, num_deaths=1)
+            self._send(pending.queue, pending.request, num_deaths=1)
             return
         if isinstance(answer.value, PreparedAnswer):
             self._num_prepared += 1
             weight = 1 / min(self._num_prepared, _SIZES_REMEMBERED)
             self._mean_bytes += weight * (answer.value.num_bytes - self._mean_bytes)
-        if (queue := pending.queue()) is not None:
-            queue.put(_finish(pending, answer))
+        pending.queue.put(_finish(pending, answer))
 
 
 def _finish(pending: _Pending, answer: Answer) -> Request | RowResult:

@@ -16,7 +16,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.sampling_params import SamplingParams
 
-from dpgen.data.openai_batch.lines import BAD_REQUEST, CHAT_URL
+from dpgen.data.openai_batch.lines import BAD_REQUEST, CHAT_URL, UNSUPPORTED_REQUEST
 from dpgen.data.openai_batch.requests import lay_retry_over
 from dpgen.engine.parsing.request_parsers import ParserMaker
 from dpgen.engine.vllm.reasoning import ReasoningState, find_state
@@ -102,6 +102,9 @@ class RequestConverter:
             limit = parsed.max_tokens if parsed.max_completion_tokens is None else parsed.max_completion_tokens
         prompt: Any = {"prompt_token_ids": token_ids}
         parsed.build_tok_params(self._model).apply_post_tokenization(self._tokenizer, prompt)
+        if request.media is not None and len(prompt["prompt_token_ids"]) < len(token_ids):
+            reason = "'truncate_prompt_tokens' would cut a prompt with images, audio or video"
+            raise RowRefused(UNSUPPORTED_REQUEST, reason)
         token_ids = prompt["prompt_token_ids"]
         max_tokens = get_max_tokens(
             self._model.max_model_len,

@@ -49,7 +49,7 @@ from dpgen.engine.vllm.rejections import classify_rejection, summarize_error
 from dpgen.engine.vllm.results import RunningRow, format_id, read_result
 from dpgen.engine.vllm.sampling_check import check_params, list_vllm_fields, name_constraint
 from dpgen.engine.vllm.versions import takes_hooks
-from dpgen.errors import ConfigError, RowRefused
+from dpgen.errors import ConfigError, DpgenError, RowRefused
 from dpgen.records import PooledKind, Request, RowResult, UndecodedRow
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ class VllmBackend:
             del self._rows[name]
             self._engine.abort_request([name])  # vLLM may have added a part of it
             default = "bad_sampling" if request.media is None else "unsupported_content"
+            default = "engine_refused" if isinstance(error, DpgenError) else default  # this host's fault, not the row's
             error_type = classify_rejection(error, len(token_ids), self._max_model_len, default)
             raise RowRefused(error_type, summarize_error(error)) from None
 
@@ -383,7 +384,7 @@ class VllmBackend:
         if token_ids is None:
             assert self._render is not None
             return self._render(request.prompt)
-        if self._num_ids is not None:
+        if self._num_ids is not None and request.media is None:  # vLLM knows the tokens that stand for media
             reject_unknown_ids(token_ids, self._num_ids)
         return token_ids
 

@@ -224,6 +224,7 @@ class ProgramRunner:
         self._asked = deque(asked for asked in self._asked if self._runs(asked.id.row))
         kept = {id: request for id, (_, request) in self._in_flight.items() if self._runs(id.row)}
         self._ready = deque(request for id, request in kept.items() if id not in parsing)
+        self._preparing.close()
         self._preparing = self._config.preparer.open_queue()
         self._in_flight = {id: entry for id, entry in self._in_flight.items() if id in kept or id in parsing}
         return records

@@ -114,6 +114,12 @@ def test_the_limit_is_the_configurations_not_pillows() -> None:
         (b"RIFF\0\0\0\0WAVEfmt ", "no image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n", "no image"),
         (b"\0" * 100, ""),
+        # An image of IPTC that holds one of PostScript, which Pillow would give to Ghostscript.
+        (
+            b"\x1c\x03\x3c\0\x02\x01\0\x1c\x03\x14\0\x02\0\x40\x1c\x03\x1e\0\x02\0\x40\x1c\x03\x78\0\x01\x05"
+            b"\x1c\x08\x0a\0\x31%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%E",
+            "no image",
+        ),
     ],
 )
 def test_what_is_no_image_is_rejected(data: bytes, words: str) -> None:

@@ -101,6 +101,8 @@ def test_what_is_no_file_of_its_own_is_rejected_at_once(folder: Path) -> None:
         assert reject("pics", folder) == ("media_invalid", "pics can't be read: Is a directory")
         assert reject("socket.png", folder)[0] == "media_invalid"
     assert reject("a\0b.png", folder)[0] == "media_missing"
+    assert reject("file://[x/a.png", folder) == ("media_missing", "'file://[x/a.png' is no path and no URL")
+    assert reject("\ud800.png", folder) == ("media_missing", "'\\ud800.png' is no path and no URL")
     assert reject("x" * 5000, folder)[0] == "media_missing"
     assert len(reject("x" * 5000, folder)[1]) < 200 + len(str(folder))
     assert reject("s3://bucket/a.png", folder) == (

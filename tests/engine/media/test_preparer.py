@@ -174,28 +174,13 @@ def test_a_worker_that_is_killed_costs_a_second_try_and_then_the_row() -> None:
     harness.add(5)
     harness.workers.fail(1, failure="died (exit status -9)", signal=9)
     assert harness.take() is None
-    assert list(harness.workers.tasks) == [1]
-    harness.workers.fail(1, failure="died (exit status -9)", signal=9)
+    assert list(harness.workers.tasks) == [2]
+    harness.workers.fail(2, failure="died (exit status -9)", signal=9)
     failed = harness.take()
     assert isinstance(failed, RowResult)
     assert failed.error is not None
     assert failed.error.type == "render_crashed"
     assert "-9" in failed.error.message
-
-
-def test_a_dropped_queue_is_forgotten_with_its_rows() -> None:
-    harness = Harness(max_buffers=2)
-    harness.add(1, 2, 3)
-    harness.queue = harness.preparer.open_queue()
-    harness.add(4)
-    for key in list(harness.workers.tasks):
-        harness.workers.finish(key)
-    assert harness.take() is None
-    assert len(harness.workers.tasks) == 1, "the third row of the old queue is left out"
-    harness.workers.finish(*harness.workers.tasks)
-    taken = harness.take()
-    assert taken is not None
-    assert taken.row == 4
 
 
 def test_a_configuration_that_workers_reject_ends_the_run_in_one_line() -> None:
@@ -204,3 +189,59 @@ def test_a_configuration_that_workers_reject_ends_the_run_in_one_line() -> None:
     harness.workers.error = WorkerRefused("preparing media can't start: the processor needs torchvision")
     with pytest.raises(ConfigError, match="needs torchvision"):
         harness.take()
+
+
+def test_a_closed_queue_leaves_its_room_to_others_and_gets_nothing_more() -> None:
+    harness = Harness(num_workers=1, max_prepared_bytes=5000)
+    harness.add(*range(1, 9))
+    for key in (1, 2, 3, 4):
+        harness.workers.finish(key, 2000)
+    harness.clock.now_s += 1
+    harness.queue.poll()
+    old, harness.queue = harness.queue, harness.preparer.open_queue()
+    old.close()
+    assert len(old) == 0
+    harness.add(20, 21)
+    harness.workers.finish(5)
+    taken = harness.take()
+    assert isinstance(taken, Request)
+    assert taken.row == 20
+    assert old.take() is None
+
+
+def test_a_request_that_is_needed_now_is_prepared_though_there_is_no_room() -> None:
+    harness = Harness(num_workers=1, max_prepared_bytes=1000)
+    harness.add(1, 2)
+    harness.workers.finish(1, 5000)
+    harness.clock.now_s += 1
+    harness.queue.poll()  # nobody takes it
+    num_waits = 0
+
+    def on_wait() -> None:
+        nonlocal num_waits
+        num_waits += 1
+        harness.clock.now_s += 1
+        if num_waits == 1:
+            harness.workers.finish(3, 5000)
+
+    prepared = harness.preparer.prepare_now(make_request(7), on_wait)
+    assert prepared is not None and prepared.row == 7 and num_waits >= 1
+
+
+def test_no_more_buffers_are_held_than_the_process_may_have_files() -> None:
+    harness = Harness(num_workers=1, max_buffers=16)
+    harness.add(*range(1, 41))
+    held = []
+    for _ in range(200):
+        for key in list(harness.workers.tasks):
+            harness.workers.finish(key)
+        if (taken := harness.take()) is not None:
+            held.append(taken)
+    assert len(held) == 16
+    del held[:8]
+    for _ in range(20):
+        for key in list(harness.workers.tasks):
+            harness.workers.finish(key)
+        if (taken := harness.take()) is not None:
+            held.append(taken)
+    assert len(held) == 16

@@ -92,6 +92,26 @@ def test_a_model_of_texts_alone_takes_no_image(start: Callable[[Path], Handle], 
     assert answer.type == "unsupported_content", answer
 
 
+def test_a_request_may_not_cut_a_prompt_with_images(tmp_path: Path) -> None:
+    """vLLM's server cuts before an image becomes many tokens, whose places would be wrong here."""
+    from transformers import AutoTokenizer
+    from vllm.config import ModelConfig
+
+    from dpgen.data.openai_batch.lines import CHAT_URL
+    from dpgen.engine.vllm.server_requests import RequestConverter
+    from dpgen.errors import RowRefused
+    from dpgen.records import Request, RequestId, ServerRequest
+
+    model = str(save_tiny_model(tmp_path / "model", "plain", 512))
+    converter = RequestConverter(ModelConfig(model=model), AutoTokenizer.from_pretrained(model), {})
+    cuts = ServerRequest(CHAT_URL, {"model": model, "truncate_prompt_tokens": 2})
+    tokens = [5, 6, 7]
+    assert converter.convert(Request(RequestId(0), tokens, server_request=cuts), tokens).token_ids == [5, 6]
+    with pytest.raises(RowRefused, match="would cut a prompt with images") as refused:
+        converter.convert(Request(RequestId(0), tokens, server_request=cuts, media=MediaBuffer()), tokens)
+    assert refused.value.type == "unsupported_request"
+
+
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_a_model_whose_code_needs_torchvision_says_what_to_install(tmp_path: Path) -> None:
     from dpgen.engine.vllm.vllm_backend import VllmBackend
