@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 from helpers.jobs import Launcher, free_port
 
+from dpgen.distributed.gloo.torch_world import clone_store, open_store
 from dpgen.distributed.network import is_local_error
 
 # Three ranks connect four times, as after three losses. Each prints its connections to other ranks at the end.
@@ -49,6 +53,33 @@ def test_a_forgotten_world_leaves_no_connection_open(launcher: Launcher) -> None
     ]
     assert [job.wait() for job in jobs] == [0] * 3, "".join(job.output for job in jobs)
     assert [re.findall(r"connections (\d+)", job.output) for job in jobs] == [["2"]] * 3
+
+
+STORE_PROGRAM = """
+import sys
+from dpgen.distributed.gloo import torch_world as world
+
+base = world.open_store(("127.0.0.1", 0), num_ranks=None, is_host=True, connect_s=60, answer_s=60)
+print("port", base.port, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_connection_to_a_stopped_store_is_given_up() -> None:
+    """As of a torchrun that is stopped while its ranks join: the kernel connects them, and nobody answers."""
+    with subprocess.Popen(
+        [sys.executable, "-c", STORE_PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as host:
+        try:
+            assert host.stdout is not None
+            port = int(host.stdout.readline().split()[1])
+            store = open_store(("127.0.0.1", port), num_ranks=None, is_host=False, connect_s=60, answer_s=60)
+            store.set("key", "value")
+            host.send_signal(signal.SIGSTOP)
+            with pytest.raises(RuntimeError, match="no answer within 1 s"):
+                clone_store(store, 1.0)
+        finally:
+            host.kill()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from dpgen.distributed.gloo.membership import Membership
 from dpgen.distributed.gloo.timeout_store import TimeoutStore
 from dpgen.distributed.gloo.torch_world import (
     add_prefix,
+    clone_store,
     connect_world,
     forget_world,
     gather_values,
@@ -261,7 +262,7 @@ class GlooGroup(RankGroup):
             port = self._base.port
             self._key_prefix = f"dpgen/{self._join_rendezvous(topology)}"
             self.store = TimeoutStore(self._make_prefixed_store(), self._timing.lease_s)
-            own_store = self._make_prefixed_store().clone()
+            own_store = clone_store(self._make_prefixed_store(), self._timing.lease_s)
             # Before connecting: once the ranks are connected, all leases exist.
             self._leases = Leases(self.store, own_store, self.rank, timing=self._timing, end_process=end_process)
             if self.rank == 0:

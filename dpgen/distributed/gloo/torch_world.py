@@ -94,6 +94,15 @@ def open_store(address: Address, *, num_ranks: int | None, is_host: bool, connec
     return store
 
 
+def clone_store(store: Any, limit_s: float) -> Any:
+    """Return another connection to a store.
+
+    Raises:
+        RuntimeError: the store's host is gone, or does not answer.
+    """
+    return _call_within(limit_s, store.clone)
+
+
 def _call_within(limit_s: float, action: Callable[[], T]) -> T:
     """Return `action()`, called in a thread: torch's own timeouts don't cover a host that is stopped and says nothing.
 
