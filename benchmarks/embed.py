@@ -1,7 +1,7 @@
 """Compare dpgen, with durable rows, with vLLM's `LLM.embed()`: the same texts, the same core.
 
     python benchmarks/embed.py [--rows 2000] [--rounds 5] [--max-words 60]
-    python benchmarks/embed.py --ranks 2                                                     # a core for each rank
+    python benchmarks/embed.py --shape minilm --rows 1000 --ranks 2                          # a core for each rank
     python benchmarks/embed.py --model BAAI/bge-base-en-v1.5 --device gpu --rows 100000      # on a GPU
 
 Ways:
@@ -39,6 +39,11 @@ from measure import (
 
 ENGINE = {"dtype": "float32", "max_num_seqs": 64, "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
 
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {},
+    "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
+}
+
 
 def main() -> None:
     run_engine_benchmark("embed", parse_options(), ENGINE, measure)
@@ -49,11 +54,14 @@ def parse_options() -> argparse.Namespace:
     add_engine_options(parser, 2000, "the tests' tiny BERT")
     parser.add_argument("--max-words", type=int, default=60)
     parser.add_argument("--ranks", type=int, default=1, help="of dpgen")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="tiny", help="of a random BERT: the tests', or that of all-MiniLM-L6-v2"
+    )
     return parser.parse_args()
 
 
 def measure(options: argparse.Namespace, engine: dict[str, Any], work_dir: Path) -> dict[str, Any]:
-    model = str(options.model or make_tiny_bert(work_dir))
+    model = str(options.model or make_bert(work_dir, SHAPES[options.shape]))
     path = write_rows(work_dir / "texts.jsonl", make_texts(options.rows, options.max_words))
     settings = partial(list_settings, str(work_dir), model, engine)
     with (
@@ -73,17 +81,17 @@ def measure(options: argparse.Namespace, engine: dict[str, Any], work_dir: Path)
     print_table(str(options.ranks), seconds, options.rows, {"embed": ratio})
     print(f"processor time of LLM.embed over that of dpgen, engines included: {processor_ratio}")
     rounded = {way: [round(time_s, 3) for time_s in times_s] for way, times_s in seconds.items()}
-    facts = {"rows": options.rows, "ranks": options.ranks, "seconds": rounded}
+    facts = {"rows": options.rows, "ranks": options.ranks, "shape": options.shape, "seconds": rounded}
     facts["rank_processor_s"] = round(dpgen.processor_s, 3)
     return {**facts, "embed_over_dpgen": ratio, "processor_time_of_embed_over_dpgen": processor_ratio}
 
 
-def make_tiny_bert(work_dir: Path) -> Path:
-    """Write the tests' BERT."""
+def make_bert(work_dir: Path, shape: dict[str, int]) -> Path:
+    """Write the tests' BERT, or one of another shape."""
     sys.path.insert(0, str(REPO / "tests"))
     from helpers.tiny_pooling import save_tiny_pooling
 
-    model: Path = save_tiny_pooling("bert", work_dir / "model")
+    model: Path = save_tiny_pooling("bert", work_dir / "model", **shape)
     return model
 
 

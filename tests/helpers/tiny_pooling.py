@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,18 @@ _SHAPE: dict[str, Any] = {
 }
 
 
-def save_tiny_pooling(kind: str, folder: Path) -> Path:
+def save_tiny_pooling(kind: str, folder: Path, **shape: int) -> Path:
     """Write a model and return its folder.
 
     Args:
         kind: "bert" and "qwen" embed; "cross" scores pairs; "classes" has three classes; "reward" judges chats.
+        shape: of BERT's configuration, instead of the tiny one.
     """
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    make = {"bert": _make_bert, "cross": _make_cross, "classes": _make_classes, "qwen": _make_qwen}
+    make = {"bert": partial(_make_bert, **shape), "cross": _make_cross, "classes": _make_classes, "qwen": _make_qwen}
     model = {**make, "reward": _make_reward}[kind](folder)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:  # wider than at a model's birth, so that different texts get different vectors
@@ -48,8 +50,8 @@ def _load_transformers() -> Any:
     return importlib.import_module("transformers")
 
 
-def _make_bert(folder: Path) -> Any:
-    return _load_transformers().BertModel(_configure_bert(folder), add_pooling_layer=False)
+def _make_bert(folder: Path, **shape: int) -> Any:
+    return _load_transformers().BertModel(_configure_bert(folder, **shape), add_pooling_layer=False)
 
 
 def _make_cross(folder: Path) -> Any:
@@ -63,7 +65,7 @@ def _make_classes(folder: Path) -> Any:
 
 def _configure_bert(folder: Path, **extra: Any) -> Any:
     num_words = save_bert_tokenizer(folder)
-    return _load_transformers().BertConfig(vocab_size=num_words, max_position_embeddings=64, **_SHAPE, **extra)
+    return _load_transformers().BertConfig(vocab_size=num_words, max_position_embeddings=64, **{**_SHAPE, **extra})
 
 
 def save_bert_tokenizer(folder: Path) -> int:
