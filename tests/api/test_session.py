@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,16 @@ import dpgen
 rows = [{"prompt": f"row number {index}"} for index in range(24)]
 engine = {"step_s": 0.05, "max_num_seqs": 2} if "slow" in sys.argv else {}
 """
+
+
+FindRanks = Callable[[], list[int]]
+
+
+@pytest.fixture
+def find_ranks() -> FindRanks:
+    """List the rank processes that this test has started; one that other tests share may run beside them."""
+    before = descendants(os.getpid(), b"dpgen.api.worker")
+    return lambda: [pid for pid in descendants(os.getpid(), b"dpgen.api.worker") if pid not in before]
 
 
 def count_results(run_dir: Path) -> np.ndarray:
@@ -59,7 +69,9 @@ else:
 
 
 @pytest.mark.slow
-def test_a_call_gives_what_the_command_gives_and_disturbs_nothing(launcher: Launcher, tmp_path: Path) -> None:
+def test_a_call_gives_what_the_command_gives_and_disturbs_nothing(
+    launcher: Launcher, tmp_path: Path, find_ranks: FindRanks
+) -> None:
     conf = write_into(tmp_path, ROWS, sampling={"max_tokens": 4})
     assert launcher.dpgen("run", conf).wait() == 0
     expected = load_result(tmp_path / "run")
@@ -74,7 +86,7 @@ def test_a_call_gives_what_the_command_gives_and_disturbs_nothing(launcher: Laun
     assert results[0].to_list() == expected
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     assert environment == dict(os.environ) and loggers == logging.getLogger("dpgen").handlers
-    assert not descendants(os.getpid(), b"dpgen.api.worker"), "no rank is left"
+    assert not find_ranks(), "no rank is left"
 
 
 @pytest.mark.slow
@@ -114,14 +126,16 @@ def test_a_wrong_input_is_a_config_error_and_leaves_no_folder(tmp_path: Path, mo
 
 
 @pytest.mark.slow
-def test_a_stream_gives_each_row_once_and_loses_nothing_where_it_is_broken_off(tmp_path: Path) -> None:
+def test_a_stream_gives_each_row_once_and_loses_nothing_where_it_is_broken_off(
+    tmp_path: Path, find_ranks: FindRanks
+) -> None:
     keywords = {**FAKE, "run_dir": tmp_path / "run", "sampling": {"max_tokens": 4}}
     seen = []
     for row in dpgen.stream(ROWS, **keywords, engine=SLOW):
         seen.append(row["row_id"])
         if len(seen) == 5:
             break
-    assert not descendants(os.getpid(), b"dpgen.api.worker"), "breaking off ends the ranks"
+    assert not find_ranks(), "breaking off ends the ranks"
     rows = list(dpgen.stream(ROWS, **keywords))
     assert sorted(row["row_id"] for row in rows) == list(range(24))
     assert set(seen) <= {row["row_id"] for row in rows[:23]}, "finished rows come first"
@@ -164,14 +178,14 @@ def test_relative_paths_count_from_where_the_program_is_at_the_call(
 
 @pytest.mark.slow
 def test_a_session_goes_on_after_its_ranks_have_died_and_after_a_call_that_could_not_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, find_ranks: FindRanks
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with dpgen.Session(**FAKE) as session:
         assert session.generate(ROWS[:2]) is not None
-        [rank] = descendants(os.getpid(), b"dpgen.api.worker")
+        [rank] = find_ranks()
         os.kill(rank, signal.SIGKILL)
-        wait_for(lambda: not descendants(os.getpid(), b"dpgen.api.worker"))
+        wait_for(lambda: not find_ranks())
         assert session.generate(ROWS[:3]) is not None
     with dpgen.Session(**FAKE) as session:
         with monkeypatch.context() as patched:
@@ -183,11 +197,11 @@ def test_a_session_goes_on_after_its_ranks_have_died_and_after_a_call_that_could
 
 
 @pytest.mark.slow
-def test_leaving_a_session_stops_a_stream_that_is_held(tmp_path: Path) -> None:
+def test_leaving_a_session_stops_a_stream_that_is_held(tmp_path: Path, find_ranks: FindRanks) -> None:
     with dpgen.Session(**FAKE, engine=SLOW) as session:
         stream = session.stream(ROWS, run_dir=tmp_path / "run")
         next(stream)
-    assert not descendants(os.getpid(), b"dpgen.api.worker")
+    assert not find_ranks()
     status = json.loads((tmp_path / "run" / "status" / "rank-0.json").read_text())
     assert status["state"] == "stopped", "interrupted, and not killed"
 
@@ -294,7 +308,7 @@ def test_under_torchrun_every_rank_calls_beside_its_own_process_group(launcher: 
 
 @pytest.mark.slow
 @pytest.mark.multi
-def test_num_gpus_starts_the_ranks(tmp_path: Path) -> None:
+def test_num_gpus_starts_the_ranks(tmp_path: Path, find_ranks: FindRanks) -> None:
     alone = dpgen.generate(ROWS, **FAKE)
     with dpgen.Session(**FAKE, num_gpus=2) as session:
         first = session.generate(ROWS, run_dir=tmp_path / "run")
@@ -304,7 +318,7 @@ def test_num_gpus_starts_the_ranks(tmp_path: Path) -> None:
     assert alone is not None and first is not None and second is not None
     assert first.to_list() == alone.to_list() and second.to_list() == alone.to_list()[:4]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["dp_size"] == 2
-    assert not descendants(os.getpid(), b"dpgen.api.worker")
+    assert not find_ranks()
 
 
 def test_num_gpus_is_rejected_where_it_has_no_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
