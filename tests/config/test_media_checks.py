@@ -55,4 +55,5 @@ def test_keys_that_make_no_sense_are_named_with_the_way_out(keys: dict[str, Any]
     ],
 )
 def test_keys_that_make_sense_are_taken(keys: dict[str, Any]) -> None:
-    make(**keys)
+    data = make(**keys).data
+    assert {name: getattr(data, name) for name in keys} == keys
