@@ -24,12 +24,12 @@ from dpgen.distributed.stages import Stage, run_stages
 from dpgen.distributed.topology import Topology
 from dpgen.engine.keeping.keeper import EngineKeeper
 from dpgen.engine.pool.engine_pool import EnginePool
+from dpgen.engine.starting.caches import has_cold_caches
 from dpgen.engine.starting.launch import (
     TextPipeline,
     add_media_preparer,
     build_text_pipeline,
     check_engine_options,
-    has_cold_caches,
     prepare_engine,
 )
 from dpgen.engine.starting.loading import ModelLoader

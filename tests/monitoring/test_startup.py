@@ -16,7 +16,7 @@ from helpers.jobs import Job, Launcher, WriteConfig, load_result, make_numbered_
 
 from dpgen.config.schema import Config
 from dpgen.config.sections import DataConfig, RunConfig
-from dpgen.engine.starting.launch import has_cold_caches
+from dpgen.engine.starting.caches import has_cold_caches
 from dpgen.monitoring.startup import StartupTimer
 
 

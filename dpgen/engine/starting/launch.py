@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from dpgen.config.schema import Config
@@ -42,11 +41,12 @@ from dpgen.engine.media.preparer import MediaPreparer
 from dpgen.engine.messages import EngineInfo, EngineSpec, EngineTextConfig, RequestParsers
 from dpgen.engine.parsing.completion_parser import CompletionParser, ToolFinder, start_completion_parser
 from dpgen.engine.pool.engine_pool import EnginePool
+from dpgen.engine.starting.caches import find_compile_cache, keeps_compiled_code
 from dpgen.engine.starting.engine_starter import EngineStarter, plan_engines
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.starting.media_workers import build_media_preparer
-from dpgen.engine.starting.model_damage import check_model_files, has_weights, measure_weights
+from dpgen.engine.starting.model_damage import check_model_files, measure_weights
 from dpgen.engine.starting.pooling_text import (
     make_fake_pooling_renderer,
     make_pooling_renderer,
@@ -339,15 +339,6 @@ def _build_fake_text_pipeline(config: Config, has_added_nulls: bool) -> TextPipe
     return TextPipeline(add_server_requests(render, prompt_config), decode=decode)
 
 
-def has_cold_caches(config: Config, environ: Mapping[str, str]) -> bool:
-    """Return True if loading would fill a cache that the node's ranks share: of weights, or of compiled code."""
-    if config.run.engine != "vllm":
-        return False
-    return not has_weights(config.model) or (
-        _keeps_compiled_code(config.engine, environ) and not _is_populated(_find_compile_cache(environ))
-    )
-
-
 def expand_model_path(config: Config) -> str:
     """Return `model` with `~` in full."""
     return os.path.expanduser(config.model)
@@ -365,8 +356,8 @@ def _check_model(config: Config, *, is_node_leader: bool) -> None:
     if config.run.engine != "vllm" or not is_node_leader:
         return
     check_files(config)
-    if _keeps_compiled_code(config.engine, os.environ):
-        check_cache(_find_compile_cache(os.environ), "vLLM's cache of compiled code", "VLLM_CACHE_ROOT")
+    if keeps_compiled_code(config.engine, os.environ):
+        check_cache(find_compile_cache(os.environ), "vLLM's cache of compiled code", "VLLM_CACHE_ROOT")
 
 
 def _measure_weights_per_device(config: Config, world: EngineWorld | None) -> int:
@@ -374,24 +365,3 @@ def _measure_weights_per_device(config: Config, world: EngineWorld | None) -> in
     if config.run.engine != "vllm" or world is not None:
         return 0
     return measure_weights(expand_model_path(config), config.engine) // config.gpus_per_rank
-
-
-def _keeps_compiled_code(options: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
-    """Return True unless vLLM compiles nothing, or keeps nothing of it: then a cache stays empty at every start.
-
-    Args:
-        options: fields of EngineArgs.
-    """
-    compilation = options.get("compilation_config")
-    mode = compilation.get("mode") if isinstance(compilation, Mapping) else None
-    is_eager = bool(options.get("enforce_eager")) or options.get("optimization_level") in (0, "0", "O0")
-    return not is_eager and mode not in (0, "0", "NONE") and environ.get("VLLM_DISABLE_COMPILE_CACHE", "0") == "0"
-
-
-def _find_compile_cache(environ: Mapping[str, str]) -> Path:
-    root = environ.get("VLLM_CACHE_ROOT") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vllm"
-    return Path(root) / "torch_compile_cache"
-
-
-def _is_populated(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())

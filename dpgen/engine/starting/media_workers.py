@@ -13,6 +13,7 @@ from dpgen.distributed.network import raise_open_file_limit
 from dpgen.engine.media.preparer import TASKS_AHEAD, MediaPreparer, PreparationLimits
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.process import build_engine_env
+from dpgen.engine.starting.cores import count_own_cores
 from dpgen.formatting import format_count
 from dpgen.workers.pool import WorkerPool, WorkerSpec
 
@@ -50,14 +51,11 @@ def count_workers(wanted: int | str, local_size: int) -> int:
 
     Args:
         wanted: `data.media_workers`: a number, or "auto" for one on each core that rank and engine leave, 8 at most.
-        local_size: ranks on this node; they divide the cores, unless each is bound to its own.
+        local_size: ranks on this node.
     """
     if wanted != "auto":
         return int(wanted)
-    num_cores, num_all = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    if num_cores > num_all // local_size:
-        num_cores //= local_size
-    return max(1, min(_MAX_WORKERS, num_cores - _NUM_OTHERS))
+    return max(1, min(_MAX_WORKERS, count_own_cores(local_size) - _NUM_OTHERS))
 
 
 def _find_max_buffers() -> int:

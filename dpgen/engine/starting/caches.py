@@ -1,0 +1,41 @@
+"""Tell whether loading would fill caches that the ranks of a node share: of weights, and of compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpgen.config.schema import Config
+from dpgen.engine.starting.model_damage import has_weights
+
+
+def has_cold_caches(config: Config, environ: Mapping[str, str]) -> bool:
+    """Return True if loading would fill a cache that the node's ranks share: of weights, or of compiled code."""
+    if config.run.engine != "vllm":
+        return False
+    return not has_weights(config.model) or (
+        keeps_compiled_code(config.engine, environ) and not _is_populated(find_compile_cache(environ))
+    )
+
+
+def keeps_compiled_code(options: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
+    """Return True unless vLLM compiles nothing, or keeps nothing of it: then a cache stays empty at every start.
+
+    Args:
+        options: fields of EngineArgs.
+    """
+    compilation = options.get("compilation_config")
+    mode = compilation.get("mode") if isinstance(compilation, Mapping) else None
+    is_eager = bool(options.get("enforce_eager")) or options.get("optimization_level") in (0, "0", "O0")
+    return not is_eager and mode not in (0, "0", "NONE") and environ.get("VLLM_DISABLE_COMPILE_CACHE", "0") == "0"
+
+
+def find_compile_cache(environ: Mapping[str, str]) -> Path:
+    """Return the folder in which vLLM keeps compiled code."""
+    root = environ.get("VLLM_CACHE_ROOT") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vllm"
+    return Path(root) / "torch_compile_cache"
+
+
+def _is_populated(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
