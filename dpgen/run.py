@@ -234,7 +234,7 @@ class _Job:
     def _begin_loading(self, is_wanted: bool) -> None:
         """Let the engine load its model, once it has checked its options, beside what follows."""
         self._loader = ModelLoader(self._config.parallel, self._layout, self._group, self._startup.mark_wait)
-        is_cold = has_cold_caches(self._config, os.environ)
+        is_cold = has_cold_caches(self._config, os.environ, self._topology.local_size)
         self._loader.begin(self._engine, is_cold=is_cold, is_wanted=is_wanted)
 
     def _load_text(self) -> TextPipeline:

@@ -243,7 +243,8 @@ class ParallelConfig:
     )
     load_first: Literal["auto", "always", "never"] = option(
         "whether the first rank of each node loads its model before the others do, so that one rank downloads it and "
-        "fills vLLM's compile cache: auto where the weights or that cache are not there yet",
+        "fills vLLM's compile cache: auto where the weights are not there yet, or that cache is not and a rank has "
+        "fewer than 16 cores",
         "auto",
     )
     sync_kv_cache: bool = option("give every rank the smallest rank's number of KV cache blocks", True)

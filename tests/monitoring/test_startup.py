@@ -144,21 +144,27 @@ def test_the_node_leader_loads_first_if_the_caches_are_to_be_filled(
     assert len(find_loading()) == 3
 
 
-def test_caches_are_cold_without_the_model_s_files_or_compiled_code(tmp_path: Path) -> None:
+def test_caches_are_cold_without_the_model_s_files_or_compiled_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     environ = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm")}
 
     def make_config(model: str, **engine: Any) -> Config:
         return Config(RunConfig(dir="x"), DataConfig(path="x", prompt_column="x"), model=model, engine=engine)
 
-    assert has_cold_caches(make_config(str(tmp_path)), environ)
-    assert not has_cold_caches(make_config(str(tmp_path), enforce_eager=True), environ)
-    assert not has_cold_caches(make_config(str(tmp_path)), {**environ, "VLLM_DISABLE_COMPILE_CACHE": "1"})
+    assert has_cold_caches(make_config(str(tmp_path)), environ, 8)
+    assert not has_cold_caches(make_config(str(tmp_path), enforce_eager=True), environ, 8)
+    assert not has_cold_caches(make_config(str(tmp_path)), {**environ, "VLLM_DISABLE_COMPILE_CACHE": "1"}, 8)
     for options in ({"compilation_config": {"mode": 0}}, {"optimization_level": 0}):
-        assert not has_cold_caches(make_config(str(tmp_path), **options), environ), "nothing would ever be in it"
-    assert has_cold_caches(make_config(str(tmp_path), compilation_config={"mode": 3}), environ)
-    assert has_cold_caches(make_config("nobody/nothing", enforce_eager=True), environ)
+        assert not has_cold_caches(make_config(str(tmp_path), **options), environ, 8), "nothing would ever be in it"
+    assert has_cold_caches(make_config(str(tmp_path), compilation_config={"mode": 3}), environ, 8)
+    assert has_cold_caches(make_config("nobody/nothing", enforce_eager=True), environ, 8)
+    assert not has_cold_caches(make_config(str(tmp_path)), environ, 4), "with so many cores all compile at once"
+    assert has_cold_caches(make_config("nobody/nothing"), environ, 4)
     (tmp_path / "vllm" / "torch_compile_cache" / "a1b2").mkdir(parents=True)
-    assert not has_cold_caches(make_config(str(tmp_path)), environ)
+    assert not has_cold_caches(make_config(str(tmp_path)), environ, 8)
 
 
 @pytest.mark.multi

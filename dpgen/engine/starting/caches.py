@@ -7,16 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from dpgen.config.schema import Config
+from dpgen.engine.starting.cores import count_own_cores
 from dpgen.engine.starting.model_damage import has_weights
 
+# Four ranks with 16 cores each compiled a model of 8 billion parameters in 51 s all at once, and in 60 s one before the
+# others (benchmarks/README.md).
+_COMPILE_CORES = 16
 
-def has_cold_caches(config: Config, environ: Mapping[str, str]) -> bool:
-    """Return True if loading would fill a cache that the node's ranks share: of weights, or of compiled code."""
+
+def has_cold_caches(config: Config, environ: Mapping[str, str], local_size: int) -> bool:
+    """Return True if the node's ranks had better wait until one of them has filled a cache that they share.
+
+    One downloads the weights for all. Compiled code is shared as well, but with `_COMPILE_CORES` each, all ranks
+    compile it at the same time as fast as one does.
+
+    Args:
+        local_size: ranks on this node.
+    """
     if config.run.engine != "vllm":
         return False
-    return not has_weights(config.model) or (
-        keeps_compiled_code(config.engine, environ) and not _is_populated(find_compile_cache(environ))
-    )
+    if not has_weights(config.model):
+        return True
+    compiles = keeps_compiled_code(config.engine, environ) and not _is_populated(find_compile_cache(environ))
+    return compiles and count_own_cores(local_size) < _COMPILE_CORES
 
 
 def keeps_compiled_code(options: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
