@@ -81,7 +81,7 @@ def list_rows(num_gpus: int, scale: float = 1.0) -> list[BenchmarkRow]:
 
 def _list_small(num_gpus: int) -> Iterator[BenchmarkRow]:
     """Yield the rows of 1 billion parameters, where the processor is the limit."""
-    count = 6_000
+    count = 10_000  # further engines join while the first one generates, so a short job shows little of them
     base = "1b-generate"
     yield BenchmarkRow(base, "`LLM.generate()`", "generate", num_rows=count)
     if HAS_ENGINES_PER_RANK:
