@@ -31,7 +31,7 @@ WORDS = [
     "tool",
     "system",
 ]
-NUM_ROWS = 1200
+NUM_ROWS = 600
 
 
 def make_rows() -> list[dict[str, Any]]:
