@@ -3,9 +3,9 @@
 #
 # --gpu installs vLLM's build for GPUs, and runs tests/gpu alone. A test that needs more GPUs than there are is skipped,
 # with the reason.
-# --fast skips slow tests, and tests that need an engine, SLURM or network namespaces; mypy, which takes as long on one
-# core, runs beside the tests then. The script stops at the first step that fails, and names it. `-n 0` among the pytest
-# arguments runs one test at a time, in this process.
+# --fast skips slow tests, and tests that need an engine, SLURM or network namespaces. The script stops at the first step
+# that fails, and names it; mypy runs beside the tests, and what it finds comes last. `-n 0` among the pytest arguments
+# runs one test at a time, in this process.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -52,32 +52,21 @@ step "ruff check"
 step "ruff format (repair with: ruff format .)"
 "$bin/ruff" format --check .
 
-if ((${#select[@]})); then
-    types=$(mktemp)
-    "$bin/mypy" >"$types" 2>&1 &
-    mypy=$!
-else
-    step "mypy"
-    "$bin/mypy"
-fi
+# mypy takes one core for a minute or two, and some of the first tests (SLURM's) mostly wait.
+types=$(mktemp)
+"$bin/mypy" >"$types" 2>&1 &
+mypy=$!
 
 scripts=(launch/*.sh launch/*.sbatch .ci/run)
 step "bash -n and shellcheck"
 for script in "${scripts[@]}"; do bash -n "$script"; done
 "$bin/shellcheck" "${scripts[@]}"
 
-# pytest reports its failures itself, and its summary must be the last line.
+# pytest reports its failures itself, and its summary is the last line unless mypy finds something.
 # Four tests at a time, since most tests wait for processes; at most two of them with real engines (conftest.py).
-pytest=("$bin/python" -m pytest -n 4 --dist loadgroup "${select[@]}" "$@")
-if [[ -z $types ]]; then
-    step "pytest"
-    trap - EXIT
-    exec "${pytest[@]}"
-fi
-
 step "pytest, and mypy beside it"
 status=0
-"${pytest[@]}" || status=$?
+"$bin/python" -m pytest -n 4 --dist loadgroup "${select[@]}" "$@" || status=$?
 current=mypy
 wait "$mypy" || { cat "$types" && exit 1; }
 current=
