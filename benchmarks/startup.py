@@ -1,6 +1,7 @@
 """Measure the time from the command to the first token, compared with vLLM's own, and the time of `--help`.
 
     python benchmarks/startup.py [--rounds 5] [--ranks 1,4] [--caches warm|cold|both] [--device cpu|gpu] [--model DIR]
+        [--timeout 600]
 
 Runs a script that only makes an `LLM` and generates one token, and dpgen on one row a rank, in turn, and both under
 torchrun. torchrun's own start does not count as dpgen's, since a script under torchrun waits for it, too. With several
@@ -18,27 +19,34 @@ Prints a table, and one JSON line last.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from measure import REPO, TINY_ENGINE, make_parser, make_tiny_model, measure_in_turn, run_benchmark, write_rows
+
+from dpgen.engine.process import LAUNCHER_NAMES, LAUNCHER_PREFIXES
 
 _SCRIPT = """
 import json, os, sys
 if "LOCAL_RANK" in os.environ:
     if sys.argv[3] == "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
+    names, prefixes = json.loads(sys.argv[4])  # of the launcher: vLLM would join its world
+    for name in [name for name in os.environ if name in names or name.startswith(tuple(prefixes))]:
+        del os.environ[name]
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     llm = LLM(sys.argv[1], **json.loads(sys.argv[2]))
@@ -69,6 +77,7 @@ def main() -> None:
     parser.add_argument("--model", help="a directory; the tests' tiny model by default")
     parser.add_argument("--engine", help="engine options as JSON")
     parser.add_argument("--stop-after", type=float, default=1e9, help="seconds after which no further round begins")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that one start of one way may take")
     options = parser.parse_args()
     run_benchmark("startup", options.dir, lambda work_dir: measure(options, work_dir), device=options.device)
 
@@ -126,7 +135,9 @@ class Runs:
         return {"seconds": times_s, "over LLM": dict(compare(times_s)), "phases": self.phases[-2:]}
 
     def make_script(self, num_ranks: int) -> Callable[..., list[float]]:
+        launcher_variables = json.dumps([sorted(LAUNCHER_NAMES), LAUNCHER_PREFIXES])
         command = [*launch(num_ranks), str(self._script), self._model, self._engine, self._options.device]
+        command.append(launcher_variables)
         return lambda is_cold: self._time(command, "script", is_cold, count=max(1, num_ranks))
 
     def make_dpgen(self, repo: Path, num_ranks: int) -> Callable[..., list[float]]:
@@ -148,7 +159,7 @@ class Runs:
             shutil.rmtree(caches, ignore_errors=True)
         env = {name: str(caches / folder) for name, folder in _CACHES.items()}
         log = self._work_dir / "log"
-        times_s = time_until(command, [_READY, _TOKEN], log, repo, count, env)
+        times_s = time_until(command, [_READY, _TOKEN], log, repo, count, env, self._options.timeout)
         phases = [line.strip() for line in log.read_text().splitlines() if f"{_READY} " in line]
         print("".join(f"    {line}\n" for line in phases), end="", file=sys.stderr, flush=True)
         self.phases += phases
@@ -192,8 +203,11 @@ def time_until(
     repo: Path = REPO,
     count: int = 1,
     environment: Mapping[str, str] | None = None,
+    timeout_s: float = 600.0,
 ) -> list[float]:
     """Return the seconds until a program prints each text, and until it exits; only the former if there are texts.
+
+    If the program fails, prints less, or takes too long, exit and print its output.
 
     Args:
         repo: the root of the checkout whose dpgen it imports.
@@ -203,18 +217,54 @@ def time_until(
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "ERROR"}
     env |= {"PYTHONUNBUFFERED": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     env |= environment or {}
-    started_s, seconds = time.monotonic(), {text: list[float]() for text in texts}
-    process = subprocess.Popen(command, env=env, cwd=repo, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    with log.open("w") as copy:
-        for line in process.stdout:
-            copy.write(line)
+    started_s, seconds, lines = time.monotonic(), {text: list[float]() for text in texts}, list[str]()
+    process = subprocess.Popen(
+        command,
+        env=env,
+        cwd=repo,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+
+    def read() -> None:
+        for line in process.stdout or ():
+            lines.append(line)
             for text in texts:
                 if text in line:
                     seconds[text].append(time.monotonic() - started_s)
-    if process.wait() != 0 or any(len(times_s) < count for times_s in seconds.values()):
-        sys.exit(log.read_text())
-    return [times_s[count - 1] for times_s in seconds.values()] or [time.monotonic() - started_s]
+
+    reader = threading.Thread(target=read, daemon=True)  # a child that stays holds the pipe open
+    reader.start()
+    try:
+        process.wait(timeout_s)
+        how = f"status {process.returncode}"
+    except subprocess.TimeoutExpired:
+        how = f"no end within {timeout_s:.0f} s"
+    finally:
+        exited_s = time.monotonic() - started_s
+        end_tree(process)
+    reader.join(timeout=5)
+    log.write_text("".join(lines))
+    if process.returncode != 0 or any(len(times_s) < count for times_s in seconds.values()):
+        found = ", ".join(f"{len(times_s)} of {count} {text!r}" for text, times_s in seconds.items())
+        sys.exit(f"{''.join(lines)}{' '.join(command)}: {how}, {found}")
+    return [times_s[count - 1] for times_s in seconds.values()] or [exited_s]
+
+
+def end_tree(process: subprocess.Popen[str]) -> None:
+    """End a process with all that it has started; torchrun's processes have sessions of their own."""
+    children = list[psutil.Process]()
+    if process.poll() is None:
+        children = psutil.Process(process.pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    process.wait()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ _MAX_SEARCHED_LINES = 200  # a worker's error, below which the engine prints tra
 _CLOSE_TIMEOUT_S = 10.0
 _KILL_TIMEOUT_S = 30.0  # the kernel frees a GPU's memory meanwhile
 # These variables describe the launcher's world, which belongs to the rank process; vLLM would read them and join it.
-_LAUNCHER_PREFIXES = (
+LAUNCHER_PREFIXES = (
     "TORCHELASTIC_",
     "TORCH_NCCL_",
     "PET_",
@@ -62,7 +62,7 @@ _LAUNCHER_PREFIXES = (
     "MVP_COMM_WORLD_",
     "MPI_LOCAL",
 )
-_LAUNCHER_NAMES = {
+LAUNCHER_NAMES = {
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -273,7 +273,7 @@ def select_own_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environ.items()
-        if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
+        if name not in LAUNCHER_NAMES and not name.startswith(LAUNCHER_PREFIXES)
     }
 
 
