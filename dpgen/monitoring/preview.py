@@ -34,13 +34,8 @@ from dpgen.distributed.layout import Layout, build_layout
 from dpgen.distributed.topology import Topology
 from dpgen.engine.fake_backend import FakeBackend, FakeOptions
 from dpgen.engine.messages import EngineSpec
-from dpgen.engine.starting.launch import (
-    TextPipeline,
-    build_engine_spec,
-    check_files,
-    expand_model_path,
-    load_text_steps,
-)
+from dpgen.engine.starting.launch import TextPipeline, build_engine_spec, load_text_steps
+from dpgen.engine.starting.model_files import check_files, expand_model_path
 from dpgen.engine.starting.pooling_text import guess_context
 from dpgen.engine.vllm.field_names import read_vllm_fields
 from dpgen.errors import ConfigError

@@ -15,7 +15,6 @@ from typing import Any
 from dpgen.config.schema import Config
 from dpgen.config.sections import ParallelConfig
 from dpgen.data.detokenize import Detokenizer, fast_tokenizer
-from dpgen.data.hub import check_cache
 from dpgen.data.input_rows import InputRows
 from dpgen.data.media.parts import find_media
 from dpgen.data.prompts.chat_template import check_chat_without_tokenizer
@@ -34,19 +33,18 @@ from dpgen.distributed.devices import assign_cores, assign_gpus, count_sharing_r
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import EngineWorld, Layout, build_engine_world
 from dpgen.distributed.topology import Topology
-from dpgen.engine.adapters import check_adapters, find_adapter_folders
+from dpgen.engine.adapters import find_adapter_folders
 from dpgen.engine.checking.completion_checker import CompletionChecker, start_completion_checker
 from dpgen.engine.keeping.keeper import EngineKeeper
 from dpgen.engine.media.preparer import MediaPreparer
 from dpgen.engine.messages import EngineInfo, EngineSpec, EngineTextConfig, RequestParsers
 from dpgen.engine.parsing.completion_parser import CompletionParser, ToolFinder, start_completion_parser
 from dpgen.engine.pool.engine_pool import EnginePool
-from dpgen.engine.starting.caches import find_compile_cache, keeps_compiled_code
 from dpgen.engine.starting.engine_starter import EngineStarter, plan_engines
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.starting.media_workers import build_media_preparer
-from dpgen.engine.starting.model_damage import check_model_files, measure_weights
+from dpgen.engine.starting.model_files import check_model_on_node, expand_model_path, measure_weights_per_device
 from dpgen.engine.starting.pooling_text import (
     make_fake_pooling_renderer,
     make_pooling_renderer,
@@ -86,7 +84,7 @@ def build_engine_spec(config: Config, topology: Topology, world: EngineWorld | N
         adapters=find_adapter_folders(config.lora) if config.run.engine == "vllm" else dict(config.lora),
         has_output_schema=config.output.schema is not None,
         reads_requests=config.reads_requests,
-        weight_bytes=_measure_weights_per_device(config, world),
+        weight_bytes=measure_weights_per_device(config, world),
         reasoning_parser=config.output.reasoning_parser_or_none,
         pooling=config.pooling,
         takes_media=config.prompt.has_media_columns,
@@ -102,7 +100,7 @@ def make_engine_factory(
         ConfigError: files of the model or an adapter are not there or not whole, or the node has too few GPUs for its
             ranks.
     """
-    group.run_on_all_ranks(lambda: _check_model(config, is_node_leader=group.is_node_leader))
+    group.run_on_all_ranks(lambda: check_model_on_node(config, is_node_leader=group.is_node_leader))
     affinities = [frozenset(cores) for cores in group.all_gather_object(sorted(os.sched_getaffinity(0)))]
     node = group.nodes[group.rank]
     on_node = [cores for rank, cores in enumerate(affinities) if group.nodes[rank] == node]
@@ -337,31 +335,3 @@ def _build_fake_text_pipeline(config: Config, has_added_nulls: bool) -> TextPipe
         return RenderedPrompt(tokenize(prompt) + completion, num_completion_tokens=len(completion))
 
     return TextPipeline(add_server_requests(render, prompt_config), decode=decode)
-
-
-def expand_model_path(config: Config) -> str:
-    """Return `model` with `~` in full."""
-    return os.path.expanduser(config.model)
-
-
-def check_files(config: Config) -> None:
-    """Raise ConfigError if files of the model or an adapter are not there or not whole."""
-    if config.run.engine == "vllm":
-        check_model_files(expand_model_path(config), config.engine)
-        check_adapters(config.lora, expand_model_path(config))
-
-
-def _check_model(config: Config, *, is_node_leader: bool) -> None:
-    """Check the model's and the adapters' files, and the caches that loading fills, once on each node."""
-    if config.run.engine != "vllm" or not is_node_leader:
-        return
-    check_files(config)
-    if keeps_compiled_code(config.engine, os.environ):
-        check_cache(find_compile_cache(os.environ), "vLLM's cache of compiled code", "VLLM_CACHE_ROOT")
-
-
-def _measure_weights_per_device(config: Config, world: EngineWorld | None) -> int:
-    """Return the least that the weights take on each device; 0 if that is not known."""
-    if config.run.engine != "vllm" or world is not None:
-        return 0
-    return measure_weights(expand_model_path(config), config.engine) // config.gpus_per_rank
