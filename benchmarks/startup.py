@@ -37,7 +37,7 @@ from typing import Any
 import psutil
 from measure import REPO, TINY_ENGINE, make_parser, make_tiny_model, measure_in_turn, run_benchmark, write_rows
 
-from dpgen.engine.process import LAUNCHER_NAMES, LAUNCHER_PREFIXES
+from dpgen.engine.starting.server_process import LAUNCHER_NAMES, LAUNCHER_PREFIXES
 
 _SCRIPT = """
 import json, os, sys

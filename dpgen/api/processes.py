@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dpgen.api.jobs import Outcome, RankJob, read_outcomes, write_job
-from dpgen.engine.process import select_own_environment
+from dpgen.engine.starting.server_process import select_own_environment
 from dpgen.errors import DpgenError, Interrupted, RanksLost
 from dpgen.lifecycle.status_file import STATUS_FILE
 

@@ -1,25 +1,22 @@
-"""Start and end one engine process, and exchange messages with it: the rank's side of the pipe.
+"""Exchange messages with one engine process, and end it: the rank's side of the pipe.
 
 - Neither side ever blocks the other: sending has a thread of its own, and so has reading the engine's output.
 - A death is noticed at the next `poll`: by the end of the pipe, an `EngineFailed` message, or the exit status.
 - Messages sent before the death are delivered first.
-- The engine and all its child processes form one process group, and end with it.
+- `dpgen.engine.starting.server_process` starts it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -38,6 +35,7 @@ from dpgen.engine.messages import (
 )
 from dpgen.engine.output_lines import find_root_cause, split_progress
 from dpgen.engine.starting.log_file import EngineLog
+from dpgen.engine.starting.server_process import KILL_TIMEOUT_S, ServerProcess
 from dpgen.errors import EngineError, EngineStuck
 from dpgen.records import Request
 
@@ -46,40 +44,14 @@ logger = logging.getLogger(__name__)
 _MAX_LAST_LINES = 10  # shown to the user
 _MAX_SEARCHED_LINES = 200  # a worker's error, below which the engine prints tracebacks of its own
 _CLOSE_TIMEOUT_S = 10.0
-_KILL_TIMEOUT_S = 30.0  # the kernel frees a GPU's memory meanwhile
-# These variables describe the launcher's world, which belongs to the rank process; vLLM would read them and join it.
-LAUNCHER_PREFIXES = (
-    "TORCHELASTIC_",
-    "TORCH_NCCL_",
-    "PET_",
-    "GROUP_",
-    "ROLE_",
-    "SLURM_",
-    "PMI_",
-    "PMIX_",
-    "OMPI_",
-    "MV2_COMM_WORLD_",
-    "MVP_COMM_WORLD_",
-    "MPI_LOCAL",
-)
-LAUNCHER_NAMES = {
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "NODE_RANK",
-}
 
 
 class EngineProcess:
-    """Start one engine process; `poll` returns its messages.
+    """Run one engine in a process that has been started; `poll` returns its messages.
 
     Args:
         spec: the engine to start.
-        environment: all its environment variables; see `build_engine_env`.
-        cores: CPU cores that it may run on; None for all cores of this process.
+        server: its process, which has no spec yet.
         log: receives each line that the process, or vLLM in it, prints.
         kill_timeout_s: seconds that the process may take to end after SIGKILL.
 
@@ -91,28 +63,15 @@ class EngineProcess:
     def __init__(
         self,
         spec: EngineSpec,
-        environment: Mapping[str, str],
-        cores: Sequence[int] | None,
+        server: ServerProcess,
         log: EngineLog,
-        kill_timeout_s: float = _KILL_TIMEOUT_S,
+        kill_timeout_s: float = KILL_TIMEOUT_S,
     ) -> None:
         self._kill_timeout_s, self._is_stuck = kill_timeout_s, False
         self._num_checks_pending = 1  # `OptionsChecked` of each job; what comes before the last is of an earlier job
         self.is_loaded = False
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "dpgen.engine.server", str(theirs.fileno()), str(os.getpid())],
-                env=dict(environment),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # the rank handles Ctrl-C; and the group's id ends the whole process tree
-            )
-        if cores is not None:
-            os.sched_setaffinity(self._process.pid, cores)
-        self.pipe: Connection = Connection(ours.detach())
+        self._server, self._process = server, server.process
+        self.pipe: Connection = server.pipe
         self._log = log
         log.start_life(self._process.pid)
         self._output: deque[str] = deque(maxlen=_MAX_SEARCHED_LINES)
@@ -219,10 +178,8 @@ class EngineProcess:
         Raises:
             EngineStuck: the process is still there: a driver that hangs holds it in the kernel.
         """
-        with contextlib.suppress(ProcessLookupError):  # the process tree is gone already
-            os.killpg(self._process.pid, signal.SIGKILL)
         try:
-            self._process.wait(0 if self._is_stuck else self._kill_timeout_s)
+            self._server.kill(0 if self._is_stuck else self._kill_timeout_s)
         except subprocess.TimeoutExpired:
             self._is_stuck = True  # the next call does not wait again
             cause = f"the engine process {self.pid} can't be ended (it runs {self._kill_timeout_s:g} s after SIGKILL)"
@@ -266,51 +223,6 @@ class EngineProcess:
             for line in split_progress(raw.decode("utf-8", "replace").rstrip()):
                 self._output.append(line)
                 self._log.write(line)
-
-
-def select_own_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables that don't describe the launcher's world, for processes that aren't in it."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if name not in LAUNCHER_NAMES and not name.startswith(LAUNCHER_PREFIXES)
-    }
-
-
-def build_engine_env(
-    environ: Mapping[str, str],
-    *,
-    gpus: Sequence[str] | None,
-    num_cores: int,
-    log_level: str,
-    is_on_one_node: bool = True,
-) -> dict[str, str]:
-    """Return the engine process's environment: the rank's, without the launcher's world, with its share of devices.
-
-    Args:
-        gpus: entries of CUDA_VISIBLE_DEVICES; None for an engine on the CPU.
-        num_cores: threads of an engine on the CPU.
-        log_level: `run.log_level`. vLLM logs at INFO at least, since all lines go to the engine's log file; `EngineLog`
-            decides what the terminal shows.
-        is_on_one_node: whether all of its processes, workers included, are on this machine.
-    """
-    env = select_own_environment(environ)
-    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM's subprocess client hangs for good when the engine is killed
-    env["VLLM_LOGGING_LEVEL"] = "DEBUG" if log_level == "debug" else "INFO"
-    env["PYTHONUNBUFFERED"] = "1"
-    # The engine imports the rank's packages, not modules from the working directory (hence -P above, too).
-    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    if log_level in ("warning", "error"):
-        env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ warnings mean nothing to a user
-    if is_on_one_node:  # the engine's own connections then need not be reachable from outside
-        env["GLOO_SOCKET_IFNAME"] = "lo"  # the rank's, which may reach other nodes, is another
-        env.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    if gpus is not None:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    else:
-        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the rank sets the affinity, and vLLM would override it
-        env["OMP_NUM_THREADS"] = str(num_cores)
-    return env
 
 
 def wait_for_any(pipes: Iterable[Connection | None], timeout_s: float) -> None:

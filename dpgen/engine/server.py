@@ -1,7 +1,8 @@
 """Run the engine process: check the options, load the model, then admit rows and step until the rank shuts it down.
 
-- `dpgen.engine.process` starts it as ``python -m dpgen.engine.server FD PARENT``: its end of the pipe, and the rank's
-  process id.
+- `dpgen.engine.starting.server_process` starts it as ``python -m dpgen.engine.server FD PARENT KIND``: its end of the
+  pipe, the rank's process id, and `run.engine`.
+- It imports the engine before it reads its spec, which may come much later, or never.
 - `LoadModel` may wait in the pipe from the start: the model then loads while the rank still reads its input.
 - It ends with its rank: at the end of the pipe, and by SIGKILL when the rank process dies.
 - A rank that keeps its engine gives it one job after the other (`BeginJob`); the model is loaded once.
@@ -58,7 +59,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     pipe: Connection = Connection(int(sys.argv[1]))
     try:
-        _serve(pipe)
+        _serve(pipe, sys.argv[3])
         sys.stdout.flush()
         os._exit(0)  # all is closed; Python's own teardown of vLLM's modules would take longer than a second
     except (EOFError, ConnectionError):
@@ -69,11 +70,12 @@ def main() -> None:
         sys.exit(1)
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, kind: str) -> None:
     timer = _StartTimer()
-    spec: EngineSpec = pipe.recv()
-    backend = _build_backend(spec)
+    build_backend = _import_backend(kind)
     timer.mark("imports")
+    spec: EngineSpec = timer.exclude(pipe.recv)
+    backend = build_backend(spec)
     try:
         notes = backend.check_options()
         timer.mark("options")
@@ -284,18 +286,18 @@ class _EventSender:
         )
 
 
-def _build_backend(spec: EngineSpec) -> Backend:
-    if spec.kind == "fake":
+def _import_backend(kind: str) -> Callable[[EngineSpec], Backend]:
+    if kind == "fake":
         from dpgen.engine.fake_backend import FakeBackend
 
-        return FakeBackend(spec)
+        return FakeBackend
     # The CPU build warns at every start that its Triton is made for GPUs. No user can act on this.
     import_logger = logging.getLogger("vllm.triton_utils.importing")
     import_logger.addFilter(lambda record: "doesn't include CPU backend" not in record.getMessage())
     with imports_without_gc():
         from dpgen.engine.vllm.vllm_backend import VllmBackend
 
-    return VllmBackend(spec)
+    return VllmBackend
 
 
 def _try_send(pipe: Connection, message: EngineFailed) -> None:

@@ -13,7 +13,7 @@ from dpgen.distributed.network import LOOPBACK
 from dpgen.distributed.ports import derive_job_ports
 from dpgen.distributed.store_discovery import StoreAdvertiser
 from dpgen.distributed.topology import Topology, read_topology
-from dpgen.engine.process import build_engine_env
+from dpgen.engine.starting.server_process import build_engine_env
 
 
 def list_listeners(port: int) -> set[str]:

@@ -24,8 +24,9 @@ from dpgen.engine.messages import (
     OptionsChecked,
     RowsFinished,
 )
-from dpgen.engine.process import EngineProcess, build_engine_env
+from dpgen.engine.process import EngineProcess
 from dpgen.engine.starting.log_file import EngineLog
+from dpgen.engine.starting.server_process import ServerProcess, build_engine_env
 from dpgen.errors import EngineError, EngineStuck
 from dpgen.records import Request, RequestId
 
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.multi
 def start(log: EngineLog, **options: object) -> EngineProcess:
     spec = EngineSpec("fake", "none", options, {"max_tokens": 2000}, token_ids=True)
     environment = build_engine_env(os.environ, gpus=None, num_cores=1, log_level="warning")
-    return EngineProcess(spec, environment, None, log)
+    return EngineProcess(spec, ServerProcess("fake", environment, None), log)
 
 
 def load(process: EngineProcess) -> None:
@@ -141,7 +142,9 @@ def test_a_killed_engine_is_noticed_at_once_with_the_signal(engine: EngineProces
 
 def test_an_engine_that_sigkill_does_not_end_is_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = build_engine_env(os.environ, gpus=None, num_cores=1, log_level="warning")
-    process = EngineProcess(EngineSpec("fake", "none"), environment, None, EngineLog("warning"), kill_timeout_s=0.2)
+    process = EngineProcess(
+        EngineSpec("fake", "none"), ServerProcess("fake", environment, None), EngineLog("warning"), kill_timeout_s=0.2
+    )
     with monkeypatch.context() as context:
         context.setattr(os, "killpg", lambda group, number: None)  # as for a process that a driver holds
         with pytest.raises(EngineStuck, match=rf"^the engine process {process.pid} can't be ended"):

@@ -19,7 +19,7 @@ from dpgen.engine.checking.checks import (
     make_quick_check,
 )
 from dpgen.engine.checking.row_cache import RowCache
-from dpgen.engine.process import select_own_environment
+from dpgen.engine.starting.server_process import select_own_environment
 from dpgen.errors import ConfigError
 from dpgen.imports import list_import_folders
 from dpgen.journal.attempts import Rejection

@@ -19,7 +19,7 @@ from dpgen.data.prompts.chat_prompt import ChatPromptBuilder
 from dpgen.data.tokenizer import TokenizerConfig
 from dpgen.engine.checking.checks import checks_parse_json
 from dpgen.engine.parsing.vllm_parsers import ParserInfo, ParserSpec, ParseTask
-from dpgen.engine.process import select_own_environment
+from dpgen.engine.starting.server_process import select_own_environment
 from dpgen.errors import ConfigError
 from dpgen.logprobs import TokenLogprobs
 from dpgen.records import Completion, RequestId, RowResult

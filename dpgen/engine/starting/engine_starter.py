@@ -15,9 +15,10 @@ from dpgen.data.model_facts import estimate_model_size, find_context_limit, load
 from dpgen.distributed.layout import EngineWorld
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.pool.engine_count import EngineCount, estimate_engine_bytes, plan_engine_count
-from dpgen.engine.process import EngineProcess, build_engine_env
+from dpgen.engine.process import EngineProcess
 from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.starting.model_damage import find_small_file
+from dpgen.engine.starting.server_process import ServerProcess, build_engine_env
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class EngineStarter:
             if self.is_bound_to_gpu:
                 env["LOCAL_RANK"] = "0"
         spec = dataclasses.replace(spec, num_sharing=self.num_sharing)
-        return EngineProcess(spec, env, cores, self.log.get_sibling(index))
+        return EngineProcess(spec, ServerProcess(spec.kind, env, cores), self.log.get_sibling(index))
 
 
 def divide_cores(cores: Sequence[int], index: int, num_engines: int) -> Sequence[int]:

@@ -12,8 +12,8 @@ from dpgen.data.media.policy import MediaPolicy
 from dpgen.distributed.network import raise_open_file_limit
 from dpgen.engine.media.preparer import TASKS_AHEAD, MediaPreparer, PreparationLimits
 from dpgen.engine.messages import EngineSpec
-from dpgen.engine.process import build_engine_env
 from dpgen.engine.starting.cores import count_own_cores
+from dpgen.engine.starting.server_process import build_engine_env
 from dpgen.formatting import format_count
 from dpgen.workers.pool import WorkerPool, WorkerSpec
 

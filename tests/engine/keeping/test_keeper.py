@@ -12,9 +12,10 @@ from dpgen.engine.keeping.keeper import EngineKeeper
 from dpgen.engine.messages import EngineSpec, EngineStats, RowsFinished
 from dpgen.engine.pool.engine_count import EngineCount
 from dpgen.engine.pool.engine_pool import EnginePool
-from dpgen.engine.process import EngineProcess, build_engine_env
+from dpgen.engine.process import EngineProcess
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.starting.log_file import EngineLog
+from dpgen.engine.starting.server_process import ServerProcess, build_engine_env
 from dpgen.errors import ConfigError
 from dpgen.records import Request, RequestId, RowResult
 
@@ -30,7 +31,7 @@ class Rank:
 
     def start(self, spec: EngineSpec, index: int = 0) -> EngineProcess:
         env = build_engine_env({}, gpus=None, num_cores=1, log_level="warning")
-        process = EngineProcess(spec, env, None, EngineLog("warning"))
+        process = EngineProcess(spec, ServerProcess(spec.kind, env, None), EngineLog("warning"))
         self.pids.append(process.pid)
         return process
 
