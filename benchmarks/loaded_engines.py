@@ -176,6 +176,7 @@ def serve_ranks(pipe: Connection, place: Place, work_dir: str, list_settings: Se
     from dpgen.distributed.group import RankGroup, SingleRankGroup
     from dpgen.distributed.layout import build_layout
     from dpgen.distributed.topology import read_topology
+    from dpgen.engine.keeping.keeper import EngineKeeper
     from dpgen.engine.starting.launch import (
         add_media_preparer,
         build_text_pipeline,
@@ -194,7 +195,7 @@ def serve_ranks(pipe: Connection, place: Place, work_dir: str, list_settings: Se
     config = load([], list_settings("dpgen", f"{work_dir}/no-rows.jsonl"))
     log = EngineLog(config.run.log_level)
     log.open(Path(work_dir) / f"rank-{place.rank}.engine.log")
-    engine = prepare_engine(config, topology, build_layout(topology, config.parallel), group, log)()
+    engine = prepare_engine(config, topology, build_layout(topology, config.parallel), group, log, EngineKeeper())()
     check_engine_options(engine, config.parallel, group)
     texts = build_text_pipeline(config, log, InputRows(datasets.Dataset.from_dict({})))
     if config.prompt.has_media_columns:

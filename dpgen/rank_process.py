@@ -92,7 +92,7 @@ def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps:
     from dpgen.monitoring.status.reporter import RankReporter
 
     group: RankGroup = SingleRankGroup()
-    departure, reporter = Departure(), RankReporter()
+    departure, reporter, keeper = Departure(), RankReporter(), _get_keeper(steps)
     loaded: Config | Exception | None = None
     startup, status_file = StartupTimer(), StatusFile(os.environ)
     startup.on_mark = reporter.end_step
@@ -119,14 +119,14 @@ def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps:
         setup_logging(topology.dp_rank, log_format)
         if steps.replace_run is not None:
             return _replace_run(steps.replace_run, loaded, topology)
-        _start_reporter(reporter, loaded, topology)
+        _begin(loaded, topology, reporter, keeper)
         if topology.dp_size > 1:
             group, topology = _join_ranks(topology, status_file, departure)
             startup.mark("rendezvous")
         group.run_on_all_ranks(lambda: status_file.reset(topology.dp_rank))
         config = group.run_on_all_ranks(lambda: _get_config(loaded))
         steps.on_joined(group)
-        _run(config, topology, group, (status_file, startup, reporter), steps)
+        _run(config, topology, group, (status_file, startup, reporter), steps, keeper)
         status_file.write(EXIT_OK)
         return EXIT_OK
     except KeyboardInterrupt as error:
@@ -136,7 +136,7 @@ def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps:
     except Exception as error:  # noqa: BLE001 - the process boundary: a fault of dpgen's, or of a library's
         return _report_failure(group, (status_file, reporter), _log_unexpected(error), log_format, steps.report)
     finally:
-        group.close()
+        _close(keeper, group)
         _write_report(group, reporter, loaded)
 
 
@@ -159,6 +159,7 @@ def _run(
     group: RankGroup,
     reports: tuple[StatusFile, StartupTimer, RankReporter],
     steps: RankSteps,
+    keeper: EngineKeeper,
 ) -> None:
     """Run the job, with the command's own steps around it, and report the end."""
     with imports_without_gc():
@@ -170,13 +171,19 @@ def _run(
     resolved = group.run_on_all_ranks(lambda: resolve_format(config, fetched))
     group.run_on_all_ranks(lambda: _prepare(steps, resolved, group) if group.rank == 0 else None)
     try:
-        run(resolved, topology, group, Reports(*reports), steps.keeper, steps.trial)
+        run(resolved, topology, group, Reports(*reports), keeper, steps.trial)
     except NoRowSucceeded:
         _publish(steps, resolved, group, reports[-1])
         raise
     _publish(steps, resolved, group, reports[-1])
     steps.on_complete(group, resolved)
     reports[-1].finish()
+
+
+def _close(keeper: EngineKeeper, group: RankGroup) -> None:
+    """End the engine that no job has taken, and leave the group."""
+    keeper.early.end()
+    group.close()
 
 
 def _write_report(group: RankGroup, reporter: RankReporter, loaded: Config | Exception | None) -> None:
@@ -234,9 +241,19 @@ def _replace_run(replace_run: Callable[[Config, int], None], loaded: Config | Ex
     return EXIT_OK
 
 
-def _start_reporter(reporter: RankReporter, loaded: Config | Exception, topology: Topology) -> None:
+def _get_keeper(steps: RankSteps) -> EngineKeeper:
+    from dpgen.engine.keeping.keeper import EngineKeeper
+
+    return steps.keeper or EngineKeeper(has_one_job=True)
+
+
+def _begin(loaded: Config | Exception, topology: Topology, reporter: RankReporter, keeper: EngineKeeper) -> None:
+    """Begin what needs this rank alone, if its configuration is good: its status, and the import of its engine."""
+    if topology.dp_size > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # dpgen reports lost peers itself, without C++ frames
     if isinstance(loaded, Exception):
         return
+    keeper.begin_early(loaded, topology)
     reporter.start(Path(loaded.run.dir).expanduser(), topology.dp_rank, topology.dp_size)
     if topology.dp_size > 1:
         reporter.enter_phase("joining the other ranks")
@@ -254,7 +271,6 @@ def _join_ranks(topology: Topology, status_file: StatusFile, departure: Departur
     from dpgen.distributed.topology import fill_local_rank
 
     wait_until_resolved(topology.master_addr, topology.source)  # before torch is imported: a wrong name is told at once
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # dpgen reports lost peers itself, without C++ frames
     with imports_without_gc():
         from dpgen.distributed.gloo.rank_group import GlooGroup  # imports torch, which a world of one does not need
 

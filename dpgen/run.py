@@ -92,13 +92,13 @@ def run(
     topology: Topology,
     group: RankGroup,
     reports: Reports,
-    keeper: EngineKeeper | None = None,
+    keeper: EngineKeeper,
     trial: TrialProbe | None = None,
 ) -> None:
     """Generate every row of `config.data` that has no result yet, and write the final dataset. Collective.
 
     Args:
-        keeper: has the engine from an earlier job, and gets it back; None to end the engine with the run.
+        keeper: may have the engine from an earlier job, or an early start, and gets the engine back.
         trial: measures the engines on some of the rows, and ends the run; None for the whole run.
 
     Raises:
@@ -157,7 +157,7 @@ class _Job:
         group: RankGroup,
         guards: tuple[ExitStack, ShutdownMonitor],
         reports: Reports,
-        keeper: EngineKeeper | None,
+        keeper: EngineKeeper,
     ) -> None:
         self._config, self._topology, self._group, self._keeper = config, topology, group, keeper
         self._stack, self._shutdown = guards
@@ -226,10 +226,7 @@ class _Job:
         start = prepare_engine(self._config, self._topology, self._layout, self._group, self._engine_log, self._keeper)
         if self._started_engine is None:
             self._started_engine = start()
-            if self._keeper is None:
-                self._stack.callback(self._engine.kill)
-            else:
-                self._stack.callback(self._keeper.take_back, self._engine)
+            self._stack.callback(self._keeper.take_back, self._engine)
 
     def _begin_loading(self, is_wanted: bool) -> None:
         """Let the engine load its model, once it has checked its options, beside what follows."""
@@ -385,7 +382,7 @@ class _Job:
         """Write the final dataset on rank 0; the other ranks wait for it, whatever becomes of each other."""
         self._shutdown.ignore_deadline()
         if not self._is_complete:
-            if self._keeper is None:
+            if self._keeper.has_one_job:
                 self._engine.stop()  # the engine frees the model's memory while the result is written
             self._journal.close()
             self._monitor.log_rows(self._planner.build_request, self._text.decode)
@@ -393,5 +390,5 @@ class _Job:
                 write_run_result(self._config, self._rows.with_progress(self._group.heartbeat), self._run_dir)
         self._group.reach_milestone("complete")
         self._shutdown.ignore_signals()
-        if not self._is_complete and self._keeper is None:
+        if not self._is_complete and self._keeper.has_one_job:
             self._engine.close()

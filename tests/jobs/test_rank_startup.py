@@ -12,7 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers.jobs import Launcher, WriteConfig, load_result, make_numbered_rows, read_run_json, wait_for
+from helpers.jobs import (
+    Launcher,
+    WriteConfig,
+    find_engine_pids,
+    load_result,
+    make_numbered_rows,
+    read_run_json,
+    wait_for,
+)
 from helpers.results import load_all_rows
 
 from dpgen.distributed.ports import derive_job_ports
@@ -71,9 +79,31 @@ def test_a_signal_to_one_rank_while_the_ranks_join_ends_the_others_too(
     conf = write_config(make_numbered_rows(2))
     *jobs, _ = launcher.start_like_srun("run", conf, rank_arguments=[[]] * 3, rank_programs={2: ["-c", "pass"]})
     wait_for(lambda: "waiting for 1 of 3 ranks to start (missing: 2)" in jobs[0].output)
+    engines = [engine for job in jobs for engine in find_engine_pids(job)]
     jobs[1].process.send_signal(signal.SIGTERM)
     assert [job.wait() for job in jobs] == [75, 75], jobs[0].output + jobs[1].output
     assert "rank 1 left while the ranks joined: interrupted by SIGTERM before the run started" in jobs[0].output
+    assert len(engines) == 2
+    wait_for(lambda: not any(Path(f"/proc/{engine}").exists() for engine in engines))
+
+
+@pytest.mark.parametrize(("rank_1", "status"), [([], 0), (["run.nonsense=1"], 2)], ids=["a good job", "a wrong one"])
+def test_a_ranks_engine_starts_before_the_ranks_have_joined_and_ends_if_there_is_no_job(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, rank_1: list[str], status: int
+) -> None:
+    jobs = launcher.start_like_srun("run", write_config(make_numbered_rows(4)), rank_arguments=[[], rank_1])
+    jobs[1].process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: bool(find_engine_pids(jobs[0])))
+    [engine] = find_engine_pids(jobs[0])
+    jobs[1].process.send_signal(signal.SIGCONT)
+    assert [job.wait() for job in jobs] == [status, status], jobs[0].output + jobs[1].output
+    assert not Path(f"/proc/{engine}").exists()
+    if status == 0:
+        [life] = (tmp_path / "run" / "logs" / "rank-0.engine.log").read_text().splitlines()
+        assert life.endswith(f"pid {engine}"), "no other engine was started"
+    else:
+        errors = [line for job in jobs for line in job.output.splitlines() if "error" in line]
+        assert len(errors) == 1 and "run.nonsense" in errors[0], errors
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Keep an engine for several jobs."""
+"""Start a rank's engine before its job needs it, and keep it for several jobs."""

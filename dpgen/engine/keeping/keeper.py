@@ -1,5 +1,6 @@
 """Keep one rank's loaded engines from one job to the next, for callers that run several jobs with one model.
 
+- A rank that runs one job has a keeper too, for the engine that is started before that job begins (`early_start`).
 - A job gets the engine by the same messages as a new one (`dpgen.engine.messages`), and its supervisor treats both the
   same. So everything that guards a run guards these jobs, too: restarts, the agreement on the KV cache, blame.
 - An engine that has loaded its model is kept when its job ends, whether that job is complete or not. Rows that are in
@@ -12,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from dpgen.config.schema import Config
+from dpgen.distributed.topology import Topology
+from dpgen.engine.keeping.early_start import EarlyStart
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.pool.engine_count import EngineCount
 from dpgen.engine.pool.engine_pool import TOO_FEW_ROWS, EnginePool
@@ -28,14 +32,24 @@ class StartProcess(Protocol):
 class EngineKeeper:
     """Start engines for the first job, and hand them on to the jobs after it.
 
+    Args:
+        has_one_job: end the engines with the job.
+
     Attributes:
+        early: the next job's first engine, which imports vLLM before that job begins.
         count: how many engines the last job found to pay; None before one has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_one_job: bool = False) -> None:
+        self.has_one_job, self.early = has_one_job, EarlyStart()
         self.count: EngineCount | None = None
         self._kept: dict[int, EngineProcess] = {}  # between two jobs, by the engines' numbers
         self._processes: dict[int, EngineProcess] = {}  # the last of each engine that was started
+
+    def begin_early(self, config: Config, topology: Topology) -> None:
+        """Start the process of the next job's first engine, unless one is kept."""
+        if 0 not in self._kept:
+            self.early.begin(config, topology)
 
     def wrap_start(self, start: StartProcess, log: EngineLog) -> Callable[..., EngineProcess]:
         """Return a function that gives each kept engine another job, once, and starts a new engine after that.
@@ -58,6 +72,9 @@ class EngineKeeper:
 
     def take_back(self, pool: EnginePool) -> None:
         """Keep the engines of a job that has ended; those that have not loaded their model are ended."""
+        if self.has_one_job:
+            pool.kill()
+            return
         is_measured = bool(pool.count.facts) and not pool.count.why.endswith(TOO_FEW_ROWS)
         self.count = pool.count if is_measured else None  # a job with few rows says nothing about the next one
         for index, engine in enumerate(pool.supervisors):
@@ -69,6 +86,7 @@ class EngineKeeper:
 
     def close(self) -> None:
         """End the kept engines."""
+        self.early.end()
         kept, self._kept = self._kept, {}
         for process in kept.values():
             process.stop()

@@ -29,7 +29,6 @@ from dpgen.data.prompts.render import (
 )
 from dpgen.data.prompts.row_texts import find_completion
 from dpgen.data.tokenizer import TokenizerConfig, find_reason_to_tokenize_in_engine, load_tokenizer
-from dpgen.distributed.devices import assign_cores, assign_gpus, count_sharing_ranks
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import EngineWorld, Layout, build_engine_world
 from dpgen.distributed.topology import Topology
@@ -40,7 +39,7 @@ from dpgen.engine.media.preparer import MediaPreparer
 from dpgen.engine.messages import EngineInfo, EngineSpec, EngineTextConfig, RequestParsers
 from dpgen.engine.parsing.completion_parser import CompletionParser, ToolFinder, start_completion_parser
 from dpgen.engine.pool.engine_pool import EnginePool
-from dpgen.engine.starting.engine_starter import EngineStarter, plan_engines
+from dpgen.engine.starting.engine_starter import EngineStarter, find_placement, plan_engines
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.starting.media_workers import build_media_preparer
@@ -50,7 +49,6 @@ from dpgen.engine.starting.pooling_text import (
     make_pooling_renderer,
     wrap_untokenized_prompts,
 )
-from dpgen.engine.starting.visible_gpus import list_visible_gpus
 from dpgen.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -104,18 +102,9 @@ def make_engine_factory(
     affinities = [frozenset(cores) for cores in group.all_gather_object(sorted(os.sched_getaffinity(0)))]
     node = group.nodes[group.rank]
     on_node = [cores for rank, cores in enumerate(affinities) if group.nodes[rank] == node]
-    uses_gpus = config.run.engine == "vllm"
-    visible = group.run_on_all_ranks(lambda: list_visible_gpus(os.environ, os.listdir("/dev")) if uses_gpus else [])
-    share = config.parallel.share_devices
-    gpus = group.run_on_all_ranks(
-        lambda: assign_gpus(topology, visible, config.gpus_per_rank, share=share) if visible else None
-    )
-    if gpus and world is not None:
-        gpus = visible  # the neighbours' GPUs too: vLLM takes that of its LOCAL_RANK, and reaches the others directly
-    cores = assign_cores(on_node, min(topology.local_rank, len(on_node) - 1))
+    placement = group.run_on_all_ranks(lambda: find_placement(config, topology, on_node, world))
     log.share(lambda key: group.checked_store.add(f"{_WARNINGS}/{key}", 1) == 1)
-    num_sharing = count_sharing_ranks(topology, len(visible), config.gpus_per_rank) if gpus and world is None else 1
-    return EngineStarter(gpus, cores, num_sharing, world, len(visible) == 1, config.run.log_level, log)
+    return EngineStarter(placement, log)
 
 
 def prepare_engine(
@@ -124,28 +113,28 @@ def prepare_engine(
     layout: Layout,
     group: RankGroup,
     log: EngineLog,
-    keeper: EngineKeeper | None = None,
+    keeper: EngineKeeper,
 ) -> Callable[[], EnginePool]:
     """Return a function that starts this rank's engines: the first one's process. Collective.
 
     The process checks its options, and then waits to load the model.
 
     Args:
-        keeper: may have an engine with the model; None where each job has its own.
+        keeper: may have an engine with the model, or one that imports vLLM.
 
     Raises:
         ConfigError: see `make_engine_factory`.
     """
     world = build_engine_world(topology, layout, group)
     starter = make_engine_factory(config, topology, group, world, log)
-    start = starter if keeper is None else keeper.wrap_start(starter, log)
+    start = keeper.wrap_start(replace(starter, take_early=keeper.early.take), log)
     spec = group.run_on_all_ranks(lambda: build_engine_spec(config, topology, world))
-    count, engine_bytes = (None if keeper is None else keeper.count), 0
+    count, engine_bytes = keeper.count, 0
     if count is None:
-        count, engine_bytes = plan_engines(config, spec.weight_bytes, starter)
+        count, engine_bytes = plan_engines(config, spec.weight_bytes, starter.placement)
     spec = replace(
         spec,
-        num_sharing=starter.num_sharing,
+        num_sharing=starter.placement.num_sharing,
         num_engines=count.number,
         is_num_engines_auto=count.is_auto,
         engine_bytes=engine_bytes,

@@ -50,11 +50,14 @@ def parse_visible_gpus(text: str) -> list[str]:
     return gpus
 
 
-def list_visible_gpus(environ: Mapping[str, str], device_files: Collection[str]) -> list[str]:
+def list_visible_gpus(
+    environ: Mapping[str, str], device_files: Collection[str], *, is_quiet: bool = False
+) -> list[str]:
     """Return the GPUs that this process may use, as CUDA names them, without loading CUDA here.
 
     Args:
         device_files: names in /dev.
+        is_quiet: log nothing.
 
     Raises:
         ConfigError: CUDA_VISIBLE_DEVICES names GPUs that CUDA would not see.
@@ -72,6 +75,6 @@ def list_visible_gpus(environ: Mapping[str, str], device_files: Collection[str])
             f"CUDA_VISIBLE_DEVICES={text!r}: this machine has {format_count(num_gpus, 'GPU')}, numbered from 0, and "
             f"CUDA would not see {beyond[0]}"
         )
-    if not gpus and text.strip() not in ("", "-1"):
+    if not gpus and not is_quiet and text.strip() not in ("", "-1"):
         logger.info(f"CUDA_VISIBLE_DEVICES={text!r}: no GPU is visible")
     return gpus

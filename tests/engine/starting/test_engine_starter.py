@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpgen.config.loader import load
-from dpgen.engine.starting.engine_starter import EngineStarter, divide_cores, plan_engines
+from dpgen.engine.starting.engine_starter import Placement, divide_cores, plan_engines
 from dpgen.engine.starting.log_file import EngineLog
 
 LLAMA_1B = {
@@ -35,8 +35,7 @@ def test_the_models_configuration_tells_its_size_without_weights_or_transformers
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_1B | changes))
     config = load([], ["run.dir=r", f"model={tmp_path}", "data.path=d.jsonl", "data.prompt_column=p"])
-    starter = EngineStarter(["0"], range(16), 1, None, False, "warning", EngineLog("warning"))
-    count, engine_bytes = plan_engines(config, 0, starter)
+    count, engine_bytes = plan_engines(config, 0, Placement(["0"], range(16), 1, None, False, "warning"))
     assert count.number == number
     if number > 1:
         assert "weights of 2.5 GB" in count.why

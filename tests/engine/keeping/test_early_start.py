@@ -1,0 +1,75 @@
+"""A rank's first engine, started before there is a job for it: the job takes it, or it ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from helpers.jobs import descendants
+
+from dpgen.config.loader import load
+from dpgen.config.schema import Config
+from dpgen.distributed.topology import Topology
+from dpgen.engine.keeping.early_start import EarlyStart
+from dpgen.engine.starting.engine_starter import find_placement
+
+Surroundings = tuple[dict[str, str], Sequence[int] | None]
+
+
+def make_config(*arguments: str) -> Config:
+    return load(
+        [], ["run.dir=r", "run.engine=fake", "model=m", "data.path=d.jsonl", "data.prompt_column=p", *arguments]
+    )
+
+
+def make_topology(launcher: str) -> Topology:
+    return Topology(0, 2, 0, 2, "node", launcher, source="the test")
+
+
+def find_surroundings() -> Surroundings:
+    """Return what the job finds to be the engine's environment and cores, once all ranks have told theirs."""
+    affinities = [frozenset(os.sched_getaffinity(0))] * 2
+    return find_placement(make_config(), make_topology("torchrun"), affinities, None).find_surroundings(0, 1)
+
+
+@pytest.fixture
+def early() -> Iterator[EarlyStart]:
+    early = EarlyStart()
+    yield early
+    early.end()
+
+
+def find_engines() -> list[int]:
+    return descendants(os.getpid(), b"dpgen.engine.server")
+
+
+def test_a_job_takes_the_process_once_if_it_would_start_the_same(early: EarlyStart) -> None:
+    early.begin(make_config(), make_topology("torchrun"))
+    surroundings = find_surroundings()
+    server = early.take(*surroundings)
+    assert server is not None and early.take(*surroundings) is None
+    early.end()
+    assert server.process.poll() is None, "it is the job's now"
+    server.kill()
+
+
+def test_a_process_that_has_other_devices_than_the_job_gives_it_ends(early: EarlyStart) -> None:
+    early.begin(make_config(), make_topology("torchrun"))
+    [engine] = find_engines()
+    environment, cores = find_surroundings()
+    assert early.take({**environment, "CUDA_VISIBLE_DEVICES": "1"}, cores) is None
+    assert not Path(f"/proc/{engine}").exists()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "arguments"),
+    [("wrapper", []), ("torchrun", ["parallel.launcher=external", "parallel.tensor_parallel_size=2"])],
+    ids=["no place on the node", "an engine of two ranks"],
+)
+def test_an_engine_whose_place_other_ranks_tell_starts_after_they_have_joined(
+    early: EarlyStart, launcher: str, arguments: list[str]
+) -> None:
+    early.begin(make_config(*arguments), make_topology(launcher))
+    assert not find_engines()
