@@ -271,6 +271,7 @@ class EngineStats:
             that steps has computed.
         device_busy: share of the time since the last report in which the device ran kernels, of any process; None
             where nothing tells.
+        is_sample: True for the calibration alone, between two of those that everybody gets.
     """
 
     num_generated_tokens: int = 0
@@ -284,6 +285,7 @@ class EngineStats:
     elapsed_s: float = 0.0
     processor_s: float = 0.0
     device_busy: float | None = None
+    is_sample: bool = False
 
     @property
     def progress(self) -> tuple[int, ...]:

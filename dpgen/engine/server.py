@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _STATS_INTERVAL_S = 1.0
+_SAMPLE_INTERVAL_S = 0.25  # while the number of engines is measured; see `dpgen.engine.pool.engine_count`
+_SAMPLED_S = 30.0  # at most: it is known by then
 _IDLE_S = 0.005  # sleep between two rounds of lockstep processes that have no work
 
 
@@ -107,7 +109,7 @@ def _serve(pipe: Connection, kind: str) -> None:
     if spec.world is None:
         ready = load()
         pipe.send(ready)
-        message = _generate(pipe, backend)
+        message = _generate(pipe, backend, spec)
         while message is not None:
             message = _serve_next_job(pipe, backend, message, EngineReady(ready.info), kv_bytes)
     else:
@@ -157,17 +159,17 @@ def _serve_next_job(
     if isinstance(message, SetKvBytes):
         _prepare_job(pipe, backend)
         pipe.send(dataclasses.replace(ready, info=dataclasses.replace(ready.info, pooled=backend.pooled)))
-        return _generate(pipe, backend)
+        return _generate(pipe, backend, begin.spec)
     return message if isinstance(message, BeginJob) else None
 
 
-def _generate(pipe: Connection, backend: Backend) -> BeginJob | None:
+def _generate(pipe: Connection, backend: Backend, spec: EngineSpec) -> BeginJob | None:
     """Admit the rows that have arrived, step, send the finished rows; sleep only when there is no work.
 
     Returns:
         the request for another job; None where the rank wants the engine to end.
     """
-    sender = _EventSender(pipe, backend)
+    sender = _EventSender(pipe, backend, sampled_s=_SAMPLED_S if spec.is_num_engines_auto else 0.0)
     while True:
         finished: list[RowResult | UndecodedRow] = []
         while pipe.poll(0 if backend.has_unfinished_requests() or finished else None):
@@ -254,23 +256,30 @@ class _StartTimer:
 class _EventSender:
     """Send finished rows to the rank immediately, and stats once a second and before the last row.
 
+    Args:
+        sampled_s: seconds for which stats are sampled more often.
+
     Attributes:
         num_in_flight: rows received and not yet sent back.
         num_steps: of the backend so far.
     """
 
-    def __init__(self, pipe: Connection, backend: Backend) -> None:
-        self._pipe, self._backend = pipe, backend
-        self._next_stats_s = 0.0
+    def __init__(self, pipe: Connection, backend: Backend, sampled_s: float = 0.0) -> None:
+        self._pipe, self._backend, self._sampled_s = pipe, backend, sampled_s
+        self._next_stats_s = self._next_sample_s = 0.0
         self._begin_s, self._begin_processor_s = time.monotonic(), time.thread_time()
         self.num_in_flight = self.num_steps = 0
 
     def send(self, finished: list[RowResult | UndecodedRow]) -> None:
         self.num_in_flight -= len(finished)
         is_last = bool(finished) and self.num_in_flight == 0  # the rank may stop reading after it
-        if is_last or time.monotonic() >= self._next_stats_s:
-            self._next_stats_s = time.monotonic() + _STATS_INTERVAL_S
-            self._pipe.send(self._measure())
+        now_s = time.monotonic()
+        is_due = is_last or now_s >= self._next_stats_s
+        if is_due or (now_s >= self._next_sample_s and now_s - self._begin_s < self._sampled_s):
+            self._next_sample_s = now_s + _SAMPLE_INTERVAL_S
+            if is_due:
+                self._next_stats_s = now_s + _STATS_INTERVAL_S
+            self._pipe.send(dataclasses.replace(self._measure(), is_sample=not is_due))
         if finished:
             results = [row for row in finished if isinstance(row, RowResult)]
             self._pipe.send(RowsFinished(results, [row for row in finished if isinstance(row, UndecodedRow)]))

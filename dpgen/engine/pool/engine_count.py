@@ -21,6 +21,21 @@ from dpgen.config.schema import Config
 from dpgen.engine.messages import EngineStats
 from dpgen.formatting import format_count
 
+
+@dataclass(frozen=True)
+class Stretch:
+    """Say how long an engine has to run: so many seconds and steps, but no longer than `max_s`."""
+
+    min_s: float
+    min_steps: int
+    max_s: float
+
+    def lies_between(self, first: EngineStats, last: EngineStats) -> bool:
+        """Return True if an engine has run so long from one report to another."""
+        seconds, num_steps = last.elapsed_s - first.elapsed_s, last.num_steps - first.num_steps
+        return seconds >= self.max_s or (seconds >= self.min_s and num_steps >= self.min_steps)
+
+
 MAX_ENGINES = 4
 # Most bytes of weights with which so many engines may pay.
 _SIZE_STEPS = ((3.2e9, 4), (5e9, 3), (10e9, 2))
@@ -37,7 +52,9 @@ _UNKNOWN_DEVICE_ENGINES, _SURELY_PROCESSOR_BOUND = 2, 0.98
 _FULL_FRACTION = 0.9  # of the sequences that an engine may run: fewer do not show how it runs when it is full
 _KV_FULL = 0.9  # of the KV cache: with fewer sequences than could run, it is what limits them
 _MAX_KV_REPORTS = 5  # in a row, with a full KV cache, after which the rest of the memory is used
-_NUM_INTERVALS = 4  # of about a second each; the first is dropped: graphs warm up, and all rows are prefilled
+_SETTLE = Stretch(0.5, 10, 1.0)  # dropped: graphs warm up, and all rows are prefilled
+_MEASURE = Stretch(1.0, 30, 3.0)
+_DEVICE_WINDOW_S = 1.0  # of the past that one reading of NVML averages over, at most
 _PATIENCE_S = 20.0  # within which an engine must be full to be measured
 _FULL_TIMES = 4  # of an engine's sequences, that must be left while nothing tells how fast rows are finished
 _PAYS_TIMES = 1.5  # a start-up pays if the work left takes so many times as long
@@ -197,14 +214,18 @@ def pays(rows_left: float, rows_per_s: float, start_s: float, num_seqs: int) -> 
 class Calibration:
     """Measure the first engine's steps while it generates the job's first rows.
 
+    As soon as an engine has been full for some steps, both halves of what was measured are asked how many engines pay.
+    If they disagree, the measurement continues until it is as long as it may be.
+
     Args:
         max_num_seqs: sequences that it runs at a time.
         begin_s: when it was ready.
+        max_engines: how many there may be.
     """
 
-    def __init__(self, max_num_seqs: int, begin_s: float) -> None:
-        self._max_num_seqs, self._begin_s = max_num_seqs, begin_s
-        self._stats: list[EngineStats] = []
+    def __init__(self, max_num_seqs: int, begin_s: float, max_engines: int) -> None:
+        self._max_num_seqs, self._begin_s, self._max_engines = max_num_seqs, begin_s, max_engines
+        self._stats: list[EngineStats] = []  # since the engine has been full
 
     def add(self, stats: EngineStats, now_s: float) -> Signals | str | None:
         """Take an engine's newest statistics, and return the signals, or why there are none; None to go on."""
@@ -214,20 +235,36 @@ class Calibration:
             if now_s - self._begin_s < _PATIENCE_S:
                 return None
             return f"the rows fill {stats.num_running:,} of the {self._max_num_seqs:,} sequences of one engine"
-        if self._stats and stats.num_steps <= self._stats[-1].num_steps:
+        if self._stats and stats.elapsed_s < self._stats[-1].elapsed_s:
             self._stats.clear()  # the engine was restarted
         self._stats.append(stats)
-        if len(self._stats) <= _NUM_INTERVALS:
+        settled = [one for one in self._stats if _SETTLE.lies_between(self._stats[0], one)]
+        if not settled or not _MEASURE.lies_between(settled[0], stats):
             return None
-        first, last = self._stats[1], self._stats[-1]
-        num_steps = last.num_steps - first.num_steps
-        busy = [stats.device_busy for stats in self._stats[2:] if stats.device_busy is not None]
+        middle = len(settled) // 2
+        halves = [self._read_signals(half) for half in (settled[: middle + 1], settled[middle:])]
+        numbers = {decide_engine_count(half, self._max_engines).number for half in halves if half is not None}
+        is_long_enough = stats.elapsed_s - settled[0].elapsed_s >= _MEASURE.max_s
+        is_sure = None not in halves and len(numbers) == 1
+        return self._read_signals(settled) if is_sure or is_long_enough else None
+
+    def _read_signals(self, reports: list[EngineStats]) -> Signals | None:
+        """Return what the steps between the first and the last of some reports say; None if there are none."""
+        first, last = reports[0], reports[-1]
+        num_steps, full_s = last.num_steps - first.num_steps, self._stats[0].elapsed_s
+        if not num_steps:
+            return None
+        busy = [
+            one.device_busy
+            for one in reports[1:]
+            if one.device_busy is not None and one.elapsed_s - full_s >= _DEVICE_WINDOW_S
+        ]
         return Signals(
             (last.elapsed_s - first.elapsed_s) / num_steps,
             (last.processor_s - first.processor_s) / num_steps,
             sum(busy) / len(busy) if busy else None,
-            stats.num_running,
-            is_kv_full,
+            last.num_running,
+            _is_kv_full(last, self._max_num_seqs),
         )
 
 

@@ -134,7 +134,7 @@ class EnginePool:
         self._ready_s = self._clock()
         self._start_s = max(_MIN_START_S, self._ready_s - (self._load_begin_s or self._ready_s))
         if self.count.is_auto:
-            self._calibration = Calibration(info.max_num_seqs, self._ready_s)
+            self._calibration = Calibration(info.max_num_seqs, self._ready_s, self.count.number)
             self._kv_watch = KvWatch(info.max_num_seqs)
             self._max_engines = self.count.number
         return info
@@ -265,6 +265,8 @@ class EnginePool:
                 yield event
             elif isinstance(event, EngineStats):
                 self._calibrate(index, event)
+                if event.is_sample:
+                    continue
                 ready = {number for number, engine in enumerate(self.supervisors) if engine.is_ready}
                 working = {number for number in ready if self.supervisors[number].blame.is_busy}
                 if (total := self._stats.add(index, event, ready, working, self._clock())) is not None:
@@ -273,7 +275,8 @@ class EnginePool:
     # ---- more engines
 
     def _calibrate(self, index: int, stats: EngineStats) -> None:
-        if self._kv_watch is not None and self.has_joined_all and self._kv_watch.is_short(stats):
+        is_watched = self.has_joined_all and not stats.is_sample
+        if self._kv_watch is not None and is_watched and self._kv_watch.is_short(stats):
             self._use_idle_memory()
         if self._calibration is None or index != 0:
             return

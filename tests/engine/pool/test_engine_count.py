@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -104,24 +105,60 @@ def test_a_full_kv_cache_is_a_reason_for_the_rest_of_the_memory() -> None:
     assert count.number == 2 and "KV cache is full" in count.why
 
 
-def make_stats(second: int, num_running: int = 256, **changes: Any) -> EngineStats:
-    stats = EngineStats(0, num_running, 32, num_steps=100 * second, elapsed_s=second, processor_s=0.9 * second)
+def make_stats(elapsed_s: float, num_running: int = 256, step_s: float = 0.01, **changes: Any) -> EngineStats:
+    num_steps = round(elapsed_s / step_s)
+    stats = EngineStats(0, num_running, 32, num_steps=num_steps, elapsed_s=elapsed_s, processor_s=0.9 * elapsed_s)
     return dataclasses.replace(stats, **{"device_busy": 0.4, **changes})
 
 
-def test_a_full_engine_is_measured_over_some_seconds_without_the_first() -> None:
-    calibration = Calibration(256, 0.0)
-    assert calibration.add(make_stats(1, num_running=20), 1.0) is None, "it fills first"
-    first = make_stats(2, device_busy=1.0)
-    found = [calibration.add(first, 2.0), *(calibration.add(make_stats(second), second) for second in (3, 4, 5, 6))]
-    assert found[:-1] == [None] * 4
-    signals = found[-1]
-    assert isinstance(signals, Signals) and signals.num_running == 256
+def measure(reports: Iterable[EngineStats]) -> tuple[float, Signals]:
+    """Return when the measurement is done, and what it found."""
+    calibration = Calibration(256, 0.0, max_engines=4)
+    for stats in reports:
+        found = calibration.add(stats, stats.elapsed_s)
+        if found is not None:
+            assert isinstance(found, Signals)
+            return stats.elapsed_s, found
+    pytest.fail("the measurement is not done")
+
+
+def sample(step_s: float = 0.01, **changes: Any) -> Iterator[EngineStats]:
+    """Yield the reports of an engine that is full from second 1.25 on, whose first second looks like a busy device."""
+    for quarter in range(1, 40):
+        elapsed_s = quarter / 4
+        if elapsed_s < 1.25:
+            yield make_stats(elapsed_s, num_running=20, step_s=step_s)
+        else:
+            early = {"device_busy": 1.0, "processor_s": 0.0} if elapsed_s < 1.75 else {}
+            yield make_stats(elapsed_s, step_s=step_s, **{**changes, **early})
+
+
+def test_a_full_engine_is_measured_for_a_second_without_what_comes_first() -> None:
+    done_s, signals = measure(sample())
+    assert done_s == 1.25 + 0.5 + 1.0 and signals.num_running == 256
     assert (signals.step_s, signals.processor_s, signals.device_busy) == pytest.approx((0.01, 0.009, 0.4))
 
 
+def test_long_steps_are_measured_for_longer_and_very_long_ones_not_for_ever() -> None:
+    assert measure(sample(step_s=0.04))[0] == 1.25 + 0.5 + 1.25
+    assert measure(sample(step_s=0.5))[0] == 1.25 + 1.0 + 3.0
+
+
+def test_a_measurement_whose_halves_disagree_continues_and_all_of_it_counts() -> None:
+    reports = [dataclasses.replace(stats, device_busy=0.25 if stats.elapsed_s < 2.5 else 0.45) for stats in sample()]
+    done_s, signals = measure(reports)
+    assert done_s == 1.25 + 0.5 + 3.0
+    assert signals.device_busy == pytest.approx((0.25 + 10 * 0.45) / 11), "where 0.25 says 4 engines, and 0.45 says 2"
+
+
+def test_a_restarted_engine_is_measured_from_its_start() -> None:
+    before = [stats for stats in sample() if stats.elapsed_s < 2.5]
+    done_s, signals = measure([*before, *sample(step_s=0.02)])
+    assert done_s == 1.25 + 0.5 + 1.0 and signals.step_s == pytest.approx(0.02)
+
+
 def test_an_engine_that_the_rows_do_not_fill_is_enough() -> None:
-    calibration = Calibration(256, 0.0)
+    calibration = Calibration(256, 0.0, max_engines=4)
     assert calibration.add(make_stats(5, num_running=20), 5.0) is None
     assert (
         calibration.add(make_stats(21, num_running=20), 21.0) == "the rows fill 20 of the 256 sequences of one engine"

@@ -286,6 +286,14 @@ def calibrate(harness: Harness, device_busy: float, processor: float = 0.95, row
             return
 
 
+def test_samples_are_for_the_calibration_alone() -> None:
+    harness = Harness(AUTO)
+    harness.submit(range(4))
+    harness.processes[0].events += [EngineStats(10, 4), EngineStats(20, 4, is_sample=True), EngineStats(30, 4)]
+    stats = [event for event in harness.poll() if isinstance(event, EngineStats)]
+    assert [one.num_generated_tokens for one in stats] == [10, 30]
+
+
 AUTO = EngineCount(4, "weights of 2.5 GB, at most 4", is_auto=True)
 
 
