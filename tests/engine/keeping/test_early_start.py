@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from helpers.jobs import descendants
+from helpers.jobs import descendants, wait_for
 
 from dpgen.config.loader import load
 from dpgen.config.schema import Config
@@ -57,6 +57,7 @@ def test_a_job_takes_the_process_once_if_it_would_start_the_same(early: EarlySta
 
 def test_a_process_that_has_other_devices_than_the_job_gives_it_ends(early: EarlyStart) -> None:
     early.begin(make_config(), make_topology("torchrun"))
+    wait_for(lambda: find_engines() != [])  # its command line shows a moment after it has started
     [engine] = find_engines()
     environment, cores = find_surroundings()
     assert early.take({**environment, "CUDA_VISIBLE_DEVICES": "1"}, cores) is None
