@@ -8,16 +8,20 @@ import numpy as np
 
 from dpgen.records import PooledOutput, PoolingRequest, Request, RowError, RowResult
 
+_FLOAT16_OVERFLOW = 65520.0  # from here on numbers round to infinity; those below round to 65504 at most
+
 
 class PoolingRow:
     """Collect the vectors of a request's sequences, until all are there.
 
     Args:
         num_prompt_tokens: of all sequences.
+        dtype: `output.embedding_dtype`; what it can't hold is the row's error.
     """
 
-    def __init__(self, request: Request, num_prompt_tokens: int) -> None:
+    def __init__(self, request: Request, num_prompt_tokens: int, dtype: str = "float32") -> None:
         assert request.pooling is not None
+        self._dtype = dtype
         self.id, self._pooling, self._num_prompt_tokens = request.id, request.pooling, num_prompt_tokens
         self._lengths = request.pooling.lengths or (num_prompt_tokens,)
         self._vectors: list[np.ndarray | None] = [None] * request.pooling.num_sequences
@@ -42,10 +46,23 @@ class PoolingRow:
         found = [vector for vector in self._vectors if vector is not None]
         pooled = _combine(self._pooling, found, self._lengths)
         result = RowResult(self.id.row, self._num_prompt_tokens, pooled=pooled).with_id(self.id)
-        if pooled.is_finite:
+        if (problem := _find_problem(pooled, self._dtype)) is None:
             return result
-        error = RowError("not_finite", "the model returned NaN or infinity; engine.dtype=float32 may help")
+        error = RowError("not_finite", problem)
         return RowResult(self.id.row, self._num_prompt_tokens, error=error).with_id(self.id)
+
+
+def _find_problem(pooled: PooledOutput, dtype: str) -> str | None:
+    """Return what is wrong with a result: numbers that are none, or become infinite in the type of its column."""
+    if not pooled.is_finite:
+        return "the model returned NaN or infinity; engine.dtype=float32 may help"
+    largest = float(np.abs(pooled.values).max(initial=0.0)) if dtype == "float16" else 0.0
+    if largest < _FLOAT16_OVERFLOW:
+        return None
+    return (
+        f"the embedding has a number of size {largest:.6g}, and float16 holds at most 65504: set "
+        "output.embedding_dtype=float32, or output.normalize=true"
+    )
 
 
 def _combine(pooling: PoolingRequest, vectors: Sequence[np.ndarray], lengths: Sequence[int]) -> PooledOutput:

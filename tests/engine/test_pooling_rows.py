@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from dpgen.engine.pooling_rows import PoolingRow
+from dpgen.output.result_columns.pooled_columns import convert_embedding
 from dpgen.records import PoolingRequest, Request, RequestId, RowResult
 
 
-def make_row(num_tokens: int, **fields: object) -> PoolingRow:
+def make_row(num_tokens: int, dtype: str = "float32", **fields: object) -> PoolingRow:
     pooling = PoolingRequest("embed", **fields)  # type: ignore[arg-type]
-    return PoolingRow(Request(RequestId(7), [0] * num_tokens, pooling=pooling), num_tokens)
+    return PoolingRow(Request(RequestId(7), [0] * num_tokens, pooling=pooling), num_tokens, dtype)
 
 
 def finish(row: PoolingRow, *vectors: list[float] | list[list[float]]) -> RowResult:
@@ -59,3 +60,15 @@ def test_each_token_has_its_reward() -> None:
 def test_what_is_no_number_is_the_rows_error(value: float) -> None:
     result = finish(make_row(1), [0.5, value])
     assert result.error is not None and result.error.type == "not_finite" and result.pooled is None
+
+
+@pytest.mark.parametrize("value", [-65504.0, 65519.0, -65520.0, 1e6])
+def test_a_vector_that_its_column_would_make_infinite_is_the_rows_error(value: float) -> None:
+    with np.errstate(over="ignore"):
+        is_held = bool(np.isfinite(convert_embedding(np.array([value], np.float32), "float16")).all())
+    result = finish(make_row(1, "float16"), [0.5, value])
+    assert (result.error is None) == (result.pooled is not None) == is_held
+    if result.error is not None:
+        assert result.error.type == "not_finite" and "output.embedding_dtype=float32" in result.error.message
+    for dtype in ("float32", "int8", "binary"):
+        assert finish(make_row(1, dtype), [0.5, value]).error is None

@@ -127,7 +127,7 @@ class VllmPooling:
         pooling = request.pooling
         if pooling is None:
             raise RowRefused("bad_request", "the engine pools hidden states, and the request is to generate text")
-        row, names = PoolingRow(request, len(token_ids)), list[str]()
+        row, names = PoolingRow(request, len(token_ids), self._config.embedding_dtype), list[str]()
         try:
             for number, tokens in enumerate(pooling.split(token_ids)):
                 params = self._make_params(pooling, number)
