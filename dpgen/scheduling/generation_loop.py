@@ -38,6 +38,9 @@ _SYNC_INTERVAL_S = 1.0
 _STALE_SYNC_S = 5.0  # a sync that is this late is too old to leave rows to other ranks
 _REJECTION_WINDOW_S = 0.5  # an engine returns a row that it rejects within this time
 _WAIT_S = 0.1  # the longest wait for an engine that has work
+# Requests are built ahead for so long before the engine's events are looked for again, which costs as much as building
+# one. The engine has rows that wait, and does not notice.
+_BUILD_S = 0.001
 _DRAIN_S = 5.0  # the longest wait for rows that are being parsed when the loop ends early
 # Results that may be between engine and journal before no more rows are admitted.
 _MIN_PENDING, _PENDING_PER_SEQ = 64, 2
@@ -233,9 +236,14 @@ class GenerationLoop:
                 self._record_all(event)
 
     def _prepare(self) -> bool:
-        """Build a request ahead of its admission; return False if there is none to build."""
+        """Build requests ahead of their admission, for a moment; return False if there is none to build."""
         self._source.poll()
-        return self._results.prepare() or (self._source.should_prefetch and self._source.prefetch())
+        until_s, num_built = time.monotonic() + _BUILD_S, 0
+        while self._results.prepare() or (self._source.should_prefetch and self._source.prefetch()):
+            num_built += 1
+            if time.monotonic() >= until_s:
+                break
+        return num_built > 0
 
     @property
     def _max_wait_s(self) -> float:
