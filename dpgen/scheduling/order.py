@@ -37,7 +37,15 @@ _MIN_SHARED_FRACTION = 0.25  # of all prompt text, from which on shared prefixes
 _CHARS_PER_TOKEN = 4
 _MAX_EXPECTED = 1e7  # tokens of a row: a limit that stands for none (2**31 - 1, infinity) is no length
 _ASSUMED_OUTPUT_TOKENS = 256  # of a row without a hint, to weigh its completion against its prompt
-_ORDER_NAMES = {"dataset": "dataset order", "longest_first": "longest first", "prefix": "grouped by prefix"}
+_ORDER_NAMES = {
+    "dataset": "dataset order",
+    "longest_first": "longest first",
+    "prefix": "grouped by prefix",
+    "mixed": "mixed lengths",
+}
+# Of rows that are only read, the shortest come last, so that all ranks end within one short step of each other.
+_LAST_FRACTION, _MAX_LAST_ROWS = 16, 4096
+_GOLDEN = (5**0.5 - 1) / 2
 
 PromptTextFn = Callable[[int, Mapping[str, Any]], str]
 
@@ -48,7 +56,7 @@ class RowOrder:
 
     Attributes:
         rows: row indices, int64[num_rows].
-        kind: "dataset", "longest_first" or "prefix".
+        kind: "dataset", "longest_first", "prefix" or "mixed".
         reason: why or by what, to follow the name of the kind in a log line; may be empty.
         groups: positions in `rows` where each prefix group begins, int64[num_groups]; None unless `kind` is "prefix".
         weights: each row's work in arbitrary units, float64[num_rows]; None unless `kind` is "prefix".
@@ -128,19 +136,23 @@ class RowOrder:
         order = dataclasses.replace(self, rows=self.rows[positions], groups=groups, weights=weights, lengths=lengths)
         return dataclasses.replace(order, num_probes=num_probes, num_spread=num_spread)
 
-    def mix(self) -> RowOrder:
+    def mix(self, num_last: int = 0) -> RowOrder:
         """Return the rows so that any number of them from the front is spread evenly over all parts of this order.
 
-        So they have the lengths of all rows, in the same mix, as far as this order knows lengths. Rows of a prefix
-        group stay together. Nothing is measured on probes.
+        So they have the lengths of all rows, in the same mix, as far as this order knows lengths, and so has any run of
+        them, also in one of several shards. Rows of a prefix group stay together. Nothing is measured on probes.
+
+        Args:
+            num_last: rows at the end that stay there; none where rows are grouped.
         """
         if self.groups is None:
-            rows = self.rows[_spread_evenly(len(self.rows))]
+            num_mixed = len(self.rows) - num_last
+            rows = np.append(self.rows[_spread_evenly(num_mixed)], self.rows[num_mixed:])
         else:
             bounds = np.append(self.groups, len(self.rows))
             places = _spread_evenly(len(self.groups)).tolist()
             rows = np.concatenate([self.rows[:0], *(self.rows[bounds[at] : bounds[at + 1]] for at in places)])
-        return RowOrder(rows, reason=f"(rows spread over {self.description})")
+        return RowOrder(rows, "mixed", f"(spread over {self.description})")
 
     def append(self, rows: np.ndarray) -> RowOrder:
         """Return the order with further rows at its end, each a group of its own where rows are grouped."""
@@ -218,15 +230,16 @@ def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text
 
 
 def _spread_evenly(number: int) -> np.ndarray:
-    """Return 0..number - 1 so that each first part covers the range evenly: van der Corput's sequence, base 2.
+    """Return 0..number - 1 so that each run of them, also of every second or third, covers the range evenly.
+
+    These are the multiples of the golden ratio, modulo 1, by rank.
 
     Returns:
         int64[number].
     """
-    places = np.zeros(1, dtype=np.int64)
-    while len(places) < number:
-        places = np.concatenate([2 * places, 2 * places + 1])
-    return np.roll(places[places < number], -1)  # 0 comes last: the sequence begins in the middle
+    places = np.empty(number, dtype=np.int64)
+    places[np.argsort(np.arange(1, number + 1) * _GOLDEN % 1)] = np.arange(number)
+    return places
 
 
 def _order_without_prompts(config: OrderConfig, rows: InputRows, remaining: np.ndarray) -> RowOrder:
@@ -286,7 +299,8 @@ def order_by_measured_lengths(
 def _choose_order(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:
     """Return the order that a sample of the rows suggests."""
     if config.reads_only:
-        return _order_longest_first(config, rows, remaining, text_of)
+        order = _order_longest_first(config, rows, remaining, text_of)
+        return order if config.is_mixed else _mix_lengths(order)
     sample, hint = sample_rows(remaining), config.hint_column
     is_whole = len(sample) == len(remaining)
     sample_config = config if is_whole else dataclasses.replace(config, is_sample=True)
@@ -308,6 +322,15 @@ def _choose_order(config: OrderConfig, rows: InputRows, remaining: np.ndarray, t
     if has_long_prompts and compute_tail_ratio(prompts.lengths) >= _MIN_PROMPT_TAIL_RATIO:
         return _order_by_prompts(config, rows, remaining, text_of)
     return RowOrder(remaining, reason="because no hint predicts the rows' lengths and prompts share few prefixes")
+
+
+def _mix_lengths(order: RowOrder) -> RowOrder:
+    """Return the rows, sorted longest first, in the order for a model that only reads them.
+
+    Each row takes a step or two, so that no long one can outlast the others. Steps of all lengths are full of sequences
+    and of tokens, where the shortest rows alone would leave steps nearly empty of tokens.
+    """
+    return order.mix(min(len(order.rows) // _LAST_FRACTION, _MAX_LAST_ROWS))
 
 
 def _order_longest_first(

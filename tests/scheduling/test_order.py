@@ -412,7 +412,28 @@ def test_the_first_rows_of_a_mixed_order_stand_for_all_rows() -> None:
     order = find_order(config, rows)
     for num_first in (10, 64, 300):
         assert abs(order.rows[:num_first].mean() - 500) < 60
-    assert order.description.startswith("dataset order (rows spread over longest first by max_tokens")
+    assert order.description.startswith("mixed lengths (spread over longest first by max_tokens")
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 8])
+def test_every_batch_of_rows_that_are_only_read_has_texts_of_all_lengths(num_shards: int) -> None:
+    rows = [{"prompt": "x" * (1 + (row // 50) ** 2)} for row in range(2048)]
+    lengths = np.array([len(row["prompt"]) for row in rows])
+    order = find_order(dataclasses.replace(make_config(), reads_only=True), rows)
+    assert order.description.startswith("mixed lengths (spread over longest first by prompt length (min 1, ")
+    assert sorted(order.rows) == list(range(2048)), "each row once"
+    assert (lengths[order.rows[-128:]] == np.sort(lengths)[:128][::-1]).all(), "the shortest come last"
+    spec = order.shard(num_shards, 64)
+    for shard in range(num_shards):
+        mixed = lengths[spec.take(order.rows, shard)][: 1920 // num_shards]
+        batches = [mixed[start : start + 64].mean() for start in range(0, len(mixed) - 63, 64)]
+        assert max(batches) < 1.3 * min(batches)
+
+
+def test_the_order_of_rows_that_are_only_read_can_be_chosen() -> None:
+    rows = [{"prompt": "x" * length} for length in (3, 1, 2)]
+    for order, expected in (("longest_first", [0, 2, 1]), ("dataset", [0, 1, 2])):
+        assert find_order(dataclasses.replace(make_config(order), reads_only=True), rows).rows.tolist() == expected
 
 
 def test_rows_with_the_same_prefix_stay_together_in_a_mixed_order() -> None:
