@@ -222,6 +222,16 @@ def test_the_environment_of_the_launcher_stays_out_of_the_engine() -> None:
     assert on_cpu["OMP_NUM_THREADS"] == "4" and on_cpu["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
+@pytest.mark.parametrize("name", ["GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD"])
+def test_an_engine_on_the_cpu_keeps_freed_memory_unless_the_user_chose_otherwise(name: str) -> None:
+    def build(environ: dict[str, str], gpus: list[str] | None = None) -> dict[str, str]:
+        return build_engine_env(environ, gpus=gpus, num_cores=1, log_level="info", keeps_memory=True)
+
+    assert "glibc.malloc.trim_threshold" in build({})["GLIBC_TUNABLES"]
+    assert "GLIBC_TUNABLES" not in build({}, ["0"])
+    assert build({name: "own"}).get("GLIBC_TUNABLES") == {name: "own"}.get("GLIBC_TUNABLES")
+
+
 @pytest.mark.parametrize(
     ("log_level", "vllm_level"), [("error", "INFO"), ("warning", "INFO"), ("info", "INFO"), ("debug", "DEBUG")]
 )

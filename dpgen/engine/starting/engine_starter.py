@@ -53,6 +53,7 @@ class Placement:
             num_cores=len(cores or ()),
             log_level=self.log_level,
             is_on_one_node=self.world is None or self.world.is_on_one_node,
+            keeps_memory=True,
         )
         if self.world is not None:
             env |= self.world.to_env()
