@@ -42,7 +42,7 @@ from dpgen.engine.vllm.executors import (
 )
 from dpgen.engine.vllm.hooks.hot_path import install_hooks
 from dpgen.engine.vllm.media.features import make_engine_prompt, send_media_whole
-from dpgen.engine.vllm.media.requirements import explain_failed_import, find_missing_processor
+from dpgen.engine.vllm.media.requirements import explain_failed_import, find_missing_processor, require_media
 from dpgen.engine.vllm.pooling import VllmPooling, find_wrong_model
 from dpgen.engine.vllm.reasoning import ReasoningState, make_core_request
 from dpgen.engine.vllm.rejections import classify_rejection, summarize_error
@@ -378,8 +378,10 @@ class VllmBackend:
         """Return a row's prompt.
 
         Raises:
-            RowRefused: it has none, or not of this vocabulary.
+            RowRefused: it has none, or not of this vocabulary; or it has no media for the model's encoder.
         """
+        assert self._config is not None
+        require_media(request, self._config.model_config)
         token_ids = request.prompt_token_ids
         if token_ids is None:
             assert self._render is not None

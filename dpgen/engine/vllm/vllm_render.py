@@ -50,7 +50,9 @@ class VllmRenderer:
         return list(self.render_input(prompt)["prompt_token_ids"])
 
     def render_input(self, prompt: Any) -> Any:
-        """Return vLLM's input for the engine, with at least one token.
+        """Return vLLM's input for the engine, with at least one token; of a model with an encoder, the decoder's.
+
+        That one holds what the encoder reads, too.
 
         Args:
             prompt: a text, a `ChatPrompt`, or a dict as LLM.generate takes it. Media are parts as LLM.chat takes them.
@@ -71,6 +73,7 @@ class VllmRenderer:
             if getattr(error, "parameter", None) in ("input_text", "input_tokens"):
                 raise RowRefused("prompt_too_long", reason) from error
             raise RowRefused("chat_template_failed" if is_chat else "tokenizer_failed", reason) from error
+        rendered = rendered.get("decoder_prompt", rendered)
         if not len(rendered["prompt_token_ids"]):
             raise RowRefused("empty_prompt", "the prompt has no tokens")
         return rendered

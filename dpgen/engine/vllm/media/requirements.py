@@ -8,6 +8,8 @@ from typing import Any
 
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.vllm.rejections import summarize_error
+from dpgen.errors import RowRefused
+from dpgen.records import Request
 
 _HINTS = {
     "torchvision": "install torchvision's build for the installed torch (launch/install.sh --vision, or dpgen[vision])",
@@ -55,3 +57,16 @@ def find_missing_processor(spec: EngineSpec, model_config: Any) -> Iterator[str]
         MULTIMODAL_REGISTRY.create_processor(model_config).info.get_hf_processor()
     except Exception as error:  # noqa: BLE001 - processors are foreign code
         yield describe_processor_error(spec.model, error)
+
+
+def require_media(request: Request, model_config: Any) -> None:
+    """Raise RowRefused (`unsupported_content`) for a row without media if the model's encoder reads nothing else.
+
+    vLLM generates from whatever its memory holds then (seen in 0.32).
+
+    Args:
+        model_config: vLLM's `ModelConfig`.
+    """
+    if model_config.is_encoder_decoder and request.media is None:
+        reason = "the model's encoder reads audio, images or video, and the row has none"
+        raise RowRefused("unsupported_content", reason)
