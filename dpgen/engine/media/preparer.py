@@ -8,10 +8,13 @@
 - A request keeps its buffer until it is dropped. It is prepared once, whatever follows from it.
 - A worker's death or hang costs one row. A death by a signal, which the kernel sends when memory runs out, has a second
   try.
+- Where workers can't start, the run ends if its rows are known to have media. Else each row that has some is an error,
+  and the others are generated.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections import deque
@@ -26,11 +29,13 @@ from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Request, RowResult, make_rejected_result
 from dpgen.workers.pool import Answer, WorkerRefused
 
+logger = logging.getLogger(__name__)
+
 TASKS_AHEAD = 4  # of a worker: the rank looks for answers every 40 ms
 _POLL_S = 0.002
 _WAIT_S = 0.01
 _SIZES_REMEMBERED = 32
-_CRASHED, _TIMED_OUT = "render_crashed", "render_timeout"
+_CRASHED, _TIMED_OUT, _UNSUPPORTED = "render_crashed", "render_timeout", "unsupported_content"
 
 
 class Workers(Protocol):
@@ -140,6 +145,7 @@ class MediaPreparer:
     Args:
         start_workers: starts the pool; called once, when it is first needed.
         clock: seconds that only increase.
+        is_required: False if rows may well do without.
     """
 
     def __init__(
@@ -147,8 +153,12 @@ class MediaPreparer:
         start_workers: Callable[[], Workers],
         limits: PreparationLimits,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        is_required: bool = True,
     ) -> None:
         self._start_workers, self._limits, self._clock = start_workers, limits, clock
+        self._is_required = is_required
+        self._refusal: RowRefused | None = None
         self._workers: Workers | None = None
         self._queues = set[MediaQueue]()
         self._waiting = deque[tuple[MediaQueue, Request]]()
@@ -181,6 +191,9 @@ class MediaPreparer:
 
     def submit(self, queue: MediaQueue, request: Request) -> None:
         """Prepare a request of a queue, once there is room."""
+        if self._refusal is not None:
+            queue.put(make_rejected_result(request.id, self._refusal))
+            return
         self.start()
         self._waiting.append((queue, request))
         self._send_waiting()
@@ -198,13 +211,16 @@ class MediaPreparer:
             DpgenError: they died while they were starting, again and again.
         """
         now_s = self._clock()
-        if self._workers is None or now_s < self._polled_s + _POLL_S:
+        if self._workers is None or self._refusal is not None or now_s < self._polled_s + _POLL_S:
             return
         self._polled_s = now_s
         try:
             answers = self._workers.poll()
         except WorkerRefused as error:
-            raise ConfigError(str(error)) from None
+            if self._is_required:
+                raise ConfigError(str(error)) from None
+            self._refuse(str(error))
+            return
         for answer in answers:
             self._handle(answer)
         if self._send_waiting():
@@ -216,6 +232,8 @@ class MediaPreparer:
         Args:
             on_wait: called again and again meanwhile.
         """
+        if self._refusal is not None:
+            return None
         self.start()
         queue = self.open_queue()
         queue.expect()
@@ -230,6 +248,18 @@ class MediaPreparer:
         """End the workers."""
         if self._workers is not None:
             self._workers.close()
+
+    def _refuse(self, reason: str) -> None:
+        """Let this request, and each that follows, be its row's error."""
+        logger.warning(
+            f"rows with images, audio or video fail: {reason}. The others are generated. Once that is mended, "
+            f"run.retry_errors=[{_UNSUPPORTED}] generates these"
+        )
+        self._refusal = RowRefused(_UNSUPPORTED, reason)
+        pending, self._pending = self._pending, {}
+        waiting, self._waiting = self._waiting, deque()
+        for queue, request in [*((entry.queue, entry.request) for entry in pending.values()), *waiting]:
+            queue.put(make_rejected_result(request.id, self._refusal))
 
     def _send_waiting(self) -> bool:
         """Give the workers what waits, as far as there is room; return True if there was."""

@@ -43,7 +43,7 @@ def build_media_preparer(
         logger.info(f"preparing media in {format_count(num_workers, 'worker')}")
         return WorkerPool(_describe_workers(config, spec, num_workers), log)
 
-    return MediaPreparer(start, limits)
+    return MediaPreparer(start, limits, is_required=config.prompt.has_media_columns)
 
 
 def count_workers(wanted: int | str, local_size: int) -> int:

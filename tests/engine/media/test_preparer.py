@@ -51,11 +51,11 @@ class ScriptedWorkers:
 
 
 class Harness:
-    def __init__(self, **limits: int) -> None:
+    def __init__(self, *, is_required: bool = True, **limits: int) -> None:
         self.clock = FakeClock()
         self.workers = ScriptedWorkers()
         self.num_starts = 0
-        self.preparer = MediaPreparer(self._start, PreparationLimits(**limits), self.clock)
+        self.preparer = MediaPreparer(self._start, PreparationLimits(**limits), self.clock, is_required=is_required)
         self.queue = self.preparer.open_queue()
 
     def _start(self) -> ScriptedWorkers:
@@ -189,6 +189,25 @@ def test_a_configuration_that_workers_reject_ends_the_run_in_one_line() -> None:
     harness.workers.error = WorkerRefused("preparing media can't start: the processor needs torchvision")
     with pytest.raises(ConfigError, match="needs torchvision"):
         harness.take()
+
+
+def test_workers_that_can_t_start_cost_only_the_rows_that_need_them_where_no_column_of_media_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    harness = Harness(is_required=False)
+    harness.add(*range(2 * TASKS_AHEAD))
+    harness.workers.error = WorkerRefused("preparing media can't start: the processor needs torchvision: install it")
+    results = [harness.take() for _ in range(2 * TASKS_AHEAD)]
+    harness.add(30)
+    results.append(harness.take())
+    for result in results:
+        assert isinstance(result, RowResult) and result.error is not None
+        assert result.error.type == "unsupported_content" and "needs torchvision: install it" in result.error.message
+    assert sorted(result.row for result in results if result) == [*range(2 * TASKS_AHEAD), 30]
+    assert len(harness.queue) == 0
+    assert harness.preparer.prepare_now(make_request(1), lambda: None) is None
+    [record] = [record for record in caplog.records if "torchvision" in record.message]
+    assert "run.retry_errors=[unsupported_content]" in record.message, "once, with what to do"
 
 
 def test_a_closed_queue_leaves_its_room_to_others_and_gets_nothing_more() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,24 @@ def test_a_model_whose_code_needs_torchvision_says_what_to_install(tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": {"model_type": "llama"}}))
     with pytest.raises(ConfigError, match=r"torchvision is not installed.*launch/install\.sh --vision"):
         VllmBackend(EngineSpec("vllm", str(tmp_path), {"dtype": "float32"})).check_options()
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+@pytest.mark.parametrize("takes_media", [True, False])
+def test_a_processor_that_needs_torchvision_is_refused_before_the_model_loads(
+    takes_media: bool, tmp_path: Path
+) -> None:
+    """Also where no row may have media: vLLM tries the processor when it loads the model, unless told not to."""
+    from dpgen.engine.vllm.vllm_backend import VllmBackend
+
+    model = save_tiny_vision(tmp_path)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        text = (model / name).read_text()
+        (model / name).write_text(text.replace("Idefics3ImageProcessor", "Llama4ImageProcessor"))
+    spec = EngineSpec("vllm", str(model), dict(ENGINE), takes_media=takes_media)
+    with pytest.raises(ConfigError, match=r"needs torchvision: install .*--vision") as refused:
+        VllmBackend(spec).check_options()
+    assert ("engine.language_model_only=true" in str(refused.value)) == (not takes_media)
+    if not takes_media:
+        alone = replace(spec, options={**ENGINE, "language_model_only": True})
+        VllmBackend(alone).check_options()

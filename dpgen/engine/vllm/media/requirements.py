@@ -32,31 +32,41 @@ def explain_failed_import(error: Exception) -> str | None:
 
 def describe_processor_error(model: str, error: Exception) -> str:
     """Return one line on why a model's processor can't be loaded, and what to install if a package is missing."""
-    text = f"{error} {error.__cause__ or ''}".lower()
-    reason = summarize_error(error)
-    for package, hint in _HINTS.items():
-        if package in text:
-            return f"the processor of {model} needs {package}: {hint}"
-    return f"vLLM can't load the processor of {model}, for images, audio or video: {reason}"
+    if (package := _find_missing_package(error)) is not None:
+        return f"the processor of {model} needs {package}: {_HINTS[package]}"
+    return f"vLLM can't load the processor of {model}, for images, audio or video: {summarize_error(error)}"
 
 
 def find_missing_processor(spec: EngineSpec, model_config: Any) -> Iterator[str]:
-    """Yield one line if rows have media, and the model can't process them with what is installed.
+    """Yield one line if the rows' media can't be processed with what is installed, or vLLM could not load the model.
+
+    vLLM tries the processor when it loads a model that takes media, whatever the rows are, and says nothing of the
+    package that it needs.
 
     Args:
         model_config: vLLM's `ModelConfig`.
     """
-    if not spec.takes_media:
-        return
     if not model_config.supports_multimodal_inputs:
-        yield f"{spec.model} takes no images, audio or video, which data.*_column names: choose another model"
+        if spec.takes_media:
+            yield f"{spec.model} takes no images, audio or video, which data.*_column names: choose another model"
+        return
+    if not spec.takes_media and model_config.multimodal_config.skip_mm_profiling:
         return
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
     try:
         MULTIMODAL_REGISTRY.create_processor(model_config).info.get_hf_processor()
     except Exception as error:  # noqa: BLE001 - processors are foreign code
-        yield describe_processor_error(spec.model, error)
+        reason = describe_processor_error(spec.model, error)
+        if spec.takes_media:
+            yield reason
+        elif _find_missing_package(error) is not None:  # another reason may not hold for vLLM, which calls it otherwise
+            yield f"{reason}; for rows of texts alone, engine.language_model_only=true does without"
+
+
+def _find_missing_package(error: Exception) -> str | None:
+    text = f"{error} {error.__cause__ or ''}".lower()
+    return next((package for package in _HINTS if package in text), None)
 
 
 def require_media(request: Request, model_config: Any) -> None:
