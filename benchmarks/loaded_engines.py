@@ -177,13 +177,9 @@ def serve_ranks(pipe: Connection, place: Place, work_dir: str, list_settings: Se
     from dpgen.distributed.layout import build_layout
     from dpgen.distributed.topology import read_topology
     from dpgen.engine.keeping.keeper import EngineKeeper
-    from dpgen.engine.starting.launch import (
-        add_media_preparer,
-        build_text_pipeline,
-        check_engine_options,
-        prepare_engine,
-    )
+    from dpgen.engine.starting.launch import build_text_pipeline, check_engine_options, prepare_engine
     from dpgen.engine.starting.log_file import EngineLog
+    from dpgen.engine.starting.media_workers import add_media_preparer
     from dpgen.journal.run_dir import RunDir
 
     group: RankGroup = SingleRankGroup()

@@ -27,13 +27,13 @@ from dpgen.engine.pool.engine_pool import EnginePool
 from dpgen.engine.starting.caches import has_cold_caches
 from dpgen.engine.starting.launch import (
     TextPipeline,
-    add_media_preparer,
     build_text_pipeline,
     check_engine_options,
     prepare_engine,
 )
 from dpgen.engine.starting.loading import ModelLoader
 from dpgen.engine.starting.log_file import EngineLog
+from dpgen.engine.starting.media_workers import add_media_preparer
 from dpgen.errors import EXIT_RESUMABLE, DpgenError
 from dpgen.journal.engine_notes import remove_engine_notes
 from dpgen.journal.row_notes import RowNote, open_note

@@ -42,7 +42,6 @@ from dpgen.engine.pool.engine_pool import EnginePool
 from dpgen.engine.starting.engine_starter import EngineStarter, find_placement, plan_engines
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.starting.log_file import EngineLog
-from dpgen.engine.starting.media_workers import build_media_preparer
 from dpgen.engine.starting.model_files import check_model_on_node, expand_model_path, measure_weights_per_device
 from dpgen.engine.starting.pooling_text import (
     make_fake_pooling_renderer,
@@ -224,24 +223,6 @@ def build_text_pipeline(config: Config, log: EngineLog, rows: InputRows) -> Text
     tools, check, output = ToolFinder(config.prompt, rows), config.check, config.output
     parser = start_completion_parser(output, check, tokenizer, tools, log.write)
     return replace(steps, parser=parser, checker=start_completion_checker(check, output, rows, log.write))
-
-
-def add_media_preparer(
-    text: TextPipeline, config: Config, topology: Topology, log: EngineLog, *, claims_rows: bool = True
-) -> TextPipeline:
-    """Return the text pipeline with what prepares media, whose workers start now if columns of media are named.
-
-    Args:
-        log: takes what the workers print.
-        claims_rows: as of `PlannerConfig`; without rows there is nothing to prepare.
-    """
-    if config.pooling is not None:
-        return text
-    spec = build_engine_spec(config, topology, None)
-    preparer = build_media_preparer(config, spec, topology.local_size, log.write)
-    if claims_rows and config.prompt.has_media_columns:
-        preparer.start()
-    return replace(text, preparer=preparer)
 
 
 def load_text_steps(config: Config, rows: InputRows) -> TextPipeline:

@@ -6,13 +6,17 @@ import logging
 import os
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 
 from dpgen.config.schema import Config
 from dpgen.data.media.policy import MediaPolicy
 from dpgen.distributed.network import raise_open_file_limit
+from dpgen.distributed.topology import Topology
 from dpgen.engine.media.preparer import TASKS_AHEAD, MediaPreparer, PreparationLimits
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.starting.cores import count_own_cores
+from dpgen.engine.starting.launch import TextPipeline, build_engine_spec
+from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.starting.server_process import build_engine_env
 from dpgen.formatting import format_count
 from dpgen.workers.pool import WorkerPool, WorkerSpec
@@ -24,6 +28,24 @@ _NUM_OTHERS = 2  # cores for the rank and its engine
 _MAX_BUFFERS = 1 << 16
 _OTHER_FILES = 256  # file descriptors for all else
 _NICENESS = 5  # the engine's thread goes first
+
+
+def add_media_preparer(
+    text: TextPipeline, config: Config, topology: Topology, log: EngineLog, *, claims_rows: bool = True
+) -> TextPipeline:
+    """Return the text pipeline with what prepares media, whose workers start now if columns of media are named.
+
+    Args:
+        log: takes what the workers print.
+        claims_rows: as of `PlannerConfig`; without rows there is nothing to prepare.
+    """
+    if config.pooling is not None:
+        return text
+    spec = build_engine_spec(config, topology, None)
+    preparer = build_media_preparer(config, spec, topology.local_size, log.write)
+    if claims_rows and config.prompt.has_media_columns:
+        preparer.start()
+    return replace(text, preparer=preparer)
 
 
 def build_media_preparer(
