@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from dpgen.distributed.group import RankGroup
     from dpgen.distributed.rendezvous import Departure
     from dpgen.distributed.topology import Topology
-    from dpgen.engine.keeping.keeper import EngineKeeper
+    from dpgen.engine.keeping.keeper import EngineKeeper, Keepers
     from dpgen.monitoring.status.reporter import RankReporter
     from dpgen.output.upload.result_upload import ResultUpload
     from dpgen.tuning.probe import TrialProbe
@@ -61,7 +61,7 @@ class RankSteps:
         publish: is called on rank 0 once the result is written, also if no row of it has succeeded.
         on_complete: is called on every rank after `publish` of a run that has succeeded. May be collective.
         report: takes the error that ended the run, on every rank; None to report it on the terminal, once.
-        keeper: has the engine between two runs of this process; None to end the engine with the run.
+        keepers: have processes between two runs of this process; None to end all with the run.
         trial: measures the engines on some of the rows, and ends the run; None for the whole run.
     """
 
@@ -71,7 +71,7 @@ class RankSteps:
     publish: Callable[[Config], None] = lambda _: None
     on_complete: Callable[[RankGroup, Config], None] = lambda _, __: None
     report: Callable[[DpgenError], None] | None = None
-    keeper: EngineKeeper | None = None
+    keepers: Keepers | None = None
     trial: TrialProbe | None = None
 
 
@@ -92,7 +92,7 @@ def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps:
     from dpgen.monitoring.status.reporter import RankReporter
 
     group: RankGroup = SingleRankGroup()
-    departure, reporter, keeper = Departure(), RankReporter(), _get_keeper(steps)
+    departure, reporter, keepers = Departure(), RankReporter(), _get_keepers(steps)
     loaded: Config | Exception | None = None
     startup, status_file = StartupTimer(), StatusFile(os.environ)
     startup.on_mark = reporter.end_step
@@ -119,14 +119,14 @@ def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps:
         setup_logging(topology.dp_rank, log_format)
         if steps.replace_run is not None:
             return _replace_run(steps.replace_run, loaded, topology)
-        _begin(loaded, topology, reporter, keeper)
+        _begin(loaded, topology, reporter, keepers.engines)
         if topology.dp_size > 1:
             group, topology = _join_ranks(topology, status_file, departure)
             startup.mark("rendezvous")
         group.run_on_all_ranks(lambda: status_file.reset(topology.dp_rank))
         config = group.run_on_all_ranks(lambda: _get_config(loaded))
         steps.on_joined(group)
-        _run(config, topology, group, (status_file, startup, reporter), steps, keeper)
+        _run(config, topology, group, (status_file, startup, reporter), steps, keepers)
         status_file.write(EXIT_OK)
         return EXIT_OK
     except KeyboardInterrupt as error:
@@ -136,7 +136,7 @@ def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps:
     except Exception as error:  # noqa: BLE001 - the process boundary: a fault of dpgen's, or of a library's
         return _report_failure(group, (status_file, reporter), _log_unexpected(error), log_format, steps.report)
     finally:
-        _close(keeper, group)
+        _close(keepers.engines, group)
         _write_report(group, reporter, loaded)
 
 
@@ -159,7 +159,7 @@ def _run(
     group: RankGroup,
     reports: tuple[StatusFile, StartupTimer, RankReporter],
     steps: RankSteps,
-    keeper: EngineKeeper,
+    keepers: Keepers,
 ) -> None:
     """Run the job, with the command's own steps around it, and report the end."""
     with imports_without_gc():
@@ -171,7 +171,7 @@ def _run(
     resolved = group.run_on_all_ranks(lambda: resolve_format(config, fetched))
     group.run_on_all_ranks(lambda: _prepare(steps, resolved, group) if group.rank == 0 else None)
     try:
-        run(resolved, topology, group, Reports(*reports), keeper, steps.trial)
+        run(resolved, topology, group, Reports(*reports), keepers, steps.trial)
     except NoRowSucceeded:
         _publish(steps, resolved, group, reports[-1])
         raise
@@ -241,10 +241,10 @@ def _replace_run(replace_run: Callable[[Config, int], None], loaded: Config | Ex
     return EXIT_OK
 
 
-def _get_keeper(steps: RankSteps) -> EngineKeeper:
-    from dpgen.engine.keeping.keeper import EngineKeeper
+def _get_keepers(steps: RankSteps) -> Keepers:
+    from dpgen.engine.keeping.keeper import Keepers
 
-    return steps.keeper or EngineKeeper(has_one_job=True)
+    return steps.keepers or Keepers()
 
 
 def _begin(loaded: Config | Exception, topology: Topology, reporter: RankReporter, keeper: EngineKeeper) -> None:

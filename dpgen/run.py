@@ -22,7 +22,7 @@ from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout, build_layout
 from dpgen.distributed.stages import Stage, run_stages
 from dpgen.distributed.topology import Topology
-from dpgen.engine.keeping.keeper import EngineKeeper
+from dpgen.engine.keeping.keeper import Keepers
 from dpgen.engine.pool.engine_pool import EnginePool
 from dpgen.engine.starting.caches import has_cold_caches
 from dpgen.engine.starting.launch import (
@@ -92,13 +92,13 @@ def run(
     topology: Topology,
     group: RankGroup,
     reports: Reports,
-    keeper: EngineKeeper,
+    keepers: Keepers,
     trial: TrialProbe | None = None,
 ) -> None:
     """Generate every row of `config.data` that has no result yet, and write the final dataset. Collective.
 
     Args:
-        keeper: may have the engine from an earlier job, or an early start, and gets the engine back.
+        keepers: may have processes of an earlier job, or an early start, and get them back.
         trial: measures the engines on some of the rows, and ends the run; None for the whole run.
 
     Raises:
@@ -113,7 +113,7 @@ def run(
     if config.parallel.launcher == "external":
         group.can_shrink = False  # a lost rank was a part of other ranks' engines
     with shutdown.handle_signals(), ExitStack() as stack:
-        job = _Job(config, topology, group, (stack, shutdown), reports, keeper)
+        job = _Job(config, topology, group, (stack, shutdown), reports, keepers)
         job.trial = trial
         stages = [
             Stage("reading the input", job.begin, is_slow=True),
@@ -157,9 +157,10 @@ class _Job:
         group: RankGroup,
         guards: tuple[ExitStack, ShutdownMonitor],
         reports: Reports,
-        keeper: EngineKeeper,
+        keepers: Keepers,
     ) -> None:
-        self._config, self._topology, self._group, self._keeper = config, topology, group, keeper
+        self._config, self._topology, self._group = config, topology, group
+        self._keeper, self._worker_keeper = keepers.engines, keepers.media_workers
         self._stack, self._shutdown = guards
         self._status_file, self._startup, self._reporter = reports
         self._run_dir = RunDir(config.run.dir)
@@ -237,8 +238,9 @@ class _Job:
     def _load_text(self) -> TextPipeline:
         if self._loaded_text is None:
             text = build_text_pipeline(self._config, self._engine_log, self._rows)
+            log, claims_rows = self._engine_log, self._layout.is_group_leader
             self._loaded_text = add_media_preparer(
-                text, self._config, self._topology, self._engine_log, claims_rows=self._layout.is_group_leader
+                text, self._config, self._topology, log, self._worker_keeper, claims_rows=claims_rows
             )
             self._stack.callback(self._loaded_text.close)
         return self._loaded_text

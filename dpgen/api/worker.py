@@ -18,12 +18,13 @@ from dpgen.config.schema import Config
 from dpgen.distributed.attempt import shares_run_dir
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.topology import read_topology
-from dpgen.engine.keeping.keeper import EngineKeeper
+from dpgen.engine.keeping.keeper import EngineKeeper, Keepers
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.run_dir import RunDir
 from dpgen.log import flush_logging
 from dpgen.rank_process import RankSteps, run_rank
 from dpgen.tuning.probe import TrialProbe
+from dpgen.workers.keeper import WorkerKeeper
 
 _POLL_S = 0.02
 _GRACE_S = 60.0  # how long a job may take to stop once the program has ended
@@ -33,6 +34,7 @@ _SENT_BYTES = 64 << 20  # of the result in one round, over all ranks
 def main() -> None:
     """Serve the program whose folder the command line names, until it closes this rank."""
     folder, keeper, number = Path(sys.argv[1]), EngineKeeper(), 0
+    workers = WorkerKeeper()
     threading.Thread(target=_end_with_program, name="program", daemon=True).start()
     try:
         rank = read_topology(os.environ).dp_rank
@@ -40,9 +42,11 @@ def main() -> None:
         rank = 0  # which the first job reports
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     while (job := _wait_for_job(folder, number)) is not None:
-        _run_job(folder, number, rank, job, keeper)
+        engines = keeper if job.trial is None else EngineKeeper(has_one_job=True)
+        _run_job(folder, number, rank, job, Keepers(engines, workers))
         number += 1
     keeper.close()
+    workers.close()
     flush_logging()
     os._exit(0)  # as `dpgen.__main__` does
 
@@ -55,7 +59,7 @@ def _wait_for_job(folder: Path, number: int) -> RankJob | None:
     return job
 
 
-def _run_job(folder: Path, number: int, rank: int, job: RankJob, keeper: EngineKeeper) -> None:
+def _run_job(folder: Path, number: int, rank: int, job: RankJob, keepers: Keepers) -> None:
     outcomes: list[Outcome] = []
 
     def report(error: DpgenError) -> None:
@@ -75,7 +79,7 @@ def _run_job(folder: Path, number: int, rank: int, job: RankJob, keeper: EngineK
         on_joined=lambda group: _check_same_dataset(group, job.digest),
         on_complete=lambda group, config: _share_result(group, config) if job.result_on == "all" else None,
         report=report,
-        keeper=keeper if job.trial is None else None,
+        keepers=keepers,
         trial=None if job.trial is None else TrialProbe(job.trial, rank),
     )
     status = run_rank(load, (), steps)

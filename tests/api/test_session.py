@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from helpers.jobs import REPO, Launcher, descendants, load_result, make_numbered_rows, wait_for, write_into
 from helpers.results import count_journal_bytes
+from helpers.tiny_vision import make_image
 
 import dpgen
 from dpgen.journal.reader import list_segments, read_segment
@@ -226,6 +227,34 @@ def test_a_session_loads_its_engine_once(tmp_path: Path) -> None:
     logs = [(tmp_path / name / "logs" / "rank-0.engine.log").read_text() for name in "abc"]
     assert len({tuple(re.findall(r"pid (\d+)", log)) for log in logs}) == 1, "each log names the same process, once"
     assert (tmp_path / "a" / "_SUCCESS").exists() and (tmp_path / "b" / "_SUCCESS").exists()
+
+
+@pytest.mark.slow
+def test_a_session_keeps_the_workers_that_prepare_images_and_they_end_with_it(
+    find_ranks: FindRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    rows = [{"prompt": f"number {number}", "image": make_image(number)} for number in range(6)]
+
+    def find_workers() -> list[int]:
+        return [pid for rank in find_ranks() for pid in descendants(rank, b"dpgen.workers.worker")]
+
+    data = {"images_column": "image", "media_workers": 1}
+    with dpgen.Session(**FAKE, data=data, engine={"max_num_seqs": 2}) as session:
+        found = []
+        for number in range(4):
+            result = session.generate(rows, sampling={"max_tokens": 1 + number})
+            assert result is not None and not any(result["error"]), result["error"][:]
+            found += find_workers()
+            if number == 2:
+                os.kill(found[-1], signal.SIGKILL)
+        assert len(found) == 4 and len(set(found)) == 2 and found[0] == found[2], "one, and another once it was killed"
+        [rank] = find_ranks()
+        os.kill(rank, signal.SIGKILL)
+        wait_for(lambda: not Path(f"/proc/{found[-1]}").exists())
+        assert session.generate(rows) is not None
+        found = find_workers()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in found)
 
 
 @pytest.mark.slow

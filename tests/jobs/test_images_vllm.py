@@ -38,12 +38,12 @@ from dpgen.records import Request, RequestId
 given = json.loads(sys.argv[1])
 chats = json.load(open(given["chats"]))
 prompt = PromptConfig(messages_column="messages")
-handle, _ = processing.start(EngineSpec("vllm", given["model"], given["engine"]), prompt, MediaPolicy(), 2)
+handle, _ = processing.start(EngineSpec("vllm", given["model"], given["engine"]), prompt, 2)
 own = {"template_kwargs": {}, "is_continued": False, "add_generation_prompt": True, "add_special_tokens": False}
 prepared = []
 for chat in chats:
     buffer = MediaBuffer()
-    buffer.write(encode_prompt({"messages": validate_messages(chat), **own}))
+    buffer.write(encode_prompt({"messages": validate_messages(chat), **own}, MediaPolicy()))
     prepared.append((buffer, handle(buffer.address)))
 
 os.environ["VLLM_MEDIA_CONNECTOR"] = "http"  # vLLM's own again

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from dpgen.config.schema import Config
@@ -21,6 +22,7 @@ from dpgen.engine.pool.engine_count import EngineCount
 from dpgen.engine.pool.engine_pool import TOO_FEW_ROWS, EnginePool
 from dpgen.engine.process import EngineProcess
 from dpgen.engine.starting.log_file import EngineLog
+from dpgen.workers.keeper import WorkerKeeper
 
 
 class StartProcess(Protocol):
@@ -92,3 +94,15 @@ class EngineKeeper:
             process.stop()
         for process in kept.values():
             process.close()
+
+
+@dataclass(frozen=True)
+class Keepers:
+    """Hold what keeps processes from one job of a rank process to the next. By default all end with their job.
+
+    Attributes:
+        media_workers: those that prepare media; None to end them with their job.
+    """
+
+    engines: EngineKeeper = field(default_factory=lambda: EngineKeeper(has_one_job=True))
+    media_workers: WorkerKeeper | None = None

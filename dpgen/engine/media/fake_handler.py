@@ -21,7 +21,7 @@ from dpgen.engine.fake_backend import FakeOptions, FakeTokenizer
 from dpgen.engine.media.handling import HandleFn, PreparedPrompt, make_handler
 
 
-def start(options: Mapping[str, Any], policy: MediaPolicy) -> tuple[HandleFn, None]:
+def start(options: Mapping[str, Any]) -> tuple[HandleFn, None]:
     """Return the handler of a worker; see `WorkerSpec.factory`.
 
     Args:
@@ -29,7 +29,7 @@ def start(options: Mapping[str, Any], policy: MediaPolicy) -> tuple[HandleFn, No
     """
     fields = FakeOptions(**options)
 
-    def prepare(prompt: Any) -> PreparedPrompt:
+    def prepare(prompt: Any, policy: MediaPolicy) -> PreparedPrompt:
         time.sleep(fields.prepare_s)
         media, text = find_media(prompt), describe_prompt(prompt)
         if fields.prepare_crash_on is not None and fields.prepare_crash_on in text:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dpgen.data.media.policy import MediaPolicy
 from dpgen.engine.media.buffers import Buffer, BufferAddress
 from dpgen.errors import RowRefused
 
@@ -48,13 +49,13 @@ class RejectedAnswer:
 HandleFn = Callable[[BufferAddress], PreparedAnswer | RejectedAnswer]
 
 
-def encode_prompt(prompt: Any) -> list[Buffer]:
-    """Return a prompt as the contents of a buffer."""
-    return [pickle.dumps(prompt, pickle.HIGHEST_PROTOCOL)]
+def encode_prompt(prompt: Any, policy: MediaPolicy) -> list[Buffer]:
+    """Return a prompt, and what may be loaded for it, as the contents of a buffer."""
+    return [pickle.dumps((prompt, policy), pickle.HIGHEST_PROTOCOL)]
 
 
 def make_handler(
-    prepare: Callable[[Any], PreparedPrompt],
+    prepare: Callable[[Any, MediaPolicy], PreparedPrompt],
 ) -> HandleFn:
     """Return the handler of a worker's tasks.
 
@@ -64,10 +65,10 @@ def make_handler(
 
     def handle(address: BufferAddress) -> PreparedAnswer | RejectedAnswer:
         [data] = address.read()
-        prompt = pickle.loads(data)
+        prompt, policy = pickle.loads(data)
         del data  # the file is written anew
         try:
-            prepared = prepare(prompt)
+            prepared = prepare(prompt, policy)
         except RowRefused as error:
             return RejectedAnswer(error.type, error.message)
         return PreparedAnswer(array("i", prepared.token_ids), address.write(prepared.parts))

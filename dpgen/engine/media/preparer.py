@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from dpgen.data.media.parts import find_media
+from dpgen.data.media.policy import MediaPolicy
 from dpgen.engine.media.buffers import MediaBuffer
 from dpgen.engine.media.handling import PreparedAnswer, RejectedAnswer, encode_prompt
 from dpgen.errors import ConfigError, RowRefused
@@ -144,6 +145,7 @@ class MediaPreparer:
 
     Args:
         start_workers: starts the pool; called once, when it is first needed.
+        policy: what may be loaded.
         clock: seconds that only increase.
         is_required: False if rows may well do without.
     """
@@ -152,12 +154,13 @@ class MediaPreparer:
         self,
         start_workers: Callable[[], Workers],
         limits: PreparationLimits,
+        policy: MediaPolicy,
         clock: Callable[[], float] = time.monotonic,
         *,
         is_required: bool = True,
     ) -> None:
         self._start_workers, self._limits, self._clock = start_workers, limits, clock
-        self._is_required = is_required
+        self._policy, self._is_required = policy, is_required
         self._refusal: RowRefused | None = None
         self._workers: Workers | None = None
         self._queues = set[MediaQueue]()
@@ -275,7 +278,7 @@ class MediaPreparer:
         key = self._num_submitted
         buffer = MediaBuffer()
         self._buffers.add(buffer)
-        buffer.write(encode_prompt(request.prompt))
+        buffer.write(encode_prompt(request.prompt, self._policy))
         self._pending[key] = _Pending(queue, request, buffer, num_deaths)
         self._workers.submit(key, buffer.address)
 

@@ -33,7 +33,7 @@ model, engine = json.loads(sys.argv[1])
 AudioMediaIO.load_bytes = lambda self, data: decode_sound(data)
 sampling = {"temperature": 0, "max_tokens": 10}
 spec = EngineSpec("vllm", model, engine, sampling, token_ids=True, takes_media=True)
-handle, _ = processing.start(spec, PromptConfig(prompt_column="prompt", audios_column="audio"), MediaPolicy(), 1)
+handle, _ = processing.start(spec, PromptConfig(prompt_column="prompt", audios_column="audio"), 1)
 backend = VllmBackend(spec)
 backend.check_options()
 backend.load(lambda num_bytes: num_bytes)
@@ -56,7 +56,8 @@ def add_own(number):
 expected, num_prompt_tokens = run(add_own), []
 for number in range(4):
     buffer = MediaBuffer()
-    buffer.write(encode_prompt(MediaText(START + "<|en|>", (MediaPart("audio", "audio", make_sound(number)),))))
+    prompt = MediaText(START + "<|en|>", (MediaPart("audio", "audio", make_sound(number)),))
+    buffer.write(encode_prompt(prompt, MediaPolicy()))
     answer = handle(buffer.address)
     num_prompt_tokens.append(len(answer.token_ids))
     backend.add_request(Request(RequestId(number), answer.token_ids.tolist(), media=buffer.address))

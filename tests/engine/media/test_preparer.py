@@ -10,6 +10,7 @@ import pytest
 from helpers.clock import FakeClock
 
 from dpgen.data.media.parts import MediaPart, MediaText
+from dpgen.data.media.policy import MediaPolicy
 from dpgen.engine.media.buffers import BufferAddress
 from dpgen.engine.media.handling import PreparedAnswer, RejectedAnswer
 from dpgen.engine.media.preparer import TASKS_AHEAD, MediaPreparer, PreparationLimits
@@ -41,7 +42,7 @@ class ScriptedWorkers:
 
     def finish(self, key: int, num_bytes: int = 1000) -> None:
         [data] = self.tasks[key].read()
-        prompt = pickle.loads(data)
+        prompt, _ = pickle.loads(data)
         written = self.tasks.pop(key).write([bytes(num_bytes)])
         self.answers.append(Answer(key, PreparedAnswer(array("i", [len(prompt.text)]), written)))
 
@@ -55,7 +56,8 @@ class Harness:
         self.clock = FakeClock()
         self.workers = ScriptedWorkers()
         self.num_starts = 0
-        self.preparer = MediaPreparer(self._start, PreparationLimits(**limits), self.clock, is_required=is_required)
+        limit = PreparationLimits(**limits)
+        self.preparer = MediaPreparer(self._start, limit, MediaPolicy(), self.clock, is_required=is_required)
         self.queue = self.preparer.open_queue()
 
     def _start(self) -> ScriptedWorkers:

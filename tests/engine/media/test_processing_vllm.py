@@ -35,11 +35,11 @@ def start() -> Iterator[Callable[[Path], Handle]]:
 
     def start(model: Path) -> Handle:
         prompt = PromptConfig(messages_column="messages")
-        handle, _ = processing.start(EngineSpec("vllm", str(model), dict(ENGINE)), prompt, MediaPolicy(), 2)
+        handle, _ = processing.start(EngineSpec("vllm", str(model), dict(ENGINE)), prompt, 2)
 
         def answer(prompt: Any) -> Any:
             buffer = MediaBuffer()
-            buffer.write(encode_prompt(prompt))
+            buffer.write(encode_prompt(prompt, MediaPolicy()))
             return handle(buffer.address)
 
         return answer

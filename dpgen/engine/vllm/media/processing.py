@@ -25,25 +25,20 @@ from dpgen.errors import ConfigError, RowRefused
 
 _CONNECTOR = "dpgen"  # vLLM's name of the connector; its URLs are dpgen:0, dpgen:1, ... of a prompt's media
 _UNSUPPORTED = "unsupported_content"
-# Options that concern the engine alone. Some of them read files of other models, or want devices.
-_ENGINE_OPTIONS = (
-    *("speculative_config", "kv_transfer_config", "ec_transfer_config", "compilation_config", "attention_config"),
-    *("kernel_config", "eplb_config", "enable_eplb", "all2all_backend", "reasoning_parser", "pooler_config"),
-)
 
 
-def start(spec: EngineSpec, prompt: PromptConfig, policy: MediaPolicy, num_workers: int) -> tuple[HandleFn, None]:
+def start(spec: EngineSpec, prompt: PromptConfig, num_workers: int) -> tuple[HandleFn, None]:
     """Return the handler of a worker; see `WorkerSpec.factory`.
 
     Args:
+        spec: with options that concern prompts; see `_ENGINE_OPTIONS` of `dpgen.engine.starting.media_workers`.
         num_workers: that divide the cache.
 
     Raises:
         ConfigError: vLLM rejects the model, or can't load its processor.
     """
     os.environ["VLLM_MEDIA_CONNECTOR"] = _CONNECTOR
-    os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(policy.max_pixels)
-    return make_handler(VllmMediaProcessor(make_renderer(spec, num_workers), prompt, policy).prepare), None
+    return make_handler(VllmMediaProcessor(make_renderer(spec, num_workers), prompt).prepare), None
 
 
 def make_renderer(spec: EngineSpec, num_workers: int = 1) -> Any:
@@ -59,8 +54,6 @@ def make_renderer(spec: EngineSpec, num_workers: int = 1) -> Any:
     from dpgen.engine.vllm.media.requirements import describe_processor_error
 
     options, _ = convert_types(spec.options)
-    for name in _ENGINE_OPTIONS:
-        options.pop(name, None)
     cache_gb = options.get("mm_processor_cache_gb", 4)
     options["mm_processor_cache_gb"] = cache_gb / num_workers
     alone = dataclasses.replace(
@@ -81,20 +74,22 @@ class VllmMediaProcessor:
     Args:
         renderer: vLLM's.
         prompt: how rows become prompts.
-        policy: what may be loaded.
     """
 
-    def __init__(self, renderer: Any, prompt: PromptConfig, policy: MediaPolicy) -> None:
+    def __init__(self, renderer: Any, prompt: PromptConfig) -> None:
         from dpgen.engine.vllm.media.connector import load_connector
         from dpgen.engine.vllm.vllm_render import VllmRenderer
 
         # The engine's cache does not know what this process has seen: media are sent whole.
         self._renderer = VllmRenderer(renderer, prompt, skip_mm_cache=True)
         self._connector = load_connector(renderer.model_config)
-        self._policy = policy
+        self._policy = MediaPolicy()
 
-    def prepare(self, prompt: Any) -> PreparedPrompt:
+    def prepare(self, prompt: Any, policy: MediaPolicy) -> PreparedPrompt:
         """Return a prompt's tokens, and what the engine needs of its media.
+
+        Args:
+            policy: what may be loaded.
 
         Raises:
             RowRefused: as of `VllmRenderer.render_input`; `media_...`, a medium can't be loaded; `unsupported_content`,
@@ -103,6 +98,8 @@ class VllmMediaProcessor:
         from dpgen.engine.vllm.media.connector import RowMediaConnector
         from dpgen.engine.vllm.media.features import encode_features
 
+        self._policy = policy
+        os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(policy.max_pixels)
         parts = find_media(prompt)
         with RowMediaConnector.serve(lambda number, decode: self._load(parts[number], decode)):
             try:
