@@ -44,7 +44,7 @@ _BUILD_S = 0.001
 _DRAIN_S = 5.0  # the longest wait for rows that are being parsed when the loop ends early
 # Results that may be between engine and journal before no more rows are admitted.
 _MIN_PENDING, _PENDING_PER_SEQ = 64, 2
-_IDLE_WAIT_S = 0.01  # the longest wait for one that has none, while other ranks work or results are checked
+_IDLE_WAIT_S = 0.01  # the longest wait for one that has none, while other ranks or this rank's workers do
 # While the engine has work, workers are asked for what they parse, check or prepare only so often, or once so many
 # results are with them: each time costs as much as several results do, and nothing waits for them.
 _WORKER_INTERVAL_S, _WORKER_BATCH = 0.04, 16
@@ -248,10 +248,10 @@ class GenerationLoop:
     @property
     def _max_wait_s(self) -> float:
         """Seconds to wait for the engine at most."""
-        is_preparing = self._source.num_preparing > 0
-        if not self._needs_engine or (is_preparing and not self._admission):
+        num_with_workers = self._source.num_preparing + self._results.num_preparing + self._results.num_processing
+        if not self._needs_engine or (num_with_workers and not self._admission):
             return _IDLE_WAIT_S
-        return _WORKER_INTERVAL_S if self._results.num_processing or is_preparing else _WAIT_S
+        return _WORKER_INTERVAL_S if num_with_workers else _WAIT_S
 
     def _apply_engine_stats(self, stats: EngineStats) -> None:
         now, self.engine_stats = time.monotonic(), stats
@@ -281,7 +281,7 @@ class GenerationLoop:
 
     def _count_recorded(self) -> None:
         now = time.monotonic()
-        if 0 < self._results.num_processing < _WORKER_BATCH and now < self._next_recorded_s and self._needs_engine:
+        if 0 < self._results.num_processing < _WORKER_BATCH and now < self._next_recorded_s and self._admission:
             return
         self._next_recorded_s = now + _WORKER_INTERVAL_S
         for result in self._results.take_recorded():

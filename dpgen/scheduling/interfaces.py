@@ -60,6 +60,9 @@ class ResultSink(Protocol):
     def num_processing(self) -> int: ...
 
     @property
+    def num_preparing(self) -> int: ...
+
+    @property
     def can_begin(self) -> bool: ...
 
     @property
@@ -94,6 +97,9 @@ class FollowUps(Protocol):
 
     counts: RetryCounts
     num_calls: int
+
+    @property
+    def num_preparing(self) -> int: ...
 
     @property
     def can_begin(self) -> bool: ...

@@ -74,6 +74,11 @@ class ResultRecorder:
         return self._retries is not None and self._retries.prepare()
 
     @property
+    def num_preparing(self) -> int:
+        """Number of calls of rows' programs that workers prepare, or have prepared."""
+        return 0 if self._retries is None else self._retries.num_preparing
+
+    @property
     def has_retries(self) -> bool:
         """True while rows wait to be generated again, or calls of their programs wait."""
         return self._retries is not None and self._retries.has_retries

@@ -411,6 +411,34 @@ def test_workers_are_asked_for_the_results_of_several_steps_at_once(monkeypatch:
     assert 80 / 5 <= num_polls <= 80 / 2, "40 ms are four steps; the last rows are not waited for"
 
 
+def test_an_idle_engine_gets_a_program_s_call_as_soon_as_its_image_is_prepared() -> None:
+    waits: list[float] = []
+
+    class IdleEngine(FakeEngine):
+        def poll(self, timeout_s: float) -> list[Event]:
+            if timeout_s:
+                waits.append(timeout_s)
+            return super().poll(timeout_s)
+
+    class PreparingRecorder(ResultRecorder):
+        """Begin no row while a call is being prepared, as with program.max_running=1."""
+
+        @property
+        def num_preparing(self) -> int:
+            return int(len(waits) < 3)
+
+        @property
+        def can_begin(self) -> bool:
+            return not self.num_preparing
+
+    group = SingleRankGroup()
+    planner = FakePlanner(4, group)
+    recorder = PreparingRecorder(FakeJournal())  # type: ignore[arg-type]
+    loop = GenerationLoop(planner, IdleEngine(), recorder, group, DEFAULTS, lambda: None)
+    assert loop.run(planner.plan()).num_rows == 4
+    assert max(waits[:3]) <= 0.01, "a call is looked for as often as a row would be"
+
+
 def test_an_abandoned_engines_rejected_rows_are_planned_again_with_their_attempts() -> None:
     class DyingEngine(FakeEngine):
         def poll(self, timeout_s: float) -> list[Event]:

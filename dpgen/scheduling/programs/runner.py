@@ -166,6 +166,11 @@ class ProgramRunner:
             self._ready.append(request)
         return True
 
+    @property
+    def num_preparing(self) -> int:
+        """Number of calls that workers prepare, or have prepared."""
+        return len(self._preparing)
+
     def _take_prepared(self) -> None:
         """Move a call that workers have prepared to those that are ready, if none is; answer those that can't be."""
         while not self._ready and (prepared := self._preparing.take()) is not None:

@@ -89,6 +89,8 @@ class RetryTracker:
         get_max_model_len: returns the engine's limit of tokens of prompt and completion together.
     """
 
+    num_preparing = 0  # further attempts have what workers have prepared for the first one
+
     def __init__(
         self,
         config: RetryConfig,
