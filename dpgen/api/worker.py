@@ -34,14 +34,14 @@ _SENT_BYTES = 64 << 20  # of the result in one round, over all ranks
 def main() -> None:
     """Serve the program whose folder the command line names, until it closes this rank."""
     folder, keeper, number = Path(sys.argv[1]), EngineKeeper(), 0
-    workers = WorkerKeeper()
-    threading.Thread(target=_end_with_program, name="program", daemon=True).start()
+    workers, has_program_ended = WorkerKeeper(), threading.Event()
+    threading.Thread(target=_end_with_program, args=(has_program_ended,), name="program", daemon=True).start()
     try:
         rank = read_topology(os.environ).dp_rank
     except DpgenError:
         rank = 0  # which the first job reports
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
-    while (job := _wait_for_job(folder, number)) is not None:
+    while (job := _wait_for_job(folder, number, has_program_ended)) is not None:
         engines = keeper if job.trial is None else EngineKeeper(has_one_job=True)
         _run_job(folder, number, rank, job, Keepers(engines, workers))
         number += 1
@@ -51,9 +51,9 @@ def main() -> None:
     os._exit(0)  # as `dpgen.__main__` does
 
 
-def _wait_for_job(folder: Path, number: int) -> RankJob | None:
+def _wait_for_job(folder: Path, number: int, has_program_ended: threading.Event) -> RankJob | None:
     while (job := read_job(folder, number)) is None:
-        if not folder.is_dir() or (folder / "close").exists():
+        if has_program_ended.is_set() or not folder.is_dir() or (folder / "close").exists():
             return None
         time.sleep(_POLL_S)
     return job
@@ -104,10 +104,11 @@ def _restore_signals() -> None:
         os.close(descriptor)  # ends the thread that reads it
 
 
-def _end_with_program() -> None:
-    """End this process once the program that holds the other end of stdin has ended."""
+def _end_with_program(has_ended: threading.Event) -> None:
+    """End this process once the program that holds the other end of stdin has ended; it takes no further job."""
     while os.read(0, 1):
         pass
+    has_ended.set()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_S)
     os._exit(1)

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -279,7 +280,9 @@ def test_a_killed_program_takes_its_ranks_along_and_the_same_call_goes_on(launch
     ranks = descendants(job.process.pid, b"dpgen.api.worker")
     assert len(ranks) == 1
     job.process.kill()
+    killed_s = time.monotonic()
     wait_for(lambda: not Path(f"/proc/{ranks[0]}").exists())
+    assert time.monotonic() - killed_s < 40, "a rank that still waits for its program's next job holds the GPU"
     job = launcher.start([launcher.python, program, str(run_dir)])
     assert job.wait() == 0 and "RESULT" in job.output, job.output
     assert count_results(run_dir).tolist() == [1] * 24
