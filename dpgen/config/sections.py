@@ -217,6 +217,13 @@ class DataConfig:
         4 << 30,
         minimum=1 << 20,
     )
+    max_held_bytes: int = option(
+        "the maximum bytes of each rank's images, audio and video in shared memory: those that workers have, that wait "
+        "for the engine, and of rows that it has, until these end; at the limit no row with media is admitted, and a "
+        "larger one goes alone",
+        16 << 30,
+        minimum=1 << 20,
+    )
     select: str | None = option("a range of rows, start:stop or start:stop:step, counted from 0")
     limit: int | None = option("the maximum number of rows, after select; a run resumes with a larger one", minimum=0)
     columns: list[str] | None = option("the input columns kept in the result; all by default")

@@ -194,6 +194,7 @@ class EngineProcess:
         with contextlib.suppress(OSError, ValueError):  # the engine is gone, or `kill` has closed the pipe
             while (message := self._outbox.get()) is not None:
                 self.pipe.send(message)
+                del message  # rows' media are freed once they are finished, also if nothing more is sent
 
     def _make_failure_error(self, message: str) -> EngineError:
         self.kill()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from helpers.jobs import wait_for
 
+from dpgen.engine.media.buffers import BufferMeter, MediaBuffer
 from dpgen.engine.messages import (
     EngineReady,
     EngineSpec,
@@ -240,3 +241,15 @@ def test_vllm_logs_for_the_file_whatever_the_terminal_shows(log_level: str, vllm
     assert environment["VLLM_LOGGING_LEVEL"] == vllm_level
     assert ("TORCH_CPP_LOG_LEVEL" in environment) == (log_level in ("warning", "error"))
     assert "PYTHONWARNINGS" not in environment, "Python's warnings go to the file, and only there"
+
+
+def test_the_media_of_a_finished_row_are_freed_though_nothing_more_is_sent(engine: EngineProcess) -> None:
+    meter = BufferMeter()
+    buffer = MediaBuffer(meter)
+    buffer.write([b""])
+    requests = [Request(RequestId(0), [65], sampling={"max_tokens": 1}, media=buffer)]
+    engine.submit(requests)
+    while not any(isinstance(event, RowsFinished) for event in engine.poll(1.0)):
+        pass
+    del requests, buffer
+    assert meter.num_buffers == 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -86,11 +87,31 @@ class CopiedBuffer(NamedTuple):
         return self.parts
 
 
-class MediaBuffer:
-    """Own a buffer; it is freed with this object, once no other process uses it. Pickled, it is its address."""
+class BufferMeter:
+    """Count the buffers of one owner that are not freed, and their bytes; from any thread."""
 
     def __init__(self) -> None:
+        self.num_buffers = self.num_bytes = 0
+        self._lock = threading.RLock()  # a buffer may be freed while another one is counted
+
+    def add(self, num_buffers: int, num_bytes: int) -> None:
+        """Add to the counts."""
+        with self._lock:
+            self.num_buffers += num_buffers
+            self.num_bytes += num_bytes
+
+
+class MediaBuffer:
+    """Own a buffer; it is freed with this object, once no other process uses it. Pickled, it is its address.
+
+    Args:
+        meter: counts this buffer until it is freed.
+    """
+
+    def __init__(self, meter: BufferMeter | None = None) -> None:
         self._fd = os.memfd_create("dpgen-media", os.MFD_CLOEXEC)
+        self._meter, self._num_counted = meter or BufferMeter(), 0
+        self._meter.add(1, 0)
         self.address = BufferAddress(os.getpid(), self._fd, os.fstat(self._fd).st_ino)
 
     @property
@@ -101,12 +122,19 @@ class MediaBuffer:
         """Replace the contents, as `BufferAddress.write`."""
         return _write(self._fd, parts)
 
+    def count(self, num_bytes: int) -> None:
+        """Let the meter count as many bytes as the contents have now."""
+        self._meter.add(0, num_bytes - self._num_counted)
+        self._num_counted = num_bytes
+
     def __reduce__(self) -> tuple[Any, ...]:
         return BufferAddress, tuple(self.address)
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             os.close(self._fd)
+        if hasattr(self, "_num_counted"):
+            self._meter.add(-1, -self._num_counted)
 
 
 def _place(sizes: Sequence[int]) -> tuple[list[int], int]:

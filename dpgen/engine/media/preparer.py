@@ -2,7 +2,8 @@
 
 - Nothing waits, but `prepare_now`. Queues take requests in, and give them back, prepared, as they get ready.
 - Requests that are ready for admission take at most `max_prepared_bytes`, as far as sizes can be foreseen: those of the
-  last ones tell. One request is prepared whatever its size. Those in the engine hold theirs until they end.
+  last ones tell. Buffers that are not freed, those of requests in the engine included, take at most `max_held_bytes`:
+  while they do, none is prepared, so none is admitted. One request is prepared whatever its size, if it is alone.
 - Each request that is not finished holds a buffer, hence a file descriptor: workers get no more than the process may
   have.
 - A request keeps its buffer until it is dropped. It is prepared once, whatever follows from it.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from typing import Protocol
 
 from dpgen.data.media.parts import find_media
 from dpgen.data.media.policy import MediaPolicy
-from dpgen.engine.media.buffers import MediaBuffer
+from dpgen.engine.media.buffers import BufferMeter, MediaBuffer
 from dpgen.engine.media.handling import PreparedAnswer, RejectedAnswer, encode_prompt
 from dpgen.errors import ConfigError, RowRefused
 from dpgen.records import Request, RowResult, make_rejected_result
@@ -56,11 +56,13 @@ class PreparationLimits:
     Attributes:
         num_workers: processes.
         max_prepared_bytes: of the requests that are ready for admission.
+        max_held_bytes: of all buffers: of requests that workers have, that are ready, and that are not finished.
         max_buffers: of the requests that are prepared and not finished.
     """
 
     num_workers: int = 1
     max_prepared_bytes: int = 1 << 30
+    max_held_bytes: int = 1 << 40
     max_buffers: int = 512
 
 
@@ -166,9 +168,9 @@ class MediaPreparer:
         self._queues = set[MediaQueue]()
         self._waiting = deque[tuple[MediaQueue, Request]]()
         self._pending: dict[int, _Pending] = {}
-        self._buffers: weakref.WeakSet[MediaBuffer] = weakref.WeakSet()
-        self._num_submitted = self._num_prepared = 0
-        self._mean_bytes = 0.0
+        self._buffers = BufferMeter()
+        self._num_submitted = 0
+        self._sizes: deque[int] = deque([0], maxlen=_SIZES_REMEMBERED)
         self._polled_s = float("-inf")
 
     @property
@@ -276,20 +278,25 @@ class MediaPreparer:
         assert self._workers is not None
         self._num_submitted += 1
         key = self._num_submitted
-        buffer = MediaBuffer()
-        self._buffers.add(buffer)
-        buffer.write(encode_prompt(request.prompt, self._policy))
+        buffer = MediaBuffer(self._buffers)
+        buffer.count(buffer.write(encode_prompt(request.prompt, self._policy)))
         self._pending[key] = _Pending(queue, request, buffer, num_deaths)
         self._workers.submit(key, buffer.address)
 
     def _has_room(self) -> bool:
         limits, num_pending = self._limits, len(self._pending)
         ready_bytes = sum(queue.ready_bytes for queue in self._queues)
-        if num_pending >= self.max_pending or len(self._buffers) >= limits.max_buffers:
+        if num_pending >= self.max_pending or self._buffers.num_buffers >= limits.max_buffers:
+            return False
+        if not self._buffers.num_buffers:
+            return True
+        # The largest one counts: too little is held for a while at most, where too much ends the process.
+        if self._buffers.num_bytes + max(self._sizes) * (num_pending + 1) > limits.max_held_bytes:
             return False
         if not num_pending and not ready_bytes:
             return True
-        return ready_bytes + self._mean_bytes * (num_pending + 1) <= limits.max_prepared_bytes
+        mean_bytes = sum(self._sizes) / len(self._sizes)
+        return ready_bytes + mean_bytes * (num_pending + 1) <= limits.max_prepared_bytes
 
     def _handle(self, answer: Answer) -> None:
         assert isinstance(answer.key, int)
@@ -298,9 +305,10 @@ class MediaPreparer:
             self._send(pending.queue, pending.request, num_deaths=1)
             return
         if isinstance(answer.value, PreparedAnswer):
-            self._num_prepared += 1
-            weight = 1 / min(self._num_prepared, _SIZES_REMEMBERED)
-            self._mean_bytes += weight * (answer.value.num_bytes - self._mean_bytes)
+            if self._sizes[0] == 0:
+                self._sizes.popleft()  # none was known
+            self._sizes.append(answer.value.num_bytes)
+            pending.buffer.count(answer.value.num_bytes)
         pending.queue.put(_finish(pending, answer))
 
 

@@ -81,7 +81,8 @@ def build_media_preparer(
         keeper: as of `add_media_preparer`.
     """
     num_workers = count_workers(config.data.media_workers, local_size)
-    limits = PreparationLimits(num_workers, config.data.max_prepared_bytes, _find_max_buffers())
+    data = config.data
+    limits = PreparationLimits(num_workers, data.max_prepared_bytes, data.max_held_bytes, _find_max_buffers())
 
     def start() -> Workers:
         logger.info(f"preparing media in {format_count(num_workers, 'worker')}")

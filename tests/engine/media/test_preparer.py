@@ -123,6 +123,35 @@ def test_what_is_ready_is_bounded_by_bytes_but_one_row_is_prepared_whatever_its_
     assert len(harness.workers.tasks) == 1, "a row above the limit is prepared alone"
 
 
+def test_rows_in_the_engine_count_until_they_end_and_a_larger_row_goes_alone() -> None:
+    harness = Harness(num_workers=1, max_held_bytes=10_000)
+    harness.add(*range(1, 30))
+    in_engine: list[Any] = []
+    most_held = most_in_engine = 0
+
+    def work() -> None:
+        nonlocal most_held, most_in_engine
+        for key in list(harness.workers.tasks):
+            harness.workers.finish(key, 50_000 if key == 20 else 2400)
+        while (taken := harness.take()) is not None:
+            in_engine.append(taken)
+        held = sum(request.media.num_bytes for request in in_engine)
+        most_held, most_in_engine = max(most_held, held), max(most_in_engine, len(in_engine))
+
+    num_done = 0
+    for _ in range(300):
+        work()
+        if not harness.workers.tasks and in_engine:
+            if any(request.media.num_bytes > 10_000 for request in in_engine):
+                assert most_held < 60_000
+                most_held = 0
+            in_engine.pop(0)
+            num_done += 1
+    assert num_done == 29, "no row waits for good"
+    assert most_in_engine == 4, "as many as the limit has room for, and as workers had before a size was known"
+    assert most_held <= 10_000
+
+
 def test_the_workers_get_more_while_the_engine_takes_nothing() -> None:
     harness = Harness()
     harness.add(*range(3 * TASKS_AHEAD))
