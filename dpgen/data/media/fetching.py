@@ -38,8 +38,12 @@ _CHUNK_BYTES = 1 << 16
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _HEADERS = {"User-Agent": "dpgen", "Accept": "*/*", "Accept-Encoding": "identity"}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Networks that Python 3.11 takes for public: NAT64 of a site, and addresses of a site as they were before fc00::/7.
-_LOCAL_NETWORKS = [ipaddress.ip_network(text) for text in ("64:ff9b:1::/48", "fec0::/10")]
+# Networks that Python 3.11 takes for public: NAT64 of a site, addresses of a site as they were before fc00::/7, those
+# that IANA keeps for protocols (a cloud's metadata are at 192.0.0.192) and for documentation, and relays of 6to4.
+_LOCAL_NETWORKS = [
+    ipaddress.ip_network(text)
+    for text in ("64:ff9b:1::/48", "fec0::/10", "192.0.0.0/24", "3fff::/20", "192.88.99.0/24")
+]
 
 
 def fetch(where: str, url: str, policy: MediaPolicy, is_allowed_address: AddressCheck | None = None) -> bytes:
