@@ -91,6 +91,11 @@ def _list_small(num_gpus: int) -> Iterator[BenchmarkRow]:
         if number == 3:
             yield _make_engines_row(number, count, has_mps=True)
     yield BenchmarkRow("1b-profile", "a step, 256 sequences", "profile")
+    long = 4 * count
+    yield BenchmarkRow("1b-generate-long", f"`LLM.generate()`, {long:,} rows", "generate", num_rows=long)
+    yield BenchmarkRow(
+        "1b-dpgen-long", f"dpgen, nothing set by hand, {long:,} rows", num_rows=long, base="1b-generate-long"
+    )
     yield BenchmarkRow("1b-profile-no-seeds", "a step, 256 sequences, no seeds", "profile", has_seeds=False)
     if num_gpus > 1:
         yield BenchmarkRow(
