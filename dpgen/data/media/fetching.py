@@ -39,10 +39,11 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 _HEADERS = {"User-Agent": "dpgen", "Accept": "*/*", "Accept-Encoding": "identity"}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Networks that Python 3.11 takes for public: NAT64 of a site, addresses of a site as they were before fc00::/7, those
-# that IANA keeps for protocols (a cloud's metadata are at 192.0.0.192) and for documentation, and relays of 6to4.
+# that IANA keeps for protocols (a cloud's metadata are at 192.0.0.192) and for documentation, relays of 6to4, and the
+# address at which each virtual machine of Azure reaches its host.
 _LOCAL_NETWORKS = [
     ipaddress.ip_network(text)
-    for text in ("64:ff9b:1::/48", "fec0::/10", "192.0.0.0/24", "3fff::/20", "192.88.99.0/24")
+    for text in ("64:ff9b:1::/48", "fec0::/10", "192.0.0.0/24", "3fff::/20", "192.88.99.0/24", "168.63.129.16")
 ]
 
 
