@@ -11,6 +11,7 @@ from typing import Any
 
 from dpgen.config.schema import Config
 from dpgen.data.media.policy import MediaPolicy
+from dpgen.data.prompts.chat_template import load_chat_template
 from dpgen.distributed.network import raise_open_file_limit
 from dpgen.distributed.topology import Topology
 from dpgen.engine.media.preparer import TASKS_AHEAD, MediaPreparer, PreparationLimits, Workers
@@ -119,7 +120,10 @@ def _describe_workers(config: Config, spec: EngineSpec, num_workers: int) -> Wor
     factory = "dpgen.engine.media.fake_handler:start"
     if config.run.engine != "fake":
         factory = "dpgen.engine.vllm.media.processing:start"
-        arguments = (EngineSpec(spec.kind, spec.model, options), config.prompt, num_workers)
+        # The template's text: kept workers must not go on with a file as it was.
+        template = load_chat_template(config.prompt)
+        prompt = config.prompt if template is None else replace(config.prompt, chat_template=template)
+        arguments = (EngineSpec(spec.kind, spec.model, options), prompt, num_workers)
     environment = build_engine_env(os.environ, gpus=None, num_cores=1, log_level=config.run.log_level)
     environment |= dict.fromkeys(("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     environment["TOKENIZERS_PARALLELISM"] = "false"
