@@ -20,15 +20,19 @@ def imports_without_gc() -> Iterator[None]:
     Imported objects stay until the process ends. The collector scans them again and again as their number grows,
     which takes a third of the time that torch and datasets need. So the block also freezes them: the collector never
     scans them later. With 32 ranks on a machine, imports are most of the time until the ranks generate.
+
+    A block that imports nothing new freezes nothing: what an earlier job of this process has left must be collected.
     """
     if not gc.isenabled():
         yield
         return
+    num_before = len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if len(sys.modules) > num_before:
+            gc.freeze()
         gc.enable()
 
 

@@ -137,7 +137,7 @@ class BlameTracker:
         self.num_finished += 1
         num_tokens = (result.num_prompt_tokens or 0) + result.num_generated_tokens
         if request is not None and (self.canary is None or num_tokens < self._canary_tokens):
-            self.canary, self._canary_tokens = request, num_tokens
+            self._keep_canary(request, num_tokens)
         self._release_held()
         return request
 
@@ -297,8 +297,13 @@ class BlameTracker:
         return is_needed and self.canary is not None
 
     def _take_earlier_canary(self) -> None:
-        self.canary, self.find_canary = self.find_canary(), _find_none
-        self._canary_tokens = sys.maxsize  # any row that this engine finishes is a better one
+        self._keep_canary(self.find_canary(), sys.maxsize)  # any row that this engine finishes is a better one
+        self.find_canary = _find_none
+
+    def _keep_canary(self, request: Request | None, num_tokens: int) -> None:
+        self.canary, self._canary_tokens = request, num_tokens
+        if request is not None and request.media is not None:
+            request.media.leave_meter()  # rows that wait for memory must not wait for this one
 
     def _take_group(self, group: list[int]) -> list[Request]:
         """Remove the rows of a group that this rank has, and return their requests."""

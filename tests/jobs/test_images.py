@@ -67,6 +67,22 @@ def test_an_image_that_is_broken_or_breaks_its_worker_costs_its_row_and_the_engi
 
 
 @pytest.mark.slow
+def test_large_images_go_through_little_memory_though_each_engine_keeps_one_as_its_witness(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    limit, sizes = 1 << 20, {3: (640, 900), 9: (640, 900)}  # 1.7 MB, where all others together may take 1 MiB
+    images = [make_image(row, sizes.get(row, (460, 460))) for row in range(14)]  # 0.6 MB
+    data = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in images]
+    conf = write_config(
+        [{"prompt": f"number {row}.", "image": text} for row, text in enumerate(data)],
+        data={"images_column": "image", "media_workers": 1, "max_held_bytes": limit},
+        engine={"max_num_seqs": 4, "step_s": 0.002},
+    )
+    run(launcher, conf)
+    assert [row["error"] for row in load_result(tmp_path / "run")] == [None] * 14
+
+
+@pytest.mark.slow
 def test_a_run_that_is_killed_gives_the_same_texts_at_another_world_size(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -93,6 +94,7 @@ class BufferMeter:
     def __init__(self) -> None:
         self.num_buffers = self.num_bytes = 0
         self._lock = threading.RLock()  # a buffer may be freed while another one is counted
+        self._buffers = weakref.WeakSet[MediaBuffer]()
 
     def add(self, num_buffers: int, num_bytes: int) -> None:
         """Add to the counts."""
@@ -100,9 +102,20 @@ class BufferMeter:
             self.num_buffers += num_buffers
             self.num_bytes += num_bytes
 
+    def watch(self, buffer: MediaBuffer) -> None:
+        """Let `free_all` free a buffer."""
+        with self._lock:
+            self._buffers.add(buffer)
+
+    def free_all(self) -> None:
+        """Free all buffers, whoever still has them: objects of a job that has ended may live on."""
+        with self._lock:
+            for buffer in list(self._buffers):
+                buffer.free()
+
 
 class MediaBuffer:
-    """Own a buffer; it is freed with this object, once no other process uses it. Pickled, it is its address.
+    """Own a buffer; it is freed with this object, or before, once no other process uses it. Pickled, it is its address.
 
     Args:
         meter: counts this buffer until it is freed.
@@ -112,6 +125,7 @@ class MediaBuffer:
         self._fd = os.memfd_create("dpgen-media", os.MFD_CLOEXEC)
         self._meter, self._num_counted = meter or BufferMeter(), 0
         self._meter.add(1, 0)
+        self._meter.watch(self)
         self.address = BufferAddress(os.getpid(), self._fd, os.fstat(self._fd).st_ino)
 
     @property
@@ -127,14 +141,24 @@ class MediaBuffer:
         self._meter.add(0, num_bytes - self._num_counted)
         self._num_counted = num_bytes
 
+    def leave_meter(self) -> None:
+        """Let the meter count this buffer no more: nothing is to wait until it is freed."""
+        if hasattr(self, "_num_counted"):
+            self._meter.add(-1, -self._num_counted)
+            del self._num_counted
+
+    def free(self) -> None:
+        """Free the buffer; safe to call twice."""
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+            del self._fd
+        self.leave_meter()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return BufferAddress, tuple(self.address)
 
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
-        if hasattr(self, "_num_counted"):
-            self._meter.add(-1, -self._num_counted)
+        self.free()
 
 
 def _place(sizes: Sequence[int]) -> tuple[list[int], int]:

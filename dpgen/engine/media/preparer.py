@@ -4,6 +4,7 @@
 - Requests that are ready for admission take at most `max_prepared_bytes`, as far as sizes can be foreseen: those of the
   last ones tell. Buffers that are not freed, those of requests in the engine included, take at most `max_held_bytes`:
   while they do, none is prepared, so none is admitted. One request is prepared whatever its size, if it is alone.
+  The witness that each engine has of its health (`dpgen.engine.blame`) is not counted: it stays to the end.
 - Each request that is not finished holds a buffer, hence a file descriptor: workers get no more than the process may
   have.
 - A request keeps its buffer until it is dropped. It is prepared once, whatever follows from it.
@@ -250,9 +251,10 @@ class MediaPreparer:
         return prepared if isinstance(prepared, Request) else None
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, and free all buffers."""
         if self._workers is not None:
             self._workers.close()
+        self._buffers.free_all()
 
     def _refuse(self, reason: str) -> None:
         """Let this request, and each that follows, be its row's error."""
@@ -305,9 +307,10 @@ class MediaPreparer:
             self._send(pending.queue, pending.request, num_deaths=1)
             return
         if isinstance(answer.value, PreparedAnswer):
-            if self._sizes[0] == 0:
-                self._sizes.popleft()  # none was known
-            self._sizes.append(answer.value.num_bytes)
+            if answer.value.num_bytes <= self._limits.max_held_bytes:  # a larger one says nothing about the others
+                if self._sizes[0] == 0:
+                    self._sizes.popleft()  # none was known
+                self._sizes.append(answer.value.num_bytes)
             pending.buffer.count(answer.value.num_bytes)
         pending.queue.put(_finish(pending, answer))
 

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 
-from dpgen.engine.media.buffers import BufferAddress, MediaBuffer
+from dpgen.engine.media.buffers import BufferAddress, BufferMeter, MediaBuffer
 from dpgen.errors import DpgenError
 
 
@@ -54,6 +54,24 @@ def test_a_dropped_buffer_leaves_nothing_open_and_its_address_is_no_other_buffer
     assert address.fd in [other.address.fd for other in others]
     with pytest.raises(DpgenError, match="is gone"):
         address.read()
+
+
+def test_a_meter_frees_its_buffers_also_those_that_somebody_still_has_and_counts_each_once() -> None:
+    meter = BufferMeter()
+    kept, aside = [MediaBuffer(meter), MediaBuffer(meter)], MediaBuffer(meter)
+    for buffer in (*kept, aside):
+        buffer.count(buffer.write([b"pixels"]))
+    aside.leave_meter()
+    assert (meter.num_buffers, meter.num_bytes) == (2, 2 * kept[0].num_bytes)
+    inodes = [buffer.address.inode for buffer in (*kept, aside)]
+    del kept[1]
+    gc.collect()
+    assert meter.num_buffers == 1
+    meter.free_all()
+    assert not any(map(_is_open, inodes)) and (meter.num_buffers, meter.num_bytes) == (0, 0)
+    del kept, aside
+    gc.collect()
+    assert (meter.num_buffers, meter.num_bytes) == (0, 0)
 
 
 def test_a_buffer_of_a_process_that_has_ended_is_an_error() -> None:
