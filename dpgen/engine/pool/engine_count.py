@@ -56,6 +56,7 @@ _SETTLE = Stretch(0.5, 10, 1.0)  # dropped: graphs warm up, and all rows are pre
 _MEASURE = Stretch(1.0, 30, 3.0)
 _DEVICE_WINDOW_S = 1.0  # of the past that one reading of NVML averages over, at most
 _PATIENCE_S = 20.0  # within which an engine must be full to be measured
+_DIP_S = 0.6  # for which a full one may have fewer: rows of one length end together, and those after them are prefilled
 _FULL_TIMES = 4  # of an engine's sequences, that must be left while nothing tells how fast rows are finished
 _PAYS_TIMES = 1.5  # a start-up pays if the work left takes so many times as long
 
@@ -225,14 +226,18 @@ class Calibration:
 
     def __init__(self, max_num_seqs: int, begin_s: float, max_engines: int) -> None:
         self._max_num_seqs, self._begin_s, self._max_engines = max_num_seqs, begin_s, max_engines
-        self._stats: list[EngineStats] = []  # since the engine has been full
+        self._stats: list[EngineStats] = []  # of the full engine, since it has been full but for dips
 
     def add(self, stats: EngineStats, now_s: float) -> Signals | str | None:
         """Take an engine's newest statistics, and return the signals, or why there are none; None to go on."""
         is_kv_full = _is_kv_full(stats, self._max_num_seqs)
         if _has_few(stats, self._max_num_seqs) and not is_kv_full:
+            has_patience = now_s - self._begin_s < _PATIENCE_S
+            is_dip = bool(self._stats) and stats.elapsed_s - self._stats[-1].elapsed_s < _DIP_S
+            if has_patience and is_dip:
+                return None
             self._stats.clear()
-            if now_s - self._begin_s < _PATIENCE_S:
+            if has_patience:
                 return None
             return f"the rows fill {stats.num_running:,} of the {self._max_num_seqs:,} sequences of one engine"
         if self._stats and stats.elapsed_s < self._stats[-1].elapsed_s:

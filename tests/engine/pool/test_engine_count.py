@@ -151,6 +151,12 @@ def test_a_measurement_whose_halves_disagree_continues_and_all_of_it_counts() ->
     assert signals.device_busy == pytest.approx((0.25 + 10 * 0.45) / 11), "where 0.25 says 4 engines, and 0.45 says 2"
 
 
+def test_an_engine_whose_rows_end_together_now_and_then_counts_as_full() -> None:
+    reports = [make_stats(quarter / 4, 150 if quarter % 3 == 0 else 256) for quarter in range(1, 40)]
+    done_s, signals = measure(reports)
+    assert done_s < 3 and signals.step_s == pytest.approx(0.01)
+
+
 def test_a_restarted_engine_is_measured_from_its_start() -> None:
     before = [stats for stats in sample() if stats.elapsed_s < 2.5]
     done_s, signals = measure([*before, *sample(step_s=0.02)])
