@@ -52,11 +52,13 @@ def main() -> None:
 
 
 def _wait_for_job(folder: Path, number: int, has_program_ended: threading.Event) -> RankJob | None:
-    while (job := read_job(folder, number)) is None:
-        if has_program_ended.is_set() or not folder.is_dir() or (folder / "close").exists():
+    while not has_program_ended.is_set():
+        if (job := read_job(folder, number)) is not None:
+            return job
+        if not folder.is_dir() or (folder / "close").exists():
             return None
         time.sleep(_POLL_S)
-    return job
+    return None
 
 
 def _run_job(folder: Path, number: int, rank: int, job: RankJob, keepers: Keepers) -> None:
