@@ -41,6 +41,11 @@ def list_import_folders() -> list[str]:
     return list(dict.fromkeys([os.getcwd(), *filter(None, sys.path)]))
 
 
+def look_in_import_folders() -> None:
+    """Let this process, and those that it starts, look for modules in the folders of `list_import_folders`."""
+    sys.path[:] = list_import_folders()
+
+
 def load_function(key: str, name: str) -> Callable[..., Any]:
     """Return a function of the user.
 

@@ -1,8 +1,8 @@
 """Start the process of a rank's first engine before the ranks have joined: it imports vLLM beside the rendezvous.
 
-- Its devices are those that the rank gets if all ranks of its node may run on the same cores, which is not known yet.
-  They cannot be changed later, so the job takes the process only if it would start it with the same environment and
-  cores. Otherwise it ends this one, and starts its own.
+- Its devices are those that the rank gets if all ranks of its node may run on the same cores, or each on its own, as it
+  seems from here: that is not known yet. They cannot be changed later, so the job takes the process only if it would
+  start it with the same environment and cores. Otherwise it ends this one, and starts its own.
 - The process imports and waits. It has no spec, touches no device, and nobody reads what it prints until it is taken.
   So a job that comes to nothing ends it without a word.
 
@@ -20,9 +20,11 @@ from collections.abc import Mapping, Sequence
 
 from dpgen.config.schema import Config
 from dpgen.distributed.topology import Topology
+from dpgen.engine.starting.cores import count_own_cores
 from dpgen.engine.starting.engine_starter import find_placement
 from dpgen.engine.starting.server_process import ServerProcess
 from dpgen.errors import ConfigError
+from dpgen.imports import look_in_import_folders
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +41,13 @@ class EarlyStart:
         if config.parallel.launcher == "external" or topology.launcher == "wrapper":
             return
         own = frozenset(os.sched_getaffinity(0))
+        is_bound = count_own_cores(topology.local_size) == len(own)
         given, kind = config.parallel.engines_per_rank, config.run.engine
+        if config.program.function is not None:
+            look_in_import_folders()  # as the job does: it is part of the environment
         with contextlib.suppress(ConfigError, OSError):
-            placement = find_placement(config, topology, [own] * topology.local_size, None, is_quiet=True)
+            affinities = [own] * (1 if is_bound else topology.local_size)
+            placement = find_placement(config, topology, affinities, None, is_quiet=True)
             self._surroundings = placement.find_surroundings(0, given if isinstance(given, int) else 1)
             self._server = ServerProcess(kind, *self._surroundings)
 
@@ -59,6 +65,8 @@ class EarlyStart:
         """End the process if no job has taken it."""
         server, self._server = self._server, None
         if server is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 server.kill()
+            except subprocess.TimeoutExpired:
+                logger.warning(f"the engine process {server.process.pid}, which no job has taken, can't be ended")
             server.pipe.close()

@@ -1,4 +1,8 @@
-"""Tell whether loading would fill caches that the ranks of a node share: of weights, and of compiled code."""
+"""Tell whether loading would fill caches that the ranks of a node share: of weights, and of compiled code.
+
+Limits: vLLM writes its list of compiled code in place. A rank that reads half of it while another one writes does not
+start, and is started again.
+"""
 
 from __future__ import annotations
 

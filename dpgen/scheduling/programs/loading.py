@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from dpgen.config.program import ProgramConfig
 from dpgen.data.prompts.render import RenderedPrompt
 from dpgen.errors import ConfigError
-from dpgen.imports import list_import_folders, load_function
+from dpgen.imports import load_function, look_in_import_folders
 from dpgen.output.json_schema.derivation import derive_returned_type
 from dpgen.scheduling.programs.running import ProgramSpec
 
@@ -23,7 +22,7 @@ def load_program(config: ProgramConfig) -> ProgramSpec | None:
     """
     if config.function is None:
         return None
-    sys.path[:] = list_import_folders()
+    look_in_import_folders()
     try:
         function = load_function("program.function", config.function)
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,24 +15,23 @@ from dpgen.config.schema import Config
 from dpgen.distributed.topology import Topology
 from dpgen.engine.keeping.early_start import EarlyStart
 from dpgen.engine.starting.engine_starter import find_placement
+from dpgen.scheduling.programs.loading import load_program
 
 Surroundings = tuple[dict[str, str], Sequence[int] | None]
 
 
-def make_config(*arguments: str) -> Config:
-    return load(
-        [], ["run.dir=r", "run.engine=fake", "model=m", "data.path=d.jsonl", "data.prompt_column=p", *arguments]
-    )
+def make_config(*arguments: str, prompts: str = "data.prompt_column=p") -> Config:
+    return load([], ["run.dir=r", "run.engine=fake", "model=m", "data.path=d.jsonl", prompts, *arguments])
 
 
 def make_topology(launcher: str) -> Topology:
     return Topology(0, 2, 0, 2, "node", launcher, source="the test")
 
 
-def find_surroundings() -> Surroundings:
+def find_surroundings(*affinities: frozenset[int]) -> Surroundings:
     """Return what the job finds to be the engine's environment and cores, once all ranks have told theirs."""
-    affinities = [frozenset(os.sched_getaffinity(0))] * 2
-    return find_placement(make_config(), make_topology("torchrun"), affinities, None).find_surroundings(0, 1)
+    told = affinities or [frozenset(os.sched_getaffinity(0))] * 2
+    return find_placement(make_config(), make_topology("torchrun"), told, None).find_surroundings(0, 1)
 
 
 @pytest.fixture
@@ -52,6 +52,31 @@ def test_a_job_takes_the_process_once_if_it_would_start_the_same(early: EarlySta
     assert server is not None and early.take(*surroundings) is None
     early.end()
     assert server.process.poll() is None, "it is the job's now"
+    server.kill()
+
+
+def test_a_job_of_programs_takes_it_though_its_modules_are_looked_for_in_the_working_directory(
+    early: EarlyStart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_mine.py").write_text("async def answer(row, llm): return {}")
+    config = make_config(prompts="program.function=of_mine:answer")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    early.begin(config, make_topology("torchrun"))
+    load_program(config.program)
+    server = early.take(*find_surroundings())
+    assert server is not None
+    server.kill()
+
+
+def test_a_rank_that_its_launcher_has_bound_to_cores_of_its_own_takes_it(
+    early: EarlyStart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = sorted(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2 * len(own))
+    early.begin(make_config(), make_topology("slurm"))
+    server = early.take(*find_surroundings(frozenset(own), frozenset(core + len(own) for core in own)))
+    assert server is not None
     server.kill()
 
 
