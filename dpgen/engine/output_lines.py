@@ -52,6 +52,11 @@ HARMLESS_WARNINGS = (
         "dpgen wants the model's own, as LLM.generate",
     ),
     ("cpu.py", "Triton is not installed", "the CPU build needs none"),
+    (
+        "cpu.py",
+        "Reset SSM cache type to float32 for accelerated GDN mamba backend 'none'",
+        "on processors with AVX-512 BF16, of models that have no such state",
+    ),
     ("cpu_worker.py", "CPU backend doesn't allow to use `torch.set_num_threads`", "it keeps the threads that it has"),
     ("cpu_worker.py", r"lib\w+ is not found in LD_PRELOAD", "it makes the CPU build faster, which is for trying out"),
     (
