@@ -225,11 +225,11 @@ def test_a_run_continues_without_a_lost_node_under_srun_and_is_requeued_under_to
     cluster: Cluster, write: Callable[..., str], real: RealRuns, launcher: Launcher, tmp_path: Path
 ) -> None:
     """The job under srun has real vLLM."""
-    confs = {"slurm.sbatch": real.write(tmp_path / "slurm.sbatch", 16)}
+    confs = {"slurm.sbatch": real.write(tmp_path / "slurm.sbatch", 4)}
     confs["slurm_torchrun.sbatch"] = write("slurm_torchrun.sbatch", SLOW)  # still at work once vLLM is, on any machine
     jobs = {script: SlurmJob.submit(cluster, tmp_path, script, conf, **SHORT_LEASE) for script, conf in confs.items()}
     srun, torchrun = jobs.values()
-    for script, job in reversed(jobs.items()):  # on a quiet machine vLLM takes 9 s for its rows, so it comes last
+    for script, job in reversed(jobs.items()):  # on a quiet machine vLLM takes some 20 s for its rows, so it comes last
         job.wait_for(lambda script=script: is_generating(tmp_path, script))
     conf = write("slurm_torchrun.sbatch", FAST)  # for the attempt after the requeue
     cluster.run("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
