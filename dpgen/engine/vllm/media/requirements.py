@@ -46,7 +46,7 @@ def find_missing_processor(spec: EngineSpec, model_config: Any) -> Iterator[str]
     Args:
         model_config: vLLM's `ModelConfig`.
     """
-    if not model_config.supports_multimodal_inputs:
+    if not _takes_media(model_config):
         if spec.takes_media:
             yield f"{spec.model} takes no images, audio or video, which data.*_column names: choose another model"
         return
@@ -62,6 +62,15 @@ def find_missing_processor(spec: EngineSpec, model_config: Any) -> Iterator[str]
             yield reason
         elif _find_missing_package(error) is not None:  # another reason may not hold for vLLM, which calls it otherwise
             yield f"{reason}; for rows of texts alone, engine.language_model_only=true does without"
+
+
+def _takes_media(model_config: Any) -> bool:
+    """Return True for a model that takes images, audio or video, unless the configuration leaves out all of them."""
+    if hasattr(model_config, "supports_multimodal_inputs"):  # from vLLM 0.31 on
+        return bool(model_config.supports_multimodal_inputs)
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    return bool(MULTIMODAL_REGISTRY.supports_multimodal_inputs(model_config))
 
 
 def _find_missing_package(error: Exception) -> str | None:
