@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
+from dpgen.data.time_limit import RenderTimer
 from dpgen.distributed.agreement import check_same_job, find_what_names_stand_for, open_input
 from dpgen.distributed.attempt import begin_attempt, looks_resumable, read_job_start
 from dpgen.distributed.engine_deaths import note_engine
@@ -345,7 +346,7 @@ class _Job:
             trial.begin(self._planner.num_remaining_rows)
         monitor.begin(self._num_before)
         try:
-            with self._shutdown.defer_signals():
+            with self._shutdown.defer_signals(), RenderTimer(self._config.data.render_timeout_s):
                 totals = self._loop.run(self._source, on_progress)
                 while self._planner.num_postponed_rows:  # suspects have been tried apart from all others
                     self._source = self._planner.plan(self._loop.get_state())

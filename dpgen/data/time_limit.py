@@ -6,7 +6,8 @@
   swallows the alarm, the next one follows.
 - The limit counts processor time of the main thread, and any time in which the process runs beyond twice the limit. So
   no row is blamed for a busy machine, or for a process that was stopped for an hour.
-- A row costs no system call within a `RenderTimer`: one timer runs for all rows of the block.
+- A row costs no system call within a `RenderTimer`, whichever part of dpgen renders it: one timer runs for all rows of
+  the block. Elsewhere each row has a timer of its own, for 10 us.
 - Limits: the main thread only, elsewhere a row may take any time. A process has one such timer: one that is running
   already continues after the block.
 """
@@ -17,8 +18,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from dpgen.errors import RenderTimeout
 
@@ -33,8 +35,11 @@ def limit_render_time(render: Callable[[A], T], limit_s: float) -> Callable[[A],
     """Return a function like `render` that raises RenderTimeout where one call takes longer than `limit_s`."""
 
     def render_in_time(row: A) -> T:
-        with RenderTimer(limit_s) as timer:
-            return timer.limit(render)(row)
+        timer = RenderTimer.running
+        if timer is not None and timer.covers(limit_s):
+            return timer.run(render, row)
+        with RenderTimer(limit_s) as own_timer:
+            return own_timer.run(render, row)
 
     return render_in_time
 
@@ -46,7 +51,12 @@ class RenderTimer:
         with RenderTimer(60.0) as timer:
             render_in_time = timer.limit(render)
             prompts = [render_in_time(row) for row in rows]
+
+    Attributes:
+        running: the timer of the innermost block that the main thread is in; None outside of all.
     """
+
+    running: ClassVar[RenderTimer | None] = None
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
@@ -56,6 +66,7 @@ class RenderTimer:
     def __enter__(self) -> RenderTimer:
         if threading.current_thread() is threading.main_thread():
             self._is_active = True
+            self._outer, RenderTimer.running = RenderTimer.running, self
             self._previous_handler: Any = signal.signal(signal.SIGALRM, self._handle_alarm)
             signal.siginterrupt(signal.SIGALRM, False)  # native code need not expect EINTR
             self._started_s = time.monotonic()
@@ -69,31 +80,43 @@ class RenderTimer:
         if not self._is_active:
             return
         self._is_active = False
+        RenderTimer.running = self._outer
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self._previous_handler)
+        if self._outer is not None:
+            signal.siginterrupt(signal.SIGALRM, False)  # which `signal.signal` resets
         remaining_s, interval_s = self._previous_timer
         if remaining_s:
             elapsed_s = time.monotonic() - self._started_s
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, remaining_s - elapsed_s), interval_s)
+
+    def covers(self, limit_s: float) -> bool:
+        """Return True if this timer limits a call in this thread to `limit_s`."""
+        is_free = self._limit_s == limit_s and not self._is_rendering
+        return is_free and threading.current_thread() is threading.main_thread()
 
     def limit(self, render: Callable[[A], T]) -> Callable[[A], T]:
         """Return a function like `render`, to be called within the block.
 
         It raises RenderTimeout where one call takes longer than the limit.
         """
+        return partial(self.run, render)
 
-        def render_in_time(row: A) -> T:
+    def run(self, render: Callable[[A], T], row: A) -> T:
+        """Return `render(row)`, within the block.
+
+        Raises:
+            RenderTimeout: it takes longer than the limit.
+        """
+        try:
+            self._num_alarms, self._is_rendering = 0, True
             try:
-                self._num_alarms, self._is_rendering = 0, True
-                try:
-                    return render(row)
-                finally:
-                    self._is_rendering = False
-            except _TimedOut:
-                self._is_rendering = False  # the alarm may have come before the assignment in `finally`
-                raise RenderTimeout(f"rendering took longer than data.render_timeout_s={self._limit_s:g}") from None
-
-        return render_in_time
+                return render(row)
+            finally:
+                self._is_rendering = False
+        except _TimedOut:
+            self._is_rendering = False  # the alarm may have come before the assignment in `finally`
+            raise RenderTimeout(f"rendering took longer than data.render_timeout_s={self._limit_s:g}") from None
 
     def _handle_alarm(self, number: int, frame: FrameType | None) -> None:
         if not self._is_active or not self._is_rendering:

@@ -68,6 +68,29 @@ def test_many_calls_share_one_timer_and_each_has_the_whole_limit() -> None:
         assert limited(0.1) == 0.1, "the calls after one that was interrupted have the whole limit again"
 
 
+def test_calls_within_a_block_share_its_timer_wherever_they_were_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, looping = limit_render_time(str, 0.2), limit_render_time(loop_forever, 0.2)
+    with RenderTimer(0.2):
+        with RenderTimer(60.0):  # as rows are ordered again while others are generated
+            assert measured(5) == "5"
+        timers: list[object] = []
+        setitimer = signal.setitimer
+        monkeypatch.setattr(signal, "setitimer", lambda *args: timers.append(args) or setitimer(*args))
+        assert [measured(row) for row in range(100)] == [str(row) for row in range(100)]
+        assert not timers, "a row makes no system call"
+        with pytest.raises(RenderTimeout):
+            looping("row")
+        assert limit_render_time(measured, 0.2)(6) == "6", "a limited call within a limited call"
+        with pytest.raises(RenderTimeout, match=re.escape("data.render_timeout_s=0.1")):
+            limit_render_time(loop_forever, 0.1)("row")
+        assert timers, "another limit has its own timer"
+        thread = threading.Thread(target=measured, args=[7])
+        thread.start()
+        thread.join()
+        with pytest.raises(RenderTimeout):
+            looping("row")
+
+
 def test_time_between_the_calls_does_not_count() -> None:
     with RenderTimer(0.1) as timer:
         time.sleep(0.5)
