@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
 
-from dpgen.cli import main as run_command
-from dpgen.log import flush_logging
-
-_STATUS_OF_SIGPIPE = 128 + 13  # what a shell reports of other programs in this place
+_STATUS_OF_SIGINT, _STATUS_OF_SIGPIPE = 128 + 2, 128 + 13  # what a shell reports of other programs in this place
+_EXIT_RESUMABLE = 75  # as in `dpgen.errors`, which is not imported yet
+_RESUMABLE_COMMANDS = ("run", "run-batch", "tune")
 
 
 def main() -> None:
@@ -18,8 +19,15 @@ def main() -> None:
     native threads (of torch, gloo, Arrow) that may abort it ("terminate called without an active exception"). A
     complete run must not end with a failure's status.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise the shell has it ignored
+        signal.signal(signal.SIGINT, _end_on_ctrl_c)
+    from dpgen.cli import main as run_command
+    from dpgen.log import flush_logging
+
     try:
         status = run_command(sys.argv[1:])
+    except KeyboardInterrupt:
+        status = _get_status_of_ctrl_c()
     except BrokenPipeError:  # the reader of the output has exited, as with `| head`
         os._exit(_STATUS_OF_SIGPIPE)
     try:
@@ -28,6 +36,15 @@ def main() -> None:
         sys.stdout.flush()
     finally:  # a flush raises if the reader has exited
         os._exit(status)
+
+
+def _end_on_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """End the process while it imports its command: a library may make some other error of KeyboardInterrupt."""
+    os._exit(_get_status_of_ctrl_c())
+
+
+def _get_status_of_ctrl_c() -> int:
+    return _EXIT_RESUMABLE if sys.argv[1:2] and sys.argv[1] in _RESUMABLE_COMMANDS else _STATUS_OF_SIGINT
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -77,6 +78,8 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     if unknown and not options.accepts_unknown:
         parser.reject_unknown(unknown)
     options.arguments, options.unknown = list(arguments), unknown
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # commands clean up; see `dpgen.__main__`
     status: int = options.main(options)
     return status
 

@@ -74,6 +74,12 @@ class RankSteps:
     keepers: Keepers | None = None
     trial: TrialProbe | None = None
 
+    @property
+    def fatal_signals(self) -> Sequence[int]:
+        """Return the signals that end the process before the run, but for Ctrl-C of a caller who needs the process."""
+        raises_ctrl_c = self.report is not None or self.replace_run is not None
+        return (signal.SIGTERM, signal.SIGUSR1) if raises_ctrl_c else (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
 
 _NO_STEPS = RankSteps()
 
@@ -104,11 +110,9 @@ def run_rank(load_config: Callable[[], Config], arguments: Sequence[str], steps:
         status_file.write_once(group.first_failure_status() or EXIT_RESUMABLE)
         reporter.finish(Interrupted(reason))
 
-    exit_on_signal(
-        leave,
-        # torchrun itself reports that it ends its ranks, and why.
-        None if started_by_torchrun else lambda message: _write_error(Interrupted(message), log_format),
-    )
+    # torchrun itself reports that it ends its ranks, and why.
+    announce = None if started_by_torchrun else lambda message: _write_error(Interrupted(message), log_format)
+    exit_on_signal(leave, announce, steps.fatal_signals)
     if started_by_torchrun and steps.report is None:
         _end_with_torchrun()
     try:

@@ -356,3 +356,57 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+# Python imports this module in every process. Ctrl-C comes when another one is imported.
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+class Interrupter:
+    @staticmethod
+    def find_spec(name, path, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.{handler})
+sys.meta_path.insert(0, Interrupter)
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "status"),
+    [
+        ("run", "dpgen.cli", 75),
+        ("run", "dpgen.rank_process", 75),
+        ("run", "dpgen.distributed.rendezvous", 75),
+        ("run", "dpgen.run", 75),
+        ("run --dry-run", "dpgen.monitoring.preview", 130),
+        ("run-batch", "dpgen.commands.run_batch", 75),
+        ("verify", "dpgen.commands.verify", 130),
+        ("verify", "dpgen.output.verification", 130),
+        ("preview", "dpgen.monitoring.preview", 130),
+    ],
+)
+def test_ctrl_c_while_modules_are_imported_ends_a_command_without_a_traceback(
+    command: str, module: str, status: int, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    done = run_with_ctrl_c(tmp_path, [*command.split(), write_config(make_numbered_rows(2))], module)
+    assert (done.returncode, done.stdout) == (status, "")
+    hint = "dpgen: stopped: interrupted by SIGINT before the run started. Rerun the same command to resume\n"
+    assert done.stderr == (hint if module == "dpgen.run" else ""), "a run that has begun says how to resume it"
+
+
+def test_a_command_whose_shell_ignores_ctrl_c_goes_on(tmp_path: Path) -> None:
+    done = run_with_ctrl_c(tmp_path, ["config", "--schema"], "dpgen.cli", handler="SIG_IGN")
+    assert done.returncode == 0 and json.loads(done.stdout)
+
+
+def run_with_ctrl_c(
+    tmp_path: Path, arguments: list[str], module: str, handler: str = "default_int_handler"
+) -> subprocess.CompletedProcess[str]:
+    """Run dpgen, with a Ctrl-C when it imports a module."""
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python" / "sitecustomize.py").write_text(INTERRUPTED_IMPORT.format(module=module, handler=handler))
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'python'}:{REPO}"}
+    command = [sys.executable, "-m", "dpgen", *arguments]
+    return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120)

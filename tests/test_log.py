@@ -240,7 +240,7 @@ def test_dropped_lines_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FILL_STDERR = """
 import logging, sys
-import dpgen.__main__
+import dpgen.__main__, dpgen.cli
 from dpgen.log import setup_logging
 
 def run_command(argv):
@@ -249,7 +249,7 @@ def run_command(argv):
         logging.getLogger("dpgen").info("x" * 100)
     return 75
 
-dpgen.__main__.run_command = run_command
+dpgen.cli.main = run_command
 dpgen.__main__.main()
 """
 

@@ -17,7 +17,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -166,8 +166,12 @@ def watch_for_shutdown(time_limit: str | None, margin_s: float, before_exit: Cal
     return ShutdownMonitor(*deadline, before_exit=before_exit)
 
 
-def exit_on_signal(before_exit: Callable[[str], None], announce: Callable[[str], None] | None) -> None:
-    """End this process, resumable, on SIGTERM or SIGUSR1, until a `ShutdownMonitor` installs its handlers.
+def exit_on_signal(
+    before_exit: Callable[[str], None],
+    announce: Callable[[str], None] | None,
+    signals: Sequence[int],
+) -> None:
+    """End this process, resumable, on these signals, until a `ShutdownMonitor` installs its handlers.
 
     Meant for the time in which a rank imports torch and joins the others. That may take minutes in calls that no Python
     handler interrupts, so a thread receives the signal. Without it, a job that is stopped then would leave no status,
@@ -199,7 +203,7 @@ def exit_on_signal(before_exit: Callable[[str], None], announce: Callable[[str],
 
     threading.Thread(target=wait_for_signal, name="signals", daemon=True).start()
     signal.set_wakeup_fd(write_fd)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in signals:
         signal.signal(number, handle)
 
 

@@ -209,7 +209,7 @@ def write_status(reason):
         print("status written", flush=True)
 
 announce = lambda message: print(message, file=sys.stderr, flush=True)
-exit_on_signal(write_status, announce if sys.argv[1] == "announced" else None)
+exit_on_signal(write_status, announce if sys.argv[1] == "announced" else None, [signal.SIGTERM])
 with lock:
     os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(60)
