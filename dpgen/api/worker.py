@@ -1,12 +1,15 @@
 """Run the jobs of a Python program as one rank: `python -m dpgen.api.worker FOLDER`, see `dpgen.api.jobs`.
 
 - The ranks join for each job anew. Between jobs they are not connected; only the engine is kept.
-- This process ends when the program closes it, or ends itself: then its job is interrupted, resumable.
+- This process ends when the program closes it, or ends itself: then its job is interrupted, resumable. A program that
+  was killed leaves its folder to the ranks, which remove it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -35,12 +38,13 @@ def main() -> None:
     """Serve the program whose folder the command line names, until it closes this rank."""
     folder, keeper, number = Path(sys.argv[1]), EngineKeeper(), 0
     workers, has_program_ended = WorkerKeeper(), threading.Event()
-    threading.Thread(target=_end_with_program, args=(has_program_ended,), name="program", daemon=True).start()
     try:
         rank = read_topology(os.environ).dp_rank
     except DpgenError:
         rank = 0  # which the first job reports
-    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    with contextlib.suppress(FileNotFoundError):  # another rank has removed the folder: the program has ended
+        (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    threading.Thread(target=_end_with_program, args=(folder, has_program_ended), name="program", daemon=True).start()
     while (job := _wait_for_job(folder, number, has_program_ended)) is not None:
         engines = keeper if job.trial is None else EngineKeeper(has_one_job=True)
         _run_job(folder, number, rank, job, Keepers(engines, workers))
@@ -89,7 +93,8 @@ def _run_job(folder: Path, number: int, rank: int, job: RankJob, keepers: Keeper
     if status and not outcomes:
         report(DpgenError(f"the rank ended with status {status}"))
     flush_logging()
-    write_outcome(folder, number, outcomes[0] if outcomes else Outcome(rank))
+    with contextlib.suppress(FileNotFoundError):  # the program has ended, and its folder is gone
+        write_outcome(folder, number, outcomes[0] if outcomes else Outcome(rank))
 
 
 def _get_config(job: RankJob) -> Config:
@@ -106,10 +111,11 @@ def _restore_signals() -> None:
         os.close(descriptor)  # ends the thread that reads it
 
 
-def _end_with_program(has_ended: threading.Event) -> None:
+def _end_with_program(folder: Path, has_ended: threading.Event) -> None:
     """End this process once the program that holds the other end of stdin has ended; it takes no further job."""
     while os.read(0, 1):
         pass
+    shutil.rmtree(folder, ignore_errors=True)
     has_ended.set()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_S)

@@ -275,7 +275,8 @@ def test_ctrl_c_stops_a_call_resumable(launcher: Launcher, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_killed_program_takes_its_ranks_along_and_the_same_call_goes_on(launcher: Launcher, tmp_path: Path) -> None:
     program, run_dir = write_program(tmp_path, GENERATE), tmp_path / "run"
-    job = launcher.start([launcher.python, program, str(run_dir), "slow"])
+    (tmp_path / "tmp").mkdir()
+    job = launcher.start([launcher.python, program, str(run_dir), "slow"], TMPDIR=str(tmp_path / "tmp"))
     wait_for(lambda: count_journal_bytes(run_dir) > 0)
     ranks = descendants(job.process.pid, b"dpgen.api.worker")
     assert len(ranks) == 1
@@ -283,9 +284,35 @@ def test_a_killed_program_takes_its_ranks_along_and_the_same_call_goes_on(launch
     killed_s = time.monotonic()
     wait_for(lambda: not Path(f"/proc/{ranks[0]}").exists())
     assert time.monotonic() - killed_s < 40, "a rank that still waits for its program's next job holds the GPU"
+    assert "Traceback" not in job.output and not list((tmp_path / "tmp").glob("dpgen-ranks-*"))
     job = launcher.start([launcher.python, program, str(run_dir)])
     assert job.wait() == 0 and "RESULT" in job.output, job.output
     assert count_results(run_dir).tolist() == [1] * 24
+
+
+IDLE = """
+import time
+
+with dpgen.Session(model="none", prompt_column="prompt", run={"engine": "fake"}, num_gpus=2) as session:
+    session.generate(rows)
+    print("IDLE", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_ranks_without_a_job_end_with_their_killed_program_and_leave_no_folder(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    job = launcher.start([launcher.python, write_program(tmp_path, IDLE)], TMPDIR=str(tmp_path / "tmp"))
+    wait_for(lambda: "IDLE" in job.output)
+    ranks = descendants(job.process.pid, b"dpgen.api.worker")
+    assert len(list((tmp_path / "tmp").glob("dpgen-ranks-*"))) == 1
+    job.process.kill()
+    wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
+    assert not list((tmp_path / "tmp").glob("dpgen-ranks-*"))
 
 
 @pytest.mark.slow
