@@ -219,8 +219,9 @@ class DataConfig:
     )
     max_held_bytes: int = option(
         "the maximum bytes of each rank's images, audio and video in shared memory: those that workers have, that wait "
-        "for the engine, and of rows that it has, until these end; at the limit no row with media is admitted, and a "
-        "larger one goes alone",
+        "for the engine, and of rows that it has, until these end; at the limit no row with media is admitted. The "
+        "last rows tell how much the next ones will take, so one that is larger, or among the first, may exceed the "
+        "limit",
         16 << 30,
         minimum=1 << 20,
     )

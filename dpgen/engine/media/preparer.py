@@ -307,12 +307,18 @@ class MediaPreparer:
             self._send(pending.queue, pending.request, num_deaths=1)
             return
         if isinstance(answer.value, PreparedAnswer):
-            if answer.value.num_bytes <= self._limits.max_held_bytes:  # a larger one says nothing about the others
-                if self._sizes[0] == 0:
-                    self._sizes.popleft()  # none was known
-                self._sizes.append(answer.value.num_bytes)
+            self._record_size(answer.value.num_bytes)
             pending.buffer.count(answer.value.num_bytes)
         pending.queue.put(_finish(pending, answer))
+
+    def _record_size(self, num_bytes: int) -> None:
+        """Keep the size of a request; one above the limit says nothing about the others, unless all are such."""
+        limit = self._limits.max_held_bytes
+        is_first = not 0 < self._sizes[0] <= limit
+        if is_first:
+            self._sizes.clear()
+        if is_first or num_bytes <= limit:
+            self._sizes.append(num_bytes)
 
 
 def _finish(pending: _Pending, answer: Answer) -> Request | RowResult:

@@ -152,6 +152,22 @@ def test_rows_in_the_engine_count_until_they_end_and_a_larger_row_goes_alone() -
     assert most_held <= 10_000
 
 
+def test_rows_that_are_all_larger_than_the_limit_go_one_by_one_once_their_size_is_known() -> None:
+    harness = Harness(num_workers=1, max_held_bytes=10_000)
+    harness.add(*range(1, 20))
+    num_held: list[int] = []
+    for num_bytes in [50_000] * 10 + [2400] * 4:
+        num_held.append(len(harness.workers.tasks))
+        for key in list(harness.workers.tasks):
+            harness.workers.finish(key, num_bytes)
+        while (taken := harness.take()) is not None:
+            del taken  # the engine is done with it at once
+        assert not harness.queue.ready_bytes
+    assert num_held[0] == TASKS_AHEAD, "no size is known yet"
+    assert set(num_held[1:11]) == {1}
+    assert num_held[11] > 1, "a smaller row tells of those that follow"
+
+
 def test_the_workers_get_more_while_the_engine_takes_nothing() -> None:
     harness = Harness()
     harness.add(*range(3 * TASKS_AHEAD))
