@@ -22,7 +22,7 @@ from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.columns import select_prompt_columns
 from dpgen.formatting import format_count
 from dpgen.scheduling.groups.adapters import AdapterGroups, group_by_adapter
-from dpgen.scheduling.groups.prefix_groups import PrefixGroups, group_by_prefix, shard_groups
+from dpgen.scheduling.groups.prefix_groups import PrefixGroups, group_by_prefix, measure_prompts, shard_groups
 from dpgen.scheduling.groups.prompt_groups import LengthTracker, PromptGroups, RankState, group_by_prompt
 from dpgen.scheduling.groups.samples import compute_tail_ratio, format_range, sample_rows
 from dpgen.scheduling.order_config import OrderConfig
@@ -357,15 +357,19 @@ def _order_by_hint(config: OrderConfig, rows: InputRows, remaining: np.ndarray, 
 
 def _order_by_prompts(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text_of: PromptTextFn) -> RowOrder:
     """Return the order by measured lengths where most rows share their prompt with others, else by prompt length."""
-    prompts = _group_by_prefix(config, rows, remaining, text_of)
-    prompt_groups, num_grouped = group_by_prompt(len(rows), remaining, prompts.prompt_hashes)
-    if num_grouped >= config.min_grouped_fraction * len(remaining) and not config.reads_only:
-        return order_by_measured_lengths(remaining, prompt_groups, prompt_groups.count(RankState()))
-    lengths = prompts.lengths[prompts.lengths > 0]
-    reason = f"by prompt length ({format_range(lengths, 'characters')})"
-    if 0 < len(lengths) < len(remaining):
-        reason += f", {format_count(len(remaining) - len(lengths), 'row')} without a prompt last"
-    return _sort_by_length(remaining, prompts.lengths.astype(np.float64), reason)
+    if config.reads_only:
+        lengths = measure_prompts(rows, remaining, select_prompt_columns(config.prompt, rows.columns), text_of)
+    else:
+        prompts = _group_by_prefix(config, rows, remaining, text_of)
+        prompt_groups, num_grouped = group_by_prompt(len(rows), remaining, prompts.prompt_hashes)
+        if num_grouped >= config.min_grouped_fraction * len(remaining):
+            return order_by_measured_lengths(remaining, prompt_groups, prompt_groups.count(RankState()))
+        lengths = prompts.lengths
+    known = lengths[lengths > 0]
+    reason = f"by prompt length ({format_range(known, 'characters')})"
+    if 0 < len(known) < len(remaining):
+        reason += f", {format_count(len(remaining) - len(known), 'row')} without a prompt last"
+    return _sort_by_length(remaining, lengths.astype(np.float64), reason)
 
 
 def _sort_by_length(remaining: np.ndarray, lengths: np.ndarray, reason: str, *, are_expected: bool = False) -> RowOrder:

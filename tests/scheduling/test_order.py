@@ -16,6 +16,7 @@ from dpgen.config.prompt import PromptConfig
 from dpgen.config.sections import WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.render import make_prompt_text_fn
+from dpgen.scheduling.groups import prefix_groups
 from dpgen.scheduling.groups.adapters import AdapterConfig
 from dpgen.scheduling.groups.prompt_groups import RankState
 from dpgen.scheduling.order import RowOrder, order_by_measured_lengths, order_rows
@@ -428,6 +429,18 @@ def test_every_batch_of_rows_that_are_only_read_has_texts_of_all_lengths(num_sha
         mixed = lengths[spec.take(order.rows, shard)][: 1920 // num_shards]
         batches = [mixed[start : start + 64].mean() for start in range(0, len(mixed) - 63, 64)]
         assert max(batches) < 1.3 * min(batches)
+
+
+def test_prompts_that_are_only_read_are_measured_and_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing takes more than half of the time, and all samples of a prompt are read alike."""
+    compared: list[str] = []
+    monkeypatch.setattr(prefix_groups, "_hash", lambda text, value: compared.append(text) or 0)
+    rows = [{"prompt": "x" * (1 + row % 7) if row else None} for row in range(64)]
+    order = find_order(dataclasses.replace(make_config("longest_first"), reads_only=True), rows)
+    lengths = [len(rows[row]["prompt"] or "") for row in order.rows]
+    assert lengths == sorted(lengths, reverse=True) and lengths[-1] == 0
+    assert order.description.endswith("(min 1, median 4, max 7 characters), 1 row without a prompt last")
+    assert not compared
 
 
 def test_the_order_of_rows_that_are_only_read_can_be_chosen() -> None:
