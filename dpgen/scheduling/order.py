@@ -45,7 +45,9 @@ _ORDER_NAMES = {
 }
 # Of rows that are only read, the shortest come last, so that all ranks end within one short step of each other.
 _LAST_FRACTION, _MAX_LAST_ROWS = 16, 4096
-_GOLDEN = (5**0.5 - 1) / 2
+# Found by search: of its multiples, modulo 1, each 64 in a row have a mean of 0.45 to 0.55, also in one shard of up to
+# 16, of a multiple of 4 up to 256, or of 8 up to 512. With the golden ratio means in 144 shards are 0.1 to 0.9.
+_SPREAD_RATIO = 0.623135076348876
 
 PromptTextFn = Callable[[int, Mapping[str, Any]], str]
 
@@ -230,15 +232,15 @@ def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text
 
 
 def _spread_evenly(number: int) -> np.ndarray:
-    """Return 0..number - 1 so that each run of them, also of every second or third, covers the range evenly.
+    """Return 0..number - 1 so that each run of them, also of one shard's, covers the range evenly.
 
-    These are the multiples of the golden ratio, modulo 1, by rank.
+    These are the multiples of a ratio, modulo 1, by rank.
 
     Returns:
         int64[number].
     """
     places = np.empty(number, dtype=np.int64)
-    places[np.argsort(np.arange(1, number + 1) * _GOLDEN % 1)] = np.arange(number)
+    places[np.argsort(np.arange(1, number + 1) * _SPREAD_RATIO % 1)] = np.arange(number)
     return places
 
 

@@ -431,6 +431,15 @@ def test_every_batch_of_rows_that_are_only_read_has_texts_of_all_lengths(num_sha
         assert max(batches) < 1.3 * min(batches)
 
 
+@pytest.mark.parametrize("num_shards", [1, 7, 16, 36, 72, 100, 144, 256, 288, 512])
+def test_on_usual_numbers_of_ranks_any_batch_of_a_mixed_order_is_spread_over_all_rows(num_shards: int) -> None:
+    order = RowOrder(np.arange(num_shards * 4 * 64)).mix()
+    spec = order.shard(num_shards, 64)
+    shards = np.array([spec.take(order.rows, shard) for shard in range(num_shards)])
+    batches = shards.reshape(num_shards, 4, 64).mean(axis=2) / order.rows.size
+    assert abs(batches - 0.5).max() < 0.07
+
+
 def test_prompts_that_are_only_read_are_measured_and_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparing takes more than half of the time, and all samples of a prompt are read alike."""
     compared: list[str] = []
