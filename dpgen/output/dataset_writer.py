@@ -121,15 +121,17 @@ def write_dataset_files(
     dataset_format: DatasetFormat,
     rows_per_file: int,
 ) -> ResultStats:
-    """Write the files of a dataset, and the card with its columns' types, into a directory.
+    """Write the files of a dataset, and beside JSON lines the card with their types, into a directory.
+
+    Parquet files hold the types themselves, and pandas and Polars read a folder of them alone.
 
     Args:
         read_results: see `DatasetTables`.
     """
     stats, tables = ResultStats(), DatasetTables(rows, dataset_format, read_results)
     schema = tables.schema
-    if len(rows):
-        write_card(directory, build_card_schema(schema) if dataset_format.file_format == "jsonl" else schema)
+    if len(rows) and dataset_format.file_format == "jsonl":
+        write_card(directory, build_card_schema(schema))
     with _FileSetWriter(directory, dataset_format, schema, rows_per_file) as writer:
         for table in tables.iter_tables(on_result=stats.add):
             writer.write(table)

@@ -120,15 +120,15 @@ def test_datasets_reads_the_largest_integers_of_a_jsonl_result(tmp_path: Path) -
     assert load_with_datasets(tmp_path / "out", tmp_path) == table.to_pylist()
 
 
-def test_polars_duckdb_and_pandas_read_a_parquet_result_as_it_went_in(tmp_path: Path) -> None:
+def test_polars_duckdb_and_pandas_read_a_parquet_result_by_its_folder_as_it_went_in(tmp_path: Path) -> None:
     # Python has no nanoseconds, and these programs no such long decimals; the types above are theirs to map.
     names = set(JSON_TYPES) - {"decimal256", "timestamp_ns", "timestamp_tz", "time64_ns", "date64", "struct", "times"}
     table = make_table({name: JSON_TYPES[name] for name in JSON_TYPES if name in names})
     file = write_files(tmp_path / "out", make_rows(table), "parquet")
     expected = table.to_pylist()
-    assert drop_all_results(pl.read_parquet(file).to_dicts()) == expected
+    assert drop_all_results(pl.read_parquet(file.parent).to_dicts()) == expected
     assert query_with_duckdb(file) == expected
-    frame = pa.Table.from_pandas(pd.read_parquet(file, dtype_backend="pyarrow"), preserve_index=False)
+    frame = pa.Table.from_pandas(pd.read_parquet(file.parent, dtype_backend="pyarrow"), preserve_index=False)
     assert drop_all_results(frame.to_pylist()) == expected
 
 
