@@ -318,7 +318,10 @@ def _choose_order(config: OrderConfig, rows: InputRows, remaining: np.ndarray, t
         prefixes = prompts if is_whole else _group_by_prefix(config, rows, remaining, text_of)
         return _order_by_prefix(config, rows, remaining, prefixes)
     if hint is not None:
-        if compute_tail_ratio(config.read_hints(rows, hint, sample)) >= _MIN_HINT_TAIL_RATIO:
+        hints = config.read_hints(rows, hint, sample)
+        if np.isnan(hints).all():
+            return RowOrder(remaining, reason=f"because column {hint} holds no number")
+        if compute_tail_ratio(hints) >= _MIN_HINT_TAIL_RATIO:
             return _order_by_hint(config, rows, remaining, hint)
         return RowOrder(remaining, reason=f"because column {hint} varies too little to sort by")
     if has_long_prompts and compute_tail_ratio(prompts.lengths) >= _MIN_PROMPT_TAIL_RATIO:

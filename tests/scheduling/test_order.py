@@ -316,6 +316,8 @@ def test_rows_without_a_prompt_are_no_prompts_of_length_0() -> None:
 def test_a_hint_column_without_a_number_has_no_range() -> None:
     order = find_order(make_config("longest_first", hint_column="hint"), [{"prompt": "x", "hint": "a"}] * 3)
     assert str(order) == "order of work: longest first by hint column hint (no row has one)"
+    order = find_order(make_config(hint_column="hint"), [{"prompt": "x", "hint": "a"}] * 3)
+    assert str(order) == "order of work: dataset order because column hint holds no number"
 
 
 TWO_SLOTS = AdapterConfig(("a", "b", "c"), "adapter", num_slots=2)
