@@ -176,12 +176,16 @@ def _check_output(path: Path) -> None:
         raise ConfigError(f"--output={path}: {error.strerror}") from None
     if is_foreign:
         raise ConfigError(f"--output={path}: the file is there, and not of dpgen tune. Choose another name")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--output={path}: there is no directory {path.absolute().parent}")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--output={path}: there is no directory {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output={path}: can't be written: no permission for {folder}")
 
 
 def _report(job: TuneJob, options: argparse.Namespace, output: Path) -> None:
     """Print the table, and write the overlay."""
+    from dpgen.journal.files import atomic_write_text
     from dpgen.log import flush_logging
     from dpgen.tuning import table
     from dpgen.tuning.space import find_changes
@@ -194,7 +198,7 @@ def _report(job: TuneJob, options: argparse.Namespace, output: Path) -> None:
             f"for {job.config.model}: {best.tokens_per_s:,.0f} tokens/s with {table.format_settings(best.overrides)}",
             f"changes: {best.changes}",
         ]
-        output.write_text(table.to_overlay(search, comments), encoding="utf-8")
+        atomic_write_text(output, table.to_overlay(search, comments))
         num_ranks = job.count_ranks_of(search.best.overrides)
         command = table.make_command(options.configuration, str(output), list(search.best.overrides), num_ranks)
     flush_logging()

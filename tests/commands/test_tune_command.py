@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def test_a_job_that_can_not_run_is_an_error_and_not_a_table(write_config: WriteC
 
 
 def test_wrong_arguments_are_refused_before_anything_starts(
-    write_config: WriteConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    write_config: WriteConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     conf = write_config(ROWS)
     taken = tmp_path / "taken.yaml"
@@ -115,6 +116,9 @@ def test_wrong_arguments_are_refused_before_anything_starts(
     ]:
         assert main(["tune", *arguments]) == 2
         assert message in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write to any folder
+    assert main(["tune", conf, "--output", str(tmp_path / "tuned.yaml")]) == 2
+    assert f"can't be written: no permission for {tmp_path}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
