@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from dpgen.config.vllm.vllm_fields import describe_unknown_field
+from dpgen.config.vllm.vllm_types import ENGINE_TYPES, SAMPLING_TYPES, list_fields
 from dpgen.data.prompts.token_ids import reject_too_long
 from dpgen.engine.fake_vectors import describe_fake_vectors, make_fake_vectors
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
@@ -90,10 +91,10 @@ class FakeOptions:
     fault_dir: str | None = None
 
 
-_SAMPLING_FIELDS = {
-    *("n", "temperature", "top_p", "max_tokens", "seed", "stop", "ignore_eos"),
-    *("logprobs", "prompt_logprobs"),
-}
+_OPTIONS = frozenset(field.name for field in dataclasses.fields(FakeOptions))
+# A configuration for vLLM can be tried: vLLM's fields are taken, and those without a meaning here have no effect.
+_ENGINE_FIELDS = _OPTIONS | list_fields(ENGINE_TYPES).keys()
+_SAMPLING_FIELDS = frozenset(list_fields(SAMPLING_TYPES))
 
 
 class FakeTokenizer:
@@ -144,7 +145,7 @@ class FakeBackend:
 
     def check_options(self) -> tuple[str, ...]:
         self._check_names()
-        self._options = FakeOptions(**self._spec.options)
+        self._options = FakeOptions(**{k: v for k, v in self._spec.options.items() if k in _OPTIONS})
         return ()
 
     def begin_job(self, spec: EngineSpec) -> tuple[str, ...]:
@@ -158,11 +159,12 @@ class FakeBackend:
         return
 
     def _check_names(self) -> None:
-        fields = {field.name for field in dataclasses.fields(FakeOptions)}
         names = [*(("engine", name) for name in self._spec.options), *self._spec.iter_sampling_names()]
         mistakes = []
         for section, name in names:
-            legal, other = (fields, _SAMPLING_FIELDS) if section == "engine" else (_SAMPLING_FIELDS, fields)
+            legal, other = _ENGINE_FIELDS, _SAMPLING_FIELDS
+            if section != "engine":
+                legal, other = other, legal
             if name not in legal:
                 mistakes.append(describe_unknown_field(section, name, legal, other))
         for name in ("max_num_seqs", "max_model_len"):
@@ -226,13 +228,13 @@ class FakeBackend:
             max_tokens = 1 + digest.digest()[0] % 32
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise RowRefused("bad_sampling", f"max_tokens={max_tokens!r}: must be at least 1")
-        for name in ("logprobs", "prompt_logprobs"):
-            if (count := sampling.get(name)) is not None and (not isinstance(count, int) or count < 0):
-                raise RowRefused("bad_sampling", f"{name}={count!r}: must be at least 0")
+        for name, least in (("n", 1), ("logprobs", 0), ("prompt_logprobs", 0)):
+            if (count := sampling.get(name)) is not None and (not isinstance(count, int) or count < least):
+                raise RowRefused("bad_sampling", f"{name}={count!r}: must be at least {least}")
         max_tokens = min(max_tokens, self._options.max_model_len - num_prompt_tokens)
         if request.num_completion_tokens:
             max_tokens = 1
-        self._rows[request.id] = _Running(request, text, max_tokens, int(sampling.get("n") or 1), sampling)
+        self._rows[request.id] = _Running(request, text, max_tokens, sampling.get("n") or 1, sampling)
 
     def _read_sampling(self, request: Request) -> dict[str, Any]:
         sampling = self._spec.resolve_sampling({}, request)

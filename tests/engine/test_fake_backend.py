@@ -69,9 +69,16 @@ def test_all_wrong_options_of_an_engine_are_reported_at_once() -> None:
     ]
 
 
-def test_a_bad_number_of_log_probabilities_costs_its_row_and_not_the_engine() -> None:
+def test_a_configuration_for_vllm_is_taken() -> None:
+    options = {"max_num_seqs": 2, "dtype": "float32", "enable_prefix_caching": True}
+    sampling = {"top_k": 5, "structured_outputs": {"json_object": True}}
+    FakeBackend(EngineSpec("fake", "m", options=options, sampling=sampling)).check_options()
+
+
+@pytest.mark.parametrize("name", ["logprobs", "n"])
+def test_a_bad_number_costs_its_row_and_not_the_engine(name: str) -> None:
     backend = load_backend()
     for count in (-1, "many"):
-        with pytest.raises(RowRefused, match="logprobs="):
-            backend.add_request(Request(RequestId(1), [1, 2], sampling={"max_tokens": 2, "logprobs": count}))
+        with pytest.raises(RowRefused, match=f"{name}="):
+            backend.add_request(Request(RequestId(1), [1, 2], sampling={"max_tokens": 2, name: count}))
     assert not backend.has_unfinished_requests()
