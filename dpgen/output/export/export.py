@@ -14,7 +14,7 @@ from dpgen.errors import ConfigError, suggest_name
 from dpgen.journal.run_dir import RunDir
 from dpgen.output.columns import list_float_columns
 from dpgen.output.export.card import write_export_card
-from dpgen.output.export.formats import COMPRESSIONS, FOLDER_FILES, FORMATS, SUFFIXES, open_writer
+from dpgen.output.export.formats import COMPRESSIONS, FOLDER_FILES, FORMATS, OTHER_SUFFIXES, SUFFIXES, open_writer
 from dpgen.output.export.selection import Selection, select_rows
 from dpgen.output.export.source import ExportSource, open_source
 from dpgen.output.export.stats import ExportStats
@@ -58,14 +58,14 @@ def find_format(target: str, format: str | None) -> str:
     """Return the format of an export: the one that is given, or else that of the target's suffix.
 
     Raises:
-        ConfigError: there is no such format, the suffix is that of another one, or the target is an address.
+        ConfigError: there is no such format, the suffix is that of another one or of none, or the target is an address.
     """
     if find_scheme(target) is not None:
         raise ConfigError(
             f"TARGET={show_address(target)}: must be a path; a run uploads its own result to output.to, and "
             "--push-to-hub exports to the Hub"
         )
-    name = Path(target).name
+    name = Path(target).name.lower()
     is_compressed = Path(name).suffix in COMPRESSIONS
     suffix = Path(Path(name).stem if is_compressed else name).suffix
     named = SUFFIXES.get(suffix)
@@ -74,6 +74,9 @@ def find_format(target: str, format: str | None) -> str:
     format = format or named or "parquet"
     if named not in (None, "jsonl" if format == "messages" else format):
         raise ConfigError(f"TARGET={target}: {suffix} is the suffix of {named}, and --format is {format}")
+    if (ending := Path(name).suffix) in OTHER_SUFFIXES and format in FOLDER_FILES:
+        endings = f"{', '.join(SUFFIXES)}, also with {', '.join(COMPRESSIONS)}"
+        raise ConfigError(f"TARGET={target}: no file {ending} is written, but {endings}; a folder's name has no suffix")
     if is_compressed and format in FOLDER_FILES:
         raise ConfigError(f"TARGET={target}: {format} is not compressed as a whole; leave {Path(name).suffix} out")
     return format
@@ -81,7 +84,7 @@ def find_format(target: str, format: str | None) -> str:
 
 def is_folder_format(target: str, format: str) -> bool:
     """Return True if an export is a folder: Parquet files are one unless the target has their suffix."""
-    return format in FOLDER_FILES and SUFFIXES.get(Path(target).suffix) != format
+    return format in FOLDER_FILES and SUFFIXES.get(Path(target).suffix.lower()) != format
 
 
 def export_run(

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 # Endings of compressed files, as pyarrow names their codecs.
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+# Suffixes of files that no export writes, and nobody gives to a folder.
+OTHER_SUFFIXES = frozenset((".json", ".tsv", ".txt", ".arrow", ".feather", ".xls", ".xlsx", ".xz", ".lz4", ".zip"))
 FORMATS = ("parquet", "jsonl", "csv", "save_to_disk", "messages")
 FOLDER_FILES = {
     "parquet": ("README.md", "train-*-of-*.parquet"),
@@ -235,7 +237,7 @@ def _is_number(type: pa.DataType) -> bool:
 def _open_stream(path: Path) -> Iterator[Any]:
     import pyarrow as pa
 
-    codec = COMPRESSIONS.get(path.suffix)
+    codec = COMPRESSIONS.get(path.suffix.lower())
     with pa.output_stream(str(path), compression=codec, buffer_size=_BUFFER_BYTES) as stream:
         yield stream
 
