@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,11 @@ logger = logging.getLogger(__name__)
 
 _CHARS_PER_TOKEN = 4
 _ROWS_PER_SEQ = 16  # default number of sampled rows, for each sequence that can run
+_MINIMA = {
+    **dict.fromkeys(("rows", "group_rows", "max_num_seqs", "kv_tokens"), 1),
+    **dict.fromkeys(("hint_noise", "group_noise", "prompt_tokens", "seed"), 0),
+    **dict.fromkeys(("step_ms", "seq_us", "kv_ns", "prefill_us"), 0),
+}
 _LENGTHS_UNKNOWN = "the rows' lengths are unknown: pass --lengths KIND, or a configuration with --length-column COLUMN"
 
 
@@ -94,15 +100,14 @@ def _load_config(options: argparse.Namespace) -> Config | None:
 
 
 def _check_options(options: argparse.Namespace, config: Config | None) -> None:
-    for name in ("hint_noise", "group_noise"):
+    for name, minimum in _MINIMA.items():
         value = getattr(options, name)
-        if value is not None and value < 0:
-            raise ConfigError(f"--{name.replace('_', '-')}={value:g}: must be at least 0")
+        if value is not None and not minimum <= value < math.inf:
+            bound = f"at least {minimum}" if value < minimum else "a finite number"
+            raise ConfigError(f"--{name.replace('_', '-')}={value:g}: must be {bound}")
     if config is None or options.rows is not None:
         if options.lengths is None:
             raise ConfigError(_LENGTHS_UNKNOWN)
-        if options.group_rows < 1:
-            raise ConfigError(f"--group-rows={options.group_rows}: must be at least 1")
     elif options.group_rows > 1:
         raise ConfigError(f"--group-rows={options.group_rows}: only for sampled rows. Pass --lengths and --rows, too")
 
@@ -161,8 +166,10 @@ def _read_lengths(options: argparse.Namespace, config: Config, rows: InputRows) 
         raise ConfigError(_LENGTHS_UNKNOWN)
     if column not in rows.columns:
         raise ConfigError(f"{column!r} is no column of the dataset{suggest_name(column, rows.columns, 'columns')}")
-    values = np.nan_to_num(rows.read_numbers(column, np.arange(len(rows))), nan=1)
-    lengths: np.ndarray = np.maximum(1, values).astype(np.int64)
+    values = rows.read_numbers(column, np.arange(len(rows)))
+    if len(values) and np.isnan(values).all():
+        raise ConfigError(f"column {column!r} holds no number, so the rows' lengths are unknown")
+    lengths: np.ndarray = np.maximum(1, np.nan_to_num(values, nan=1)).astype(np.int64)
     return lengths
 
 
@@ -174,13 +181,6 @@ def _order_by_noisy_hints(lengths: np.ndarray, options: argparse.Namespace, rand
 
 
 def _build_model(options: argparse.Namespace) -> EngineCostModel:
-    for name in ("step_ms", "seq_us", "kv_ns", "prefill_us"):
-        if getattr(options, name) < 0:
-            raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name):g}: must be at least 0")
-    for name in ("max_num_seqs", "kv_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}={value}: must be at least 1")
     return EngineCostModel(
         options.step_ms / 1e3,
         options.seq_us / 1e6,

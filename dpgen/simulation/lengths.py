@@ -11,6 +11,7 @@ from dpgen.errors import ConfigError
 if TYPE_CHECKING:
     import numpy as np
 
+_MAX_TOKENS = 1e15  # far beyond any context, and exact as a float
 LENGTHS_HELP = "constant:TOKENS, lognormal:MEDIAN:SIGMA, or a JSON file with quantiles"
 
 
@@ -32,10 +33,12 @@ def sample_lengths(kind: str, num_rows: int, seed: int = 0) -> np.ndarray:
         if name == "constant" and len(numbers) == 1:
             samples = np.full(num_rows, float(numbers[0]))
         elif name == "lognormal" and len(numbers) == 2:
-            samples = random.lognormal(np.log(float(numbers[0])), float(numbers[1]), num_rows)
+            samples = float(numbers[0]) * random.lognormal(0.0, float(numbers[1]), num_rows)
         else:
             probabilities, values = _read_quantiles(Path(kind))
             samples = np.interp(random.random(num_rows), probabilities, values)
+        if not ((samples >= 0) & (samples < _MAX_TOKENS)).all():
+            raise ValueError("tokens can't be negative or infinite")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"lengths={kind}: must be {LENGTHS_HELP} ({error})") from None
     lengths: np.ndarray = np.maximum(1, samples.round()).astype(np.int64)

@@ -107,7 +107,9 @@ def test_sampled_lengths_follow_the_distribution() -> None:
     assert np.median(sample_lengths("lognormal:250:0.7", 50_000)) == pytest.approx(250, rel=0.03)
 
 
-@pytest.mark.parametrize("kind", ["constant", "lognormal:1", "nothing.json", "constant:x"])
+@pytest.mark.parametrize(
+    "kind", ["constant", "lognormal:1", "nothing.json", "constant:x", "constant:-5", "constant:nan"]
+)
 def test_a_wrong_distribution_is_reported_with_the_legal_ones(kind: str) -> None:
     with pytest.raises(ConfigError, match=f"lengths={re.escape(kind)}: must be constant:TOKENS"):
         sample_lengths(kind, 1)
@@ -251,6 +253,10 @@ WRONG_USAGE: list[tuple[list[str], str]] = [
     (["--calibrate"], "need a configuration"),
     (["--lengths", "constant:5", "--ranks", "0"], "--ranks=0: must be numbers of at least 1"),
     (["--lengths", "constant:5", "--step-ms", "-1"], "--step-ms=-1: must be at least 0"),
+    (["--lengths", "constant:5", "--rows", "0"], "--rows=0: must be at least 1"),
+    (["--lengths", "constant:5", "--seed", "-1"], "--seed=-1: must be at least 0"),
+    (["--lengths", "constant:5", "--prompt-tokens", "-1"], "--prompt-tokens=-1: must be at least 0"),
+    (["--lengths", "constant:5", "--seq-us", "nan"], "--seq-us=nan: must be a finite number"),
     (["--lengths", "constant:5", "--group-rows", "0"], "--group-rows=0: must be at least 1"),
     (
         ["--lengths", "constant:5", "--group-rows", "4", "--group-noise", "-1"],
@@ -266,6 +272,7 @@ WRONG_USAGE: list[tuple[list[str], str]] = [
         ["conf/demo.yaml", "--length-column", "answr"],
         "'answr' is no column of the dataset; did you mean 'answer'?",
     ),
+    (["conf/demo.yaml", "--length-column", "question"], "column 'question' holds no number"),
     (
         ["conf/demo.yaml", "--lengths", "constant:5", "work.order=longest_first", "work.hint_column=answr"],
         "work.hint_column: 'answr' is no column of the dataset; did you mean 'answer'?",
