@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpgen.api.jobs import Outcome, RankJob, ResultOn
 from dpgen.api.settings import PLACEHOLDER, Layer
+from dpgen.config.checks import find_scheme
 from dpgen.config.loader import load_values
 from dpgen.config.schema import Config
 from dpgen.errors import ConfigError, DpgenError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from dpgen.distributed.topology import Topology
 
 logger = logging.getLogger(__name__)
+
+_MAX_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -144,12 +147,28 @@ def load_rows(run_dir: RunDir, file_format: str, *, in_memory: bool) -> datasets
 
 
 def _find_paths(dataset: Any) -> str | list[str] | None:
-    """Return a dataset that is the name of one, as `data.path` takes it; None if it holds rows itself."""
+    """Return a dataset that is the name of one, as `data.path` takes it; None if it holds rows itself.
+
+    Raises:
+        ConfigError: it is a list of texts, as `LLM.generate` takes prompts.
+    """
     if isinstance(dataset, (str, Path)):
         return str(dataset)
     if isinstance(dataset, (list, tuple)) and dataset and all(isinstance(entry, (str, Path)) for entry in dataset):
-        return [str(entry) for entry in dataset]
+        paths = [str(entry) for entry in dataset]
+        if any(" " in path for path in paths) and not any(map(_looks_like_file, paths)):
+            raise ConfigError(
+                f"dataset[0] is the text {paths[0][:_MAX_SHOWN]!r}, and names no file: a row is a dict of columns: "
+                '[{"prompt": text} for text in texts] with prompt_column="prompt"'
+            )
+        return paths
     return None
+
+
+def _looks_like_file(path: str) -> bool:
+    from dpgen.data.reading.files import looks_local
+
+    return find_scheme(path) is not None or looks_local(path) or os.path.exists(path)
 
 
 def _to_dataset(dataset: Any) -> datasets.Dataset:

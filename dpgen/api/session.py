@@ -314,9 +314,8 @@ class _Runner:
     def _check(self, config: Config) -> None:
         """Check what the number of GPUs, or an engine that is loaded already, rules out."""
         if self._num_gpus is not None and (self._num_gpus < 1 or self._num_gpus % config.gpus_per_rank):
-            raise ConfigError(
-                f"num_gpus={self._num_gpus}: must be a multiple of the {config.gpus_per_rank} GPUs of a rank (parallel)"
-            )
+            bound = f"a multiple of the {config.gpus_per_rank} GPUs of a rank (parallel)"
+            raise ConfigError(f"num_gpus={self._num_gpus}: must be {bound if self._num_gpus > 0 else 'at least 1'}")
         if not self._keeps_engine:
             return
         if config.parallel.launcher == "external":

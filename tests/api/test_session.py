@@ -381,9 +381,18 @@ def test_num_gpus_starts_the_ranks(tmp_path: Path, find_ranks: FindRanks) -> Non
     assert not find_ranks()
 
 
+def test_a_list_of_texts_is_no_list_of_files() -> None:
+    with pytest.raises(dpgen.ConfigError, match=r"dataset\[0\] is the text 'Say hello', and names no file: a row is"):
+        dpgen.generate(["Say hello", "1 + 1?"], **FAKE)
+    with pytest.raises(dpgen.ConfigError, match=r"data.path: no such file or directory: my answers.jsonl"):
+        dpgen.generate(["my answers.jsonl", "more.jsonl"], **FAKE)
+
+
 def test_num_gpus_is_rejected_where_it_has_no_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(dpgen.ConfigError, match="num_gpus=3: must be a multiple of the 2 GPUs"):
         dpgen.generate(ROWS, **FAKE, num_gpus=3, parallel={"tensor_parallel_size": 2})
+    with pytest.raises(dpgen.ConfigError, match="num_gpus=0: must be at least 1"):
+        dpgen.generate(ROWS, **FAKE, num_gpus=0)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(dpgen.ConfigError, match="the launcher has started the ranks already"):
