@@ -59,6 +59,20 @@ def test_a_run_in_which_no_row_succeeded_ends_with_1_however_often_it_is_started
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_rows", [3, 20])
+def test_a_wrong_setting_that_failed_all_rows_is_mended_as_the_message_says(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path, num_rows: int
+) -> None:
+    conf = write_config([{"prompt": "good", "number": 1}] * num_rows, run={"max_leading_errors": 5})
+    job = launcher.dpgen("run", conf, "data.prompt_column=number")
+    assert job.wait() == 1
+    [advice] = [line for line in job.output.splitlines() if line.startswith("dpgen: error: ")]
+    remedies = [key for key in ("run.retry_errors=true", "run.resume=force") if key in advice]
+    assert launcher.dpgen("run", conf, *remedies).wait() == 0
+    assert [row["error"] for row in load_result(tmp_path / "run")] == [None] * num_rows
+
+
+@pytest.mark.slow
 def test_rows_that_fail_first_do_not_stop_a_run_whose_good_rows_are_still_running(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
