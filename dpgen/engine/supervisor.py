@@ -36,7 +36,7 @@ from dpgen.engine.process import warn_if_stuck
 from dpgen.engine.progress_watch import ProgressWatch
 from dpgen.engine.starting.early_events import START_WAIT_S, EarlyEvents
 from dpgen.engine.starting.limits import EngineLimits, EngineMemory, format_delay
-from dpgen.errors import ConfigError, EngineError, EngineHung, EngineStuck, LockstepEngineLost
+from dpgen.errors import EXIT_FAILED, ConfigError, EngineError, EngineHung, EngineStuck, LockstepEngineLost
 from dpgen.formatting import format_count
 from dpgen.records import Request, RowResult, UndecodedRow
 
@@ -340,6 +340,9 @@ class EngineSupervisor:
         took longer than its limit, or that no memory would help, is not tried again.
         """
         if not self._can_restart or isinstance(error, EngineHung | EngineStuck) or error.is_context_too_long:
+            raise error
+        if self.memory.is_given_cache_too_small(error):
+            error.advice, error.exit_status = "set a larger engine.kv_cache_memory_bytes", EXIT_FAILED
             raise error
         self.num_deaths += 1
         self._deaths_in_a_row += 1

@@ -605,9 +605,19 @@ def test_an_engine_whose_weights_do_not_fit_into_what_is_free_is_not_started_wit
 def test_no_memory_for_the_cache_does_not_lead_to_less_memory() -> None:
     cause = "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`"
     harness = StartHarness(*[cause] * 6)
+    harness.engine.memory.kv_bytes = 1000  # as the ranks agreed on
     with pytest.raises(EngineError):
         harness.load()
     assert {process.spec.options.get("gpu_memory_utilization") for process in harness.processes} == {None}
+    assert harness.engine.memory.kv_bytes == 1000
+
+
+def test_a_cache_that_the_configuration_makes_too_small_is_not_tried_again() -> None:
+    cause = "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`"
+    harness = StartHarness(cause, options={"kv_cache_memory_bytes": 1000})
+    with pytest.raises(EngineError, match=r"set a larger engine\.kv_cache_memory_bytes") as raised:
+        harness.load()
+    assert raised.value.exit_status == 1, "nothing that ends will leave it more"
 
 
 def test_an_engine_that_steps_with_others_says_what_to_write_at_once() -> None:

@@ -80,6 +80,10 @@ class EngineMemory:
         """Note that the engine is loaded."""
         self.num_seqs, self._was_held = num_seqs, False
 
+    def is_given_cache_too_small(self, error: EngineError) -> bool:
+        """Return True if an engine died since the KV cache that the configuration gives it has no block."""
+        return error.has_no_room_for_cache and "kv_cache_memory_bytes" in self.spec.options
+
     def reduce_after(self, error: EngineError, num_deaths: int) -> str:
         """Lower a limit of the next life if this one ran out of memory, or note in the error what the user can do.
 
@@ -135,6 +139,8 @@ class EngineMemory:
         if num_deaths <= 2 and num_seqs > 1:
             options["max_num_seqs"] = num_seqs = max(1, num_seqs // 2)
             return f" with max_num_seqs={num_seqs} (engine.max_num_seqs={num_seqs} keeps this for later attempts)"
+        if error.has_no_room_for_cache:  # less memory would leave even less for the cache
+            return ""
         if self.kv_bytes is not None:
             self.kv_bytes = self.kv_bytes * 8 // 10
             return f" with a KV cache of {self.kv_bytes >> 20:,} MiB"
@@ -143,7 +149,7 @@ class EngineMemory:
             return f" with kv_cache_memory_bytes={options['kv_cache_memory_bytes']}"
         usual = _DEFAULT_FRACTION / self.spec.num_sharing
         fraction = round(float(options.get("gpu_memory_utilization", usual)) - 0.1, 2)
-        if fraction <= 0 or error.has_no_room_for_cache:  # less memory would leave even less for the cache
+        if fraction <= 0:
             return ""
         options["gpu_memory_utilization"] = fraction
         return f" with gpu_memory_utilization={fraction / self.spec.num_engines:g}"
