@@ -238,6 +238,9 @@ class FakeBackend:
 
     def _read_sampling(self, request: Request) -> dict[str, Any]:
         sampling = self._spec.resolve_sampling({}, request)
+        if unknown := request.sampling.keys() - _SAMPLING_FIELDS:
+            reason = describe_unknown_field("sampling", min(unknown), _SAMPLING_FIELDS, _ENGINE_FIELDS)
+            raise RowRefused("bad_sampling", reason)
         num_samples = sampling.get("n", 1)
         if request.server_request is not None and (type(num_samples) is not int or num_samples < 1):
             raise RowRefused("bad_request", f"'n' is {num_samples!r}, and must be at least 1")

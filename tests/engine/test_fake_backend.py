@@ -75,6 +75,12 @@ def test_a_configuration_for_vllm_is_taken() -> None:
     FakeBackend(EngineSpec("fake", "m", options=options, sampling=sampling)).check_options()
 
 
+def test_a_field_of_a_request_that_vllm_does_not_know_costs_its_row() -> None:
+    backend = load_backend()
+    with pytest.raises(RowRefused, match=r"unknown key 'sampling.max_tokns'; did you mean 'sampling.max_tokens'"):
+        backend.add_request(Request(RequestId(1), [1, 2], sampling={"max_tokns": 2}))
+
+
 @pytest.mark.parametrize("name", ["logprobs", "n"])
 def test_a_bad_number_costs_its_row_and_not_the_engine(name: str) -> None:
     backend = load_backend()
