@@ -25,6 +25,7 @@ _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float"
 _NO_VALUE = "leave the key out, or write null where none is meant"
 _MAX_SHOWN = 300  # characters of an argument
 _MAX_NODES = 100_000  # a few aliases of aliases can stand for billions
+_KEY = re.compile(r"[a-z_]+(\.\w+)+")
 
 
 @dataclass(frozen=True)
@@ -361,7 +362,9 @@ def _read_text(path: str) -> str:
         with open(path, "rb") as file:
             content = file.read()
     except FileNotFoundError:
-        raise ConfigError(f"no such configuration file: {path}") from None
+        is_key = _KEY.fullmatch(path) is not None and not path.endswith((".yaml", ".yml", ".json"))
+        hint = f"; a key is written {path}=VALUE" if is_key else ""
+        raise ConfigError(f"no such configuration file: {path}{hint}") from None
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from None
     try:
