@@ -43,7 +43,8 @@ Those of a server (--port, --enable-metrics, ...) have no effect, and those that
 own keys may follow as key=value or in YAML files; see dpgen run --help.
 
 Finished lines are safe in the run directory: the same command resumes, on any number of ranks. Lines are those of
-/v1/chat/completions and /v1/completions. A line that can't be answered is a response with an error.
+/v1/chat/completions and /v1/completions, or with task=embed of /v1/embeddings. A line that can't be answered is a
+response with an error.
 """
 
 _EPILOG = "exit status: 0 done, 2 wrong usage or configuration, 75 stopped but resumable, 1 anything else"
