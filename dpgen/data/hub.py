@@ -22,6 +22,7 @@ _MAX_POINTER_BYTES = 1024
 _WRITE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 _PROBE_BYTES = 4096
 _MAX_LISTED = 3
+_DATASET_UNREACHED = "Couldn't reach "  # of `datasets`, which keeps only the name of the Hub's error
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.*"]
 _LOG_IN = "log in (`hf auth login`, or set HF_TOKEN) on every node"
 
@@ -34,9 +35,17 @@ def explain_hub_error(name: str, error: BaseException) -> str | None:
         error: the error, whose causes are searched, too.
     """
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    is_unreached = False  # unless a cause below says why
     for cause in iter_causes(error):
+        is_unreached |= isinstance(cause, LocalEntryNotFoundError) or str(cause).startswith(_DATASET_UNREACHED)
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(cause, GatedRepoError):
             return (
@@ -54,7 +63,14 @@ def explain_hub_error(name: str, error: BaseException) -> str | None:
                 f"the Hub's cache can't be written: {cause.filename}: {cause.strerror}. Set HF_HOME to a folder that "
                 f"can (now: {constants.HF_HUB_CACHE}, of {HUB_CACHE_VARIABLES})"
             )
-    return None
+    if not is_unreached:
+        return None
+    is_offline = constants.HF_HUB_OFFLINE
+    why = "HF_HUB_OFFLINE is set" if is_offline else f"{constants.ENDPOINT} can't be reached from this node"
+    return (
+        f"{name} is no folder here and not in the Hub's cache ({constants.HF_HUB_CACHE}), and {why}: check the name, "
+        "or download it where there is a network (`hf download`)"
+    )
 
 
 def fetch_adapter(place: str, *, is_cached: bool) -> Path:

@@ -19,6 +19,7 @@ import numpy as np
 
 from dpgen.config.checks import parse_range
 from dpgen.config.sections import DataConfig
+from dpgen.data.hub import explain_hub_error
 from dpgen.data.input_rows import InputRows
 from dpgen.data.input_source import InputSource
 from dpgen.data.reading.cache import compute_files_key, describe_error, read_files
@@ -82,7 +83,8 @@ def _translate_errors(config: DataConfig) -> Iterator[None]:
     except UnreadableInput as error:
         raise ConfigError(f"data.path={config.path}: {error}") from None
     except Exception as error:  # noqa: BLE001 - `datasets` passes on all that its readers raise; all of it is about the input
-        raise ConfigError(f"data.path={config.path}: {describe_error(error, _get_cache())}") from None
+        reason = explain_hub_error(str(config.path), error) or describe_error(error, _get_cache())
+        raise ConfigError(f"data.path={config.path}: {reason}") from None
 
 
 def _cut(config: DataConfig, dataset: datasets.Dataset, source: InputSource) -> InputRows:

@@ -224,8 +224,8 @@ class RunDir:
         input_differences = [line for line in differences if line.startswith("input.")]
         if input_differences:
             raise ConfigError(
-                f"run.dir={self.path} holds results of another input: {'; '.join(input_differences)}. "
-                "Choose another directory"
+                f"run.dir={self.path} holds results of another input: {'; '.join(input_differences)}. Give it "
+                "the rows that it began with (data.path, data.select, data.limit), or choose another directory"
             )
         if resume != "force":
             raise ConfigError(

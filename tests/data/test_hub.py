@@ -71,6 +71,22 @@ def test_a_repository_that_the_hub_does_not_give_out_says_what_to_do(launcher: L
     assert refused[2] == f"the Hub refuses access to bad/token (status 403): check HF_TOKEN, or {log_in}"
 
 
+def test_a_name_that_is_neither_here_nor_reached_says_where_to_look(launcher: Launcher, tmp_path: Path) -> None:
+    settings = [f"run.dir={tmp_path / 'run'}", "run.engine=fake", "model=m", "data.prompt_column=prompt"]
+    command = [launcher.python, "-m", "dpgen", "run", *settings, "data.path=nobody/nothing"]
+    dataset = launcher.start(command, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    model = launcher.start(
+        [launcher.python, "-c", PROGRAM, "nobody/nothing"], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)
+    )
+    assert (dataset.wait(), model.wait()) == (2, 0), dataset.output + model.output
+    for output in (dataset.output, model.output):
+        assert (
+            f"nobody/nothing is no folder here and not in the Hub's cache ({tmp_path}/hub), and HF_HUB_OFFLINE"
+            in output
+        )
+        assert "or download it where there is a network (`hf download`)\n" in output
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
