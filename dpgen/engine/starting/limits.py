@@ -144,8 +144,8 @@ class EngineMemory:
         if self.kv_bytes is not None:
             self.kv_bytes = self.kv_bytes * 8 // 10
             return f" with a KV cache of {self.kv_bytes >> 20:,} MiB"
-        if "kv_cache_memory_bytes" in options:
-            options["kv_cache_memory_bytes"] = options["kv_cache_memory_bytes"] * 8 // 10
+        if given := options.get("kv_cache_memory_bytes"):
+            options["kv_cache_memory_bytes"] = given * 8 // 10
             return f" with kv_cache_memory_bytes={options['kv_cache_memory_bytes']}"
         usual = _DEFAULT_FRACTION / self.spec.num_sharing
         fraction = round(float(options.get("gpu_memory_utilization", usual)) - 0.1, 2)

@@ -112,6 +112,15 @@ def test_where_several_engines_divide_the_memory_the_advice_is_for_all_of_them()
     )
 
 
+def test_memory_that_runs_out_again_lowers_what_is_known_and_no_cache_is_lowered_to_nothing() -> None:
+    out_of_memory = EngineError("the engine failed: torch.OutOfMemoryError: CUDA out of memory.")
+    memory = EngineMemory(EngineSpec("vllm", "m", options={"kv_cache_memory_bytes": None}))
+    assert memory.reduce_after(out_of_memory, 3) == " with gpu_memory_utilization=0.82"
+    no_room = EngineError("the engine failed: ValueError: No available memory for the cache blocks.")
+    memory.kv_bytes = 0
+    assert memory.reduce_after(no_room, 3) == "", "a smaller cache is no help"
+
+
 @pytest.mark.multi
 @pytest.mark.parametrize("has_own_limit", [False, True])
 def test_a_run_goes_on_with_the_memory_that_is_free_or_says_what_to_write(
