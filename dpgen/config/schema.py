@@ -35,6 +35,7 @@ from dpgen.config.sections import (
     option,
 )
 from dpgen.config.text_files import escape_file_name
+from dpgen.config.vllm.engine_numbers import find_wrong_engine_numbers, read_engine_numbers
 from dpgen.errors import ConfigError
 
 _MAX_NUMBER = 2**63  # libraries hold sizes in 64 bits
@@ -88,6 +89,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.program.is_used and self.data.format == "auto":  # its rows are no requests, whatever they look like
             object.__setattr__(self, "data", dataclasses.replace(self.data, format="rows"))
+        object.__setattr__(self, "engine", read_engine_numbers(self.engine))
         _validate(self)
 
     @property
@@ -188,6 +190,7 @@ def find_wrong_values(sections: Mapping[str, Any]) -> Iterator[str]:
     yield from find_wrong_media_values(sections["data"])
     yield from checks.find_wrong_output(sections["output"])
     yield from checks.find_wrong_engine_keys(sections["engine"])
+    yield from find_wrong_engine_numbers(sections["engine"])
     yield from checks.find_wrong_parallel_values(sections["parallel"])
     yield from checks.find_wrong_adapters(sections["lora"])
     yield from checks.find_wrong_sampling(sections["sampling"], sections["sampling_by_rank"])

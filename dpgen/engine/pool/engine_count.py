@@ -127,7 +127,8 @@ def estimate_engine_bytes(
         options: `engine.*`.
         max_model_len: tokens of the longest sequence, which vLLM wants to have room for; 0 where unknown.
     """
-    num_tokens = min(_TOKENS_PER_SEQ, options.get("max_model_len") or _TOKENS_PER_SEQ)
+    given = options.get("max_model_len") or 0
+    num_tokens = min(_TOKENS_PER_SEQ, given) if given > 0 else _TOKENS_PER_SEQ  # -1: what fits in memory
     num_seqs = options.get("max_num_seqs") or DEFAULT_NUM_SEQS
     return int(size_bytes + _OVERHEAD_BYTES + kv_bytes_per_token * max(num_tokens * num_seqs, max_model_len))
 
