@@ -49,7 +49,7 @@ T = TypeVar("T")
 
 _STATS_INTERVAL_S = 1.0
 _SAMPLE_INTERVAL_S = 0.25  # while the number of engines is measured; see `dpgen.engine.pool.engine_count`
-_SAMPLED_S = 30.0  # at most: it is known by then
+_SAMPLED_S = 30.0  # most often it is known by then; else it takes some seconds more
 _IDLE_S = 0.005  # sleep between two rounds of lockstep processes that have no work
 
 

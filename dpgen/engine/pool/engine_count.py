@@ -12,6 +12,7 @@ Limits: one measurement, from the first rows. What changes later (longer context
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,8 @@ _MAX_KV_REPORTS = 5  # in a row, with a full KV cache, after which the rest of t
 _SETTLE = Stretch(0.5, 10, 1.0)  # dropped: graphs warm up, and all rows are prefilled
 _MEASURE = Stretch(1.0, 30, 3.0)
 _DEVICE_WINDOW_S = 1.0  # of the past that one reading of NVML averages over, at most
-_PATIENCE_S = 20.0  # within which an engine must be full to be measured
+_PATIENCE_S = 20.0  # for which an engine may be no fuller than it was, until it counts as full as it gets
+_GROWTH = 0.05  # of the sequences that an engine may run, by which it is fuller
 _DIP_S = 0.6  # for which a full one may have fewer: rows of one length end together, and those after them are prefilled
 _FULL_TIMES = 4  # of an engine's sequences, that must be left while nothing tells how fast rows are finished
 _PAYS_TIMES = 1.5  # a start-up pays if the work left takes so many times as long
@@ -219,30 +221,36 @@ class Calibration:
     As soon as an engine has been full for some steps, both halves of what was measured are asked how many engines pay.
     If they disagree, the measurement continues until it is as long as it may be.
 
+    An engine fills slowly where its prompts are long, or its media take time. It is waited for while it becomes fuller.
+    Where rows then still wait in it, prompts take so long that it never is full, and it is measured as it is.
+
     Args:
         max_num_seqs: sequences that it runs at a time.
-        begin_s: when it was ready.
         max_engines: how many there may be.
     """
 
-    def __init__(self, max_num_seqs: int, begin_s: float, max_engines: int) -> None:
-        self._max_num_seqs, self._begin_s, self._max_engines = max_num_seqs, begin_s, max_engines
+    def __init__(self, max_num_seqs: int, max_engines: int) -> None:
+        self._max_num_seqs, self._max_engines = max_num_seqs, max_engines
         self._stats: list[EngineStats] = []  # of the full engine, since it has been full but for dips
+        self._last_elapsed_s = math.inf  # of its last report
+        self._most_running, self._grew_s = 0, 0.0
 
     def add(self, stats: EngineStats, now_s: float) -> Signals | str | None:
         """Take an engine's newest statistics, and return the signals, or why there are none; None to go on."""
-        is_kv_full = _is_kv_full(stats, self._max_num_seqs)
-        if _has_few(stats, self._max_num_seqs) and not is_kv_full:
-            has_patience = now_s - self._begin_s < _PATIENCE_S
-            is_dip = bool(self._stats) and stats.elapsed_s - self._stats[-1].elapsed_s < _DIP_S
-            if has_patience and is_dip:
-                return None
+        if stats.elapsed_s < self._last_elapsed_s:  # the engine was started, or started again
             self._stats.clear()
+            self._most_running, self._grew_s = stats.num_running, now_s
+        elif stats.num_running >= self._most_running + _GROWTH * self._max_num_seqs:
+            self._most_running, self._grew_s = stats.num_running, now_s
+        self._last_elapsed_s = stats.elapsed_s
+        has_patience = now_s - self._grew_s < _PATIENCE_S
+        is_full = not _has_few(stats, self._max_num_seqs) or _is_kv_full(stats, self._max_num_seqs)
+        if not is_full and (has_patience or not stats.num_waiting):
+            if not (has_patience and self._stats and stats.elapsed_s - self._stats[-1].elapsed_s < _DIP_S):
+                self._stats.clear()
             if has_patience:
                 return None
             return f"the rows fill {stats.num_running:,} of the {self._max_num_seqs:,} sequences of one engine"
-        if self._stats and stats.elapsed_s < self._stats[-1].elapsed_s:
-            self._stats.clear()  # the engine was restarted
         self._stats.append(stats)
         settled = [one for one in self._stats if _SETTLE.lies_between(self._stats[0], one)]
         if not settled or not _MEASURE.lies_between(settled[0], stats):

@@ -94,7 +94,7 @@ class EnginePool:
         self._max_engines, self._was_auto = count.number, count.is_auto
         self._is_decided = self.has_joined_all = False
         self._load_begin_s: float | None = None
-        self._ready_s = clock()
+        self._begin_s: float | None = None  # when the first rows came
         self._start_s, self._num_finished = _MIN_START_S, 0
         self._num_seqs_before = spec.options.get("max_num_seqs") or DEFAULT_NUM_SEQS  # before an engine is loaded
         self._add_engine(spec)
@@ -131,10 +131,10 @@ class EnginePool:
         self.check_options(on_wait)
         self._prepare()
         info = self.supervisors[0].load_model(agree_kv, on_wait, text_config)
-        self._ready_s = self._clock()
-        self._start_s = max(_MIN_START_S, self._ready_s - (self._load_begin_s or self._ready_s))
+        now_s = self._clock()
+        self._start_s = max(_MIN_START_S, now_s - (now_s if self._load_begin_s is None else self._load_begin_s))
         if self.count.is_auto:
-            self._calibration = Calibration(info.max_num_seqs, self._ready_s, self.count.number)
+            self._calibration = Calibration(info.max_num_seqs, self.count.number)
             self._kv_watch = KvWatch(info.max_num_seqs)
             self._max_engines = self.count.number
         return info
@@ -202,6 +202,8 @@ class EnginePool:
         if not sizes:  # all of them start again
             sizes = {index: engine.max_num_seqs for index, engine in enumerate(self.supervisors) if engine.max_num_seqs}
         sizes = sizes or {0: 1}
+        if requests and self._begin_s is None:
+            self._begin_s = self._clock()
         batches: dict[int, list[Request]] = {}
         for request in requests:
             batches.setdefault(self._router.place(request, sizes), []).append(request)
@@ -333,7 +335,7 @@ class EnginePool:
             self._add_engine(self.supervisors[0].memory.spec)
 
     def _pays(self) -> bool:
-        generating_s = self._clock() - self._ready_s
+        generating_s = 0.0 if self._begin_s is None else self._clock() - self._begin_s
         rate = self._num_finished / generating_s if generating_s > 0 else 0.0
         num_seqs = self.supervisors[0].max_num_seqs or self._num_seqs_before
         return pays(self.get_rows_left(), rate, self._start_s, num_seqs)

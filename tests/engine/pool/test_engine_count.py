@@ -113,7 +113,7 @@ def make_stats(elapsed_s: float, num_running: int = 256, step_s: float = 0.01, *
 
 def measure(reports: Iterable[EngineStats]) -> tuple[float, Signals]:
     """Return when the measurement is done, and what it found."""
-    calibration = Calibration(256, 0.0, max_engines=4)
+    calibration = Calibration(256, max_engines=4)
     for stats in reports:
         found = calibration.add(stats, stats.elapsed_s)
         if found is not None:
@@ -164,11 +164,38 @@ def test_a_restarted_engine_is_measured_from_its_start() -> None:
 
 
 def test_an_engine_that_the_rows_do_not_fill_is_enough() -> None:
-    calibration = Calibration(256, 0.0, max_engines=4)
-    assert calibration.add(make_stats(5, num_running=20), 5.0) is None
-    assert (
-        calibration.add(make_stats(21, num_running=20), 21.0) == "the rows fill 20 of the 256 sequences of one engine"
-    )
+    calibration = Calibration(256, max_engines=4)
+    assert calibration.add(make_stats(5, num_running=20, num_waiting=0), 5.0) is None
+    few = make_stats(26, num_running=20, num_waiting=0)
+    assert calibration.add(few, 26.0) == "the rows fill 20 of the 256 sequences of one engine"
+
+
+def test_an_engine_that_waits_for_its_first_rows_is_measured_once_it_has_them() -> None:
+    late = [dataclasses.replace(stats, elapsed_s=stats.elapsed_s + 60) for stats in sample()]
+    done_s, signals = measure(late)
+    assert done_s == 60 + 1.25 + 0.5 + 1.0 and signals.num_running == 256, "it was ready a minute before other ranks"
+
+
+@pytest.mark.parametrize("num_waiting", [32, 0], ids=["long prompts", "media that take time"])
+def test_an_engine_that_fills_slowly_is_measured_once_it_is_full(num_waiting: int) -> None:
+    filling = [make_stats(s, num_running=min(256, 2 * s), num_waiting=num_waiting, step_s=0.5) for s in range(1, 120)]
+    done_s, signals = measure([*filling, *(make_stats(120 + quarter / 4) for quarter in range(40))])
+    assert done_s > 116 and signals.num_running == 256
+
+
+def test_an_engine_that_long_prompts_never_let_be_full_is_measured_as_it_is() -> None:
+    busy = [make_stats(second, num_running=40 + second % 5, step_s=0.3, device_busy=1.0) for second in range(1, 60)]
+    done_s, signals = measure(busy)
+    assert 20 < done_s < 30
+    assert decide_engine_count(signals, 4).number == 1
+
+
+def test_an_engine_that_dies_before_it_is_measured_is_measured_in_its_next_life() -> None:
+    calibration = Calibration(256, max_engines=4)
+    found = [calibration.add(make_stats(s / 4, num_running=20 + s), s / 4) for s in range(1, 8)]
+    found += [calibration.add(stats, 60 + stats.elapsed_s) for stats in sample()]
+    first = next(signals for signals in found if signals is not None)
+    assert isinstance(first, Signals) and first.num_running == 256
 
 
 def test_another_engine_pays_only_if_enough_is_left() -> None:

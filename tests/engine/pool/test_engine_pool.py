@@ -327,6 +327,15 @@ def test_auto_starts_nothing_for_a_job_that_is_almost_over() -> None:
     assert harness.decided[-1].number == 1 and "too few rows are left" in harness.decided[-1].why
 
 
+def test_the_time_until_the_first_row_does_not_make_a_rank_look_slow() -> None:
+    harness = Harness(AUTO)
+    harness.poll(3600)  # other ranks load
+    harness.submit(range(1000))
+    harness.processes[0].finish(1000)
+    calibrate(harness, device_busy=0.2, rows_left=100)
+    assert harness.decided[-1].number == 1 and "too few rows are left" in harness.decided[-1].why
+
+
 def test_the_memory_may_have_room_for_fewer_engines(caplog: pytest.LogCaptureFixture) -> None:
     class Small(Harness):
         def start(self, spec: EngineSpec, index: int = 0) -> ScriptedProcess:
