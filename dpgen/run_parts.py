@@ -190,7 +190,8 @@ def _report_engine_count(config: Config, run_dir: RunDir, count: EngineCount) ->
     facts = {"number": count.number, "why": count.why, **count.facts, "uses_mps": mps is not None}
     run_dir.update_metadata(engines_per_rank=facts)
     if count.number > 1 or (config.run.engine == "vllm" and config.parallel.engines_per_rank == "auto"):
-        logger.info(f"{count.describe()}{beside if count.number > 1 else ''}")
+        shares_gpu = count.number > 1 or config.parallel.share_devices
+        logger.info(f"{count.describe()}{beside if shares_gpu else ''}")
 
 
 def report_run(
