@@ -143,6 +143,10 @@ class FakeBackend:
     def num_engines(self) -> int:
         return self._spec.num_engines
 
+    @property
+    def max_num_seqs(self) -> int:
+        return self._options.max_num_seqs
+
     def check_options(self) -> tuple[str, ...]:
         self._check_names()
         self._options = FakeOptions(**{k: v for k, v in self._spec.options.items() if k in _OPTIONS})

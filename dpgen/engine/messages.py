@@ -193,11 +193,13 @@ class OptionsChecked:
         problem: the illegal option; None if all are legal.
         notes: lines for the log.
         num_engines: that the rank's memory is divided by.
+        max_num_seqs: sequences that the engine is to run at a time; 0 where it does not tell.
     """
 
     problem: str | None = None
     notes: tuple[str, ...] = ()
     num_engines: int = 1
+    max_num_seqs: int = 0
 
 
 @dataclass(frozen=True)
@@ -325,6 +327,10 @@ class Backend(Protocol):
     @property
     def num_engines(self) -> int:
         """Return how many engines divide the rank's memory; known once the options are checked."""
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Return how many sequences run at a time; known once the options are checked."""
 
     def check_options(self) -> tuple[str, ...]:
         """Check the options without loading the model, and return notes for the log.

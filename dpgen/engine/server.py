@@ -84,7 +84,7 @@ def _serve(pipe: Connection, kind: str) -> None:
     except ConfigError as error:
         pipe.send(OptionsChecked(problem=str(error)))
         return
-    pipe.send(OptionsChecked(notes=notes, num_engines=backend.num_engines))
+    pipe.send(OptionsChecked(None, notes, backend.num_engines, backend.max_num_seqs))
     load_request = timer.exclude(pipe.recv)
     if isinstance(load_request, Shutdown):
         return

@@ -275,6 +275,7 @@ class EngineSupervisor:
 
     def _note_options(self, checked: OptionsChecked) -> None:
         self._notes, num_engines = checked.notes, checked.num_engines
+        self.memory.num_seqs = checked.max_num_seqs or self.memory.num_seqs
         self.memory.spec = dataclasses.replace(self.memory.spec, num_engines=num_engines, is_num_engines_auto=False)
 
     def _set_ready(self, ready: EngineReady) -> None:

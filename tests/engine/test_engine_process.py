@@ -70,7 +70,7 @@ def test_an_engine_that_may_load_at_once_does_so_without_a_further_message() -> 
         events: list[Event] = []
         while len(events) < 2:
             events += process.poll(1.0)
-        assert events == [OptionsChecked(), KvBytesMeasured(1 << 16)]
+        assert events == [OptionsChecked(max_num_seqs=16), KvBytesMeasured(1 << 16)]
         process.set_kv_bytes(1 << 15)
         process.set_text_config(EngineTextConfig())
         while not (events := process.poll(1.0)):

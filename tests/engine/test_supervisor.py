@@ -531,6 +531,13 @@ def test_a_start_that_fails_three_times_ends_the_run_with_the_cause() -> None:
     assert shown == [False, False, True], "what the engine logged of a start that is tried again is held back"
 
 
+def test_an_engine_that_lacks_memory_to_start_is_started_with_half_of_its_own_sequences() -> None:
+    harness = StartHarness(OOM, None)
+    harness.processes[0]._events = [OptionsChecked(max_num_seqs=1024)]
+    harness.load()
+    assert harness.processes[1].spec.options == {"max_num_seqs": 512}, "vLLM's default depends on the GPU"
+
+
 def test_an_engine_that_is_killed_at_every_start_ends_the_run_resumable(caplog: pytest.LogCaptureFixture) -> None:
     harness = StartHarness(*[KILLED] * LIMITS.max_deaths)
     with pytest.raises(EngineError, match="killed by SIGKILL") as raised:

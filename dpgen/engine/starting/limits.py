@@ -66,7 +66,7 @@ class EngineMemory:
     Attributes:
         spec: the engine to start.
         kv_bytes: bytes of KV cache that the ranks agreed on, or less; None before the agreement.
-        num_seqs: sequences that the loaded engine runs at a time; None before it is loaded.
+        num_seqs: sequences that the engine runs at a time; None before it has checked its options.
     """
 
     def __init__(self, spec: EngineSpec) -> None:

@@ -79,7 +79,7 @@ class VllmBackend:
         self._preemptions: dict[str, int] = {}  # preemptions of each running sequence that was preempted
         self._num_preemptions = 0
         self._device = DeviceMonitor(os.environ)
-        self.num_engines = spec.num_engines
+        self.num_engines, self.max_num_seqs = spec.num_engines, 0
 
     def check_options(self) -> tuple[str, ...]:
         unknown = list(self._fields.find_unknown(self._spec))
@@ -91,6 +91,7 @@ class VllmBackend:
                 self.num_engines, shared = share_memory(options, self._spec, self._device, on_cpu=on_cpu)
                 spec = dataclasses.replace(self._spec, num_engines=self.num_engines)
                 self._config, notes = create_engine_config(spec, options, self._executor.backend, self._adapters)
+                self.max_num_seqs = self._config.scheduler_config.max_num_seqs
                 notes += shared
                 mistakes += self._adapters.find_rejected(self._config.lora_config)
                 mistakes += find_wrong_model(self._spec, self._config.model_config)
