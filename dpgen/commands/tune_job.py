@@ -115,12 +115,15 @@ class TuneJob:
                 if number < len(self._stored) and dict(self._stored[number].overrides) == dict(plan.overrides):
                     self.search.record(self._stored[number])
                     continue
+                if self._run_dir.is_finished:
+                    break
                 self._stored = self._stored[:number]
                 self.search.record(self._run_trial(plan))
                 write_results(self._run_dir.tuning, self._base, self._machine, self.search.results)
         finally:
             if self._ranks is not None:
                 self._ranks.close()
+        self.is_complete = self.is_complete or self._run_dir.is_finished
         if self.is_complete:
             self.search.reason = "the job's last row was finished meanwhile"
         if self.search.best is None and not self.is_complete:

@@ -87,6 +87,9 @@ def test_a_job_that_a_trial_finishes_is_done(write_config: WriteConfig, launcher
     assert "the job's last row was finished meanwhile" in job.output
     assert len(load_result(tmp_path / "run")) == 20
     assert not (tmp_path / "tuned.yaml").exists(), "nothing was measured"
+    same = launcher.dpgen("tune", conf, "--output", str(tmp_path / "tuned.yaml"))
+    assert same.wait() == 0 and "the job's last row was finished meanwhile" in same.output
+    assert "trial 1: " not in same.output and "trial 2: " not in same.output, "no row is left to start engines for"
     again = launcher.dpgen("tune", conf, "data.limit=20", "--output", str(tmp_path / "tuned.yaml"))
     assert again.wait() == 2
     assert "holds a complete result: no row is left to measure with" in again.output
