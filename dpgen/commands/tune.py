@@ -200,7 +200,7 @@ def _report(job: TuneJob, options: argparse.Namespace, output: Path) -> None:
         ]
         atomic_write_text(output, table.to_overlay(search, comments))
         num_ranks = job.count_ranks_of(search.best.overrides)
-        command = table.make_command(options.configuration, str(output), list(search.best.overrides), num_ranks)
+        command = table.make_command(options.configuration, str(output), search.best.overrides, num_ranks)
     flush_logging()
     if options.json:
         print(json.dumps(_to_json(job, rows, output if command else None, command)))

@@ -46,7 +46,7 @@ def load_from_args(arguments: Sequence[str]) -> Config:
     Raises:
         ConfigError: see `load`.
     """
-    return load(*_split_arguments(arguments))
+    return load(*split_arguments(arguments))
 
 
 def load(files: Sequence[str], overrides: Sequence[str]) -> Config:
@@ -89,11 +89,11 @@ def load_with_places(arguments: Sequence[str]) -> tuple[Config, dict[str, str | 
     Raises:
         ConfigError: see `load`.
     """
-    merger = _merge_layers(*_split_arguments(arguments))
+    merger = _merge_layers(*split_arguments(arguments))
     return merger.make_config(), merger.places
 
 
-def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the YAML files of a command line, and its overrides."""
     files = [argument for argument in arguments if "=" not in argument or os.path.isfile(argument)]
     return files, [argument for argument in arguments if argument not in files]

@@ -134,16 +134,20 @@ def to_overlay(search: Search, comments: Sequence[str]) -> str:
     return "".join(f"{line}\n" for line in (MARK, *(f"# {comment}" for comment in comments))) + yaml12.dump(sections)
 
 
-def make_command(arguments: Sequence[str], overlay: str, keys: Sequence[str], num_ranks: int) -> str:
+def make_command(arguments: Sequence[str], overlay: str, overrides: Mapping[str, Any], num_ranks: int) -> str:
     """Return the command that runs the job with the overlay.
 
     Args:
-        arguments: YAML files and key=value of the job.
-        keys: that the overlay sets: given on the command line they would win over it, so they are left out.
+        arguments: YAML files and key=value of the job. Given on the command line, a key would win over the overlay:
+            the overlay's keys are left out, and stand again after a whole section (``engine={...}``).
+        overrides: what the overlay sets.
     """
-    kept = [argument for argument in arguments if argument.partition("=")[0] not in keys]
-    files = [argument for argument in kept if "=" not in argument]
-    values = [argument for argument in kept if "=" in argument]
+    from dpgen.config.loader import split_arguments
+
+    files, given = split_arguments(arguments)
+    values = [value for value in given if value.partition("=")[0] not in overrides]
+    sections = {value.partition("=")[0] for value in values}
+    values += [f"{key}={_format_value(value)}" for key, value in overrides.items() if key.partition(".")[0] in sections]
     launcher = f"torchrun --nproc-per-node {num_ranks} -m dpgen" if num_ranks > 1 else "dpgen"
     return f"{launcher} run {shlex.join([*files, overlay, *values])}"
 

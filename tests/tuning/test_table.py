@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -57,6 +59,15 @@ def test_the_overlay_holds_the_best_settings(search: Search) -> None:
 
 def test_a_key_of_the_command_line_does_not_win_over_the_overlay() -> None:
     arguments = ["a.yaml", f"{MAX_NUM_SEQS}=64", "data.limit=5"]
-    assert make_command(arguments, "tuned.yaml", [MAX_NUM_SEQS], 1) == "dpgen run a.yaml tuned.yaml data.limit=5"
-    command = make_command(["my conf.yaml"], "tuned.yaml", [], 2)
+    found = {MAX_NUM_SEQS: 128}
+    assert make_command(arguments, "tuned.yaml", found, 1) == "dpgen run a.yaml tuned.yaml data.limit=5"
+    section = make_command(["a.yaml", "engine={max_num_seqs: 64}"], "tuned.yaml", found, 1)
+    assert section == f"dpgen run a.yaml tuned.yaml 'engine={{max_num_seqs: 64}}' {MAX_NUM_SEQS}=128"
+    command = make_command(["my conf.yaml"], "tuned.yaml", {}, 2)
     assert command == "torchrun --nproc-per-node 2 -m dpgen run 'my conf.yaml' tuned.yaml"
+
+
+def test_a_configuration_whose_path_looks_like_a_value_stands_before_the_overlay(tmp_path: Path) -> None:
+    conf = tmp_path / "lr=1.yaml"
+    conf.touch()
+    assert make_command(["data.limit=5", str(conf)], "tuned.yaml", {}, 1) == f"dpgen run {conf} tuned.yaml data.limit=5"
