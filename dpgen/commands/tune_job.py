@@ -23,7 +23,7 @@ from dpgen.config.schema import Config
 from dpgen.errors import ConfigError, DpgenError, Interrupted
 from dpgen.formatting import format_count, format_duration
 from dpgen.journal.run_dir import RunDir
-from dpgen.simulation.hardware import read_gpu_name
+from dpgen.simulation.hardware import find_batched_tokens, read_gpu_name
 from dpgen.tuning.search import Search
 from dpgen.tuning.space import (
     Facts,
@@ -225,6 +225,7 @@ class TuneJob:
             cached_fraction=first.num_cached_tokens / num_prompt_tokens if num_prompt_tokens else None,
             num_engines_per_rank=first.num_engines // max(1, first.num_ranks),
             engine_options=list_engine_options(self.config.run.engine),
+            batched_tokens=find_batched_tokens(read_gpu_name()),
         )
         return list_candidates(self.config, facts, self._options.speculative)
 

@@ -91,6 +91,12 @@ def estimate_cost_model(size: ModelSize, gpu: Gpu, num_gpus: int, options: Mappi
     )
 
 
+def find_batched_tokens(gpu_name: str | None) -> int:
+    """Return vLLM's default of `max_num_batched_tokens` (0.26 to 0.33, `EngineArgs.get_batch_defaults`)."""
+    gpu = None if gpu_name is None else find_gpu(gpu_name)
+    return 16384 if gpu is not None and _has_large_batches(gpu) else 8192
+
+
 def compute_free_bytes(size: ModelSize, gpu: Gpu, num_gpus: int, options: Mapping[str, Any]) -> float:
     """Return the bytes that one model copy leaves for its KV cache; negative if the weights don't fit."""
     fraction = options.get("gpu_memory_utilization")
@@ -102,8 +108,11 @@ def _find_max_num_seqs(gpu: Gpu, options: Mapping[str, Any]) -> int:
     given = options.get("max_num_seqs")
     if isinstance(given, int) and given > 0:
         return given
-    is_large = gpu.memory >= _LARGE_BYTES and not gpu.name.startswith("A100")
-    return 1024 if is_large else reference.MAX_NUM_SEQS  # vLLM 0.32, `EngineArgs.get_batch_defaults`
+    return 1024 if _has_large_batches(gpu) else reference.MAX_NUM_SEQS  # vLLM 0.32, `EngineArgs.get_batch_defaults`
+
+
+def _has_large_batches(gpu: Gpu) -> bool:
+    return gpu.memory >= _LARGE_BYTES and not gpu.name.startswith("A100")
 
 
 def _count_kv_tokens(size: ModelSize, gpu: Gpu, num_gpus: int, options: Mapping[str, Any]) -> int | None:

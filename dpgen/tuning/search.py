@@ -126,6 +126,8 @@ class Search:
         cost_s = self.start_s + max(self._estimate_turn_s() + _MEASURE_S, first_stage_s)
         while self._candidates:
             candidate = self._candidates.pop(0)
+            if not self._is_possible(candidate):
+                continue
             if cost_s > left_s:
                 self.reason = self._describe_shortage(cost_s, left_s)
                 return None
@@ -133,6 +135,13 @@ class Search:
                 return candidate
         self.reason = "no further change promises to save more than a start of the engines costs"
         return None
+
+    def _is_possible(self, candidate: Candidate) -> bool:
+        """Return False for what the best settings have, and for several engines on several GPUs."""
+        assert self.best is not None
+        best, tried = self.best.overrides, candidate.overrides
+        has_several_gpus = best.get(TENSOR_PARALLEL, 1) > 1 and TENSOR_PARALLEL not in tried
+        return not (tried.items() <= best.items() or (has_several_gpus and tried.get(ENGINES_PER_RANK, 1) > 1))
 
     def _describe_shortage(self, cost_s: float, left_s: float) -> str:
         budget_s = self.budget.get_s(self.job_s)

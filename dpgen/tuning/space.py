@@ -48,7 +48,6 @@ _VLLM_OPTIONS = frozenset(
     ["max_num_batched_tokens", "max_cudagraph_capture_size", "enable_prefix_caching", "performance_mode"]
 )
 _MAX_ENGINES_PER_RANK = 4
-_DEFAULT_BATCHED_TOKENS = 8192
 _MAX_GRAPH_SEQS = 512  # vLLM captures graphs up to here by itself
 _LARGEST_LIMIT = 1024
 _MIN_CACHED_FRACTION = 0.01  # of all prompt tokens, below which a prefix cache is not missed
@@ -91,6 +90,7 @@ class Facts:
         cached_fraction: prompt tokens found in the prefix cache, over all prompt tokens; None where unknown.
         num_engines_per_rank: of the first trial.
         engine_options: names of the engine's options; empty where unknown.
+        batched_tokens: `max_num_batched_tokens` where the configuration has none.
     """
 
     num_gpus: int
@@ -101,6 +101,7 @@ class Facts:
     cached_fraction: float | None = None
     num_engines_per_rank: int = 1
     engine_options: frozenset[str] = frozenset()
+    batched_tokens: int = 8192
 
 
 def check_tunable(config: Config) -> None:
@@ -181,7 +182,8 @@ def _list_tensor_sizes(config: Config, facts: Facts) -> Iterator[Candidate]:
         return
     for other, gain in ((size // 2, 0.1), (2 * size, 0.04)):
         if other >= 1 and facts.num_gpus % (other * fixed) == 0 and facts.num_gpus >= other * fixed and other != size:
-            yield Candidate({TENSOR_PARALLEL: other}, gain, climbs=True)
+            alone = {ENGINES_PER_RANK: 1} if other * fixed > 1 else {}  # several GPUs are one engine's
+            yield Candidate({TENSOR_PARALLEL: other, **alone}, gain, climbs=True)
 
 
 def _list_engine_options(config: Config, facts: Facts) -> Iterator[Candidate]:
@@ -191,7 +193,7 @@ def _list_engine_options(config: Config, facts: Facts) -> Iterator[Candidate]:
         yield Candidate({MAX_NUM_SEQS: largest}, 0.05, climbs=True, start_limit=doubled)
     if "max_num_batched_tokens" in knows:
         gain = 0.08 if (facts.prompt_fraction or 0) > 0.7 else 0.015
-        current = engine.get("max_num_batched_tokens") or _DEFAULT_BATCHED_TOKENS
+        current = engine.get("max_num_batched_tokens") or facts.batched_tokens
         yield Candidate({_BATCHED_TOKENS: 2 * current}, gain)
         if current // 2 >= facts.max_num_seqs:
             yield Candidate({_BATCHED_TOKENS: current // 2}, gain / 2)

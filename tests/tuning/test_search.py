@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpgen.tuning.search import Search
-from dpgen.tuning.space import ENGINES_PER_RANK, MAX_NUM_SEQS, Candidate
+from dpgen.tuning.space import ENGINES_PER_RANK, MAX_NUM_SEQS, TENSOR_PARALLEL, Candidate
 from dpgen.tuning.trial import Budget, Measurement, TrialPlan, TrialResult
 
 HOUR = Budget(seconds=3600)
@@ -48,6 +48,12 @@ def test_one_engine_more_is_tried_after_one_that_paid() -> None:
     rates = {f"{ENGINES_PER_RANK}=2": 1.5, f"{ENGINES_PER_RANK}=3": 1.4}
     assert run_search(search, rates) == [{}, {ENGINES_PER_RANK: 2}, {ENGINES_PER_RANK: 3}]
     assert search.best is not None and search.best.overrides[ENGINES_PER_RANK] == 2
+
+
+def test_no_trial_repeats_the_best_or_has_several_engines_on_several_gpus() -> None:
+    tensor = Candidate({TENSOR_PARALLEL: 2, ENGINES_PER_RANK: 1}, 0.1, climbs=True)
+    search = make_search([tensor, Candidate({ENGINES_PER_RANK: 2}, 0.05), Candidate({ENGINES_PER_RANK: 1}, 0.03)])
+    assert run_search(search, {f"{TENSOR_PARALLEL}=2": 1.5}) == [{}, dict(tensor.overrides)]
 
 
 def test_no_trial_is_made_that_the_budget_has_no_time_for() -> None:

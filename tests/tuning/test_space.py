@@ -12,6 +12,7 @@ from dpgen.config.loader import load_from_args
 from dpgen.config.schema import Config
 from dpgen.errors import ConfigError
 from dpgen.journal.run_identity import compute_run_identity
+from dpgen.simulation.hardware import find_batched_tokens
 from dpgen.tuning.space import (
     CHANGES,
     ENGINES_PER_RANK,
@@ -79,6 +80,20 @@ def test_the_gpus_of_the_job_are_divided_in_other_ways(tmp_path: Path, size: int
     settings = list_settings(make_config(tmp_path, f"{key}={size}"), num_gpus=4)
     assert sorted(candidate[key] for candidate in settings if key in candidate) == others
     assert not any(key in candidate for candidate in list_settings(make_config(tmp_path), has_gpus=False))
+
+
+def test_an_engine_on_several_gpus_is_tried_though_a_gpu_has_several_engines(tmp_path: Path) -> None:
+    config = make_config(tmp_path, f"{ENGINES_PER_RANK}=2")
+    [tensor] = [found for found in list_settings(config, num_gpus=2) if "parallel.tensor_parallel_size" in found]
+    values = [f"{key}={value}" for key, value in tensor.items()]
+    assert make_config(tmp_path, f"{ENGINES_PER_RANK}=2", *values).gpus_per_rank == 2, "it is no contradiction"
+
+
+def test_other_sizes_of_batches_are_those_beside_the_engines_own(tmp_path: Path) -> None:
+    key = "engine.max_num_batched_tokens"
+    for gpu, sizes in (("NVIDIA H200", [8192, 32768]), ("NVIDIA A100-SXM4-80GB", [4096, 16384])):
+        settings = list_settings(make_config(tmp_path), batched_tokens=find_batched_tokens(gpu))
+        assert sorted(found[key] for found in settings if key in found) == sizes
 
 
 def test_speculative_decoding_is_tried_only_where_it_is_asked_for(tmp_path: Path) -> None:
