@@ -39,9 +39,12 @@ def gather_efficiency(
 
 def describe_efficiency(efficiency: RunEfficiency) -> str:
     """Return ``efficiency 0.97 of the bound: with steps of 6 ms and 29 us a sequence, these rows take 24 s ...``."""
+    costs = f"{1e3 * efficiency.step_s:.3g} ms and {1e6 * efficiency.seq_s:.3g} us"
+    if not efficiency.step_s:
+        costs = f"{1e3 * efficiency.seq_s:.3g} ms"
     text = (
-        f"efficiency {efficiency.fraction:.2f} of the bound: with steps of {1e3 * efficiency.step_s:.3g} ms and "
-        f"{1e6 * efficiency.seq_s:.3g} us a sequence, these rows take {format_duration(efficiency.bound_s)} or more"
+        f"efficiency {efficiency.fraction:.2f} of the bound: with steps of {costs} a sequence, these rows take "
+        f"{format_duration(efficiency.bound_s)} or more"
     )
     if efficiency.is_longest_row:
         text += f", since the longest row alone takes {format_duration(efficiency.longest_row_s)}"

@@ -43,6 +43,12 @@ def test_a_longest_row_that_bounds_the_run_is_named() -> None:
     assert line.startswith("efficiency 0.8") and line.endswith(", since the longest row alone takes 24 s")
 
 
+def test_steps_that_are_known_of_full_engines_alone_are_told_by_the_sequence() -> None:
+    efficiency = RunEfficiency(40.0, 50.0, 1.0, 0.0, 2.5e-3, 8)
+    [line] = summarize_run([RankManifest(0, "node", busy_s=30.0)], efficiency)
+    assert line == "efficiency 0.80 of the bound: with steps of 2.5 ms a sequence, these rows take 40 s or more"
+
+
 @pytest.mark.parametrize(("generation_s", "sampling"), [(9.0, {}), (60.0, {"n": 2})])
 def test_short_runs_and_rows_with_several_samples_have_no_efficiency(
     generation_s: float, sampling: dict[str, Any]

@@ -241,9 +241,19 @@ def test_the_time_in_which_an_engine_starts_again_is_no_step_s() -> None:
 def test_costs_are_left_out_where_samples_say_too_little() -> None:
     few, alike = sample_steps(6e-3, 0, [1, 256]), sample_steps(6e-3, 0, [250, 256] * 20)
     assert fit_step_costs([RankSpeed(few)]) is None and fit_step_costs([RankSpeed(alike)]) is None
+    half_full = RankSpeed(alike, [200] * 500, [1.0] * 500, max_num_seqs=512)
+    assert fit_step_costs([half_full]) is None, "what full steps cost is not known"
     assert compute_efficiency([], 60.0) is None
     without_engines = RankSpeed(sample_steps(6e-3, 30e-6, [1, 256] * 20), [100], [1.0], max_num_seqs=0)
     assert compute_efficiency([without_engines], 60.0) is None, "every engine was abandoned by the end"
+
+
+def test_a_run_whose_engines_are_always_full_has_an_efficiency() -> None:
+    samples = sample_steps(6e-3, 30e-6, [250, 256, 256, 256] * 10)
+    speeds = [RankSpeed(samples, [200] * 500, [4.0] * 500, 256) for _ in range(4)]
+    bound_s = 8000 * 200 * (30e-6 + 6e-3 / 256) / 4
+    efficiency = compute_efficiency(speeds, bound_s / 0.9)
+    assert efficiency is not None and efficiency.fraction == pytest.approx(0.9, rel=0.01)
 
 
 def test_the_efficiency_is_the_bound_over_the_time() -> None:

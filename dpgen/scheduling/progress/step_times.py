@@ -1,8 +1,9 @@
 """Measure what an engine's steps cost, by the number of its sequences, and how close a run came to its bound.
 
 - Each report of an engine gives one sample: sequences that ran, and the time for each token that one of them gained.
-- A line through the samples of all ranks, step + sequence x number of sequences, gives the costs of a step. A few
-  samples, or samples that lie close together, say nothing about it, so that there is no bound then.
+- A line through the samples of all ranks, step + sequence x number of sequences, gives the costs of a step. Samples
+  that lie close together say nothing about it. If they are of full engines, a step counts as so much for each sequence,
+  which no schedule could beat with fewer; else there is no bound, nor with a few samples.
 - The bound is that of `dpgen.scheduling.tail.bound` with these costs: what no schedule of these rows could beat if each
   step cost what steps cost on average in this run. It says nothing about whether the steps themselves could be faster.
 """
@@ -18,6 +19,7 @@ from dpgen.scheduling.tail.bound import StepCosts, compute_bound
 
 _MIN_SAMPLES = 16  # over all ranks
 _MIN_SPREAD = 2.0  # of the numbers of sequences: the largest over the smallest
+_FULL_FRACTION = 0.9  # of the sequences that an engine runs at a time
 BY_LONGEST_ROW = 0.9  # of the bound
 _EXACT_LENGTHS, _MAX_QUANTILES = 256, 768  # of one rank: its longest rows, and quantiles of the others
 
@@ -146,21 +148,22 @@ def compute_efficiency(speeds: Sequence[RankSpeed], generation_s: float) -> RunE
 
 
 def fit_step_costs(speeds: Sequence[RankSpeed]) -> StepCosts | None:
-    """Return the costs of a step in seconds, by least squares; None where samples are few or alike."""
+    """Return the costs of a step in seconds, by least squares; None where samples are few, or alike and not full."""
     samples = [speed.samples for speed in speeds if speed.samples.num_samples]
     count = sum(sample.num_samples for sample in samples)
     if count < _MIN_SAMPLES:
         return None
-    if max(sample.max_seqs for sample in samples) < _MIN_SPREAD * min(sample.min_seqs for sample in samples):
-        return None
+    max_num_seqs = max(speed.max_num_seqs for speed in speeds)
     seqs, times = sum(sample.seqs for sample in samples) / count, sum(sample.time_s for sample in samples) / count
     squares = sum(sample.seqs_squared for sample in samples) / count
     products = sum(sample.seqs_by_time for sample in samples) / count
+    if max(sample.max_seqs for sample in samples) < _MIN_SPREAD * min(sample.min_seqs for sample in samples):
+        is_full = 0 < _FULL_FRACTION * max_num_seqs <= seqs
+        return StepCosts(0.0, products / squares, max_num_seqs) if is_full else None
     sequence = (products - seqs * times) / max(squares - seqs * seqs, 1e-12)
     step = times - sequence * seqs
     if sequence < 0:
         step, sequence = times, 0.0
     elif step < 0:
         step, sequence = 0.0, products / squares
-    max_num_seqs = max(speed.max_num_seqs for speed in speeds)
     return StepCosts(step, sequence, max_num_seqs) if max_num_seqs else None  # 0: every engine was abandoned
