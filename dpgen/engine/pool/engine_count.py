@@ -59,7 +59,8 @@ _DEVICE_WINDOW_S = 1.0  # of the past that one reading of NVML averages over, at
 _PATIENCE_S = 20.0  # for which an engine may be no fuller than it was, until it counts as full as it gets
 _GROWTH = 0.05  # of the sequences that an engine may run, by which it is fuller
 _DIP_S = 0.6  # for which a full one may have fewer: rows of one length end together, and those after them are prefilled
-_FULL_TIMES = 4  # of an engine's sequences, that must be left while nothing tells how fast rows are finished
+FULL_TIMES = 2  # of an engine's sequences, that must be left for another engine to pay, at whatever speed
+_UNKNOWN_TIMES = 4  # the same, while nothing tells how fast rows are finished
 _PAYS_TIMES = 1.5  # a start-up pays if the work left takes so many times as long
 
 
@@ -211,8 +212,8 @@ def pays(rows_left: float, rows_per_s: float, start_s: float, num_seqs: int) -> 
         num_seqs: that an engine runs at a time.
     """
     if rows_per_s <= 0:
-        return rows_left >= _FULL_TIMES * num_seqs
-    return rows_left >= 2 * num_seqs and rows_left / rows_per_s > _PAYS_TIMES * start_s
+        return rows_left >= _UNKNOWN_TIMES * num_seqs
+    return rows_left >= FULL_TIMES * num_seqs and rows_left / rows_per_s > _PAYS_TIMES * start_s
 
 
 class Calibration:

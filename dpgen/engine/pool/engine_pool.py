@@ -28,6 +28,7 @@ from dpgen.engine.messages import (
 )
 from dpgen.engine.pool.engine_count import (
     DEFAULT_NUM_SEQS,
+    FULL_TIMES,
     Calibration,
     EngineCount,
     KvWatch,
@@ -131,8 +132,7 @@ class EnginePool:
         self.check_options(on_wait)
         self._prepare()
         info = self.supervisors[0].load_model(agree_kv, on_wait, text_config)
-        now_s = self._clock()
-        self._start_s = max(_MIN_START_S, now_s - (now_s if self._load_begin_s is None else self._load_begin_s))
+        self._start_s = max(_MIN_START_S, self._clock() - (self._load_begin_s or 0.0))
         if self.count.is_auto:
             self._calibration = Calibration(info.max_num_seqs, self.count.number)
             self._kv_watch = KvWatch(info.max_num_seqs)
@@ -202,8 +202,7 @@ class EnginePool:
         if not sizes:  # all of them start again
             sizes = {index: engine.max_num_seqs for index, engine in enumerate(self.supervisors) if engine.max_num_seqs}
         sizes = sizes or {0: 1}
-        if requests and self._begin_s is None:
-            self._begin_s = self._clock()
+        self._begin_s = self._begin_s or self._clock()
         batches: dict[int, list[Request]] = {}
         for request in requests:
             batches.setdefault(self._router.place(request, sizes), []).append(request)
@@ -296,8 +295,10 @@ class EnginePool:
         if self.has_joined_all or not self.is_ready:
             return
         if self.count.is_auto:
-            self._prepare()
-            return
+            if self.get_rows_left() >= FULL_TIMES * self.supervisors[0].max_num_seqs:
+                self._prepare()
+                return
+            self._calibration, self.count = None, EngineCount(1, f"{self.count.why}; {TOO_FEW_ROWS}")
         if not self._is_decided:
             self._is_decided = True
             if self._was_auto and self.count.number > 1 and not self._pays():

@@ -327,6 +327,19 @@ def test_auto_starts_nothing_for_a_job_that_is_almost_over() -> None:
     assert harness.decided[-1].number == 1 and "too few rows are left" in harness.decided[-1].why
 
 
+def test_a_job_of_few_rows_is_one_engine_at_once_and_says_so() -> None:
+    harness = Harness(AUTO, rows_left=2 * NUM_SEQS - 1)
+    harness.submit(range(4))
+    harness.poll()
+    [count] = harness.decided
+    assert count.describe() == (
+        "1 engine a rank: weights of 2.5 GB, at most 4; too few rows are left for another to pay"
+    )
+    harness.processes[0].finish(4)
+    assert sum(isinstance(event, RowsFinished) for event in harness.poll()) == 1
+    assert harness.pool.has_joined_all
+
+
 def test_the_time_until_the_first_row_does_not_make_a_rank_look_slow() -> None:
     harness = Harness(AUTO)
     harness.poll(3600)  # other ranks load
