@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,7 @@ from dpgen.config.schema import Config
 from dpgen.errors import ConfigError, DpgenError, Interrupted
 from dpgen.formatting import format_count, format_duration
 from dpgen.journal.run_dir import RunDir
+from dpgen.lifecycle.shutdown import parse_time_limit
 from dpgen.simulation.hardware import find_batched_tokens, read_gpu_name
 from dpgen.tuning.search import Search
 from dpgen.tuning.space import (
@@ -76,7 +79,7 @@ class TuneJob:
     """
 
     def __init__(self, options: TuneOptions) -> None:
-        self._options = options
+        self._options, self._began_s = options, time.monotonic()
         self.config = load_from_args(options.arguments)
         check_tunable(self.config)
         self.base_limit = find_base_limit(self.config)
@@ -149,6 +152,7 @@ class TuneJob:
             config = self.make_config(plan)
         except ConfigError as error:
             return dataclasses.replace(failed, error=_shorten(str(error)))
+        config = self._limit_time(config)
         plan = dataclasses.replace(plan, folder=os.path.abspath(folder), started_s=started_s)
         ranks = self._get_ranks(self.count_ranks(config))
         ranks.submit(RankJob(config, "", "rank0", trial=plan))
@@ -179,9 +183,20 @@ class TuneJob:
         if outcome.error_type is None:
             return
         error = outcome.to_error()
+        if isinstance(error, Interrupted):  # a trial's limit is what is left of the search's
+            raise Interrupted(re.sub(r"(?<=run\.time_limit=)\S+", str(self.config.run.time_limit), str(error)))
         is_own = not plan.overrides  # the first trial may have more sequences than the engine takes
-        if isinstance(error, Interrupted) or (is_own and isinstance(error, ConfigError)):
+        if is_own and isinstance(error, ConfigError):
             raise error
+
+    def _limit_time(self, config: Config) -> Config:
+        """Return a trial's configuration with what is left of `run.time_limit`, which is of the whole search."""
+        if (limit := config.run.time_limit) is None:
+            return config
+        left_s = math.ceil(parse_time_limit(limit) - (time.monotonic() - self._began_s))
+        if left_s <= 0:
+            raise Interrupted(f"run.time_limit={limit} is near. Rerun the same command to resume")
+        return dataclasses.replace(config, run=dataclasses.replace(config.run, time_limit=str(left_s)))
 
     def make_config(self, plan: TrialPlan) -> Config:
         """Return the configuration of a trial.

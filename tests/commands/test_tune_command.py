@@ -6,16 +6,18 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from helpers.clock import FakeClock
 from helpers.jobs import Launcher, WriteConfig, load_result, make_numbered_rows, read_run_json, wait_for
 
 from dpgen.cli import main
 from dpgen.commands.tune import parse_budget, parse_methods
 from dpgen.commands.tune_job import TuneJob, TuneOptions
-from dpgen.errors import ConfigError
+from dpgen.errors import ConfigError, Interrupted
 from dpgen.journal.reader import index_journal
 from dpgen.tuning.trial import Budget, TrialPlan
 
@@ -93,6 +95,18 @@ def test_a_job_that_a_trial_finishes_is_done(write_config: WriteConfig, launcher
     again = launcher.dpgen("tune", conf, "data.limit=20", "--output", str(tmp_path / "tuned.yaml"))
     assert again.wait() == 2
     assert "holds a complete result: no row is left to measure with" in again.output
+
+
+def test_the_time_limit_is_of_the_whole_search(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr("dpgen.commands.tune_job.time", SimpleNamespace(monotonic=clock))
+    job = TuneJob(TuneOptions([write_config(ROWS), "run.time_limit=0:01:00"]))
+    clock.now_s += 45
+    config = job.make_config(TrialPlan(2, {}))
+    assert job._limit_time(config).run.time_limit == "15", "a trial has what is left"
+    clock.now_s += 15
+    with pytest.raises(Interrupted, match=r"^run.time_limit=0:01:00 is near\. Rerun the same command to resume$"):
+        job._limit_time(config)
 
 
 @pytest.mark.multi
