@@ -147,6 +147,10 @@ class FakeBackend:
     def max_num_seqs(self) -> int:
         return self._options.max_num_seqs
 
+    @property
+    def memory_fraction(self) -> float | None:
+        return self._spec.memory_fraction
+
     def check_options(self) -> tuple[str, ...]:
         self._check_names()
         self._options = FakeOptions(**{k: v for k, v in self._spec.options.items() if k in _OPTIONS})

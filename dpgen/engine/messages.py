@@ -38,6 +38,8 @@ class EngineSpec:
         num_sharing: ranks on this one's GPUs, itself included, which divide their memory (`parallel.share_devices`).
         num_engines: engines of this rank, which divide its part (`parallel.engines_per_rank`).
         is_num_engines_auto: fewer are enough, if the memory has no room for so many.
+        memory_fraction: of a device's memory, that its engines divide unless `gpu_memory_utilization` is given; None
+            for vLLM's default.
         engine_bytes: of a device's memory that each of several engines should have; 0 if not known.
         weight_bytes: of the weights on each device, at least; 0 if not known.
         enable_expert_parallel: split a mixture of experts over the devices.
@@ -70,6 +72,7 @@ class EngineSpec:
     num_sharing: int = 1
     num_engines: int = 1
     is_num_engines_auto: bool = False
+    memory_fraction: float | None = None
     engine_bytes: int = 0
     weight_bytes: int = 0
     reasoning_parser: str | None = None
@@ -192,7 +195,7 @@ class OptionsChecked:
     Attributes:
         problem: the illegal option; None if all are legal.
         notes: lines for the log.
-        num_engines: that the rank's memory is divided by.
+        num_engines, memory_fraction: as of `EngineSpec`, for all engines of the rank.
         max_num_seqs: sequences that the engine is to run at a time; 0 where it does not tell.
     """
 
@@ -200,6 +203,7 @@ class OptionsChecked:
     notes: tuple[str, ...] = ()
     num_engines: int = 1
     max_num_seqs: int = 0
+    memory_fraction: float | None = None
 
 
 @dataclass(frozen=True)
@@ -331,6 +335,10 @@ class Backend(Protocol):
     @property
     def max_num_seqs(self) -> int:
         """Return how many sequences run at a time; known once the options are checked."""
+
+    @property
+    def memory_fraction(self) -> float | None:
+        """Return the fraction of a device's memory that the rank's engines divide; None for vLLM's default."""
 
     def check_options(self) -> tuple[str, ...]:
         """Check the options without loading the model, and return notes for the log.

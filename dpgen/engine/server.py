@@ -84,7 +84,8 @@ def _serve(pipe: Connection, kind: str) -> None:
     except ConfigError as error:
         pipe.send(OptionsChecked(problem=str(error)))
         return
-    pipe.send(OptionsChecked(None, notes, backend.num_engines, backend.max_num_seqs))
+    num_engines, memory_fraction = backend.num_engines, backend.memory_fraction
+    pipe.send(OptionsChecked(None, notes, num_engines, backend.max_num_seqs, memory_fraction))
     load_request = timer.exclude(pipe.recv)
     if isinstance(load_request, Shutdown):
         return

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from dpgen.engine.blame import BlameTracker
 from dpgen.engine.handle import EngineHandle
@@ -276,7 +277,8 @@ class EngineSupervisor:
     def _note_options(self, checked: OptionsChecked) -> None:
         self._notes, num_engines = checked.notes, checked.num_engines
         self.memory.num_seqs = checked.max_num_seqs or self.memory.num_seqs
-        self.memory.spec = dataclasses.replace(self.memory.spec, num_engines=num_engines, is_num_engines_auto=False)
+        fixed: dict[str, Any] = {"num_engines": num_engines, "memory_fraction": checked.memory_fraction}
+        self.memory.spec = dataclasses.replace(self.memory.spec, **fixed, is_num_engines_auto=False)
 
     def _set_ready(self, ready: EngineReady) -> None:
         self._info, self._is_ready, self.max_model_len = ready.info, True, ready.info.max_model_len

@@ -147,7 +147,7 @@ class EngineMemory:
         if given := options.get("kv_cache_memory_bytes"):
             options["kv_cache_memory_bytes"] = given * 8 // 10
             return f" with kv_cache_memory_bytes={options['kv_cache_memory_bytes']}"
-        usual = _DEFAULT_FRACTION / self.spec.num_sharing
+        usual = self.spec.memory_fraction or _DEFAULT_FRACTION / self.spec.num_sharing
         fraction = round(float(options.get("gpu_memory_utilization", usual)) - 0.1, 2)
         if fraction <= 0:
             return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,35 +12,43 @@ from vllm.engine.arg_utils import EngineArgs
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.pool.device_monitor import DeviceMonitor
 from dpgen.engine.pool.engine_count import fit_memory
-from dpgen.errors import ConfigError
+from dpgen.errors import ConfigError, FreeMemory
 
 
 def share_memory(
     options: dict[str, Any], spec: EngineSpec, device: DeviceMonitor, *, on_cpu: bool
-) -> tuple[int, list[str]]:
+) -> tuple[EngineSpec, list[str]]:
     """Give each of several engines its part of the memory.
 
-    Ranks that share a GPU divide what the user has not given; the engines of a rank divide what is the rank's.
+    Ranks that share a GPU divide what the user has not given; the engines of a rank divide what is the rank's. Where
+    their number is found here, that is no more than what other processes leave, unless the user has given it.
 
     Returns:
-        the number of engines of this rank, which is lower than the spec's where the memory has no room and the spec
+        the spec with the number of engines of this rank, which is lower where the memory has no room and the spec
         allows it, and a note for each change.
 
     Raises:
         ConfigError: so many copies of the weights don't fit.
     """
-    given = options.get("gpu_memory_utilization")
-    fraction = EngineArgs.gpu_memory_utilization / spec.num_sharing if given is None else given
+    given, notes = options.get("gpu_memory_utilization"), list[str]()
+    fraction = given
+    if fraction is None:
+        fraction = spec.memory_fraction or EngineArgs.gpu_memory_utilization / spec.num_sharing
+        if spec.is_num_engines_auto and device.free_bytes and device.free_bytes < fraction * device.memory_bytes:
+            free = FreeMemory("", device.free_bytes / 2**30, device.memory_bytes / 2**30, is_at_start=True)
+            fraction = free.fraction or fraction
+            notes.append(f"{free.free_gib:.1f} of {free.total_gib:.1f} GiB of the GPU are free, for all its engines")
     num_engines = _count_engines(spec, int(fraction * device.memory_bytes), device.free_bytes)
+    spec = dataclasses.replace(spec, num_engines=num_engines)
     if num_engines > 1 and options.get("kv_cache_memory_bytes"):
         options["kv_cache_memory_bytes"] //= num_engines
     if on_cpu or (num_engines == 1 and (given is not None or spec.num_sharing == 1)):
-        return num_engines, []
+        return spec, []
     options["gpu_memory_utilization"] = math.floor(1000 * fraction / num_engines) / 1000
     if num_engines > 1:
-        return num_engines, []
+        return (spec if given is not None else dataclasses.replace(spec, memory_fraction=fraction)), notes
     note = f"{spec.num_sharing} engines on a GPU, each with gpu_memory_utilization={options['gpu_memory_utilization']}"
-    return 1, [f"parallel.share_devices: {note}"]
+    return spec, [f"parallel.share_devices: {note}"]
 
 
 def _count_engines(spec: EngineSpec, rank_bytes: int, free_bytes: int) -> int:

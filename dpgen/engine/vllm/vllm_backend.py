@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -79,7 +78,7 @@ class VllmBackend:
         self._preemptions: dict[str, int] = {}  # preemptions of each running sequence that was preempted
         self._num_preemptions = 0
         self._device = DeviceMonitor(os.environ)
-        self.num_engines, self.max_num_seqs = spec.num_engines, 0
+        self.num_engines, self.max_num_seqs, self.memory_fraction = spec.num_engines, 0, spec.memory_fraction
 
     def check_options(self) -> tuple[str, ...]:
         unknown = list(self._fields.find_unknown(self._spec))
@@ -88,8 +87,8 @@ class VllmBackend:
         if not mistakes:
             try:
                 on_cpu = current_platform.is_cpu()
-                self.num_engines, shared = share_memory(options, self._spec, self._device, on_cpu=on_cpu)
-                spec = dataclasses.replace(self._spec, num_engines=self.num_engines)
+                spec, shared = share_memory(options, self._spec, self._device, on_cpu=on_cpu)
+                self.num_engines, self.memory_fraction = spec.num_engines, spec.memory_fraction
                 self._config, notes = create_engine_config(spec, options, self._executor.backend, self._adapters)
                 self.max_num_seqs = self._config.scheduler_config.max_num_seqs
                 notes += shared

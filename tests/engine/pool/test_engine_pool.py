@@ -353,7 +353,7 @@ def test_the_memory_may_have_room_for_fewer_engines(caplog: pytest.LogCaptureFix
     class Small(Harness):
         def start(self, spec: EngineSpec, index: int = 0) -> ScriptedProcess:
             process = super().start(spec, index)
-            process.events = [OptionsChecked(num_engines=2)]
+            process.events = [OptionsChecked(num_engines=2, memory_fraction=0.49)]
             return process
 
     harness = Small(AUTO)
@@ -361,7 +361,8 @@ def test_the_memory_may_have_room_for_fewer_engines(caplog: pytest.LogCaptureFix
     calibrate(harness, device_busy=0.1)
     harness.join_all()
     assert harness.pool.num_ready == 2
-    assert {process.spec.num_engines for process in harness.processes[1:]} == {2}, "all divide the memory by the same"
+    parts = {(process.spec.num_engines, process.spec.memory_fraction) for process in harness.processes[1:]}
+    assert parts == {(2, 0.49)}, "all divide the same memory by the same number"
 
 
 def test_a_row_of_many_samples_counts_as_many_sequences() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -58,18 +59,18 @@ def test_engines_on_one_gpu_divide_its_memory_unless_the_user_has() -> None:
 
     from dpgen.engine.vllm.default_options import share_memory
 
-    def share(options: dict[str, Any], **shared: Any) -> tuple[int, list[str]]:
-        return share_memory(options, EngineSpec("vllm", "m", **shared), FakeDevice(), on_cpu=False)  # type: ignore[arg-type]
+    def share(options: dict[str, Any], **shared: Any) -> list[str]:
+        return share_memory(options, EngineSpec("vllm", "m", **shared), FakeDevice(), on_cpu=False)[1]  # type: ignore[arg-type]
 
     options: dict[str, Any] = {}
-    [note] = share(options, num_sharing=3)[1]
+    [note] = share(options, num_sharing=3)
     assert (
         0.99 * EngineArgs.gpu_memory_utilization
         < 3 * options["gpu_memory_utilization"]
         <= EngineArgs.gpu_memory_utilization
     )
     assert note.startswith("parallel.share_devices: 3 engines on a GPU, each with gpu_memory_utilization=0.3")
-    assert share(options, num_sharing=3) == (1, []) and share({}) == (1, [])
+    assert share(options, num_sharing=3) == [] and share({}) == []
     assert EngineSpec("vllm", "m").num_sharing == 1
 
 
@@ -83,7 +84,7 @@ def test_the_engines_of_a_rank_divide_what_is_the_ranks() -> None:
 
     def share(options: dict[str, Any], on_cpu: bool = False, **shared: Any) -> int:
         spec = EngineSpec("vllm", "m", **shared)
-        return share_memory(options, spec, FakeDevice(), on_cpu=on_cpu)[0]  # type: ignore[arg-type]
+        return share_memory(options, spec, FakeDevice(), on_cpu=on_cpu)[0].num_engines  # type: ignore[arg-type]
 
     given: dict[str, Any] = {"gpu_memory_utilization": 0.9, "kv_cache_memory_bytes": 9 << 30}
     assert share(given, num_engines=3) == 3
@@ -97,6 +98,24 @@ def test_the_engines_of_a_rank_divide_what_is_the_ranks() -> None:
     assert share(auto, **needs) == 2, "as many as the memory has room for"
     with pytest.raises(ConfigError, match=r"engines_per_rank=3: weights of 30.0 GiB .* at most 2 do"):
         share({}, num_engines=3, weight_bytes=30 << 30)
+
+
+@pytest.mark.vllm
+def test_the_engines_that_auto_starts_divide_what_other_processes_leave() -> None:
+    from dpgen.engine.vllm.default_options import share_memory
+
+    device: Any = SimpleNamespace(memory_bytes=80 << 30, free_bytes=40 << 30)
+    auto = EngineSpec("vllm", "m", num_engines=3, is_num_engines_auto=True, engine_bytes=8 << 30)
+    options: dict[str, Any] = {}
+    spec, [note] = share_memory(options, auto, device, on_cpu=False)
+    assert (spec.num_engines, spec.memory_fraction, options) == (3, 0.49, {"gpu_memory_utilization": 0.163})
+    assert note == "40.0 of 80.0 GiB of the GPU are free, for all its engines"
+    device.free_bytes, later = 27 << 30, dict[str, Any]()  # the first engine has loaded
+    joining = dataclasses.replace(spec, is_num_engines_auto=False)
+    assert share_memory(later, joining, device, on_cpu=False) == (joining, [])
+    assert later == options, "each has the same part"
+    given: dict[str, Any] = {"gpu_memory_utilization": 0.9}
+    assert share_memory(given, auto, device, on_cpu=False)[1] == [] and given == {"gpu_memory_utilization": 0.3}
 
 
 def test_where_several_engines_divide_the_memory_the_advice_is_for_all_of_them() -> None:
