@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from dpgen.engine.blame import BlameTracker
 from dpgen.engine.handle import EngineHandle
@@ -37,7 +36,7 @@ from dpgen.engine.process import warn_if_stuck
 from dpgen.engine.progress_watch import ProgressWatch
 from dpgen.engine.starting.early_events import START_WAIT_S, EarlyEvents
 from dpgen.engine.starting.limits import EngineLimits, EngineMemory, format_delay
-from dpgen.errors import EXIT_FAILED, ConfigError, EngineError, EngineHung, EngineStuck, LockstepEngineLost
+from dpgen.errors import ConfigError, EngineError, EngineHung, EngineStuck, LockstepEngineLost
 from dpgen.formatting import format_count
 from dpgen.records import Request, RowResult, UndecodedRow
 
@@ -275,10 +274,8 @@ class EngineSupervisor:
             self._process.set_text_config(self._text_config)
 
     def _note_options(self, checked: OptionsChecked) -> None:
-        self._notes, num_engines = checked.notes, checked.num_engines
-        self.memory.num_seqs = checked.max_num_seqs or self.memory.num_seqs
-        fixed: dict[str, Any] = {"num_engines": num_engines, "memory_fraction": checked.memory_fraction}
-        self.memory.spec = dataclasses.replace(self.memory.spec, **fixed, is_num_engines_auto=False)
+        self._notes = checked.notes
+        self.memory.record_options(checked)
 
     def _set_ready(self, ready: EngineReady) -> None:
         self._info, self._is_ready, self.max_model_len = ready.info, True, ready.info.max_model_len
@@ -342,10 +339,8 @@ class EngineSupervisor:
         A start is tried again at once with less memory or after a signal, twice after any other failure. A start that
         took longer than its limit, or that no memory would help, is not tried again.
         """
-        if not self._can_restart or isinstance(error, EngineHung | EngineStuck) or error.is_context_too_long:
-            raise error
-        if self.memory.is_given_cache_too_small(error):
-            error.advice, error.exit_status = "set a larger engine.kv_cache_memory_bytes", EXIT_FAILED
+        is_final = isinstance(error, EngineHung | EngineStuck) or error.is_context_too_long
+        if not self._can_restart or is_final or self.memory.blames_given_cache(error):
             raise error
         self.num_deaths += 1
         self._deaths_in_a_row += 1

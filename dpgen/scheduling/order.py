@@ -26,7 +26,7 @@ from dpgen.scheduling.groups.prefix_groups import PrefixGroups, group_by_prefix,
 from dpgen.scheduling.groups.prompt_groups import LengthTracker, PromptGroups, RankState, group_by_prompt
 from dpgen.scheduling.groups.samples import compute_tail_ratio, format_range, sample_rows
 from dpgen.scheduling.order_config import OrderConfig
-from dpgen.scheduling.shards import ShardSpec
+from dpgen.scheduling.shards import ShardSpec, spread_evenly
 
 # longest_first needs values that vary: the 99th percentile over the median, at least. Prompt lengths predict completion
 # lengths less well than hints do.
@@ -45,9 +45,6 @@ _ORDER_NAMES = {
 }
 # Of rows that are only read, the shortest come last, so that all ranks end within one short step of each other.
 _LAST_FRACTION, _MAX_LAST_ROWS = 16, 4096
-# Found by search: of its multiples, modulo 1, each 64 in a row have a mean of 0.45 to 0.55, also in one shard of up to
-# 16, of a multiple of 4 up to 256, or of 8 up to 512. With the golden ratio means in 144 shards are 0.1 to 0.9.
-_SPREAD_RATIO = 0.623135076348876
 
 PromptTextFn = Callable[[int, Mapping[str, Any]], str]
 
@@ -149,10 +146,10 @@ class RowOrder:
         """
         if self.groups is None:
             num_mixed = len(self.rows) - num_last
-            rows = np.append(self.rows[_spread_evenly(num_mixed)], self.rows[num_mixed:])
+            rows = np.append(self.rows[spread_evenly(num_mixed)], self.rows[num_mixed:])
         else:
             bounds = np.append(self.groups, len(self.rows))
-            places = _spread_evenly(len(self.groups)).tolist()
+            places = spread_evenly(len(self.groups)).tolist()
             rows = np.concatenate([self.rows[:0], *(self.rows[bounds[at] : bounds[at + 1]] for at in places)])
         return RowOrder(rows, "mixed", f"(spread over {self.description})")
 
@@ -229,19 +226,6 @@ def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text
     if not config.adapters.exceeds_slots:
         return order
     return order.sort_by_adapter(group_by_adapter(config.adapters, rows, remaining))
-
-
-def _spread_evenly(number: int) -> np.ndarray:
-    """Return 0..number - 1 so that each run of them, also of one shard's, covers the range evenly.
-
-    These are the multiples of a ratio, modulo 1, by rank.
-
-    Returns:
-        int64[number].
-    """
-    places = np.empty(number, dtype=np.int64)
-    places[np.argsort(np.arange(1, number + 1) * _SPREAD_RATIO % 1)] = np.arange(number)
-    return places
 
 
 def _order_without_prompts(config: OrderConfig, rows: InputRows, remaining: np.ndarray) -> RowOrder:

@@ -10,6 +10,10 @@ import numpy as np
 from dpgen.data.input_rows import InputRows
 from dpgen.data.row_view import Shard
 
+# Found by search: of its multiples, modulo 1, each 64 in a row have a mean of 0.45 to 0.55, also in one shard of up to
+# 16, of a multiple of 4 up to 256, or of 8 up to 512. With the golden ratio means in 144 shards are 0.1 to 0.9.
+_SPREAD_RATIO = 0.623135076348876
+
 
 @dataclass(frozen=True)
 class ShardSpec:
@@ -58,3 +62,16 @@ class ShardSpec:
         if chunks is not None:
             return input_rows.shard_in_chunks(*chunks, columns)
         return input_rows.shard(self.take(rows, index), 1, 0, columns)
+
+
+def spread_evenly(number: int) -> np.ndarray:
+    """Return 0..number - 1 so that each run of them, also of one shard's, covers the range evenly.
+
+    These are the multiples of a ratio, modulo 1, by rank.
+
+    Returns:
+        int64[number].
+    """
+    places = np.empty(number, dtype=np.int64)
+    places[np.argsort(np.arange(1, number + 1) * _SPREAD_RATIO % 1)] = np.arange(number)
+    return places

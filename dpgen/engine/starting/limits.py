@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpgen.config.sections import RunConfig
-from dpgen.engine.messages import EngineSpec
-from dpgen.errors import EngineError, EngineStuck, FreeMemory
+from dpgen.engine.messages import EngineSpec, OptionsChecked
+from dpgen.errors import EXIT_FAILED, EngineError, EngineStuck, FreeMemory
 from dpgen.formatting import format_count
 
 # DPGEN_START_RETRY_S is for tests, which would otherwise wait 20 seconds for an engine that never starts.
@@ -76,13 +76,26 @@ class EngineMemory:
         self._was_held = False
         self._has_given_fraction = "gpu_memory_utilization" in spec.options
 
+    def record_options(self, checked: OptionsChecked) -> None:
+        """Note what the check of the options has found; the next lives keep their share of the rank's memory."""
+        self.num_seqs = checked.max_num_seqs or self.num_seqs
+        self.spec = dataclasses.replace(
+            self.spec,
+            num_engines=checked.num_engines,
+            memory_fraction=checked.memory_fraction,
+            is_num_engines_auto=False,
+        )
+
     def record_start(self, num_seqs: int) -> None:
         """Note that the engine is loaded."""
         self.num_seqs, self._was_held = num_seqs, False
 
-    def is_given_cache_too_small(self, error: EngineError) -> bool:
-        """Return True if an engine died since the KV cache that the configuration gives it has no block."""
-        return error.has_no_room_for_cache and "kv_cache_memory_bytes" in self.spec.options
+    def blames_given_cache(self, error: EngineError) -> bool:
+        """Return True if the KV cache that the configuration gives has no block: the error then says what to do."""
+        is_blamed = error.has_no_room_for_cache and bool(self.spec.options.get("kv_cache_memory_bytes"))
+        if is_blamed:
+            error.advice, error.exit_status = "set a larger engine.kv_cache_memory_bytes", EXIT_FAILED
+        return is_blamed
 
     def reduce_after(self, error: EngineError, num_deaths: int) -> str:
         """Lower a limit of the next life if this one ran out of memory, or note in the error what the user can do.
