@@ -70,7 +70,8 @@ def _takes_media(model_config: Any) -> bool:
         return bool(model_config.supports_multimodal_inputs)
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    return bool(MULTIMODAL_REGISTRY.supports_multimodal_inputs(model_config))
+    registry: Any = MULTIMODAL_REGISTRY
+    return bool(registry.supports_multimodal_inputs(model_config))
 
 
 def _find_missing_package(error: Exception) -> str | None:
