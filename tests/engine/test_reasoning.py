@@ -39,11 +39,27 @@ class Chat:
         return None if parser is None else 9 in token_ids
 
 
+class OldChat:
+    """A chat of vLLM 0.26 to 0.31, whose server asks the parser itself."""
+
+    def __init__(self, include_reasoning: bool = True, **grammars: bool) -> None:
+        self.include_reasoning = include_reasoning
+        self.__dict__.update(grammars)
+
+
+class Parser:
+    reasoning_parser = "any"
+
+    @staticmethod
+    def is_reasoning_end(token_ids: list[int]) -> bool:
+        return 9 in token_ids
+
+
 class Makers:
     """Make parsers that read reasoning."""
 
     def make(self, chat: Any) -> Any:
-        return type("Parser", (), {"reasoning_parser": "any"})
+        return Parser
 
     def get_template_kwargs(self, chat: Any) -> dict[str, Any]:
         return {"enable_thinking": True}
@@ -55,7 +71,20 @@ def test_the_engine_is_told_where_the_reasoning_stands_in_the_prompt() -> None:
     assert find_state(Chat(), makers, [1, 2]) == ReasoningState(False, kwargs)
     assert find_state(Chat(), makers, [1, 9]) == ReasoningState(True, kwargs)
     assert find_state(Chat(), None, [1, 9]) is None, "the engine finds it"
-    assert find_state(object(), makers, [1, 9]) is None, "of an older vLLM"
+
+
+def test_an_older_vllm_is_told_the_same() -> None:
+    kwargs = {"chat_template_kwargs": {"enable_thinking": True}}
+    makers: Any = Makers()
+    assert find_state(OldChat(), makers, [1, 2]) == ReasoningState(False, kwargs)
+    assert find_state(OldChat(), makers, [1, 9]) == ReasoningState(True, kwargs)
+    assert find_state(OldChat(), None, [1, 9]) is None
+    for chat in (
+        OldChat(include_reasoning=False),
+        OldChat(_grammar_from_parser=True),
+        OldChat(_grammar_from_tool_parser=True),
+    ):
+        assert find_state(chat, makers, [1, 2]) == ReasoningState(True, kwargs)
 
 
 def test_a_request_of_the_engine_carries_the_state_of_its_reasoning() -> None:

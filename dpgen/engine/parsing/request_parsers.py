@@ -6,6 +6,7 @@ Follows vLLM 0.32: `chat_completion_full_generator` in `vllm/entrypoints/openai/
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,8 +40,8 @@ class ParserMaker:
 
     def adjusts(self, request: Any) -> bool:
         """Return True if a chat is to be adjusted before its answer is generated."""
-        is_always = self._class.always_adjust_request or self._class.reasoning_parser_cls is not None
-        return bool(is_always or request.tool_choice != "none")
+        is_always = getattr(self._class, "always_adjust_request", False)  # from vLLM 0.32 on
+        return bool(is_always or self._class.reasoning_parser_cls is not None or request.tool_choice != "none")
 
     def make(self, request: Any) -> Any:
         """Return the parser of an answer to a chat, vLLM's `ChatCompletionRequest`."""
@@ -68,12 +69,13 @@ def find_parser_class(parsers: RequestParsers, config: TokenizerConfig, tokenize
     reasoning_parser = parsers.reasoning_parser
     if reasoning_parser == "auto":
         reasoning_parser = choose_reasoning_parser(config, tokenizer)
+    takes_tokenizer = "tokenizer" in inspect.signature(ParserManager.get_parser).parameters  # from vLLM 0.32 on
     return ParserManager.get_parser(
         tool_parser_name=parsers.tool_parser,
         reasoning_parser_name=reasoning_parser,
         enable_auto_tools=parsers.tool_parser is not None,
         model_name=config.model or config.name,
-        tokenizer=tokenizer,
+        **({"tokenizer": tokenizer} if takes_tokenizer else {}),
     )
 
 

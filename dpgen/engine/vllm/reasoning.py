@@ -61,14 +61,23 @@ def find_state(chat: Any, makers: ParserMaker | None, token_ids: Sequence[int]) 
         chat: vLLM's `ChatCompletionRequest`, adjusted to the run's parsers.
         token_ids: the prompt.
     """
-    if not hasattr(chat, "resolve_reasoning_ended"):  # older vLLM
-        return None
     parser = None if makers is None else makers.make(chat)
     kwargs = None
     if makers is not None and parser is not None and parser.reasoning_parser is not None:
         kwargs = {"chat_template_kwargs": makers.get_template_kwargs(chat)}
-    state = ReasoningState(chat.resolve_reasoning_ended(parser, list(token_ids)), kwargs)
+    state = ReasoningState(_has_ended(chat, parser, list(token_ids)), kwargs)
     return None if state == ReasoningState(None, None) else state
+
+
+def _has_ended(chat: Any, parser: Any, token_ids: list[int]) -> bool | None:
+    """Return `reasoning_ended` as vLLM's server tells it the engine."""
+    if hasattr(chat, "resolve_reasoning_ended"):  # from vLLM 0.32 on; before, its server does what follows
+        has_ended: bool | None = chat.resolve_reasoning_ended(parser, token_ids)
+        return has_ended
+    has_old_grammar = getattr(chat, "_grammar_from_tool_parser", False)  # its name in vLLM 0.26
+    if has_old_grammar or getattr(chat, "_grammar_from_parser", False) or not chat.include_reasoning:
+        return True
+    return None if parser is None or parser.reasoning_parser is None else bool(parser.is_reasoning_end(token_ids))
 
 
 def make_core_request(engine: Any, name: str, prompt: Any, params: Any, adapter: Any, reasoning: ReasoningState) -> Any:

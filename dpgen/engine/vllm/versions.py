@@ -4,7 +4,8 @@
   doesn't know the name: `describe_version` says what to write instead, or which version to install. Names that went
   before 0.26 are in `dpgen.config.vllm.vllm_fields`.
 - `CHANGED` holds what dpgen works around, with the place that does.
-- tests/golden/vllm_signatures.json has the facts, read in each version's wheel; a test compares.
+- tests/golden/vllm_signatures.json has the facts, read in each version's wheel: tests compare all that dpgen imports,
+  calls and reads of vLLM, which they find in dpgen's source themselves.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ ADDED_IN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 # The version, what is different in it, and where dpgen takes care of it.
 CHANGED = (
     (
+        "0.27",
+        "a chat request's _grammar_from_tool_parser has the name _grammar_from_parser",
+        "reasoning.py: asks for both",
+    ),
+    (
         "0.29",
         "the V2 model runner is the default where it supports the model, before for a list (VLLM_USE_V2_MODEL_RUNNER)",
         "config/environment.py: the variable is in a run's identity; vllm_backend.py: run.json has the runner in use",
@@ -87,6 +93,21 @@ CHANGED = (
         "0.31",
         "enable_return_routed_experts is a part of aux_output_config; the old name still sets it",
         "none is needed: both are passed on",
+    ),
+    (
+        "0.31",
+        "supports_multimodal_inputs is a property of ModelConfig, before a method of MULTIMODAL_REGISTRY",
+        "media/requirements.py: asks the one that there is",
+    ),
+    (
+        "0.32",
+        "a parser may want every request adjusted (always_adjust_request), and get_parser takes the tokenizer",
+        "parsing/request_parsers.py: asks for both",
+    ),
+    (
+        "0.32",
+        "a chat request tells where its reasoning stands (resolve_reasoning_ended), before the server's own code",
+        "reasoning.py: does what that code did",
     ),
     (
         "0.33",
