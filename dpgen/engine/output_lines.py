@@ -31,8 +31,8 @@ _TRACEBACK_LINE = re.compile(
 _EXCEPTION = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)(?:: .+|$)")
 _REFERS_ABOVE = "root cause"  # "WorkerProc initialization failed ... See stack trace for root cause." and others
 
-# Warnings of vLLM 0.26 to 0.33 that no user has to act on: the file, the beginning of the message (a regular
-# expression), and why.
+# Warnings that no user has to act on, each of some version of vLLM from 0.26 to 0.33: the file, the beginning of the
+# message (a regular expression), and why.
 HARMLESS_WARNINGS = (
     ("jit_monitor.py", r"\w+ \w+ \w+ \w+ during inference: ", "a kernel is compiled once, with its first batch"),
     ("arg_utils.py", "The global random seed is set to", "the process is the engine's own, and rows have their seeds"),

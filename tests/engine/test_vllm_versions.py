@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.vllm_signatures import CALLS, RECORD, accepts, list_imports, merge, open_source, read_signatures
+from helpers.vllm_signatures import RECORD, merge, read_facts
+from helpers.vllm_source import VllmSource, accepts
+from helpers.vllm_uses import find_uses, read_uses
 
 from dpgen.config.environment import read_versions
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.vllm.field_names import VllmFields
-from dpgen.engine.vllm.versions import ADDED_IN, NEWEST, OLDEST, REMOVED, describe_version
+from dpgen.engine.vllm.versions import ADDED_IN, CHANGED, NEWEST, OLDEST, REMOVED, describe_version
 
 FACTS: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
 HOW_TO_RECORD = "read new wheels with: python tests/helpers/vllm_signatures.py VERSION=WHEEL ..."
@@ -25,23 +27,124 @@ SECTIONS = {"engine": "EngineArgs", "sampling": "SamplingParams"}
 WHEEL = os.environ.get("DPGEN_VLLM_WHEEL")
 
 
-def test_each_version_has_what_dpgen_imports_of_vllm() -> None:
-    assert FACTS["imports"] == list_imports(), HOW_TO_RECORD
-    assert FACTS["missing"] == {version: [] for version in FACTS["versions"]}
+USES, UNKNOWN = find_uses()
+GOOD_IN_ALL = ("value", "method", "class", "taken")
+UNGUARDED = {use.key for use in USES if not use.is_guarded}
+
+
+def test_the_record_has_each_use_of_vllm_in_dpgen() -> None:
+    new = {f"{use.where} {use.key}" for use in USES if use.key not in FACTS["uses"]}
+    assert not new, HOW_TO_RECORD
+    assert FACTS["uses"].keys() == {use.key for use in USES}, HOW_TO_RECORD
     assert (FACTS["versions"][0], FACTS["versions"][-1]) == (OLDEST, NEWEST)
+    assert not UNKNOWN, "helpers/vllm_classes.py has to say of which class of vLLM these are"
 
 
-@pytest.mark.parametrize(("name", "call"), [entry for names in CALLS.values() for entry in names.items()])
-def test_each_version_takes_the_calls_that_dpgen_makes(name: str, call: tuple[int, tuple[str, ...]]) -> None:
-    for parameters, versions in FACTS["calls"][name].items():
-        assert parameters != "-" and accepts(parameters.split(), *call), f"{name}({parameters}) of vLLM {versions}"
+def test_each_version_has_what_dpgen_uses_and_takes_its_calls() -> None:
+    kinds = {use: FACTS["uses"].get(use.key) for use in USES if use.key in UNGUARDED}
+    wrong = {f"{use.where} {use.key}: {kind}" for use, kind in kinds.items() if kind not in GOOD_IN_ALL}
+    hint = "where versions differ, ask first: with hasattr, or a default of getattr"
+    assert not wrong, "\n".join([hint, *sorted(wrong)])
+
+
+def test_what_dpgen_asks_for_first_is_a_change_that_the_table_names() -> None:
+    for key in {use.key for use in USES} - UNGUARDED:
+        kinds = FACTS["uses"][key]
+        assert isinstance(kinds, dict), f"{key}: all versions have it, so nobody has to ask"
+        later = max(kinds.values())[0]
+        name = key.partition("(")[0].rpartition(".")[2]
+        assert any(version == later and name in text for version, text, _ in CHANGED), f"{later}: {name}"
+
+
+VLLM = {
+    "vllm/__init__.py": "",
+    "vllm/config/__init__.py": "from .model import ModelConfig as ModelConfig\nfrom vllm.config.vllm import VllmConfig",
+    "vllm/config/model.py": """
+class Base:
+    def get_width(self, kind, *, exact=False): self.width = 3
+@dataclass
+class ModelConfig(Base):
+    model: str
+    kind: ClassVar[str] = "x"
+    seed: int = 0
+    @property
+    def is_large(self): return True
+    @staticmethod
+    def read(path, **others): return None
+""",
+    "vllm/config/vllm.py": "class VllmConfig:\n    model_config: ModelConfig",
+    "vllm/registry.py": """
+from vllm.config.model import ModelConfig
+REGISTRY = ModelConfig('a')
+def find(a, b=1): pass
+""",
+}
+USER = """
+from vllm.config import ModelConfig, VllmConfig
+from vllm.registry import REGISTRY, find
+try:
+    from vllm.gone import thing
+except ImportError:
+    pass
+class Owner:
+    def __init__(self, config: VllmConfig | None, model_config: Any, other: Any) -> None:
+        self._model = config.model_config
+        self._model.{use}
+        find(1, b=2)
+        other.unheard
+    def ask(self, model_config: Any) -> None:
+        if hasattr(model_config, "newer"):
+            model_config.newer
+        getattr(model_config, "newest", None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("use", "key", "kind"),
+    [
+        ("seed", "vllm.config:ModelConfig.seed", "value"),
+        ("width", "vllm.config:ModelConfig.width", "value"),
+        ("is_large", "vllm.config:ModelConfig.is_large", "value"),
+        ("get_width", "vllm.config:ModelConfig.get_width", "method"),
+        ("height", "vllm.config:ModelConfig.height", "-"),
+        ("get_width(1, exact=True)", "vllm.config:ModelConfig.get_width(1 exact)", "taken"),
+        ("get_width(1, True)", "vllm.config:ModelConfig.get_width(2)", "refused"),
+        ("get_width(1, fast=True)", "vllm.config:ModelConfig.get_width(1 fast)", "refused"),
+        ("get_width()", "vllm.config:ModelConfig.get_width(0)", "refused"),
+        ("read(1, any=2)", "vllm.config:ModelConfig.read(1 any)", "taken"),
+        ("x == ModelConfig(model=1)", "vllm.config:ModelConfig(0 model)", "taken"),
+        ("x == ModelConfig(seed=1)", "vllm.config:ModelConfig(0 seed)", "refused"),
+        ("x == ModelConfig(seed=1, **kw)", "vllm.config:ModelConfig(0 seed *)", "taken"),
+        ("x == ModelConfig('m', kind=1)", "vllm.config:ModelConfig(1 kind)", "refused"),
+        ("x == REGISTRY.read(1)", "vllm.registry:REGISTRY.read(1)", "taken"),
+        ("x == REGISTRY.rear(1)", "vllm.registry:REGISTRY.rear(1)", "-"),
+    ],
+)
+def test_uses_are_found_by_themselves_and_compared_with_vllms_source(
+    use: str, key: str, kind: str, tmp_path: Path
+) -> None:
+    for name, text in VLLM.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text)
+    source = VllmSource(tmp_path)
+    uses, unknown = read_uses(USER.replace("{use}", use), "dpgen/engine/vllm/example.py")
+    kinds = {use.key: source.describe(use.target, use.call) for use in uses}
+    assert kinds[key] == kind
+    assert kinds["vllm.registry:find(1 b)"] == "taken" and kinds["vllm.config:VllmConfig.model_config"] == "value"
+    assert [line.rpartition(" ")[2] for line in unknown] == ["other.unheard"]
+    assert {use.key for use in uses if use.is_guarded} == {
+        "vllm.gone:thing",
+        "vllm.config:ModelConfig.newer",
+        "vllm.config:ModelConfig.newest",
+    }
 
 
 def test_a_call_is_compared_with_names_defaults_and_places() -> None:
     parameters = ["request", "prompt", "priority=", "*more"]
-    assert accepts(parameters, 2, ("priority",)) and accepts(parameters, 5, ())
-    assert not accepts(parameters, 1, ()), "the prompt is needed"
-    assert not accepts(parameters, 2, ("lora",)) and not accepts(["a"], 2, ()) and not accepts(None, 0, ())
+    assert accepts(parameters, "2 priority") and accepts(parameters, "5") and accepts(parameters, "0 *")
+    assert not accepts(parameters, "1"), "the prompt is needed"
+    assert not accepts(parameters, "2 lora") and not accepts(["a"], "2")
+    assert not accepts(["a", "**"], "1 a") and not accepts(["a", "*", "b="], "2")
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -83,11 +186,12 @@ def test_the_record_is_of_the_installed_vllm() -> None:
     version = ".".join(read_versions()["vllm"].split(".")[:2])
     if version not in FACTS["versions"]:
         pytest.skip(f"vLLM {version} is not recorded: {HOW_TO_RECORD}")
-    facts = merge({version: read_signatures(open_source(Path(next(iter(package.submodule_search_locations))).parent))})
-    assert facts["missing"] == {version: []}
-    for name, recorded in FACTS["calls"].items():
-        [(parameters, _)] = facts["calls"][name].items()
-        assert version in recorded[parameters], name
+    source = VllmSource(Path(next(iter(package.submodule_search_locations))).parent)
+    facts = merge({version: read_facts(source)})
+    for name, kinds in FACTS["uses"].items():
+        assert facts["uses"][name] == kinds or version in kinds[facts["uses"][name]], name
+    for text, versions in FACTS["warnings"].items():
+        assert (facts["warnings"][text] == [version]) == (version in versions), text
 
 
 @pytest.mark.slow
@@ -101,8 +205,5 @@ def test_dpgen_s_modules_import_with_the_source_of_a_wheel(tmp_path: Path) -> No
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run([sys.executable, "-P", "-c", program], env=environ, capture_output=True, text=True)
     assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stderr
-    facts = read_signatures(open_source(Path(WHEEL)))
-    assert facts["missing"] == []
-    for names in CALLS.values():
-        for name, call in names.items():
-            assert accepts(facts["calls"][name], *call), name
+    facts = read_facts(VllmSource(Path(WHEEL)))["uses"]
+    assert {key: kind for key, kind in facts.items() if key in UNGUARDED and kind in ("-", "refused")} == {}

@@ -275,10 +275,8 @@ def _find_tool_parser(name: str) -> Any:
 
 def _is_engine_adapter(tool_class: Any) -> bool:
     """Return True if vLLM makes this tool parser with the keywords of its reasoning parsers."""
-    try:
-        from vllm.parser.engine.adapters import ParserEngineToolAdapter
-    except ImportError:  # older vLLM
-        return False
+    from vllm.parser.engine.adapters import ParserEngineToolAdapter
+
     return issubclass(tool_class, ParserEngineToolAdapter)
 
 

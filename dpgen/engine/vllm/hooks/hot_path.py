@@ -20,9 +20,10 @@ from vllm.sampling_params import RequestOutputKind
 
 def install_hooks(engine: Any) -> tuple[OutputHook | BlockHook | NameHook, ...]:
     """Install all hooks that fit vLLM's `LLMEngine`, and return them."""
-    hooks: list[OutputHook | BlockHook | NameHook] = [OutputHook(engine.output_processor)]
-    if hasattr(engine.input_processor, "assign_request_id"):
-        hooks.append(NameHook(engine.input_processor))
+    hooks: list[OutputHook | BlockHook | NameHook] = [
+        OutputHook(engine.output_processor),
+        NameHook(engine.input_processor),
+    ]
     scheduler = engine.engine_core.engine_core.scheduler
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     is_plain = len(managers) == 1 and type(managers[0]).__name__ == "FullAttentionManager"

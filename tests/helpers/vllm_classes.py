@@ -1,0 +1,132 @@
+"""Say which classes of vLLM stand behind names in dpgen, where no annotation tells (`helpers.vllm_uses`)."""
+
+from __future__ import annotations
+
+# The class of vLLM behind an attribute, `Class.attribute`, or the result of a method, `method()`.
+CLASSES = {
+    "model_config": "vllm.config:ModelConfig",
+    "_model_config": "vllm.config:ModelConfig",
+    "vllm_config": "vllm.config:VllmConfig",
+    "cache_config": "vllm.config:CacheConfig",
+    "scheduler_config": "vllm.config:SchedulerConfig",
+    "multimodal_config": "vllm.config:MultiModalConfig",
+    "create_engine_config()": "vllm.config:VllmConfig",
+    "LLMEngine.engine_core": "vllm.v1.engine.core_client:InprocClient",
+    "InprocClient.engine_core": "vllm.v1.engine.core:EngineCore",
+    "scheduler": "vllm.v1.core.sched.scheduler:Scheduler",
+    "kv_cache_manager": "vllm.v1.core.kv_cache_manager:KVCacheManager",
+    "coordinator": "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator",
+    "input_processor": "vllm.v1.engine.input_processor:InputProcessor",
+    "output_processor": "vllm.v1.engine.output_processor:OutputProcessor",
+    "process_inputs()": "vllm.v1.engine:EngineCoreRequest",
+    "detokenizer": "vllm.v1.engine.detokenizer:IncrementalDetokenizer",
+    "logprobs_processor": "vllm.v1.engine.logprobs:LogprobsProcessor",
+    "BaseRenderer.tokenizer": "vllm.tokenizers:TokenizerLike",
+    "LLMEngine.renderer": "vllm.renderers.base:BaseRenderer",
+    "default_chat_tok_params": "vllm.renderers.params:TokenizeParams",
+    "build_chat_params()": "vllm.renderers.params:ChatParams",
+    "with_defaults()": "vllm.renderers.params:ChatParams",
+    "build_tok_params()": "vllm.renderers.params:TokenizeParams",
+    "create_processor()": "vllm.multimodal.processing:BaseMultiModalProcessor",
+    "info": "vllm.multimodal.processing:BaseProcessingInfo",
+    "from_local_dir()": "vllm.lora.peft_helper:PEFTHelper",
+    "tool_parser_cls": "vllm.tool_parsers:ToolParser",
+}
+# The same for variables, by module; parameters that are `Any` have to be here.
+VARIABLES = {
+    "parsing/request_parsers.py": {
+        "request": "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest",
+        "_class": "vllm.parser.abstract_parser:Parser",
+        "make()": "vllm.parser.abstract_parser:Parser",
+        "model_validate()": "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest",
+        "adjust_request()": "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest",
+        "call": "vllm.parser.abstract_parser:FunctionCall",
+    },
+    "parsing/vllm_parsers.py": {
+        "request": "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest",
+        "_request_class": "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest",
+        "choose_reasoning_parser.tokenizer": "vllm.tokenizers:TokenizerLike",
+        "_reasoning_class": "vllm.reasoning:ReasoningParser",
+        "_tool_class": "vllm.tool_parsers:ToolParser",
+        "_make_reasoning_parser()": "vllm.reasoning:ReasoningParser",
+        "_make_tool_parser()": "vllm.tool_parsers:ToolParser",
+        "extract_tool_calls()": "vllm.tool_parsers.abstract_tool_parser:ExtractedToolCallInformation",
+        "call": "vllm.entrypoints.openai.chat_completion.protocol:ToolCall",
+        "function": "vllm.parser.abstract_parser:FunctionCall",
+    },
+    "vllm/adapters.py": {"engine": "vllm.v1.engine.llm_engine:LLMEngine"},
+    "vllm/executors.py": {
+        "SyncKvMixin.super()": "vllm.v1.executor.abstract:Executor",
+        "SyncKvExternalExecutor.super()": "vllm.v1.executor.uniproc_executor:ExecutorWithExternalLauncher",
+    },
+    "hooks/hot_path.py": {
+        "engine": "vllm.v1.engine.llm_engine:LLMEngine",
+        "NameHook.processor": "vllm.v1.engine.input_processor:InputProcessor",
+        "OutputHook.processor": "vllm.v1.engine.output_processor:OutputProcessor",
+        "NameHook.request": "vllm.v1.engine:EngineCoreRequest",
+        "BlockHook.request": "vllm.v1.request:Request",
+        "manager": "vllm.v1.core.kv_cache_manager:KVCacheManager",
+        "blocks": "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
+        "output": "vllm.v1.engine:EngineCoreOutput",
+        "state": "vllm.v1.engine.output_processor:RequestState",
+    },
+    "media/connector.py": {"media_io": "vllm.multimodal.media.base:MediaIO"},
+    "media/features.py": {
+        "config": "vllm.config:VllmConfig",
+        "feature": "vllm.multimodal.inputs:MultiModalFeatureSpec",
+    },
+    "media/processing.py": {
+        "renderer": "vllm.renderers.base:BaseRenderer",
+        "config": "vllm.config:VllmConfig",
+        "prompt": "",  # dpgen's own
+    },
+    "vllm/pooling.py": {"output": "vllm.outputs:PoolingRequestOutput", "outputs": "vllm.outputs:PoolingOutput"},
+    "vllm/reasoning.py": {
+        "chat": "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest",
+        "engine": "vllm.v1.engine.llm_engine:LLMEngine",
+        "parser": "vllm.parser.abstract_parser:Parser",
+    },
+    "vllm/results.py": {
+        "output": "vllm.outputs:RequestOutput",
+        "sample": "vllm.outputs:CompletionOutput",
+        "s": "vllm.outputs:CompletionOutput",
+        "flat": "vllm.logprobs:FlatLogprobs",
+        "params": "vllm.sampling_params:SamplingParams",
+    },
+    "vllm/server_requests.py": {
+        "own_class": "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest",
+        "parsed": "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest",
+        "make()": "vllm.parser.abstract_parser:Parser",
+    },
+    "vllm/vllm_backend.py": {
+        "output": "vllm.outputs:RequestOutput",
+        "params": "vllm.sampling_params:SamplingParams",
+        "sample": "vllm.outputs:CompletionOutput",
+        "s": "vllm.v1.engine.output_processor:RequestState",
+        "_count_preemptions.request": "vllm.v1.request:Request",
+        "stats.request": "vllm.v1.request:Request",
+    },
+    "vllm/vllm_render.py": {
+        "engine": "vllm.v1.engine.llm_engine:LLMEngine",
+        "renderer": "vllm.renderers.base:BaseRenderer",
+        "_renderer": "vllm.renderers.base:BaseRenderer",
+    },
+}
+# What no call or attribute shows: overridden methods as vLLM calls them, and names in variables and behind `**`.
+UNSEEN = (
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.skip_special_tokens",
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.spaces_between_special_tokens",
+    "vllm.multimodal.media.connector:MediaConnector.fetch_audio(1)",
+    "vllm.multimodal.media.connector:MediaConnector.fetch_image(1)",
+    "vllm.multimodal.media.connector:MediaConnector.fetch_video(1)",
+    "vllm.multimodal.media.connector:MediaConnector.load_from_url(2 fetch_timeout)",
+    "vllm.pooling_params:PoolingParams.clone(0)",
+    "vllm.reasoning:ReasoningParserManager.get_reasoning_parser(1)",
+    "vllm.reasoning:ReasoningParserManager.reasoning_parsers",
+    "vllm.renderers.base:BaseRenderer.render_chat(3 skip_mm_cache)",
+    "vllm.renderers.base:BaseRenderer.render_cmpl(2 skip_mm_cache)",
+    "vllm.tool_parsers:ToolParserManager.get_tool_parser(1)",
+    "vllm.tool_parsers:ToolParserManager.tool_parsers",
+    "vllm.v1.executor.abstract:Executor.determine_available_memory(0)",
+    "vllm.v1.executor.multiproc_executor:MultiprocExecutor.shutdown(0)",
+)
