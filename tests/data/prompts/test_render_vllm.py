@@ -7,6 +7,7 @@ file, run as a script, is that process. It also renders every prompt with `VllmR
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -302,7 +303,6 @@ def main(questions: str) -> None:
 
 def collect_answers(folder: str, engine: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
-    from vllm.renderers.chat_utils import _KNOWN_CONTENT_PART_FIELDS
     from vllm.renderers.hf import _detect_content_format
 
     llm = LLM(
@@ -325,10 +325,19 @@ def collect_answers(folder: str, engine: dict[str, Any]) -> dict[str, Any]:
             theirs["errors"][case.name] = repr(error)
         theirs["renderer"][case.name] = render_in_engine(llm, case)
     theirs["formats"] = {template: _detect_content_format(template, default="string") for template in CONTENT_FORMATS}
-    theirs["known part keys"] = sorted(_KNOWN_CONTENT_PART_FIELDS)
+    theirs["known part keys"] = sorted(find_known_part_keys())
     theirs["named"] = render_named_templates(llm)
     llm.llm_engine.engine_core.shutdown()
     return theirs
+
+
+def find_known_part_keys() -> frozenset[str]:
+    # Up to 0.31, of 0.32, and from 0.33 on.
+    for module in ("entrypoints.chat_utils", "renderers.chat_utils", "renderers.chat_utils.chat_message"):
+        with contextlib.suppress(ImportError, AttributeError):
+            keys: frozenset[str] = importlib.import_module(f"vllm.{module}")._KNOWN_CONTENT_PART_FIELDS
+            return keys
+    raise AssertionError("vLLM has moved its names of parts' keys")
 
 
 def generate(llm: Any, case: Case) -> list[int]:
