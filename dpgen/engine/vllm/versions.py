@@ -90,6 +90,16 @@ CHANGED = (
         "config/environment.py: the variable is in a run's identity; vllm_backend.py: run.json has the runner in use",
     ),
     (
+        "0.29",
+        "a tool call's arguments that are no JSON object become {} in the prompt, before an error or the list itself",
+        "data/prompts/chat.py: with every version",
+    ),
+    (
+        "0.30",
+        "whether a chat template takes lists of parts is also read in its macros",
+        "data/prompts/content_format.py: with every version",
+    ),
+    (
         "0.31",
         "enable_return_routed_experts is a part of aux_output_config; the old name still sets it",
         "none is needed: both are passed on",
@@ -98,6 +108,11 @@ CHANGED = (
         "0.31",
         "supports_multimodal_inputs is a property of ModelConfig, before a method of MULTIMODAL_REGISTRY",
         "media/requirements.py: asks the one that there is",
+    ),
+    (
+        "0.32",
+        "a chat's system message loses the line x-anthropic-billing-header",
+        "data/prompts/chat.py: with every version",
     ),
     (
         "0.32",
