@@ -261,6 +261,16 @@ def read_run_json(run_dir: Path) -> dict[str, Any]:
     return run
 
 
+def list_engine_lines(output: str) -> list[str]:
+    """Return the lines of engines in a rank's output, but for what older versions say where there is no GPU.
+
+    vLLM's CPU build before 0.32 misreads an installed Triton, and torch's build for CUDA misses its driver.
+    """
+    noise = ("Triton is installed, but", "No CUDA runtime is found")
+    lines = [line for line in output.splitlines() if " engine] " in line]
+    return [line for line in lines if not any(text in line for text in noise)]
+
+
 def find_engine_pids(job: Job) -> list[int]:
     """Return the ids of engine processes that the job's ranks have started and that still run."""
     return descendants(job.process.pid, b"dpgen.engine.server")

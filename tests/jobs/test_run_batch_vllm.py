@@ -21,6 +21,7 @@ from helpers.tiny_adapter import save_adapter
 from helpers.tiny_model import save_tiny_model
 from helpers.tiny_pooling import save_tiny_pooling
 
+from dpgen.config.environment import read_versions
 from dpgen.output.verification import verify
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -113,6 +114,10 @@ EMBEDDINGS: dict[str, dict[str, Any]] = {
     "half precision as base64": {"embed_dtype": "float16", "encoding_format": "base64"},
 }
 
+# Before, vLLM's CPU build dropped all seeds of a batch with a row that has none; and choices of several lines were for
+# another grammar backend, of which an engine has one: that of its first constrained request.
+SINCE_SEEDS, SINCE_LINES = "0.29", "0.31"
+
 # Which dpgen does not support yet: see "Response files" in conf/README.md.
 UNSUPPORTED = ("no special tokens", "cut", "half precision as base64")
 
@@ -170,6 +175,13 @@ def make_lines(bodies: dict[str, dict[str, Any]]) -> list[str]:
     return [make_chat(name, **{**common, **body}) for name, body in bodies.items()]
 
 
+def is_sound_in(version: str, body: dict[str, Any]) -> bool:
+    """Return True unless an older vLLM answers a request otherwise each time, whatever sends it."""
+    is_sampled = body.get("temperature", 0) > 0
+    has_lines = r"\n" in json.dumps(body.get("structured_outputs"))
+    return (version >= SINCE_SEEDS or not is_sampled) and (version >= SINCE_LINES or not has_lines)
+
+
 def drop_own(body: dict[str, Any]) -> dict[str, Any]:
     """Return a response body without what is its own, the random ids of calls included."""
     kept = {key: value for key, value in body.items() if key not in OWN_FIELDS}
@@ -216,7 +228,9 @@ def test_responses_are_those_of_vllm_run_batch(launcher: Launcher, tmp_path: Pat
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.save_pretrained(model)
-    lines = make_lines({**BODIES, **make_writing_bodies(tokenizer)})
+    bodies = {**BODIES, **make_writing_bodies(tokenizer)}
+    version = ".".join(read_versions()["vllm"].split(".")[:2])
+    lines = make_lines({name: body for name, body in bodies.items() if is_sound_in(version, body)})
     source = write_batch(tmp_path / "in.jsonl", lines)
     adapter = save_adapter(tmp_path / "math")
     command = ("-i", str(source), "--model", str(model), *FLAGS, "--lora-modules", f"math={adapter}")
@@ -249,7 +263,8 @@ def test_responses_are_those_of_vllm_run_batch(launcher: Launcher, tmp_path: Pat
             assert {*theirs["error"]["error"], "error_type"} == set(ours["error"]["error"])
             assert theirs["error"]["error"]["type"] == ours["error"]["error"]["type"]
     assert not different
-    check_writing(found)
+    if version >= SINCE_LINES:
+        check_writing(found)
     [choice], [plain] = last["response"]["body"]["choices"], found["plain"]
     assert (choice["text"], choice["finish_reason"]) == (prompt + plain["message"]["content"], plain["finish_reason"])
     assert verify(tmp_path / "dpgen.jsonl.run").verdict == "sound"
@@ -281,6 +296,8 @@ def test_embeddings_are_those_of_vllm_run_batch(launcher: Launcher, tmp_path: Pa
             assert (name == "a stream") or theirs["error"]["error"]["type"] == ours["error"]["error"]["type"]
             continue
         kept = [{key: value for key, value in body.items() if key not in ("id", "created")} for body in bodies]
+        for body in kept:
+            body["usage"] = {**body["usage"], "completion_tokens_details": None}
         for body in kept:
             assert {type(item["embedding"]) for item in body["data"]} == {str if "base64" in name else list}, name
         assert is_near(*map(decode_embeddings, kept), tolerance=1e-5), name

@@ -91,6 +91,11 @@ CHANGED = (
     ),
     (
         "0.29",
+        "the CPU build keeps the seeds of a batch in which other rows have none; before, they were dropped",
+        "nowhere: dpgen/README.md says so",
+    ),
+    (
+        "0.29",
         "a tool call's arguments that are no JSON object become {} in the prompt, before an error or the list itself",
         "data/prompts/chat.py: with every version",
     ),
@@ -98,6 +103,12 @@ CHANGED = (
         "0.30",
         "whether a chat template takes lists of parts is also read in its macros",
         "data/prompts/content_format.py: with every version",
+    ),
+    (
+        "0.31",
+        "choices of several lines are for xgrammar, too, before for guidance, which then compiles all of an engine's "
+        "grammars if they came first, and fails on those of calls that a request demands",
+        "nowhere: dpgen/README.md says so",
     ),
     (
         "0.31",
