@@ -15,11 +15,11 @@ import pytest
 from helpers.vllm_signatures import RECORD, merge, read_facts
 from helpers.vllm_source import VllmSource, accepts
 from helpers.vllm_uses import find_uses, read_uses
+from helpers.vllm_version import find_vllm_minor
 
-from dpgen.config.environment import read_versions
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.vllm.field_names import VllmFields
-from dpgen.engine.vllm.versions import ADDED_IN, CHANGED, NEWEST, OLDEST, REMOVED, describe_version
+from dpgen.engine.vllm.versions import ADDED_IN, CHANGED, NEWEST, OLDEST, REMOVED, describe_version, keeps_seeds_on_cpu
 
 FACTS: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
 HOW_TO_RECORD = "read new wheels with: python tests/helpers/vllm_signatures.py VERSION=WHEEL ..."
@@ -179,11 +179,16 @@ def test_a_removed_field_is_refused_with_what_to_do_instead_and_a_later_one_with
     assert describe_version("engine", "max_num_seqz", None) is None
 
 
+def test_vllm_s_build_for_the_cpu_keeps_seeds_from_0_29_on() -> None:
+    versions = ("0.26.0", "0.28.1", "0.29.0rc1", "0.32.0", "1.0.0")
+    assert [version for version in versions if keeps_seeds_on_cpu(version)] == ["0.29.0rc1", "0.32.0", "1.0.0"]
+
+
 @pytest.mark.vllm
 def test_the_record_is_of_the_installed_vllm() -> None:
     package = find_spec("vllm")
     assert package is not None and package.submodule_search_locations
-    version = ".".join(read_versions()["vllm"].split(".")[:2])
+    version = find_vllm_minor()
     if version not in FACTS["versions"]:
         pytest.skip(f"vLLM {version} is not recorded: {HOW_TO_RECORD}")
     source = VllmSource(Path(next(iter(package.submodule_search_locations))).parent)

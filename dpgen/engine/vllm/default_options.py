@@ -7,11 +7,13 @@ import math
 from typing import Any
 
 import psutil
+import vllm
 from vllm.engine.arg_utils import EngineArgs
 
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.pool.device_monitor import DeviceMonitor
 from dpgen.engine.pool.engine_count import fit_memory
+from dpgen.engine.vllm.versions import keeps_seeds_on_cpu
 from dpgen.errors import ConfigError, FreeMemory
 
 
@@ -83,6 +85,8 @@ def apply_cpu_defaults(options: dict[str, Any], num_engines: int, *, samples: bo
     if samples and "enable_chunked_prefill" not in options:
         options["enable_chunked_prefill"] = False
         notes.append("vLLM on the CPU: no chunked prefill, because it crashes seeded sampling")
+    if samples and not keeps_seeds_on_cpu(vllm.__version__):
+        notes.append("vLLM on the CPU: seeds have no effect beside greedy rows, because vLLM before 0.29 drops them")
     if "kv_cache_memory_bytes" not in options and "gpu_memory_utilization" not in options:
         num_bytes = min(4 << 30, psutil.virtual_memory().available // (4 * num_engines))
         options["kv_cache_memory_bytes"] = num_bytes

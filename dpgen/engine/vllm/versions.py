@@ -92,7 +92,7 @@ CHANGED = (
     (
         "0.29",
         "the CPU build keeps the seeds of a batch in which other rows have none; before, they were dropped",
-        "nowhere: dpgen/README.md says so",
+        "default_options.py says so in the log",
     ),
     (
         "0.29",
@@ -152,6 +152,11 @@ CHANGED = (
 def takes_hooks(installed: str) -> bool:
     """Return True for a version of vLLM with which the hooks of `dpgen.engine.vllm.hooks` were compared."""
     return ".".join(installed.split(".")[:2]) in HOOKED
+
+
+def keeps_seeds_on_cpu(installed: str) -> bool:
+    """Return False for a version of vLLM whose CPU build drops the seeds of a batch in which some row has none."""
+    return [int(part) for part in installed.split(".")[:2]] >= [0, 29]
 
 
 def describe_version(section: str, name: str, installed: str | None) -> str | None:

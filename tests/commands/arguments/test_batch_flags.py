@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from helpers.vllm_version import find_vllm_minor
 
 from dpgen.commands.arguments.batch_flags import parse_batch_flags
 from dpgen.commands.run_batch import load_batch_config
-from dpgen.config.environment import read_versions
 from dpgen.config.vllm import vllm_flags as flags
 from dpgen.engine.vllm.versions import ADDED_IN, REMOVED
 from dpgen.errors import ConfigError
@@ -156,7 +156,7 @@ def test_the_flags_are_those_of_the_installed_vllm() -> None:
             kinds["switch" if action.nargs == 0 else "list" if action.nargs == "+" else "value"].add(name)
             shorts = {option for option in action.option_strings if not option.startswith("--no-")} - {f"--{name}"}
             assert all(flags.SHORT_FORMS.get(short) == name for short in shorts), name
-    version = ".".join(read_versions()["vllm"].split(".")[:2])
+    version = find_vllm_minor()
     removed = {name.replace("_", "-") for name in REMOVED["engine"]}
     later = {name.replace("_", "-") for came, names in ADDED_IN["engine"].items() if came > version for name in names}
     for kind, known in {"switch": flags.SWITCHES, "list": flags.LISTS, "value": flags.VALUES}.items():
