@@ -263,7 +263,7 @@ def test_responses_are_those_of_vllm_run_batch(launcher: Launcher, tmp_path: Pat
             assert {*theirs["error"]["error"], "error_type"} == set(ours["error"]["error"])
             assert theirs["error"]["error"]["type"] == ours["error"]["error"]["type"]
     assert not different
-    if version >= SINCE_LINES:
+    if version >= "0.32":  # the seeds were chosen with its sampler for the CPU
         check_writing(found)
     [choice], [plain] = last["response"]["body"]["choices"], found["plain"]
     assert (choice["text"], choice["finish_reason"]) == (prompt + plain["message"]["content"], plain["finish_reason"])
