@@ -225,7 +225,8 @@ class RunDir:
         if input_differences:
             raise ConfigError(
                 f"run.dir={self.path} holds results of another input: {'; '.join(input_differences)}. Give it "
-                "the rows that it began with (data.path, data.select, data.limit), or choose another directory"
+                "the rows that it began with, and new ones only after them (data.path, data.select, data.limit), or "
+                "choose another directory"
             )
         if resume != "force":
             raise ConfigError(

@@ -263,7 +263,7 @@ def test_an_input_may_grow_but_not_change(tmp_path: Path, resume: str) -> None:
     grown = {**RUN, "input": {**INPUT, "num_rows": 5, "content": "11"}}
     run_dir.check_resumable(grown, resume, {1: INPUT})
     for prefixes in (None, {}, {5: INPUT}, {1: {**INPUT, "content": "22"}}):
-        with pytest.raises(ConfigError, match=r"another input: input\.content: .*; input\.num_rows: 1 → 5\. Choose"):
+        with pytest.raises(ConfigError, match=r"another input: input\.content: .*; input\.num_rows: 1 → 5\. Give it"):
             run_dir.check_resumable(grown, resume, prefixes)
     with pytest.raises(ConfigError, match=r"other settings: engine\.dtype: [^;]*\. Choose"):
         run_dir.check_resumable({**OTHER_RUN, "input": grown["input"]}, "auto", {1: INPUT})
