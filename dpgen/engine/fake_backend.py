@@ -138,6 +138,7 @@ class FakeBackend:
         self._num_steps = self._num_reported_steps = 0
         self._last_report_s = time.monotonic()
         self._is_livelocked = False
+        self.memory_fraction = spec.memory_fraction  # of all jobs
 
     @property
     def num_engines(self) -> int:
@@ -146,10 +147,6 @@ class FakeBackend:
     @property
     def max_num_seqs(self) -> int:
         return self._options.max_num_seqs
-
-    @property
-    def memory_fraction(self) -> float | None:
-        return self._spec.memory_fraction
 
     def check_options(self) -> tuple[str, ...]:
         self._check_names()

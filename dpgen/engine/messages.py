@@ -38,6 +38,7 @@ class EngineSpec:
         num_sharing: ranks on this one's GPUs, itself included, which divide their memory (`parallel.share_devices`).
         num_engines: engines of this rank, which divide its part (`parallel.engines_per_rank`).
         is_num_engines_auto: fewer are enough, if the memory has no room for so many.
+        is_measured: the first rows are to tell how many engines pay.
         memory_fraction: of a device's memory, that its engines divide unless `gpu_memory_utilization` is given; None
             for vLLM's default.
         engine_bytes: of a device's memory that each of several engines should have; 0 if not known.
@@ -72,6 +73,7 @@ class EngineSpec:
     num_sharing: int = 1
     num_engines: int = 1
     is_num_engines_auto: bool = False
+    is_measured: bool = False
     memory_fraction: float | None = None
     engine_bytes: int = 0
     weight_bytes: int = 0

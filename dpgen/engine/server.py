@@ -84,8 +84,7 @@ def _serve(pipe: Connection, kind: str) -> None:
     except ConfigError as error:
         pipe.send(OptionsChecked(problem=str(error)))
         return
-    num_engines, memory_fraction = backend.num_engines, backend.memory_fraction
-    pipe.send(OptionsChecked(None, notes, num_engines, backend.max_num_seqs, memory_fraction))
+    pipe.send(_report_options(backend, notes))
     load_request = timer.exclude(pipe.recv)
     if isinstance(load_request, Shutdown):
         return
@@ -125,6 +124,10 @@ def _serve(pipe: Connection, kind: str) -> None:
     backend.close()
 
 
+def _report_options(backend: Backend, notes: tuple[str, ...]) -> OptionsChecked:
+    return OptionsChecked(None, notes, backend.num_engines, backend.max_num_seqs, backend.memory_fraction)
+
+
 def _agree_kv(pipe: Connection, load_request: LoadModel, measured_bytes: int) -> SetKvBytes | BeginJob | Shutdown:
     """Return the KV cache's size, or what the rank wants instead: to end the engine, or to begin another job."""
     if load_request.kv_bytes is not None:  # others may hold more memory than at the agreement
@@ -150,7 +153,7 @@ def _serve_next_job(
         kv_bytes: the loaded KV cache's, which is what this engine has to offer in the ranks' agreement.
     """
     try:
-        checked = OptionsChecked(notes=backend.begin_job(begin.spec), num_engines=backend.num_engines)
+        checked = _report_options(backend, backend.begin_job(begin.spec))
     except ConfigError as error:
         checked = OptionsChecked(problem=str(error))
     pipe.send(checked)
@@ -170,7 +173,7 @@ def _generate(pipe: Connection, backend: Backend, spec: EngineSpec) -> BeginJob 
     Returns:
         the request for another job; None where the rank wants the engine to end.
     """
-    sender = _EventSender(pipe, backend, sampled_s=_SAMPLED_S if spec.is_num_engines_auto else 0.0)
+    sender = _EventSender(pipe, backend, sampled_s=_SAMPLED_S if spec.is_measured else 0.0)
     while True:
         finished: list[RowResult | UndecodedRow] = []
         while pipe.poll(0 if backend.has_unfinished_requests() or finished else None):
@@ -258,7 +261,7 @@ class _EventSender:
     """Send finished rows to the rank immediately, and stats once a second and before the last row.
 
     Args:
-        sampled_s: seconds for which stats are sampled more often.
+        sampled_s: seconds from the first row on, for which stats are sampled more often.
 
     Attributes:
         num_in_flight: rows received and not yet sent back.
@@ -268,6 +271,7 @@ class _EventSender:
     def __init__(self, pipe: Connection, backend: Backend, sampled_s: float = 0.0) -> None:
         self._pipe, self._backend, self._sampled_s = pipe, backend, sampled_s
         self._next_stats_s = self._next_sample_s = 0.0
+        self._sampled_until_s: float | None = None
         self._begin_s, self._begin_processor_s = time.monotonic(), time.thread_time()
         self.num_in_flight = self.num_steps = 0
 
@@ -276,7 +280,9 @@ class _EventSender:
         is_last = bool(finished) and self.num_in_flight == 0  # the rank may stop reading after it
         now_s = time.monotonic()
         is_due = is_last or now_s >= self._next_stats_s
-        if is_due or (now_s >= self._next_sample_s and now_s - self._begin_s < self._sampled_s):
+        if self._sampled_until_s is None:
+            self._sampled_until_s = now_s + self._sampled_s
+        if is_due or self._next_sample_s <= now_s < self._sampled_until_s:
             self._next_sample_s = now_s + _SAMPLE_INTERVAL_S
             if is_due:
                 self._next_stats_s = now_s + _STATS_INTERVAL_S

@@ -34,10 +34,8 @@ from dpgen.records import Request, RequestId
 pytestmark = pytest.mark.multi
 
 
-def start(log: EngineLog, is_num_engines_auto: bool = False, **options: object) -> EngineProcess:
-    spec = EngineSpec(
-        "fake", "none", options, {"max_tokens": 2000}, token_ids=True, is_num_engines_auto=is_num_engines_auto
-    )
+def start(log: EngineLog, is_measured: bool = False, **options: object) -> EngineProcess:
+    spec = EngineSpec("fake", "none", options, {"max_tokens": 2000}, token_ids=True, is_measured=is_measured)
     environment = build_engine_env(os.environ, gpus=None, num_cores=1, log_level="warning")
     return EngineProcess(spec, ServerProcess("fake", environment, None), log)
 
@@ -130,17 +128,17 @@ def test_stats_come_before_the_last_row(engine: EngineProcess) -> None:
         assert num_reported_tokens == num_tokens, "after the last row nobody may read any more"
 
 
-@pytest.mark.parametrize("is_auto", [True, False])
-def test_stats_are_sampled_more_often_while_the_number_of_engines_is_measured(is_auto: bool) -> None:
-    process = start(EngineLog("warning"), is_num_engines_auto=is_auto, step_s=0.01)
+@pytest.mark.parametrize("is_measured", [True, False])
+def test_stats_are_sampled_more_often_while_the_number_of_engines_is_measured(is_measured: bool) -> None:
+    process = start(EngineLog("warning"), is_measured=is_measured, step_s=0.01)
     try:
         load(process)
         process.submit([Request(RequestId(0), [7], None, {"max_tokens": 1000})])
         stats: list[EngineStats] = []
         while len(stats) < 2:
             stats += [event for event in process.poll(1.0) if isinstance(event, EngineStats)]
-        assert [one.is_sample for one in stats] == [False, is_auto]
-        assert (stats[1].elapsed_s - stats[0].elapsed_s < 1.0) == is_auto
+        assert [one.is_sample for one in stats] == [False, is_measured]
+        assert (stats[1].elapsed_s - stats[0].elapsed_s < 1.0) == is_measured
     finally:
         process.kill()
 

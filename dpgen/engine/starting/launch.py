@@ -136,6 +136,7 @@ def prepare_engine(
         num_sharing=starter.placement.num_sharing,
         num_engines=count.number,
         is_num_engines_auto=count.is_auto,
+        is_measured=count.is_auto,
         engine_bytes=engine_bytes,
     )
     limits = EngineLimits.from_config(config.run)

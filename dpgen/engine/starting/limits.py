@@ -74,7 +74,7 @@ class EngineMemory:
         self.kv_bytes: int | None = None
         self.num_seqs: int | None = None
         self._was_held = False
-        self._has_given_fraction = "gpu_memory_utilization" in spec.options
+        self._has_given_fraction = spec.options.get("gpu_memory_utilization") is not None
 
     def record_options(self, checked: OptionsChecked) -> None:
         """Note what the check of the options has found; the next lives keep their share of the rank's memory."""
@@ -161,7 +161,7 @@ class EngineMemory:
             options["kv_cache_memory_bytes"] = given * 8 // 10
             return f" with kv_cache_memory_bytes={options['kv_cache_memory_bytes']}"
         usual = self.spec.memory_fraction or _DEFAULT_FRACTION / self.spec.num_sharing
-        fraction = round(float(options.get("gpu_memory_utilization", usual)) - 0.1, 2)
+        fraction = round(float(options.get("gpu_memory_utilization") or usual) - 0.1, 2)
         if fraction <= 0:
             return ""
         options["gpu_memory_utilization"] = fraction

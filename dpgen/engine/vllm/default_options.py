@@ -16,6 +16,8 @@ from dpgen.engine.pool.engine_count import fit_memory
 from dpgen.engine.vllm.versions import keeps_seeds_on_cpu
 from dpgen.errors import ConfigError, FreeMemory
 
+_CONTEXT_GIB = 0.6  # that each process holds on a GPU beside what vLLM counts: CUDA's context and its modules
+
 
 def share_memory(
     options: dict[str, Any], spec: EngineSpec, device: DeviceMonitor, *, on_cpu: bool
@@ -33,14 +35,16 @@ def share_memory(
         ConfigError: so many copies of the weights don't fit.
     """
     given, notes = options.get("gpu_memory_utilization"), list[str]()
-    fraction = given
-    if fraction is None:
-        fraction = spec.memory_fraction or EngineArgs.gpu_memory_utilization / spec.num_sharing
-        if spec.is_num_engines_auto and device.free_bytes and device.free_bytes < fraction * device.memory_bytes:
-            free = FreeMemory("", device.free_bytes / 2**30, device.memory_bytes / 2**30, is_at_start=True)
-            fraction = free.fraction or fraction
-            notes.append(f"{free.free_gib:.1f} of {free.total_gib:.1f} GiB of the GPU are free, for all its engines")
+    usual = spec.memory_fraction or EngineArgs.gpu_memory_utilization / spec.num_sharing
+    fraction = usual if given is None else given
     num_engines = _count_engines(spec, int(fraction * device.memory_bytes), device.free_bytes)
+    if given is None and spec.is_num_engines_auto and device.free_bytes and num_engines > 1:
+        free_gib, total_gib = device.free_bytes / 2**30, device.memory_bytes / 2**30
+        fraction = FreeMemory("", free_gib - num_engines * _CONTEXT_GIB, total_gib, is_at_start=True).fraction
+        fraction = min(usual, fraction or usual)
+        num_engines = _count_engines(spec, int(fraction * device.memory_bytes), device.free_bytes)
+        if fraction < usual:
+            notes.append(f"{free_gib:.1f} of {total_gib:.1f} GiB of the GPU are free, for all its engines")
     spec = dataclasses.replace(spec, num_engines=num_engines)
     if num_engines > 1 and options.get("kv_cache_memory_bytes"):
         options["kv_cache_memory_bytes"] //= num_engines

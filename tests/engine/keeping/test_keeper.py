@@ -80,6 +80,16 @@ def test_a_second_job_uses_the_loaded_engine_with_its_own_sampling(rank: Rank) -
     assert len(rank.pids) == 1 and texts[0] == texts[1]
 
 
+def test_a_kept_engine_tells_the_next_job_what_memory_its_engines_divide(rank: Rank) -> None:
+    for spec in (dataclasses.replace(SPEC, memory_fraction=0.4), SPEC):
+        engine = rank.begin(spec)
+        assert engine.supervisors[0].memory.spec.memory_fraction == 0.4
+        submit(engine, 1)
+        finish(engine, lambda results, _: len(results) == 1)
+        rank.keeper.take_back(engine)
+    assert len(rank.pids) == 1
+
+
 def test_rows_in_flight_of_an_interrupted_job_never_reach_the_next(rank: Rank) -> None:
     slow = dataclasses.replace(SPEC, options={**SPEC.options, "step_s": 0.01}, sampling={"max_tokens": 20})
     engine = rank.begin(slow)
