@@ -7,7 +7,13 @@ import dataclasses
 from dpgen.config.schema import Config
 from dpgen.distributed.group import RankGroup
 from dpgen.formatting import format_duration
-from dpgen.scheduling.progress.step_times import RankSpeed, RunEfficiency, StepSamples, compute_efficiency
+from dpgen.scheduling.progress.step_times import (
+    RankSpeed,
+    RunEfficiency,
+    StepSamples,
+    compute_efficiency,
+    describe_step_costs,
+)
 
 _MIN_GENERATION_S = 10.0  # of a shorter run, what a step costs is not known well enough
 
@@ -39,11 +45,9 @@ def gather_efficiency(
 
 def describe_efficiency(efficiency: RunEfficiency) -> str:
     """Return ``efficiency 0.97 of the bound: with steps of 6 ms and 29 us a sequence, these rows take 24 s ...``."""
-    costs = f"{1e3 * efficiency.step_s:.3g} ms and {1e6 * efficiency.seq_s:.3g} us"
-    if not efficiency.step_s:
-        costs = f"{1e3 * efficiency.seq_s:.3g} ms"
+    costs = describe_step_costs(efficiency.step_s, efficiency.seq_s)
     text = (
-        f"efficiency {efficiency.fraction:.2f} of the bound: with steps of {costs} a sequence, these rows take "
+        f"efficiency {efficiency.fraction:.2f} of the bound: with steps of {costs}, these rows take "
         f"{format_duration(efficiency.bound_s)} or more"
     )
     if efficiency.is_longest_row:

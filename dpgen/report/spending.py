@@ -17,7 +17,7 @@ import numpy as np
 
 from dpgen.report.journal_facts import JournalFacts
 from dpgen.report.timeline import Timeline
-from dpgen.scheduling.progress.step_times import BY_LONGEST_ROW
+from dpgen.scheduling.progress.step_times import BY_LONGEST_ROW, compute_longest_s, describe_step_costs
 from dpgen.scheduling.tail.bound import StepCosts, compute_bound
 
 Purpose = Literal["start", "generate", "rejected", "lost", "tail", "idle", "end"]
@@ -129,8 +129,8 @@ def compute_efficiency(
     if costs is not None:
         counts = np.full(len(lengths), num_kept_tokens / int(lengths.sum()))  # where the lengths are those of a sample
         bound_s = compute_bound(lengths, costs, num_ranks, counts=counts)
-        longest_s = (costs.step + costs.sequence) * int(lengths.max())
-        source = f"steps took {1e3 * costs.step:.3g} ms and {1e6 * costs.sequence:.3g} us a sequence"
+        longest_s = compute_longest_s(costs, int(lengths.max()))
+        source = f"steps took {describe_step_costs(costs.step, costs.sequence)}"
     bound_s = min(bound_s, wall_s)
     limits = _find_limits(spending, bound_s / wall_s)
     return Efficiency(bound_s, wall_s, speed * num_ranks, source, limits, longest_s >= BY_LONGEST_ROW * bound_s)

@@ -105,8 +105,8 @@ class RunEfficiency:
     Attributes:
         bound_s: what no schedule of these rows could beat with such steps.
         generation_s: from the first row to the last, over all ranks.
-        longest_row_s: what the longest row takes in an engine without others.
-        step_s, seq_s: costs of a step, as measured.
+        longest_row_s: what the longest row takes in an engine without others; 0 where that is not known.
+        step_s, seq_s: costs of a step, as measured; `step_s` is 0 where only full engines were.
         max_num_seqs: sequences that an engine runs at a time.
     """
 
@@ -128,6 +128,17 @@ class RunEfficiency:
         return min(1.0, self.bound_s / self.generation_s) if self.generation_s else 1.0
 
 
+def describe_step_costs(step_s: float, seq_s: float) -> str:
+    """Return ``6 ms and 29 us a sequence``, or ``0.053 ms a sequence`` where only full engines were measured."""
+    costs = f"{1e3 * step_s:.3g} ms and {1e6 * seq_s:.3g} us" if step_s else f"{1e3 * seq_s:.3g} ms"
+    return f"{costs} a sequence"
+
+
+def compute_longest_s(costs: StepCosts, num_tokens: int) -> float:
+    """Return what a row of so many tokens takes in an engine without others; 0 where that is not known."""
+    return (costs.step + costs.sequence) * num_tokens if costs.step else 0.0
+
+
 def compute_efficiency(speeds: Sequence[RankSpeed], generation_s: float) -> RunEfficiency | None:
     """Return how close a run came to its bound; None where too little was measured to say.
 
@@ -141,7 +152,7 @@ def compute_efficiency(speeds: Sequence[RankSpeed], generation_s: float) -> RunE
         return None
     num_ranks = sum(speed.samples.num_samples > 0 for speed in speeds)
     bound_s = compute_bound(lengths, costs, num_ranks, counts=counts)
-    longest_s = (costs.step + costs.sequence) * int(lengths.max())
+    longest_s = compute_longest_s(costs, int(lengths.max()))
     return RunEfficiency(
         round(bound_s, 3), round(generation_s, 3), round(longest_s, 3), costs.step, costs.sequence, costs.max_num_seqs
     )
