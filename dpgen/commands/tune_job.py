@@ -22,6 +22,7 @@ from dpgen.api.jobs import Outcome, RankJob
 from dpgen.api.processes import RankProcesses
 from dpgen.config.loader import load_from_args
 from dpgen.config.schema import Config
+from dpgen.engine.pool.device_monitor import DeviceMonitor
 from dpgen.errors import ConfigError, DpgenError, Interrupted
 from dpgen.formatting import format_count, format_duration
 from dpgen.journal.run_dir import RunDir
@@ -119,6 +120,7 @@ class TuneJob:
                     self.search.record(self._stored[number])
                     continue
                 if self._run_dir.is_finished:
+                    self.is_complete = True
                     break
                 self._stored = self._stored[:number]
                 self.search.record(self._run_trial(plan))
@@ -126,7 +128,7 @@ class TuneJob:
         finally:
             if self._ranks is not None:
                 self._ranks.close()
-        self.is_complete = self.is_complete or self._run_dir.is_finished
+        self.is_complete |= self.search.best is None and self._run_dir.is_finished
         if self.is_complete:
             self.search.reason = "the job's last row was finished meanwhile"
         if self.search.best is None and not self.is_complete:
@@ -240,7 +242,7 @@ class TuneJob:
             cached_fraction=first.num_cached_tokens / num_prompt_tokens if num_prompt_tokens else None,
             num_engines_per_rank=first.num_engines // max(1, first.num_ranks),
             engine_options=list_engine_options(self.config.run.engine),
-            batched_tokens=find_batched_tokens(read_gpu_name()),
+            batched_tokens=find_batched_tokens(read_gpu_name(), DeviceMonitor(os.environ).memory_bytes),
         )
         return list_candidates(self.config, facts, self._options.speculative)
 

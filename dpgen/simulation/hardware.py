@@ -91,10 +91,13 @@ def estimate_cost_model(size: ModelSize, gpu: Gpu, num_gpus: int, options: Mappi
     )
 
 
-def find_batched_tokens(gpu_name: str | None) -> int:
-    """Return vLLM's default of `max_num_batched_tokens` (0.26 to 0.33, `EngineArgs.get_batch_defaults`)."""
-    gpu = None if gpu_name is None else find_gpu(gpu_name)
-    return 16384 if gpu is not None and _has_large_batches(gpu) else 8192
+def find_batched_tokens(gpu_name: str | None, memory_bytes: int) -> int:
+    """Return vLLM's default of `max_num_batched_tokens` (0.26 to 0.33, `EngineArgs.get_batch_defaults`).
+
+    Args:
+        memory_bytes: of the GPU.
+    """
+    return 16384 if _has_large_batches(gpu_name or "", memory_bytes) else 8192
 
 
 def compute_free_bytes(size: ModelSize, gpu: Gpu, num_gpus: int, options: Mapping[str, Any]) -> float:
@@ -108,11 +111,12 @@ def _find_max_num_seqs(gpu: Gpu, options: Mapping[str, Any]) -> int:
     given = options.get("max_num_seqs")
     if isinstance(given, int) and given > 0:
         return given
-    return 1024 if _has_large_batches(gpu) else reference.MAX_NUM_SEQS  # vLLM 0.32, `EngineArgs.get_batch_defaults`
+    has_large = _has_large_batches(gpu.name, gpu.memory)
+    return 1024 if has_large else reference.MAX_NUM_SEQS  # vLLM 0.32, `EngineArgs.get_batch_defaults`
 
 
-def _has_large_batches(gpu: Gpu) -> bool:
-    return gpu.memory >= _LARGE_BYTES and not gpu.name.startswith("A100")
+def _has_large_batches(gpu_name: str, memory_bytes: float) -> bool:
+    return memory_bytes >= _LARGE_BYTES and "A100" not in gpu_name
 
 
 def _count_kv_tokens(size: ModelSize, gpu: Gpu, num_gpus: int, options: Mapping[str, Any]) -> int | None:

@@ -66,6 +66,10 @@ def test_rows_of_trials_count_and_an_interrupted_search_continues(
     assert f"{num_done:,} of 3,000 rows are done" in job.output
     assert len(load_result(run_dir)) == 3000
     assert read_run_json(run_dir)["engine"]["max_num_seqs"] == shown["best"]["engine.max_num_seqs"]
+    shown_again = launcher.dpgen(*arguments, "--budget", "9s")
+    assert shown_again.wait() == 0, shown_again.output
+    repeated = json.loads(shown_again.output.splitlines()[-1])
+    assert (repeated["best"], repeated["reason"]) == (shown["best"], shown["reason"]), "the search had ended by itself"
 
 
 @pytest.mark.slow

@@ -91,8 +91,9 @@ def test_an_engine_on_several_gpus_is_tried_though_a_gpu_has_several_engines(tmp
 
 def test_other_sizes_of_batches_are_those_beside_the_engines_own(tmp_path: Path) -> None:
     key = "engine.max_num_batched_tokens"
-    for gpu, sizes in (("NVIDIA H200", [8192, 32768]), ("NVIDIA A100-SXM4-80GB", [4096, 16384])):
-        settings = list_settings(make_config(tmp_path), batched_tokens=find_batched_tokens(gpu))
+    large, small = [8192, 32768], [4096, 16384]
+    for gpu, gib, sizes in (("NVIDIA H200", 140, large), ("NVIDIA new", 96, large), ("NVIDIA A100-80GB", 80, small)):
+        settings = list_settings(make_config(tmp_path), batched_tokens=find_batched_tokens(gpu, gib << 30))
         assert sorted(found[key] for found in settings if key in found) == sizes
 
 

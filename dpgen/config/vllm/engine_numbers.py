@@ -15,7 +15,10 @@ from dpgen.config.vllm.vllm_types import ENGINE_TYPES
 
 _KINDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}
 _TYPES = {name: type for type in _KINDS for name in ENGINE_TYPES[type].split()}
-_FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_FLAGS = {
+    **dict.fromkeys(("true", "yes", "on", "1", "t", "y"), True),
+    **dict.fromkeys(("false", "no", "off", "0", "f", "n"), False),
+}
 
 
 def read_engine_numbers(engine: Mapping[str, Any]) -> dict[str, Any]:
