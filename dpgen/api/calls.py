@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_SHOWN = 40
+_PATH_BEGINNINGS = ("/", "~/", "./", "../")
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,11 @@ def _find_paths(dataset: Any) -> str | list[str] | None:
 
 
 def _looks_like_file(path: str) -> bool:
-    from dpgen.data.reading.files import looks_local
+    """Return True if no prompt looks like this: slashes alone make no path, as in "What is 1/2 + 1/3?"."""
+    from dpgen.data.reading.files import is_data_file
 
-    return find_scheme(path) is not None or looks_local(path) or os.path.exists(path)
+    is_path = path.startswith(_PATH_BEGINNINGS) or find_scheme(path) is not None
+    return is_path or is_data_file(path) or os.path.exists(path)
 
 
 def _to_dataset(dataset: Any) -> datasets.Dataset:

@@ -381,11 +381,17 @@ def test_num_gpus_starts_the_ranks(tmp_path: Path, find_ranks: FindRanks) -> Non
     assert not find_ranks()
 
 
-def test_a_list_of_texts_is_no_list_of_files() -> None:
-    with pytest.raises(dpgen.ConfigError, match=r"dataset\[0\] is the text 'Say hello', and names no file: a row is"):
-        dpgen.generate(["Say hello", "1 + 1?"], **FAKE)
-    with pytest.raises(dpgen.ConfigError, match=r"data.path: no such file or directory: my answers.jsonl"):
-        dpgen.generate(["my answers.jsonl", "more.jsonl"], **FAKE)
+@pytest.mark.parametrize("text", ["Say hello", "What is 1/2 + 1/3?", "... and then?"])
+def test_a_list_of_texts_is_no_list_of_files(text: str) -> None:
+    words = re.escape(f"dataset[0] is the text {text!r}, and names no file: a row is a dict of columns")
+    with pytest.raises(dpgen.ConfigError, match=words):
+        dpgen.generate([text, "1 + 1?"], **FAKE)
+
+
+@pytest.mark.parametrize("path", ["my answers.jsonl", "../my answers", "~/my answers"])
+def test_a_list_with_a_file_that_is_not_there_names_it(path: str) -> None:
+    with pytest.raises(dpgen.ConfigError, match=f"data.path: no such file or directory: {re.escape(path)}"):
+        dpgen.generate([path, "more.jsonl"], **FAKE)
 
 
 def test_num_gpus_is_rejected_where_it_has_no_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
