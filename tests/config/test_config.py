@@ -213,10 +213,12 @@ def test_a_wrong_file_is_rejected(load: Callable[..., schema.Config], text: str,
 
 
 def test_a_missing_file_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"no such configuration file: nowhere\.yaml$"):
-        loader.load(["nowhere.yaml"], [])
-    with pytest.raises(ConfigError, match=r"file: data\.limit; a key is written data\.limit=VALUE"):
-        loader.load_from_args(["data.limit", "10"])
+    for name in ("nowhere.yaml", "conf.yaml.bak", "questions.jsonl", "data.jsonl", "model.safetensors"):
+        with pytest.raises(ConfigError, match=rf"no such configuration file: {re.escape(name)}$"):
+            loader.load([name], [])
+    for key in ("data.limit", "engine.max_model_len", "sampling.n"):
+        with pytest.raises(ConfigError, match=rf"file: {key}; a key is written {key}=VALUE"):
+            loader.load_from_args([key, "10"])
 
 
 def mistakes_of(load: Callable[..., schema.Config], *overrides: str, text: str = BASE) -> tuple[str, ...]:

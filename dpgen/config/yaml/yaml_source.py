@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from dpgen.config.options import find_type
 from dpgen.config.secrets import REMOVED, has_secret, redact_secrets
 from dpgen.config.yaml import yaml12, yaml_slips
 from dpgen.errors import ConfigError
@@ -362,8 +363,7 @@ def _read_text(path: str) -> str:
         with open(path, "rb") as file:
             content = file.read()
     except FileNotFoundError:
-        is_key = _KEY.fullmatch(path) is not None and not path.endswith((".yaml", ".yml", ".json"))
-        hint = f"; a key is written {path}=VALUE" if is_key else ""
+        hint = f"; a key is written {path}=VALUE" if _is_key(path) else ""
         raise ConfigError(f"no such configuration file: {path}{hint}") from None
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from None
@@ -372,6 +372,12 @@ def _read_text(path: str) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: this is no UTF-8 (byte 0x{content[error.start]:02x}); convert it") from None
+
+
+def _is_key(name: str) -> bool:
+    """Return True if a name is a key of a section, and not a file's, as far as one can tell."""
+    is_known = find_type(name) or find_type(name.partition(".")[0]).startswith("dict")
+    return bool(_KEY.fullmatch(name) and is_known) and not name.endswith((".yaml", ".yml", ".json"))
 
 
 def _reads_all(root: yaml.Node, text: str) -> bool:
