@@ -26,10 +26,10 @@ _DESCRIPTION = """\
 Export the rows of a run, finished or not, in input order. Of an unfinished run, the rows that have a result so far.
 
   dpgen export runs/a answers.jsonl                   JSON lines; also .csv, .parquet, and .gz, .bz2, .zst after them
-  dpgen export runs/a answers                         a folder of Parquet files with a dataset card, ready for the Hub
+  dpgen export runs/a answers                         a folder of Parquet files
   dpgen export runs/a saved --format save_to_disk     a folder for datasets.load_from_disk
   dpgen export runs/a sft.jsonl --format messages     conversations with the model's turn, for fine-tuning
-  dpgen export runs/a --push-to-hub me/answers        a dataset of the Hub; an upload that broke off is continued
+  dpgen export runs/a --push-to-hub me/answers        a dataset of the Hub, with its card; a broken upload is continued
 
 Nothing in the run directory is changed.
 """

@@ -94,27 +94,28 @@ def export_run(
     selection: Selection,
     *,
     overwrite: bool = False,
-    in_run_dir: bool = False,
+    for_hub: bool = False,
 ) -> ExportReport:
     """Export a run's rows to a file or folder.
 
     Args:
         format: one of `FORMATS`; see `find_format`.
         overwrite: replace an export that is there.
-        in_run_dir: the target is dpgen's own, in the run directory, and needs no check.
+        for_hub: write the dataset card, beside which pandas and Polars can't read the folder; the target is dpgen's
+            own, in the run directory, and needs no check.
 
     Raises:
         ConfigError: there is no run, the target may not be written, or a column is not there or can't be held.
         DpgenError: a file can't be read or written.
     """
     path, is_folder = resolve_target(target), is_folder_format(target, format)
-    if not in_run_dir:
+    if not for_hub:
         check_target(path, run_dir.path, overwrite=overwrite, folder_files=FOLDER_FILES[format] if is_folder else None)
     source = open_source(run_dir, with_messages=format == "messages")
     columns = _choose_columns(source, format, selection)
     with open_target(path, is_folder=is_folder) as place:
         stats = write_rows(source, place, format, columns, only_successful=selection.only_successful)
-        if is_folder and format == "parquet":
+        if for_hub:
             schema = rename_columns(source.schema, columns)
             write_export_card(place, run_dir, source, stats, schema)
         files = _list_files(place, format)

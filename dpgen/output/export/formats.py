@@ -33,6 +33,7 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 # Suffixes of files that no export writes, and nobody gives to a folder.
 OTHER_SUFFIXES = frozenset((".json", ".tsv", ".txt", ".arrow", ".feather", ".xls", ".xlsx", ".xz", ".lz4", ".zip"))
 FORMATS = ("parquet", "jsonl", "csv", "save_to_disk", "messages")
+# The files of a folder, which may be replaced; README.md is the card, which pushes to the Hub have.
 FOLDER_FILES = {
     "parquet": ("README.md", "train-*-of-*.parquet"),
     "save_to_disk": ("data-*-of-*.arrow", "dataset_info.json", "state.json"),

@@ -118,7 +118,7 @@ def _export_to_stage(run_dir: RunDir, stage: Path, selection: Selection) -> Expo
     if state.get("key") == key and (stage / "dataset").is_dir():
         return ExportReport(**state["report"])
     shutil.rmtree(stage, ignore_errors=True)
-    report = export_run(run_dir, str(stage / "dataset"), "parquet", selection, in_run_dir=True)
+    report = export_run(run_dir, str(stage / "dataset"), "parquet", selection, for_hub=True)
     _write_state(stage, key=key, report=asdict(report))
     return report
 

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -79,7 +80,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_parquet(folder: Path) -> pa.Table:
-    """Return the rows of a Parquet file, or of those of a folder, beside its card."""
+    """Return the rows of a Parquet file, or of those of a folder."""
     files = sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
     return pa.concat_tables(map(pq.read_table, files))
 
@@ -97,15 +98,12 @@ def test_parquet_holds_the_dataset_as_it_is(run_dir: RunDir, tmp_path: Path, tar
     original = read_parquet(run_dir.dataset)
     assert read_parquet(tmp_path / target).to_pylist() == original.to_pylist()
     assert read_parquet(tmp_path / target).schema.equals(original.schema)
-    frame = pd.read_parquet(next(tmp_path.rglob("*.parquet")))
-    assert frame["generated_text"].tolist()[2:] == ["", "007"]
+    assert pd.read_parquet(tmp_path / target)["generated_text"].tolist()[2:] == ["", "007"]
+    assert pl.read_parquet(tmp_path / target)["generated_text"].to_list()[2:] == ["", "007"]
     assert (report.num_exported, report.num_errors, report.num_files) == (4, 1, 1)
     if target == "out":
         assert load(tmp_path / target).features == load(run_dir.dataset).features
-        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-            "README.md",
-            "train-00000-of-00001.parquet",
-        ]
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["train-00000-of-00001.parquet"]
     assert {path.name for path in tmp_path.iterdir()} <= {target, "cache"}, "nothing temporary stays"
 
 
@@ -115,10 +113,10 @@ def test_the_card_names_the_checks_and_what_they_rejected(run_dir: RunDir, tmp_p
         "check": {"regex": "^[0-9]", "function": None, "max_attempts": 3},
     }
     ranks = [{"num_retries": {"regex": 3}, "num_rejected_tokens": 20}, {"num_retries": {"regex": 4}}]
-    export(run_dir, tmp_path / "unchecked")
+    export(run_dir, tmp_path / "unchecked", for_hub=True)
     assert "## Checks" not in (tmp_path / "unchecked" / "README.md").read_text()
     run_dir.update_metadata(identity=identity, manifests=ranks)
-    export(run_dir, tmp_path / "out")
+    export(run_dir, tmp_path / "out", for_hub=True)
     card = (tmp_path / "out" / "README.md").read_text()
     for text in ("## Checks", "max_attempts: 3", "`regex` 7", "rejected completions there: 20", "to the last: none"):
         assert text in card
