@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from dpgen.errors import ConfigError
 
@@ -24,15 +25,17 @@ _PROBE_BYTES = 4096
 _MAX_LISTED = 3
 _DATASET_UNREACHED = "Couldn't reach "  # of `datasets`, which keeps only the name of the Hub's error
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.*"]
+_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")  # the last for datasets alone
 _LOG_IN = "log in (`hf auth login`, or set HF_TOKEN) on every node"
 
 
-def explain_hub_error(name: str, error: BaseException) -> str | None:
+def explain_hub_error(name: str, error: BaseException, kind: Literal["model", "dataset"] = "model") -> str | None:
     """Return in one line why a repository can't be read and what to do about it; None if the Hub is not the reason.
 
     Args:
         name: the repository.
         error: the error, whose causes are searched, too.
+        kind: of the repository.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -43,14 +46,15 @@ def explain_hub_error(name: str, error: BaseException) -> str | None:
         RevisionNotFoundError,
     )
 
-    is_unreached = False  # unless a cause below says why
+    is_unreached, answer = False, None  # unless a cause below says why
     for cause in iter_causes(error):
         is_unreached |= isinstance(cause, LocalEntryNotFoundError) or str(cause).startswith(_DATASET_UNREACHED)
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(cause, GatedRepoError):
+            place = f"{'datasets/' if kind == 'dataset' else ''}{getattr(cause, 'repo_id', None) or name}"
             return (
                 f"{name} is a gated repository and the Hub refuses access to it (status {status}): accept its terms "
-                f"at {constants.ENDPOINT}/{name} and {_LOG_IN}"
+                f"at {constants.ENDPOINT}/{place} and {_LOG_IN}"
             )
         if isinstance(cause, RepositoryNotFoundError):
             return f"there is no repository {name} on the Hub, or it is private: check the name, or {_LOG_IN}"
@@ -58,6 +62,8 @@ def explain_hub_error(name: str, error: BaseException) -> str | None:
             return None  # its own message names the revision
         if isinstance(cause, HfHubHTTPError) and status in (401, 403):
             return f"the Hub refuses access to {name} (status {status}): check HF_TOKEN, or {_LOG_IN}"
+        if isinstance(cause, HfHubHTTPError):
+            answer = status
         if isinstance(cause, OSError) and cause.errno in _WRITE_ERRORS and _is_near(constants.HF_HUB_CACHE, cause):
             return (
                 f"the Hub's cache can't be written: {cause.filename}: {cause.strerror}. Set HF_HOME to a folder that "
@@ -65,8 +71,17 @@ def explain_hub_error(name: str, error: BaseException) -> str | None:
             )
     if not is_unreached:
         return None
-    is_offline = constants.HF_HUB_OFFLINE
-    why = "HF_HUB_OFFLINE is set" if is_offline else f"{constants.ENDPOINT} can't be reached from this node"
+    if answer is not None:
+        remedy = "start again later" if answer == 429 or answer >= 500 else f"check HF_ENDPOINT ({constants.ENDPOINT})"
+        return f"the Hub answered with status {answer} for {name}: {remedy}"
+    switches = _OFFLINE_VARIABLES[: None if kind == "dataset" else -1]
+    is_on = [switch for switch in switches if os.environ.get(switch, "").upper() in constants.ENV_VARS_TRUE_VALUES]
+    why = f"{is_on[0]} is set" if is_on else f"{constants.ENDPOINT} can't be reached from this node"
+    if kind == "dataset":  # `datasets` reads nothing of the Hub's cache without the Hub
+        return (
+            f"{name} is no folder here, and {why}: check the name, or download it where there is a network, with "
+            f"`hf download {name} --repo-type dataset --local-dir DIR`, and set data.path=DIR"
+        )
     return (
         f"{name} is no folder here and not in the Hub's cache ({constants.HF_HUB_CACHE}), and {why}: check the name, "
         "or download it where there is a network (`hf download`)"

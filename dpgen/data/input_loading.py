@@ -76,15 +76,16 @@ def _load_local(config: DataConfig) -> InputRows:
 
 @contextmanager
 def _translate_errors(config: DataConfig) -> Iterator[None]:
+    path = config.path if isinstance(config.path, str) or len(config.path) > 1 else config.path[0]
     try:
         yield
     except (ConfigError, KeyboardInterrupt):
         raise
     except UnreadableInput as error:
-        raise ConfigError(f"data.path={config.path}: {error}") from None
+        raise ConfigError(f"data.path={path}: {error}") from None
     except Exception as error:  # noqa: BLE001 - `datasets` passes on all that its readers raise; all of it is about the input
-        reason = explain_hub_error(str(config.path), error) or describe_error(error, _get_cache())
-        raise ConfigError(f"data.path={config.path}: {reason}") from None
+        reason = explain_hub_error(str(path), error, "dataset") or describe_error(error, _get_cache())
+        raise ConfigError(f"data.path={path}: {reason}") from None
 
 
 def _cut(config: DataConfig, dataset: datasets.Dataset, source: InputSource) -> InputRows:

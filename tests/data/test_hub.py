@@ -18,12 +18,14 @@ from dpgen.errors import ConfigError
 
 # What the Hub answers to each repository: status, and its name for the error.
 ANSWERS = {"meta/gated": (403, "GatedRepo"), "meta/anonymous": (401, "GatedRepo"), "no/body": (401, "RepoNotFound")}
-ANSWERS |= {"bad/token": (403, "")}
+ANSWERS |= {"bad/token": (403, ""), "no/page": (404, "")}
 
 
 class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         status, code = next((answer for name, answer in ANSWERS.items() if name in self.path), (404, "RepoNotFound"))
+        if self.path.endswith("meta/gated/resolve/main/README.md"):  # which a dataset need not have
+            status, code = 404, "EntryNotFound"
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
@@ -54,6 +56,19 @@ for name in sys.argv[1:]:
         print(f"REPORT {error}", flush=True)
 """
 
+DATASETS_PROGRAM = """
+import sys
+from dpgen.config.sections import DataConfig
+from dpgen.data.input_loading import load_input
+from dpgen.errors import ConfigError
+
+for name in sys.argv[1:]:
+    try:
+        load_input(DataConfig(path=[name]))
+    except ConfigError as error:
+        print(f"REPORT {error}", flush=True)
+"""
+
 
 def test_a_repository_that_the_hub_does_not_give_out_says_what_to_do(launcher: Launcher, tmp_path: Path) -> None:
     with serve_hub() as endpoint:
@@ -61,7 +76,7 @@ def test_a_repository_that_the_hub_does_not_give_out_says_what_to_do(launcher: L
         job = launcher.start([launcher.python, "-c", PROGRAM, *ANSWERS], **environment)
         assert job.wait() == 0, job.output
     lines = [line.removeprefix("REPORT ") for line in job.output.splitlines() if line.startswith("REPORT ")]
-    gated, anonymous, missing, refused = (line.partition(": ") for line in lines)
+    gated, anonymous, missing, refused, page = (line.partition(": ") for line in lines)
     log_in = "log in (`hf auth login`, or set HF_TOKEN) on every node"
     assert gated[0] == "cannot load the tokenizer of meta/gated"
     for (_, _, message), name, status in ((gated, "meta/gated", 403), (anonymous, "meta/anonymous", 401)):
@@ -69,22 +84,37 @@ def test_a_repository_that_the_hub_does_not_give_out_says_what_to_do(launcher: L
         assert message.endswith(f"accept its terms at {endpoint}/{name} and {log_in}")
     assert missing[2] == f"there is no repository no/body on the Hub, or it is private: check the name, or {log_in}"
     assert refused[2] == f"the Hub refuses access to bad/token (status 403): check HF_TOKEN, or {log_in}"
+    assert page[2] == f"the Hub answered with status 404 for no/page: check HF_ENDPOINT ({endpoint})"
+
+
+def test_a_dataset_that_the_hub_does_not_give_out_says_what_to_do(launcher: Launcher, tmp_path: Path) -> None:
+    with serve_hub() as endpoint:
+        environment = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_TOKEN": ""}
+        job = launcher.start([launcher.python, "-c", DATASETS_PROGRAM, "meta/gated", "no/page"], **environment)
+        assert job.wait() == 0, job.output
+    gated, page = (line.removeprefix("REPORT ") for line in job.output.splitlines() if line.startswith("REPORT "))
+    assert gated.startswith("data.path=meta/gated: meta/gated is a gated repository and the Hub refuses access to it")
+    assert f": accept its terms at {endpoint}/datasets/meta/gated and log in" in gated
+    assert page == (f"data.path=no/page: the Hub answered with status 404 for no/page: check HF_ENDPOINT ({endpoint})")
 
 
 def test_a_name_that_is_neither_here_nor_reached_says_where_to_look(launcher: Launcher, tmp_path: Path) -> None:
     settings = [f"run.dir={tmp_path / 'run'}", "run.engine=fake", "model=m", "data.prompt_column=prompt"]
     command = [launcher.python, "-m", "dpgen", "run", *settings, "data.path=nobody/nothing"]
-    dataset = launcher.start(command, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    dataset = launcher.start(command, HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path))
     model = launcher.start(
         [launcher.python, "-c", PROGRAM, "nobody/nothing"], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)
     )
     assert (dataset.wait(), model.wait()) == (2, 0), dataset.output + model.output
-    for output in (dataset.output, model.output):
-        assert (
-            f"nobody/nothing is no folder here and not in the Hub's cache ({tmp_path}/hub), and HF_HUB_OFFLINE"
-            in output
-        )
-        assert "or download it where there is a network (`hf download`)\n" in output
+    assert (
+        f"nobody/nothing is no folder here and not in the Hub's cache ({tmp_path}/hub), and HF_HUB_OFFLINE is set: "
+        "check the name, or download it where there is a network (`hf download`)\n"
+    ) in model.output
+    assert (
+        "data.path=nobody/nothing: nobody/nothing is no folder here, and HF_DATASETS_OFFLINE is set: check the name, "
+        "or download it where there is a network, with `hf download nobody/nothing --repo-type dataset --local-dir "
+        "DIR`, and set data.path=DIR\n"
+    ) in dataset.output
 
 
 @pytest.mark.parametrize(

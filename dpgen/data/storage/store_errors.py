@@ -51,7 +51,7 @@ def explain_store_error(scheme: str, error: BaseException, key: str) -> str:
         key: the configuration key with the store's options.
     """
     causes = list(iter_causes(error))
-    if scheme == "hf" and (reason := explain_hub_error("the repository", error)) is not None:
+    if scheme == "hf" and (reason := explain_hub_error("the repository", error, "dataset")) is not None:
         return reason
     names = {base.__name__ for cause in causes for base in type(cause).__mro__}
     codes = [code for cause in causes if (code := _find_code(cause))]

@@ -159,7 +159,7 @@ def _explain_errors(name: str) -> Iterator[None]:
     except (HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
         raise ConfigError(f"--push-to-hub {name}: {_summarize(error)}") from None
     except Exception as error:  # noqa: BLE001 - the client passes on errors of its HTTP library, which it has changed
-        reason = explain_hub_error(name, error)
+        reason = explain_hub_error(name, error, "dataset")
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if reason is not None or status in (400, 401, 403, 404, 409, 422):
             raise ConfigError(f"--push-to-hub {name}: {reason or _summarize(error)}") from None
