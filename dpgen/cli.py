@@ -39,7 +39,8 @@ Generate with an LLM over a whole dataset, data-parallel.
 _EPILOG = """\
 'dpgen COMMAND --help' shows a command's options, 'dpgen run --help' every configuration key.
 
-exit status: 0 done, 2 wrong usage or configuration, 75 stopped but resumable, 1 anything else
+exit status: 0 done, 2 wrong usage or configuration, 75 stopped but resumable, 1 anything else;
+after Ctrl-C 75 of run, run-batch and tune, 130 of other commands
 """
 
 

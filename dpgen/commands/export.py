@@ -35,7 +35,8 @@ Nothing in the run directory is changed.
 """
 
 _EPILOG = (
-    "exit status: 0 done, 2 wrong usage or configuration, 75 the upload broke off, to be continued, 1 anything else"
+    "exit status: 0 done, 2 wrong usage or configuration, 75 the upload broke off, to be continued, 130 Ctrl-C, "
+    "1 anything else"
 )
 
 

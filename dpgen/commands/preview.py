@@ -25,7 +25,8 @@ A large input is sampled, and the preview says so. `dpgen run CONFIG.yaml --dry-
 """
 
 _EPILOG = """\
-exit status: 0 for a configuration that could run, also where rows fail; 2 wrong usage or configuration, 1 anything else
+exit status: 0 for a configuration that could run, also where rows fail; 2 wrong usage or configuration, 130 Ctrl-C,
+1 anything else
 """
 
 
