@@ -142,7 +142,7 @@ def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
     check_columns(config, rows)
     row_ids, prompt_lengths = np.arange(len(rows)), np.zeros(len(rows), dtype=np.int64)
     lengths = _read_lengths(options, config, rows)
-    order_config = OrderConfig.from_config(config)
+    order_config = OrderConfig.from_config(config, max(parse_ranks(options.ranks)))
 
     def order(row_ids: np.ndarray, text_of: PromptTextFn) -> RowOrder:
         prompts = group_by_prefix(

@@ -165,7 +165,7 @@ def build_preview(config: Config, options: PreviewOptions) -> tuple[Preview, Exa
         vars(text.pooling_context).update(vars(guess_context(config, model_config, num_tokens)))
     notes += _find_long_context(config, model_config, limit)
     slow_rows = SlowRowFilter(config.prompt, config.data.render_timeout_s, SingleRankGroup())
-    order, is_order_sample = _order_rows(config, rows, slow_rows)
+    order, is_order_sample = _order_rows(config, rows, slow_rows, layout.num_engines)
     builder = _make_builder(config, rows, text, slow_rows)
     num_ids = None if text.engine_reason is None else get_vocabulary_size(model_config)
     examiner = RowExaminer(builder, spec, of_model, None if limit is None else limit.num_tokens, num_ids)
@@ -259,9 +259,9 @@ def _find_long_context(config: Config, model_config: Any, limit: ContextLimit | 
     ]
 
 
-def _order_rows(config: Config, rows: InputRows, slow_rows: SlowRowFilter) -> tuple[RowOrder, bool]:
+def _order_rows(config: Config, rows: InputRows, slow_rows: SlowRowFilter, num_shards: int) -> tuple[RowOrder, bool]:
     """Return the order of all rows, or of the sample from which the run chooses, and whether it is a sample's."""
-    row_ids, order_config = np.arange(len(rows)), OrderConfig.from_config(config)
+    row_ids, order_config = np.arange(len(rows)), OrderConfig.from_config(config, num_shards)
     if len(rows) <= SAMPLE_ROWS or config.work.order == "dataset":
         return slow_rows.order(order_config, rows, row_ids), False
     order = slow_rows.order(dataclasses.replace(order_config, is_sample=True), rows, sample_rows(row_ids))

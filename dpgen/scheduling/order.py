@@ -135,18 +135,19 @@ class RowOrder:
         order = dataclasses.replace(self, rows=self.rows[positions], groups=groups, weights=weights, lengths=lengths)
         return dataclasses.replace(order, num_probes=num_probes, num_spread=num_spread)
 
-    def mix(self, num_last: int = 0) -> RowOrder:
+    def mix(self, num_shards: int, num_last: int = 0) -> RowOrder:
         """Return the rows so that any number of them from the front is spread evenly over all parts of this order.
 
         So they have the lengths of all rows, in the same mix, as far as this order knows lengths, and so has any run of
         them, also in one of several shards. Rows of a prefix group stay together. Nothing is measured on probes.
 
         Args:
+            num_shards: shards that the rows will be dealt to, in turn.
             num_last: rows at the end that stay there; none where rows are grouped.
         """
         if self.groups is None:
             num_mixed = len(self.rows) - num_last
-            rows = np.append(self.rows[spread_evenly(num_mixed)], self.rows[num_mixed:])
+            rows = np.append(self.rows[spread_evenly(num_mixed, num_shards)], self.rows[num_mixed:])
         else:
             bounds = np.append(self.groups, len(self.rows))
             places = spread_evenly(len(self.groups)).tolist()
@@ -217,12 +218,12 @@ def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text
         SlowRow: `text_of` raised RenderTimeout.
     """
     if config.work.order == "dataset" or len(remaining) < 2:
-        return RowOrder(remaining).mix() if config.is_mixed else RowOrder(remaining)
+        return RowOrder(remaining).mix(config.num_shards) if config.is_mixed else RowOrder(remaining)
     if config.prompt.call_column is not None:
         return _order_without_prompts(config, rows, remaining)
     order = _order_rows(config.drop_empty_hint(rows, sample_rows(remaining)), rows, remaining, text_of)
     if config.is_mixed:
-        order = order.mix()
+        order = order.mix(config.num_shards)
     if not config.adapters.exceeds_slots:
         return order
     return order.sort_by_adapter(group_by_adapter(config.adapters, rows, remaining))
@@ -286,7 +287,7 @@ def _choose_order(config: OrderConfig, rows: InputRows, remaining: np.ndarray, t
     """Return the order that a sample of the rows suggests."""
     if config.reads_only:
         order = _order_longest_first(config, rows, remaining, text_of)
-        return order if config.is_mixed else _mix_lengths(order)
+        return order if config.is_mixed else _mix_lengths(order, config.num_shards)
     sample, hint = sample_rows(remaining), config.hint_column
     is_whole = len(sample) == len(remaining)
     sample_config = config if is_whole else dataclasses.replace(config, is_sample=True)
@@ -313,13 +314,13 @@ def _choose_order(config: OrderConfig, rows: InputRows, remaining: np.ndarray, t
     return RowOrder(remaining, reason="because no hint predicts the rows' lengths and prompts share few prefixes")
 
 
-def _mix_lengths(order: RowOrder) -> RowOrder:
+def _mix_lengths(order: RowOrder, num_shards: int) -> RowOrder:
     """Return the rows, sorted longest first, in the order for a model that only reads them.
 
     Each row takes a step or two, so that no long one can outlast the others. Steps of all lengths are full of sequences
     and of tokens, where the shortest rows alone would leave steps nearly empty of tokens.
     """
-    return order.mix(min(len(order.rows) // _LAST_FRACTION, _MAX_LAST_ROWS))
+    return order.mix(num_shards, min(len(order.rows) // _LAST_FRACTION, _MAX_LAST_ROWS))
 
 
 def _order_longest_first(

@@ -26,6 +26,7 @@ class OrderConfig:
         adapters: which row uses which LoRA adapter.
         reads_only: True if the model only reads prompts, so that their lengths tell all.
         is_mixed: spread the rows at the front over the whole order, so that a part of them stands for all.
+        num_shards: of the first plan. Those of a later one, without ranks that were lost, are mixed nearly as evenly.
         is_sample: True if the rows to order are a sample of the run's, by `sample_rows`, to preview the choice.
     """
 
@@ -36,10 +37,11 @@ class OrderConfig:
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     reads_only: bool = False
     is_mixed: bool = False
+    num_shards: int = 1
     is_sample: bool = False
 
     @classmethod
-    def from_config(cls, config: Config) -> OrderConfig:
+    def from_config(cls, config: Config, num_shards: int) -> OrderConfig:
         """Return the settings of a run."""
         generates = config.pooling is None
         return cls(
@@ -49,6 +51,7 @@ class OrderConfig:
             config.reads_prefix_cache,
             AdapterConfig.from_config(config),
             reads_only=config.pooling is not None,
+            num_shards=num_shards,
         )
 
     @property

@@ -107,7 +107,7 @@ class PlannerConfig:
         if config.program.is_used:
             read_columns.update(columns)
         return cls(
-            order=OrderConfig.from_config(config),
+            order=OrderConfig.from_config(config, layout.num_engines),
             retry_errors=config.run.retry_errors,
             columns=tuple(sorted(read_columns)),
             lockstep=layout.lockstep,

@@ -10,9 +10,7 @@ import numpy as np
 from dpgen.data.input_rows import InputRows
 from dpgen.data.row_view import Shard
 
-# Found by search: of its multiples, modulo 1, each 64 in a row have a mean of 0.45 to 0.55, also in one shard of up to
-# 16, of a multiple of 4 up to 256, or of 8 up to 512. With the golden ratio means in 144 shards are 0.1 to 0.9.
-_SPREAD_RATIO = 0.623135076348876
+_GOLDEN_RATIO = (5**0.5 - 1) / 2  # of all ratios, the one whose multiples, modulo 1, are spread most evenly
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,16 @@ class ShardSpec:
         return input_rows.shard(self.take(rows, index), 1, 0, columns)
 
 
-def spread_evenly(number: int) -> np.ndarray:
-    """Return 0..number - 1 so that each run of them, also of one shard's, covers the range evenly.
+def spread_evenly(number: int, num_shards: int = 1) -> np.ndarray:
+    """Return 0..number - 1 so that each run of them, dealt to shards in turn, covers the range evenly in each shard.
 
-    These are the multiples of a ratio, modulo 1, by rank.
+    These are the multiples of the golden ratio, modulo 1, by rank. All shards get the same multiple in turn, since the
+    rank of every n-th one is spread evenly for some n alone.
 
     Returns:
         int64[number].
     """
     places = np.empty(number, dtype=np.int64)
-    places[np.argsort(np.arange(1, number + 1) * _SPREAD_RATIO % 1)] = np.arange(number)
+    turns = np.arange(number) // num_shards
+    places[np.argsort((turns + 1) * _GOLDEN_RATIO % 1, kind="stable")] = np.arange(number)
     return places
