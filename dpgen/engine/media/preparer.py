@@ -37,6 +37,7 @@ TASKS_AHEAD = 4  # of a worker: the rank looks for answers every 40 ms
 _POLL_S = 0.002
 _WAIT_S = 0.01
 _SIZES_REMEMBERED = 32
+_MAX_LARGE = 4  # requests above the limit, one after the other, from which on such are expected
 _CRASHED, _TIMED_OUT, _UNSUPPORTED = "render_crashed", "render_timeout", "unsupported_content"
 
 
@@ -172,6 +173,7 @@ class MediaPreparer:
         self._buffers = BufferMeter()
         self._num_submitted = 0
         self._sizes: deque[int] = deque([0], maxlen=_SIZES_REMEMBERED)
+        self._num_large = 0  # of the last requests, those above the limit
         self._polled_s = float("-inf")
 
     @property
@@ -312,13 +314,15 @@ class MediaPreparer:
         pending.queue.put(_finish(pending, answer))
 
     def _record_size(self, num_bytes: int) -> None:
-        """Keep the size of a request; one above the limit says nothing about the others, unless all are such."""
+        """Keep the size of a request; one above the limit says nothing about the others, but several in a row do."""
         limit = self._limits.max_held_bytes
-        is_first = not 0 < self._sizes[0] <= limit
-        if is_first:
+        is_large, is_first = num_bytes > limit, not 0 < self._sizes[0] <= limit
+        self._num_large = self._num_large + 1 if is_large else 0
+        if is_first or self._num_large >= _MAX_LARGE:
             self._sizes.clear()
-        if is_first or num_bytes <= limit:
-            self._sizes.append(num_bytes)
+        elif is_large:
+            return
+        self._sizes.append(num_bytes)
 
 
 def _finish(pending: _Pending, answer: Answer) -> Request | RowResult:

@@ -152,9 +152,14 @@ def test_rows_in_the_engine_count_until_they_end_and_a_larger_row_goes_alone() -
     assert most_held <= 10_000
 
 
-def test_rows_that_are_all_larger_than_the_limit_go_one_by_one_once_their_size_is_known() -> None:
+@pytest.mark.parametrize("num_small", [0, 1, 3])
+def test_rows_that_are_all_larger_than_the_limit_go_one_by_one_once_their_size_is_known(num_small: int) -> None:
     harness = Harness(num_workers=1, max_held_bytes=10_000)
-    harness.add(*range(1, 20))
+    harness.add(*range(1, 60))
+    while len(harness.workers.tasks) != TASKS_AHEAD or num_small:
+        harness.workers.finish(min(harness.workers.tasks), 500)
+        num_small -= 1
+        assert harness.take() is not None
     num_held: list[int] = []
     for num_bytes in [50_000] * 10 + [2400] * 4:
         num_held.append(len(harness.workers.tasks))
