@@ -150,7 +150,8 @@ class FakeBackend:
 
     def check_options(self) -> tuple[str, ...]:
         self._check_names()
-        self._options = FakeOptions(**{k: v for k, v in self._spec.options.items() if k in _OPTIONS})
+        options = self._spec.options.items()
+        self._options = FakeOptions(**{k: v for k, v in options if k in _OPTIONS and v is not None})
         return ()
 
     def begin_job(self, spec: EngineSpec) -> tuple[str, ...]:
@@ -173,8 +174,8 @@ class FakeBackend:
             if name not in legal:
                 mistakes.append(describe_unknown_field(section, name, legal, other))
         for name in ("max_num_seqs", "max_model_len"):
-            value = self._spec.options.get(name, 1)
-            if not isinstance(value, int) or value < 1:  # with 0 the run would never end
+            value = self._spec.options.get(name)
+            if value is not None and (not isinstance(value, int) or value < 1):  # with 0 the run would never end
                 mistakes.append(f"engine.{name}={value!r}: must be a whole number of at least 1")
         if self._spec.options.get("max_faults") is not None and self._spec.options.get("fault_dir") is None:
             mistakes.append("engine.max_faults needs engine.fault_dir, the directory that counts the faults")

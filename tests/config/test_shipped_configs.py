@@ -15,6 +15,9 @@ import yaml
 from helpers.jobs import REPO
 
 from dpgen.config import loader, options, schema
+from dpgen.distributed.topology import Topology
+from dpgen.engine.fake_backend import FakeBackend
+from dpgen.engine.starting.launch import build_engine_spec
 
 SHIPPED = sorted((REPO / "conf").glob("*.yaml"))
 HEAVY = {"torch", "vllm", "datasets", "transformers", "omegaconf", "numpy"}
@@ -25,6 +28,13 @@ def test_every_shipped_configuration_loads(path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(REPO)
     config = loader.load([str(path)], [])
     assert config.run.dir and config.model and config.data.path, "a run could start from it"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_the_fake_engine_takes_every_shipped_configuration(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    spec = build_engine_spec(loader.load([str(path)], ["run.engine=fake"]), Topology(), None)
+    FakeBackend(spec).check_options()
 
 
 def test_the_reference_file_has_every_key_with_its_default_and_meaning() -> None:

@@ -75,6 +75,14 @@ def test_a_configuration_for_vllm_is_taken() -> None:
     FakeBackend(EngineSpec("fake", "m", options=options, sampling=sampling)).check_options()
 
 
+@pytest.mark.parametrize("name", ["kv_cache_memory_bytes", "max_num_seqs", "max_model_len", "gpu_memory_utilization"])
+def test_an_option_that_is_null_has_its_default(name: str) -> None:
+    backend, default = load_backend(**{name: None}), load_backend()
+    for one in (backend, default):
+        one.add_request(make_request(1))
+    assert (backend.step(), backend.stats()) == (default.step(), default.stats())
+
+
 def test_a_field_of_a_request_that_vllm_does_not_know_costs_its_row() -> None:
     backend = load_backend()
     with pytest.raises(RowRefused, match=r"unknown key 'sampling.max_tokns'; did you mean 'sampling.max_tokens'"):

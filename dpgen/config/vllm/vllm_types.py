@@ -14,18 +14,20 @@ ENGINE_TYPES: dict[str, str] = {
     "max_cpu_loras max_cudagraph_capture_size max_logprobs max_lora_rank max_loras max_model_len "
     "max_num_batched_tokens max_num_seqs max_parallel_loading_workers num_gpu_blocks_override "
     "prefill_context_parallel_size stream_interval",
-    "number": "cpu_offload_gb gpu_memory_utilization mm_processor_cache_gb",
+    "number": "cpu_offload_gb gpu_memory_utilization kv_offloading_size mm_processor_cache_gb",
     "boolean": "async_scheduling disable_cascade_attn disable_chunked_mm_input disable_custom_all_reduce "
     "disable_hybrid_kv_cache_manager disable_log_stats disable_sliding_window enable_chunked_prefill enable_dbo "
     "enable_eplb enable_lora enable_prefix_caching enable_sleep_mode enforce_eager fully_sharded_loras "
     "language_model_only skip_mm_profiling skip_tokenizer_init trust_remote_code use_tqdm_on_load",
-    "string": "all2all_backend code_revision config_format download_dir dtype generation_config hf_config_path "
-    "kv_cache_dtype load_format logprobs_mode lora_dtype model_impl quantization reasoning_parser revision runner "
-    "safetensors_load_strategy scheduling_policy tokenizer tokenizer_mode tokenizer_revision",
+    "string": "all2all_backend attention_backend code_revision config_format convert download_dir dtype "
+    "generation_config hf_config_path kv_cache_dtype kv_offloading_backend load_format logprobs_mode lora_dtype "
+    "mm_encoder_tp_mode model_impl moe_backend quantization reasoning_parser revision runner safetensors_load_strategy "
+    "scheduling_policy tokenizer tokenizer_mode tokenizer_revision",
     "array": "cudagraph_capture_sizes logits_processors lora_target_modules",
     "object": "additional_config attention_config compilation_config eplb_config hf_overrides kernel_config "
-    "kv_transfer_config limit_mm_per_prompt mm_processor_kwargs model_loader_extra_config override_generation_config "
-    "speculative_config structured_outputs_config",
+    "kv_transfer_config limit_mm_per_prompt media_io_kwargs mm_processor_kwargs model_loader_extra_config "
+    "override_generation_config pooler_config speculative_config structured_outputs_config",
+    "string or array": "served_model_name",
 }
 SAMPLING_TYPES: dict[str, str] = {
     "integer": "logprobs max_tokens min_tokens n prompt_logprobs seed thinking_token_budget top_k",
