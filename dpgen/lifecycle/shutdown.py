@@ -6,6 +6,7 @@
   boundary. A result that is being written is finished despite the deadline.
 - A second signal ends the process immediately: synced rows stay, and the engine ends with its rank. So does the first
   one while the ranks are still joining (`exit_on_signal`).
+- A signal that the process ignores stays ignored, as Ctrl-C does in what a script runs in the background.
 - A signal handler never logs, since the interrupted thread may hold the lock of logging; it uses `os.write`.
 """
 
@@ -64,7 +65,9 @@ class ShutdownMonitor:
     def install_handlers(self) -> None:
         """Handle SIGTERM, SIGINT and SIGUSR1 in this process, and watch the deadline."""
         for number in _SIGNALS:
-            signal.signal(number, self._handle_signal)
+            is_needed = number == signal.SIGUSR1 and self._deadline_s is not None  # the deadline sends it
+            if is_needed or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle_signal)
         if self._deadline_s is not None:
             threading.Thread(target=self._watch_deadline, args=[self._deadline_s], name="deadline", daemon=True).start()
 
@@ -204,7 +207,8 @@ def exit_on_signal(
     threading.Thread(target=wait_for_signal, name="signals", daemon=True).start()
     signal.set_wakeup_fd(write_fd)
     for number in signals:
-        signal.signal(number, handle)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)
 
 
 def find_deadline(

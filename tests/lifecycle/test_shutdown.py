@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from helpers.jobs import REPO, wait_for
 from dpgen.config.prompt import PromptConfig
 from dpgen.data.prompts.render import PromptRenderer
 from dpgen.errors import Interrupted
-from dpgen.lifecycle.shutdown import ShutdownMonitor, SignalReceived, find_deadline
+from dpgen.lifecycle.shutdown import ShutdownMonitor, SignalReceived, exit_on_signal, find_deadline
 from dpgen.scheduling.groups.prefix_groups import group_by_prefix
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -195,6 +196,29 @@ def test_an_end_time_of_an_ended_slurm_job_is_ignored_and_named(
         "run.time_limit=90",
     )
     assert caplog.messages[0].startswith(f"ignoring SLURM_JOB_END_TIME={end}, which {reason}")
+
+
+@pytest.mark.usefixtures("restored_handlers")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_the_process_ignores_stays_ignored(number: signal.Signals) -> None:
+    """A script's `dpgen run ... &` has Ctrl-C ignored."""
+    signal.signal(number, signal.SIG_IGN)
+    wakeup_fd = signal.set_wakeup_fd(-1)
+    exit_on_signal(pytest.fail, None, [number])
+    signal.raise_signal(number)
+    os.close(signal.set_wakeup_fd(wakeup_fd))  # which ends the thread that reads it
+    monitor = ShutdownMonitor()
+    with monitor.handle_signals():
+        signal.raise_signal(number)
+    assert monitor.reason is None
+
+
+@pytest.mark.usefixtures("restored_handlers")
+def test_a_deadline_interrupts_a_process_that_ignores_the_signal_it_sends() -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    with pytest.raises(Interrupted, match="the limit is near"):
+        with ShutdownMonitor(time.monotonic() + 0.05, "the limit").handle_signals():
+            time.sleep(30)
 
 
 # `before_exit` needs a lock that the interrupted main thread holds, as any store or log call may.
