@@ -6,8 +6,9 @@
   swallows the alarm, the next one follows.
 - The limit counts processor time of the main thread, and any time in which the process runs beyond twice the limit. So
   no row is blamed for a busy machine, or for a process that was stopped for an hour.
-- A row costs no system call within a `RenderTimer`, whichever part of dpgen renders it: one timer runs for all rows of
-  the block. Elsewhere each row has a timer of its own, for 10 us.
+- One timer runs for all rows within a `RenderTimer`, whichever part of dpgen renders them: a row sets none, and looks
+  whether it still runs, for less than 1 us. Elsewhere, and after a row that has taken the process's timer for itself,
+  each row has a timer of its own, for 10 us.
 - Limits: the main thread only, elsewhere a row may take any time. A process has one such timer: one that is running
   already continues after the block.
 """
@@ -18,7 +19,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, ClassVar, TypeVar
 
@@ -93,14 +93,16 @@ class RenderTimer:
     def covers(self, limit_s: float) -> bool:
         """Return True if this timer limits a call in this thread to `limit_s`."""
         is_free = self._limit_s == limit_s and not self._is_rendering
-        return is_free and threading.current_thread() is threading.main_thread()
+        if not is_free or threading.current_thread() is not threading.main_thread():
+            return False
+        return signal.getitimer(signal.ITIMER_REAL)[1] > 0  # otherwise a row has set or stopped the process's timer
 
     def limit(self, render: Callable[[A], T]) -> Callable[[A], T]:
         """Return a function like `render`, to be called within the block.
 
         It raises RenderTimeout where one call takes longer than the limit.
         """
-        return partial(self.run, render)
+        return limit_render_time(render, self._limit_s)
 
     def run(self, render: Callable[[A], T], row: A) -> T:
         """Return `render(row)`, within the block.

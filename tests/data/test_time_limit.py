@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,12 @@ def no_timer_of_the_test_runner() -> Iterator[None]:
 
 def loop_forever(row: str) -> str:
     while True:
+        pass
+
+
+def loop_for_long(row: str) -> None:
+    started_s = time.monotonic()
+    while time.monotonic() < started_s + 5:
         pass
 
 
@@ -77,7 +84,7 @@ def test_calls_within_a_block_share_its_timer_wherever_they_were_limited(monkeyp
         setitimer = signal.setitimer
         monkeypatch.setattr(signal, "setitimer", lambda *args: timers.append(args) or setitimer(*args))
         assert [measured(row) for row in range(100)] == [str(row) for row in range(100)]
-        assert not timers, "a row makes no system call"
+        assert not timers, "a row sets no timer"
         with pytest.raises(RenderTimeout):
             looping("row")
         assert limit_render_time(measured, 0.2)(6) == "6", "a limited call within a limited call"
@@ -89,6 +96,17 @@ def test_calls_within_a_block_share_its_timer_wherever_they_were_limited(monkeyp
         thread.join()
         with pytest.raises(RenderTimeout):
             looping("row")
+
+
+@pytest.mark.parametrize("limit", [limit_render_time, lambda render, limit_s: RenderTimer.running.limit(render)])
+@pytest.mark.parametrize("use_timer", [lambda row: signal.alarm(0), lambda row: signal.alarm(60)])
+def test_a_call_that_uses_the_timer_itself_leaves_the_next_ones_limited(limit: Any, use_timer: Any) -> None:
+    with RenderTimer(0.2):
+        limit(use_timer, 0.2)("row")
+        for _ in range(2):
+            with pytest.raises(RenderTimeout):
+                limit(loop_for_long, 0.2)("row")
+        assert limit(str, 0.2)(5) == "5"
 
 
 def test_time_between_the_calls_does_not_count() -> None:
