@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 _STATUS_OF_SIGINT, _STATUS_OF_SIGPIPE = 128 + 2, 128 + 13  # what a shell reports of other programs in this place
 _EXIT_RESUMABLE = 75  # as in `dpgen.errors`, which is not imported yet
@@ -17,7 +18,8 @@ def main() -> None:
 
     By `os._exit`: everything that must last is synced and closed by now, and the interpreter's own shutdown runs into
     native threads (of torch, gloo, Arrow) that may abort it ("terminate called without an active exception"). A
-    complete run must not end with a failure's status.
+    complete run must not end with a failure's status. Ctrl-C ends a command that leaves nothing to resume by the signal
+    itself, as other programs: a shell ends the loop that it runs in.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise the shell has it ignored
         signal.signal(signal.SIGINT, _end_on_ctrl_c)
@@ -35,12 +37,19 @@ def main() -> None:
             sys.stderr.flush()
         sys.stdout.flush()
     finally:  # a flush raises if the reader has exited
-        os._exit(status)
+        _exit(status)
 
 
 def _end_on_ctrl_c(number: int, frame: FrameType | None) -> None:
     """End the process while it imports its command: a library may make some other error of KeyboardInterrupt."""
-    os._exit(_get_status_of_ctrl_c())
+    _exit(_get_status_of_ctrl_c())
+
+
+def _exit(status: int) -> NoReturn:
+    if status == _STATUS_OF_SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(status)
 
 
 def _get_status_of_ctrl_c() -> int:

@@ -380,11 +380,13 @@ sys.meta_path.insert(0, Interrupter)
         ("run", "dpgen.rank_process", 75),
         ("run", "dpgen.distributed.rendezvous", 75),
         ("run", "dpgen.run", 75),
-        ("run --dry-run", "dpgen.monitoring.preview", 130),
+        ("run --dry-run", "dpgen.monitoring.preview", -signal.SIGINT),
         ("run-batch", "dpgen.commands.run_batch", 75),
-        ("verify", "dpgen.commands.verify", 130),
-        ("verify", "dpgen.output.verification", 130),
-        ("preview", "dpgen.monitoring.preview", 130),
+        ("verify", "dpgen.commands.verify", -signal.SIGINT),
+        ("verify", "dpgen.output.verification", -signal.SIGINT),
+        ("preview", "dpgen.monitoring.preview", -signal.SIGINT),
+        ("export conf", "dpgen.output.export.export", -signal.SIGINT),
+        ("report", "dpgen.report.writing", -signal.SIGINT),
     ],
 )
 def test_ctrl_c_while_modules_are_imported_ends_a_command_without_a_traceback(
@@ -394,6 +396,20 @@ def test_ctrl_c_while_modules_are_imported_ends_a_command_without_a_traceback(
     assert (done.returncode, done.stdout) == (status, "")
     hint = "dpgen: stopped: interrupted by SIGINT before the run started. Rerun the same command to resume\n"
     assert done.stderr == (hint if module == "dpgen.run" else ""), "a run that has begun says how to resume it"
+
+
+def test_a_shell_s_loop_ends_with_the_command_that_ctrl_c_ends(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        INTERRUPTED_IMPORT.format(module="dpgen.commands.verify", handler="default_int_handler").replace(
+            "os.kill(os.getpid(), ", "os.killpg(0, "
+        )
+    )
+    loop = f"for run in a b; do echo $run; {sys.executable} -m dpgen verify $run; done; echo done"
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPO}"}
+    done = subprocess.run(
+        ["bash", "-c", loop], cwd=REPO, env=env, capture_output=True, text=True, timeout=120, start_new_session=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "a\n", "")
 
 
 def test_a_command_whose_shell_ignores_ctrl_c_goes_on(tmp_path: Path) -> None:

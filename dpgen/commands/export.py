@@ -71,8 +71,6 @@ def main(options: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     try:
         report, url = _export(options)
-    except KeyboardInterrupt:
-        return 130
     except DpgenError as error:
         print(f"dpgen export: {redact_text(str(error))}", file=sys.stderr)
         return error.exit_status

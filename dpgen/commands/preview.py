@@ -56,8 +56,6 @@ def main(options: argparse.Namespace) -> int:
         if not topology.is_rank_0:
             return EXIT_OK  # under a launcher, rank 0 shows the preview
         _print_preview(options, topology.dp_size)
-    except KeyboardInterrupt:
-        return 130
     except DpgenError as error:
         print(f"dpgen: error: {redact_text(str(error))}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED

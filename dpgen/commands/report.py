@@ -52,8 +52,6 @@ def main(options: argparse.Namespace) -> int:
         return EXIT_USAGE
     try:
         write_report(path, target, sleep=time.sleep)
-    except KeyboardInterrupt:
-        return 130
     except DpgenError as error:
         print(f"dpgen report: {redact_text(str(error))}", file=sys.stderr)
         return error.exit_status
