@@ -203,6 +203,7 @@ def exit_on_signal(
                 if announce is not None:
                     announce(reason)
                 os._exit(EXIT_RESUMABLE)
+        os.close(read_fd)  # the caller has closed the other end: this process begins another run
 
     threading.Thread(target=wait_for_signal, name="signals", daemon=True).start()
     signal.set_wakeup_fd(write_fd)

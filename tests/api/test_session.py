@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import json
 import logging
@@ -176,6 +177,23 @@ def test_relative_paths_count_from_where_the_program_is_at_the_call(
             result = session.generate("rows.jsonl", run_dir="out")
             assert result is not None and result["prompt"][:] == [f"{name} {row}" for row in range(number)]
             assert (tmp_path / name / "out" / "_SUCCESS").exists()
+
+
+@pytest.mark.slow
+def test_calls_leave_no_pipe_open(find_ranks: FindRanks) -> None:
+    def count_pipes() -> int:
+        targets = []
+        for link in Path(f"/proc/{find_ranks()[0]}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                targets.append(os.readlink(link))
+        return sum(target.startswith("pipe:") for target in targets)
+
+    with dpgen.Session(**FAKE) as session:
+        session.generate(ROWS[:2])
+        num_pipes = count_pipes()
+        for _ in range(20):
+            session.generate(ROWS[:2])
+        assert count_pipes() < num_pipes + 10, "those of the last calls may still be there"
 
 
 @pytest.mark.slow
