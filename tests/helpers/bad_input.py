@@ -235,6 +235,7 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
     ("a misspelt section", ["dta.path=x"], "did you mean 'data.path'"),
     ("a section that is a number", ["run=3"], "run is a section of keys"),
     ("a number that is a word", ["run.seed=abc"], "run.seed"),
+    ("an engine's number that is a word", ["engine.max_num_seqs=many"], "engine.max_num_seqs='many': must be a whole"),
     ("a choice that is not legal", ["run.resume=sometimes"], "'auto', 'never', 'force'"),
     ("a limit below its minimum", ["data.limit=-1"], "data.limit=-1: must be at least 0"),
     ("a range that is not valid", ["data.select=a:b"], "data.select='a:b'"),
@@ -484,7 +485,6 @@ BAD_CONFIGS: list[tuple[str, list[str], str]] = [
 # The same for options of vLLM: the engine process rejects them, before a model loads.
 BAD_ENGINE_CONFIGS: list[tuple[str, list[str], str]] = [
     ("an engine's key that is misspelt", ["engine.max_num_seq=3"], "did you mean 'engine.max_num_seqs'"),
-    ("an engine's number that is a word", ["engine.max_num_seqs=many"], "max_num_seqs"),
     ("an engine's text that is a number", ["engine.revision=1e5"], "put it in quotes"),
     ("an engine's key of an older vLLM", ["engine.guided_decoding_backend=outlines"], "structured_outputs_config"),
     ("an engine's key that is of sampling", ["engine.top_p=0.9"], "unknown key 'engine.top_p': write sampling.top_p"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -41,8 +41,11 @@ def early() -> Iterator[EarlyStart]:
     early.end()
 
 
-def find_engines() -> list[int]:
-    return descendants(os.getpid(), b"dpgen.engine.server")
+@pytest.fixture
+def find_engines() -> Callable[[], list[int]]:
+    """Return a function that finds the engines which this test has started, beside those that other tests keep."""
+    kept = descendants(os.getpid(), b"dpgen.engine.server")
+    return lambda: [pid for pid in descendants(os.getpid(), b"dpgen.engine.server") if pid not in kept]
 
 
 def test_a_job_takes_the_process_once_if_it_would_start_the_same(early: EarlyStart) -> None:
@@ -80,7 +83,9 @@ def test_a_rank_that_its_launcher_has_bound_to_cores_of_its_own_takes_it(
     server.kill()
 
 
-def test_a_process_that_has_other_devices_than_the_job_gives_it_ends(early: EarlyStart) -> None:
+def test_a_process_that_has_other_devices_than_the_job_gives_it_ends(
+    early: EarlyStart, find_engines: Callable[[], list[int]]
+) -> None:
     early.begin(make_config(), make_topology("torchrun"))
     wait_for(lambda: find_engines() != [])  # its command line shows a moment after it has started
     [engine] = find_engines()
@@ -95,7 +100,7 @@ def test_a_process_that_has_other_devices_than_the_job_gives_it_ends(early: Earl
     ids=["no place on the node", "an engine of two ranks"],
 )
 def test_an_engine_whose_place_other_ranks_tell_starts_after_they_have_joined(
-    early: EarlyStart, launcher: str, arguments: list[str]
+    early: EarlyStart, find_engines: Callable[[], list[int]], launcher: str, arguments: list[str]
 ) -> None:
     early.begin(make_config(*arguments), make_topology(launcher))
     assert not find_engines()
