@@ -76,7 +76,7 @@ def _load_local(config: DataConfig) -> InputRows:
 
 @contextmanager
 def _translate_errors(config: DataConfig) -> Iterator[None]:
-    path = config.path if isinstance(config.path, str) or len(config.path) > 1 else config.path[0]
+    path = config.path if isinstance(config.path, str) or len(config.path) != 1 else config.path[0]
     try:
         yield
     except (ConfigError, KeyboardInterrupt):

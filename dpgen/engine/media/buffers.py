@@ -20,6 +20,7 @@ from dpgen.errors import DpgenError
 
 _ALIGNMENT = 64  # of each part, as the processor's vector instructions and torch like it
 _WORD_BYTES = 8
+_GONE = (errno.ENOENT, errno.ENXIO)  # the file descriptor is closed, or a socket has its number
 Buffer = bytes | bytearray | memoryview
 
 
@@ -69,6 +70,8 @@ class BufferAddress(NamedTuple):
         try:
             fd = os.open(f"/proc/{self.pid}/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
+            if error.errno in _GONE:
+                raise DpgenError(f"the memory of process {self.pid} for media is gone") from None
             hint = " (see `ulimit -Hn`)" if error.errno == errno.EMFILE else ""
             reason = f"the memory of process {self.pid} for media can't be opened: {error.strerror}{hint}"
             raise DpgenError(reason) from None
