@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -156,7 +157,8 @@ def takes_hooks(installed: str) -> bool:
 
 def keeps_seeds_on_cpu(installed: str) -> bool:
     """Return False for a version of vLLM whose CPU build drops the seeds of a batch in which some row has none."""
-    return [int(part) for part in installed.split(".")[:2]] >= [0, 29]
+    numbers = re.match(r"(\d+)\.(\d+)", installed)  # "0.33rc1" is one, and "dev", of a checkout, none
+    return numbers is None or (int(numbers[1]), int(numbers[2])) >= (0, 29)
 
 
 def describe_version(section: str, name: str, installed: str | None) -> str | None:
