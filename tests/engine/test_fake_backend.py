@@ -72,7 +72,8 @@ def test_all_wrong_options_of_an_engine_are_reported_at_once() -> None:
 def test_a_configuration_for_vllm_is_taken() -> None:
     options = {"max_num_seqs": 2, "dtype": "float32", "enable_prefix_caching": True}
     sampling = {"top_k": 5, "structured_outputs": {"json_object": True}}
-    FakeBackend(EngineSpec("fake", "m", options=options, sampling=sampling)).check_options()
+    backend = FakeBackend(EngineSpec("fake", "m", options=options, sampling=sampling))
+    assert backend.check_options() == () and backend.max_num_seqs == 2
 
 
 @pytest.mark.parametrize("name", ["kv_cache_memory_bytes", "max_num_seqs", "max_model_len", "gpu_memory_utilization"])
