@@ -24,7 +24,7 @@ def watch_listeners(jobs: Sequence[Job], *, with_launchers: bool) -> set[tuple[s
     listeners = set()
     while any(job.process.poll() is None for job in jobs):
         for job in jobs:
-            for process in list_processes(job.process.pid, with_launchers=with_launchers):
+            for process, command in list_processes(job.process.pid, with_launchers=with_launchers):
                 with contextlib.suppress(psutil.Error):
                     addresses = [
                         str(connection.laddr.ip)
@@ -32,17 +32,27 @@ def watch_listeners(jobs: Sequence[Job], *, with_launchers: bool) -> set[tuple[s
                         if connection.status == psutil.CONN_LISTEN
                     ]
                     if addresses:
-                        module = "engine" if "dpgen.engine.server" in process.cmdline() else "rank"
+                        module = "engine" if "dpgen.engine.server" in command else "rank"
                         listeners |= {(module, address) for address in addresses}
         time.sleep(0.02)
     return listeners
 
 
-def list_processes(launcher_pid: int, *, with_launchers: bool) -> Iterator[psutil.Process]:
+def list_processes(launcher_pid: int, *, with_launchers: bool) -> Iterator[tuple[psutil.Process, list[str]]]:
+    """Yield the processes below a launcher, with their commands.
+
+    A child that has not called exec yet has its parent's sockets and command; while it calls it, it has no command.
+    """
     with contextlib.suppress(psutil.Error):
         launcher = psutil.Process(launcher_pid)
-        yield from ([launcher] if with_launchers else [])
-        yield from launcher.children(recursive=True)
+        own_command = launcher.cmdline()
+        if with_launchers:
+            yield launcher, own_command
+        for process in launcher.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                command = process.cmdline()
+                if command and command != own_command:
+                    yield process, command
 
 
 def find_outside_address() -> str:
