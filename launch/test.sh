@@ -22,8 +22,10 @@ if [[ ${1:-} == --gpu ]]; then
     exec "${DPGEN_VENV:-.venv}/bin/python" -m pytest tests/gpu -n "$workers" --dist worksteal "$@"
 fi
 
+workers=4
 select=()
 if [[ ${1:-} == --fast ]]; then
+    workers=3
     select=(-m "not vllm and not slow and not slurm and not netns")
     shift
 fi
@@ -63,10 +65,11 @@ for script in "${scripts[@]}"; do bash -n "$script"; done
 "$bin/shellcheck" "${scripts[@]}"
 
 # pytest reports its failures itself, and its summary is the last line unless mypy finds something.
-# Four tests at a time, since most tests wait for processes; at most two of them with real engines (conftest.py).
+# Four tests at a time, since most tests wait for processes; at most two of them with real engines (conftest.py). The
+# quick ones wait less, and a fourth process would import everything for nothing.
 step "pytest, and mypy beside it"
 status=0
-"$bin/python" -m pytest -n 4 --dist loadgroup "${select[@]}" "$@" || status=$?
+"$bin/python" -m pytest -n "$workers" --dist loadgroup "${select[@]}" "$@" || status=$?
 current=mypy
 wait "$mypy" || { cat "$types" && exit 1; }
 current=

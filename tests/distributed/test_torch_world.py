@@ -103,7 +103,7 @@ from dpgen.distributed.gloo.torch_world import open_store
 dpgen.log._FIRST_NOTICE_S = 0.0
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 try:
-    open_store(("127.0.0.1", int(sys.argv[1])), num_ranks=2, is_host=False, connect_s=2, answer_s=2)
+    open_store(("127.0.0.1", int(sys.argv[1])), num_ranks=2, is_host=False, connect_s=1, answer_s=1)
 except RuntimeError:
     print("no store", flush=True)
 """

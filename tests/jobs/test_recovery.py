@@ -246,7 +246,8 @@ def test_a_signal_stops_a_job_within_five_seconds(
     load_all_rows(tmp_path / "run", 300)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_an_engine_ignores_signals_that_launchers_send_to_a_whole_job(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -123,6 +123,7 @@ def test_log_lines_appear_above_the_bar(launcher: Launcher, write_config: WriteC
     assert "\x1b[?25h" in job.output, "the cursor is shown again"
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_terminal_that_can_t_redraw_gets_lines(launcher: Launcher, write_config: WriteConfig) -> None:
     conf = write_slow_config(write_config, progress_interval_s=1)
@@ -133,7 +134,7 @@ def test_a_terminal_that_can_t_redraw_gets_lines(launcher: Launcher, write_confi
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("event", ["closed", "never read"])
+@pytest.mark.parametrize("event", [pytest.param("closed", marks=pytest.mark.slow), "never read"])
 def test_a_run_completes_when_its_terminal_goes_away(
     event: str, launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

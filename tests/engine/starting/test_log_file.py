@@ -255,6 +255,7 @@ def test_a_disk_that_fills_up_costs_a_warning_and_not_the_run(
     assert warning == f"cannot write {tmp_path / 'log'} (No space left on device), later engine output is not kept"
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_job_keeps_the_output_of_its_engine_and_names_the_file_after_a_crash(
     launcher: Launcher, write_config: Callable[..., str], tmp_path: Path
