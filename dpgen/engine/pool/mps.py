@@ -16,8 +16,10 @@ _PID_FILE = "nvidia-cuda-mps-control.pid"
 def find_mps(environ: Mapping[str, str]) -> Path | None:
     """Return the directory of the daemon that CUDA programs started in this environment use; None if none runs."""
     directory = Path(environ.get("CUDA_MPS_PIPE_DIRECTORY") or _DEFAULT_DIRECTORY)
-    if not (directory / "control").exists():
-        return None
+    try:
+        (directory / "control").stat()
+    except OSError:
+        return None  # there is none, or it is closed to this user's programs
     try:
         os.kill(int((directory / _PID_FILE).read_text()), 0)
     except ProcessLookupError:

@@ -59,3 +59,14 @@ def test_the_line_on_engines_says_that_those_of_one_gpu_use_mps(
         engine.on_decided(EngineCount(number, "why"))
     [line] = caplog.messages
     assert ("NVIDIA MPS runs" in line) == is_said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's directory needs root")
+def test_a_daemon_that_is_closed_to_this_user_counts_for_nothing(tmp_path: Path) -> None:
+    environ = start_daemon(tmp_path, os.getpid())
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        assert find_mps(environ) is None
+    finally:
+        os.seteuid(0)
