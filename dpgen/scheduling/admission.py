@@ -3,7 +3,8 @@
 - Rows beyond those that the engine runs wait there, and no other rank can start these. So the reserve shrinks with the
   rows that remain to be claimed.
 - A rank never has more rows in flight than its fair share.
-- Where vLLM preempts sequences, no more are admitted than the KV cache held, until a quiet time allows more.
+- Where vLLM preempts sequences, no more are admitted than the KV cache held, until a quiet time allows more. Each
+  engine has a KV cache of its own, so that this limit follows the number of engines.
 - Pure arithmetic with the caller's clock: the same code admits rows to real engines and in virtual time.
 """
 
@@ -42,6 +43,7 @@ class AdmissionController:
         self._in_flight: dict[RequestId, tuple[float, int]] = {}  # (time of admission, sequences)
         self._num_seqs = 0
         self._seq_limit: int | None = None
+        self._limit_of = 0  # the sequences that the engine ran when the limit was set
         self._num_preemptions = 0
         self._stable_since_s = 0.0
         self.latencies = LatencyHistogram()
@@ -80,6 +82,7 @@ class AdmissionController:
             num_begun: as for `offer`.
         """
         source.max_num_seqs = max_num_seqs
+        self._scale_limit(max_num_seqs)
         requests: list[Request] = []
         rejected: list[RowResult] = []
         take_next = take_next or (lambda: source.next_request() if self.offer(source) else None)
@@ -140,6 +143,7 @@ class AdmissionController:
             num_running: sequences that the engine runs.
             num_preemptions: preemptions since the engine's start.
         """
+        self._scale_limit(max_num_seqs)
         num_new = max(0, num_preemptions - self._num_preemptions)  # a smaller count comes from another engine
         self._num_preemptions = num_preemptions
         if num_new > max(1, _PREEMPTION_THRESHOLD * num_running):
@@ -159,9 +163,15 @@ class AdmissionController:
         reserve = max(self._reserve_rows, max_num_seqs) if self._reads_only else self._reserve_rows
         return max_num_seqs > 0 and self._num_seqs < max_num_seqs + min(reserve, source.max_waiting)
 
+    def _scale_limit(self, max_num_seqs: int) -> None:
+        """Follow an engine that joins the others, or is lost, with its KV cache."""
+        if self._seq_limit is not None and max_num_seqs not in (0, self._limit_of):
+            self._seq_limit = max(1, self._seq_limit * max_num_seqs // self._limit_of)
+            self._limit_of = max_num_seqs
+
     def _lower_limit(self, num_running: int, max_num_seqs: int, now_s: float) -> bool:
         self._stable_since_s = now_s
         limit = max(1, min(num_running, self._seq_limit or max_num_seqs))
         came_down = self._seq_limit is None or limit < self._seq_limit
-        self._seq_limit = limit
+        self._seq_limit, self._limit_of = limit, max_num_seqs
         return came_down

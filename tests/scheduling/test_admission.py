@@ -94,6 +94,17 @@ def test_fewer_sequences_are_admitted_after_preemptions_and_more_again_later() -
     assert admit(admission, 64) == 28
 
 
+def test_a_limit_follows_the_number_of_engines_that_have_a_kv_cache_each() -> None:
+    admission = AdmissionController(reserve_rows=4)
+    admit(admission, 256)
+    assert admission.update_limit(num_running=100, num_preemptions=50, max_num_seqs=256, now_s=1)
+    assert admit(admission, 256) == 0
+    assert admit(admission, 0) == 0, "the engine starts again"
+    assert admit(admission, 512) == 0 and admission.seq_limit == 200, "a second one joins it"
+    admission.update_limit(num_running=200, num_preemptions=50, max_num_seqs=256, now_s=2)
+    assert admission.seq_limit == 100, "it is lost, and the one that is left would preempt"
+
+
 def test_a_new_engines_preemptions_are_counted_from_zero() -> None:
     admission = AdmissionController(reserve_rows=0)
     admission.update_limit(num_running=8, num_preemptions=100, max_num_seqs=8, now_s=1)
