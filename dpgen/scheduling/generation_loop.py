@@ -104,7 +104,7 @@ class GenerationLoop:
         self._on_progress: Callable[[Totals], None]
         # Rows, and the tokens of each: twelve bytes a row, where a dictionary would take a hundred.
         self._finished_rows, self._kept_tokens = array("q"), array("i")
-        self._num_kept_tokens = 0
+        self._num_kept_tokens = self._most_seqs = 0
         self._local = Totals()
         self._global: Totals | None = None
         self._pending_sync: PendingReduce | None = None
@@ -176,7 +176,7 @@ class GenerationLoop:
     def measure_speed(self) -> RankSpeed:
         """Return what this rank's engine took for its steps, and how long its rows got."""
         lengths, counts = summarize_lengths(np.array(self._kept_tokens, dtype=np.int64))
-        return RankSpeed(self._steps.samples, lengths, counts, self._engine.max_num_seqs)
+        return RankSpeed(self._steps.samples, lengths, counts, self._most_seqs)
 
     @property
     def _has_work(self) -> bool:
@@ -255,6 +255,7 @@ class GenerationLoop:
 
     def _apply_engine_stats(self, stats: EngineStats) -> None:
         now, self.engine_stats = time.monotonic(), stats
+        self._most_seqs = max(self._most_seqs, self._engine.max_num_seqs)  # an engine may be lost at the end
         num_tokens_before = self._local.num_generated_tokens
         self._local.num_generated_tokens = max(stats.num_generated_tokens, self._num_kept_tokens)
         self._local.num_cached_tokens = stats.num_cached_tokens

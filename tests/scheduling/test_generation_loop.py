@@ -14,7 +14,7 @@ import pytest
 from dpgen.config.sections import WorkConfig
 from dpgen.distributed.group import PeerLost, PendingReduce, SingleRankGroup
 from dpgen.engine.checking.completion_checker import CheckedResult
-from dpgen.engine.messages import Event, RowsFinished
+from dpgen.engine.messages import EngineStats, Event, RowsFinished
 from dpgen.errors import DpgenError, Interrupted, NoEngineLeft
 from dpgen.journal.attempts import Rejection
 from dpgen.journal.reader import index_journal
@@ -154,6 +154,24 @@ def test_every_row_is_recorded_once_and_counted() -> None:
     assert progress[-1] == 50, "progress shows the end, too"
     manifest = loop.fill_manifest(RankManifest(0, "node"))
     assert (manifest.num_prompt_tokens, manifest.num_generated_tokens) == (49, 3 * 49)
+
+
+class ShrinkingEngine(FakeEngine):
+    """Lose half of the places with the last rows, as where one of two engines dies."""
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        stats = EngineStats(num_running=self.max_num_seqs)
+        finished = super().poll(timeout_s)
+        if any(event.results[-1].row > 40 for event in finished if isinstance(event, RowsFinished)):
+            self.max_num_seqs = 2
+        return [*finished, stats]
+
+
+def test_the_bound_is_that_of_the_engines_that_a_rank_had_and_not_of_those_at_its_end() -> None:
+    engine = ShrinkingEngine(max_num_seqs=4)
+    loop, planner, _ = make_loop(50, engine)
+    loop.run(planner.plan())
+    assert (engine.max_num_seqs, loop.measure_speed().max_num_seqs) == (2, 4)
 
 
 def test_a_loop_that_lost_a_rank_continues_with_a_new_plan_for_the_rows_that_nobody_has_begun() -> None:

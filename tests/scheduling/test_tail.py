@@ -263,6 +263,9 @@ def test_the_efficiency_is_the_bound_over_the_time() -> None:
     efficiency = compute_efficiency([*speeds, RankSpeed()], bound_s / 0.9)
     assert efficiency is not None and efficiency.fraction == pytest.approx(0.9, rel=1e-3)
     assert not efficiency.is_longest_row and efficiency.bound_s == pytest.approx(bound_s, rel=1e-3)
+    shorter = compute_efficiency(speeds, bound_s / 2)
+    assert shorter is not None and shorter.fraction == 1.0, "costs are means"
+    assert shorter.bound_s == shorter.generation_s, "no rows are said to take more than they took"
     speeds.append(RankSpeed(StepSamples(), [9000], [1.0], 256))
     by_row = compute_efficiency(speeds, 60.0)
     assert by_row is not None and by_row.is_longest_row and by_row.longest_row_s == pytest.approx(9000 * 6.03e-3)

@@ -80,7 +80,7 @@ class RankSpeed:
     Attributes:
         samples: of its engine's steps.
         lengths, counts: generated tokens of its rows, and how many rows each stands for.
-        max_num_seqs: sequences that its engine runs at a time.
+        max_num_seqs: sequences that its engine runs at a time, where engines joined or were lost the most.
     """
 
     samples: StepSamples = field(default_factory=StepSamples)
@@ -103,7 +103,7 @@ class RunEfficiency:
     """Compare the time that generating took with its bound; `run.json` holds the fields under these names.
 
     Attributes:
-        bound_s: what no schedule of these rows could beat with such steps.
+        bound_s: what no schedule of these rows could beat with such steps; `generation_s` at most, as costs are means.
         generation_s: from the first row to the last, over all ranks.
         longest_row_s: what the longest row takes in an engine without others; 0 where that is not known.
         step_s, seq_s: costs of a step, as measured; `step_s` is 0 where only full engines were.
@@ -124,8 +124,8 @@ class RunEfficiency:
 
     @property
     def fraction(self) -> float:
-        """Return the bound over the time; at most 1, as the costs are means."""
-        return min(1.0, self.bound_s / self.generation_s) if self.generation_s else 1.0
+        """Return the bound over the time."""
+        return self.bound_s / self.generation_s if self.generation_s else 1.0
 
 
 def describe_step_costs(step_s: float, seq_s: float) -> str:
@@ -151,7 +151,7 @@ def compute_efficiency(speeds: Sequence[RankSpeed], generation_s: float) -> RunE
     if costs is None or not lengths.any() or generation_s <= 0:
         return None
     num_ranks = sum(speed.samples.num_samples > 0 for speed in speeds)
-    bound_s = compute_bound(lengths, costs, num_ranks, counts=counts)
+    bound_s = min(generation_s, compute_bound(lengths, costs, num_ranks, counts=counts))
     longest_s = compute_longest_s(costs, int(lengths.max()))
     return RunEfficiency(
         round(bound_s, 3), round(generation_s, 3), round(longest_s, 3), costs.step, costs.sequence, costs.max_num_seqs
