@@ -73,6 +73,11 @@ class RankProcesses:
         return self._process.poll() is None and not self._was_interrupted_early
 
     @property
+    def was_interrupted(self) -> bool:
+        """Return True if the last job was to stop, whether it had ended by then or not."""
+        return self._was_interrupted
+
+    @property
     def _was_interrupted_early(self) -> bool:
         return self._was_interrupted and not read_outcomes(self._folder, self._num_jobs - 1)
 

@@ -23,7 +23,7 @@ from dpgen.api.processes import RankProcesses
 from dpgen.config.loader import load_from_args
 from dpgen.config.schema import Config
 from dpgen.engine.pool.device_monitor import DeviceMonitor
-from dpgen.errors import ConfigError, DpgenError, Interrupted
+from dpgen.errors import EXIT_RESUMABLE, ConfigError, DpgenError, Interrupted, RanksLost
 from dpgen.formatting import format_count, format_duration
 from dpgen.journal.run_dir import RunDir
 from dpgen.lifecycle.shutdown import parse_time_limit
@@ -94,6 +94,8 @@ class TuneJob:
         self._machine = describe_machine()
         self._stored = read_results(self._run_dir.tuning, self._base, self._machine)
         self._ranks: RankProcesses | None = None
+        self._interruption: Interrupted | None = None
+        self._is_resumable = False  # a trial that measured nothing was ended by something that may pass
         self._num_started = 0  # rank processes of `_ranks`
 
     @property
@@ -107,7 +109,7 @@ class TuneJob:
         Raises:
             ConfigError: the job can't run as it is configured, or has no rows left.
             Interrupted: by Ctrl-C, a signal or a time limit. The same command continues.
-            DpgenError: the job's own settings could not be measured.
+            DpgenError: the job's own settings could not be measured, or ranks were lost.
         """
         if self._run_dir.is_finished and not self._stored:
             raise ConfigError(f"run.dir={self._run_dir.path} holds a complete result: no row is left to measure with")
@@ -124,7 +126,10 @@ class TuneJob:
                     break
                 self._stored = self._stored[:number]
                 self.search.record(self._run_trial(plan))
-                write_results(self._run_dir.tuning, self._base, self._machine, self.search.results)
+                if self.search.best is not None or self.is_complete:  # else the same trials are made again
+                    write_results(self._run_dir.tuning, self._base, self._machine, self.search.results)
+                if self._interruption is not None and not self.is_complete:
+                    raise self._interruption
         finally:
             if self._ranks is not None:
                 self._ranks.close()
@@ -133,7 +138,9 @@ class TuneJob:
             self.search.reason = "the job's last row was finished meanwhile"
         if self.search.best is None and not self.is_complete:
             reasons = "; ".join(filter(None, (result.error for result in self.search.results)))
-            raise DpgenError(f"the job's own settings could not be measured: {reasons or 'too few rows are left'}")
+            error = DpgenError(f"the job's own settings could not be measured: {reasons or 'too few rows are left'}")
+            error.exit_status = EXIT_RESUMABLE if self._is_resumable else error.exit_status
+            raise error
 
     def count_ranks_of(self, overrides: Mapping[str, Any]) -> int:
         """Return how many ranks the job has with some settings."""
@@ -156,6 +163,7 @@ class TuneJob:
             return dataclasses.replace(failed, error=_shorten(str(error)))
         config = self._limit_time(config)
         plan = dataclasses.replace(plan, folder=os.path.abspath(folder), started_s=started_s)
+        shutil.rmtree(self._scratch_dir, ignore_errors=True)  # an interrupted start may have left it
         ranks = self._get_ranks(self.count_ranks(config))
         ranks.submit(RankJob(config, "", "rank0", trial=plan))
         report = _StageReport(folder, plan.number)
@@ -163,7 +171,9 @@ class TuneJob:
         report.show(is_last=True)
         result = read_trial(folder, plan.number)
         self.is_complete = outcome.error_type is None
-        if result is None or (not result.reason and not self.is_complete):
+        is_measured = result is not None and (bool(result.reason) or self.is_complete)
+        self._interruption = self._find_interruption(plan, outcome, ranks)
+        if result is None or not is_measured:
             self._raise_if_over(plan, outcome)
             result = dataclasses.replace(failed, error=_shorten("; ".join(outcome.messages) or "nothing was measured"))
             if self.is_complete:
@@ -180,16 +190,28 @@ class TuneJob:
         """Return the run directory of trials whose rows do not count; it is removed after each."""
         return self._run_dir.tuning.absolute() / "other-draws"
 
+    def _find_interruption(self, plan: TrialPlan, outcome: Outcome, ranks: RankProcesses) -> Interrupted | None:
+        """Return what ends the whole search; None if the trial has ended by itself."""
+        error = None if outcome.error_type is None else outcome.to_error()
+        if isinstance(error, Interrupted) and plan.end not in str(error):  # its limit is what is left of the search's
+            return Interrupted(re.sub(r"(?<=run\.time_limit=)\S+", str(self.config.run.time_limit), str(error)))
+        if ranks.was_interrupted:
+            return Interrupted("interrupted. Rerun the same command to resume")
+        return None
+
     def _raise_if_over(self, plan: TrialPlan, outcome: Outcome) -> None:
-        """Raise what ends the command: an interruption, and a wrong configuration of the job itself."""
+        """Raise what ends the command and is no trial's result: it says nothing about the settings that were tried."""
+        if self._interruption is not None:
+            raise self._interruption
         if outcome.error_type is None:
             return
         error = outcome.to_error()
-        if isinstance(error, Interrupted):  # a trial's limit is what is left of the search's
-            raise Interrupted(re.sub(r"(?<=run\.time_limit=)\S+", str(self.config.run.time_limit), str(error)))
-        is_own = not plan.overrides  # the first trial may have more sequences than the engine takes
-        if is_own and isinstance(error, ConfigError):
+        if isinstance(error, RanksLost):
             raise error
+        is_own = not plan.overrides  # the first trial may have more sequences than the engine takes
+        if isinstance(error, ConfigError) and (is_own or str(error).startswith(("run.", "data."))):
+            raise error
+        self._is_resumable |= error.is_resumable
 
     def _limit_time(self, config: Config) -> Config:
         """Return a trial's configuration with what is left of `run.time_limit`, which is of the whole search."""
@@ -208,7 +230,7 @@ class TuneJob:
         """
         own = [*_TRIAL_ARGUMENTS]
         if plan.number > 1:
-            own += ["run.max_engine_deaths=1", "run.resume=auto"]
+            own.append("run.max_engine_deaths=1")
         if find_changes(plan.overrides) == "draws":  # another run, whose rows are not this one's
             own.append(f"run.dir={self._scratch_dir}")
         values = [f"{key}={json.dumps(value)}" for key, value in plan.overrides.items()]

@@ -132,7 +132,7 @@ class TrialProbe:
         if len(climb.stages) > num_stages or climb.reason is not None:
             self._write(climb, totals)
         if climb.reason is not None and not climb.has_no_rows:  # the last rows are generated rather than dropped
-            self.stop_reason = f"trial {self._plan.number} has ended: {climb.reason}"
+            self.stop_reason = f"{self._plan.end}: {climb.reason}"
 
     def _make_climb(self) -> Climb:
         # The start-up counts: the trial began before this process's clock did.

@@ -59,6 +59,11 @@ class TrialPlan:
     folder: str = ""
     started_s: float = 0.0
 
+    @property
+    def end(self) -> str:
+        """Return what the error of a trial that has ended by itself says; it has another after an interruption."""
+        return f"trial {self.number} has ended"
+
 
 @dataclass(frozen=True)
 class Measurement:

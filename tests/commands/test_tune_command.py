@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,13 @@ import yaml
 from helpers.clock import FakeClock
 from helpers.jobs import Launcher, WriteConfig, load_result, make_numbered_rows, read_run_json, wait_for
 
+from dpgen.api.jobs import Outcome, RankJob
 from dpgen.cli import main
 from dpgen.commands.tune import parse_budget, parse_methods
 from dpgen.commands.tune_job import TuneJob, TuneOptions
-from dpgen.errors import ConfigError, Interrupted
+from dpgen.errors import ConfigError, DpgenError, EngineError, Interrupted, RanksLost
 from dpgen.journal.reader import index_journal
-from dpgen.tuning.trial import Budget, TrialPlan
+from dpgen.tuning.trial import Budget, Measurement, TrialPlan, TrialResult, get_trial_path
 
 SLOW = {"step_s": 0.02, "max_num_seqs": 4}
 ROWS = make_numbered_rows(3000)
@@ -113,6 +115,87 @@ def test_the_time_limit_is_of_the_whole_search(write_config: WriteConfig, monkey
         job._limit_time(config)
 
 
+class ScriptedRanks:
+    """Answer each trial with what the ranks would: a measurement or none, an error, an interruption."""
+
+    def __init__(self, outcomes: list[tuple[bool, Outcome]], *, interrupted: bool = False) -> None:
+        self._outcomes, self.was_interrupted = outcomes, interrupted
+        self.trials: list[TrialPlan] = []
+
+    def submit(self, job: RankJob) -> None:
+        assert job.trial is not None
+        self.trials.append(job.trial)
+
+    def wait(self, on_wait: Any) -> Outcome:
+        is_measured, outcome = self._outcomes[len(self.trials) - 1]
+        plan = self.trials[-1]
+        if is_measured:
+            stage = Measurement(4, 100.0, 1.0, 50, 500, 5.0)
+            result = TrialResult(plan.number, dict(plan.overrides), (stage,), 1.0, 6.0, 50, 3000, 16, reason="measured")
+            path = get_trial_path(Path(plan.folder), plan.number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result.to_json()))
+        return outcome
+
+    def close(self) -> None:
+        pass
+
+
+def run_scripted(conf: str, ranks: ScriptedRanks, *arguments: str) -> TuneJob:
+    job = TuneJob(TuneOptions([conf, *arguments], budget=Budget(seconds=3600.0)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "_get_ranks", lambda number: ranks)
+        patch.setattr(job, "_ranks", ranks)
+        job.run()
+    return job
+
+
+ENDED = Outcome.of_error(0, Interrupted("trial 1 has ended: measured"))
+
+
+@pytest.mark.parametrize("outcome", [Outcome.of_error(0, Interrupted("interrupted by SIGTERM")), ENDED])
+def test_an_interruption_ends_the_search_though_the_trial_was_measured(
+    outcome: Outcome, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    ranks = ScriptedRanks([(True, outcome)], interrupted=outcome is ENDED)
+    with pytest.raises(Interrupted, match="interrupted"):
+        run_scripted(write_config(ROWS, engine=SLOW), ranks)
+    assert len(ranks.trials) == len(read_trials(tmp_path / "run")) == 1, "what was measured counts"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RanksLost("the rank process ended without a word (killed by SIGKILL)"),
+        ConfigError("run.dir=run is in use by another live run: wait for that run"),
+        ConfigError("data.path=rows.jsonl: there is no such file"),
+    ],
+)
+def test_what_says_nothing_about_the_settings_ends_the_command_and_is_tried_again(
+    error: DpgenError, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(ROWS, engine=SLOW)
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        run_scripted(conf, ScriptedRanks([(True, ENDED), (False, Outcome.of_error(0, error))]))
+    assert len(read_trials(tmp_path / "run")) == 1
+    again = ScriptedRanks([(False, Outcome.of_error(0, error))])
+    with pytest.raises(type(error)):
+        run_scripted(conf, again)
+    assert [plan.number for plan in again.trials] == [2]
+
+
+def test_failures_of_the_jobs_own_settings_are_not_kept(write_config: WriteConfig, tmp_path: Path) -> None:
+    full = EngineError("the engine process was killed by SIGKILL", signal=signal.SIGKILL)
+    failed = [(False, Outcome.of_error(0, full))] * 2
+    conf = write_config(ROWS, engine=SLOW)
+    for _ in range(2):
+        ranks = ScriptedRanks(failed)
+        with pytest.raises(DpgenError, match="the job's own settings could not be measured") as caught:
+            run_scripted(conf, ranks)
+        assert len(ranks.trials) == 2 and caught.value.is_resumable
+        assert read_trials(tmp_path / "run") == []
+
+
 @pytest.mark.multi
 def test_a_job_that_can_not_run_is_an_error_and_not_a_table(write_config: WriteConfig, launcher: Launcher) -> None:
     broken = launcher.dpgen("tune", write_config(ROWS, engine={"load_error": "no such GPU"}), DPGEN_START_RETRY_S="0")
@@ -169,6 +252,11 @@ def test_a_trial_that_draws_other_samples_leaves_the_run_alone(write_config: Wri
     assert speculative.run.dir == str(tmp_path / "out" / "tuning" / "other-draws")
     assert speculative.engine["speculative_config"] == {"method": "ngram"}
     assert job.make_config(TrialPlan(2, {"engine.max_num_seqs": 9})).run.dir == "out"
+
+
+def test_all_trials_accept_the_results_that_the_command_accepts(write_config: WriteConfig) -> None:
+    job = TuneJob(TuneOptions([write_config(ROWS), "run.resume=force"]))
+    assert [job.make_config(TrialPlan(number, {})).run.resume for number in (1, 2)] == ["force", "force"]
 
 
 def test_a_trial_of_another_division_of_the_gpus_has_as_many_ranks_as_fit(write_config: WriteConfig) -> None:
