@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -151,7 +152,7 @@ def _tune(options: argparse.Namespace, topology: Topology) -> int:
     from dpgen.commands.tune_job import TuneJob, TuneOptions
 
     output = Path(options.output).expanduser()
-    _check_output(output)
+    _check_output(output, options.configuration)
     job = TuneJob(
         TuneOptions(
             options.configuration,
@@ -166,10 +167,17 @@ def _tune(options: argparse.Namespace, topology: Topology) -> int:
     return EXIT_OK
 
 
-def _check_output(path: Path) -> None:
+def _check_output(path: Path, arguments: Sequence[str]) -> None:
     """Raise ConfigError if the best settings can't be written to a file, before anything is tried."""
-    from dpgen.tuning.table import MARK
+    from dpgen.config.loader import split_arguments
+    from dpgen.tuning.table import MARK, is_same_file
 
+    files, _ = split_arguments(arguments)
+    if any(is_same_file(name, str(path)) for name in files[:-1]):
+        raise ConfigError(
+            f"--output={path}: the file is part of the configuration, and others follow it. Give it last, to be tuned "
+            "further, or choose another name"
+        )
     try:
         is_foreign = path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(MARK)
     except OSError as error:
@@ -181,6 +189,17 @@ def _check_output(path: Path) -> None:
         raise ConfigError(f"--output={path}: there is no directory {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"--output={path}: can't be written: no permission for {folder}")
+
+
+def _read_overlay(path: Path, arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return what an overlay holds that the job is configured with, and that the new one replaces."""
+    from dpgen.config.loader import split_arguments
+    from dpgen.config.yaml.layers import nest
+    from dpgen.config.yaml.yaml_source import read_file
+    from dpgen.tuning.table import is_same_file
+
+    files, _ = split_arguments(arguments)
+    return nest(read_file(files[-1]).value or {}) if files and is_same_file(files[-1], str(path)) else {}
 
 
 def _report(job: TuneJob, options: argparse.Namespace, output: Path) -> None:
@@ -198,7 +217,7 @@ def _report(job: TuneJob, options: argparse.Namespace, output: Path) -> None:
             f"for {job.config.model}: {best.tokens_per_s:,.0f} tokens/s with {table.format_settings(best.overrides)}",
             f"changes: {best.changes}",
         ]
-        atomic_write_text(output, table.to_overlay(search, comments))
+        atomic_write_text(output, table.to_overlay(search, comments, _read_overlay(output, options.configuration)))
         num_ranks = job.count_ranks_of(search.best.overrides)
         command = table.make_command(options.configuration, str(output), search.best.overrides, num_ranks)
     flush_logging()

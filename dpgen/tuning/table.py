@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,12 +123,16 @@ def format_settings(overrides: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={_format_value(value)}" for key, value in overrides.items()) or AS_CONFIGURED
 
 
-def to_overlay(search: Search, comments: Sequence[str]) -> str:
-    """Return the best settings as YAML, to be given after the job's own configuration."""
+def to_overlay(search: Search, comments: Sequence[str], before: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """Return the best settings as YAML, to be given after the job's own configuration.
+
+    Args:
+        before: sections of the overlay that was a part of that configuration, and that this one replaces.
+    """
     from dpgen.config.yaml import yaml12
 
     assert search.best is not None
-    sections: dict[str, dict[str, Any]] = {}
+    sections = {name: dict(values) for name, values in (before or {}).items()}
     for key, value in search.best.overrides.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
@@ -145,11 +150,17 @@ def make_command(arguments: Sequence[str], overlay: str, overrides: Mapping[str,
     from dpgen.config.loader import split_arguments
 
     files, given = split_arguments(arguments)
+    files = [path for path in files if not is_same_file(path, overlay)]
     values = [value for value in given if value.partition("=")[0] not in overrides]
     sections = {value.partition("=")[0] for value in values}
     values += [f"{key}={_format_value(value)}" for key, value in overrides.items() if key.partition(".")[0] in sections]
     launcher = f"torchrun --nproc-per-node {num_ranks} -m dpgen" if num_ranks > 1 else "dpgen"
     return f"{launcher} run {shlex.join([*files, overlay, *values])}"
+
+
+def is_same_file(path: str, other: str) -> bool:
+    """Return True if both paths are of one file, whether it is there or not."""
+    return os.path.realpath(os.path.expanduser(path)) == os.path.realpath(os.path.expanduser(other))
 
 
 def _format_row(row: Row, *, has_gpus: bool) -> tuple[str, ...]:

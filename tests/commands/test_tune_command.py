@@ -196,6 +196,16 @@ def test_failures_of_the_jobs_own_settings_are_not_kept(write_config: WriteConfi
         assert read_trials(tmp_path / "run") == []
 
 
+def test_an_overlay_may_be_tuned_further_only_as_the_last_file(
+    write_config: WriteConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overlay, other = tmp_path / "tuned.yaml", tmp_path / "other.yaml"
+    overlay.write_text("# Written by dpgen tune\nengine: {max_num_seqs: 8}\n")
+    other.write_text("engine: {max_num_seqs: 4}\n")
+    assert main(["tune", write_config(ROWS), str(overlay), str(other), "--output", str(overlay)]) == 2
+    assert "the file is part of the configuration, and others follow it" in capfd.readouterr().err
+
+
 @pytest.mark.multi
 def test_a_job_that_can_not_run_is_an_error_and_not_a_table(write_config: WriteConfig, launcher: Launcher) -> None:
     broken = launcher.dpgen("tune", write_config(ROWS, engine={"load_error": "no such GPU"}), DPGEN_START_RETRY_S="0")

@@ -57,6 +57,15 @@ def test_the_overlay_holds_the_best_settings(search: Search) -> None:
     assert yaml.safe_load(text) == {"engine": {"max_num_seqs": 512}}
 
 
+def test_an_overlay_that_was_tuned_further_keeps_what_the_job_was_measured_with(search: Search, tmp_path: Path) -> None:
+    before = {"engine": {"max_num_seqs": 64, "enable_prefix_caching": False}, "parallel": {"engines_per_rank": 2}}
+    expected = {**before, "engine": {"max_num_seqs": 512, "enable_prefix_caching": False}}
+    assert yaml.safe_load(to_overlay(search, [], before)) == expected
+    overlay, found = str(tmp_path / "tuned.yaml"), {MAX_NUM_SEQS: 512}
+    command = make_command(["a.yaml", f"{tmp_path}/./tuned.yaml", "data.limit=5"], overlay, found, 1)
+    assert command == f"dpgen run a.yaml {overlay} data.limit=5", "once"
+
+
 def test_a_key_of_the_command_line_does_not_win_over_the_overlay() -> None:
     arguments = ["a.yaml", f"{MAX_NUM_SEQS}=64", "data.limit=5"]
     found = {MAX_NUM_SEQS: 128}
