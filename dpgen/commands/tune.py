@@ -76,6 +76,7 @@ def add_arguments(parser: CommandParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     from dpgen.distributed.topology import read_topology
+    from dpgen.lifecycle.parent_death import set_parent_death_signal
     from dpgen.log import flush_logging, setup_logging
 
     signal.signal(signal.SIGTERM, _interrupt)
@@ -85,6 +86,8 @@ def main(options: argparse.Namespace) -> int:
         _check_launcher(topology)
         if not topology.is_rank_0:
             return EXIT_OK  # under torchrun, rank 0 starts the ranks of each trial
+        if topology.launcher == "torchrun":
+            set_parent_death_signal(signal.SIGTERM)  # a killed torchrun leaves no trials on its GPUs
         setup_logging(0, "text")
         return _tune(options, topology)
     except KeyboardInterrupt:

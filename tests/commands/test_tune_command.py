@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from helpers.clock import FakeClock
@@ -85,6 +86,17 @@ def test_the_ranks_of_torchrun_are_measured_together(
     [trial] = read_trials(tmp_path / "run")
     assert trial["num_ranks"] == trial["num_engines"] == 2
     assert "torchrun --nproc-per-node 2 -m dpgen run" in job.output
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_a_killed_torchrun_leaves_no_trials(write_config: WriteConfig, launcher: Launcher, tmp_path: Path) -> None:
+    job = launcher.dpgen("tune", write_config(ROWS, engine=SLOW), "--budget", "1h", ranks=2)
+    wait_for(lambda: (tmp_path / "run" / "run.json").exists() or job.process.poll() is not None)
+    below = psutil.Process(job.process.pid).children(recursive=True)
+    assert len(below) >= 4, "the command, twice, its own torchrun, and ranks"
+    job.process.kill()
+    wait_for(lambda: not any(process.is_running() and process.status() != "zombie" for process in below))
 
 
 @pytest.mark.multi
