@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from dpgen.data.input_rows import InputRows
+from dpgen.data.reading.cache import compute_files_key
+from dpgen.data.reading.json_types import build_typed_array
+from dpgen.data.reading.source import iter_line_batches, open_file
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.formatting import format_count
 from dpgen.imports import imports_without_gc
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow as pa
 
+_TABLE_ROWS = 1_000
 _ACCEPTED = "a datasets.Dataset, a list of dicts, a dict of columns, a pandas or Polars frame, or a path"
 
 
 def write_card(directory: Path, schema: pa.Schema) -> None:
-    """Write the dataset card, from which `datasets` reads the columns' types; JSON lines don't hold them."""
+    """Write the dataset card, which names the columns' types; JSON lines don't hold them."""
     import datasets
 
     info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema))
@@ -33,20 +39,57 @@ def write_card(directory: Path, schema: pa.Schema) -> None:
     card.write_to_directory(str(directory))
 
 
-def load_with_card(directory: Path) -> InputRows:
-    """Return the rows of JSON lines with the types that the dataset card beside them names.
+def read_card(directory: Path) -> pa.Schema:
+    """Return the columns' types that a dataset card names, with the features of `datasets`.
 
     Raises:
-        DpgenError: they can't be read.
+        DpgenError: there is no such card.
     """
     import datasets
 
-    datasets.disable_progress_bars()
     try:
-        return InputRows(datasets.load_dataset(str(directory), split="train"))
-    except Exception as error:  # noqa: BLE001 - `datasets` passes on all that its readers raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DpgenError(f"{directory} can't be read: {reason}") from None
+        features = datasets.info.DatasetInfosDict.from_directory(str(directory))["default"].features
+    except Exception as error:  # noqa: BLE001 - `datasets` passes on all that YAML and its classes raise
+        raise _make_read_error(directory, error) from None
+    if features is None:
+        raise DpgenError(f"{directory} can't be read: its dataset card, README.md, names no types")
+    return features.arrow_schema
+
+
+def iter_typed_tables(files: Iterable[Path], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield the rows of JSON lines that dpgen wrote as tables of a schema, as `read_card` returns it; 1,000 at a time.
+
+    `datasets.load_dataset` would take texts that look like dates for dates, and cut decimals off.
+
+    Raises:
+        DpgenError: a line is no row of the schema; names the file and the lines.
+    """
+    for file in files:
+        first_line = 1
+        with open_file(str(file)) as stream:
+            for batch in iter_line_batches(stream):
+                lines = batch.splitlines()
+                for start in range(0, len(lines), _TABLE_ROWS):
+                    part = lines[start : start + _TABLE_ROWS]
+                    try:
+                        yield _parse_lines(part, schema)
+                    except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+                        places = f"{file}, lines {first_line + start:,} to {first_line + start + len(part) - 1:,}"
+                        raise _make_read_error(places, error) from None
+                first_line += len(lines)
+
+
+def _parse_lines(lines: Sequence[bytes], schema: pa.Schema) -> pa.Table:
+    rows, names = list(map(json.loads, lines)), set(schema.names)
+    if any(not isinstance(row, dict) or row.keys() != names for row in rows):
+        raise ValueError("not all are objects with the columns that the dataset card names")
+    arrays = [build_typed_array([row[field.name] for row in rows], field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _make_read_error(place: object, error: Exception) -> DpgenError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return DpgenError(f"{place} can't be read: {reason}. 'dpgen verify' checks the whole run")
 
 
 def rename_columns(schema: pa.Schema, names: Mapping[str, str]) -> pa.Schema:
@@ -193,14 +236,12 @@ def save_whole(dataset: datasets.Dataset, directory: Path) -> bool:
     return True
 
 
-def load_result_dataset(
-    directory: Path, file_format: str, cache_dir: Path | None, *, in_memory: bool
-) -> datasets.Dataset:
+def load_result_dataset(directory: Path, file_format: str, cache_dir: Path, *, in_memory: bool) -> datasets.Dataset:
     """Return the rows of RUN_DIR/dataset as a Dataset.
 
     Args:
         file_format: parquet or jsonl.
-        cache_dir: for the Arrow files that the Dataset maps into memory; None for those of `datasets`.
+        cache_dir: for the Arrow files that the Dataset maps into memory.
         in_memory: hold all rows in memory, so that the files may be removed.
 
     Raises:
@@ -208,17 +249,39 @@ def load_result_dataset(
     """
     import datasets
 
-    cache = None if cache_dir is None else str(cache_dir)
+    files = sorted(directory.glob(f"*.{file_format}"))
     try:
-        files = sorted(str(path) for path in directory.glob(f"*.{file_format}"))
-        if len(files) == 1 and (empty := _load_if_empty(Path(files[0]))) is not None:
+        if len(files) == 1 and (empty := _load_if_empty(files[0])) is not None:
             return empty
         if file_format == "jsonl":
-            return datasets.load_dataset(str(directory), split="train", cache_dir=cache, keep_in_memory=in_memory)
-        return datasets.Dataset.from_parquet(files, cache_dir=cache, keep_in_memory=in_memory)
+            return _load_json_lines(directory, files, None if in_memory else cache_dir)
+        names = [glob.escape(str(file)) for file in files]  # `datasets` takes file names for patterns
+        return datasets.Dataset.from_parquet(names, cache_dir=str(cache_dir), keep_in_memory=in_memory)
+    except DpgenError:
+        raise
     except Exception as error:  # noqa: BLE001 - `datasets` passes on all that its readers raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DpgenError(f"{directory} can't be read: {reason}") from None
+        raise _make_read_error(directory, error) from None
+
+
+def _load_json_lines(directory: Path, files: Sequence[Path], cache_dir: Path | None) -> datasets.Dataset:
+    """Return the rows of JSON lines with the card's types, in memory or mapped from a file in a folder."""
+    import datasets
+
+    schema = read_card(directory)
+    if cache_dir is None:
+        return datasets.Dataset(pa.concat_tables([schema.empty_table(), *iter_typed_tables(files, schema)]))
+    path = cache_dir / f"{compute_files_key(map(str, [*files, directory / 'README.md']))}.arrow"
+    if not path.exists():
+        cache_dir.mkdir(exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=cache_dir))
+        try:
+            with pa.ipc.new_stream(str(temporary / path.name), schema) as writer:
+                for table in iter_typed_tables(files, schema):
+                    writer.write_table(table)
+            (temporary / path.name).rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return datasets.Dataset.from_file(str(path))
 
 
 def _load_if_empty(file: Path) -> datasets.Dataset | None:

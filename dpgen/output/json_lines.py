@@ -3,7 +3,8 @@
 - Null, booleans, numbers, texts, lists and structs are JSON's own.
 - A column of mixed types, which Arrow holds as JSON text (`Json` of `datasets`), is written as the values themselves.
 - Dates, times, timestamps and decimals become text, as `str` writes them, which is also what a template inserts. The
-  dataset card names their types, so that `datasets` reads them back.
+  dataset card names their types. `dpgen export` and the Python API read all values back; `datasets.load_dataset` takes
+  texts that look like dates for dates, whatever the card says, and cuts decimals off beside values of mixed types.
 - JSON can't hold bytes, durations, maps, NaN and infinities. `dpgen.output.format_check` rejects them at the start.
 """
 

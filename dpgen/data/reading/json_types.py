@@ -3,6 +3,7 @@
 - A value that no plain type holds exactly (objects with different keys, mixed types, numbers beyond 64 bits) becomes
   JSON text, Arrow's `arrow.json`, at the place in the row where the values differ.
 - A key that a row lacks is null at the top level only: deeper, objects of one struct have the same keys.
+- JSON lines that dpgen wrote have types already, those of a dataset card; there dates, times and decimals are texts.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from dpgen.data.reading.python_values import to_python_values
+from dpgen.data.reading.python_values import get_item_type, replace_leaf_types, to_python_values
 
 JSON = pa.json_()
 _MAX_DEPTH = 20  # Arrow's files allow 64 levels; nobody reads so many as columns
@@ -109,13 +112,16 @@ def build_array(values: Sequence[Any], target: pa.DataType) -> pa.Array:
     Raises:
         pyarrow.ArrowInvalid, OverflowError: a value doesn't fit.
     """
-    encode = _make_walk(target, _encode)
-    encoded = values if encode is None else list(map(encode, values))
-    array = pa.array(encoded, _get_storage_type(target))
-    if encode is None:
-        return array
-    chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
-    return pa.chunked_array([_wrap_json(chunk, target) for chunk in chunks], target)
+    return _build_array(values, target, replace_leaf_types(target, _get_storage_type))
+
+
+def build_typed_array(values: Sequence[Any], target: pa.DataType) -> pa.Array:
+    """Return values of JSON lines, as `json.loads` returns them, as an array of a dataset card's type.
+
+    Raises:
+        pyarrow.ArrowException, ValueError, TypeError, OverflowError: a value is none of the type.
+    """
+    return _build_array(values, target, replace_leaf_types(target, _get_json_type))
 
 
 def to_python(array: pa.Array | pa.ChunkedArray) -> list[Any]:
@@ -161,21 +167,51 @@ def _make_walk(target: pa.DataType, convert: Convert) -> Convert | None:
     return None
 
 
-def _get_storage_type(target: pa.DataType) -> pa.DataType:
-    if isinstance(target, pa.JsonType):
+def _build_array(values: Sequence[Any], target: pa.DataType, plain: pa.DataType) -> pa.Array:
+    """Return values as an array of a type, by way of a type that Arrow makes of Python's values."""
+    encode = _make_walk(target, _encode)
+    array = pa.array(values if encode is None else list(map(encode, values)), plain)
+    if plain.equals(target):
+        return array
+    chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
+    return pa.chunked_array([_give_type(chunk, target) for chunk in chunks], target)
+
+
+def _get_storage_type(leaf: pa.DataType) -> pa.DataType:
+    return leaf.storage_type if isinstance(leaf, pa.BaseExtensionType) else leaf
+
+
+def _get_json_type(leaf: pa.DataType) -> pa.DataType:
+    if pa.types.is_temporal(leaf) or pa.types.is_decimal(leaf):
         return pa.string()
-    if pa.types.is_struct(target):
-        return pa.struct([(field.name, _get_storage_type(field.type)) for field in target])
-    return pa.list_(_get_storage_type(target.value_type)) if pa.types.is_list(target) else target
+    return _get_storage_type(leaf)
 
 
-def _wrap_json(array: pa.Array, target: pa.DataType) -> pa.Array:
-    if isinstance(target, pa.JsonType):
+def _give_type(array: pa.Array, target: pa.DataType) -> pa.Array:
+    if array.type.equals(target):
+        return array
+    if isinstance(target, pa.BaseExtensionType):
         return pa.ExtensionArray.from_storage(target, array)
     if pa.types.is_struct(target):
-        children = [_wrap_json(array.field(index), field.type) for index, field in enumerate(target)]
+        children = [_give_type(child, field.type) for child, field in zip(array.flatten(), target, strict=True)]
         return pa.StructArray.from_arrays(children, fields=list(target), mask=array.is_null())
-    if pa.types.is_list(target):
-        values = _wrap_json(array.values, target.value_type)
-        return pa.ListArray.from_arrays(array.offsets, values, type=target, mask=array.is_null())
-    return array
+    if (item_type := get_item_type(target)) is None:
+        return _parse_texts(array, target)
+    if pa.types.is_fixed_size_list(target):
+        items = np.arange(len(array.values))
+        is_hidden = np.repeat(array.is_null().to_numpy(zero_copy_only=False), target.list_size)  # by a null
+        values = _give_type(array.values.take(pa.array(items, mask=is_hidden)), item_type)
+        return pa.FixedSizeListArray.from_arrays(values, type=target, mask=array.is_null())
+    values = _give_type(array.values, item_type)
+    kind = pa.LargeListArray if pa.types.is_large_list(target) else pa.ListArray
+    return kind.from_arrays(array.offsets, values, type=target, mask=array.is_null())
+
+
+def _parse_texts(array: pa.Array, target: pa.DataType) -> pa.Array:
+    try:
+        return array.cast(target)
+    except pa.ArrowInvalid:
+        if not pa.types.is_timestamp(target) or target.unit == "ns":
+            raise
+    # Arrow reads no offset with seconds, as zones have before the year 1900.
+    return pa.array([None if text is None else datetime.fromisoformat(text) for text in array.to_pylist()], target)

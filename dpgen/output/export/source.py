@@ -18,10 +18,10 @@ from dpgen.config.loader import load
 from dpgen.config.schema import Config
 from dpgen.data.input_loading import load_input
 from dpgen.data.input_rows import InputRows
-from dpgen.data.saved_dataset import load_with_card
+from dpgen.data.saved_dataset import iter_typed_tables, read_card
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.formatting import format_count
-from dpgen.journal.reader import BATCH_ROWS, JournalIndex, JournalReader, index_journal
+from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.run_identity import diff_identities, find_fingerprint, get_fingerprint_version, get_num_rows
 from dpgen.output.columns import DatasetFormat
@@ -96,9 +96,10 @@ def _open_dataset(
     if problem is not None:
         raise DpgenError(f"{run_dir.path}: {problem}. 'dpgen verify' checks the whole run")
     if dataset_format.file_format == "jsonl":
-        rows = load_with_card(run_dir.dataset)
-        schema = rows.build_output_schema(_make_empty_schema())
-        return ExportSource(metadata, dataset_format, schema, num_rows, num_rows, lambda: rows.iter_tables(BATCH_ROWS))
+        schema = read_card(run_dir.dataset)
+        return ExportSource(
+            metadata, dataset_format, schema, num_rows, num_rows, lambda: iter_typed_tables(files, schema)
+        )
     import pyarrow.parquet as pq
 
     def iter_tables() -> Iterator[pa.Table]:
@@ -111,12 +112,6 @@ def _open_dataset(
 
     schema = pq.read_schema(files[0])
     return ExportSource(metadata, dataset_format, schema, num_rows, num_rows, iter_tables)
-
-
-def _make_empty_schema() -> pa.Schema:
-    import pyarrow as pa
-
-    return pa.schema([])
 
 
 def _find_missing_answers(dataset_format: DatasetFormat) -> str | None:

@@ -22,8 +22,10 @@ import pytest
 from helpers.batch_files import make_chat, write_batch
 from helpers.dataset_files import make_run
 
+import dpgen
 from dpgen.config.program import ProgramConfig
 from dpgen.config.sections import DataConfig
+from dpgen.data.reading.json_types import to_python
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.run_dir import RunDir
 from dpgen.logprobs import from_rows
@@ -295,6 +297,55 @@ def test_a_result_in_json_lines_is_exported_with_its_types(tmp_path: Path) -> No
     rows = read_parquet(tmp_path / "out.parquet")
     assert rows["moment"].to_pylist() == TABLE["moment"].to_pylist()
     assert rows["generated_text"].to_pylist() == ['so, "it"\nis', None, "", "007"]
+
+
+# What `datasets` reads as something else out of JSON lines: it knows dates, and cuts decimals off beside mixed values.
+ODD_ROWS: list[dict[str, Any]] = [
+    {"q": "2024-05-01T07:08:09Z", "day": "2024-05-01", "x": 2, "f": 1 / 7, "n": 2**64 - 1},
+    {"q": "2024-05-02T07:08:09Z", "day": "2024-05-02", "x": "2", "f": 1e-12, "n": 5},
+    {"q": "2024-05-03T07:08:09Z", "day": "2024-05-03", "x": "true", "f": -0.0, "n": 0},
+    {"q": "2024-05-04T07:08:09Z", "day": None, "x": {"a": None}, "f": 5e-324, "n": None},
+    {"q": "\ud83d\ude00\u2028\r\n", "day": "", "x": ["2024-05-04", {}], "f": None, "n": 2**63},
+]
+
+
+def make_odd_run(folder: Path, rows: list[dict[str, Any]]) -> RunDir:
+    folder.mkdir()
+    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = [RowResult(row, 1, (Completion("2024-05-06T07:08:09", "stop", 1),)) for row in range(len(rows))]
+    return make_run(folder, DataConfig(path=str(folder / "in.jsonl"), prompt_column="q"), results, "jsonl")
+
+
+def test_a_result_in_json_lines_is_exported_and_loaded_as_its_lines_say(tmp_path: Path) -> None:
+    run = make_odd_run(tmp_path / "runs[1]", ODD_ROWS)  # brackets are a pattern to `datasets`
+    lines = "".join(path.read_text() for path in sorted(run.dataset.glob("train-*")))
+    expected = [json.loads(line) for line in lines.split("\n") if line]
+    assert [expected[0]["q"], expected[0]["generated_text"]] == ["2024-05-01T07:08:09Z", "2024-05-06T07:08:09"]
+    export(run, tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == lines
+    export(run, tmp_path / "out.parquet")
+    exported = pq.read_table(tmp_path / "out.parquet")
+    columns = [to_python(exported[name]) for name in exported.column_names]
+    assert repr([dict(zip(exported.column_names, row, strict=True)) for row in zip(*columns, strict=True)]) == repr(
+        expected
+    )
+    for _ in range(2):  # the second time from the cache
+        assert repr(list(dpgen.load_result(run.path))) == repr(expected)
+
+
+def test_a_number_of_any_size_is_exported_from_json_lines(tmp_path: Path) -> None:
+    run = make_odd_run(tmp_path / "run", [{"q": "a", "x": 10**30}, {"q": "b", "x": "s"}])
+    export(run, tmp_path / "out.jsonl")
+    assert [row["x"] for row in read_lines(tmp_path / "out.jsonl")] == [10**30, "s"]
+
+
+def test_a_damaged_line_of_a_result_is_named(tmp_path: Path) -> None:
+    run = make_odd_run(tmp_path / "run", ODD_ROWS)
+    [file] = run.dataset.glob("train-00001*")
+    file.write_text('{"q": "cut')
+    with pytest.raises(DpgenError, match=r"train-00001-of-00002.jsonl, lines 1 to 1 can't be read.*dpgen verify"):
+        export(run, tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()
 
 
 @pytest.mark.parametrize("target", ["out.jsonl", "out.csv", "out.parquet"])
