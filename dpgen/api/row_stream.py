@@ -16,6 +16,7 @@ from dpgen.api.jobs import Outcome
 from dpgen.api.processes import RankProcesses
 from dpgen.config.schema import Config
 from dpgen.data.input_loading import load_input
+from dpgen.data.reading.json_types import to_python
 from dpgen.data.saved_dataset import keep_quiet
 from dpgen.errors import NoRowSucceeded
 from dpgen.journal.reader import JournalReader, index_journal
@@ -101,4 +102,6 @@ class RowStream:
         fresh = {result.row: result for result in results if not self._is_given[result.row]}
         self._is_given[list(fresh)] = True
         for table in self._tables.iter_tables_of(list(fresh.values())):
-            yield from table.to_pylist()
+            columns = {name: to_python(table.column(name)) for name in table.column_names}
+            for values in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, values, strict=True))
