@@ -27,6 +27,7 @@ from dpgen.journal.run_dir import RunDir
 if TYPE_CHECKING:
     import datasets
 
+    from dpgen.data.input_rows import InputRows
     from dpgen.distributed.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def prepare_call(dataset: Any, layers: Sequence[Layer], topology: Topology, resu
     config = load_values([("defaults", defaults), *layers, ("dataset", given)])
     if "openai_batch" in (config.output.format, config.data.format):
         raise ConfigError("a batch file gives a response file, and no Dataset: use dpgen run-batch")
-    rows = None if paths is not None else _to_dataset(dataset)
+    rows = None if paths is not None else _to_input_rows(dataset)
     is_temporary = config.run.dir == PLACEHOLDER
     if is_temporary:
         directory = tempfile.mkdtemp(prefix="dpgen-run-")
@@ -174,14 +175,14 @@ def _looks_like_file(path: str) -> bool:
     return is_path or is_data_file(path) or os.path.exists(path)
 
 
-def _to_dataset(dataset: Any) -> datasets.Dataset:
-    from dpgen.data.saved_dataset import keep_quiet, to_dataset
+def _to_input_rows(dataset: Any) -> InputRows:
+    from dpgen.data.saved_dataset import keep_quiet, to_input_rows
 
     with keep_quiet():
-        return to_dataset(dataset)
+        return to_input_rows(dataset)
 
 
-def _save_rows(call: Call, rows: datasets.Dataset, topology: Topology) -> Call:
+def _save_rows(call: Call, rows: InputRows, topology: Topology) -> Call:
     from dpgen.data.saved_dataset import compute_digest, keep_quiet, save_whole
 
     with keep_quiet():

@@ -41,7 +41,8 @@ def generate(
 
     Args:
         dataset: a datasets.Dataset, a list of dicts, a dict of columns, a pandas or Polars frame; or what `data.path`
-            names: a file, a glob, a list of files, a directory, or a Hub dataset.
+            names: a file, a glob, a list of files, a directory, or a Hub dataset. Values of dicts that JSON has are
+            read as in a JSONL file: types may be mixed, and objects may have different keys.
         model: a directory, or a Hub name.
         run_dir: the run directory. The same call on it resumes, and generates no finished row again. Without it, a
             temporary one; it is removed once the result is in memory.

@@ -136,7 +136,7 @@ def _load(config: DataConfig) -> tuple[datasets.Dataset, InputSource]:
         saved = _select_split(datasets.load_from_disk(path), config.split)
     except IndexError:  # `datasets` raises it where a saved dataset has no rows
         saved = datasets.Dataset.from_dict({})
-    return saved, InputSource(num_files=len(files), key=compute_files_key(files), mapped_files=tuple(files))
+    return saved, InputSource.of_saved_dataset(path, files)
 
 
 def _load_folder(path: str, config: DataConfig) -> tuple[datasets.Dataset, InputSource]:

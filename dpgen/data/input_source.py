@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dpgen.data.reading.cache import compute_files_key
@@ -11,14 +13,16 @@ from dpgen.data.reading.conversion import InputDescription
 from dpgen.data.reading.files import list_names
 from dpgen.formatting import format_count
 
+DESCRIPTION_FILE = "dpgen_description.json"  # beside the rows of a program, in a folder of `save_to_disk`
+
 
 @dataclass(frozen=True)
 class InputSource:
     """Describe where rows come from.
 
     Attributes:
-        kind: of the files; "dataset" where `datasets` read them.
-        num_files: 0 for the Hub.
+        kind: of the files, and "json" for a program's values that JSON has; "dataset" where `datasets` read them.
+        num_files: 0 for the Hub, and for a program's values.
         key: hash of what the disk says about the files; None where the contents have to be hashed at each start.
         description: what the readers found; None where `datasets` read.
         base: int64[num_rows], or a range: each row's number in the files, before `data.select` and `data.limit`.
@@ -36,6 +40,26 @@ class InputSource:
     other_files: tuple[str, ...] = ()
     mapped_files: tuple[str, ...] = ()
     load_before: Callable[[], Any] | None = None
+
+    def describe_rows(self) -> str | None:
+        """Return the content of `DESCRIPTION_FILE`; None where saved rows need none."""
+        if self.description is None:
+            return None
+        return json.dumps({"kind": self.kind, "description": self.description.to_json()})
+
+    @classmethod
+    def of_saved_dataset(cls, folder: str, files: Sequence[str]) -> InputSource:
+        """Return the source of a folder that `save_to_disk` has filled, perhaps with a program's rows.
+
+        Args:
+            files: all that it holds.
+        """
+        key, names, file = compute_files_key(files), tuple(files), Path(folder) / DESCRIPTION_FILE
+        if not file.exists():
+            return cls(num_files=len(files), key=key, mapped_files=names)
+        content = json.loads(file.read_bytes())
+        description = InputDescription.from_json(content["description"])
+        return cls(content["kind"], key=key, mapped_files=names, description=description)
 
     def has_changed(self) -> bool:
         """Return True if rows that are read now may not be those that the run began with."""

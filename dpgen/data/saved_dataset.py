@@ -10,14 +10,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from dpgen.data.input_rows import InputRows
+from dpgen.data.input_source import DESCRIPTION_FILE, InputSource
 from dpgen.data.reading.cache import compute_files_key
-from dpgen.data.reading.json_types import build_typed_array
+from dpgen.data.reading.conversion import MIXED_NUMBERS, InputDescription
+from dpgen.data.reading.invalid_text import escape, set_aside_invalid
+from dpgen.data.reading.json_types import TypeInference, build_array, build_typed_array, is_json
 from dpgen.data.reading.source import iter_line_batches, open_file
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.formatting import format_count
@@ -133,28 +137,30 @@ def keep_quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def to_dataset(rows: Any) -> datasets.Dataset:
-    """Return rows that a program holds as a Dataset.
+def to_input_rows(rows: Any) -> InputRows:
+    """Return rows that a program holds as the input of a run.
+
+    Values that JSON has are read as those of JSON lines: objects keep their own keys, and a column may mix types.
 
     Args:
         rows: a Dataset, a list of dicts (whose keys may differ: a missing value is null), a dict of columns, or a frame
             of pandas or Polars.
 
     Raises:
-        ConfigError: rows of another kind, or values for which Arrow has no common type; names the column.
+        ConfigError: rows of another kind, or values that Arrow can't hold; names the column.
     """
     import datasets
 
     if isinstance(rows, datasets.Dataset):
         if rows.format["type"] == "custom":
             raise ConfigError("dataset has a transform, which can't be saved: apply it with map() first")
-        return rows.with_format(None)
+        return InputRows(rows.with_format(None))
     if isinstance(rows, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise ConfigError(f"dataset is a dict of splits: give one of them, e.g. dataset[{next(iter(rows), 'train')!r}]")
     kind, package = type(rows).__name__, type(rows).__module__.partition(".")[0]
     if package in ("pandas", "polars") and kind == "DataFrame":
         from_frame = datasets.Dataset.from_polars if package == "polars" else _from_pandas
-        return _translate_conversion(lambda: from_frame(rows))
+        return InputRows(_translate_conversion(lambda: from_frame(rows)))
     if isinstance(rows, Mapping):
         for name, values in rows.items():
             if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
@@ -183,22 +189,46 @@ def _from_pandas(frame: Any) -> datasets.Dataset:
     return datasets.Dataset.from_pandas(frame, preserve_index=False)
 
 
-def _from_columns(columns: Mapping[str, list[Any]]) -> datasets.Dataset:
+def _from_columns(columns: Mapping[str, list[Any]]) -> InputRows:
     import datasets
 
-    made = {name: _convert_column(name, values) for name, values in columns.items()}
-    if not made:
-        return datasets.Dataset.from_dict({})
-    return datasets.concatenate_datasets(list(made.values()), axis=1)
+    if not columns:
+        return InputRows(datasets.Dataset.from_dict({}))
+    description = InputDescription()
+    made, kinds = [], set()
+    for name, values in columns.items():
+        has_json = _translate_conversion(partial(_are_json, values), name)
+        convert = partial(_convert_json if has_json else _infer_column, escape(name), values, description)
+        made.append(_translate_conversion(convert, name))
+        kinds.add("json" if has_json else "dataset")
+    kind = "json" if kinds == {"json"} else "dataset"
+    return InputRows(datasets.concatenate_datasets(made, axis=1), InputSource(kind, description=description))
 
 
-def _convert_column(name: str, values: list[Any]) -> datasets.Dataset:
+def _are_json(values: list[Any]) -> bool:
+    return all(map(is_json, values))
+
+
+def _convert_json(name: str, values: list[Any], description: InputDescription) -> datasets.Dataset:
+    """Return a column of JSON values with the type that a reader of JSON lines would find."""
     import datasets
 
-    return _translate_conversion(lambda: datasets.Dataset.from_dict({name: values}), name)
+    set_aside_invalid(values, name, 0, description.invalid)
+    inference = TypeInference()
+    table = pa.table({name: build_array(values, inference.infer(values))})
+    if inference.mixes_numbers:
+        description.changed[name] = MIXED_NUMBERS
+    return datasets.Dataset(table)
 
 
-def _translate_conversion(convert: Callable[[], Any], column: str | None = None) -> datasets.Dataset:
+def _infer_column(name: str, values: list[Any], description: InputDescription) -> datasets.Dataset:
+    """Return a column with the type that Arrow finds for Python's values."""
+    import datasets
+
+    return datasets.Dataset.from_dict({name: values})
+
+
+def _translate_conversion(convert: Callable[[], Any], column: str | None = None) -> Any:
     try:
         return convert()
     except Exception as error:  # noqa: BLE001 - Arrow, pandas and `datasets` pass on all that values raise
@@ -207,14 +237,14 @@ def _translate_conversion(convert: Callable[[], Any], column: str | None = None)
         raise ConfigError(f"{where} can't be held by Arrow: {reason}") from None
 
 
-def compute_digest(dataset: datasets.Dataset) -> str:
-    """Return a name for the contents of a dataset: the hash of what identifies an input."""
-    fingerprint = json.dumps(InputRows(dataset).fingerprint(), sort_keys=True)
-    return hashlib.blake2b(fingerprint.encode(), digest_size=8).hexdigest()
+def compute_digest(rows: InputRows) -> str:
+    """Return a name for the contents of rows: the hash of what identifies an input, and of what is saved beside it."""
+    identity = json.dumps(rows.fingerprint(), sort_keys=True) + (rows.source.describe_rows() or "")
+    return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
 
-def save_whole(dataset: datasets.Dataset, directory: Path) -> bool:
-    """Save a dataset as a folder that is there as a whole or not at all; return False if it was there before.
+def save_whole(rows: InputRows, directory: Path) -> bool:
+    """Save rows as a folder that is there as a whole or not at all; return False if it was there before.
 
     Raises:
         ConfigError: the folder can't be written.
@@ -225,7 +255,9 @@ def save_whole(dataset: datasets.Dataset, directory: Path) -> bool:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         try:
-            dataset.save_to_disk(str(temporary))
+            rows.dataset.save_to_disk(str(temporary))
+            if (description := rows.source.describe_rows()) is not None:
+                (temporary / DESCRIPTION_FILE).write_text(description)
             temporary.rename(directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

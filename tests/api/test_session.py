@@ -150,6 +150,22 @@ def test_a_stream_gives_each_row_once_and_loses_nothing_where_it_is_broken_off(
 
 
 @pytest.mark.slow
+def test_rows_of_a_list_are_prompted_and_returned_as_those_of_a_file(tmp_path: Path) -> None:
+    values = [{"a": 1}, {"b": [2, "x"]}, "text"]
+    rows = [{"q": "a", "x": values[0]}, {"q": "b", "x": values[1]}, {"q": "c", "x": values[2]}, {"q": "\ud800"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "{{ q }} {{ x | tojson }} {{ 'has b' if x.b is defined }}"
+    keywords = {"model": "none", "template": template, "run": {"engine": "fake"}, "quiet": True}
+    expected = dpgen.generate(tmp_path / "in.jsonl", **keywords)
+    result = dpgen.generate(rows, **keywords)
+    assert result is not None and expected is not None
+    assert result["x"][:] == [*values, None] and result.to_list() == expected.to_list()
+    assert result["error"][3]["type"] == "invalid_text" and result["error"][:3] == [None] * 3
+    streamed = sorted(dpgen.stream(rows, **keywords), key=lambda row: row["row_id"])
+    assert streamed == result.to_list()
+
+
+@pytest.mark.slow
 def test_ctrl_c_is_no_end_of_a_stream_though_all_rows_are_generated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ from dpgen.lifecycle.parent_death import set_parent_death_signal
 ARROW_FILE = "rows.arrow"
 PLACE_FILE = "place"  # what is being read, for the message if the reader crashes
 _SEPARATORS = {"csv": ",", "tsv": "\t", "text": None}
-_MIXED = "whole numbers among decimals are read as decimals"
+MIXED_NUMBERS = "whole numbers among decimals are read as decimals"
 
 
 @dataclass
@@ -116,7 +116,7 @@ def _convert(
     if unreadable and not schema.names:
         raise UnreadableInput(f"no column can be read: {'; '.join(unreadable.values())}")
     if kind == "json":
-        description.changed = dict.fromkeys([*reader.mixed_columns, *join_json.mixed_columns], _MIXED)
+        description.changed = dict.fromkeys([*reader.mixed_columns, *join_json.mixed_columns], MIXED_NUMBERS)
     else:
         description.changed = _describe_lacking(columns) | reader.describe_changes()
     description.notes, description.invalid = [*_describe_names(files), *reader.notes], reader.invalid

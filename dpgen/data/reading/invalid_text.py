@@ -23,7 +23,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def has_surrogate(value: Any) -> bool:
     """Return True if a text in a value can't be encoded."""
     if isinstance(value, str):
-        return _SURROGATE.search(value) is not None
+        return not value.isascii() and _SURROGATE.search(value) is not None
     if isinstance(value, Mapping):
         return any(has_surrogate(key) or has_surrogate(item) for key, item in value.items())
     return isinstance(value, list) and any(map(has_surrogate, value))
@@ -49,14 +49,17 @@ def take_invalid(row: dict[str, Any]) -> dict[str, str]:
 
 
 def set_aside_invalid(values: list[Any], name: str, first_row: int, invalid: InvalidValues) -> None:
-    """Escape the texts of a column that can't be encoded, in place, and add them to `invalid`.
+    """Escape what can't be encoded in a column, in place, and add these values to `invalid`.
 
     Args:
-        values: texts and nulls of neighbouring rows, from row `first_row` on.
+        values: JSON values of neighbouring rows, from row `first_row` on.
     """
     for index, value in enumerate(values):
-        if value is not None and not value.isascii() and has_surrogate(value):
-            invalid.setdefault(first_row + index, {})[name] = json.dumps(value)
+        if has_surrogate(value):
+            text = json.dumps(value)
+            value = json.loads(text)  # two halves that are a pair are one character now
+            if has_surrogate(value):
+                invalid.setdefault(first_row + index, {})[name] = text
             values[index] = escape(value)
 
 

@@ -23,9 +23,19 @@ JSON = pa.json_()
 _MAX_DEPTH = 20  # Arrow's files allow 64 levels; nobody reads so many as columns
 _EXACT_FLOAT = 1 << 53  # each whole number up to this one is a float64
 
+_SCALARS = frozenset([type(None), bool, int, float, str])
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 Convert = Callable[[Any], Any]
+
+
+def is_json(value: Any) -> bool:
+    """Return True if `json.loads` could return a value; False where a type is only like one of its types."""
+    if type(value) is list:
+        return all(map(is_json, value))
+    if type(value) is dict:
+        return all(type(key) is str for key in value) and all(map(is_json, value.values()))
+    return type(value) in _SCALARS
 
 
 class TypeInference:
