@@ -19,6 +19,7 @@ from dpgen.config.schema import Config
 from dpgen.config.sections import WorkConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError, suggest_name
+from dpgen.formatting import format_count
 from dpgen.log import setup_logging
 from dpgen.scheduling.groups.prompt_groups import PromptGroups, RankState
 from dpgen.scheduling.order import PromptTextFn, RowOrder, order_by_measured_lengths
@@ -145,6 +146,8 @@ def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
     order_config = OrderConfig.from_config(config, max(parse_ranks(options.ranks)))
 
     def order(row_ids: np.ndarray, text_of: PromptTextFn) -> RowOrder:
+        if config.program.is_used:  # its calls say their prompts
+            return order_rows(order_config, rows, row_ids, text_of)
         prompts = group_by_prefix(
             rows, row_ids, select_prompt_columns(config.prompt.without_media, rows.columns), text_of
         )
@@ -155,7 +158,48 @@ def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
     ordered = slow_rows.compute(row_ids, order)
     if ordered is None:
         raise ConfigError(f"rendering takes longer than {slow_rows.limit} for several rows: a run would reject them")
-    return Workload(lengths, prompt_lengths, ordered.append(row_ids[slow_rows.is_left_out(row_ids)]))
+    workload = Workload(lengths, prompt_lengths, ordered.append(row_ids[slow_rows.is_left_out(row_ids)]))
+    return _repeat_rows(workload, _count_samples(config, rows))
+
+
+def _count_samples(config: Config, rows: InputRows) -> np.ndarray:
+    """Return the samples of each row, int64[num_rows]; 1 where a row says none that can be read."""
+    number = config.sampling.get("n", 1)
+    counts = np.full(len(rows), number if isinstance(number, int) else 1, dtype=np.int64)
+    if (column := config.sampling_columns.get("n")) is not None:
+        values = rows.read_numbers(column, np.arange(len(rows)))
+        counts = np.where(values >= 1, np.nan_to_num(values, nan=1), counts).astype(np.int64)
+    return counts
+
+
+def _repeat_rows(workload: Workload, counts: np.ndarray) -> Workload:
+    """Return the workload with a row for each sample, those of a row one after the other.
+
+    Args:
+        counts: samples of each row, int64[num_dataset_rows].
+    """
+    if len(counts) == 0 or counts.max() == 1:
+        return workload
+    order, in_order = workload.order, counts[workload.order.rows]
+    ends, first = np.cumsum(in_order), np.cumsum(counts) - counts
+    rows = np.repeat(first[order.rows] - (ends - in_order), in_order) + np.arange(ends[-1])
+    repeated = dataclasses.replace(
+        order,
+        rows=rows,
+        groups=None if order.groups is None else (ends - in_order)[order.groups],
+        weights=None if order.weights is None else np.repeat(order.weights, in_order),
+        lengths=None if order.lengths is None else np.repeat(order.lengths, in_order),
+        prompt_groups=None,  # no lengths are measured: samples of a row differ as rows do
+        num_probes=0,
+        num_spread=0,
+        adapter_groups=None,
+        make_tracker=lambda: None,
+    )
+    logger.info(
+        f"{format_count(len(counts), 'row')} have {format_count(len(rows), 'sample')} (sampling.n), which are "
+        "simulated as rows of the same length"
+    )
+    return Workload(np.repeat(workload.lengths, counts), np.repeat(workload.prompt_lengths, counts), repeated)
 
 
 def _read_lengths(options: argparse.Namespace, config: Config, rows: InputRows) -> np.ndarray:
