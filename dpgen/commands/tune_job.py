@@ -23,6 +23,7 @@ from dpgen.api.processes import RankProcesses
 from dpgen.config.loader import load_from_args
 from dpgen.config.schema import Config
 from dpgen.engine.pool.device_monitor import DeviceMonitor
+from dpgen.engine.starting.visible_gpus import list_visible_gpus
 from dpgen.errors import EXIT_RESUMABLE, ConfigError, DpgenError, Interrupted, RanksLost
 from dpgen.formatting import format_count, format_duration
 from dpgen.journal.run_dir import RunDir
@@ -84,7 +85,7 @@ class TuneJob:
         self.config = load_from_args(options.arguments)
         check_tunable(self.config)
         self.base_limit = find_base_limit(self.config)
-        self.num_gpus = options.num_ranks * self.config.gpus_per_rank if _uses_gpus(self.config) else 0
+        self.num_gpus = _count_gpus(self.config, options.num_ranks)
         self.search = Search(
             choose_first_overrides(self.config), self.base_limit, options.budget, self._find_candidates
         )
@@ -290,9 +291,14 @@ class _StageReport:
         self._num_shown = len(result.stages) if result else 0
 
 
-def _uses_gpus(config: Config) -> bool:
-    """Return True if the job's engines run on GPUs of this machine."""
-    return config.run.engine == "vllm" and read_gpu_name() is not None
+def _count_gpus(config: Config, num_ranks: int) -> int:
+    """Return the GPUs of this machine that the job's engines run on; 0 where they use none."""
+    if config.run.engine != "vllm" or read_gpu_name() is None:
+        return 0
+    num_gpus = num_ranks * config.gpus_per_rank
+    if config.parallel.share_devices:
+        num_gpus = min(num_gpus, len(list_visible_gpus(os.environ, os.listdir("/dev"), is_quiet=True)) or num_gpus)
+    return num_gpus
 
 
 def _shorten(reason: str) -> str:

@@ -177,8 +177,9 @@ def _list_engine_counts(config: Config, facts: Facts) -> Iterator[Candidate]:
 
 def _list_tensor_sizes(config: Config, facts: Facts) -> Iterator[Candidate]:
     """Yield other divisions of the same GPUs into ranks; a model that does not fit is a trial that fails."""
-    size, fixed = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
-    if not facts.has_gpus or config.parallel.enable_expert_parallel:
+    parallel = config.parallel
+    size, fixed = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    if not facts.has_gpus or parallel.enable_expert_parallel or parallel.share_devices:
         return
     for other, gain in ((size // 2, 0.1), (2 * size, 0.04)):
         if other >= 1 and facts.num_gpus % (other * fixed) == 0 and facts.num_gpus >= other * fixed and other != size:

@@ -281,6 +281,13 @@ def test_all_trials_accept_the_results_that_the_command_accepts(write_config: Wr
     assert [job.make_config(TrialPlan(number, {})).run.resume for number in (1, 2)] == ["force", "force"]
 
 
+def test_ranks_that_share_a_gpu_cost_one(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpgen.commands.tune_job.read_gpu_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("dpgen.commands.tune_job.list_visible_gpus", lambda *arguments, is_quiet: ["0"])
+    arguments = [write_config(ROWS, run={"engine": "vllm"}), "parallel.share_devices=true"]
+    assert TuneJob(TuneOptions(arguments, num_ranks=2)).num_gpus == 1
+
+
 def test_a_trial_of_another_division_of_the_gpus_has_as_many_ranks_as_fit(write_config: WriteConfig) -> None:
     job = TuneJob(TuneOptions([write_config(ROWS), "parallel.tensor_parallel_size=2"], num_ranks=2))
     assert job.count_ranks_of({"parallel.tensor_parallel_size": 4}) == 1

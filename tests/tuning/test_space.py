@@ -82,6 +82,11 @@ def test_the_gpus_of_the_job_are_divided_in_other_ways(tmp_path: Path, size: int
     assert not any(key in candidate for candidate in list_settings(make_config(tmp_path), has_gpus=False))
 
 
+def test_no_engine_on_several_gpus_is_tried_where_ranks_share_them(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "parallel.share_devices=true")
+    assert not any("parallel.tensor_parallel_size" in settings for settings in list_settings(config, num_gpus=2))
+
+
 def test_an_engine_on_several_gpus_is_tried_though_a_gpu_has_several_engines(tmp_path: Path) -> None:
     config = make_config(tmp_path, f"{ENGINES_PER_RANK}=2")
     [tensor] = [found for found in list_settings(config, num_gpus=2) if "parallel.tensor_parallel_size" in found]
