@@ -26,6 +26,7 @@ from dpgen.data.reading.source import iter_line_batches, open_file
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.formatting import format_count
 from dpgen.imports import imports_without_gc
+from dpgen.lifecycle.new_folder import fill_new_folder
 
 if TYPE_CHECKING:
     import datasets
@@ -252,18 +253,13 @@ def save_whole(rows: InputRows, directory: Path) -> bool:
     if directory.is_dir():
         return False
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        try:
-            rows.dataset.save_to_disk(str(temporary))
+        with fill_new_folder(directory) as folder:
+            rows.dataset.save_to_disk(str(folder))
             if (description := rows.source.describe_rows()) is not None:
-                (temporary / DESCRIPTION_FILE).write_text(description)
-            temporary.rename(directory)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                (folder / DESCRIPTION_FILE).write_text(description)
+    except FileExistsError:  # with the same contents
+        return False
     except OSError as error:
-        if directory.is_dir():  # another process was faster, with the same contents
-            return False
         raise ConfigError(f"the input can't be saved in {directory}: {error.strerror or error}") from None
     return True
 

@@ -13,18 +13,18 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dpgen.data.openai_batch.lines import FORMAT as BATCH_FORMAT
 from dpgen.data.reading.conversion import ARROW_FILE, PLACE_FILE, InputDescription, convert
 from dpgen.data.reading.source import UnreadableInput
+from dpgen.lifecycle.new_folder import fill_new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ def read_files(kind: str, files: Sequence[str], cache: Path) -> tuple[Path, Inpu
     folder = cache / "dpgen" / key
     try:
         if not (folder / _DESCRIPTION_FILE).exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            _fill(folder, kind, files, key)
+            with suppress(FileExistsError), fill_new_folder(folder) as new_folder:
+                _fill(new_folder, kind, files, key)
         description = InputDescription.from_json((folder / _DESCRIPTION_FILE).read_text())
     except OSError as error:
         raise make_cache_error(cache, error) from None
@@ -125,24 +125,17 @@ def describe_error(error: Exception, cache: Path) -> str:
 
 
 def _fill(folder: Path, kind: str, files: Sequence[str], key: str) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
-    try:
-        num_bytes = sum(os.path.getsize(file) for file in files)
-        is_compressed = any(file.endswith((".gz", ".zst", ".bz2", ".xz", ".lz4")) for file in files)
-        is_small = num_bytes <= _SMALL_BYTES and not is_compressed
-        is_safe = kind in ("csv", "tsv", "text", BATCH_FORMAT) or (kind == "json" and is_small)
-        description = None if is_safe else _convert_apart(kind, files, temporary)
-        if description is None:  # after a crash, too: Python's parser is slow, but reads the file, or names the line
-            description = convert(kind, files, temporary, may_crash=False)
-        if compute_files_key(files, kind) != key:
-            raise UnreadableInput("the files changed while they were read. Start again once they are complete")
-        (temporary / _DESCRIPTION_FILE).write_text(description.to_json())
-        (temporary / PLACE_FILE).unlink(missing_ok=True)
-        if not folder.exists():
-            temporary.chmod(0o755)
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    num_bytes = sum(os.path.getsize(file) for file in files)
+    is_compressed = any(file.endswith((".gz", ".zst", ".bz2", ".xz", ".lz4")) for file in files)
+    is_small = num_bytes <= _SMALL_BYTES and not is_compressed
+    is_safe = kind in ("csv", "tsv", "text", BATCH_FORMAT) or (kind == "json" and is_small)
+    description = None if is_safe else _convert_apart(kind, files, folder)
+    if description is None:  # after a crash, too: Python's parser is slow, but reads the file, or names the line
+        description = convert(kind, files, folder, may_crash=False)
+    if compute_files_key(files, kind) != key:
+        raise UnreadableInput("the files changed while they were read. Start again once they are complete")
+    (folder / _DESCRIPTION_FILE).write_text(description.to_json())
+    (folder / PLACE_FILE).unlink(missing_ok=True)
 
 
 def _convert_apart(kind: str, files: Sequence[str], folder: Path) -> InputDescription | None:

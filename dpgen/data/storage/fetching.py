@@ -30,6 +30,7 @@ from dpgen.data.storage.store import WEB_SCHEMES, Store, StoredObject, open_stor
 from dpgen.data.storage.store_errors import is_lasting
 from dpgen.errors import ConfigError, DpgenError, TransferStopped
 from dpgen.formatting import format_bytes, format_count, format_duration
+from dpgen.lifecycle.new_folder import fill_new_folder
 from dpgen.log import PeriodicLog
 
 logger = logging.getLogger(__name__)
@@ -230,21 +231,16 @@ class Fetcher:
                 return folder
             with suppress(OSError):  # of files that were fetched again since
                 folder.rename(folder.with_name(f".old-{uuid.uuid4().hex}"))
-        temporary = folder.with_name(f".new-{uuid.uuid4().hex}")
         try:
-            for name, place in zip(names, places, strict=True):
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(place, temporary / name)
-                except OSError:  # the file system has no hard links
-                    os.symlink(place, temporary / name)
-            if not folder.exists():
-                temporary.rename(folder)
+            with suppress(FileExistsError), fill_new_folder(folder) as new_folder:
+                for name, place in zip(names, places, strict=True):
+                    (new_folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    try:
+                        os.link(place, new_folder / name)
+                    except OSError:  # the file system has no hard links
+                        os.symlink(place, new_folder / name)
         except OSError as error:
-            if not folder.exists():  # another process may have been faster
-                raise self._make_disk_error(folder, error) from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            raise self._make_disk_error(folder, error) from None
         return folder
 
     def _make_disk_error(self, place: Path, error: OSError) -> ConfigError:

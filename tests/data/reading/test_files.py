@@ -171,6 +171,23 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
         load(str(path))
 
 
+def test_a_reader_whose_peer_is_faster_takes_what_the_peer_has_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ranks of all nodes share a cache folder; the peer's is there just before this one's is renamed."""
+    path = write(tmp_path, "rows.jsonl") / "rows.jsonl"
+
+    def rename_later(folder: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        peers_rows.extend(read(load(str(path))))
+        return rename(folder, target)
+
+    peers_rows: list[Any] = []
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", rename_later)
+    assert read(load(str(path))) == peers_rows != []
+
+
 @pytest.mark.parametrize("cache_folder", ["/dev/null/cache", "/proc/cache"])
 def test_a_cache_that_cannot_be_written_is_named_with_its_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: str
