@@ -46,7 +46,7 @@ def check_output_format(rows: InputRows, kept_columns: Sequence[str] | None, fil
     schema = rows.build_output_schema(pa.schema([]), kept_columns)
     large_integers: list[str] = []
     if file_format == "parquet":
-        reasons = dict(_find_unwritable(rows, schema))
+        reasons = dict(find_columns_without_parquet(next(rows.iter_tables(1, schema.names)))) if schema.names else {}
         other_format = "jsonl"
     else:
         reasons = dict(find_types_without_json(schema))
@@ -67,19 +67,16 @@ def check_output_format(rows: InputRows, kept_columns: Sequence[str] | None, fil
     raise ConfigError(*(f"{mistake}. {remedy}" for mistake in mistakes))
 
 
-def _find_unwritable(rows: InputRows, schema: pa.Schema) -> Iterator[tuple[str, str]]:
-    """Yield (column, reason) for each column that a Parquet file can't hold; tries with the first row."""
+def find_columns_without_parquet(table: pa.Table) -> Iterator[tuple[str, str]]:
+    """Yield (column, reason) for each column that a Parquet file can't hold, as writing it shows."""
     import pyarrow as pa
 
-    if not schema.names:
-        return
-    table = next(rows.iter_tables(1, schema.names))
     if _find_write_error(table) is None:
         return
-    for field in schema:
-        reason = _find_write_error(pa.table({field.name: table[field.name]}))
+    for name in table.column_names:
+        reason = _find_write_error(pa.table({name: table[name]}))
         if reason is not None:
-            yield field.name, reason
+            yield name, reason
 
 
 def _find_write_error(table: pa.Table) -> str | None:

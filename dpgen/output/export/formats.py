@@ -20,7 +20,7 @@ from dpgen.output.column_values import shorten_decimals
 from dpgen.output.conversations import get_messages_type
 from dpgen.output.dataset_writer import choose_encodings
 from dpgen.output.file_set import number_files
-from dpgen.output.format_check import find_reason, find_types_without_json
+from dpgen.output.format_check import find_columns_without_parquet, find_reason, find_types_without_json
 from dpgen.output.json_lines import format_json_line, to_json_columns
 
 if TYPE_CHECKING:
@@ -67,12 +67,12 @@ def open_writer(format: str, path: Path, schema: pa.Schema, float_columns: Seque
     """
     writer: TableWriter
     with ExitStack() as stack:
+        _check_types(format, schema)
         if format == "parquet":
             writer = _ParquetWriter(path, schema, float_columns)
         elif format == "save_to_disk":
             writer = _SavedDatasetWriter(path, schema)
         else:
-            _check_json_types(format, schema)
             stream = stack.enter_context(_open_stream(path))
             kinds: dict[str, type[_CsvWriter | _JsonLinesWriter]] = {
                 "csv": _CsvWriter,
@@ -243,11 +243,21 @@ def _open_stream(path: Path) -> Iterator[Any]:
         yield stream
 
 
-def _check_json_types(format: str, schema: pa.Schema) -> None:
-    name = "csv" if format == "csv" else "jsonl"
-    if reasons := dict(find_types_without_json(schema)):
+def _check_types(format: str, schema: pa.Schema) -> None:
+    """Check that a format can hold the columns' types.
+
+    Raises:
+        ConfigError: names each column that it can't.
+    """
+    if format == "save_to_disk":
+        return
+    if format == "parquet":
+        reasons, name, other = dict(find_columns_without_parquet(schema.empty_table())), "parquet", "jsonl"
+    else:
+        reasons, name, other = dict(find_types_without_json(schema)), "csv" if format == "csv" else "jsonl", "parquet"
+    if reasons:
         others = ",".join(field.name for field in schema if field.name not in reasons)
-        remedy = f"Export as parquet, or leave it out: --columns {others}"
+        remedy = f"Export as {other}, or leave it out: --columns {others}"
         raise ConfigError(
             *(f"--format {name} can't hold the column {column!r}: {why}. {remedy}" for column, why in reasons.items())
         )

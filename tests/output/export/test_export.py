@@ -420,6 +420,22 @@ def test_what_json_can_t_hold_is_refused_and_leaves_nothing(
     export(run, tmp_path / "out" / target, Selection(["q", "generated_text"]))
 
 
+@pytest.mark.parametrize("target", ["rows.parquet", "rows"])
+def test_what_parquet_can_t_hold_is_refused_and_leaves_nothing(tmp_path: Path, target: str) -> None:
+    """A run in JSON lines holds objects without keys."""
+    with pa.ipc.new_file(str(tmp_path / "rows.arrow"), pa.schema([("q", pa.string()), ("x", pa.struct([]))])) as file:
+        file.write_table(pa.table({"q": ["a"], "x": pa.array([{}], pa.struct([]))}))
+    data = DataConfig(path=str(tmp_path / "rows.arrow"), prompt_column="q")
+    run = make_run(tmp_path / "run", data, [RowResult(0, 1, (Completion("a", "stop", 1),))], "jsonl")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"can't hold the column 'x': .*Export as jsonl, or leave it out: --columns q"
+    ):
+        export(run, tmp_path / "out" / target)
+    assert not any((tmp_path / "out").iterdir())
+    export(run, tmp_path / "out" / target, Selection(["q", "generated_text"]))
+
+
 # ---- runs that are not finished
 
 
