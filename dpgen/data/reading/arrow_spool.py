@@ -7,27 +7,38 @@ from the disk, a batch at a time: memory holds one batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import pyarrow as pa
 
-from dpgen.data.reading.json_types import JSON, convert_array
+from dpgen.data.reading.json_types import convert_array
 from dpgen.data.reading.source import BATCH_BYTES
 
-JoinTypes = Callable[[str, pa.DataType, pa.DataType], pa.DataType]
+
+class TypeJoiner(Protocol):
+    """Interface of what chooses the type for a column's values of two types, given the column's name."""
+
+    def join(self, name: str, one: pa.DataType, other: pa.DataType) -> pa.DataType:
+        """Return a type that should hold the values of both."""
+        ...
+
+    def join_misfits(self, name: str, one: pa.DataType, other: pa.DataType) -> pa.DataType:
+        """Return a type that holds them all, where a value of type `one` did not fit in type `other`."""
+        ...
 
 
 class ArrowSpool:
     """Collect tables in a folder; `finish` makes one Arrow file of them.
 
     Args:
-        join_types: returns the type for a column's values of two types, given its name.
+        joiner: may raise where there is no such type; so do `add` and `finish` then.
     """
 
-    def __init__(self, folder: Path, join_types: JoinTypes) -> None:
-        self._folder, self._join_types = folder, join_types
+    def __init__(self, folder: Path, joiner: TypeJoiner) -> None:
+        self._folder, self._joiner = folder, joiner
         self._schema: pa.Schema | None = None
         self._segments: list[tuple[Path, pa.Schema]] = []
         self._writer: pa.RecordBatchStreamWriter | None = None
@@ -41,7 +52,7 @@ class ArrowSpool:
                 table = _conform(table, schema)
                 break
             except _Misfit as misfit:
-                schema = schema.set(schema.get_field_index(misfit.column), pa.field(misfit.column, JSON))
+                schema = self._join_misfits(schema, misfit)
         if self._writer is None or not schema.equals(self._schema, check_metadata=True):
             self._open_segment(schema)
         self.num_rows += table.num_rows
@@ -66,7 +77,7 @@ class ArrowSpool:
                 self._rewrite(path, schema)
                 return schema
             except _Misfit as misfit:
-                schema = schema.set(schema.get_field_index(misfit.column), pa.field(misfit.column, JSON))
+                schema = self._join_misfits(schema, misfit)
 
     def _widen(self, new: pa.Schema) -> pa.Schema:
         if self._schema is None:
@@ -74,11 +85,15 @@ class ArrowSpool:
         fields = {field.name: field for field in self._schema}
         for field in new:
             old = fields.get(field.name)
-            type = field.type if old is None else self._join_types(field.name, old.type, field.type)
+            type = field.type if old is None else self._joiner.join(field.name, old.type, field.type)
             fields[field.name] = old if old is not None and old.type.equals(type) else pa.field(field.name, type)
         schema = pa.schema(list(fields.values()), metadata=self._schema.metadata)
         # The metadata holds the types of `datasets`, which are no longer those of the schema.
         return schema if schema.equals(self._schema) else schema.remove_metadata()
+
+    def _join_misfits(self, schema: pa.Schema, misfit: _Misfit) -> pa.Schema:
+        type = self._joiner.join_misfits(misfit.column, misfit.type, schema.field(misfit.column).type)
+        return schema.set(schema.get_field_index(misfit.column), pa.field(misfit.column, type))
 
     def _open_segment(self, schema: pa.Schema) -> None:
         self._close_segment()
@@ -108,8 +123,8 @@ class ArrowSpool:
 
 
 class _Misfit(Exception):
-    def __init__(self, column: str) -> None:
-        self.column = column
+    def __init__(self, column: str, type: pa.DataType) -> None:
+        self.column, self.type = column, type
 
 
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -126,7 +141,7 @@ def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
         try:
             columns.append(column if column.type.equals(field.type) else convert_array(column, field.type))
         except (pa.ArrowInvalid, OverflowError):
-            raise _Misfit(field.name) from None
+            raise _Misfit(field.name, column.type) from None
     return pa.table(columns, schema=schema)
 
 

@@ -28,7 +28,7 @@ from dpgen.lifecycle.new_folder import fill_new_folder
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # of what the readers make of a file
+_VERSION = 3  # of what the readers make of a file
 _DESCRIPTION_FILE = "description.json"
 _SMALL_BYTES = 1 << 20  # text up to this size is parsed by Python alone, which can't crash
 _HEAD_BYTES = 4096

@@ -26,7 +26,8 @@ from dpgen.data.reading.columnar import ColumnarReader
 from dpgen.data.reading.csv_and_text import TextTableReader
 from dpgen.data.reading.files import list_names
 from dpgen.data.reading.json_lines import JsonReader
-from dpgen.data.reading.json_types import join_types, makes_decimals
+from dpgen.data.reading.json_types import JSON, fits_json, join_types, makes_decimals
+from dpgen.data.reading.python_values import get_item_type
 from dpgen.data.reading.source import UnreadableColumns, UnreadableInput, find_disguise, open_file
 from dpgen.formatting import format_count
 from dpgen.lifecycle.parent_death import set_parent_death_signal
@@ -100,8 +101,8 @@ def _convert(
         reader = RequestLinesReader()
     else:
         reader = ColumnarReader(kind, report_place, frozenset(unreadable))
-    join_json = _JoinJson()
-    spool = ArrowSpool(folder, join_json if kind == "json" else _join_columns)
+    joiner = _JsonJoiner() if kind == "json" else _ColumnJoiner()
+    spool = ArrowSpool(folder, joiner)
     columns: dict[str, set[str]] = {}  # of each file with rows
     for file in files:
         report_place(file)
@@ -116,9 +117,9 @@ def _convert(
     if unreadable and not schema.names:
         raise UnreadableInput(f"no column can be read: {'; '.join(unreadable.values())}")
     if kind == "json":
-        description.changed = dict.fromkeys([*reader.mixed_columns, *join_json.mixed_columns], MIXED_NUMBERS)
+        description.changed = dict.fromkeys(reader.mixed_columns, MIXED_NUMBERS) | joiner.changed
     else:
-        description.changed = _describe_lacking(columns) | reader.describe_changes()
+        description.changed = _merge(_describe_lacking(columns), reader.describe_changes(), joiner.changed)
     description.notes, description.invalid = [*_describe_names(files), *reader.notes], reader.invalid
     return description
 
@@ -146,6 +147,12 @@ def _describe_lacking(columns: dict[str, set[str]]) -> dict[str, str]:
     }
 
 
+def _merge(*changes: dict[str, str]) -> dict[str, str]:
+    """Return column → all that changes in it."""
+    names = dict.fromkeys(name for some in changes for name in some)
+    return {name: ", ".join(some[name] for some in changes if name in some) for name in names}
+
+
 def _iter_tables(reader: Any, kind: str, file: str) -> Iterator[pa.Table]:
     try:
         if kind in ("parquet", "arrow"):
@@ -159,35 +166,115 @@ def _iter_tables(reader: Any, kind: str, file: str) -> Iterator[pa.Table]:
         raise UnreadableInput(f"{file}: {reason}") from None
 
 
-class _JoinJson:
-    """Join the types of a column of two batches of JSON values, and note the columns that become decimals."""
+class _JsonJoiner:
+    """Join the types of a column of two batches of JSON values.
+
+    Attributes:
+        changed: columns whose whole numbers become decimals.
+    """
 
     def __init__(self) -> None:
-        self.mixed_columns: dict[str, None] = {}
+        self.changed: dict[str, str] = {}
 
-    def __call__(self, name: str, one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    def join(self, name: str, one: pa.DataType, other: pa.DataType) -> pa.DataType:
         joined = join_types(one, other)
         if makes_decimals(one, joined) or makes_decimals(other, joined):
-            self.mixed_columns[name] = None
+            self.changed[name] = MIXED_NUMBERS
         return joined
 
+    def join_misfits(self, name: str, one: pa.DataType, other: pa.DataType) -> pa.DataType:
+        return JSON
 
-def _join_columns(name: str, one: pa.DataType, other: pa.DataType) -> pa.DataType:
-    """Join the types of a column of two Parquet or Arrow files; numbers never become decimals or texts."""
-    try:
-        schemas = [pa.schema([(name, type)]) for type in (one, other)]
-        joined = pa.unify_schemas(schemas, promote_options="permissive").field(name).type
-    except (pa.ArrowTypeError, pa.ArrowInvalid):
-        joined = None
-    is_binary = [type for type in (one, other) if _is_binary(type)]
-    if joined is None or len(is_binary) == 1 or makes_decimals(one, joined) or makes_decimals(other, joined):
-        raise UnreadableColumns({name: f"it is {one} in one file and {other} in another"})
-    return joined
+
+class _ColumnJoiner:
+    """Join the types of a column of two Parquet or Arrow files. Where a value would become another one, raise.
+
+    Attributes:
+        changed: column → how values of the same worth look in the joined type.
+    """
+
+    def __init__(self) -> None:
+        self.changed: dict[str, str] = {}
+
+    def join(self, name: str, one: pa.DataType, other: pa.DataType) -> pa.DataType:
+        if one.equals(other):
+            return one
+        if isinstance(one, pa.JsonType) or isinstance(other, pa.JsonType):
+            return self.join_misfits(name, one, other)
+        try:
+            schemas = [pa.schema([(name, type)]) for type in (one, other)]
+            joined = pa.unify_schemas(schemas, promote_options="permissive").field(name).type
+            changes = [*_iter_changes(one, joined), *_iter_changes(other, joined)]
+        except (pa.ArrowTypeError, pa.ArrowInvalid, KeyError):  # the last where an object has two keys of one name
+            raise _make_join_error(name, one, other) from None
+        if changes:
+            self.changed[name] = changes[0]
+        return joined
+
+    def join_misfits(self, name: str, one: pa.DataType, other: pa.DataType) -> pa.DataType:
+        """Return JSON, which holds integers of 64 bits with a sign and those without one."""
+        if not (fits_json(one) and fits_json(other)):
+            raise _make_join_error(name, one, other)
+        return JSON
+
+
+def _make_join_error(name: str, one: pa.DataType, other: pa.DataType) -> UnreadableColumns:
+    return UnreadableColumns({name: f"it is {one} in one file and {other} in another"})
+
+
+def _iter_changes(before: pa.DataType, after: pa.DataType) -> Iterator[str]:
+    """Yield how values look in a wider type, where their text is another one.
+
+    Raises:
+        pyarrow.ArrowTypeError: they become other values, such as a decimal a float, or a text bytes.
+    """
+    if before.equals(after) or pa.types.is_null(before):
+        return
+    item_type = get_item_type(before)
+    if item_type is not None:
+        yield from _iter_changes(item_type, get_item_type(after))
+    elif pa.types.is_struct(before):
+        if lacking := [field.name for field in after if before.get_field_index(field.name) < 0]:
+            yield f"null for the keys that objects of some files lack ({list_names(lacking)})"
+        for field in before:
+            yield from _iter_changes(field.type, after.field(field.name).type)
+    elif not any(is_kind(before) and is_kind(after) for is_kind in _KINDS):
+        raise pa.ArrowTypeError(f"{before} becomes {after}")
+    elif pa.types.is_decimal(before) and before.scale != after.scale:
+        yield f"decimals are read with {format_count(after.scale, 'digit')} after the point, as some files have them"
+
+
+def _is_text(type: pa.DataType) -> bool:
+    return bool(pa.types.is_string(type) or pa.types.is_large_string(type))
 
 
 def _is_binary(type: pa.DataType) -> bool:
     is_kind = pa.types
     return bool(is_kind.is_binary(type) or is_kind.is_large_binary(type) or is_kind.is_fixed_size_binary(type))
+
+
+def _is_span_of_python(type: pa.DataType) -> bool:
+    """Return True for durations of `datetime.timedelta`; pandas' own, in nanoseconds, are written in another way."""
+    return bool(pa.types.is_duration(type) and type.unit != "ns")
+
+
+def _is_time_of_python(type: pa.DataType) -> bool:
+    """Return True for times of day that `to_python_values` does not turn into texts."""
+    return bool(pa.types.is_time(type) and type.unit != "ns")
+
+
+# Within each of them, a wider type holds the same values.
+_KINDS = (
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_decimal,
+    pa.types.is_date,
+    pa.types.is_timestamp,
+    _is_time_of_python,
+    _is_span_of_python,
+    _is_text,
+    _is_binary,
+)
 
 
 def main(run: Callable[..., InputDescription] = convert) -> int:

@@ -111,9 +111,23 @@ def makes_decimals(before: pa.DataType, after: pa.DataType) -> bool:
     """Return True if whole numbers of a type become decimals in another one, here or deeper."""
     if pa.types.is_integer(before):
         return bool(pa.types.is_floating(after))
-    if before.num_fields != after.num_fields:
-        return False
-    return any(makes_decimals(before.field(i).type, after.field(i).type) for i in range(before.num_fields))
+    if pa.types.is_struct(before) and pa.types.is_struct(after):
+        return any(makes_decimals(field.type, after.field(field.name).type) for field in before)
+    item_type, new_item_type = get_item_type(before), get_item_type(after)
+    return item_type is not None and new_item_type is not None and makes_decimals(item_type, new_item_type)
+
+
+def fits_json(type: pa.DataType) -> bool:
+    """Return True if JSON text holds each value of a type, and gives it back as Python has it."""
+    if pa.types.is_struct(type):
+        return all(fits_json(field.type) for field in type)
+    item_type = get_item_type(type)
+    if item_type is not None:
+        return fits_json(item_type)
+    is_kind = pa.types
+    kinds = (is_kind.is_null, is_kind.is_boolean, is_kind.is_integer, is_kind.is_string, is_kind.is_large_string)
+    is_float = pa.types.is_float32(type) or pa.types.is_float64(type)
+    return is_float or isinstance(type, pa.JsonType) or any(is_type(type) for is_type in kinds)
 
 
 def build_array(values: Sequence[Any], target: pa.DataType) -> pa.Array:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import re
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,10 +88,67 @@ def test_columns_of_the_same_name_cost_only_themselves(tmp_path: Path, name: str
     assert f"column x is left out: {tmp_path}/{name} has several columns of this name" in rows.describe([])
 
 
-def test_text_and_bytes_are_not_joined(tmp_path: Path) -> None:
-    write(tmp_path / "1.parquet", pa.table({"question": ["a"], "x": [b"1"]}))
-    write(tmp_path / "2.parquet", pa.table({"question": ["b"], "x": ["2"]}))
-    assert list(load(tmp_path / "*.parquet").unreadable) == ["x"]
+def write_both(folder: Path, one: pa.Array, other: pa.Array) -> Path:
+    """Write two files whose column x has other types, and return the pattern of their names."""
+    for number, array in enumerate((one, other)):
+        write(folder / f"{number}.parquet", pa.table({"question": ["a"] * len(array), "x": array}))
+    return folder / "*.parquet"
+
+
+FAR_DATE = pa.array([dt.datetime(9999, 12, 31)], pa.timestamp("us"))
+NANOSECONDS = pa.array([dt.datetime(2020, 1, 1)], pa.timestamp("ns"))
+PRICE = pa.array([Decimal("1.25")], pa.decimal128(10, 2))
+TIME = pa.array([dt.time(1)], pa.time64("us"))
+EXACT_TIME = pa.array([1], pa.time64("ns"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (pa.array([b"1"]), pa.array(["2"])),
+        (pa.array([["1"]]), pa.array([[b"2"]])),
+        (FAR_DATE, NANOSECONDS),
+        (pa.array([5]), PRICE),
+        (pa.array([5], pa.int8()), PRICE),
+        (pa.array([0.1]), PRICE),
+        (pa.array([{"a": 5}]), pa.array([{"b": "c", "a": 5.5}])),
+        (TIME, EXACT_TIME),
+    ],
+    ids=["bytes", "list-of-bytes", "far-date", "integer", "int8", "float", "object", "nanoseconds"],
+)
+def test_values_that_would_change_to_be_of_one_type_cost_only_their_column(
+    tmp_path: Path, one: pa.Array, other: pa.Array
+) -> None:
+    rows = load(write_both(tmp_path, one, other))
+    assert read(rows) == [{"question": "a"}, {"question": "a"}]
+    assert re.search(r"column x is left out: it is \S+.* in one file and \S+.* in another", rows.describe([]))
+    (tmp_path / "back").mkdir()
+    assert list(load(write_both(tmp_path / "back", other, one)).unreadable) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "values", "note"),
+    [
+        (PRICE, pa.array([Decimal(5)], pa.decimal128(38, 0)), ["1.25", "5.00"], "decimals are read with 2 digits"),
+        (pa.array([{"a": 1}]), pa.array([{"b": 2}]), ["{'a': 1, 'b': None}", "{'a': None, 'b': 2}"], r"lack \(b\)"),
+        (pa.array([0.5], pa.float32()), pa.array([0.1]), ["0.5", "0.1"], None),
+        (pa.array([-1], pa.int8()), pa.array([1 << 62]), ["-1", str(1 << 62)], None),
+    ],
+    ids=["scale", "keys", "float", "integer"],
+)
+def test_values_of_two_types_are_joined_where_they_stay_the_same_and_a_change_of_their_text_is_said(
+    tmp_path: Path, one: pa.Array, other: pa.Array, values: list[str], note: str | None
+) -> None:
+    rows = load(write_both(tmp_path, one, other))
+    assert [str(row["x"]) for row in read(rows)] == values
+    assert ("column x" in rows.describe([])) == (note is not None)
+    assert note is None or re.search(note, rows.describe([]))
+
+
+def test_signed_and_unsigned_integers_are_joined_in_any_number_of_batches(tmp_path: Path) -> None:
+    small, large = [-1] * 2_500, [(1 << 63) + row for row in range(2_500)]
+    rows = load(write_both(tmp_path, pa.array(small), pa.array(large, pa.uint64())))
+    assert [row["x"] for row in read(rows)] == small + large
 
 
 @pytest.mark.parametrize("num_cut_batches", [0, 1, 2])

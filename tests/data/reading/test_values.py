@@ -120,6 +120,9 @@ def test_whole_numbers_among_decimals_are_named(tmp_path: Path) -> None:
     rows = load(write_lines(tmp_path / "rows.jsonl", [{"score": 1}, {"score": 0.5}]))
     assert read(rows) == [{"score": 1.0}, {"score": 0.5}]
     assert "column score: whole numbers among decimals are read as decimals" in rows.describe([])
+    write_lines(tmp_path / "1.jsonl", [{"x": {"score": 0.5, "name": "a"}}])
+    write_lines(tmp_path / "2.jsonl", [{"x": {"name": "b", "score": 1}}])
+    assert "column x: whole numbers among decimals" in load(tmp_path / "[12].jsonl").describe([])
 
 
 def test_a_csv_cell_stays_as_it_is_written(tmp_path: Path) -> None:
