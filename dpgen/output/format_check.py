@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dpgen.data.input_rows import InputRows
 from dpgen.data.reading.python_values import get_item_type
@@ -208,18 +208,20 @@ def _find_reason_in_leaf(leaf: pa.Array) -> str | None:
             return _OUT_OF_RANGE
         return None
     texts = leaf.storage.filter(pc.fill_null(pc.match_substring_regex(leaf.storage, _MAYBE_NON_FINITE), False))
-    return _NON_FINITE if any(not _is_strict_json(text) for text in texts.to_pylist()) else None
+    return _NON_FINITE if any(map(_holds_non_finite, texts.to_pylist())) else None
 
 
-def _is_strict_json(text: str) -> bool:
-    def reject(constant: str) -> Any:
-        raise ValueError(constant)
+def _holds_non_finite(text: str) -> bool:
+    """Return True if the value of JSON text holds NaN or an infinity; a text that is no JSON holds none."""
+    found: list[str] = []
 
     def parse_float(number: str) -> float:
-        return float(number) if math.isfinite(float(number)) else reject(number)
+        if not math.isfinite(float(number)):
+            found.append(number)
+        return 0.0
 
     try:
-        json.loads(text, parse_constant=reject, parse_float=parse_float)
-    except ValueError:
+        json.loads(text, parse_constant=found.append, parse_float=parse_float)
+    except (ValueError, RecursionError):
         return False
-    return True
+    return bool(found)

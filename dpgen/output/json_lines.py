@@ -2,6 +2,7 @@
 
 - Null, booleans, numbers, texts, lists and structs are JSON's own.
 - A column of mixed types, which Arrow holds as JSON text (`Json` of `datasets`), is written as the values themselves.
+  A text among them that is no JSON is written as a text, and half of a surrogate pair as its escape.
 - Dates, times, timestamps and decimals become text, as `str` writes them, which is also what a template inserts. The
   dataset card names their types. `dpgen export` and the Python API read all values back; `datasets.load_dataset` takes
   texts that look like dates for dates, whatever the card says, and cuts decimals off beside values of mixed types.
@@ -15,6 +16,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from dpgen.data.reading.invalid_text import escape
+from dpgen.data.reading.json_types import decode_json
 from dpgen.data.reading.python_values import get_item_type, replace_leaf_types, to_python_values
 
 if TYPE_CHECKING:
@@ -76,7 +79,7 @@ def _make_converter(type: pa.DataType) -> Converter | None:
     import pyarrow as pa
 
     if isinstance(type, pa.JsonType):
-        return _accept_null(json.loads)
+        return _accept_null(_decode_json)
     item_type = get_item_type(type)
     if item_type is not None:
         convert_item = _make_converter(item_type)
@@ -87,6 +90,11 @@ def _make_converter(type: pa.DataType) -> Converter | None:
     if not converters:
         return None
     return _accept_null(lambda value: value | {key: convert(value[key]) for key, convert in converters.items()})
+
+
+def _decode_json(text: str) -> Any:
+    value = decode_json(text)
+    return escape(value) if "\\u" in text else value
 
 
 def _accept_null(convert: Converter) -> Converter:

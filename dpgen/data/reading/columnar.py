@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 
 from dpgen.data.reading.invalid_text import InvalidValues, repair_column
+from dpgen.data.reading.json_types import JSON, holds_other_text
 from dpgen.data.reading.source import BATCH_BYTES, UnreadableColumns, UnreadableInput, find_disguise
 
 _MAX_ROWS = 1_000
@@ -125,6 +126,8 @@ class ColumnarReader:
                 reasons[field.name] = f"{file}: {_first_line(error)}"
             if (change := _describe_change(field.type)) is not None:
                 self._changed[field.name] = change
+            elif field.name not in self._changed and field.name not in reasons and holds_other_text(column):
+                self._changed[field.name] = f"texts that are no JSON are read as they stand (first in {file})"
         if reasons:
             raise UnreadableColumns(reasons)
         is_same = all(column.type.equals(field.type) for column, field in zip(columns, batch.schema, strict=True))
@@ -153,6 +156,10 @@ def to_known_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if isinstance(column.type, pa.BaseExtensionType):
         storage = [chunk.storage for chunk in column.chunks]
         column = pa.chunked_array(storage, column.type.storage_type)
+        if isinstance(target, pa.JsonType):
+            return pa.chunked_array(
+                [pa.ExtensionArray.from_storage(JSON, chunk.cast(pa.string())) for chunk in storage], JSON
+            )
         if not pa.types.is_boolean(target):  # of `bool8`, whose storage is a number
             return to_known_type(column)
     try:
@@ -187,7 +194,9 @@ def _find_known_type(type: pa.DataType) -> pa.DataType:
         return pa.list_(type.value_field.with_type(_find_known_type(type.value_type)))
     if isinstance(type, pa.Bool8Type):
         return pa.bool_()
-    if isinstance(type, pa.BaseExtensionType) and not isinstance(type, pa.JsonType):
+    if isinstance(type, pa.JsonType):  # others than `JSON`, such as one of large strings, become texts in `datasets`
+        return JSON
+    if isinstance(type, pa.BaseExtensionType):
         return _find_known_type(type.storage_type)
     if is_type.is_union(type) or is_type.is_interval(type):
         raise TypeError(f"the type {type} is not supported: cast the column to another one")

@@ -149,10 +149,31 @@ def build_typed_array(values: Sequence[Any], target: pa.DataType) -> pa.Array:
 
 
 def to_python(array: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Return an array's values, those that are stored as JSON text decoded."""
-    decode = _make_walk(array.type, json.loads)
+    """Return an array's values, those that are stored as JSON text decoded; see `decode_json`."""
+    decode = _make_walk(array.type, decode_json)
     values = to_python_values(array)
     return values if decode is None else list(map(decode, values))
+
+
+def decode_json(text: str) -> Any:
+    """Return the value of JSON text; a text that is none, which other writers may leave, is its own value."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def holds_other_text(array: pa.ChunkedArray) -> bool:
+    """Return True if a text of an array that should be JSON is none, here or deeper."""
+    check = _make_walk(array.type, json.loads)
+    if check is None:
+        return False
+    try:
+        for value in to_python_values(array):
+            check(value)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def convert_array(array: pa.Array | pa.ChunkedArray, target: pa.DataType) -> pa.Array | pa.ChunkedArray:
@@ -171,7 +192,7 @@ def convert_array(array: pa.Array | pa.ChunkedArray, target: pa.DataType) -> pa.
 
 def holds_json(target: pa.DataType) -> bool:
     """Return True if values of a type are stored as JSON text, here or deeper."""
-    return _make_walk(target, json.loads) is not None
+    return _make_walk(target, decode_json) is not None
 
 
 def _make_walk(target: pa.DataType, convert: Convert) -> Convert | None:

@@ -13,12 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.dataset_files import make_run, read_json_lines
 
 from dpgen.config.sections import DataConfig
 from dpgen.data.input_loading import load_input
 from dpgen.data.input_rows import InputRows
 from dpgen.data.reading import cache, conversion
 from dpgen.errors import ConfigError
+from dpgen.output.export.export import export_run
+from dpgen.output.export.selection import Selection
+from dpgen.output.format_check import check_output_format
+from dpgen.output.verification import verify
+from dpgen.records import Completion, RowResult
 
 UNION = pa.UnionArray.from_sparse(pa.array([0, 1], pa.int8()), [pa.array([1, 2]), pa.array(["a", "b"])])
 TENSOR = pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(4, dtype=np.int32).reshape(2, 2))
@@ -149,6 +155,48 @@ def test_signed_and_unsigned_integers_are_joined_in_any_number_of_batches(tmp_pa
     small, large = [-1] * 2_500, [(1 << 63) + row for row in range(2_500)]
     rows = load(write_both(tmp_path, pa.array(small), pa.array(large, pa.uint64())))
     assert [row["x"] for row in read(rows)] == small + large
+
+
+def make_json(texts: list[str | None], type: pa.DataType | None = None) -> pa.Array:
+    type = type or pa.json_()
+    return pa.ExtensionArray.from_storage(type, pa.array(texts, type.storage_type))
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "written"),
+    [
+        ("{bad", "{bad", "{bad"),
+        ("", "", ""),
+        ("NaN?", "NaN?", "NaN?"),
+        ("[" * 100_000, "[" * 100_000, "[" * 100_000),
+        ("9" * 5_000, "9" * 5_000, "9" * 5_000),
+        (r'["\ud800"]', ["\ud800"], [r"\ud800"]),
+    ],
+    ids=["bad", "empty", "nan", "deep", "long", "surrogate"],
+)
+def test_a_text_that_is_no_json_among_json_is_its_own_value_in_every_format(
+    tmp_path: Path, text: str, value: Any, written: Any
+) -> None:
+    """Other rows keep the values of their JSON, and a column that is not used ends no run when it is written."""
+    table = pa.table({"question": ["a", "b", "c"], "x": make_json(['{"k": [1]}', text, None])})
+    data = DataConfig(path=str(write(tmp_path / "rows.arrow", table)), prompt_column="question")
+    rows = load_input(data)
+    assert [row["x"] for row in read(rows)] == [{"k": [1]}, value, None]
+    note = f"column x: texts that are no JSON are read as they stand (first in {data.path})"
+    assert (note in rows.describe([])) == (text == value)
+    for file_format in ("jsonl", "parquet"):
+        check_output_format(rows, None, file_format)
+        results = [RowResult(row, 1, (Completion("t", "stop", 1),)) for row in range(3)]
+        run = make_run(tmp_path / file_format, data, results, file_format)
+        export_run(run, str(tmp_path / f"{file_format}.jsonl"), "jsonl", Selection())
+        lines = read_json_lines(tmp_path / f"{file_format}.jsonl")
+        assert [line["x"] for line in lines] == [{"k": [1]}, written, None]
+        assert verify(run.path).verdict == "sound"
+
+
+def test_json_in_large_strings_is_json(tmp_path: Path) -> None:
+    table = pa.table({"question": ["a"], "x": make_json(['{"k": 1}'], pa.json_(pa.large_string()))})
+    assert read(load(write(tmp_path / "rows.arrow", table))) == [{"question": "a", "x": {"k": 1}}]
 
 
 @pytest.mark.parametrize("num_cut_batches", [0, 1, 2])
