@@ -9,13 +9,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -322,19 +321,37 @@ def _write_error(error: DpgenError, log_format: LogFormat) -> None:
 
     torchrun's report is the last thing on the screen. It shows a worker's message if the file that torchrun names holds
     one (torch.distributed.elastic's error file protocol); without a message it prints "To enable traceback see ...".
+    It reports no attempt that it restarts, and no file that can't be written.
     """
     is_resumable = error.exit_status == EXIT_RESUMABLE
     reason = redact_text(str(error))
     message = f"dpgen: {'stopped' if is_resumable else 'error'}: {reason}"
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if log_format == "json":
+    path, is_text = os.environ.get("TORCHELASTIC_ERROR_FILE", ""), log_format == "text"
+    if not is_text:
         logger.log(logging.WARNING if is_resumable else logging.ERROR, reason)
-    elif not path:
-        write_to_stderr(message)
     flush_logging()
-    if path:
-        # torchrun takes the earliest failure for the root cause, in whole seconds. Ranks that only follow end within
-        # the same second, so this one is dated a second back.
-        info = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()) - 1)}}
-        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": info}, file)
+    is_written = bool(path) and _write_error_file(Path(path), message)
+    if is_text and (not is_written or _is_restarted_by_torchrun(os.environ)):
+        write_to_stderr(message)
+
+
+def _write_error_file(path: Path, message: str) -> bool:
+    """Write torchrun's error file, and return False if it can't be written: torchrun fails on one that is cut short."""
+    from dpgen.journal.files import atomic_write_text
+
+    # torchrun takes the earliest failure for the root cause, in whole seconds. Ranks that only follow end within the
+    # same second, so this one is dated a second back.
+    info = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()) - 1)}}
+    try:
+        atomic_write_text(path, json.dumps({"message": info}))
+    except DpgenError:
+        return False
+    return True
+
+
+def _is_restarted_by_torchrun(environ: Mapping[str, str]) -> bool:
+    """Return True if torchrun starts the ranks again once one has failed."""
+    try:
+        return int(environ["TORCHELASTIC_RESTART_COUNT"]) < int(environ["TORCHELASTIC_MAX_RESTARTS"])
+    except (KeyError, ValueError):
+        return False

@@ -267,6 +267,45 @@ def test_under_torchrun_a_json_error_is_a_record_and_in_torchrun_s_report(
     assert any("dpgen: error: " in line and "did you mean 'prompt'" in line for line in lines[-5:])
 
 
+@pytest.mark.slow
+@pytest.mark.multi
+def test_each_attempt_that_torchrun_restarts_says_once_why_it_ended(
+    launcher: Launcher, write_config: WriteConfig
+) -> None:
+    """torchrun reads the ranks' error files for its last report only."""
+    conf = write_config(make_numbered_rows(2))
+    job = launcher.dpgen("run", conf, "data.prompt_column=promt", ranks=2, torchrun=["--max-restarts", "1"])
+    assert job.wait() == 1
+    told = [line for line in job.output.splitlines() if line.startswith("dpgen: error: ")]
+    assert len(told) == 1 and "did you mean 'prompt'" in told[0], "the first attempt's, the second is torchrun's report"
+    assert any("dpgen: error: " in line and "did you mean 'prompt'" in line for line in job.output.splitlines()[-5:])
+
+
+@pytest.mark.parametrize("error_file", ["missing/error.json", "full/error.json"])
+def test_an_error_that_torchrun_s_file_cannot_take_goes_to_stderr(
+    error_file: str, tmp_path: Path, write_config: WriteConfig
+) -> None:
+    """torchrun ends with a traceback of its own if a file that it has named holds half an error."""
+    path = tmp_path / error_file
+    conf = write_config(make_numbered_rows(2))
+    limited = ""
+    if error_file.startswith("full"):
+        path.parent.mkdir()
+        limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
+    code = f"{limited}from dpgen.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", conf, "run.sed=3"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TORCHELASTIC_ERROR_FILE": str(path)},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("dpgen: error: ") and "did you mean 'run.seed'" in done.stderr
+    assert not path.parent.exists() or not list(path.parent.iterdir()), "half an error file is worse than none"
+
+
 @pytest.mark.multi
 def test_a_configuration_error_of_one_rank_is_reported_once_and_ends_all(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
