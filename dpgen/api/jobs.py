@@ -1,7 +1,7 @@
 """Exchange jobs and outcomes between a program and its rank processes: files in a private folder of this machine.
 
     job-N         a `RankJob`, pickled: by the program, for all of its ranks
-    outcome-N-R   an `Outcome` as JSON: by rank R
+    outcome-N-R   an `Outcome` as JSON, empty for success, which a full disk takes: by rank R
     pid-R         the process id of rank R
     close         asks the ranks to end
 
@@ -108,9 +108,14 @@ def read_job(folder: Path, number: int) -> RankJob | None:
 
 
 def write_outcome(folder: Path, number: int, outcome: Outcome) -> None:
-    """Report how a job ended."""
+    """Report how a job ended.
+
+    Raises:
+        OSError: the file of an error can't be written, or the folder is gone.
+    """
     path = folder / f"outcome-{number}-{outcome.rank}"
-    _write_whole(path, json.dumps(dataclasses.asdict(outcome)).encode())
+    content = b"" if outcome == Outcome(outcome.rank) else json.dumps(dataclasses.asdict(outcome)).encode()
+    _write_whole(path, content)
 
 
 def read_outcomes(folder: Path, number: int) -> list[Outcome]:
@@ -118,9 +123,16 @@ def read_outcomes(folder: Path, number: int) -> list[Outcome]:
     outcomes = []
     for path in folder.glob(f"outcome-{number}-*"):
         if path.suffix != ".tmp":
-            fields: dict[str, Any] = json.loads(path.read_bytes())
-            outcomes.append(Outcome(**{**fields, "messages": tuple(fields["messages"])}))
+            outcomes.append(_read_outcome(path))
     return sorted(outcomes, key=lambda outcome: outcome.rank)
+
+
+def _read_outcome(path: Path) -> Outcome:
+    content = path.read_bytes()
+    if not content:
+        return Outcome(int(path.name.rpartition("-")[2]))
+    fields: dict[str, Any] = json.loads(content)
+    return Outcome(**{**fields, "messages": tuple(fields["messages"])})
 
 
 def _write_whole(path: Path, content: bytes) -> None:

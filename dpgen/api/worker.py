@@ -18,13 +18,14 @@ from pathlib import Path
 
 from dpgen.api.jobs import Outcome, RankJob, read_job, write_outcome
 from dpgen.config.schema import Config
+from dpgen.config.secrets import redact_text
 from dpgen.distributed.attempt import shares_run_dir
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.topology import read_topology
 from dpgen.engine.keeping.keeper import EngineKeeper, Keepers
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.run_dir import RunDir
-from dpgen.log import flush_logging
+from dpgen.log import flush_logging, write_to_stderr
 from dpgen.rank_process import RankSteps, run_rank
 from dpgen.tuning.probe import TrialProbe
 from dpgen.workers.keeper import WorkerKeeper
@@ -93,8 +94,15 @@ def _run_job(folder: Path, number: int, rank: int, job: RankJob, keepers: Keeper
     if status and not outcomes:
         report(DpgenError(f"the rank ended with status {status}"))
     flush_logging()
-    with contextlib.suppress(FileNotFoundError):  # the program has ended, and its folder is gone
-        write_outcome(folder, number, outcomes[0] if outcomes else Outcome(rank))
+    outcome = outcomes[0] if outcomes else Outcome(rank)
+    try:
+        write_outcome(folder, number, outcome)
+    except FileNotFoundError:
+        return  # the program has ended, and its folder is gone
+    except OSError as error:  # the disk is full: the program shows the last lines of ranks that end
+        write_to_stderr(redact_text("\n".join(outcome.messages)))
+        write_to_stderr(f"rank {rank} can't report this in {folder}: {error.strerror}")
+        os._exit(1)
 
 
 def _get_config(job: RankJob) -> Config:

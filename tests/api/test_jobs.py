@@ -43,3 +43,18 @@ def test_an_error_keeps_its_kind_its_message_and_its_status(
     raised = outcome.to_error()
     assert type(raised) is kind and str(raised) == str(error) and raised.exit_status == error.exit_status
     assert str(outcome.to_error(" (hint)")).endswith(" (hint)")
+
+
+def test_a_full_disk_takes_a_success_and_refuses_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bytes = Path.write_bytes
+
+    def write_to_full_disk(path: Path, content: bytes) -> int:
+        if content:
+            raise OSError(28, "No space left on device")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_to_full_disk)
+    write_outcome(tmp_path, 3, Outcome(12))
+    assert read_outcomes(tmp_path, 3) == [Outcome(12)]
+    with pytest.raises(OSError, match="No space"):
+        write_outcome(tmp_path, 3, Outcome.of_error(1, DpgenError("it failed")))

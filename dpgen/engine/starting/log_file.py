@@ -44,7 +44,7 @@ class EngineLog:
         min_level: lowest level of the lines for the terminal: "debug", "info", "warning" or "error".
 
     Attributes:
-        path: the file; None before `open`, and where the file cannot be created.
+        path: the file; None before `open`, and where the file cannot be created or written.
     """
 
     def __init__(self, min_level: str) -> None:
@@ -187,3 +187,4 @@ class EngineLog:
                 self._file.close()
             self._file = None
             logger.warning(f"cannot write {self.path} ({error.strerror}), later engine output is not kept")
+            self.path = None  # it would not hold why the engine dies

@@ -253,6 +253,7 @@ def test_a_disk_that_fills_up_costs_a_warning_and_not_the_run(
     assert (tmp_path / "log").read_text() == "kept\n"
     [warning] = caplog.messages
     assert warning == f"cannot write {tmp_path / 'log'} (No space left on device), later engine output is not kept"
+    assert log.path is None, "an error must not name a file that does not hold its cause"
 
 
 @pytest.mark.slow
