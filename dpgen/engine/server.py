@@ -15,6 +15,7 @@ import dataclasses
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -73,10 +74,17 @@ def main() -> None:
 
 
 def _serve(pipe: Connection, kind: str) -> None:
-    timer = _StartTimer()
-    build_backend = _import_backend(kind)
+    timer, problem = _StartTimer(), ""
+    try:
+        build_backend = _import_backend(kind)
+    except ImportError as error:
+        traceback.print_exc()
+        problem = _describe_failed_import(error)
     timer.mark("imports")
     spec: EngineSpec = timer.exclude(pipe.recv)
+    if problem:
+        pipe.send(OptionsChecked(problem=problem))
+        return
     backend = build_backend(spec)
     try:
         notes = backend.check_options()
@@ -314,6 +322,15 @@ def _import_backend(kind: str) -> Callable[[EngineSpec], Backend]:
         from dpgen.engine.vllm.vllm_backend import VllmBackend
 
     return VllmBackend
+
+
+def _describe_failed_import(error: ImportError) -> str:
+    """Return one line on why the engine can't be imported, and what to do."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    advice = "install it with pip install 'dpgen[gpu]' for NVIDIA GPUs, or 'dpgen[cpu]'"
+    if "libcuda.so" in reason:
+        advice = "the NVIDIA driver is missing, as on login nodes: run where the GPUs are, or install 'dpgen[cpu]'"
+    return f"vLLM can't be imported on {socket.gethostname()}: {reason}; {advice}"
 
 
 def _try_send(pipe: Connection, message: EngineFailed) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.jobs import (
+    REPO,
     Launcher,
     WriteConfig,
     find_engine_pids,
@@ -167,6 +168,26 @@ def test_one_rank_per_node_prepares_the_data_while_the_others_wait(
     assert job.wait() == 0, job.output
     reports = sorted(re.findall(r"rank \d: (?:prepares it|finds it ready)", job.output))
     assert reports == ["rank 0: prepares it", "rank 1: finds it ready", "rank 2: finds it ready"], job.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        ("ModuleNotFoundError(\"No module named 'vllm'\", name='vllm')", "pip install 'dpgen[gpu]'"),
+        ("ImportError('libcuda.so.1: cannot open shared object file')", "the NVIDIA driver is missing"),
+    ],
+)
+def test_a_machine_without_vllm_is_told_once_what_to_install(
+    error: str, advice: str, launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text(f"raise {error}\n")
+    conf = write_config(make_numbered_rows(2), run={"engine": "vllm"}, model=str(REPO / "conf" / "demo" / "model"))
+    job = launcher.dpgen("run", conf, PYTHONPATH=f"{tmp_path}:{REPO}")
+    assert job.wait() == 2, job.output
+    assert job.output.startswith("dpgen: error: vLLM can't be imported") and advice in job.output
+    assert "Traceback" not in job.output and "retrying" not in job.output
 
 
 @pytest.mark.slow
