@@ -23,6 +23,9 @@ def main() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise the shell has it ignored
         signal.signal(signal.SIGINT, _end_on_ctrl_c)
+    from dpgen.lifecycle.standard_streams import fill_closed_streams
+
+    fill_closed_streams()
     from dpgen.cli import main as run_command
     from dpgen.log import flush_logging
 

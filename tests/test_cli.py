@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.jobs import REPO, Launcher, WriteConfig, make_numbered_rows
+from helpers.results import load_all_rows
 
 from dpgen.cli import COMMANDS, build_parser, main
 from dpgen.config import options, sections
@@ -383,6 +384,20 @@ def test_a_fault_of_dpgen_s_is_reported_with_its_traceback_and_status_1(
     else:
         assert re.search(r"ERROR \[rank 0\] unexpected error\nTraceback ", done.stderr)
         assert done.stderr.endswith(f"\ndpgen: error: {message}\n")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
+def test_a_run_without_stderr_generates_all_rows(closed: str, write_config: WriteConfig, tmp_path: Path) -> None:
+    conf = write_config(make_numbered_rows(5))
+    command = f"exec {sys.executable} -m dpgen run {conf} {closed}"
+    assert subprocess.run(command, shell=True, cwd=REPO, check=False).returncode == 0
+    load_all_rows(tmp_path / "run", 5)
+
+
+def test_a_command_without_stdout_does_its_work(write_config: WriteConfig) -> None:
+    command = f"exec {sys.executable} -m dpgen preview {write_config(make_numbered_rows(5))} >&-"
+    done = subprocess.run(command, shell=True, cwd=REPO, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:

@@ -159,7 +159,7 @@ class RankProcesses:
                 line = raw.decode("utf-8", "replace")
                 self._lines.append(line.rstrip())
                 if not self._is_quiet:
-                    with contextlib.suppress(OSError, ValueError):  # the program has closed it
+                    with contextlib.suppress(AttributeError, OSError, ValueError):  # the program has closed it, or none
                         sys.stderr.write(line)
                         sys.stderr.flush()
 

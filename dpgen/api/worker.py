@@ -25,6 +25,7 @@ from dpgen.distributed.topology import read_topology
 from dpgen.engine.keeping.keeper import EngineKeeper, Keepers
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.run_dir import RunDir
+from dpgen.lifecycle.standard_streams import fill_closed_streams
 from dpgen.log import flush_logging, write_to_stderr
 from dpgen.rank_process import RankSteps, run_rank
 from dpgen.tuning.probe import TrialProbe
@@ -37,6 +38,7 @@ _SENT_BYTES = 64 << 20  # of the result in one round, over all ranks
 
 def main() -> None:
     """Serve the program whose folder the command line names, until it closes this rank."""
+    fill_closed_streams()
     folder, keeper, number = Path(sys.argv[1]), EngineKeeper(), 0
     workers, has_program_ended = WorkerKeeper(), threading.Event()
     try:
