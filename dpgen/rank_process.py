@@ -278,7 +278,8 @@ def _join_ranks(topology: Topology, status_file: StatusFile, departure: Departur
         from dpgen.distributed.gloo.rank_group import GlooGroup  # imports torch, which a world of one does not need
 
     group = GlooGroup(topology, lambda: status_file.write_once(EXIT_RESUMABLE), departure)
-    return group, fill_local_rank(topology, group.nodes)
+    given = group.all_gather_object((topology.local_rank, os.environ.get("CUDA_VISIBLE_DEVICES", "")))
+    return group, fill_local_rank(topology, group.nodes, given)
 
 
 def _report_ctrl_c(

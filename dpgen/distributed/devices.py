@@ -51,7 +51,8 @@ def count_sharing_ranks(topology: Topology, num_visible: int, gpus_per_rank: int
 
 
 def _is_bound_by_launcher(topology: Topology, num_visible: int, gpus_per_rank: int) -> bool:
-    return topology.launcher in ("slurm", "mpi", "wrapper") and num_visible == gpus_per_rank
+    may_bind = topology.launcher in ("slurm", "mpi", "wrapper") or topology.has_own_gpus
+    return may_bind and num_visible == gpus_per_rank
 
 
 def assign_cores(affinities: Sequence[frozenset[int]], local_rank: int) -> list[int]:

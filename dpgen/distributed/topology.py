@@ -69,6 +69,7 @@ class Topology:
             (`dpgen.distributed.store_discovery`). Empty if the launcher gave a port; otherwise `master_port` is 0.
         restart: how often the launcher has restarted this job.
         job: a name of this start of the job, by which a rank recognizes its own rank 0; "" if no rank needs one.
+        has_own_gpus: True if torchrun lets this rank see GPUs that no other rank of its node sees.
         source: the variables that rank, size and address come from, with their values, for messages.
     """
 
@@ -83,6 +84,7 @@ class Topology:
     discovery_ports: tuple[int, ...] = ()
     restart: int = 0
     job: str = ""
+    has_own_gpus: bool = False
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -137,11 +139,26 @@ def read_topology(environ: Mapping[str, str]) -> Topology:
     return Topology(node=node)
 
 
-def fill_local_rank(topology: Topology, nodes: Sequence[str]) -> Topology:
-    """Return the topology with local rank and size derived from all ranks' nodes, if the launcher gave neither."""
-    if topology.launcher != "wrapper":
-        return topology
+def fill_local_rank(topology: Topology, nodes: Sequence[str], given: Sequence[tuple[int, str]]) -> Topology:
+    """Return the topology with what only all ranks together tell: local rank and size, and whose GPUs are its own.
+
+    The place among the node's ranks counts where the launcher gave none, or gave each rank of the node LOCAL_RANK=0 and
+    other GPUs (torchrun --virtual-local-rank).
+
+    Args:
+        nodes: the node of each rank.
+        given: each rank's local rank, as its launcher gave it, and CUDA_VISIBLE_DEVICES; "" if that is not set.
+    """
     local = [rank for rank, node in enumerate(nodes) if node == nodes[topology.dp_rank]]
+    if topology.launcher == "torchrun":
+        gpus = [gpu.strip() for rank in local for gpu in given[rank][1].split(",")]
+        has_own_gpus = len(local) > 1 and "" not in gpus and len(set(gpus)) == len(gpus)
+        topology = replace(topology, has_own_gpus=has_own_gpus)
+        is_virtual = topology.local_size > 1 and not any(given[rank][0] for rank in local)
+        if not is_virtual:
+            return topology
+    elif topology.launcher != "wrapper":
+        return topology
     return replace(topology, local_rank=local.index(topology.dp_rank), local_size=len(local))
 
 

@@ -74,10 +74,28 @@ def test_the_ports_of_a_job_differ_from_its_neighbours_and_from_outgoing_connect
 
 def test_without_a_local_rank_from_the_launcher_it_follows_from_all_ranks_nodes() -> None:
     bare = {name: TORCHRUN[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    topology = fill_local_rank(read_topology({**bare, "LOCAL_RANK": "1"}), ["a"] * 4 + ["b"] * 4)
+    topology = fill_local_rank(read_topology({**bare, "LOCAL_RANK": "1"}), ["a"] * 4 + ["b"] * 4, [(0, "")] * 8)
     assert (topology.dp_rank, topology.local_rank, topology.local_size) == (5, 1, 4)
     assert assign_gpus(topology, ["0", "1", "2", "3"], 1) == ["1"]
     assert assign_gpus(topology, ["3"], 1) == ["3"], "the wrapper has bound this GPU to the rank"
+
+
+def test_ranks_to_which_torchrun_gives_virtual_local_ranks_have_a_gpu_and_cores_each() -> None:
+    """`torchrun --virtual-local-rank` gives all ranks of a node LOCAL_RANK=0, and each another GPU."""
+    nodes, given = ["a"] * 4 + ["b"] * 4, [(0, str(rank % 4)) for rank in range(8)]
+    topology = fill_local_rank(read_topology({**TORCHRUN, "LOCAL_RANK": "0"}), nodes, given)
+    assert (topology.dp_rank, topology.local_rank, topology.local_size) == (5, 1, 4)
+    assert assign_gpus(topology, ["1"], 1) == ["1"] and count_sharing_ranks(topology, 1, 1) == 1
+    assert assign_cores([frozenset(range(8))] * 4, topology.local_rank) == [2, 3]
+    with pytest.raises(ConfigError, match=r"8 GPUs needed for 4 ranks on .*, 1 visible: one rank needs 2"):
+        assign_gpus(topology, ["1"], 2)
+
+
+def test_ranks_of_torchrun_with_the_same_gpu_are_too_many_for_it() -> None:
+    nodes, given = ["a"] * 4 + ["b"] * 4, [(rank % 4, "0") for rank in range(8)]
+    topology = fill_local_rank(read_topology(TORCHRUN), nodes, given)
+    with pytest.raises(ConfigError, match=r"4 GPUs needed for 4 ranks on .*, 1 visible"):
+        assign_gpus(topology, ["0"], 1)
 
 
 def test_torchruns_variables_take_precedence_over_sruns() -> None:
