@@ -16,7 +16,7 @@ from helpers.jobs import Job, Launcher, WriteConfig, load_result, make_numbered_
 
 from dpgen.config.schema import Config
 from dpgen.config.sections import DataConfig, RunConfig
-from dpgen.engine.starting.caches import has_cold_caches
+from dpgen.engine.starting.caches import find_compile_cache, has_cold_caches
 from dpgen.monitoring.startup import StartupTimer
 
 
@@ -165,6 +165,16 @@ def test_caches_are_cold_without_the_model_s_files_or_compiled_code(
     assert has_cold_caches(make_config("nobody/nothing"), environ, 4)
     (tmp_path / "vllm" / "torch_compile_cache" / "a1b2").mkdir(parents=True)
     assert not has_cold_caches(make_config(str(tmp_path)), environ, 8)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not has_cold_caches(make_config(str(tmp_path)), {"VLLM_CACHE_ROOT": "~/vllm"}, 8)
+    assert not has_cold_caches(make_config(str(tmp_path)), {"XDG_CACHE_HOME": "~"}, 8)
+
+
+def test_the_cache_of_a_user_without_a_home_is_where_vllm_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM leaves "~" as it is then: containers run as users that no file knows."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54_321)
+    assert find_compile_cache({}) == Path("~/.cache/vllm/torch_compile_cache")
 
 
 @pytest.mark.multi

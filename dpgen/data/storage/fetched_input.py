@@ -86,4 +86,5 @@ def find_cache(data: DataConfig) -> Path:
     from huggingface_hub import constants
 
     folder = os.environ.get("HF_DATASETS_CACHE") or os.path.join(constants.HF_HOME, "datasets")
-    return Path(folder).expanduser().absolute() / "dpgen"
+    # Path.expanduser raises for a user without a home, for whom the library leaves "~" as it is.
+    return Path(os.path.expanduser(folder)).absolute() / "dpgen"

@@ -6,6 +6,7 @@ start, and is started again.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def has_cold_caches(config: Config, environ: Mapping[str, str], local_size: int)
     """
     if config.run.engine != "vllm":
         return False
-    if not has_weights(config.model):
+    if not has_weights(config.model, config.engine):
         return True
     compiles = keeps_compiled_code(config.engine, environ) and not _is_populated(find_compile_cache(environ))
     return compiles and count_own_cores(local_size) < _COMPILE_CORES
@@ -50,8 +51,8 @@ def keeps_compiled_code(options: Mapping[str, Any], environ: Mapping[str, str]) 
 
 def find_compile_cache(environ: Mapping[str, str]) -> Path:
     """Return the folder in which vLLM keeps compiled code."""
-    root = environ.get("VLLM_CACHE_ROOT") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vllm"
-    return Path(root) / "torch_compile_cache"
+    root = environ.get("VLLM_CACHE_ROOT") or os.path.join(environ.get("XDG_CACHE_HOME") or "~/.cache", "vllm")
+    return Path(os.path.expanduser(root)) / "torch_compile_cache"  # "~" stays where a user has no home, as in vLLM
 
 
 def _is_populated(folder: Path) -> bool:

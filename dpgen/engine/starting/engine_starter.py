@@ -140,7 +140,7 @@ def plan_engines(config: Config, weight_bytes: int, placement: Placement) -> tup
 
 def _read_model_config(model: str, options: Mapping[str, Any]) -> Any:
     """Return the model's configuration; from a file on the disk without transformers, which takes seconds to import."""
-    path = find_small_file(model, "config.json", options.get("revision"))
+    path = find_small_file(model, "config.json", options)
     if path is None or options.get("hf_config_path") or callable(options.get("hf_overrides")):
         return load_model_config(model, options)
     try:

@@ -41,6 +41,11 @@ _READ_FILES = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.json", "processor_config.json", "adapter_config.json"),
 )
+_WEIGHT_FILES = tuple(
+    f"{name}{index}"
+    for name in ("model.safetensors", "consolidated.safetensors", "pytorch_model.bin")
+    for index in ("", ".index.json")
+)
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)")
 _MAX_HEADER_BYTES = 100 << 20  # of safetensors: the format's own limit
@@ -71,19 +76,21 @@ def check_model_files(model: str, options: Mapping[str, Any]) -> None:
     elif folder.is_file():
         if is_lfs_pointer(folder):
             raise ConfigError(f"{key}: {describe_lfs_pointers(folder.parent, [folder.name])}")
-    elif not has_weights(model) and "://" not in model:
+    elif _find_weights(model, options) is None and "://" not in model:
         _check_hub_cache(options)
     tokenizer = options.get("tokenizer")
     if isinstance(tokenizer, str) and Path(tokenizer).is_dir():
         _check_small_files(f"engine.tokenizer={tokenizer}", Path(tokenizer))
 
 
-def has_weights(model: str) -> bool:
-    """Return True if the model's weights are in a folder or in the Hub's cache."""
-    if os.path.isdir(os.path.expanduser(model)):
-        return True
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    return any(_find_cached(model, name) for name in names)
+def has_weights(model: str, options: Mapping[str, Any]) -> bool:
+    """Return True if loading downloads no weights that ranks share: they are here, a URL streams them, or none load.
+
+    Args:
+        options: other fields of vLLM's EngineArgs.
+    """
+    needs_none = str(options.get("load_format")).lower() == "dummy" or "://" in model
+    return needs_none or os.path.exists(os.path.expanduser(model)) or _find_weights(model, options) is not None
 
 
 def measure_weights(model: str, options: Mapping[str, Any]) -> int:
@@ -98,10 +105,10 @@ def measure_weights(model: str, options: Mapping[str, Any]) -> int:
         return 0
     folder = Path(os.path.expanduser(model))
     if not folder.is_dir():
-        config = _find_cached(model, "config.json", options.get("revision"))
-        if config is None:
+        cached = _find_weights(model, options) or find_small_file(model, "config.json", options)
+        if cached is None:
             return 0
-        folder = Path(config).parent
+        folder = Path(cached).parent
     stem = "consolidated" if any(folder.glob("consolidated*.safetensors")) else "model"
     try:
         names = _read_index(model, folder / f"{stem}.safetensors.index.json")
@@ -111,11 +118,17 @@ def measure_weights(model: str, options: Mapping[str, Any]) -> int:
         return 0
 
 
-def find_small_file(model: str, name: str, revision: Any = None) -> Path | None:
-    """Return a file of the model's folder, or of its repository in the Hub's cache; None if it is not there."""
+def find_small_file(model: str, name: str, options: Mapping[str, Any]) -> Path | None:
+    """Return a file of the model's folder, or of its repository in a cache; None if it is not there.
+
+    Args:
+        options: other fields of vLLM's EngineArgs.
+    """
     path = Path(os.path.expanduser(model)) / name
     if not path.parent.is_dir():
-        cached = _find_cached(model, name, revision)
+        revision, download_dir = options.get("revision"), options.get("download_dir")
+        # Of the files that are no weights, vLLM has some in the Hub's cache whatever `download_dir` is.
+        cached = _find_cached(model, name, revision, download_dir) or _find_cached(model, name, revision)
         return None if cached is None else Path(cached)
     return path if path.is_file() else None
 
@@ -128,13 +141,20 @@ def _measure_file(path: Path) -> int:
     return sum(num_bytes // 2 if dtype == "F32" else num_bytes for num_bytes, dtype in sizes)
 
 
-def _find_cached(model: str, name: str, revision: Any = None) -> str | None:
-    """Return the path of a model's file in the Hub's cache; None if it is not there."""
+def _find_weights(model: str, options: Mapping[str, Any]) -> str | None:
+    """Return the file of a model's weights, or their index, in the cache that vLLM loads from; None if neither is."""
+    revision, download_dir = options.get("revision"), options.get("download_dir")
+    found = (_find_cached(model, name, revision, download_dir) for name in _WEIGHT_FILES)
+    return next((path for path in found if path is not None), None)
+
+
+def _find_cached(model: str, name: str, revision: Any = None, cache_dir: Any = None) -> str | None:
+    """Return the path of a model's file in a cache, by default the Hub's; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        path = try_to_load_from_cache(model, name, revision=revision)
+        path = try_to_load_from_cache(model, name, cache_dir=cache_dir or None, revision=revision)
     except HFValidationError:  # vLLM rejects the name, with its own message
         return None
     return path if isinstance(path, str) else None

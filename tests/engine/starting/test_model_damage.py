@@ -192,12 +192,52 @@ def test_a_cache_that_weights_can_not_be_written_to_is_named_with_its_variables(
     (tmp_path / "file").touch()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
-    assert not has_weights("nobody/nothing") and not has_weights("not:a:name")
+    assert not has_weights("nobody/nothing", {}) and not has_weights("not:a:name", {})
     with pytest.raises(ConfigError, match=r"file/hub, can't be written: Not a directory. Set HF_HUB_CACHE or HF_HOME"):
         check_model_files("nobody/nothing", {})
     with pytest.raises(ConfigError, match=r"file/x, can't be written: .*engine.download_dir"):
         check_model_files("nobody/nothing", {"download_dir": str(tmp_path / "file" / "x")})
     check_model_files("nobody/nothing", {"download_dir": str(tmp_path / "weights")})
+
+
+def save_in_hub_cache(cache: Path, ref: str, *names: str) -> None:
+    """Save files of the model `org/name`, whose revision `ref` has been downloaded into this cache."""
+    repo = cache / "models--org--name"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / ref).write_text("a" * 40)
+    (repo / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    for name in names:
+        (repo / "snapshots" / ("a" * 40) / name).write_bytes(make_safetensors())
+
+
+def test_a_cache_that_holds_the_weights_to_load_need_not_be_writable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the revision and in the folder that vLLM takes; in Mistral's format, too."""
+    hub = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    save_in_hub_cache(hub, "v1.0", "consolidated.safetensors")
+    monkeypatch.setattr(
+        "dpgen.engine.starting.model_damage.check_cache", lambda *_: pytest.fail("nothing is to be written")
+    )
+    pinned = {"revision": "v1.0"}
+    check_model_files("org/name", pinned)
+    assert has_weights("org/name", pinned) and has_weights("org/name", {"revision": "a" * 40})
+    assert not has_weights("org/name", {}), "another revision is not here"
+    assert not has_weights("org/name", {**pinned, "download_dir": str(tmp_path / "other")})
+    assert measure_weights("org/name", pinned) == 64
+
+    options = {"download_dir": str(tmp_path / "weights")}
+    save_in_hub_cache(tmp_path / "weights", "main", "model.safetensors")
+    check_model_files("org/name", options)
+    assert has_weights("org/name", options) and measure_weights("org/name", options) == 64
+
+
+def test_ranks_wait_for_no_download_where_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    assert has_weights(str(tmp_path / "model.gguf"), {})
+    assert has_weights("s3://bucket/model", {}) and has_weights("org/nothing", {"load_format": "dummy"})
 
 
 def test_weights_are_measured_by_their_tensors_and_those_of_32_bits_count_half(folder: Path) -> None:
