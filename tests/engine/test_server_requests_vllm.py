@@ -33,6 +33,7 @@ FIELDS: list[dict[str, Any]] = [
     *({"max_tokens": 0}, {"max_tokens": -3}, {"max_tokens": "5"}, {"max_tokens": "five"}, {"min_tokens": 2}),
     *({"temperature": 0}, {"temperature": 0.3, "seed": 5}, {"temperature": -1}, {"temperature": "hot"}),
     *({"top_p": 0.5, "top_k": 3, "min_p": 0.1}, {"top_p": 2}, {"n": 3}, {"n": 0}, {"n": None}, {"seed": None}),
+    *({"seed": 2**63}, {"seed": -(2**63)}),
     *({"stop": "a"}, {"stop": ["a", "b"]}, {"stop": [1]}, {"stop_token_ids": [3, 4]}, {"stop": ""}),
     *({"presence_penalty": 0.5, "frequency_penalty": 0.25, "repetition_penalty": 1.5}, {"presence_penalty": 9}),
     *({"logit_bias": {"5": 2.5}}, {"logit_bias": {"x": 1}}, {"bad_words": ["a b"]}, {"allowed_token_ids": [5, 6]}),

@@ -55,6 +55,11 @@ VARIABLES = {
         "function": "vllm.parser.abstract_parser:FunctionCall",
     },
     "vllm/adapters.py": {"engine": "vllm.v1.engine.llm_engine:LLMEngine"},
+    "vllm/rejections.py": {
+        "params": "vllm.sampling_params:SamplingParams",
+        "config": "vllm.config:VllmConfig",
+        "_model": "vllm.config:ModelConfig",
+    },
     "vllm/executors.py": {
         "SyncKvMixin.super()": "vllm.v1.executor.abstract:Executor",
         "SyncKvExternalExecutor.super()": "vllm.v1.executor.uniproc_executor:ExecutorWithExternalLauncher",

@@ -44,7 +44,7 @@ from dpgen.engine.vllm.media.features import make_engine_prompt, send_media_whol
 from dpgen.engine.vllm.media.requirements import explain_failed_import, find_missing_processor, require_media
 from dpgen.engine.vllm.pooling import VllmPooling, find_wrong_model
 from dpgen.engine.vllm.reasoning import ReasoningState, make_core_request
-from dpgen.engine.vllm.rejections import classify_rejection, summarize_error
+from dpgen.engine.vllm.rejections import SamplingLimits, classify_rejection, summarize_error
 from dpgen.engine.vllm.results import RunningRow, format_id, read_result
 from dpgen.engine.vllm.sampling_check import check_params, list_vllm_fields, name_constraint
 from dpgen.engine.vllm.versions import takes_hooks
@@ -67,6 +67,7 @@ class VllmBackend:
         self._hooks: tuple[Any, ...] = ()  # in what vLLM does for each token
         self._adapters = VllmAdapters(spec.adapters)
         self._sampling: dict[str, Any] = {}
+        self._limits = SamplingLimits(None, self._adapters)
         self._converter: RequestConverter | None = None
         self._render: Callable[[Any], list[int]] | None = None
         self._num_ids: int | None = None  # of the vocabulary; None where the rank knows it
@@ -259,7 +260,7 @@ class VllmBackend:
         """Yield one line for each sampling section that vLLM rejects."""
         if self._spec.pooling is not None:
             return
-        self._sampling = self._build_default_sampling()
+        self._sampling, self._limits = self._build_default_sampling(), SamplingLimits(self._config, self._adapters)
         for section, entry in self._spec.iter_sampling_sections():
             given = entry.get("structured_outputs")
             name = name_constraint(section, given, is_output_schema=self._spec.has_output_schema)
@@ -279,7 +280,7 @@ class VllmBackend:
         """
         try:
             params = self._params.validate_python(fields)
-            self._check_logprobs(params)
+            self._limits.apply(params)
             if self._config is not None:
                 check_params(params, self._config)
         except Exception as error:  # noqa: BLE001 - vLLM's errors have no common base
@@ -302,7 +303,7 @@ class VllmBackend:
         assert self._converter is not None
         converted = self._converter.convert(request, token_ids)
         try:
-            self._check_logprobs(converted.params)
+            self._limits.apply(converted.params)
         except ValueError as error:
             raise RowRefused(BAD_REQUEST, str(error)) from None
         return converted
@@ -336,26 +337,10 @@ class VllmBackend:
                 raise ValueError(unknown)
             params = self._params.validate_python(fields)
             assert isinstance(params, SamplingParams)
-            self._check_logprobs(params)
+            self._limits.apply(params)
         except Exception as error:  # noqa: BLE001 - as in `add_request`
             raise RowRefused("bad_sampling", summarize_error(error)) from None
         return params
-
-    def _check_logprobs(self, params: SamplingParams) -> None:
-        """Raise ValueError for a number of log-probabilities that dpgen can't keep, or that vLLM does not compute."""
-        model = None if self._config is None else self._config.model_config
-        if params.prompt_logprobs is not None:
-            self._adapters.check_prompt_logprobs()
-        for name in ("logprobs", "prompt_logprobs"):
-            count = getattr(params, name)
-            if count is not None and count < 0:
-                raise ValueError(f"{name}={count}: must be at least 0; dpgen keeps the same number for each token")
-            if count is None or model is None:
-                continue
-            if count > model.get_vocab_size():
-                raise ValueError(f"{name}={count}: the model has only {model.get_vocab_size()} tokens")
-            if 0 <= model.max_logprobs < count:
-                raise ValueError(f"{name}={count}: more than engine.max_logprobs={model.max_logprobs}; set that higher")
 
     def _add_pooling(self, pooling: VllmPooling, request: Request) -> None:
         token_ids = self._find_token_ids(request)
