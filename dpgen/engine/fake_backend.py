@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from dpgen.config.vllm.sampling_numbers import read_sampling_numbers
 from dpgen.config.vllm.vllm_fields import describe_unknown_field
 from dpgen.config.vllm.vllm_types import ENGINE_TYPES, SAMPLING_TYPES, list_fields
+from dpgen.data.openai_batch.lines import BAD_REQUEST
 from dpgen.data.prompts.token_ids import reject_too_long
 from dpgen.engine.fake_vectors import describe_fake_vectors, make_fake_vectors
 from dpgen.engine.messages import AgreeKvFn, EngineInfo, EngineSpec, EngineStats, EngineTextConfig
@@ -32,6 +34,7 @@ from dpgen.records import Completion, PooledKind, Request, RequestId, RowResult,
 _BLOCK_TOKENS = 16
 _BYTES_PER_TOKEN = 64
 _LIVELOCK_STEP_S = 0.01
+_NUM_IDS = 256  # of `FakeTokenizer`
 
 
 @dataclass(frozen=True)
@@ -232,11 +235,6 @@ class FakeBackend:
         max_tokens = sampling.get("max_tokens")
         if max_tokens is None:
             max_tokens = 1 + digest.digest()[0] % 32
-        if not isinstance(max_tokens, int) or max_tokens < 1:
-            raise RowRefused("bad_sampling", f"max_tokens={max_tokens!r}: must be at least 1")
-        for name, least in (("n", 1), ("logprobs", 0), ("prompt_logprobs", 0)):
-            if (count := sampling.get(name)) is not None and (not isinstance(count, int) or count < least):
-                raise RowRefused("bad_sampling", f"{name}={count!r}: must be at least {least}")
         max_tokens = min(max_tokens, self._options.max_model_len - num_prompt_tokens)
         if request.num_completion_tokens:
             max_tokens = 1
@@ -247,10 +245,10 @@ class FakeBackend:
         if unknown := request.sampling.keys() - _SAMPLING_FIELDS:
             reason = describe_unknown_field("sampling", min(unknown), _SAMPLING_FIELDS, _ENGINE_FIELDS)
             raise RowRefused("bad_sampling", reason)
-        num_samples = sampling.get("n", 1)
-        if request.server_request is not None and (type(num_samples) is not int or num_samples < 1):
-            raise RowRefused("bad_request", f"'n' is {num_samples!r}, and must be at least 1")
-        return sampling
+        try:
+            return read_sampling_numbers(sampling, _NUM_IDS)
+        except ValueError as error:
+            raise RowRefused("bad_sampling" if request.server_request is None else BAD_REQUEST, str(error)) from None
 
     def step(self) -> list[RowResult | UndecodedRow]:
         self._run_model()

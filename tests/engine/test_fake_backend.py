@@ -10,7 +10,7 @@ import pytest
 from dpgen.engine.fake_backend import FakeBackend
 from dpgen.engine.messages import EngineSpec
 from dpgen.errors import ConfigError, RowRefused
-from dpgen.records import Request, RequestId
+from dpgen.records import Request, RequestId, RowResult, ServerRequest
 
 
 def load_backend(**options: Any) -> FakeBackend:
@@ -88,6 +88,44 @@ def test_a_field_of_a_request_that_vllm_does_not_know_costs_its_row() -> None:
     backend = load_backend()
     with pytest.raises(RowRefused, match=r"unknown key 'sampling.max_tokns'; did you mean 'sampling.max_tokens'"):
         backend.add_request(Request(RequestId(1), [1, 2], sampling={"max_tokns": 2}))
+
+
+@pytest.mark.parametrize("given", [4, 4.0, "4", " 4.0 "])
+def test_a_number_is_what_vllm_takes_it_for(given: Any) -> None:
+    backend = load_backend()
+    sampling = {"max_tokens": given, "n": True, "logprobs": "0", "seed": given}
+    backend.add_request(Request(RequestId(1), [1, 2], sampling=sampling))
+    [result] = [result for _ in range(4) for result in backend.step()]
+    assert isinstance(result, RowResult)
+    [completion] = result.completions
+    assert (completion.num_tokens, type(completion.num_tokens)) == (4, int), "a truth value can't be written"
+    assert completion.text.endswith("-0 4") and completion.logprobs is not None
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"max_tokens": 2.5}, "max_tokens=2.5: must be a whole number"),
+        ({"max_tokens": False}, "max_tokens=False: must be at least 1"),
+        ({"max_tokens": [4]}, r"max_tokens=\[4\]: must be a whole number"),
+        ({"n": 10**30}, "n=10+: must be at most 16384"),
+        ({"logprobs": 10**30}, "logprobs=10+: must be at most 256"),
+        ({"seed": 2**63}, r"seed=9\d+8: must be from -2\*\*63 to 2\*\*63 - 1"),
+        ({"seed": "9" * 30}, r"seed=9+: must be from -2\*\*63 to 2\*\*63 - 1"),
+        ({"seed": 2**63 - 1, "n": 2}, r"seed=9\d+7: must be from -2\*\*63 to 2\*\*63 - 2, as the last of n=2"),
+    ],
+)
+def test_a_number_that_vllm_rejects_costs_its_row(sampling: dict[str, Any], message: str) -> None:
+    backend = load_backend()
+    with pytest.raises(RowRefused, match=f"^{message}") as refused:
+        backend.add_request(Request(RequestId(1), [1, 2], sampling={"max_tokens": 2} | sampling))
+    assert refused.value.type == "bad_sampling" and not backend.has_unfinished_requests()
+    body = {"prompt": "x", **sampling}
+    if sampling.keys() != {"logprobs"}:
+        request = Request(RequestId(1), [1], sampling={}, server_request=ServerRequest("/v1/completions", body))
+        with pytest.raises(RowRefused, match=f"^{message}") as refused:
+            backend.add_request(request)
+        assert refused.value.type == "bad_request", "as vLLM's server says of a line of a batch file"
 
 
 @pytest.mark.parametrize("name", ["logprobs", "n"])

@@ -23,7 +23,7 @@ _FLAGS = {
 
 def read_engine_numbers(engine: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options, with numbers and flags in place of the texts that stand for them."""
-    return {name: _read(_TYPES[name], value) if name in _TYPES else value for name, value in engine.items()}
+    return {name: read_number(_TYPES[name], value) if name in _TYPES else value for name, value in engine.items()}
 
 
 def find_wrong_engine_numbers(engine: Mapping[str, Any]) -> Iterator[str]:
@@ -34,7 +34,12 @@ def find_wrong_engine_numbers(engine: Mapping[str, Any]) -> Iterator[str]:
             yield f"engine.{name}={value!r}: must be {_KINDS[type]}"
 
 
-def _read(type: str, value: Any) -> Any:
+def read_number(type: str, value: Any) -> Any:
+    """Return what vLLM takes a value for; the value itself if it stands for nothing of this type.
+
+    Args:
+        type: "integer", "number" or "boolean".
+    """
     if type == "boolean":
         return _FLAGS.get(str(value).strip().lower(), value)
     if isinstance(value, str):
