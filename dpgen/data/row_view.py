@@ -90,8 +90,8 @@ class Shard:
 
 
 def to_float(value: Any) -> float:
-    """Return a value as a number; NaN where it is none."""
+    """Return a value as a number; NaN where it is none, or too large for one."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dpgen.config.vllm.sampling_numbers import MAX_SAMPLES
 from dpgen.data.input_rows import InputRows
 from dpgen.data.media.looking import Describe, format_media_text, format_messages
 from dpgen.data.media.parts import MediaPart, MediaText
@@ -93,7 +94,7 @@ class RowExaminer:
         if request.pooling is not None:
             return 1  # as a generated token takes a step
         given = self.resolve_sampling(request)["max_tokens"]
-        limits = [given] if isinstance(given, int) and given > 0 else []
+        limits = [given] if isinstance(given, int) and 0 < given < 1 << 53 else []
         if self.max_model_len is not None:
             limits.append(max(0, self.max_model_len - num_prompt_tokens))
         return min(limits, default=None)
@@ -240,7 +241,7 @@ def get_own_sampling(request: Request) -> dict[str, Any]:
 
 
 def _to_count(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 1
+    return value if isinstance(value, int) and 0 < value <= MAX_SAMPLES else 1
 
 
 def _group_errors(errors: Mapping[str, list[tuple[int, str]]]) -> list[ErrorGroup]:

@@ -66,6 +66,16 @@ def test_broken_rows_do_not_fail_a_preview(write_config: WriteConfig, capsys: py
     assert output.count("EVERY EXAMINED ROW FAILS") == 2 and output.endswith("a run would generate nothing\n")
 
 
+def test_numbers_that_no_engine_takes_do_not_end_a_preview(
+    write_config: WriteConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "x", "number": 10**digits} for digits in (0, 1, 20, 400)]
+    columns = {"n": "number", "max_tokens": "number"}
+    shown = preview_json(capsys, write_config(rows, sampling={"from_columns": columns}))
+    assert shown["num_examined"] == 4
+    assert shown["estimate"]["num_prompt_tokens"] == 1 + 10 + 1 + 1, "samples that no engine makes are not counted"
+
+
 WRONG = (
     *(["data.prompt_column=promt"], ["run.sed=3"], ["engine.max_seqs=3"], ["data.path=nowhere.jsonl"]),
     *(["model=", "a=b"], ["run.dir=/dev/null"], ["data.template=x", "data.limit=-1"]),

@@ -222,3 +222,10 @@ def test_keys_for_the_hub_are_rejected_for_an_input_on_disk(tmp_path: Path, json
     for path in (str(jsonl), [str(jsonl)], str(tmp_path / "*.jsonl"), str(tmp_path / "saved")):
         with pytest.raises(ConfigError, match=rf"data\.{key}=v1 is for a dataset of the Hub"):
             load(path, **{key: "v1"})
+
+
+def test_a_number_of_too_many_digits_counts_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "x", "size": size}) + "\n" for size in (7, 10**400, "many", None)))
+    hints = load(str(path)).read_numbers("size", np.arange(4))
+    assert np.array_equal(hints, [7, np.nan, np.nan, np.nan], equal_nan=True), "a run would end over one row's hint"
