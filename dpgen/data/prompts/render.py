@@ -39,7 +39,7 @@ from dpgen.data.openai_batch.requests import (
 from dpgen.data.prompts.chat import ChatPrompt, merge_developer_role, to_conversation, validate_messages
 from dpgen.data.prompts.chat_prompt import ChatPromptBuilder
 from dpgen.data.prompts.chat_template import ChatTemplates
-from dpgen.data.prompts.row_template import compile_row_template, render_row
+from dpgen.data.prompts.row_template import compile_row_template
 from dpgen.data.prompts.row_texts import find_completion, get_completion, read_pair, reject_surrogates
 from dpgen.data.prompts.token_ids import count_token_ids, to_text, validate_token_ids
 from dpgen.data.tokenizer import make_encoder
@@ -255,7 +255,7 @@ class PromptRenderer:
     def _build_text(self, row: Mapping[str, Any]) -> str:
         if self._template is not None:
             try:
-                return render_row(self._template, row)
+                return self._template.render(row)
             except Exception as error:  # a template is a program: it may fail in any way
                 raise RowRefused("template_failed", f"the template failed: {_describe_error(error)}") from error
         column = self._config.prompt_column

@@ -2,6 +2,8 @@
 
 - A column is a variable of its name. `row` is the whole row, for other names: {{ row['a b'] }}. A column of the name
   `row` takes its place.
+- A column comes before the function of Jinja that has its name: {{ range }} is the column. A name that a template calls
+  is the function, since no column can be called: range(3).
 - The keys of a nested value come before the methods of Python's dict: {{ order.items }} is the key, where there is one.
 - What no prompt should hold is an error, and not inserted: a null, a method, an iterator, bytes.
 """
@@ -9,7 +11,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections import Counter
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +22,28 @@ from dpgen.formatting import describe_type
 
 if TYPE_CHECKING:
     import jinja2
+    from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _ROW = "row"
+_SELF = "self"  # Jinja's own: no variable can have this name
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
-def compile_row_template(template: str) -> jinja2.Template:
-    """Return the template, ready to render in a sandbox, by `render_row`.
+@dataclass(frozen=True)
+class RowTemplate:
+    """Hold a compiled template, and the functions of Jinja that it calls."""
+
+    template: jinja2.Template
+    functions: Mapping[str, Callable[..., Any]]
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        """Return the row's text. Raises whatever the template raises, which is a program."""
+        return self.template.render({_ROW: dict(row), **row, **self.functions})
+
+
+def compile_row_template(template: str) -> RowTemplate:
+    """Return the template, ready to render in a sandbox.
 
     Raises:
         ConfigError: wrong syntax; the message names the line.
@@ -33,14 +51,10 @@ def compile_row_template(template: str) -> jinja2.Template:
     import jinja2
 
     try:
-        return _environment().from_string(template)
+        compiled = _environment().from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"data.template, line {error.lineno}: {error.message}") from error
-
-
-def render_row(template: jinja2.Template, row: Mapping[str, Any]) -> str:
-    """Return the row's text. Raises whatever the template raises, which is a program."""
-    return template.render({_ROW: dict(row), **row})
+    return RowTemplate(compiled, {name: compiled.globals[name] for name in _find_functions(_parse(template))})
 
 
 def check_row_template(template: str, columns: Sequence[str]) -> None:
@@ -57,8 +71,13 @@ def check_row_template(template: str, columns: Sequence[str]) -> None:
     used = set(template_columns(template, columns))
     unknown = sorted(names - set(columns) - set(_environment().globals) - {_ROW})
     keys = sorted(set(_find_row_keys(template, columns) or ()) - set(columns))
-    if unknown or keys:
+    taken = sorted(_find_taken_names(template) & set(columns))
+    if unknown or keys or taken:
         raise ConfigError(
+            *(
+                f"data.template: {name!r} is a name of Jinja's, too; write the column as {{{{ {_ROW}[{name!r}] }}}}"
+                for name in taken
+            ),
             *(
                 f"data.template: {name!r} is no column of the dataset{_suggest(template, name, columns)}"
                 for name in unknown
@@ -85,11 +104,39 @@ def template_columns(template: str, columns: Sequence[str]) -> list[str]:
     return [name for name in columns if keys is None or name in names or name in keys]
 
 
+def _parse(template: str) -> nodes.Template:
+    """Return a template's syntax tree, in which the names of Jinja's functions are names as any others."""
+    environment = _environment().overlay()
+    environment.globals = {}
+    return environment.parse(template)
+
+
 def _find_names(template: str) -> set[str]:
-    """Return the names that a template looks up outside of itself."""
+    """Return the names that a template looks up outside of itself, but for the functions that it calls."""
     from jinja2 import meta
 
-    return set(meta.find_undeclared_variables(_environment().parse(template)))
+    tree = _parse(template)
+    return meta.find_undeclared_variables(tree) - _find_functions(tree).keys()
+
+
+def _find_functions(tree: nodes.Template) -> Counter[str]:
+    """Return the functions of Jinja's that a template calls, each with the number of calls."""
+    from jinja2 import nodes
+
+    calls = Counter(call.node.name for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.Name))
+    return Counter({name: num for name, num in calls.items() if name in _environment().globals})
+
+
+def _find_taken_names(template: str) -> set[str]:
+    """Return the names in a template that stand for something of Jinja's where a column may be meant."""
+    from jinja2 import nodes
+    from jinja2.compiler import find_undeclared
+
+    tree = _parse(template)
+    uses = Counter(name.name for name in tree.find_all(nodes.Name))
+    calls = _find_functions(tree)
+    set_here = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
+    return {name for name in calls if calls[name] < uses[name]} - set_here | find_undeclared(tree.body, [_SELF])
 
 
 def _find_row_keys(template: str, columns: Sequence[str]) -> set[str] | None:
@@ -98,7 +145,7 @@ def _find_row_keys(template: str, columns: Sequence[str]) -> set[str] | None:
 
     if _ROW in columns or _ROW not in _find_names(template):
         return set()
-    tree = _environment().parse(template)
+    tree = _parse(template)
     num_uses = sum(node.name == _ROW for node in tree.find_all(nodes.Name))
     keys: list[str] = []
     for node in tree.find_all((nodes.Getitem, nodes.Getattr)):
@@ -140,7 +187,7 @@ def _is_variable(name: str) -> bool:
     if not _IDENTIFIER.fullmatch(name):
         return False
     try:
-        return meta.find_undeclared_variables(_environment().parse(f"{{{{ {name} }}}}")) == {name}
+        return meta.find_undeclared_variables(_parse(f"{{{{ {name} }}}}")) == {name}
     except Exception:  # noqa: BLE001 - a word of Jinja's, e.g. "if"
         return False
 

@@ -82,6 +82,36 @@ def test_a_column_of_the_name_row_stays_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% if range %}In range {{ range }}: {% endif %}{{ q }}", "one"),
+        ("{{ range or 'none' }}", "none"),
+        ("{{ namespace.x }} {{ dict }} {{ cycler }} {{ joiner }} {{ lipsum }}", "1 d c j l"),
+        ("{% for i in range(2) %}{{ i }}{{ row['range'] }}{% endfor %} {{ q }}", "01 one"),
+        ("{{ row | length }}{% for i in range(2) %}{{ i }}{% endfor %}", "801"),
+        ("{% set namespace = namespace(n=1) %}{{ namespace.n }} {{ q }}", "1 one"),
+        ("{{ row['self'] }} {% for self in [q] %}{{ self }}{% endfor %}", "s one"),
+    ],
+)
+def test_a_column_comes_before_the_function_of_jinja_that_has_its_name(template: str, text: str) -> None:
+    names = {"dict": "d", "cycler": "c", "joiner": "j", "lipsum": "l", "self": "s"}
+    assert render(template, {"range": "", "namespace": {"x": 1}, "q": "one", **names}) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{{ range }}{% for i in range(2) %}{{ i }}{% endfor %}", "range"),
+        ("{{ self }} {{ q }}", "self"),
+        ("{{ self }}", "self"),
+    ],
+)
+def test_a_name_that_could_be_a_column_or_jinjas_is_refused(template: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^data.template: '{name}' is .* {{{{ row\['{name}'\] }}}}$"):
+        check_prompt_columns(PromptConfig(template=template), ["range", "self", "q"])
+
+
+@pytest.mark.parametrize(
     ("template", "hint"),
     [
         ("{{ question-text }}", "'question' is no column.*no variable, write {{ row['question-text'] }}"),
