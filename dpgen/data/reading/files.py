@@ -50,6 +50,8 @@ def find_all_files(path: str | Sequence[str]) -> list[str]:
 def find_files(path: str) -> list[str]:
     """Return the files that a path or glob names; none if it is a directory or may be a Hub name.
 
+    A folder that a link leads back to counts once, as where a folder is read.
+
     Raises:
         ConfigError: nothing has that name, or the glob matches something that is no file.
     """
@@ -60,14 +62,14 @@ def find_files(path: str) -> list[str]:
     if os.path.isdir(expanded):
         return []
     if glob.has_magic(path):
-        matches = sorted(glob.glob(expanded, recursive=True))
+        matches = _drop_repeated_folders(_match(expanded))
         files = [match for match in matches if os.path.isfile(match)]
         if not files:
             raise ConfigError(f"data.path: no file matches {path}")
         # With ** a folder is on the way to its files; without it, the files in a folder are not read.
-        others = [match for match in matches if match not in set(files) and not os.path.isdir(match)]
-        if "**" not in path:
-            others += [match for match in matches if os.path.isdir(match)]
+        others = [match for match in matches if not os.path.isfile(match)]
+        if "**" in path:
+            others = [match for match in others if not os.path.isdir(match)]
         if others:
             raise ConfigError(
                 f"data.path={path} matches {list_names(others)}, which can't be read as files (folders or broken "
@@ -182,17 +184,49 @@ def list_other_files(folder: str, read: Iterable[str]) -> tuple[str, ...]:
     return tuple(os.path.relpath(file, folder) for file in others)
 
 
+def _drop_repeated_folders(matches: Iterable[str]) -> list[str]:
+    """Return the matches of a glob, sorted; those in one folder by one name of it, its own if that is among them."""
+    names: dict[str, str] = {}  # folder → the name that stays
+    for folder in sorted({os.path.dirname(match) for match in matches}):
+        own = os.path.realpath(folder)
+        if own not in names or own == os.path.abspath(folder):
+            names[own] = folder
+    kept = set(names.values())
+    return sorted({match for match in matches if os.path.dirname(match) in kept})
+
+
+def _match(pattern: str) -> list[str]:
+    """Return what matches a glob, as `glob` does, but without following links in circles where it holds **."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        return glob.glob(pattern)
+    index = parts.index("**")
+    head, tail = os.sep.join([*parts[:index], ""]), os.sep.join(parts[index + 1 :] or ["*"])
+    roots = glob.glob(head) if head else [os.curdir]
+    folders = [folder for root in roots for folder, _ in _walk_folders(root, hidden=(".",))]
+    matches = [match for folder in folders for match in _match(os.path.join(glob.escape(folder), tail))]
+    return matches if head else [os.path.relpath(match) for match in matches]
+
+
 def _walk(folder: str) -> Iterator[str]:
+    for directory, names in _walk_folders(folder, hidden=(".", "__")):
+        for name in sorted(names):
+            if not name.startswith(".") and name not in _DESCRIPTIONS:
+                yield os.path.join(directory, name)
+
+
+def _walk_folders(folder: str, hidden: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and those below it, each once, with its files' names; left out if a name begins with `hidden`."""
     walked = set()  # a link may lead back
     for directory, subdirectories, names in os.walk(folder, followlinks=True):
         if (identity := os.path.realpath(directory)) in walked:
             subdirectories.clear()
             continue
         walked.add(identity)
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith((".", "__")))
-        for name in sorted(names):
-            if not name.startswith(".") and name not in _DESCRIPTIONS:
-                yield os.path.join(directory, name)
+        # A folder is walked by its own name where a link beside it leads there, too.
+        visible = sorted(name for name in subdirectories if not name.startswith(hidden))
+        subdirectories[:] = sorted(visible, key=lambda name: os.path.islink(os.path.join(directory, name)))
+        yield directory, names
 
 
 def reject_hub_keys(config: DataConfig, *names: str) -> None:

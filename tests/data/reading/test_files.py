@@ -128,6 +128,17 @@ def test_a_link_back_to_its_folder_is_walked_once(tmp_path: Path) -> None:
     assert load(str(tmp_path)).describe([]) == "read 1 json file, 1 row, 1 column; not read: note"
 
 
+def test_a_glob_reads_the_files_of_a_folder_once_however_links_name_it(tmp_path: Path) -> None:
+    write(tmp_path, "b.jsonl", "deep/c.jsonl")
+    (tmp_path / "Loop").symlink_to(".")
+    (tmp_path / "deep" / "back").symlink_to(tmp_path)
+    (tmp_path / "link.jsonl").symlink_to("b.jsonl")
+    rows = load(f"{tmp_path}/**/*.jsonl")
+    assert read(rows) == ["b.jsonl", "deep/c.jsonl", "b.jsonl"]
+    assert f"read more than once: {tmp_path}/b.jsonl" in rows.describe([]), "a link to a file was made on purpose"
+    assert read(load(f"{tmp_path}/Loop/*.jsonl")) == ["b.jsonl", "b.jsonl"]
+
+
 @pytest.mark.parametrize("path", ["{}", "{}/**/*.jsonl", ["{}/**"]])
 def test_a_run_directory_inside_the_input_is_refused(tmp_path: Path, path: Any) -> None:
     path = [part.format(tmp_path) for part in path] if isinstance(path, list) else path.format(tmp_path)
