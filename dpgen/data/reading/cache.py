@@ -156,7 +156,7 @@ def _convert_apart(kind: str, files: Sequence[str], folder: Path) -> InputDescri
         start_new_session=True,  # the rank handles Ctrl-C
     )
     place_file = folder / PLACE_FILE
-    place = place_file.read_text() if place_file.exists() else files[0]
+    place = os.fsdecode(place_file.read_bytes()) if place_file.exists() else files[0]
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         if kind == "json" and name != "SIGKILL":

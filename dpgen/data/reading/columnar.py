@@ -60,12 +60,13 @@ class ColumnarReader:
 
         try:
             # Where its writer has added checksums, they are compared.
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            source = pa.OSFile(os.fsencode(file))  # a path as text has to be UTF-8
+            parquet = pq.ParquetFile(source, page_checksum_verification=True)
             schema = parquet.schema_arrow
         except (pa.ArrowException, OSError) as error:
             raise _make_file_error(file, error) from None
         names = self._select_names(file, schema)
-        with parquet:
+        with source, parquet:
             if not parquet.metadata.num_row_groups:
                 yield pa.RecordBatch.from_arrays([pa.array([], schema.field(name).type) for name in names], names)
             for number in range(parquet.metadata.num_row_groups):
@@ -79,7 +80,7 @@ class ColumnarReader:
                     _raise_for_columns(parquet, file, number, names, error)
 
     def _iter_arrow(self, file: str) -> Iterator[pa.RecordBatch]:
-        with pa.memory_map(file) as source:
+        with pa.memory_map(os.fsencode(file)) as source:
             try:
                 try:
                     reader = pa.ipc.open_stream(source)

@@ -89,7 +89,7 @@ def _convert(
 ) -> InputDescription:
     def report_place(place: str) -> None:
         if may_crash:
-            (folder / PLACE_FILE).write_text(place)
+            (folder / PLACE_FILE).write_bytes(os.fsencode(place))
 
     description = InputDescription(unreadable=dict(unreadable))
     reader: Any

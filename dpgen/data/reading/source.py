@@ -64,7 +64,7 @@ def open_file(path: str) -> BinaryIO:
         return cast(BinaryIO, io.BufferedReader(lzma.open(path), BATCH_BYTES))
     if suffix not in _COMPRESSIONS:
         return open(path, "rb", buffering=_BUFFER_BYTES)
-    stream = pa.input_stream(path, compression=_COMPRESSIONS[suffix])
+    stream = pa.input_stream(pa.OSFile(os.fsencode(path)), compression=_COMPRESSIONS[suffix])
     return cast(BinaryIO, io.BufferedReader(stream, BATCH_BYTES))
 
 

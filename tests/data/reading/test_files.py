@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import feather
+from pyarrow import parquet as pq
 
 from dpgen.config.sections import DataConfig
 from dpgen.data.input_loading import load_input
@@ -235,6 +240,31 @@ def test_json_that_crashes_arrow_is_read_by_python(
     path.write_text(path.read_text() + "[" * 100_000 + "\n")
     with pytest.raises(ConfigError, match=r"rows\.jsonl, line 2 is nested too deep"):
         load(str(path))
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "feather", "jsonl", "csv.gz"])
+def test_a_file_whose_name_is_no_utf_8_is_read(tmp_path: Path, suffix: str) -> None:
+    table, file = (
+        pa.table({"question": ["a"] * 50_000}),
+        os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9." + suffix.encode()),
+    )
+    with open(file, "wb") as stream:
+        if suffix == "parquet":
+            pq.write_table(table, stream)
+        elif suffix == "feather":
+            feather.write_feather(table, stream)
+        elif suffix == "jsonl":
+            stream.write(b'{"question": "a", "more": "..."}\n' * 50_000)  # above the size that is read in this process
+        else:
+            stream.write(gzip.compress(b"question\n" + b"a\n" * 50_000))
+    assert read(load(f"{tmp_path}/*")) == ["a"] * 50_000
+
+
+def test_a_damaged_file_whose_name_is_no_utf_8_is_named(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.parquet")
+    (tmp_path / name).write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path}/{name}: Parquet file size is 4 bytes")):
+        load(f"{tmp_path}/*")
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
