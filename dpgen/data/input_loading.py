@@ -23,7 +23,14 @@ from dpgen.data.hub import explain_hub_error
 from dpgen.data.input_rows import InputRows
 from dpgen.data.input_source import InputSource
 from dpgen.data.reading.cache import compute_files_key, describe_error, read_files
-from dpgen.data.reading.dataset_folder import has_configurations, is_media_folder, is_read_alike, load_files_with_rows
+from dpgen.data.reading.dataset_folder import (
+    check_folder_name,
+    explain_card,
+    has_configurations,
+    is_media_folder,
+    is_read_alike,
+    load_files_with_rows,
+)
 from dpgen.data.reading.files import (
     check_all_read,
     check_names_read,
@@ -147,11 +154,14 @@ def _load_folder(path: str, config: DataConfig) -> tuple[datasets.Dataset, Input
     """
     import datasets
 
+    check_folder_name(path)
     try:
         builder = datasets.load_dataset_builder(path, config.name)
     except datasets.exceptions.DataFilesNotFoundError:
         raise ConfigError(f"data.path={path}: {explain_no_data(path)}") from None
-    except ValueError as error:
+    except Exception as error:  # a card may hold anything
+        if problem := explain_card(path, _read_card):
+            raise ConfigError(f"data.path={path}: {problem}") from None
         if re.search("Config name is missing|BuilderConfig", str(error)) is None:
             raise
         names = ", ".join(datasets.get_dataset_config_names(path))
@@ -179,6 +189,13 @@ def _load_folder(path: str, config: DataConfig) -> tuple[datasets.Dataset, Input
         dataset, source = _read_splits(splits, config, load)
         return dataset, replace(source, other_files=others)
     return load(), InputSource(num_files=len(files), key=key, other_files=others)
+
+
+def _read_card(card: Path) -> Any:
+    from datasets.load import DatasetCard
+    from datasets.utils.metadata import MetadataConfigs
+
+    return MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
 
 
 def _read_splits(

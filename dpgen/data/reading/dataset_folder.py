@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -9,12 +10,53 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dpgen.data.reading.files import find_kind
+from dpgen.data.reading.files import find_kind, list_data_files
 from dpgen.errors import ConfigError
 
 # Options of `datasets`' builders, as a dataset's card may set them.
 _OPTIONS = frozenset(["features", "sep", "delimiter", "header", "names", "field", "encoding", "columns", "filters"])
 _OPTIONS |= {"sample_by", "keep_linebreaks", "quotechar", "skiprows", "column_names"}
+
+
+def check_folder_name(path: str) -> None:
+    """Check that `datasets` would look for the files of this folder only: it takes its whole path for a pattern.
+
+    Raises:
+        ConfigError: it would find those of another folder, or none.
+    """
+    own = str(Path(path).resolve())
+    if "::" not in own and (not glob.has_magic(own) or glob.glob(own) == [own]):
+        return
+    suffixes = [os.path.splitext(file)[1] for file in list_data_files(path)]
+    files = os.path.join(glob.escape(path), "**", f"*{suffixes[0]}") if suffixes else ""
+    raise ConfigError(
+        f"data.path={path}: `datasets` takes a folder's path for a pattern, and finds other files, or none, where it "
+        f"holds *, ?, [...] or ::. Rename the folder{f', or name its files: data.path={files}' if files else ''}"
+    )
+
+
+def explain_card(path: str, read: Callable[[Path], object]) -> str | None:
+    """Return why `read` can't read a folder's card, which may say which files are data; None if it can.
+
+    Also None if there is no card.
+    """
+    import yaml
+
+    card = Path(path) / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        read(card)
+    except Exception as error:  # noqa: BLE001 - it holds whatever a user wrote
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            reason = f"line {error.problem_mark.line + 2}: {error.problem}"  # below the line of ---
+        elif isinstance(error, UnicodeDecodeError):
+            reason = f"it is no UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start})"
+        return (
+            f"{card}, in which `datasets` looks for the names of the data files: {reason.rstrip('.')}. Mend or move it"
+        )
+    return None
 
 
 def has_configurations(path: str) -> bool:

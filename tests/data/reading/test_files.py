@@ -267,6 +267,37 @@ def test_a_damaged_file_whose_name_is_no_utf_8_is_named(tmp_path: Path) -> None:
         load(f"{tmp_path}/*")
 
 
+@pytest.mark.parametrize("name", ["in[1]", "a::b", "x*y"])
+def test_a_folder_whose_name_is_a_pattern_is_refused_with_how_to_name_its_files(tmp_path: Path, name: str) -> None:
+    write(tmp_path, f"{name}/a.jsonl", f"{name}/deep/b.jsonl", "x-y/other.jsonl")
+    with pytest.raises(
+        ConfigError, match=r"takes a folder's path for a pattern.* Rename the folder, or name"
+    ) as raised:
+        load(str(tmp_path / name))
+    assert read(load(str(raised.value).rpartition("data.path=")[2])) == [
+        f"{name}/a.jsonl",
+        f"{name}/deep/b.jsonl",
+    ]
+
+
+def test_a_folder_whose_name_is_a_pattern_of_itself_alone_is_read(tmp_path: Path) -> None:
+    assert read(load(str(write(tmp_path / "why?", "a.jsonl")))) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("card", "reason"),
+    [
+        (b"---\nconfigs: [\n---\n", r"line 2: expected the node content"),
+        (b"---\nconfigs: 5\n---\n", "Expected configs to be a list"),
+        (b"Caf\xe9\n", r"it is no UTF-8 \(byte 0xe9 at 3\)"),
+    ],
+)
+def test_a_card_that_can_not_be_read_is_named(tmp_path: Path, card: bytes, reason: str) -> None:
+    (write(tmp_path, "a.jsonl") / "README.md").write_bytes(card)
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/README\.md, in which .*: {reason}.*\. Mend or move it"):
+        load(str(tmp_path))
+
+
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, "rows.parquet") / "rows.parquet"
     with pytest.raises(ConfigError, match=r"rows\.parquet: "):
