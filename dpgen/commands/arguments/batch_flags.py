@@ -1,6 +1,7 @@
 """Read the command line of `dpgen run-batch`: vLLM's flags, and dpgen's YAML files and key=value.
 
-Every flag becomes ``key=value`` of the configuration, so that the loader checks its value as any other.
+Every flag becomes ``key=value`` of the configuration, so that the loader checks its value as any other. A flag's
+value stands for itself, as in vLLM: no path is a list, and no `${` an interpolation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dpgen.commands.arguments.parser import describe_unknown
 from dpgen.config.checks import find_scheme
 from dpgen.config.options import find_type
 from dpgen.config.vllm import vllm_flags as flags
+from dpgen.config.yaml.layers import make_literal
 from dpgen.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
@@ -46,8 +48,9 @@ class BatchCommand:
     @property
     def arguments(self) -> list[str]:
         """Return the command line of `dpgen run` that does the same, but for the output file."""
-        own = [f"data.path={self.input_file}", "data.format=openai_batch", "output.format=openai_batch"]
-        own.append(f"run.dir={self.run_dir or self._find_default_run_dir()}")
+        path = f"./{self.input_file}" if self.input_file.startswith("[") else self.input_file  # a list begins so
+        own = [f"data.path={make_literal(path)}", "data.format=openai_batch", "output.format=openai_batch"]
+        own.append(f"run.dir={make_literal(self.run_dir or self._find_default_run_dir())}")
         return [*own, *self.overrides, *self.configuration]
 
     def _find_default_run_dir(self) -> str:
@@ -151,7 +154,7 @@ def _to_overrides(given: dict[str, list[str]]) -> list[str]:
             f"engine.reasoning_parser={name}",
         ]
     if modules := given.pop("lora-modules", None):
-        overrides.append(f"lora={json.dumps(dict(map(_read_adapter, modules)))}")
+        overrides.append(f"lora={json.dumps(make_literal(dict(map(_read_adapter, modules))))}")
         if given.get("enable-lora") == ["true"]:
             del given["enable-lora"]
     nested: dict[str, dict[str, object]] = {}
@@ -161,14 +164,16 @@ def _to_overrides(given: dict[str, list[str]]) -> list[str]:
             _insert(nested.setdefault(name, {}), path.split("."), _to_value(name, values[0]))
         else:
             overrides.append(_to_override(name, values))
-    overrides += [f"{_find_key(name)}={json.dumps(value)}" for name, value in nested.items()]
+    overrides += [f"{_find_key(name)}={json.dumps(make_literal(value))}" for name, value in nested.items()]
     return overrides
 
 
 def _to_override(name: str, values: list[str]) -> str:
     key = _find_key(name)
-    if key in ("model", "data.chat_template"):
-        return f"{key}={values[0]}"  # taken as it stands
+    if key == "model":
+        return f"{key}={make_literal(values[0])}"  # taken as it stands
+    if key == "data.chat_template":
+        return f"{key}={values[0]}"  # the same, with any ${ in it
     items = [_to_yaml(name, value) for value in values]
     return f"{key}=[{', '.join(items)}]" if name in flags.LISTS else f"{key}={items[0]}"
 
@@ -176,7 +181,7 @@ def _to_override(name: str, values: list[str]) -> str:
 def _to_yaml(name: str, text: str) -> str:
     if text[:1] in ("{", "[") and name not in flags.TEXTS:
         return text
-    return json.dumps(_to_value(name, text))
+    return json.dumps(make_literal(_to_value(name, text)))
 
 
 def _to_value(name: str, text: str) -> object:

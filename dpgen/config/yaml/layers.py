@@ -12,6 +12,7 @@ from dpgen.config.schema_source import SCHEMA_KEYS
 _PROMPT_TEXTS = ("data.template", "data.system_prompt", "data.chat_template", "data.tools")
 # `${` that no interpolation of OmegaConf begins with: ``$${{``, ``^\\d+${``.
 _NO_INTERPOLATION = re.compile(r"(\\*)\$\{(?!\s*[\w.\[$])")
+_INTERPOLATION = re.compile(r"(\\*)\$\{(?=\s*[\w.\[$])")
 _ESCAPED_DOLLAR = r"\1\1\\${"  # backslashes before ${ count twice in OmegaConf
 _ANY_DOLLAR = re.compile(r"(\\*)\$\{")
 
@@ -33,6 +34,11 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
 def escape_dollars(value: Any) -> Any:
     """Return a value whose texts stand for themselves, each `${` included."""
     return _escape(value, _ANY_DOLLAR)
+
+
+def make_literal(value: Any) -> Any:
+    """Return a value for the command line whose texts stand for themselves: no `${` in them is an interpolation."""
+    return _escape(value, _INTERPOLATION)
 
 
 def _escape(value: Any, pattern: re.Pattern[str]) -> Any:

@@ -118,6 +118,16 @@ def test_keys_at_the_end_stand_over_the_flags_and_the_run_directory_is_next_to_t
     assert load_batch_config(command.arguments).run.dir == "elsewhere"
 
 
+@pytest.mark.parametrize("name", ["[1].jsonl", "${x}.jsonl", "${oc.env:HOME}", r"a\${b}.jsonl", "a$${.jsonl", "a #1"])
+def test_what_a_flag_says_stands_for_itself(name: str) -> None:
+    names = f"-i {name}|-o {name}.out|--model {name}|--tokenizer {name}|--lora-modules a={name}"
+    given = [part for pair in names.split("|") for part in pair.split(" ", 1)]
+    config = load_batch_config(parse_batch_flags([*given, "--override-generation-config.x", name]).arguments)
+    assert Path(config.data.path) == Path(name)
+    assert (config.run.dir, config.model, config.lora) == (f"{name}.out.run", name, {"a": name})
+    assert config.engine == {"tokenizer": name, "override_generation_config": {"x": name}}
+
+
 def test_yaml_files_stand_below_the_flags(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("run: {seed: 5}\nwork: {claim_rows: 3}\n")
     config = load_batch_config(parse_batch_flags([*FILES, str(tmp_path / "a.yaml"), "--seed", "1"]).arguments)
