@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dpgen.config.media.media_checks import check_media_dir
 from dpgen.config.schema import Config
+from dpgen.config.yaml.yaml_slips import write_names
 from dpgen.data.input_rows import InputRows
 from dpgen.data.prompts.columns import check_prompt_columns, select_prompt_columns
 from dpgen.errors import ConfigError, suggest_name
@@ -34,7 +35,7 @@ def check_columns(config: Config, rows: InputRows) -> None:
         if name in list_used_columns(config, [*columns, name]) or name in kept_columns:
             raise ConfigError(
                 f"column {name!r} can't be read: {reason}. Cast it, or if it isn't needed, leave it out: "
-                f"data.columns=[{','.join(columns)}]"
+                f"{write_names('data.columns', columns)}"
             )
     named = {f"sampling.from_columns.{field}": column for field, column in config.sampling_columns.items()}
     others = {"data.lora_column": config.data.lora_column, "work.hint_column": config.work.hint_column}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpgen.config.yaml.yaml_slips import write_names
 from dpgen.data.input_rows import InputRows
 from dpgen.data.saved_dataset import write_card
 from dpgen.errors import ConfigError, DpgenError, suggest_name
@@ -45,7 +46,7 @@ def check_output_columns(input_columns: list[str], dataset_format: DatasetFormat
             others = [column for column in input_columns if column not in added]
             raise ConfigError(
                 f"data.columns: the input's column {name!r} has the name of a result column. Keep only others: "
-                f"data.columns=[{','.join(others)}]"
+                f"{write_names('data.columns', others)}"
             )
     for name in dataset_format.kept_columns or ():
         if name not in input_columns:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from dpgen.config.yaml.yaml_slips import write_names
 from dpgen.data.input_rows import InputRows
 from dpgen.data.reading.python_values import get_item_type
 from dpgen.errors import ConfigError
@@ -62,7 +63,7 @@ def check_output_format(rows: InputRows, kept_columns: Sequence[str] | None, fil
             for name in large_integers
         ]
     others = [field.name for field in schema if field.name not in reasons]
-    remedy = f"Set output.format={other_format}, or keep only other columns: data.columns=[{','.join(others)}]"
+    remedy = f"Set output.format={other_format}, or keep only other columns: {write_names('data.columns', others)}"
     mistakes = [f"output.format={file_format} can't hold the column {name!r}: {why}" for name, why in reasons.items()]
     raise ConfigError(*(f"{mistake}. {remedy}" for mistake in mistakes))
 

@@ -6,6 +6,7 @@ import datetime
 import decimal
 import json
 import math
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from helpers.dataset_files import drop_all_results, make_rows, read_json_lines, 
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
+from dpgen.config.loader import load_from_args
 from dpgen.config.prompt import PromptConfig
 from dpgen.config.sections import DataConfig
 from dpgen.data.input_loading import load_input
@@ -280,6 +282,18 @@ def test_integers_that_other_programs_round_are_named() -> None:
     [note] = check_output_format(make_rows(make_column(pa.uint64(), 2**63 - 1, 2**63)), None, "jsonl")
     assert "column 'x': it holds an integer above 2^63 - 1 (row 1), which jq and pandas read" in note
     assert check_output_format(make_rows(make_column(pa.uint64(), 2**63 - 1, None)), None, "jsonl") == []
+
+
+@pytest.mark.parametrize(
+    "name", ["x, y", "b: c", "#d", "it's", '"q"', "${x}", "null", "-", "a]b", "a b", "ü", "", "1e3", "~", "a\u2028b"]
+)
+def test_the_remedy_can_be_pasted_into_a_shell(name: str) -> None:
+    rows = make_rows(pa.table({"x": [math.nan], "question": ["q"], name: ["a"]}))
+    with pytest.raises(ConfigError) as raised:
+        check_output_format(rows, None, "jsonl")
+    [argument] = shlex.split(str(raised.value).rpartition("only other columns: ")[2])
+    config = load_from_args(["model=m", "data.path=d", "data.prompt_column=q", "run.dir=r", argument])
+    assert config.data.columns == ["question", name]
 
 
 def test_an_input_that_changed_under_the_run_is_no_part_of_its_result(tmp_path: Path) -> None:

@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterable
 
 import yaml
+
+from dpgen.config.yaml.layers import make_literal
 
 _LINE_BREAKS = re.compile("\r\n|[\r\n\x85\u2028\u2029]")  # as PyYAML counts lines
 _ENTRY = re.compile(r"^\s*(?P<dashes>(?:- +)*)(?:(?P<key>[\w.-]+) *: +)?(?P<value>.*?)\s*$")
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""")
+_PLAIN_NAME = re.compile(r"(?!(?i:null)$)[^\W\d][\w.-]*")  # read as it is written in a list
 _MAX_EXCERPT = 100  # characters of a line
 
 # What a backslash and a letter stand for where no escapes are read. `\nabla` and `\text` are LaTeX.
@@ -78,6 +82,17 @@ def quote(text: str) -> str:
     if re.search(r"[\n\t\r]", text):
         return json.dumps(text, ensure_ascii=False)
     return "'" + text.replace("'", "''") + "'"
+
+
+def write_names(key: str, names: Iterable[str]) -> str:
+    """Return ``key=[a,b]`` to be pasted into a shell, with those names in quotes that YAML may read otherwise."""
+    texts = [name if _PLAIN_NAME.fullmatch(name) else _write_literal(name) for name in names]
+    argument = f"{key}=[{','.join(texts)}]"
+    return shlex.quote(argument) if any(text.startswith('"') for text in texts) else argument
+
+
+def _write_literal(text: str) -> str:
+    return json.dumps(make_literal(text), ensure_ascii=not text.isprintable())
 
 
 def has_unread_escape(text: str) -> bool:
