@@ -204,7 +204,10 @@ class JsonReader:
             return None
         if not all(isinstance(value, dict) for value in objects):
             return None
-        return _turn_columns(objects[0]) if len(objects) == 1 else objects
+        rows = _turn_columns(objects[0]) if len(objects) == 1 else objects
+        if not rows or rows[0] is not objects[0]:
+            self._note("one object over several lines is a table by columns; if it is one row, write it on one line")
+        return rows
 
     def _choose_decoder(self, text: str) -> json.JSONDecoder:
         return self._decoder if _LARGE_NUMBER.search(text) is None else self._range_decoder

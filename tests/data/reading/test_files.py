@@ -298,6 +298,17 @@ def test_a_card_that_can_not_be_read_is_named(tmp_path: Path, card: bytes, reaso
         load(str(tmp_path))
 
 
+def test_one_object_over_several_lines_that_is_read_as_a_table_is_noted(tmp_path: Path) -> None:
+    """pandas writes tables by columns, while other programs write a single row like this."""
+    row = {"question": [{"role": "user"}, {"role": "assistant"}]}
+    (tmp_path / "row.json").write_text(json.dumps(row))
+    (tmp_path / "table.json").write_text(json.dumps(row, indent=1))
+    assert load(f"{tmp_path}/row.json").describe([]) == "read 1 json file, 1 row, 1 column"
+    rows = load(f"{tmp_path}/table.json")
+    assert len(rows) == 2
+    assert "is a table by columns; if it is one row, write it on one line (first: " in rows.describe([])
+
+
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, "rows.parquet") / "rows.parquet"
     with pytest.raises(ConfigError, match=r"rows\.parquet: "):
