@@ -350,9 +350,9 @@ def _read_override(argument: str) -> YamlSource:
     if not equals or not _KEY.fullmatch(key):
         raise ConfigError(f"{argument!r} is neither a YAML file nor key=value{_suggest_argument(argument)}")
     if not is_utf8(argument):
-        raise ConfigError(
-            f"{key}: {argument!r} is no UTF-8: give it in the encoding of the terminal, or in a YAML file"
-        )
+        is_path = key == "data.path"
+        remedy = "name the file by a pattern, ? for such a byte" if is_path else "give it in a YAML file"
+        raise ConfigError(f"{key}: {argument!r} is no UTF-8: {remedy}, or in the encoding of the terminal")
     path = tuple(key.split("."))
     is_null = text in _NULLS and (find_type(key) == "str | None" or key == "data.chat_template")
     is_list = text.startswith("[") and key == "data.path"

@@ -150,6 +150,7 @@ WRONG = [
     (r"sampling.stop=[\u003c]", 'for the character write the item as "<", in double quotes'),
     ("sampling.stop=café\udce9", "is no UTF-8"),
     ("run.dir=café\udce9", "is no UTF-8"),
+    ("data.path=café\udce9", r"is no UTF-8: name the file by a pattern, \? for such a byte"),
     ('sampling.stop="\\ud83d"', "half of a surrogate pair"),
     ("sampling={n=2}", "a key and its value are written n: 2, not n=2"),
     ("sampling=n: 2", "for a mapping write 'sampling={n: 2}'"),

@@ -65,7 +65,14 @@ def find_files(path: str) -> list[str]:
         matches = _drop_repeated_folders(_match(expanded))
         files = [match for match in matches if os.path.isfile(match)]
         if not files:
-            raise ConfigError(f"data.path: no file matches {path}")
+            folder, name = os.path.split(expanded)
+            own = os.path.join(glob.escape(folder), name)
+            hint = (
+                f"; in the folder of that very name: data.path={own}"
+                if own != expanded and os.path.isdir(folder)
+                else ""
+            )
+            raise ConfigError(f"data.path: no file matches {path}{hint}")
         # With ** a folder is on the way to its files; without it, the files in a folder are not read.
         others = [match for match in matches if not os.path.isfile(match)]
         if "**" in path:

@@ -280,6 +280,13 @@ def test_a_folder_whose_name_is_a_pattern_is_refused_with_how_to_name_its_files(
     ]
 
 
+def test_a_glob_in_a_folder_whose_name_is_a_pattern_is_told_how_to_write_it(tmp_path: Path) -> None:
+    write(tmp_path, "in[1]/a.jsonl")
+    with pytest.raises(ConfigError, match=r"no file matches .*; in the folder of that very name: ") as raised:
+        load(f"{tmp_path}/in[1]/*.jsonl")
+    assert read(load(str(raised.value).rpartition("data.path=")[2])) == ["in[1]/a.jsonl"]
+
+
 def test_a_folder_whose_name_is_a_pattern_of_itself_alone_is_read(tmp_path: Path) -> None:
     assert read(load(str(write(tmp_path / "why?", "a.jsonl")))) == ["a.jsonl"]
 
