@@ -41,6 +41,8 @@ def get_latency_bin_end_s(bin: int) -> float:
 class ThroughputMeter:
     """Measure generated tokens per second over the last ten seconds, or a little more.
 
+    Steps may take longer than a short window: its rate is then of the last two samples.
+
     Args:
         window_s: over how many seconds.
         min_window_s: after how many seconds there is a rate; None for `window_s`.
@@ -48,11 +50,12 @@ class ThroughputMeter:
 
     def __init__(self, window_s: float = _WINDOW_S, *, min_window_s: float | None = None) -> None:
         self._window_s, self._min_window_s = window_s, window_s if min_window_s is None else min_window_s
+        self._max_gap_s = max(window_s, _WINDOW_S)  # between samples
         self._samples: deque[tuple[float, int]] = deque()  # (time in seconds, generated tokens so far)
 
     def record(self, now_s: float, num_generated_tokens: int) -> None:
         """Add the rank's generated tokens so far; call about once a second while the rank generates."""
-        if self._samples and now_s - self._samples[-1][0] > self._window_s:
+        if self._samples and now_s - self._samples[-1][0] > self._max_gap_s:
             self._samples.clear()  # the engine restarted or was idle meanwhile, which is no measure of its speed
         self._samples.append((now_s, num_generated_tokens))
         while len(self._samples) > 2 and now_s - self._samples[1][0] >= self._window_s:
@@ -67,7 +70,7 @@ class ThroughputMeter:
         if not self._samples:
             return UNKNOWN_RATE
         (first_s, first_tokens), (last_s, last_tokens) = self._samples[0], self._samples[-1]
-        if last_s - first_s < self._min_window_s or now_s - last_s > self._window_s:
+        if last_s - first_s < self._min_window_s or now_s - last_s > self._max_gap_s:
             return UNKNOWN_RATE
         return round((last_tokens - first_tokens) / (last_s - first_s))
 

@@ -89,3 +89,11 @@ def test_latencies_are_counted_in_bins_that_widen() -> None:
         latencies.record(seconds)
     assert sum(latencies.counts) == 6 and latencies.counts[0] == 2 and latencies.counts[24] == 2
     assert get_latency_bin_end_s(24) == 1.0 and latencies.counts[-1] == 1 and len(latencies.counts) == 84
+
+
+def test_steps_longer_than_the_window_have_a_rate() -> None:
+    meter = ThroughputMeter(2.0)
+    for step in range(4):
+        meter.record(2.3 * step, 23 * step)
+    assert meter.get_tokens_per_s(2.3 * 3 + 2.2) == 10
+    assert meter.get_tokens_per_s(2.3 * 3 + 11) == UNKNOWN_RATE
