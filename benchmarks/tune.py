@@ -30,6 +30,7 @@ SWEEP_ENGINES, SWEEP_SEQS = (1, 2, 3, 4), (64, 128, 256, 512, 1024)
 DEFAULT_SEQS = 1024  # of vLLM on these GPUs
 NOISE = 0.01  # standard deviation of a measured rate over the true one
 SAMPLE_S = 1.0
+FILL_S = 2.0  # for which the first engine runs all sequences that it can, with `parallel.engines_per_rank=auto`
 # Tokens/s of chat-like rows: (engines on the GPU, sequences of each) → measured.
 MEASURED = {
     "1 billion": {(1, 256): 35_656, (2, 256): 54_815, (3, 256): 59_520, (4, 192): 56_901},
@@ -116,6 +117,10 @@ class Engines:
         chat = WORKLOADS["chat-like"].sample(100_000, 1).astype(float)
         self._usual_context = _CHAT_PROMPT + (chat**2).mean() / (2 * chat.mean())
 
+    def __len__(self) -> int:
+        """Return the sequences in the engines."""
+        return len(self._left)
+
     def advance(self, seconds: float, limit: int) -> None:
         """Run for some time with `limit` sequences in each engine."""
         until_s = self.now_s + seconds
@@ -171,6 +176,10 @@ def run_trial(plan: TrialPlan, model: Model, workload: Workload, num_rows: int, 
     num_engines = plan.overrides.get(ENGINES_PER_RANK, model.num_engines)
     engines = Engines(model, workload, num_engines, seed=plan.number)
     largest = plan.overrides.get(MAX_NUM_SEQS, DEFAULT_SEQS)
+    if ENGINES_PER_RANK not in plan.overrides:  # auto: the first engine is full until the number is decided
+        engines.num_engines = 1
+        engines.advance(FILL_S, largest)
+        engines.num_engines = num_engines
     climb = Climb(plan, largest, num_engines, num_rows, -model.start_s)
     rates: list[float] = []
     while climb.reason is None:
@@ -178,7 +187,8 @@ def run_trial(plan: TrialPlan, model: Model, workload: Workload, num_rows: int, 
         engines.advance(SAMPLE_S, climb.limit)
         rates.append((engines.num_tokens - before[0]) / (engines.now_s - before[1]))
         rate = float(np.mean(rates[-2:])) * random.normal(1, NOISE) if len(rates) > 1 else None
-        climb.update(Sample(engines.now_s, rate, engines.num_rows, engines.num_tokens))
+        num_running = len(engines)
+        climb.update(Sample(engines.now_s, rate, engines.num_rows, engines.num_tokens, 0, num_running, num_running))
     return TrialResult(
         plan.number,
         dict(plan.overrides),
@@ -190,6 +200,9 @@ def run_trial(plan: TrialPlan, model: Model, workload: Workload, num_rows: int, 
         largest,
         num_ranks=1,
         num_engines=num_engines,
+        tokens_per_row=climb.tokens_per_row,
+        num_tokens=engines.num_tokens,
+        num_finished=engines.num_rows,
         reason=climb.reason,
     )
 

@@ -89,7 +89,7 @@ def _run_job(folder: Path, number: int, rank: int, job: RankJob, keepers: Keeper
         on_complete=lambda group, config: _share_result(group, config) if job.result_on == "all" else None,
         report=report,
         keepers=keepers,
-        trial=None if job.trial is None else TrialProbe(job.trial, rank),
+        trial=None if job.trial is None else TrialProbe(job.trial, rank, max_tokens=_find_max_tokens(job.config)),
     )
     status = run_rank(load, (), steps)
     _restore_signals()
@@ -105,6 +105,15 @@ def _run_job(folder: Path, number: int, rank: int, job: RankJob, keepers: Keeper
         write_to_stderr(redact_text("\n".join(outcome.messages)))
         write_to_stderr(f"rank {rank} can't report this in {folder}: {error.strerror}")
         os._exit(1)
+
+
+def _find_max_tokens(config: Config | DpgenError) -> float:
+    """Return the most tokens of every sequence; 0 where rows have limits of their own, or several calls."""
+    if isinstance(config, DpgenError) or config.program.function is not None:
+        return 0.0
+    is_own = "max_tokens" in config.sampling_columns or config.prompt.request_column is not None
+    limit = None if is_own else config.sampling.get("max_tokens")
+    return float(limit) if isinstance(limit, int) else 0.0
 
 
 def _get_config(job: RankJob) -> Config:

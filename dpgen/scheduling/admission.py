@@ -56,6 +56,11 @@ class AdmissionController:
         return (id.row for id in self._in_flight)
 
     @property
+    def num_seqs(self) -> int:
+        """Sequences in flight."""
+        return self._num_seqs
+
+    @property
     def oldest_admitted_s(self) -> float | None:
         """Time at which the oldest row in flight was admitted; None if no row is in flight."""
         return next(iter(self._in_flight.values()))[0] if self._in_flight else None

@@ -345,6 +345,9 @@ class GenerationLoop:
         self._local.num_reshard_requests = int(is_stranded)
         self._local.num_groups_measured = self._source.num_groups_measured
         self._local.num_unfinished_ranks = int(self._has_work)
+        self._local.num_ranks_without_engine = int(self._engine.is_abandoned)
+        self._local.num_running_rows = self._results.num_begun or len(self._admission)
+        self._local.num_running_seqs = self._admission.num_seqs
         self._local.num_unclaimed = self._source.refresh_own_remaining()
         # The engine returns a rejected row immediately. A row that stays is being generated, and may succeed.
         oldest_s = self._admission.oldest_admitted_s

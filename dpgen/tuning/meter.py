@@ -21,6 +21,7 @@ class Sample:
         tokens_per_s: generated over the last `RATE_WINDOW_S`; None where not all ranks have one.
         num_rows, num_tokens: finished rows, and generated tokens, since the start of the attempt.
         num_preemptions: since the start of the attempt.
+        num_running_seqs, num_running_rows: sequences in the engines now, and the rows that they belong to.
         is_running_out: no rank finds rows to claim any more, so that the engines run empty.
     """
 
@@ -29,6 +30,8 @@ class Sample:
     num_rows: int
     num_tokens: int
     num_preemptions: int = 0
+    num_running_seqs: int = 0
+    num_running_rows: int = 0
     is_running_out: bool = False
 
 
@@ -43,6 +46,8 @@ class SteadyMeter:
     Attributes:
         num_settling_rows: rows to finish before the engines count as settled, over all ranks.
         max_settle_s, max_measure_s: the most that either part takes.
+        num_surplus_rows: of those to finish, the rows of sequences beyond the number to measure. Before they are
+            finished, nothing is measured at all.
         best_tokens_per_s: of the settings measured before; one that is surely slower is not measured to the end.
     """
 
@@ -50,6 +55,7 @@ class SteadyMeter:
     max_settle_s: float
     max_measure_s: float
     best_tokens_per_s: float = 0.0
+    num_surplus_rows: int = 0
     is_settled: bool = False
     is_loser: bool = False
     _first: Sample | None = None
@@ -68,22 +74,29 @@ class SteadyMeter:
         if self._start is None:
             if sample.tokens_per_s is not None and elapsed_s >= RATE_WINDOW_S:
                 self._early_rates.append(sample.tokens_per_s)
-            has_turned = sample.num_rows - self._first.num_rows >= self.num_settling_rows
-            self.is_settled = has_turned and self._is_flat
-            if elapsed_s >= RATE_WINDOW_S and (self.is_settled or elapsed_s >= self.max_settle_s):
-                self._start = sample
+            num_finished = sample.num_rows - self._first.num_rows
+            self.is_settled = num_finished >= self.num_settling_rows and self._is_flat
+            is_over = elapsed_s >= self.max_settle_s and num_finished >= self.num_surplus_rows
+            if elapsed_s >= RATE_WINDOW_S and (self.is_settled or is_over):
+                self._start = self._last = sample
             return
+        assert self._last is not None
+        is_new = sample.num_tokens != self._last.num_tokens or not sample.tokens_per_s  # steps may be longer than 1 s
         self._last = sample
-        if sample.tokens_per_s is not None and sample.now_s - self._start.now_s >= RATE_WINDOW_S - 0.1:
+        if sample.tokens_per_s is not None and is_new and sample.now_s - self._start.now_s >= RATE_WINDOW_S - 0.1:
             self._rates.append(sample.tokens_per_s)
+
+    def hurry(self, max_measure_s: float) -> None:
+        """Measure now, and no longer than this."""
+        self.max_settle_s, self.max_measure_s = 0.0, min(self.max_measure_s, max_measure_s)
 
     @property
     def _is_flat(self) -> bool:
         """Return True if the last third of the rates so far is about as high as the third before."""
         third = -(-len(self._early_rates) // 3)
-        if len(self._early_rates) < 2:
-            return False
         last, before = self._early_rates[-third:], self._early_rates[-2 * third : -third]
+        if len(self._early_rates) < 2 or not sum(before):
+            return False
         change = sum(last) / len(last) * len(before) / sum(before) - 1
         return abs(change) <= _FLAT * (1 + 1 / third)  # a few rates are noise
 
@@ -101,8 +114,13 @@ class SteadyMeter:
 
     @property
     def elapsed_s(self) -> float:
-        """Return the seconds from the first sample to the last."""
+        """Return the seconds from the first sample to the last that was measured."""
         return 0.0 if self._first is None or self._last is None else self._last.now_s - self._first.now_s
+
+    @property
+    def newest_tokens_per_s(self) -> float:
+        """Return the newest rate, whether settled or not; 0 for none."""
+        return next(iter([*self._rates[-1:], *self._early_rates[-1:]]), 0.0)
 
     @property
     def has_rate(self) -> bool:

@@ -22,7 +22,7 @@ from dpgen.scheduling.generation_loop import LoopConfig
 from dpgen.scheduling.interfaces import Engine
 from dpgen.scheduling.progress.throughput import UNKNOWN_RATE
 from dpgen.scheduling.progress.totals import Totals
-from dpgen.tuning.climb import Climb
+from dpgen.tuning.climb import Climb, choose_start_limit
 from dpgen.tuning.meter import RATE_WINDOW_S, Sample
 from dpgen.tuning.trial import TrialPlan, TrialResult, get_trial_path
 
@@ -34,12 +34,15 @@ _LIMIT = "dpgen/tuning"  # store key: below it, for each trial, the sequences th
 class LimitedEngine:
     """Pass everything to an engine, but run fewer sequences.
 
+    Args:
+        choose_limit: returns the limit until there is another, given what each engine process can run.
+
     Attributes:
-        limit: of each engine process; None for what the engine can run.
+        limit: of each engine process; None for that of `choose_limit`.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, choose_limit: Callable[[int], int]) -> None:
+        self._engine, self._choose_limit = engine, choose_limit
         self.limit: int | None = None
 
     @property
@@ -60,9 +63,12 @@ class LimitedEngine:
 
     @property
     def max_num_seqs(self) -> int:
-        if self.limit is None:
+        # While `engines_per_rank: auto` measures how many pay, the first engine has to be full.
+        is_counting = self.limit is None and getattr(getattr(self._engine, "count", None), "is_auto", False)
+        if is_counting or not self._engine.max_num_seqs:
             return self._engine.max_num_seqs
-        return min(self._engine.max_num_seqs, self.limit * self.num_engines)
+        limit = self._choose_limit(self.largest) if self.limit is None else self.limit
+        return min(self._engine.max_num_seqs, limit * self.num_engines)
 
     @property
     def is_abandoned(self) -> bool:
@@ -81,6 +87,7 @@ class TrialProbe:
     Args:
         rank: of this process.
         clock, wall_clock: in seconds.
+        max_tokens: as of `Climb`.
 
     Attributes:
         stop_reason: why the trial is over; None while it goes on.
@@ -92,8 +99,10 @@ class TrialProbe:
         rank: int,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        max_tokens: float = 0.0,
     ) -> None:
-        self._plan, self._rank, self._clock, self._wall_clock = plan, rank, clock, wall_clock
+        self._plan, self._rank, self._max_tokens = plan, rank, max_tokens
+        self._clock, self._wall_clock = clock, wall_clock
         self.stop_reason: str | None = None
         self._climb: Climb | None = None
         self._num_remaining = 0
@@ -103,7 +112,8 @@ class TrialProbe:
         self, engine: Engine, group: RankGroup, config: LoopConfig, stop_reason: Callable[[], str | None]
     ) -> tuple[Engine, LoopConfig, Callable[[], str | None]]:
         """Return what the loop is to use in a trial in place of its engine, its settings and its reason to stop."""
-        self._engine, self._group = LimitedEngine(engine), group
+        self._engine = LimitedEngine(engine, lambda largest: choose_start_limit(self._plan, largest))
+        self._group = group
         # No row waits in the engine, which would run it.
         config = dataclasses.replace(config, reserve_rows=0, rate_window_s=RATE_WINDOW_S)
         return self._engine, config, lambda: stop_reason() or self.stop_reason
@@ -120,12 +130,14 @@ class TrialProbe:
             self._engine.limit = limit or None
             return
         if self._climb is None:
-            if not self._engine.has_all_engines:
+            if not self._engine.has_all_engines and not totals.num_ranks_without_engine:
                 return
             self._climb = self._make_climb()
             self._set_limit(self._climb.limit)
         climb = self._climb
         num_stages = len(climb.stages)
+        if totals.num_ranks_without_engine and climb.reason is None:
+            climb.fail(self._describe_loss(totals))
         climb.update(self._make_sample(totals))
         if climb.limit != self._engine.limit:
             self._set_limit(climb.limit)
@@ -138,7 +150,14 @@ class TrialProbe:
         # The start-up counts: the trial began before this process's clock did.
         began_s = self._begin_s - self._start_s
         num_engines = self._engine.num_engines * self._group.size
-        return Climb(self._plan, self._engine.largest, num_engines, self._num_remaining, began_s)
+        largest, rows = max(1, self._engine.largest), self._num_remaining
+        return Climb(self._plan, largest, num_engines, rows, began_s, self._max_tokens)
+
+    def _describe_loss(self, totals: Totals) -> str:
+        """Return which ranks have no engine, as far as their rates tell: the others' rates are not the job's."""
+        lost = [str(rank) for rank, rate in enumerate(totals.rates) if rate == UNKNOWN_RATE]
+        which = f"rank {', '.join(lost)}" if len(lost) == totals.num_ranks_without_engine else "a rank"
+        return f"{which} has no engine any more: it died too often, see {self._logs}"
 
     def _make_sample(self, totals: Totals) -> Sample:
         rates = totals.rates
@@ -148,6 +167,8 @@ class TrialProbe:
             totals.num_rows,
             totals.num_generated_tokens,
             totals.num_preemptions,
+            totals.num_running_seqs,
+            totals.num_running_rows,
             is_running_out=totals.num_unclaimed == 0,
         )
 
@@ -155,6 +176,11 @@ class TrialProbe:
         before, self._engine.limit = self._engine.limit or 0, limit
         if self._group.size > 1:
             self._group.checked_store.add(self._limit_key, limit - before)
+
+    @property
+    def _logs(self) -> Path:
+        """Return RUN_DIR/logs, where each engine has its log."""
+        return Path(self._plan.folder).parent / "logs"
 
     @property
     def _limit_key(self) -> str:
@@ -174,6 +200,11 @@ class TrialProbe:
             num_engines=self._engine.num_engines * self._group.size,
             num_prompt_tokens=totals.num_prompt_tokens,
             num_cached_tokens=totals.num_cached_tokens,
+            num_tokens=totals.num_generated_tokens,
+            num_finished=totals.num_rows,
+            tokens_per_row=climb.tokens_per_row,
+            seqs_per_row=climb.seqs_per_row,
+            error=climb.error,
             reason=climb.reason or "",
         )
         folder = Path(self._plan.folder)

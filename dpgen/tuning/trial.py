@@ -102,6 +102,9 @@ class TrialResult:
         num_remaining: rows without a result before the trial.
         engine_max_num_seqs: what each engine was started with; 0 if it did not start.
         num_ranks, num_engines: that generated, over all GPUs.
+        num_tokens, num_finished: generated tokens, those of unfinished rows included, and finished rows.
+        tokens_per_row: what the trial makes of them, or of `max_tokens` while no row is finished; 0 if nothing tells.
+        seqs_per_row: of the engines' sequences.
         num_prompt_tokens, num_cached_tokens: of finished rows; the latter were in the prefix cache.
         error: why the trial found nothing; None if it has.
         reason: why it ended.
@@ -119,6 +122,10 @@ class TrialResult:
     num_engines: int = 1
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_tokens: int = 0
+    num_finished: int = 0
+    tokens_per_row: float = 0.0
+    seqs_per_row: float = 1.0
     error: str | None = None
     reason: str = ""
 

@@ -27,6 +27,33 @@ def run_climb(
     return climb
 
 
+class SlotEngine:
+    """Run rows of one length: each sequence gets 10 tokens a second, and begins as soon as a slot is free."""
+
+    def __init__(self, row_tokens: int, seqs_per_row: int = 1) -> None:
+        self._row_tokens, self._seqs_per_row = row_tokens, seqs_per_row
+        self._left: list[int] = []  # tokens that each row in the engine still lacks
+        self.now_s = self.num_rows = self.num_tokens = 0
+
+    def run_second(self, limit: int) -> Sample:
+        while len(self._left) * self._seqs_per_row < limit:
+            self._left.append(self._row_tokens - 7 * len(self._left) % self._row_tokens)  # of all ages
+        rate = 10.0 * len(self._left) * self._seqs_per_row
+        left = [tokens - 10 for tokens in self._left]
+        self._left = [tokens for tokens in left if tokens > 0]
+        self.now_s, self.num_tokens = self.now_s + 1, self.num_tokens + int(rate)
+        self.num_rows += len(left) - len(self._left)
+        num_rows = len(self._left)
+        return Sample(self.now_s, rate, self.num_rows, self.num_tokens, 0, num_rows * self._seqs_per_row, num_rows)
+
+    def run_climb(self, plan: TrialPlan, largest: int, **options: float) -> Climb:
+        climb = Climb(plan, largest, 1, 1_000_000, self.now_s, **options)
+        while climb.reason is None:
+            climb.update(self.run_second(climb.limit))
+            assert self.now_s < 10_000
+        return climb
+
+
 def get_limits(climb: Climb) -> list[int]:
     return [stage.max_num_seqs for stage in climb.stages]
 
@@ -65,8 +92,8 @@ def test_all_trials_together_stay_within_their_share_of_the_job(fraction: float)
 
     plan = TrialPlan(1, base_limit=64, budget=Budget(fraction=fraction))
     climb = run_climb(plan, 1024, get_rate, num_rows=20_000)
-    now_s = sum(stage.seconds for stage in climb.stages)
-    assert now_s <= fraction * climb.estimate_job_s() + 2
+    now_s, best = sum(stage.seconds for stage in climb.stages), max(stage.tokens_per_s for stage in climb.stages[:-1])
+    assert now_s <= fraction * 20_000 * ROW_TOKENS / best + 2, "the last is begun with what the ones before tell"
     assert len(climb.stages) >= 1
 
 
@@ -89,3 +116,50 @@ def test_limits_are_powers_around_the_first_and_the_largest() -> None:
     assert list_limits(64, 300) == [8, 16, 32, 64, 128, 256, 300]
     assert list_limits(4, 4) == [1, 2, 4]
     assert choose_next_limit({4: 10.0}, [4]) is None
+
+
+@pytest.mark.parametrize("num_before", [8, 400])
+def test_the_rate_of_a_stage_is_of_the_sequences_that_it_names(num_before: int) -> None:
+    engine = SlotEngine(row_tokens=300)
+    engine.run_second(num_before)  # more than the first stage has, where engines were full to be counted
+    climb = engine.run_climb(TrialPlan(1, start_limit=32, base_limit=16, budget=Budget(seconds=900)), 64)
+    assert get_limits(climb) == [32, 64, 16], "up, and then down to what is configured"
+    for stage in climb.stages:
+        assert stage.tokens_per_s == pytest.approx(10 * stage.max_num_seqs, rel=0.05), stage
+
+
+def test_fewer_sequences_are_not_begun_if_the_others_rows_would_outlast_the_budget() -> None:
+    engine = SlotEngine(row_tokens=600)
+    climb = engine.run_climb(TrialPlan(1, start_limit=64, base_limit=16, budget=Budget(seconds=70)), 64)
+    assert get_limits(climb) == [64]
+    assert climb.reason is not None and "32 sequences would have taken" in climb.reason
+
+
+def test_rows_of_several_samples_turn_as_fast_as_rows_of_one() -> None:
+    def measure(seqs_per_row: int) -> Climb:
+        engine = SlotEngine(row_tokens=300, seqs_per_row=seqs_per_row)
+        return engine.run_climb(TrialPlan(1, start_limit=64, climbs=False, budget=Budget(seconds=900)), 64)
+
+    one, eight = measure(1), measure(8)
+    assert eight.stages[0].is_settled and eight.stages[0].seconds < 2 * one.stages[0].seconds
+    assert eight.tokens_per_row == pytest.approx(8 * one.tokens_per_row, rel=0.25)
+
+
+def test_a_job_of_rows_too_long_to_be_finished_is_not_taken_for_a_short_one() -> None:
+    plan = TrialPlan(1, start_limit=8, climbs=False)
+    climb = SlotEngine(row_tokens=10**6).run_climb(plan, 8, max_tokens=10**6)
+    assert climb.estimate_job_s() == 10**12 / 80, "a million rows of as many tokens, 80 tokens/s"
+    assert not climb.stages[0].is_settled
+    climb = SlotEngine(row_tokens=10**6).run_climb(TrialPlan(1, start_limit=8), 16)
+    assert (climb.estimate_job_s(), get_limits(climb)) == (0, [8])
+    assert climb.reason == "no row was finished, which leaves open how long others take"
+
+
+@pytest.mark.parametrize(("budget", "most_s"), [(Budget(seconds=9), 13), (Budget(), 120)])
+def test_a_trial_without_a_rate_ends_and_says_so(budget: Budget, most_s: int) -> None:
+    climb, now_s = Climb(TrialPlan(1, budget=budget), 8, 1, 1000, 0.0), 0
+    while climb.reason is None:
+        now_s += 1
+        climb.update(Sample(now_s, None, 0, 0))
+        assert now_s <= most_s + 1
+    assert climb.error == climb.reason == f"the engines generated for {most_s} s, and told no rate"

@@ -39,7 +39,7 @@ def test_the_rows_at_the_end_do_not_count() -> None:
     meter = SteadyMeter(10, max_settle_s=10, max_measure_s=60)
     for second in range(30):
         rate = 1000.0 if second < 8 else 100.0
-        meter.add(Sample(float(second), rate, 50 * second, 0, is_running_out=second >= 8))
+        meter.add(Sample(float(second), rate, 50 * second, 1000 * second, is_running_out=second >= 8))
     assert meter.tokens_per_s == 1000
 
 
@@ -57,3 +57,11 @@ def test_what_is_surely_slower_is_not_measured_to_the_end() -> None:
     loser = SteadyMeter(10, 2, 100, best_tokens_per_s=1000)
     assert feed(loser, rates) < 10
     assert loser.is_loser
+
+
+def test_a_rate_that_is_told_again_counts_once() -> None:
+    meter = SteadyMeter(0, max_settle_s=2, max_measure_s=60)
+    for second in range(12):
+        step = second // 4  # of 4 s, and each second has the rate of the last one
+        meter.add(Sample(float(second), 1000.0 + step, 0, 4000 * step))
+    assert not meter.is_done, "two steps are not enough"

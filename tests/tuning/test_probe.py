@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from dpgen.distributed.group import InMemoryStore
 from dpgen.scheduling.generation_loop import LoopConfig
+from dpgen.scheduling.progress.throughput import UNKNOWN_RATE
 from dpgen.scheduling.progress.totals import Totals
 from dpgen.tuning.probe import TrialProbe
 from dpgen.tuning.trial import Budget, TrialPlan, read_trial
@@ -103,3 +105,25 @@ def test_a_run_whose_rows_run_out_is_left_to_finish(tmp_path: Path) -> None:
     assert leader.stop_reason is None
     found = read_trial(tmp_path, 1)
     assert found is not None and found.reason == "the rows ran out"
+
+
+def test_no_more_sequences_run_before_the_first_totals_than_are_measured_first(tmp_path: Path) -> None:
+    engine: Any = FakeEngine()
+    for probe in make_probes(tmp_path, Clock(), engine):
+        assert probe._engine.max_num_seqs == 16
+    engine.count = SimpleNamespace(is_auto=True)
+    for probe in make_probes(tmp_path, Clock(), engine):
+        assert probe._engine.max_num_seqs == 64, "full, while it is measured how many engines pay"
+
+
+def test_a_trial_that_loses_a_rank_fails_and_says_which(tmp_path: Path) -> None:
+    clock = Clock()
+    [leader, _] = make_probes(tmp_path, clock, FakeEngine())
+    for second in range(3):
+        clock.now_s += 1
+        totals = dataclasses.replace(make_totals(second, 1000), num_ranks_without_engine=second // 2)
+        leader.update(dataclasses.replace(totals, rates=(500, UNKNOWN_RATE)))
+    error = f"rank 1 has no engine any more: it died too often, see {tmp_path.parent}/logs"
+    assert leader.stop_reason == f"trial 1 has ended: {error}"
+    found = read_trial(tmp_path, 1)
+    assert found is not None and found.error == error

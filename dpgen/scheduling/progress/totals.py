@@ -22,6 +22,9 @@ class Totals:
         num_reshard_requests: ranks whose engine was abandoned while they had rows.
         num_groups_measured: see `RequestSource.should_reshard`.
         num_ranks_generating: ranks with a row in the engine for too long to be rejected.
+        num_ranks_without_engine: whose engine was abandoned.
+        num_running_rows: rows in the engines, or whose programs run.
+        num_running_seqs: sequences in the engines, those that wait there included.
         num_tried: see `LeadingErrorCheck`.
         num_calls: finished calls of rows' programs.
         num_rejected_tokens: generated tokens of samples that failed their checks.
@@ -43,6 +46,9 @@ class Totals:
     num_reshard_requests: int = 0
     num_groups_measured: int = 0
     num_ranks_generating: int = 0
+    num_ranks_without_engine: int = 0
+    num_running_rows: int = 0
+    num_running_seqs: int = 0
     num_tried: int = 0
     num_calls: int = 0
     num_rejected_tokens: int = 0
