@@ -5,7 +5,9 @@
 - A trial is worth its time only if the gain that it may bring saves more than a start of the engines costs, and if the
   budget holds a start and a measurement. So a short job is tuned by its first trial alone. Where even one start takes
   more than the budget's share of the job, the job is too short to tune, and the reason says so.
-- Nothing is chosen that was not measured. A change must be better by `MIN_GAIN`.
+- Nothing is chosen that was not measured. A change must be better by `MIN_GAIN`, and by more than the two rates may be
+  wrong: noise is no gain.
+- While no row was finished, the job's time may be unknown. Then nothing is concluded from it.
 - The same results give the same next trial: a search that is continued repeats no trial.
 """
 
@@ -16,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpgen.formatting import format_duration
-from dpgen.tuning.climb import MIN_GAIN
+from dpgen.tuning.climb import MIN_GAIN, MIN_ROWS
 from dpgen.tuning.meter import RATE_WINDOW_S
-from dpgen.tuning.space import ENGINES_PER_RANK, MAX_NUM_SEQS, TENSOR_PARALLEL, Candidate
+from dpgen.tuning.space import ENGINES_PER_RANK, MAX_NUM_SEQS, TENSOR_PARALLEL, Candidate, draws_others
 from dpgen.tuning.trial import Budget, Measurement, TrialPlan, TrialResult
 
 _MEASURE_S = 4 * RATE_WINDOW_S  # of a trial, beyond one turn of the rows in the engines
@@ -106,7 +108,7 @@ class Search:
         self.results.append(result)
         stage, before = result.best_stage, self.best
         is_better = stage is not None and (
-            before is None or (stage.is_settled and stage.tokens_per_s > (1 + MIN_GAIN) * before.stage.tokens_per_s)
+            before is None or (stage.is_settled and is_surely_faster(stage, before.stage))
         )
         if stage is not None and is_better:
             self.best = Choice({**result.overrides, MAX_NUM_SEQS: stage.max_num_seqs}, stage, result)
@@ -128,10 +130,16 @@ class Search:
             candidate = self._candidates.pop(0)
             if not self._is_possible(candidate):
                 continue
+            if not job_s and self.budget.seconds is None:
+                self.reason = (
+                    "no row was finished while it was measured, so the job's time is unknown: give --budget as a time, "
+                    "such as 10m"
+                )
+                return None
             if cost_s > left_s:
                 self.reason = self._describe_shortage(cost_s, left_s)
                 return None
-            if candidate.expected_gain * job_s >= self.start_s:
+            if not job_s or candidate.expected_gain * job_s >= self.start_s:
                 return candidate
         self.reason = "no further change promises to save more than a start of the engines costs"
         return None
@@ -170,10 +178,11 @@ class Search:
 
     @property
     def tokens_per_row(self) -> float:
-        """Return the generated tokens of a row, over all that was measured; 0 before that."""
-        stages = [stage for result in self.results for stage in result.stages]
-        num_rows = sum(stage.num_rows for stage in stages)
-        return sum(stage.num_tokens for stage in stages) / num_rows if num_rows else 0.0
+        """Return the generated tokens of a row, over all that was measured; 0 if nothing tells."""
+        num_rows = sum(result.num_finished for result in self.results)
+        if num_rows >= MIN_ROWS:
+            return sum(result.num_tokens for result in self.results) / num_rows
+        return next((result.tokens_per_row for result in self.results if result.tokens_per_row), 0.0)
 
     @property
     def job_s(self) -> float:
@@ -181,9 +190,10 @@ class Search:
         return 0.0 if self.best is None else self.estimate_job_s(self.best.stage.tokens_per_s)
 
     def estimate_job_s(self, tokens_per_s: float) -> float:
-        """Return the seconds that all rows without a result before tuning take at a rate."""
-        num_rows = max((result.num_remaining for result in self.results), default=0)
-        return num_rows * self.tokens_per_row / tokens_per_s
+        """Return the seconds that all rows without a result before tuning take at a rate; 0 if that is unknown."""
+        # A trial that draws other samples has a run of its own, in which no row is done.
+        own = [result.num_remaining for result in self.results if not draws_others(result.overrides)]
+        return max(own, default=0) * self.tokens_per_row / tokens_per_s
 
     def _count_engines_per_rank(self) -> int:
         assert self.best is not None
@@ -192,4 +202,11 @@ class Search:
     def _estimate_turn_s(self) -> float:
         assert self.best is not None
         stage, trial = self.best.stage, self.best.trial
-        return stage.max_num_seqs * trial.num_engines * self.tokens_per_row / stage.tokens_per_s
+        num_rows = stage.max_num_seqs * trial.num_engines / (trial.seqs_per_row or 1.0)
+        return num_rows * self.tokens_per_row / stage.tokens_per_s
+
+
+def is_surely_faster(stage: Measurement, other: Measurement) -> bool:
+    """Return True if a rate is above another by `MIN_GAIN`, and their 95 % confidence intervals are apart."""
+    gain = stage.tokens_per_s - other.tokens_per_s
+    return gain > max(MIN_GAIN * other.tokens_per_s, stage.half_width + other.half_width)

@@ -123,6 +123,11 @@ def find_changes(overrides: Mapping[str, Any]) -> Changes:
     return max((CHANGES[key] for key in overrides), key=order.index, default="speed")
 
 
+def draws_others(overrides: Mapping[str, Any]) -> bool:
+    """Return True if rows get other samples with some settings, so that they are another run's."""
+    return any(CHANGES.get(key) == "draws" for key in overrides)
+
+
 def find_base_limit(config: Config) -> int | None:
     """Return the sequences of each engine as the job is configured; None for the engine's default."""
     limit = config.engine.get("max_num_seqs")

@@ -24,7 +24,7 @@ class Row:
     Attributes:
         overrides: configuration key → value, where it differs from the configuration.
         better: over the first line's tokens/s, as a fraction; None for that line, and where nothing was measured.
-        gpu_hours: for the whole job, start-up included; 0 without GPUs.
+        job_s, gpu_hours: for the whole job, start-up included; None if unknown. The latter are 0 without GPUs.
     """
 
     trial: int
@@ -32,8 +32,8 @@ class Row:
     tokens_per_s: float | None
     half_width: float
     better: float | None
-    job_s: float
-    gpu_hours: float
+    job_s: float | None
+    gpu_hours: float | None
     is_best: bool
     note: str = ""
 
@@ -60,7 +60,8 @@ def list_rows(search: Search, base_limit: int | None, num_gpus: int) -> list[Row
         for stage in result.stages:
             is_base_limit = stage.max_num_seqs == (base_limit or _get_default_limit(search))
             overrides = own if is_base_limit else {**own, MAX_NUM_SEQS: stage.max_num_seqs}
-            job_s = search.estimate_job_s(stage.tokens_per_s) + result.start_s
+            generating_s = search.estimate_job_s(stage.tokens_per_s)
+            job_s = generating_s + result.start_s if generating_s else None
             rows.append(
                 Row(
                     result.number,
@@ -69,7 +70,7 @@ def list_rows(search: Search, base_limit: int | None, num_gpus: int) -> list[Row
                     stage.half_width,
                     None if base is None or stage is base else stage.tokens_per_s / base.tokens_per_s - 1,
                     job_s,
-                    job_s * num_gpus / 3600,
+                    None if job_s is None else job_s * num_gpus / 3600,
                     search.best is not None and stage is search.best.stage,
                     _describe_stage(stage),
                 )
@@ -168,7 +169,10 @@ def _format_row(row: Row, *, has_gpus: bool) -> tuple[str, ...]:
     if row.tokens_per_s is None:
         return str(row.trial), settings, "-", "-", "-", row.changes
     better = "-" if row.better is None else f"{100 * row.better:+.1f} %"
-    cost = f"{row.gpu_hours:,.2f}" if has_gpus else format_duration(row.job_s)
+    if row.job_s is None or row.gpu_hours is None:
+        cost = "unknown"
+    else:
+        cost = f"{row.gpu_hours:,.2f}" if has_gpus else format_duration(row.job_s)
     return str(row.trial), settings, f"{row.tokens_per_s:,.0f} ± {row.half_width:,.0f}", better, cost, row.changes
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from dpgen.tuning.search import Search
 from dpgen.tuning.space import ENGINES_PER_RANK, MAX_NUM_SEQS, TENSOR_PARALLEL, Candidate
+from dpgen.tuning.table import format_table, list_rows
 from dpgen.tuning.trial import Budget, Measurement, TrialPlan, TrialResult
 
 HOUR = Budget(seconds=3600)
@@ -14,7 +16,8 @@ HOUR = Budget(seconds=3600)
 
 def make_result(plan: TrialPlan, rate: float, wall_s: float = 30, num_rows: int = 100_000) -> TrialResult:
     stage = Measurement(plan.start_limit or 256, rate, 1.0, 1000, 200_000, 10.0)
-    return TrialResult(plan.number, dict(plan.overrides), (stage,), 10.0, wall_s, 1000, num_rows, 256)
+    result = TrialResult(plan.number, dict(plan.overrides), (stage,), 10.0, wall_s, 1000, num_rows, 256)
+    return dataclasses.replace(result, num_tokens=200_000, num_finished=1000)
 
 
 def run_search(search: Search, rates: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -40,6 +43,39 @@ def test_a_change_that_pays_stays_and_others_are_dropped() -> None:
     assert tried == [{}, {"engine.a": 1}, {"engine.a": 1, "engine.b": 1}, {"engine.a": 1, "engine.c": 1}]
     assert search.best is not None
     assert dict(search.best.overrides) == {"engine.a": 1, MAX_NUM_SEQS: 256}, "half a per cent is no gain"
+
+
+def test_noise_is_no_gain() -> None:
+    search = make_search([Candidate({"engine.a": 1}, 0.1), Candidate({"engine.b": 1}, 0.1)])
+    for rate, half_width in [(1000.0, 15.0), (1025.0, 15.0), (1035.0, 15.0)]:
+        plan = search.propose()
+        assert plan is not None
+        stage = Measurement(256, rate, half_width, 1000, 200_000, 10.0)
+        search.record(dataclasses.replace(make_result(plan, rate), stages=(stage,)))
+    assert search.best is not None
+    assert dict(search.best.overrides) == {"engine.b": 1, MAX_NUM_SEQS: 256}, "only the last is surely faster"
+
+
+def test_nothing_is_concluded_from_a_job_whose_time_is_unknown() -> None:
+    for budget, num_trials in [(Budget(), 1), (HOUR, 2)]:
+        search = make_search([Candidate({"engine.a": 1}, 0.1)], budget)
+        while (plan := search.propose()) is not None:
+            search.record(dataclasses.replace(make_result(plan, 1000), num_tokens=0, num_finished=0))
+        assert len(search.results) == num_trials, "a budget in seconds is known in any case"
+        row = list_rows(search, 256, num_gpus=1)[0]
+        assert (row.job_s, row.gpu_hours) == (None, None)
+        assert "unknown" in list(format_table([row], has_gpus=True))[1]
+        assert ("the job's time is unknown: give --budget as a time" in search.reason) == (budget is not HOUR)
+
+
+def test_a_trial_in_a_run_of_its_own_does_not_lengthen_the_job() -> None:
+    speculative = {"engine.speculative_config": {"method": "ngram"}}
+    search = make_search([Candidate(speculative, 0.1)])
+    for num_remaining in (1000, 50_000):  # most rows of the run are done
+        plan = search.propose()
+        assert plan is not None
+        search.record(make_result(plan, 1000.0, num_rows=num_remaining))
+    assert search.job_s == 1000 * 200 / 1000
 
 
 def test_one_engine_more_is_tried_after_one_that_paid() -> None:

@@ -26,7 +26,8 @@ def search() -> Search:
         Measurement(1024, 8_000.0, 70.0, 100, 20_000, 9.0, is_loser=True),
     )
     search.propose()
-    search.record(TrialResult(1, {}, stages, 20.0, 60.0, 4000, 1_000_000, 1024))
+    result = TrialResult(1, {}, stages, 20.0, 60.0, 4000, 1_000_000, 1024, num_tokens=800_000, num_finished=4000)
+    search.record(result)
     search.propose()
     search.record(TrialResult(2, {MAX_NUM_SEQS: 512, BATCHED: 16384}, error="CUDA out of memory", wall_s=30.0))
     search.reason = "the budget is used up"
