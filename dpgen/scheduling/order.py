@@ -46,6 +46,9 @@ _ORDER_NAMES = {
 # Of rows that are only read, the shortest come last, so that all ranks end within one short step of each other.
 _LAST_FRACTION, _MAX_LAST_ROWS = 16, 4096
 
+# Neighbours of a file that stay together on a shard in a mixed order: fewer where these would be few blocks.
+_BLOCK_ROWS, _MIN_BLOCKS = 64, 64
+
 PromptTextFn = Callable[[int, Mapping[str, Any]], str]
 
 
@@ -57,8 +60,8 @@ class RowOrder:
         rows: row indices, int64[num_rows].
         kind: "dataset", "longest_first", "prefix" or "mixed".
         reason: why or by what, to follow the name of the kind in a log line; may be empty.
-        groups: positions in `rows` where each prefix group begins, int64[num_groups]; None unless `kind` is "prefix".
-        weights: each row's work in arbitrary units, float64[num_rows]; None unless `kind` is "prefix".
+        groups: positions in `rows` where each prefix group begins, int64[num_groups]; None in other orders.
+        weights: each row's work in arbitrary units, float64[num_rows]; None where `groups` is.
         lengths: expected length of each row in any unit, the longest first, float32[num_rows]; None where it is not
             known, or where the rows are in another order.
         prompt_groups: rows with the same prompt, where lengths are measured on probes; None where they are not.
@@ -139,20 +142,25 @@ class RowOrder:
         """Return the rows so that any number of them from the front is spread evenly over all parts of this order.
 
         So they have the lengths of all rows, in the same mix, as far as this order knows lengths, and so has any run of
-        them, also in one of several shards. Rows of a prefix group stay together. Nothing is measured on probes.
+        them, also in one of several shards. Rows of a prefix group stay together, and so do neighbours of a file: as
+        many find their prefix in the cache as in this order. Nothing is measured on probes.
 
         Args:
             num_shards: shards that the rows will be dealt to, in turn.
             num_last: rows at the end that stay there; none where rows are grouped.
         """
-        if self.groups is None:
+        starts, everything = self.groups, np.arange(len(self.rows))
+        if self.kind == "dataset":
+            block_rows = min(_BLOCK_ROWS, len(self.rows) // (_MIN_BLOCKS * num_shards)) * num_shards
+            starts = everything[:: max(1, block_rows)]
+        if starts is None:
             num_mixed = len(self.rows) - num_last
-            rows = np.append(self.rows[spread_evenly(num_mixed, num_shards)], self.rows[num_mixed:])
+            positions = np.append(spread_evenly(num_mixed, num_shards), everything[num_mixed:])
         else:
-            bounds = np.append(self.groups, len(self.rows))
-            places = spread_evenly(len(self.groups)).tolist()
-            rows = np.concatenate([self.rows[:0], *(self.rows[bounds[at] : bounds[at + 1]] for at in places)])
-        return RowOrder(rows, "mixed", f"(spread over {self.description})")
+            parts = np.split(everything, starts[1:])
+            positions = np.concatenate([everything[:0], *(parts[at] for at in spread_evenly(len(starts)).tolist())])
+        groups, weights = self._regroup(positions)
+        return RowOrder(self.rows[positions], "mixed", f"(spread over {self.description})", groups, weights)
 
     def append(self, rows: np.ndarray) -> RowOrder:
         """Return the order with further rows at its end, each a group of its own where rows are grouped."""
@@ -217,19 +225,21 @@ def order_rows(config: OrderConfig, rows: InputRows, remaining: np.ndarray, text
     Raises:
         SlowRow: `text_of` raised RenderTimeout.
     """
-    if config.work.order == "dataset" or len(remaining) < 2:
-        return RowOrder(remaining).mix(config.num_shards) if config.is_mixed else RowOrder(remaining)
-    if config.prompt.call_column is not None:
-        return _order_without_prompts(config, rows, remaining)
-    order = _order_rows(config.drop_empty_hint(rows, sample_rows(remaining)), rows, remaining, text_of)
+    reads_prompts = config.work.order != "dataset" and len(remaining) > 1 and config.prompt.call_column is None
+    if reads_prompts:
+        order = _order_rows(config.drop_empty_hint(rows, sample_rows(remaining)), rows, remaining, text_of)
+    else:
+        order = _order_without_prompts(config, rows, remaining)
     if config.is_mixed:
         order = order.mix(config.num_shards)
-    if not config.adapters.exceeds_slots:
+    if not (reads_prompts and config.adapters.exceeds_slots):
         return order
     return order.sort_by_adapter(group_by_adapter(config.adapters, rows, remaining))
 
 
 def _order_without_prompts(config: OrderConfig, rows: InputRows, remaining: np.ndarray) -> RowOrder:
+    if config.work.order == "dataset" or len(remaining) < 2:
+        return RowOrder(remaining)
     if config.work.hint_column is not None:
         return _order_by_hint(config, rows, remaining, config.work.hint_column)
     return RowOrder(remaining, reason="because a program's calls are known when it makes them")

@@ -440,7 +440,7 @@ def test_every_batch_of_rows_that_are_only_read_has_texts_of_all_lengths(num_sha
 def test_on_any_number_of_ranks_any_batch_of_a_mixed_order_is_spread_over_all_rows(num_lost: int) -> None:
     for num_ranks in (8, 16, 69, 138, 268, 511, 512, *range(20, 512, 16)):
         num_left = num_ranks - num_lost
-        order = RowOrder(np.arange(num_left * 4 * 64)).mix(num_ranks)
+        order = RowOrder(np.arange(num_left * 4 * 64), "longest_first").mix(num_ranks)
         spec = order.shard(num_left, 64)
         shards = np.array([spec.take(order.rows, shard) for shard in range(num_left)])
         batches = shards.reshape(num_left, 4, 64).mean(axis=2) / order.rows.size
@@ -478,3 +478,41 @@ def test_rows_with_the_same_prefix_stay_together_in_a_mixed_order() -> None:
     rows = make_questions(5)
     order = find_order(dataclasses.replace(make_config("prefix"), is_mixed=True), rows)
     assert count_changes([rows[row]["document"] for row in order.rows]) == len(DOCUMENTS) - 1
+
+
+def count_hits(order: RowOrder, num_shards: int, group_rows: int) -> float:
+    """Return the share of rows whose group has an earlier row in the same shard, at most 512 rows before."""
+    num_hits, spec = 0, order.shard(num_shards, 32)
+    for shard in range(num_shards):
+        seen: dict[int, int] = {}
+        for place, row in enumerate(spec.list_rows(order.rows, shard).tolist()):
+            num_hits += place - seen.get(row // group_rows, -512) < 512
+            seen[row // group_rows] = place
+    return num_hits / len(order.rows)
+
+
+@pytest.mark.parametrize("num_shards", [1, 8])
+@pytest.mark.parametrize("kind", ["prefix", "dataset"])
+def test_in_a_mixed_order_as_many_rows_find_their_prefix_as_in_a_run(kind: str, num_shards: int) -> None:
+    rows, group_rows = np.arange(40_000), 8 if kind == "prefix" else 8 * num_shards
+    order = RowOrder(rows)
+    if kind == "prefix":
+        order = RowOrder(rows, "prefix", "", rows[::group_rows], np.ones(len(rows)))
+    mixed = order.mix(num_shards)
+    assert sorted(mixed.rows) == rows.tolist()
+    assert count_hits(order, num_shards, group_rows) == 0.875
+    assert count_hits(mixed, num_shards, group_rows) > 0.86
+    spec = mixed.shard(num_shards, 32)
+    for shard in range(num_shards):
+        first = spec.list_rows(mixed.rows, shard)[:2048]
+        assert abs(first.mean() / len(rows) - 0.5) < 0.1, "the first rows stand for all"
+
+
+def test_rows_of_programs_are_mixed_in_a_trial() -> None:
+    rows = [{"hint": 1000 - row} for row in range(1000)]
+    prompt = PromptConfig(call_column="call")
+    for hint in (None, "hint"):
+        config = make_config(hint_column=hint, prompt=prompt)
+        assert find_order(config, rows).rows[:3].tolist() == [0, 1, 2]
+        mixed = find_order(dataclasses.replace(config, is_mixed=True), rows)
+        assert abs(mixed.rows[:100].mean() - 500) < 60
