@@ -174,6 +174,14 @@ def test_the_bound_is_that_of_the_engines_that_a_rank_had_and_not_of_those_at_it
     assert (engine.max_num_seqs, loop.measure_speed().max_num_seqs) == (2, 4)
 
 
+def test_totals_tell_the_rows_in_the_engines_and_their_sequences() -> None:
+    loop, planner, _ = make_loop(50, FakeEngine(max_num_seqs=8), config=LoopConfig(reserve_rows=0, num_samples=2))
+    seen: list[tuple[int, int]] = []
+    totals = loop.run(planner.plan(), lambda totals: seen.append((totals.num_running_rows, totals.num_running_seqs)))
+    assert seen[0] == (4, 8) and seen[-1] == (0, 0)
+    assert totals.num_ranks_without_engine == 0
+
+
 def test_a_loop_that_lost_a_rank_continues_with_a_new_plan_for_the_rows_that_nobody_has_begun() -> None:
     group = LossyGroup(["lost rank 3 (no heartbeat for 60 s)"])
     loop, planner, journal = make_loop(50, group=group)
