@@ -136,6 +136,21 @@ def find_fingerprint(rows: Fingerprinted, metadata: Mapping[str, Any]) -> dict[s
     return rows.fingerprint(None, None)
 
 
+def diff_input(rows: Fingerprinted, fingerprint: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[str]:
+    """Return how an input differs from a run's, as `diff_identities` does; empty if it has only grown at its end.
+
+    Args:
+        fingerprint: of all rows, in the version of run.json.
+        metadata: the content of run.json, which names an input.
+    """
+    stored, num_rows = metadata["identity"]["input"], get_num_rows(metadata)
+    differences = diff_identities(stored, json.loads(json.dumps(fingerprint)), "input")
+    if differences and num_rows is not None and num_rows < len(rows):
+        first_rows = rows.fingerprint(num_rows, get_fingerprint_version(metadata))
+        return differences if diff_identities(stored, json.loads(json.dumps(first_rows)), "input") else []
+    return differences
+
+
 def describe_hashed_files(rows: Fingerprinted, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `find_fingerprint` needs at the next start, for run.json."""
     return {"hashed_files": {"key": rows.key, "fingerprint": dict(fingerprint)}}

@@ -20,7 +20,7 @@ from dpgen.config.loader import load
 from dpgen.data.input_loading import load_input
 from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError, DpgenError, TransferStopped
-from dpgen.formatting import format_ranges, format_rows
+from dpgen.formatting import format_count, format_ranges, format_rows
 from dpgen.journal.reader import (
     JournalIndex,
     JournalReader,
@@ -31,7 +31,7 @@ from dpgen.journal.reader import (
     read_segment,
 )
 from dpgen.journal.run_dir import RunDir
-from dpgen.journal.run_identity import diff_identities, get_fingerprint_version
+from dpgen.journal.run_identity import diff_input, get_fingerprint_version
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_check import DatasetCheck, DatasetFindings, ResultLookup
 from dpgen.output.json_lines import JSONL_ENCODING
@@ -57,7 +57,7 @@ class VerificationReport:
         damaged_segments: file name → what is damaged.
         torn_segments: file name → bytes that a crash cut short.
         num_dataset_rows: rows in RUN_DIR/dataset; None if the dataset was not read.
-        input: "same", "differs" or "not checked".
+        input: "same" (rows after the run's aside), "differs" or "not checked".
         problems: one sentence each; any of them makes the result unsound.
         notes: one sentence each about things that cost no row, and about what could not be checked.
     """
@@ -191,19 +191,24 @@ def _count_failed(results: ResultLookup, report: VerificationReport) -> None:
 
 
 def _check_input(run_dir: RunDir, identity: Mapping[str, Any], report: VerificationReport) -> InputRows | None:
-    """Compare the input with run.json; return the input if it is the same."""
-    config_file = run_dir.path / "config.yaml"
+    """Compare the input with run.json; return the input if it is the same, or has only grown at its end."""
+    config_file, metadata = run_dir.path / "config.yaml", {"identity": identity}
     try:
         rows = load_input(load([str(config_file)], []).data)
-        fingerprint = rows.fingerprint(version=get_fingerprint_version({"identity": identity}))
+        fingerprint = rows.fingerprint(version=get_fingerprint_version(metadata))
+        differences = diff_input(rows, fingerprint, metadata)
     except (ConfigError, TransferStopped) as error:
         report.notes.append(f"the input was not checked: {error}")
         return None
-    differences = diff_identities(identity["input"], json.loads(json.dumps(fingerprint)), "input")
     report.input = "differs" if differences else "same"
     if differences:
         report.problems.append(f"the input has changed since the run: {'; '.join(differences)}")
-    return None if differences else rows
+        return None
+    if report.num_rows is not None and report.num_rows < len(rows):
+        report.notes.append(
+            f"the input has grown to {format_count(len(rows), 'row')}: the first {report.num_rows:,} are this run's"
+        )
+    return rows
 
 
 def _note_what_is_not_checked(

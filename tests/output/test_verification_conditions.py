@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.dataset_files import make_run
 
+from dpgen.config.loader import load
+from dpgen.config.schema import Config, to_yaml
 from dpgen.errors import DpgenError
 from dpgen.journal import reader as journal_reader
 from dpgen.journal.reader import JournalReader, index_journal, list_segments
@@ -516,6 +518,27 @@ def test_an_input_that_changed_or_is_gone_is_named(tmp_path: Path) -> None:
     report = check(run, check_input=True)
     assert (report.input, report.verdict) == ("not checked", "sound")
     assert report.notes[0].startswith("the input was not checked: data.path: no such file")
+
+
+def test_an_input_that_has_grown_at_its_end_is_the_same_and_its_columns_are_still_compared(run: Path) -> None:
+    config = load([str(run / "config.yaml")], [])
+    grown = run.parent / "grown.parquet"
+    (run / "config.yaml").write_text(to_yaml(replace_data_path(config, grown)))
+    pq.write_table(pa.concat_tables([TABLE, TABLE.slice(0, 2)]), grown)
+    report = check(run, check_input=True)
+    assert (report.verdict, report.problems, report.input) == ("sound", [], "same")
+    assert report.notes == [f"the input has grown to {ROWS + 2} rows: the first {ROWS} are this run's"]
+    change(list_files(run)[1], lambda rows: rows[0].update(prompt="other"))
+    assert check(run, check_input=True).problems == ["the dataset's prompt differs from the input's: 1 (4)"]
+    (run / "_SUCCESS").unlink()
+    assert check(run, check_input=True).verdict == "unfinished"
+    pq.write_table(pa.concat_tables([TABLE.slice(0, 2), TABLE]), grown)
+    report = check(run, check_input=True)
+    assert (report.verdict, report.input) == ("not sound", "differs")
+
+
+def replace_data_path(config: Config, path: Path) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path)))
 
 
 def test_a_run_in_which_no_row_succeeded_is_noted(tmp_path: Path) -> None:

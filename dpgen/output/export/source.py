@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from dpgen.errors import ConfigError, DpgenError
 from dpgen.formatting import format_count
 from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
 from dpgen.journal.run_dir import RunDir
-from dpgen.journal.run_identity import diff_identities, find_fingerprint, get_fingerprint_version, get_num_rows
+from dpgen.journal.run_identity import diff_input, find_fingerprint, get_num_rows
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_check import compute_batch_rows
 from dpgen.output.dataset_tables import DatasetTables
@@ -140,16 +139,11 @@ def _add_messages(dataset_format: DatasetFormat, config: Config) -> DatasetForma
 def _open_input(config: Config, metadata: Mapping[str, Any]) -> InputRows:
     """Return the input, which must be the run's, but may have grown at its end."""
     rows = load_input(config.data)
-    stored = metadata["identity"]["input"]
-    found = json.loads(json.dumps(find_fingerprint(rows, metadata)))
-    if differences := diff_identities(stored, found, "input"):
-        num_rows, version = stored["num_rows"], get_fingerprint_version(metadata)
-        has_grown = len(rows) >= num_rows and rows.fingerprint(num_rows, version) == stored
-        if not has_grown:
-            raise ConfigError(
-                f"the input has changed since the run, so its rows are no longer those of the results: "
-                f"{'; '.join(differences)}. Put data.path={config.data.path} back as it was"
-            )
+    if differences := diff_input(rows, find_fingerprint(rows, metadata), metadata):
+        raise ConfigError(
+            f"the input has changed since the run, so its rows are no longer those of the results: "
+            f"{'; '.join(differences)}. Put data.path={config.data.path} back as it was"
+        )
     return rows
 
 
