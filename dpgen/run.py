@@ -17,7 +17,7 @@ from dpgen.config.schema import Config
 from dpgen.data.input_rows import InputRows
 from dpgen.data.time_limit import RenderTimer
 from dpgen.distributed.agreement import check_same_job, find_what_names_stand_for, open_input
-from dpgen.distributed.attempt import begin_attempt, looks_resumable, read_job_start
+from dpgen.distributed.attempt import begin_attempt, looks_resumable, read_job_start, warn_of_other_settings
 from dpgen.distributed.engine_deaths import note_engine
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.layout import Layout, build_layout
@@ -302,6 +302,8 @@ class _Job:
         self._reporter.count_rows(num_rows, self._num_before)
         num_ranks = self._layout.num_engines if self._layout.has_shared_engine else self._group.size
         logger.info(describe_plan(self._attempt, num_rows, num_remaining, num_ranks))
+        if self._group.rank == 0:
+            warn_of_other_settings(self._run_dir, self._attempt, self._num_before)
         if num_remaining:
             self._startup.mark("rows to do")
             logger.info(str(self._planner.order))

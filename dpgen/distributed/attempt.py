@@ -3,7 +3,8 @@
 An attempt is one start of the job on a run directory. Its number is part of the names of the segments that it writes,
 so that no attempt ever appends to another one's. It follows from run.json, which every node's first rank writes before
 any segment is made; and from the segments' names, where run.json is lost or not of this node's attempts. Segments alone
-would not do: those without rows are removed. run.json also names the versions that each attempt ran with.
+would not do: those without rows are removed. run.json also names the versions that each attempt ran with, and the
+settings that run.resume=force has replaced.
 
 A run directory's small files have one writer: rank 0, and where rank 0 doesn't see the directory, the first rank of
 that node.
@@ -21,17 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpgen.config.environment import read_versions
 from dpgen.config.schema import Config
 from dpgen.distributed.group import RankGroup
 from dpgen.distributed.topology import read_boot_id
 from dpgen.errors import ConfigError, DpgenError
-from dpgen.journal.reader import last_attempt
+from dpgen.formatting import format_ranges
+from dpgen.journal.reader import last_attempt, list_attempts
 from dpgen.journal.row_notes import remove_notes
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.run_identity import (
     compute_run_identity,
     diff_identities,
+    diff_settings,
+    find_other_settings,
     get_fingerprint_version,
     get_num_rows,
 )
@@ -153,6 +159,22 @@ def begin_attempt(
     return attempt
 
 
+def warn_of_other_settings(run_dir: RunDir, attempt: int, num_done: int) -> None:
+    """Warn if this attempt replaces settings with which the rows were generated that run.resume=force keeps.
+
+    Args:
+        num_done: rows of the run that are not generated again.
+    """
+    metadata = run_dir.read_metadata()
+    if not num_done or str(attempt) not in metadata.get("earlier_identities", {}):
+        return
+    for attempts, differences in find_other_settings(metadata, list_attempts(run_dir.journal)):
+        logger.warning(
+            f"attempt {format_ranges(np.array(attempts))} ran with other settings ({'; '.join(differences)}), and "
+            f"run.resume=force keeps its rows: {num_done:,} are done. Choose another run.dir to generate all rows anew"
+        )
+
+
 def shares_run_dir(group: RankGroup, run_dir: Path) -> bool:
     """Return True if this rank's run directory is rank 0's. Collective.
 
@@ -188,12 +210,15 @@ def _record(
     metadata = run_dir.read_metadata()
     # If failed rows are retried, the result stays finished until the first of them is journaled. With other settings
     # (run.resume=force), it is no result of what run.json describes from now on.
-    if diff_identities(metadata.get("identity"), identity):
+    before = metadata.get("identity")
+    if diff_identities(before, identity):
         _translate_errors(run_dir.mark_unfinished, run_dir.path)
         remove_notes(run_dir.journal)
     run_dir.write_config(config)
     versions = _record_versions(metadata.get("versions"), attempt)
     fields = {"attempt": attempt, "dp_size": group.size, "versions": versions, "start": start.description}
+    if before and diff_settings(before, identity) and list_attempts(run_dir.journal):
+        fields["earlier_identities"] = {**(metadata.get("earlier_identities") or {}), str(attempt): before}
     fields["created"] = metadata.get("created", int(time.time()))  # when the run began, whatever the attempt
     run_dir.update_metadata(identity=identity, **fields)
 

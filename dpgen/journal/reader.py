@@ -148,6 +148,11 @@ def list_segments(journal_dir: Path) -> list[Path]:
     return [path for key, path in sorted((key, path) for key, path in named if key is not None)]
 
 
+def list_attempts(journal_dir: Path) -> list[int]:
+    """Return the attempts that have a segment in a journal directory, ascending."""
+    return sorted({_get_sort_key(path)[0] for path in list_segments(journal_dir)})
+
+
 def last_attempt(journal_dir: Path) -> int:
     """Return the highest attempt with a segment, or a note of a dead rank, in the directory; 0 if there is none."""
     names = [path.name for path in journal_dir.iterdir()] if journal_dir.is_dir() else []

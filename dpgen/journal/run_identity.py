@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -231,6 +231,31 @@ def diff_identities(before: Any, now: Any, path: str = "") -> list[str]:
     # Other versions recognised other secrets: what one of them removed can't be compared.
     is_same = before in (now, REMOVED) or redact_secrets(before) == now
     return [] if is_same else [f"{_to_config_key(path)}: {_truncate_json(before)} → {_truncate_json(now)}"]
+
+
+def diff_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the differences of two identities as `diff_identities` does, without those of the input."""
+    return diff_identities({**before, "input": None}, {**now, "input": None})
+
+
+def find_other_settings(metadata: Mapping[str, Any], attempts: Sequence[int]) -> list[tuple[list[int], list[str]]]:
+    """Return which attempts had settings that run.resume=force has replaced, and how these differ from the run's now.
+
+    Args:
+        metadata: the content of run.json.
+        attempts: those to look at.
+
+    Returns:
+        the attempts of the same settings, ascending, and the differences; settings that came back are none.
+    """
+    earlier, found, first = metadata.get("earlier_identities") or {}, [], 0
+    for number in sorted(map(int, earlier)):
+        group = sorted(attempt for attempt in attempts if first <= attempt < number)
+        differences = diff_settings(earlier[str(number)], metadata["identity"]) if group else []
+        if differences:
+            found.append((group, differences))
+        first = number
+    return found
 
 
 def _drop_neutral_options(identity: Mapping[str, Any]) -> Mapping[str, Any]:

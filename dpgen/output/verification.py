@@ -21,6 +21,7 @@ from dpgen.data.input_loading import load_input
 from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError, DpgenError, TransferStopped
 from dpgen.formatting import format_count, format_ranges, format_rows
+from dpgen.journal.format import parse_name
 from dpgen.journal.reader import (
     JournalIndex,
     JournalReader,
@@ -31,7 +32,7 @@ from dpgen.journal.reader import (
     read_segment,
 )
 from dpgen.journal.run_dir import RunDir
-from dpgen.journal.run_identity import diff_input, get_fingerprint_version
+from dpgen.journal.run_identity import diff_input, find_other_settings, get_fingerprint_version
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_check import DatasetCheck, DatasetFindings, ResultLookup
 from dpgen.output.json_lines import JSONL_ENCODING
@@ -99,6 +100,8 @@ def verify(path: Path, *, check_input: bool = True) -> VerificationReport:
     report = VerificationReport(str(path), is_finished=run_dir.is_finished)
     identity = _read_identity(run_dir, report)
     index, others = _check_journal(run_dir, report)
+    if identity:
+        _note_other_settings(index, run_dir.read_metadata(), report)
     rows = _check_input(run_dir, identity, report) if check_input and identity else None
     _note_what_is_not_checked(run_dir, report, has_input=rows is not None, check_input=check_input)
     with JournalReader(index) as reader, JournalReader(others) as other_reader:
@@ -164,6 +167,18 @@ def _check_journal(run_dir: RunDir, report: VerificationReport) -> tuple[Journal
     if len(missing) and report.is_finished:
         report.problems.append(f"the journal lacks rows, so their results can't be proven: {format_rows(missing)}")
     return index, others
+
+
+def _note_other_settings(index: JournalIndex, metadata: Mapping[str, Any], report: VerificationReport) -> None:
+    """Note the rows that were generated with settings that run.resume=force has replaced since."""
+    attempt_of_file = np.array([(parse_name(path.name) or (0,))[0] for path in index.files], np.int64)
+    attempt_of_row = attempt_of_file[index.file]
+    for attempts, differences in find_other_settings(metadata, np.unique(attempt_of_row).tolist()):
+        report.notes.append(
+            f"rows of attempt {format_ranges(np.array(attempts))}, which ran with other settings "
+            f"({'; '.join(differences)}), were kept by run.resume=force: "
+            f"{format_rows(index.row[np.isin(attempt_of_row, attempts)])}"
+        )
 
 
 def _find_duplicate_rows(segments: list[SegmentContents]) -> np.ndarray:

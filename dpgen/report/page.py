@@ -16,11 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpgen.config.secrets import redact_text
-from dpgen.formatting import escape_text, format_count, format_duration
+from dpgen.formatting import escape_text, format_count, format_duration, format_ranges
+from dpgen.journal.run_identity import find_other_settings
 from dpgen.report import charts
 from dpgen.report.distributions import describe_latencies, describe_lengths
 from dpgen.report.facts import ReportFacts, to_json
@@ -147,6 +149,7 @@ def _list_identity(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     engine = engine if isinstance(engine, Mapping) else {}
     input = identity.get("input")
     content = input.get("content") if isinstance(input, Mapping) else None
+    others = find_other_settings(metadata, range(1, int(metadata.get("attempt") or 0)))
     facts = {
         "model": identity.get("model"),
         "input's hash": content,
@@ -158,6 +161,7 @@ def _list_identity(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
         "longest sequence": engine.get("max_model_len"),
         "ranks": metadata.get("dp_size"),
         "attempts": metadata.get("attempt"),
+        **{f"other settings of attempt {format_ranges(np.array(group))}": "; ".join(lines) for group, lines in others},
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
 

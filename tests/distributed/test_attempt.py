@@ -13,7 +13,7 @@ import pytest
 from dpgen.config.schema import Config
 from dpgen.config.sections import DataConfig, RunConfig
 from dpgen.distributed import attempt as attempt_module
-from dpgen.distributed.attempt import begin_attempt, looks_resumable, read_job_start
+from dpgen.distributed.attempt import JobStart, begin_attempt, looks_resumable, read_job_start, warn_of_other_settings
 from dpgen.distributed.group import SingleRankGroup
 from dpgen.errors import DpgenError
 from dpgen.journal.row_notes import open_note
@@ -106,6 +106,32 @@ def test_an_attempt_with_other_versions_than_an_earlier_one_warns_and_both_are_r
     assert len(warnings) == 1 and "attempt 2" in warnings[0] and "vllm 0.31.0 → 0.32.0" in warnings[0], warnings
     recorded = run_dir.read_metadata()["versions"]
     assert [recorded[number]["vllm"] for number in ("1", "2", "3")] == ["0.31.0", "0.31.0", "0.32.0"]
+
+
+def test_rows_that_are_kept_with_other_settings_are_warned_of_until_the_settings_come_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir, group = RunDir(str(tmp_path / "run")), SingleRankGroup()
+
+    def begin_with(max_tokens: int, num_done: int = 1) -> list[str]:
+        caplog.clear()
+        config = dataclasses.replace(make_config(run_dir), sampling={"max_tokens": max_tokens})
+        start = JobStart("force", {})
+        number = begin_attempt(config, group, run_dir, compute_run_identity(config, INPUT), start)
+        warn_of_other_settings(run_dir, number, num_done)
+        return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+    begin_with(4), begin_with(5)
+    assert "earlier_identities" not in run_dir.read_metadata(), "no row was generated with 4"
+    journal = JournalWriter(run_dir.journal, 2, 0)
+    journal.append(RowResult(0))
+    journal.close()
+    [warning] = begin_with(9)
+    assert "attempt 2 ran with other settings (sampling.max_tokens: 5 → 9)" in warning and "1 are done" in warning
+    assert run_dir.read_metadata()["earlier_identities"]["3"]["sampling"] == {"max_tokens": 5}
+    assert begin_with(9) == [], "said once"
+    assert begin_with(5) == [], "the row is of these settings again, whatever was tried between"
+    assert begin_with(7, num_done=0) == [], "all rows are generated again"
 
 
 def test_a_run_json_of_an_older_version_names_no_versions_and_is_accepted(

@@ -106,6 +106,8 @@ def test_resume_force_resumes_with_other_settings_and_keeps_done_rows(
     assert forced.wait() == 0, forced.output
     reported = re.search(r"attempt 2: (\d+) of 60 rows are done, (\d+) remain", forced.output)
     assert reported, forced.output
+    [warning] = [line for line in forced.output.splitlines() if "WARNING" in line]
+    assert "sampling.max_tokens: 5 → 3" in warning and f"{reported[1]} are done" in warning
     lengths = [row["num_generated_tokens"] for row in load_all_rows(tmp_path / "run", 60)]
     assert sorted(set(lengths)) == [3, 5]
     assert [lengths.count(5), lengths.count(3)] == [int(reported[1]), int(reported[2])], "done rows stay as they were"

@@ -409,6 +409,22 @@ def test_json_text_in_place_of_a_value_differs_unless_an_older_run_wrote_it(run:
 # ---- run.json and _SUCCESS
 
 
+def test_rows_of_settings_that_were_replaced_are_noted(run: Path) -> None:
+    def replace_settings(metadata: dict[str, Any]) -> None:
+        before = {**metadata["identity"], "sampling": {"max_tokens": 5}, "input": {"num_rows": 2}}
+        metadata["earlier_identities"] = {"2": before, "3": {**before, "model": "other"}}
+
+    edit_json(run / "run.json", replace_settings)
+    report = check(run, check_input=True)
+    assert (report.verdict, report.notes) == (
+        "sound",
+        [
+            "rows of attempt 1, which ran with other settings (sampling.max_tokens: 5 → null), were kept by "
+            f"run.resume=force: {ROWS} (0-8)"
+        ],
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [

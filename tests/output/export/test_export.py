@@ -125,6 +125,14 @@ def test_the_card_names_the_checks_and_what_they_rejected(run_dir: RunDir, tmp_p
     assert "function" not in card.split("## Checks")[1].split("##")[0]
 
 
+def test_the_card_names_the_keys_whose_values_were_replaced_and_not_the_values(run_dir: RunDir, tmp_path: Path) -> None:
+    before = {**run_dir.read_metadata()["identity"], "model": "/home/ada/model"}
+    run_dir.update_metadata(attempt=2, earlier_identities={"2": before})
+    export(run_dir, tmp_path / "out", for_hub=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "may have been generated with other values of `model`." in card and "ada" not in card
+
+
 def test_row_groups_and_shards_are_cut_by_bytes(
     run_dir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
