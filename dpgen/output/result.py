@@ -138,8 +138,8 @@ def raise_if_no_row_succeeded(summary: Mapping[str, Any], run_dir: RunDir) -> No
     problem = "the only row has an error" if num_rows == 1 else f"all {num_rows:,} rows have an error"
     raise NoRowSucceeded(
         f"no row succeeded: {problem}, {reason}. The result is in {run_dir.dataset}. Fix the cause and generate the "
-        "rows again with run.retry_errors=true, and with run.resume=force if a setting changes; or accept this result "
-        "with run.allow_all_errors=true"
+        "rows again with run.retry_errors=true, and with run.resume=force if a setting changes, or in another run.dir "
+        "if the input changes; or accept this result with run.allow_all_errors=true"
     )
 
 

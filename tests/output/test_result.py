@@ -35,6 +35,7 @@ def test_a_result_without_any_completion_is_written_and_the_run_fails_with_its_m
     message = str(raised.value)
     assert "all 3 rows have an error, 2 of them prompt_too_long (first: row 1: prompt_too_long: because 1)" in message
     assert "run.retry_errors=true" in message and "run.allow_all_errors=true" in message
+    assert "in another run.dir if the input changes" in message, "this run.dir takes no other input"
     assert run_dir.is_finished and len(list(run_dir.dataset.glob("*.parquet"))) == 1
     with pytest.raises(DpgenError, match="all 3 rows have an error, 2 of them prompt_too_long"):
         raise_if_no_row_succeeded(run_dir.read_success(), run_dir)

@@ -219,7 +219,8 @@ def test_rows_that_all_fail_abort_the_run_and_the_error_names_the_key_and_the_fi
         loop.run(planner.plan())
     assert str(caught.value) == (
         "the first 20 rows all failed (run.max_leading_errors=10), so the cause is probably in the configuration. "
-        "Fix it and rerun with run.resume=force, or set run.max_leading_errors=0 to continue regardless. "
+        "Fix it and rerun with run.resume=force, or in another run.dir if the input changes, or set "
+        "run.max_leading_errors=0 to continue regardless. "
         "Row 0 failed with prompt_too_long: 600 tokens"
     )
 

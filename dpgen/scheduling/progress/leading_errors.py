@@ -84,6 +84,6 @@ class LeadingErrorCheck:
         row, error = self._first_error
         return DpgenError(
             f"{problem} (run.max_leading_errors={self._max_errors}), so the cause is probably in the "
-            "configuration. Fix it and rerun with run.resume=force, or set run.max_leading_errors=0 to continue "
-            f"regardless. Row {row} failed with {error.type}: {error.message}"
+            "configuration. Fix it and rerun with run.resume=force, or in another run.dir if the input changes, or set "
+            f"run.max_leading_errors=0 to continue regardless. Row {row} failed with {error.type}: {error.message}"
         )
