@@ -178,9 +178,9 @@ def connect_engines(
     Args:
         count_rows_left: of the whole run, about.
     """
-    engine.get_rows_left = lambda: count_rows_left() / group.size
+    engine.growth.get_rows_left = lambda: count_rows_left() / group.size
     if group.rank == 0:
-        engine.on_decided = partial(_report_engine_count, config, run_dir)
+        engine.growth.on_decided = partial(_report_engine_count, config, run_dir)
 
 
 def _report_engine_count(config: Config, run_dir: RunDir, count: EngineCount) -> None:

@@ -19,7 +19,8 @@ from dpgen.distributed.topology import Topology
 from dpgen.engine.keeping.early_start import EarlyStart
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.pool.engine_count import EngineCount
-from dpgen.engine.pool.engine_pool import TOO_FEW_ROWS, EnginePool
+from dpgen.engine.pool.engine_pool import EnginePool
+from dpgen.engine.pool.growth import TOO_FEW_ROWS
 from dpgen.engine.process import EngineProcess
 from dpgen.engine.starting.log_file import EngineLog
 from dpgen.workers.keeper import WorkerKeeper
@@ -77,8 +78,9 @@ class EngineKeeper:
         if self.has_one_job:
             pool.kill()
             return
-        is_measured = bool(pool.count.facts) and not pool.count.why.endswith(TOO_FEW_ROWS)
-        self.count = pool.count if is_measured else None  # a job with few rows says nothing about the next one
+        count = pool.growth.count
+        is_measured = bool(count.facts) and not count.why.endswith(TOO_FEW_ROWS)
+        self.count = count if is_measured else None  # a job with few rows says nothing about the next one
         for index, engine in enumerate(pool.supervisors):
             process = self._processes.get(index)
             if process is not None and process.is_loaded and process.is_alive and not engine.is_abandoned:

@@ -12,7 +12,6 @@ Limits: engines that share their work with other ranks are one a rank.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,16 +25,8 @@ from dpgen.engine.messages import (
     Event,
     RowsFinished,
 )
-from dpgen.engine.pool.engine_count import (
-    DEFAULT_NUM_SEQS,
-    FULL_TIMES,
-    Calibration,
-    EngineCount,
-    KvWatch,
-    Signals,
-    decide_engine_count,
-    pays,
-)
+from dpgen.engine.pool.engine_count import EngineCount
+from dpgen.engine.pool.growth import TOO_FEW_ROWS, EngineGrowth
 from dpgen.engine.pool.router import RequestRouter, count_samples
 from dpgen.engine.pool.stats_sum import StatsSum
 from dpgen.engine.process import wait_for_any
@@ -48,8 +39,6 @@ from dpgen.records import Request
 logger = logging.getLogger(__name__)
 
 _MAX_JOIN_DEATHS = 2  # of an engine that has not been ready: the others go on without it
-TOO_FEW_ROWS = "too few rows are left for another to pay"
-_MIN_START_S = 5.0  # of an engine that joins; the first one's loading tells more
 
 
 class EnginePool:
@@ -64,10 +53,8 @@ class EnginePool:
         clock: seconds that only increase.
 
     Attributes:
-        count: how many engines there are to be, and why.
+        growth: how many engines there are to be, and why.
         supervisors: the engines, by their numbers.
-        on_decided: called with the number once it is known; again where fewer engines start after all.
-        get_rows_left: returns how many rows this rank still has to generate, about.
         has_joined_all: True once all engines that there are to be have loaded the model.
     """
 
@@ -83,21 +70,13 @@ class EnginePool:
     ) -> None:
         self._start, self._limits, self._can_restart, self._clock = start, limits, can_restart, clock
         self.supervisors: list[EngineSupervisor] = []
-        self.count = count
-        self.on_decided: Callable[[EngineCount], None] = lambda count: None
-        self.get_rows_left: Callable[[], float] = lambda: float("inf")
+        self.growth = EngineGrowth(count, spec, clock)
         self._router = RequestRouter(count_samples(spec))
         self._stats = StatsSum()
         self._text_config = EngineTextConfig()
         self._blame: tuple[BlameState, Callable[[], Request | None]] | None = None
-        self._calibration: Calibration | None = None
-        self._kv_watch: KvWatch | None = None
-        self._max_engines, self._was_auto = count.number, count.is_auto
-        self._is_decided = self.has_joined_all = False
+        self.has_joined_all = False
         self._load_begin_s: float | None = None
-        self._begin_s: float | None = None  # when the first rows came
-        self._start_s, self._num_finished = _MIN_START_S, 0
-        self._num_seqs_before = spec.options.get("max_num_seqs") or DEFAULT_NUM_SEQS  # before an engine is loaded
         self._add_engine(spec)
 
     # ---- start-up: of the first engine alone
@@ -111,10 +90,7 @@ class EnginePool:
     def check_options(self, on_wait: Callable[[], None]) -> tuple[str, ...]:
         """Wait for the first engine's check of its options; see `EngineSupervisor.check_options`."""
         notes = self.supervisors[0].check_options(on_wait)
-        num_engines = self.supervisors[0].memory.spec.num_engines
-        if num_engines < self.count.number:
-            why = f"{self.count.why}; the memory that is known to be free has room for {num_engines}"
-            self.count = EngineCount(num_engines, why, self.count.is_auto and num_engines > 1)
+        self.growth.limit(self.supervisors[0].memory.spec.num_engines)
         return notes
 
     def load_model(
@@ -132,11 +108,7 @@ class EnginePool:
         self.check_options(on_wait)
         self._prepare()
         info = self.supervisors[0].load_model(agree_kv, on_wait, text_config)
-        self._start_s = max(_MIN_START_S, self._clock() - (self._load_begin_s or 0.0))
-        if self.count.is_auto:
-            self._calibration = Calibration(info.max_num_seqs, self.count.number)
-            self._kv_watch = KvWatch(info.max_num_seqs)
-            self._max_engines = self.count.number
+        self.growth.begin_measuring(info.max_num_seqs, self._clock() - (self._load_begin_s or 0.0))
         return info
 
     def recall(self, state: BlameState, find_canary: Callable[[], Request | None]) -> None:
@@ -202,7 +174,7 @@ class EnginePool:
         if not sizes:  # all of them start again
             sizes = {index: engine.max_num_seqs for index, engine in enumerate(self.supervisors) if engine.max_num_seqs}
         sizes = sizes or {0: 1}
-        self._begin_s = self._begin_s or self._clock()
+        self.growth.begin()
         batches: dict[int, list[Request]] = {}
         for request in requests:
             batches.setdefault(self._router.place(request, sizes), []).append(request)
@@ -261,7 +233,7 @@ class EnginePool:
         for event in events:
             if isinstance(event, RowsFinished):
                 for id in event.ids:
-                    self._num_finished += 1
+                    self.growth.record_finished()
                     self._router.remove(id)
                 yield event
             elif isinstance(event, EngineStats):
@@ -277,53 +249,32 @@ class EnginePool:
 
     def _calibrate(self, index: int, stats: EngineStats) -> None:
         is_watched = self.has_joined_all and not stats.is_sample
-        if self._kv_watch is not None and is_watched and self._kv_watch.is_short(stats):
-            self._use_idle_memory()
-        if self._calibration is None or index != 0:
-            return
-        found = self._calibration.add(stats, self._clock())
-        if found is None:
-            return
-        self._calibration = None
-        if isinstance(found, Signals):
-            self.count = decide_engine_count(found, self.count.number)
-        else:
-            self.count = EngineCount(1, found)
+        if is_watched and self.growth.use_idle_memory(stats, len(self.supervisors)):
+            self.has_joined_all = False
+        if index == 0:
+            self.growth.measure(stats)
 
     def _grow(self) -> None:
         """Start the processes of further engines, and let the next one load once the one before is ready."""
         if self.has_joined_all or not self.is_ready:
             return
-        if self.count.is_auto:
-            if self.get_rows_left() >= FULL_TIMES * self.supervisors[0].max_num_seqs:
-                self._prepare()
-                return
-            self._calibration, self.count = None, EngineCount(1, f"{self.count.why}; {TOO_FEW_ROWS}")
-        if not self._is_decided:
-            self._is_decided = True
-            if self._was_auto and self.count.number > 1 and not self._pays():
-                self.count = dataclasses.replace(self.count, number=1, why=f"{self.count.why}; {TOO_FEW_ROWS}")
-            self._drop_surplus()
-            self.on_decided(self.count)
+        if not self.growth.decide():
+            self._prepare()
+            return
+        self._drop_surplus()
         joining = [engine for engine in self.supervisors if not engine.max_num_seqs and not engine.is_abandoned]
         if any(engine.memory.kv_bytes is not None for engine in joining):
             return  # one loads, or starts again
-        if not joining and len(self.supervisors) >= self.count.number:
+        if not joining and len(self.supervisors) >= self.growth.count.number:
             self.has_joined_all = True
-        elif self._was_auto and not self._pays():
-            self._stay_with(len(self.supervisors) - len(joining), TOO_FEW_ROWS)
+        elif not self.growth.allows_another():
+            self.has_joined_all = True
+            self.growth.correct(len(self.supervisors) - len(joining), TOO_FEW_ROWS)
+            self._drop_surplus()
         else:
             engine = joining[0] if joining else self._add_engine(self.supervisors[0].memory.spec)
             engine.join(self._text_config, self._kv_bytes)
             self._prepare()
-
-    def _use_idle_memory(self) -> None:
-        """Let another engine join where memory was left for one: the KV caches are full, and it has its own."""
-        if len(self.supervisors) < self._max_engines and self._pays():
-            why = f"{self.count.why}; later the KV cache was full"
-            self.count = dataclasses.replace(self.count, number=len(self.supervisors) + 1, why=why)
-            self.has_joined_all = False
-            self.on_decided(self.count)
 
     @property
     def _kv_bytes(self) -> int:
@@ -332,28 +283,17 @@ class EnginePool:
 
     def _prepare(self) -> None:
         """Start the processes that may be wanted: they import vLLM and check their options, and take no memory yet."""
-        while len(self.supervisors) < self.count.number and (not self._was_auto or self._pays()):
+        while len(self.supervisors) < self.growth.count.number and self.growth.allows_another():
             self._add_engine(self.supervisors[0].memory.spec)
-
-    def _pays(self) -> bool:
-        generating_s = 0.0 if self._begin_s is None else self._clock() - self._begin_s
-        rate = self._num_finished / generating_s if generating_s > 0 else 0.0
-        num_seqs = self.supervisors[0].max_num_seqs or self._num_seqs_before
-        return pays(self.get_rows_left(), rate, self._start_s, num_seqs)
 
     def _drop_surplus(self) -> None:
         """End the engines that are not wanted after all; none of them has loaded."""
-        surplus = self.supervisors[self.count.number :]
-        del self.supervisors[self.count.number :]
-        for engine in surplus:
+        number = self.growth.count.number
+        for engine in self.supervisors[number:]:
             engine.kill()
-        self._name_heirs()
-
-    def _stay_with(self, number: int, why: str) -> None:
-        self.has_joined_all = True
-        self.count = dataclasses.replace(self.count, number=number, why=f"{self.count.why}; {why}")
-        self._drop_surplus()
-        self.on_decided(self.count)
+        if self.supervisors[number:]:
+            del self.supervisors[number:]
+            self._name_heirs()
 
     def _add_engine(self, spec: EngineSpec) -> EngineSupervisor:
         index = len(self.supervisors)

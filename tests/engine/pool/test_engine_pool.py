@@ -95,8 +95,8 @@ class Harness:
         self.clock, self.processes, self.decided = FakeClock(), list[ScriptedProcess](), list[EngineCount]()
         spec = EngineSpec("fake", "m", num_engines=count.number, is_num_engines_auto=count.is_auto)
         self.pool = EnginePool(self.start, spec, LIMITS, count, clock=self.clock)
-        self.pool.on_decided = self.decided.append
-        self.pool.get_rows_left = lambda: rows_left
+        self.pool.growth.on_decided = self.decided.append
+        self.pool.growth.get_rows_left = lambda: rows_left
         self.pool.check_options(lambda: None)
         self.pool.load_model(lambda measured: measured - 100, lambda: None)
 
@@ -274,7 +274,7 @@ def test_statistics_are_sums_and_outlive_an_engine() -> None:
 
 def calibrate(harness: Harness, device_busy: float, processor: float = 0.95, rows_left: float = 1e6) -> None:
     """Report steps of 8 ms from a full first engine, which finishes some rows, until the pool has decided."""
-    harness.pool.get_rows_left = lambda: rows_left
+    harness.pool.growth.get_rows_left = lambda: rows_left
     harness.submit(range(1000, 1000 + NUM_SEQS + 2))
     for second in range(1, 12):
         steps, elapsed_s = 125 * second, float(second)
@@ -357,7 +357,7 @@ def test_the_memory_may_have_room_for_fewer_engines(caplog: pytest.LogCaptureFix
             return process
 
     harness = Small(AUTO)
-    assert harness.pool.count.number == 2 and "room for 2" in harness.pool.count.why
+    assert harness.pool.growth.count.number == 2 and "room for 2" in harness.pool.growth.count.why
     calibrate(harness, device_busy=0.1)
     harness.join_all()
     assert harness.pool.num_ready == 2

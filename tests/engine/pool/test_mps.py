@@ -51,12 +51,16 @@ def test_the_line_on_engines_says_that_those_of_one_gpu_use_mps(
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
     words = ["model=m", "data.path=d.jsonl", "data.prompt_column=p", f"parallel.share_devices={share_devices}"]
     config = load([], [f"run.dir={tmp_path}/run", *words])
-    engine, group, run_dir = SimpleNamespace(), SimpleNamespace(rank=0, size=1), RunDir(config.run.dir)
+    engine, group, run_dir = (
+        SimpleNamespace(growth=SimpleNamespace()),
+        SimpleNamespace(rank=0, size=1),
+        RunDir(config.run.dir),
+    )
     monkeypatch.setattr(run_dir, "update_metadata", lambda **facts: None)
     of_a_rank: Any = (config, engine, group, run_dir, lambda: 0)
     connect_engines(*of_a_rank)
     with caplog.at_level("INFO", "dpgen"):
-        engine.on_decided(EngineCount(number, "why"))
+        engine.growth.on_decided(EngineCount(number, "why"))
     [line] = caplog.messages
     assert ("NVIDIA MPS runs" in line) == is_said
 
