@@ -59,7 +59,7 @@ _DEVICE_WINDOW_S = 1.0  # of the past that one reading of NVML averages over, at
 _PATIENCE_S = 20.0  # for which an engine may be no fuller than it was, until it counts as full as it gets
 _GROWTH = 0.05  # of the sequences that an engine may run, by which it is fuller
 _DIP_S = 0.6  # for which a full one may have fewer: rows of one length end together, and those after them are prefilled
-FULL_TIMES = 2  # of an engine's sequences, that must be left for another engine to pay, at whatever speed
+_FULL_TIMES = 2  # of the rows that an engine runs at a time: so many must be left for another one to pay, at any speed
 _UNKNOWN_TIMES = 4  # the same, while nothing tells how fast rows are finished
 _PAYS_TIMES = 1.5  # a start-up pays if the work left takes so many times as long
 
@@ -202,18 +202,23 @@ def decide_engine_count(signals: Signals, max_engines: int) -> EngineCount:
     return EngineCount(number, f"{numbers}; {reason}", facts=facts)
 
 
-def pays(rows_left: float, rows_per_s: float, start_s: float, num_seqs: int) -> bool:
+def fills_another(rows_left: float, rows_at_once: float) -> bool:
+    """Return True if the rows that are left fill several engines, at whatever speed; arguments as of `pays`."""
+    return rows_left >= _FULL_TIMES * rows_at_once
+
+
+def pays(rows_left: float, rows_per_s: float, start_s: float, rows_at_once: float) -> bool:
     """Return True if another engine saves more time than it takes to start.
 
     Args:
         rows_left: that this rank has to generate.
         rows_per_s: at which it generates now; 0 where unknown.
         start_s: that an engine takes to start.
-        num_seqs: that an engine runs at a time.
+        rows_at_once: that an engine runs at a time: its sequences, by those that a row has at a time.
     """
     if rows_per_s <= 0:
-        return rows_left >= _UNKNOWN_TIMES * num_seqs
-    return rows_left >= FULL_TIMES * num_seqs and rows_left / rows_per_s > _PAYS_TIMES * start_s
+        return rows_left >= _UNKNOWN_TIMES * rows_at_once
+    return fills_another(rows_left, rows_at_once) and rows_left / rows_per_s > _PAYS_TIMES * start_s
 
 
 class Calibration:

@@ -70,8 +70,8 @@ class EnginePool:
     ) -> None:
         self._start, self._limits, self._can_restart, self._clock = start, limits, can_restart, clock
         self.supervisors: list[EngineSupervisor] = []
-        self.growth = EngineGrowth(count, spec, clock)
         self._router = RequestRouter(count_samples(spec))
+        self.growth = EngineGrowth(count, spec.options.get("max_num_seqs"), self._router, clock)
         self._stats = StatsSum()
         self._text_config = EngineTextConfig()
         self._blame: tuple[BlameState, Callable[[], Request | None]] | None = None
@@ -233,7 +233,6 @@ class EnginePool:
         for event in events:
             if isinstance(event, RowsFinished):
                 for id in event.ids:
-                    self.growth.record_finished()
                     self._router.remove(id)
                 yield event
             elif isinstance(event, EngineStats):

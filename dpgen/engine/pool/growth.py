@@ -7,20 +7,20 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 
-from dpgen.engine.messages import EngineSpec, EngineStats
+from dpgen.engine.messages import EngineStats
 from dpgen.engine.pool.engine_count import (
     DEFAULT_NUM_SEQS,
-    FULL_TIMES,
     Calibration,
     EngineCount,
     KvWatch,
     Signals,
     decide_engine_count,
+    fills_another,
     pays,
 )
+from dpgen.engine.pool.router import RequestRouter
 
 TOO_FEW_ROWS = "too few rows are left for another to pay"
 _MIN_START_S = 5.0  # of an engine that joins; the first one's loading tells more
@@ -31,17 +31,20 @@ class EngineGrowth:
 
     Args:
         count: how many there are to be, or at most.
-        spec: of each engine.
+        max_num_seqs: sequences that an engine is to run at a time; None for vLLM's default.
+        router: knows how many sequences a row has.
         clock: seconds that only increase.
 
     Attributes:
         count: how many engines there are to be, and why.
         on_decided: called with the number once it is known; again where fewer engines start after all.
-        get_rows_left: returns how many rows this rank still has to generate, about.
+        get_rows_left: returns how many rows this rank still has to generate, about: its part of the run's.
     """
 
-    def __init__(self, count: EngineCount, spec: EngineSpec, clock: Callable[[], float] = time.monotonic) -> None:
-        self.count, self._clock = count, clock
+    def __init__(
+        self, count: EngineCount, max_num_seqs: int | None, router: RequestRouter, clock: Callable[[], float]
+    ) -> None:
+        self.count, self._router, self._clock = count, router, clock
         self.on_decided: Callable[[EngineCount], None] = lambda count: None
         self.get_rows_left: Callable[[], float] = lambda: float("inf")
         self._calibration: Calibration | None = None
@@ -49,8 +52,8 @@ class EngineGrowth:
         self._max_engines, self._was_auto = count.number, count.is_auto
         self._is_decided = False
         self._begin_s: float | None = None  # when the first rows came
-        self._start_s, self._num_finished = _MIN_START_S, 0
-        self._num_seqs = spec.options.get("max_num_seqs") or DEFAULT_NUM_SEQS  # until an engine is loaded
+        self._rows_left, self._num_finished = 0.0, 0.0  # when last looked at, and what they have lost since the begin
+        self._start_s, self._num_seqs = _MIN_START_S, max_num_seqs or DEFAULT_NUM_SEQS
 
     def limit(self, num_engines: int) -> None:
         """Note for how many engines the memory that is known to be free has room."""
@@ -73,11 +76,8 @@ class EngineGrowth:
 
     def begin(self) -> None:
         """Note that rows have come."""
-        self._begin_s = self._begin_s or self._clock()
-
-    def record_finished(self) -> None:
-        """Note that a row is finished."""
-        self._num_finished += 1
+        if self._begin_s is None:
+            self._begin_s, self._rows_left = self._clock(), self.get_rows_left()
 
     def measure(self, stats: EngineStats) -> None:
         """Take the first engine's newest statistics, and note how many engines pay once they tell."""
@@ -95,7 +95,7 @@ class EngineGrowth:
         if self._is_decided:
             return True
         if self.count.is_auto:
-            if self.get_rows_left() >= FULL_TIMES * self._num_seqs:
+            if fills_another(self._count_rows_left(), self._rows_at_once):
                 return False
             self._calibration, self.count = None, EngineCount(1, f"{self.count.why}; {TOO_FEW_ROWS}")
         self._is_decided = True
@@ -133,6 +133,23 @@ class EngineGrowth:
         return True
 
     def _pays(self) -> bool:
+        rows_left = self._count_rows_left()
         generating_s = 0.0 if self._begin_s is None else self._clock() - self._begin_s
         rate = self._num_finished / generating_s if generating_s > 0 else 0.0
-        return pays(self.get_rows_left(), rate, self._start_s, self._num_seqs)
+        return pays(rows_left, rate, self._start_s, self._rows_at_once)
+
+    def _count_rows_left(self) -> float:
+        """Return the rows that are left, and count those that are finished: by all ranks, since these help each other.
+
+        Once a rank is lost, the others have more left than before, and have lost none for that.
+        """
+        rows_left = self.get_rows_left()
+        if self._begin_s is not None:
+            self._num_finished += max(0.0, self._rows_left - rows_left)
+            self._rows_left = rows_left
+        return rows_left
+
+    @property
+    def _rows_at_once(self) -> float:
+        """Rows that an engine runs at a time."""
+        return self._num_seqs / self._router.seqs_per_row

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping
 
 from dpgen.engine.messages import EngineSpec
@@ -29,11 +29,17 @@ class RequestRouter:
         self._num_samples = num_samples
         self._placed: dict[RequestId, tuple[int, int]] = {}  # (engine, sequences)
         self._num_seqs: dict[int, int] = {}
+        self._num_requests: Counter[int] = Counter()  # of each row that has some
         self._engine_of_prefix: OrderedDict[Hashable, int] = OrderedDict()
 
     def count(self, engine: int) -> int:
         """Return the sequences of an engine."""
         return self._num_seqs.get(engine, 0)
+
+    @property
+    def seqs_per_row(self) -> float:
+        """Sequences that a row has at a time: its samples, or those of the calls that its program makes together."""
+        return sum(self._num_seqs.values()) / len(self._num_requests) if self._num_requests else self._num_samples
 
     def place(self, request: Request, sizes: Mapping[int, int]) -> int:
         """Choose an engine for a request, and return its number.
@@ -54,6 +60,7 @@ class RequestRouter:
         num_seqs = request.sampling.get("n", self._num_samples)
         self._placed[request.id] = engine, num_seqs if isinstance(num_seqs, int) else 1
         self._num_seqs[engine] = self.count(engine) + self._placed[request.id][1]
+        self._num_requests[request.row] += 1
         return engine
 
     def find(self, id: RequestId) -> int:
@@ -65,6 +72,9 @@ class RequestRouter:
         if (placed := self._placed.pop(id, None)) is not None:
             engine, num_seqs = placed
             self._num_seqs[engine] -= num_seqs
+            self._num_requests[id.row] -= 1
+            if not self._num_requests[id.row]:
+                del self._num_requests[id.row]
 
 
 def _find_prefix(request: Request) -> Hashable:

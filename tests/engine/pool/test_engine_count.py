@@ -199,7 +199,7 @@ def test_an_engine_that_dies_before_it_is_measured_is_measured_in_its_next_life(
 
 
 def test_another_engine_pays_only_if_enough_is_left() -> None:
-    assert pays(10_000, 100, start_s=20, num_seqs=256)
-    assert not pays(2_000, 100, start_s=20, num_seqs=256), "done in 20 s"
-    assert not pays(300, 1, start_s=20, num_seqs=256), "too few to fill two engines"
-    assert pays(10_000, 0, start_s=20, num_seqs=256) and not pays(500, 0, start_s=20, num_seqs=256)
+    assert pays(10_000, 100, start_s=20, rows_at_once=256)
+    assert not pays(2_000, 100, start_s=20, rows_at_once=256), "done in 20 s"
+    assert not pays(300, 1, start_s=20, rows_at_once=256), "too few to fill two engines"
+    assert pays(10_000, 0, start_s=20, rows_at_once=256) and not pays(500, 0, start_s=20, rows_at_once=256)

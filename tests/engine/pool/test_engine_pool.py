@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import pytest
@@ -44,10 +46,14 @@ class ScriptedProcess:
     def __init__(self, spec: EngineSpec, index: int) -> None:
         self.spec, self.index = spec, index
         self.events: list[Event] = [OptionsChecked(num_engines=spec.num_engines)]
-        self.rows: list[int] = []
+        self.requests: list[Request] = []
         self.kv_bytes: int | None = None
         self.is_loading = self.is_loaded_by_test = self.is_ended = False
         self.death: EngineError | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        return [request.row for request in self.requests]
 
     def load_model(self, kv_bytes: int | None = None) -> None:
         self.is_loading = True
@@ -65,11 +71,12 @@ class ScriptedProcess:
         self.events.append(EngineReady(EngineInfo(NUM_SEQS, 100, 64, 16)))
 
     def submit(self, requests: list[Request]) -> None:
-        self.rows += [request.row for request in requests]
+        self.requests += requests
 
     def finish(self, count: int) -> None:
-        done, self.rows = self.rows[:count], self.rows[count:]
-        self.events.append(RowsFinished([RowResult(row, 1, (Completion("x", "stop", 1),)) for row in done]))
+        done, self.requests = self.requests[:count], self.requests[count:]
+        results = [RowResult(one.row, 1, (Completion("x", "stop", 1),), call=one.id.call) for one in done]
+        self.events.append(RowsFinished(results))
 
     def poll(self, timeout_s: float) -> list[Event]:
         if self.death is not None:
@@ -91,9 +98,11 @@ class ScriptedProcess:
 class Harness:
     """A pool whose first engine is loaded, and its engines' processes so far."""
 
-    def __init__(self, count: EngineCount, rows_left: float = 1e6) -> None:
+    def __init__(
+        self, count: EngineCount, rows_left: float = 1e6, *, sampling: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         self.clock, self.processes, self.decided = FakeClock(), list[ScriptedProcess](), list[EngineCount]()
-        spec = EngineSpec("fake", "m", num_engines=count.number, is_num_engines_auto=count.is_auto)
+        spec = EngineSpec("fake", "m", num_engines=count.number, is_num_engines_auto=count.is_auto, sampling=sampling)
         self.pool = EnginePool(self.start, spec, LIMITS, count, clock=self.clock)
         self.pool.growth.on_decided = self.decided.append
         self.pool.growth.get_rows_left = lambda: rows_left
@@ -343,9 +352,48 @@ def test_a_job_of_few_rows_is_one_engine_at_once_and_says_so() -> None:
 def test_the_time_until_the_first_row_does_not_make_a_rank_look_slow() -> None:
     harness = Harness(AUTO)
     harness.poll(3600)  # other ranks load
+    harness.pool.growth.get_rows_left = lambda: 1100
     harness.submit(range(1000))
     harness.processes[0].finish(1000)
     calibrate(harness, device_busy=0.2, rows_left=100)
+    assert harness.decided[-1].number == 1 and "too few rows are left" in harness.decided[-1].why
+
+
+def test_calls_of_programs_and_retries_are_not_taken_for_rows() -> None:
+    harness = Harness(AUTO)
+    harness.pool.growth.get_rows_left = lambda: 100
+    for call in range(30):  # of which each row makes hundreds
+        harness.pool.submit([Request(RequestId(row, call), [row]) for row in range(NUM_SEQS)])
+        harness.processes[0].finish(NUM_SEQS)
+        harness.poll(0.01)
+    calibrate(harness, device_busy=0.38, rows_left=100)
+    assert harness.decided[-1].number == 3, "not a row is finished, so minutes or hours are left"
+
+
+@pytest.mark.parametrize("own", [{}, {"n": 64}])
+def test_few_rows_of_many_samples_are_many_sequences(own: dict[str, int]) -> None:
+    harness = Harness(AUTO, rows_left=10, sampling={} if own else {"n": 64})
+    harness.pool.submit([Request(RequestId(row), [row], sampling=own) for row in range(4)])
+    calibrate(harness, device_busy=0.38, rows_left=10)
+    assert harness.decided[-1].number == 3, "640 sequences are left"
+
+
+def test_calls_that_programs_make_together_are_many_sequences() -> None:
+    harness = Harness(AUTO, rows_left=10)
+    harness.pool.submit([Request(RequestId(row, call), [row]) for row in range(4) for call in range(64)])
+    harness.poll()
+    assert not harness.decided, "it is measured first: 640 sequences are left"
+
+
+def test_rows_that_a_lost_rank_leaves_do_not_hide_those_that_were_finished() -> None:
+    harness = Harness(AUTO)
+    harness.pool.growth.get_rows_left = lambda: 1000
+    harness.submit(range(900))
+    harness.processes[0].finish(900)
+    for rows_left in (100, 200):  # the run's last 200 are one rank's then, no longer two ranks'
+        harness.pool.growth.get_rows_left = lambda rows_left=rows_left: rows_left
+        harness.poll()
+    calibrate(harness, device_busy=0.38, rows_left=200)
     assert harness.decided[-1].number == 1 and "too few rows are left" in harness.decided[-1].why
 
 
