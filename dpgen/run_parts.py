@@ -189,7 +189,8 @@ def _report_engine_count(config: Config, run_dir: RunDir, count: EngineCount) ->
     beside = "" if mps is None else f"; NVIDIA MPS runs ({mps}), and they use it"
     facts = {"number": count.number, "why": count.why, **count.facts, "uses_mps": mps is not None}
     run_dir.update_metadata(engines_per_rank=facts)
-    if count.number > 1 or (config.run.engine == "vllm" and config.parallel.engines_per_rank == "auto"):
+    given = config.parallel.engines_per_rank
+    if count.number > 1 or (config.run.engine == "vllm" if given == "auto" else given > 1):
         shares_gpu = count.number > 1 or config.parallel.share_devices
         logger.info(f"{count.describe()}{beside if shares_gpu else ''}")
 

@@ -35,14 +35,12 @@ from dpgen.engine.pool.stats_sum import LifeStats
 from dpgen.engine.process import warn_if_stuck
 from dpgen.engine.progress_watch import ProgressWatch
 from dpgen.engine.starting.early_events import START_WAIT_S, EarlyEvents
-from dpgen.engine.starting.limits import EngineLimits, EngineMemory, format_delay
+from dpgen.engine.starting.limits import MAX_STARTS, EngineLimits, EngineMemory, format_delay
 from dpgen.errors import ConfigError, EngineError, EngineHung, EngineStuck, LockstepEngineLost
 from dpgen.formatting import format_count
 from dpgen.records import Request, RowResult, UndecodedRow
 
 logger = logging.getLogger(__name__)
-
-_MAX_START_RETRIES = 2
 
 
 class EngineSupervisor:
@@ -195,6 +193,11 @@ class EngineSupervisor:
         return self._is_ready
 
     @property
+    def has_loaded(self) -> bool:
+        """True once a life of the engine has loaded its model."""
+        return self._info is not None
+
+    @property
     def is_loading(self) -> bool:
         """True while a life of the engine loads the model, and so measures the memory that is free."""
         return self._is_loading and not self._is_ready and self._process is not None and self._start_due_s is None
@@ -224,7 +227,7 @@ class EngineSupervisor:
             for event in self._process.poll(timeout_s):
                 events += self._handle_event(event)
             self._load_beside_others()
-            self._raise_if_hung()
+            self._watch.raise_if_hung(self._log_path, is_ready=self._is_ready, is_busy=self.blame.is_busy)
         except EngineError as error:
             self._handle_death(error)
         self._submit_waiting()
@@ -257,7 +260,7 @@ class EngineSupervisor:
             yield self._stats.add(event)
         elif isinstance(event, OptionsChecked):
             if event.problem is not None:
-                raise self._make_error(f"the engine rejected its options: {event.problem}")
+                raise EngineError(f"the engine rejected its options: {event.problem}", log_path=self._log_path)
             self._note_options(event)
         elif isinstance(event, EngineReady):
             self._set_ready(event)
@@ -303,12 +306,6 @@ class EngineSupervisor:
             self._stats.drop_generated(result.num_generated_tokens)
         return request
 
-    def _raise_if_hung(self) -> None:
-        self._watch.raise_if_hung(self._log_path, is_ready=self._is_ready, is_busy=self.blame.is_busy)
-
-    def _make_error(self, cause: str) -> EngineError:
-        return EngineError(cause, log_path=self._log_path)
-
     @property
     def _log_path(self) -> Path | None:
         return None if self._process is None else self._process.log_path
@@ -347,7 +344,7 @@ class EngineSupervisor:
         change = self.memory.reduce_after(error, self._deaths_in_a_row)
         is_immediate = bool(change or error.signal)
         self._num_start_retries += not is_immediate
-        if self._num_start_retries > _MAX_START_RETRIES or self._deaths_in_a_row >= self._limits.max_deaths:
+        if self._num_start_retries >= MAX_STARTS or self._deaths_in_a_row >= self._limits.max_deaths:
             raise error
         assert self._process is not None
         self._process.kill()
@@ -374,12 +371,14 @@ class EngineSupervisor:
         self._deaths_in_a_row += 1
         self._stats.end_life()
         self.blame.record_death(error)
-        if (
-            reason := self._limits.find_reason_to_abandon(error, self._deaths_in_a_row, self.blame.sickness)
-        ) is not None:
+        reason = self._limits.find_reason_to_abandon(
+            error, self._deaths_in_a_row, self.blame.sickness, has_loaded=self.has_loaded
+        )
+        if reason is not None:
             rows = format_count(self.blame.num_unfinished, "row")
             self._process.show_errors()
-            logger.warning(error.describe(f"abandoning it{reason}, leaving {rows} to {self.heirs}"))
+            leaving = f", leaving {rows} to {self.heirs}" if self.has_loaded else ""  # it has had none
+            logger.warning(error.describe(f"abandoning it{reason}{leaving}"))
             self._process = None
             return
         change = self.memory.reduce_after(error, self._deaths_in_a_row)

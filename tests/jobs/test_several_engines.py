@@ -28,12 +28,32 @@ def read_texts(run_dir: Path, count: int) -> list[str]:
     return [row["generated_text"] for row in load_all_rows(run_dir, count)]
 
 
+def read_lives(log: Path) -> int:
+    return log.read_text().count("dpgen: engine life")
+
+
 def find_engine(job: Job, log: Path) -> int:
     """Return the id of the newest process of an engine, by its log file."""
     line = [line for line in log.read_text().splitlines() if "dpgen: engine life" in line][-1]
     pid = int(line.rpartition("pid ")[2])
     assert pid in find_engine_pids(job)
     return pid
+
+
+def test_a_run_says_how_many_engines_it_has_where_one_does_not_start(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(make_numbered_rows(120), engine={**SLOW, "load_s": 1.0})
+    job = launcher.dpgen("run", conf, "parallel.engines_per_rank=2", "sampling.max_tokens=20")
+    second = tmp_path / "run" / "logs" / "rank-0.engine-1.log"
+    for num_starts in (1, 2, 3):
+        wait_for(lambda num_starts=num_starts: second.exists() and read_lives(second) == num_starts)
+        os.kill(find_engine(job, second), signal.SIGKILL)
+    assert job.wait() == 0, job.output
+    assert job.output.count("was killed by SIGKILL, restarting it, see") == 2 == read_lives(second) - 1
+    assert "was killed by SIGKILL, abandoning it after 3 deaths in a row, see" in job.output
+    assert "1 engine a rank: parallel.engines_per_rank=2; engine 1 does not start" in job.output
+    assert read_run_json(tmp_path / "run")["engines_per_rank"]["number"] == 1
 
 
 @pytest.mark.slow

@@ -38,8 +38,6 @@ from dpgen.records import Request
 
 logger = logging.getLogger(__name__)
 
-_MAX_JOIN_DEATHS = 2  # of an engine that has not been ready: the others go on without it
-
 
 class EnginePool:
     """Run one rank's engines.
@@ -261,19 +259,25 @@ class EnginePool:
             self._prepare()
             return
         self._drop_surplus()
-        joining = [engine for engine in self.supervisors if not engine.max_num_seqs and not engine.is_abandoned]
+        members = self._members
+        joining = [engine for engine in members if not engine.has_loaded]
         if any(engine.memory.kv_bytes is not None for engine in joining):
             return  # one loads, or starts again
-        if not joining and len(self.supervisors) >= self.growth.count.number:
+        if not joining and len(members) >= self.growth.count.number:
             self.has_joined_all = True
         elif not self.growth.allows_another():
             self.has_joined_all = True
-            self.growth.correct(len(self.supervisors) - len(joining), TOO_FEW_ROWS)
+            self.growth.correct(len(members) - len(joining), TOO_FEW_ROWS)
             self._drop_surplus()
         else:
             engine = joining[0] if joining else self._add_engine(self.supervisors[0].memory.spec)
             engine.join(self._text_config, self._kv_bytes)
             self._prepare()
+
+    @property
+    def _members(self) -> list[EngineSupervisor]:
+        """The engines without those that did not start; such as have loaded the model come first."""
+        return [engine for engine in self.supervisors if engine.has_loaded or not engine.is_abandoned]
 
     @property
     def _kv_bytes(self) -> int:
@@ -282,16 +286,16 @@ class EnginePool:
 
     def _prepare(self) -> None:
         """Start the processes that may be wanted: they import vLLM and check their options, and take no memory yet."""
-        while len(self.supervisors) < self.growth.count.number and self.growth.allows_another():
+        while len(self._members) < self.growth.count.number and self.growth.allows_another():
             self._add_engine(self.supervisors[0].memory.spec)
 
     def _drop_surplus(self) -> None:
         """End the engines that are not wanted after all; none of them has loaded."""
-        number = self.growth.count.number
-        for engine in self.supervisors[number:]:
+        surplus = self._members[self.growth.count.number :]
+        for engine in surplus:
             engine.kill()
-        if self.supervisors[number:]:
-            del self.supervisors[number:]
+        if surplus:
+            del self.supervisors[self.supervisors.index(surplus[0]) :]
             self._name_heirs()
 
     def _add_engine(self, spec: EngineSpec) -> EngineSupervisor:
@@ -315,9 +319,8 @@ class EnginePool:
     def _after_death(self, index: int) -> None:
         """Pass on the rows of an engine that died: all where it is abandoned, else those that can't have killed it."""
         engine = self.supervisors[index]
-        if not engine.is_abandoned and not engine.max_num_seqs and engine.num_deaths >= _MAX_JOIN_DEATHS:
-            engine.abandon()
-            logger.warning(f"engine {index} of this rank does not start, continuing with {self.num_ready}")
+        if engine.is_abandoned and not engine.has_loaded:
+            self.growth.correct(self.growth.count.number - 1, f"engine {index} does not start")
         if not any(other.max_num_seqs for other in self.supervisors):
             self.abandon()  # those that have not loaded would wait for one that has
         self._name_heirs()

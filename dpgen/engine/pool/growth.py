@@ -97,8 +97,8 @@ class EngineGrowth:
         if self.count.is_auto:
             if fills_another(self._count_rows_left(), self._rows_at_once):
                 return False
-            self._calibration, self.count = None, EngineCount(1, f"{self.count.why}; {TOO_FEW_ROWS}")
-        self._is_decided = True
+            self.count = EngineCount(1, f"{self.count.why}; {TOO_FEW_ROWS}")
+        self._is_decided, self._calibration = True, None
         if self.count.number > 1 and not self.allows_another():
             self.correct(1, TOO_FEW_ROWS)
         else:
@@ -110,26 +110,28 @@ class EngineGrowth:
         return not self._was_auto or self._pays()
 
     def correct(self, number: int, why: str) -> None:
-        """Change how many engines there are to be, and tell it.
+        """Change how many engines there are to be, or at most, and tell it if that was known.
 
         Args:
             why: as the end of a sentence.
         """
-        self.count = dataclasses.replace(self.count, number=number, why=f"{self.count.why}; {why}")
-        self.on_decided(self.count)
+        is_auto = self.count.is_auto and number > 1
+        self.count = dataclasses.replace(self.count, number=number, why=f"{self.count.why}; {why}", is_auto=is_auto)
+        if self._is_decided:
+            self.on_decided(self.count)
 
     def use_idle_memory(self, stats: EngineStats, num_engines: int) -> bool:
         """Return True if another engine is to join, since the KV caches are full, and it has its own.
 
         Args:
             stats: of one of the engines, once all have joined.
-            num_engines: that there are.
+            num_engines: that have been started, those included that did not start.
         """
         if self._kv_watch is None or not self._kv_watch.is_short(stats):
             return False
         if num_engines >= self._max_engines or not self._pays():
             return False
-        self.correct(num_engines + 1, "later the KV cache was full")
+        self.correct(self.count.number + 1, "later the KV cache was full")
         return True
 
     def _pays(self) -> bool:

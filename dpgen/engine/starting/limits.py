@@ -21,6 +21,7 @@ from dpgen.formatting import format_count
 
 # DPGEN_START_RETRY_S is for tests, which would otherwise wait 20 seconds for an engine that never starts.
 _START_RETRY_S = float(os.environ.get("DPGEN_START_RETRY_S") or 10.0)
+MAX_STARTS = 3  # of an engine that has never loaded the model
 _DEFAULT_NUM_SEQS = 256
 _DEFAULT_FRACTION = 0.92  # of vLLM 0.26 to 0.33
 
@@ -47,15 +48,18 @@ class EngineLimits:
         """Return the limits that the configuration sets."""
         return cls(run.engine_timeout_s, run.engine_start_timeout_s, run.max_engine_deaths)
 
-    def find_reason_to_abandon(self, error: EngineError, deaths_in_a_row: int, sickness: str | None) -> str | None:
+    def find_reason_to_abandon(
+        self, error: EngineError, deaths_in_a_row: int, sickness: str | None, *, has_loaded: bool
+    ) -> str | None:
         """Return why an engine that died is not restarted, as the end of a sentence; None if it is.
 
         Args:
             sickness: how it fails on all rows; None if it does not.
+            has_loaded: False for one that has never loaded the model.
         """
         if isinstance(error, EngineStuck):
             return ", since it holds its devices"
-        if deaths_in_a_row >= self.max_deaths:
+        if deaths_in_a_row >= (self.max_deaths if has_loaded else min(self.max_deaths, MAX_STARTS)):
             return f" after {format_count(deaths_in_a_row, 'death')} in a row"
         return f" after {sickness}" if sickness else None
 

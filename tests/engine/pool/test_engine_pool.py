@@ -117,14 +117,21 @@ class Harness:
         self.clock.now_s += seconds
         return self.pool.poll(0)
 
-    def join_all(self) -> None:
+    def join_all(self, num_polls: int = 20) -> None:
         """Let each engine that loads become ready, until no more do."""
-        for _ in range(20):
+        for _ in range(num_polls):
             for process in self.processes:
                 if process.is_loading and process.index and not process.is_loaded_by_test:
                     process.is_loaded_by_test = True
                     process.become_ready()
             self.poll()
+
+    def let_die_at_starts(self, index: int) -> None:
+        """Let an engine that has not loaded die until it is abandoned."""
+        while not self.pool.supervisors[index].is_abandoned:
+            self.newest(index).death = CRASHED
+            self.poll()
+            self.poll(LIMITS.start_retry_s)
 
     def submit(self, rows: range) -> None:
         self.pool.submit([Request(RequestId(row), [row]) for row in rows])
@@ -254,12 +261,50 @@ def test_a_second_plan_takes_nothing_from_what_the_engines_know_of_their_rows() 
 def test_a_further_engine_that_does_not_start_leaves_the_run_to_the_others(caplog: pytest.LogCaptureFixture) -> None:
     harness = Harness(given(2))
     harness.poll()
-    for _ in range(4):
-        harness.newest(1).death = CRASHED
-        harness.poll(2 * LIMITS.start_retry_s)
-    assert "engine 1 of this rank does not start, continuing with 1" in caplog.messages
+    harness.let_die_at_starts(1)
+    assert [message.split(", ", 1)[1] for message in caplog.messages] == [
+        "restarting it in 5 s",
+        "restarting it in 5 s",
+        "abandoning it after 3 deaths in a row",
+    ], "what a line says happens, and no row is left to anybody"
+    assert len([process for process in harness.processes if process.index == 1]) == 3
+    assert [count.number for count in harness.decided] == [2, 1], "run.json and the report say what runs"
+    assert harness.decided[-1].why.endswith("engine 1 does not start")
     harness.submit(range(8))
     assert sorted(harness.finish_all(8)) == list(range(8))
+
+
+def test_those_after_an_engine_that_does_not_start_join_and_all_are_counted() -> None:
+    harness = Harness(given(3))
+    harness.poll()
+    harness.let_die_at_starts(1)
+    harness.join_all()
+    assert harness.pool.num_ready == 2 == harness.decided[-1].number
+    harness.submit(range(16))
+    assert sorted(harness.finish_all(16)) == list(range(16))
+
+
+@pytest.mark.parametrize("device_busy", [0.2, 0.96])
+def test_one_that_does_not_start_while_the_first_is_measured_is_one_less(device_busy: float) -> None:
+    harness = Harness(AUTO)
+    harness.let_die_at_starts(1)
+    calibrate(harness, device_busy)
+    harness.join_all()
+    number = 3 if device_busy == 0.2 else 1
+    assert harness.pool.num_ready == number == harness.decided[-1].number
+    assert len([process for process in harness.processes if not process.is_ended]) == number
+
+
+def test_an_engine_that_did_not_start_is_not_counted_where_too_few_rows_are_left_for_the_others() -> None:
+    harness = Harness(AUTO)
+    calibrate(harness, device_busy=0.2)
+    harness.let_die_at_starts(1)
+    harness.join_all(1)
+    assert harness.pool.num_ready == 2
+    harness.pool.growth.get_rows_left = lambda: 0
+    harness.join_all()
+    assert harness.pool.num_ready == 2 == harness.decided[-1].number
+    assert "too few rows are left" in harness.decided[-1].why
 
 
 def test_statistics_are_sums_and_outlive_an_engine() -> None:
