@@ -227,9 +227,9 @@ class EngineSupervisor:
             for event in self._process.poll(timeout_s):
                 events += self._handle_event(event)
             self._load_beside_others()
-            self._watch.raise_if_hung(self._log_path, is_ready=self._is_ready, is_busy=self.blame.is_busy)
+            self._watch.raise_if_hung(self.log_path, is_ready=self._is_ready, is_busy=self.blame.is_busy)
         except EngineError as error:
-            self._handle_death(error)
+            self.handle_death(error)
         self._submit_waiting()
         return events
 
@@ -260,7 +260,7 @@ class EngineSupervisor:
             yield self._stats.add(event)
         elif isinstance(event, OptionsChecked):
             if event.problem is not None:
-                raise EngineError(f"the engine rejected its options: {event.problem}", log_path=self._log_path)
+                raise EngineError(f"the engine rejected its options: {event.problem}", log_path=self.log_path)
             self._note_options(event)
         elif isinstance(event, EngineReady):
             self._set_ready(event)
@@ -307,7 +307,8 @@ class EngineSupervisor:
         return request
 
     @property
-    def _log_path(self) -> Path | None:
+    def log_path(self) -> Path | None:
+        """Where the newest life's output is."""
         return None if self._process is None else self._process.log_path
 
     # ---- rows to the engine
@@ -356,7 +357,7 @@ class EngineSupervisor:
             time.sleep(min(START_WAIT_S, delay_s))
         self._start_again()
 
-    def _handle_death(self, error: EngineError) -> None:
+    def handle_death(self, error: EngineError) -> None:
         """Restart the engine, or abandon it and leave its rows, unblamed, to the other ranks."""
         assert self._process is not None
         try:

@@ -57,6 +57,23 @@ def test_a_run_says_how_many_engines_it_has_where_one_does_not_start(
 
 
 @pytest.mark.slow
+def test_an_engine_whose_load_stalls_does_not_hold_up_the_one_that_generated(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    conf = write_config(make_numbered_rows(240), engine={**SLOW, "load_s": 5.0})
+    job = launcher.dpgen("run", conf, "parallel.engines_per_rank=2", "sampling.max_tokens=20")
+    logs = tmp_path / "run" / "logs"
+    wait_for(lambda: read_num_engines(tmp_path / "run") == 1)
+    os.kill(find_engine(job, logs / "rank-0.engine-1.log"), signal.SIGSTOP)
+    os.kill(find_engine(job, logs / "rank-0.engine.log"), signal.SIGKILL)
+    assert job.wait() == 0, job.output
+    assert job.output.count("until engine 1 is") == 1, "why the rank generates nothing"
+    assert "the engine has not loaded the model within" in job.output
+    assert "engine restarted, resuming" in job.output
+    assert len(read_texts(tmp_path / "run", 240)) == 240
+
+
+@pytest.mark.slow
 def test_two_engines_give_the_result_of_one_whatever_dies(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

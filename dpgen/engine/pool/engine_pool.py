@@ -32,7 +32,8 @@ from dpgen.engine.pool.stats_sum import StatsSum
 from dpgen.engine.process import wait_for_any
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.supervisor import EngineSupervisor
-from dpgen.errors import EngineError
+from dpgen.errors import EngineError, EngineHung
+from dpgen.formatting import format_duration
 from dpgen.journal.engine_notes import BlameState
 from dpgen.records import Request
 
@@ -75,6 +76,7 @@ class EnginePool:
         self._blame: tuple[BlameState, Callable[[], Request | None]] | None = None
         self.has_joined_all = False
         self._load_begin_s: float | None = None
+        self._blocked_s: float | None = None  # since when all wait for one that has never been ready
         self._add_engine(spec)
 
     # ---- start-up: of the first engine alone
@@ -190,12 +192,18 @@ class EnginePool:
         if timeout_s:
             wait_for_any((engine.pipe for engine in self.supervisors), timeout_s)
         events: list[Event] = []
+        was_ready = self.is_ready
         for index, engine in enumerate(self.supervisors):
             if not engine.is_abandoned:
                 num_deaths = engine.num_deaths
                 events += self._sum_up(index, engine.poll(0))
                 if engine.num_deaths > num_deaths:
                     self._after_death(index)
+        if self.is_ready and not was_ready:
+            for engine in self.supervisors:
+                if not engine.is_ready:
+                    self._pass_on(engine.blame.take_unblamed())
+        self._end_stalled_load()
         return events
 
     # ---- the end
@@ -325,16 +333,37 @@ class EnginePool:
             self.abandon()  # those that have not loaded would wait for one that has
         self._name_heirs()
         if engine.is_abandoned and not self.is_abandoned:
-            given_up = engine.blame.give_up()
-        elif any(other.is_ready for other in self.supervisors):
-            given_up = engine.blame.take_unblamed()
-        else:
-            return
+            self._pass_on(engine.blame.give_up())
+        elif self.is_ready:
+            self._pass_on(engine.blame.take_unblamed())
+
+    def _pass_on(self, given_up: list[tuple[Request, int]]) -> None:
+        """Give rows of an engine to others, each with the kills from outside that it saw."""
         for request, _ in given_up:
             self._router.remove(request.id)
         self.submit([request for request, _ in given_up])
         for request, num_kills in given_up:
             self.supervisors[self._router.find(request.id)].blame.add_kills(request.row, num_kills)
+
+    def _end_stalled_load(self) -> None:
+        """Let engines that have worked load before one that never has, where they wait for it and none is ready.
+
+        It loads as long as the first one took to start: to wait for it is faster then than to start again.
+        """
+        joining = [
+            index for index, engine in enumerate(self.supervisors) if engine.is_loading and not engine.has_loaded
+        ]
+        if self.is_ready or not joining:
+            self._blocked_s = None
+        elif self._blocked_s is None:
+            self._blocked_s = self._clock()
+            limit = format_duration(self.growth.start_s)
+            logger.warning(f"no engine of this rank is ready, waiting up to {limit} until engine {joining[0]} is")
+        elif self._clock() - self._blocked_s > self.growth.start_s:
+            engine, waited = self.supervisors[joining[0]], format_duration(self._clock() - self._blocked_s)
+            cause = f"the engine has not loaded the model within {waited}, for which others of its rank waited"
+            engine.handle_death(EngineHung(cause, log_path=engine.log_path))
+            self._after_death(joining[0])
 
     def _name_heirs(self) -> None:
         alive = [engine for engine in self.supervisors if not engine.is_abandoned]

@@ -38,6 +38,7 @@ class EngineGrowth:
     Attributes:
         count: how many engines there are to be, and why.
         on_decided: called with the number once it is known; again where fewer engines start after all.
+        start_s: that an engine takes to start.
         get_rows_left: returns how many rows this rank still has to generate, about: its part of the run's.
     """
 
@@ -53,7 +54,7 @@ class EngineGrowth:
         self._is_decided = False
         self._begin_s: float | None = None  # when the first rows came
         self._rows_left, self._num_finished = 0.0, 0.0  # when last looked at, and what they have lost since the begin
-        self._start_s, self._num_seqs = _MIN_START_S, max_num_seqs or DEFAULT_NUM_SEQS
+        self.start_s, self._num_seqs = _MIN_START_S, max_num_seqs or DEFAULT_NUM_SEQS
 
     def limit(self, num_engines: int) -> None:
         """Note for how many engines the memory that is known to be free has room."""
@@ -68,7 +69,7 @@ class EngineGrowth:
             max_num_seqs: sequences that it runs at a time.
             start_s: that it took to load.
         """
-        self._num_seqs, self._start_s = max_num_seqs, max(_MIN_START_S, start_s)
+        self._num_seqs, self.start_s = max_num_seqs, max(_MIN_START_S, start_s)
         if self.count.is_auto:
             self._calibration = Calibration(max_num_seqs, self.count.number)
             self._kv_watch = KvWatch(max_num_seqs)
@@ -138,7 +139,7 @@ class EngineGrowth:
         rows_left = self._count_rows_left()
         generating_s = 0.0 if self._begin_s is None else self._clock() - self._begin_s
         rate = self._num_finished / generating_s if generating_s > 0 else 0.0
-        return pays(rows_left, rate, self._start_s, self._rows_at_once)
+        return pays(rows_left, rate, self.start_s, self._rows_at_once)
 
     def _count_rows_left(self) -> float:
         """Return the rows that are left, and count those that are finished: by all ranks, since these help each other.

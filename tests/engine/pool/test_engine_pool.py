@@ -486,6 +486,47 @@ def test_memory_that_was_left_for_an_engine_is_used_once_the_kv_cache_is_full() 
     assert harness.pool.num_ready == 2 and "later the KV cache was full" in harness.decided[-1].why
 
 
+def test_a_load_that_stalls_does_not_keep_an_engine_that_has_worked_from_starting_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    harness = Harness(given(2))
+    harness.submit(range(8))
+    harness.poll()
+    harness.poll()
+    assert harness.newest(1).is_loading
+    harness.newest(0).death = SIGKILLED
+    for _ in range(4):
+        harness.poll()
+    assert not harness.newest(0).is_loading, "the load that has begun is likely to end first"
+    assert "no engine of this rank is ready, waiting up to 5 s until engine 1 is" in caplog.messages
+    stalled = harness.newest(1)
+    for _ in range(4):
+        harness.poll()
+    assert stalled.is_ended and harness.newest(0).is_loading
+    harness.newest(0).become_ready()
+    assert sorted(harness.finish_all(8)) == list(range(8))
+    harness.poll(LIMITS.start_retry_s)
+    harness.join_all()
+    assert harness.pool.num_ready == 2, "the other one joins after that"
+    assert [message for message in caplog.messages if "waiting up to" in message] == [caplog.messages[1]], "once"
+
+
+def test_a_load_that_ends_in_time_goes_on_while_no_engine_is_ready() -> None:
+    harness = Harness(given(2))
+    harness.submit(range(8))
+    harness.poll()
+    harness.poll()
+    harness.newest(0).death = SIGKILLED
+    harness.poll()
+    harness.poll(4)
+    harness.newest(1).become_ready()
+    assert sorted(harness.finish_all(8)) == list(range(8))
+    assert len([process for process in harness.processes if process.index == 1]) == 1
+    harness.newest(0).become_ready()
+    harness.poll(10)
+    assert harness.pool.num_ready == 2
+
+
 def test_engines_that_die_together_load_one_after_the_other() -> None:
     harness = Harness(given(3))
     harness.join_all()
