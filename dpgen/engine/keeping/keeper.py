@@ -41,11 +41,13 @@ class EngineKeeper:
     Attributes:
         early: the next job's first engine, which imports vLLM before that job begins.
         count: how many engines the last job found to pay; None before one has.
+        max_engines: for how many that job has divided the rank's memory.
     """
 
     def __init__(self, *, has_one_job: bool = False) -> None:
         self.has_one_job, self.early = has_one_job, EarlyStart()
         self.count: EngineCount | None = None
+        self.max_engines = 1
         self._kept: dict[int, EngineProcess] = {}  # between two jobs, by the engines' numbers
         self._processes: dict[int, EngineProcess] = {}  # the last of each engine that was started
 
@@ -81,6 +83,7 @@ class EngineKeeper:
         count = pool.growth.count
         is_measured = bool(count.facts) and not count.why.endswith(TOO_FEW_ROWS)
         self.count = count if is_measured else None  # a job with few rows says nothing about the next one
+        self.max_engines = pool.growth.max_engines
         for index, engine in enumerate(pool.supervisors):
             process = self._processes.get(index)
             if process is not None and process.is_loaded and process.is_alive and not engine.is_abandoned:

@@ -70,7 +70,7 @@ class EnginePool:
         self._start, self._limits, self._can_restart, self._clock = start, limits, can_restart, clock
         self.supervisors: list[EngineSupervisor] = []
         self._router = RequestRouter(count_samples(spec))
-        self.growth = EngineGrowth(count, spec.options.get("max_num_seqs"), self._router, clock)
+        self.growth = EngineGrowth(count, spec, self._router, clock)
         self._stats = StatsSum()
         self._text_config = EngineTextConfig()
         self._blame: tuple[BlameState, Callable[[], Request | None]] | None = None
@@ -108,7 +108,9 @@ class EnginePool:
         self.check_options(on_wait)
         self._prepare()
         info = self.supervisors[0].load_model(agree_kv, on_wait, text_config)
-        self.growth.begin_measuring(info.max_num_seqs, self._clock() - (self._load_begin_s or 0.0))
+        own_s = sum(seconds for _, seconds in self.start_phases)  # of an engine that is kept, in an earlier job
+        start_s = max(own_s, self._clock() - (self._load_begin_s or 0.0))
+        self.growth.begin_measuring(info.max_num_seqs, start_s)
         return info
 
     def recall(self, state: BlameState, find_canary: Callable[[], Request | None]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from dpgen.engine.messages import EngineStats
+from dpgen.engine.messages import EngineSpec, EngineStats
 from dpgen.engine.pool.engine_count import (
     DEFAULT_NUM_SEQS,
     Calibration,
@@ -31,33 +31,33 @@ class EngineGrowth:
 
     Args:
         count: how many there are to be, or at most.
-        max_num_seqs: sequences that an engine is to run at a time; None for vLLM's default.
+        spec: of each engine; its number of engines is the most that there may be.
         router: knows how many sequences a row has.
         clock: seconds that only increase.
 
     Attributes:
         count: how many engines there are to be, and why.
         on_decided: called with the number once it is known; again where fewer engines start after all.
+        max_engines: for how many the rank's memory is divided: while fewer run, the rest of it is idle.
         start_s: that an engine takes to start.
         get_rows_left: returns how many rows this rank still has to generate, about: its part of the run's.
     """
 
-    def __init__(
-        self, count: EngineCount, max_num_seqs: int | None, router: RequestRouter, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, count: EngineCount, spec: EngineSpec, router: RequestRouter, clock: Callable[[], float]) -> None:
         self.count, self._router, self._clock = count, router, clock
         self.on_decided: Callable[[EngineCount], None] = lambda count: None
         self.get_rows_left: Callable[[], float] = lambda: float("inf")
         self._calibration: Calibration | None = None
         self._kv_watch: KvWatch | None = None
-        self._max_engines, self._was_auto = count.number, count.is_auto
+        self.max_engines, self._was_auto = spec.num_engines, count.is_auto
         self._is_decided = False
         self._begin_s: float | None = None  # when the first rows came
         self._rows_left, self._num_finished = 0.0, 0.0  # when last looked at, and what they have lost since the begin
-        self.start_s, self._num_seqs = _MIN_START_S, max_num_seqs or DEFAULT_NUM_SEQS
+        self.start_s, self._num_seqs = _MIN_START_S, spec.options.get("max_num_seqs") or DEFAULT_NUM_SEQS
 
     def limit(self, num_engines: int) -> None:
-        """Note for how many engines the memory that is known to be free has room."""
+        """Note for how many engines the rank's memory is divided: it may have room for fewer than there were to be."""
+        self.max_engines = num_engines
         if num_engines < self.count.number:
             why = f"{self.count.why}; the memory that is known to be free has room for {num_engines}"
             self.count = EngineCount(num_engines, why, self.count.is_auto and num_engines > 1)
@@ -70,10 +70,9 @@ class EngineGrowth:
             start_s: that it took to load.
         """
         self._num_seqs, self.start_s = max_num_seqs, max(_MIN_START_S, start_s)
+        self._kv_watch = KvWatch(max_num_seqs)
         if self.count.is_auto:
             self._calibration = Calibration(max_num_seqs, self.count.number)
-            self._kv_watch = KvWatch(max_num_seqs)
-            self._max_engines = self.count.number
 
     def begin(self) -> None:
         """Note that rows have come."""
@@ -130,7 +129,7 @@ class EngineGrowth:
         """
         if self._kv_watch is None or not self._kv_watch.is_short(stats):
             return False
-        if num_engines >= self._max_engines or not self._pays():
+        if num_engines >= self.max_engines or not self._pays():
             return False
         self.correct(self.count.number + 1, "later the KV cache was full")
         return True

@@ -128,13 +128,14 @@ def prepare_engine(
     starter = make_engine_factory(config, topology, group, world, log)
     start = keeper.wrap_start(replace(starter, take_early=keeper.early.take), log)
     spec = group.run_on_all_ranks(lambda: build_engine_spec(config, topology, world))
-    count, engine_bytes = keeper.count, 0
+    count, engine_bytes, max_engines = keeper.count, 0, keeper.max_engines
     if count is None:
         count, engine_bytes = plan_engines(config, spec.weight_bytes, starter.placement)
+        max_engines = count.number
     spec = replace(
         spec,
         num_sharing=starter.placement.num_sharing,
-        num_engines=count.number,
+        num_engines=max_engines,
         is_num_engines_auto=count.is_auto,
         is_measured=count.is_auto,
         engine_bytes=engine_bytes,

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from dpgen.config.loader import load
+from dpgen.distributed.group import SingleRankGroup
+from dpgen.distributed.layout import build_layout
+from dpgen.distributed.topology import read_topology
 from dpgen.engine.keeping.keeper import EngineKeeper
 from dpgen.engine.messages import EngineSpec, EngineStats, RowsFinished
 from dpgen.engine.pool.engine_count import EngineCount
 from dpgen.engine.pool.engine_pool import EnginePool
 from dpgen.engine.process import EngineProcess
+from dpgen.engine.starting.launch import prepare_engine
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.starting.log_file import EngineLog
 from dpgen.engine.starting.server_process import ServerProcess, build_engine_env
@@ -162,3 +167,17 @@ def test_all_engines_of_a_rank_are_kept(rank: Rank) -> None:
         pids.append(list(rank.pids))
         rank.keeper.take_back(pool)
     assert len(pids[0]) == 2 and pids[1] == pids[0], "the second job starts none"
+    assert rank.keeper.max_engines == 2, "the next job divides the memory as this one"
+
+
+def test_the_next_job_may_have_as_many_engines_as_the_memory_was_divided_for(tmp_path: Path) -> None:
+    config = load([], [f"run.dir={tmp_path}", "model=m", "data.path=d", "data.prompt_column=p", "run.engine=fake"])
+    topology, keeper = read_topology({}), EngineKeeper()
+    keeper.count, keeper.max_engines = EngineCount(1, "measured", facts={"step_ms": 8}), 4
+    layout = build_layout(topology, config.parallel)
+    pool = prepare_engine(config, topology, layout, SingleRankGroup(), EngineLog("warning"), keeper)()
+    try:
+        pool.check_options(lambda: None)
+        assert (pool.growth.count.number, pool.growth.max_engines) == (1, 4)
+    finally:
+        pool.kill()

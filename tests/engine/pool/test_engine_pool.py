@@ -99,10 +99,16 @@ class Harness:
     """A pool whose first engine is loaded, and its engines' processes so far."""
 
     def __init__(
-        self, count: EngineCount, rows_left: float = 1e6, *, sampling: Mapping[str, Any] = MappingProxyType({})
+        self,
+        count: EngineCount,
+        rows_left: float = 1e6,
+        *,
+        max_engines: int | None = None,
+        sampling: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.clock, self.processes, self.decided = FakeClock(), list[ScriptedProcess](), list[EngineCount]()
-        spec = EngineSpec("fake", "m", num_engines=count.number, is_num_engines_auto=count.is_auto, sampling=sampling)
+        num_engines = max_engines or count.number
+        spec = EngineSpec("fake", "m", num_engines=num_engines, is_num_engines_auto=count.is_auto, sampling=sampling)
         self.pool = EnginePool(self.start, spec, LIMITS, count, clock=self.clock)
         self.pool.growth.on_decided = self.decided.append
         self.pool.growth.get_rows_left = lambda: rows_left
@@ -125,6 +131,13 @@ class Harness:
                     process.is_loaded_by_test = True
                     process.become_ready()
             self.poll()
+
+    def fill_kv_cache(self) -> None:
+        """Report a full KV cache for some seconds, and let the engine that joins then become ready."""
+        for second in range(6):
+            self.processes[0].events.append(EngineStats(1000 + second, NUM_SEQS // 2, kv_cache_usage=0.97))
+            self.poll()
+        self.join_all()
 
     def let_die_at_starts(self, index: int) -> None:
         """Let an engine that has not loaded die until it is abandoned."""
@@ -479,11 +492,30 @@ def test_memory_that_was_left_for_an_engine_is_used_once_the_kv_cache_is_full() 
     calibrate(harness, device_busy=0.96)
     harness.join_all()
     assert harness.pool.num_ready == 1
-    for second in range(6):
-        harness.processes[0].events.append(EngineStats(1000 + second, NUM_SEQS // 2, kv_cache_usage=0.97))
-        harness.poll()
-    harness.join_all()
+    harness.fill_kv_cache()
     assert harness.pool.num_ready == 2 and "later the KV cache was full" in harness.decided[-1].why
+
+
+def test_a_later_job_with_kept_engines_uses_the_memory_that_was_left_for_others() -> None:
+    first = Harness(AUTO)
+    calibrate(first, device_busy=0.96)
+    kept, max_engines = first.pool.growth.count, first.pool.growth.max_engines
+    assert (kept.number, max_engines) == (1, 4)
+    second = Harness(kept, max_engines=max_engines)
+    second.join_all()
+    assert second.pool.num_ready == 1
+    second.fill_kv_cache()
+    assert second.pool.num_ready == 2 and second.decided[-1].number == 2
+    for _ in range(4):
+        second.fill_kv_cache()
+    assert second.pool.num_ready == 4, "no more than there is memory for"
+
+
+def test_a_given_number_of_engines_stays_as_it_is_with_a_full_kv_cache() -> None:
+    harness = Harness(given(2))
+    harness.join_all()
+    harness.fill_kv_cache()
+    assert harness.pool.num_ready == 2 and len(harness.decided) == 1
 
 
 def test_a_load_that_stalls_does_not_keep_an_engine_that_has_worked_from_starting_again(
