@@ -58,7 +58,7 @@ class EngineSupervisor:
         max_model_len: tokens of prompt and completion together; 0 before the model is loaded.
         start_phases: what the engine did until it was ready, as (name, seconds), whatever the rank did meanwhile.
         memory: what the next life is started with.
-        heirs: who gets its rows once it is abandoned, for the log.
+        find_heirs: returns who gets its rows once it is abandoned, for the log.
         may_load: False while other engines on its devices load: each would count their memory as its own.
         final_death: how the engine died, if it can't be restarted; None while it lives.
     """
@@ -85,7 +85,8 @@ class EngineSupervisor:
         self._num_start_retries = 0
         self._watch = ProgressWatch(limits, clock)
         self._early_events = EarlyEvents(self._watch)
-        self.blame, self.heirs = BlameTracker(), "other ranks"
+        self.blame = BlameTracker()
+        self.find_heirs: Callable[[], str] = lambda: "other ranks"
         self.may_load: Callable[[], bool] = lambda: True
         self.final_death: EngineError | None = None
         self._deaths_in_a_row = self.num_deaths = self.max_model_len = 0
@@ -378,7 +379,7 @@ class EngineSupervisor:
         if reason is not None:
             rows = format_count(self.blame.num_unfinished, "row")
             self._process.show_errors()
-            leaving = f", leaving {rows} to {self.heirs}" if self.has_loaded else ""  # it has had none
+            leaving = f", leaving {rows} to {self.find_heirs()}" if self.has_loaded else ""  # it has had none
             logger.warning(error.describe(f"abandoning it{reason}{leaving}"))
             self._process = None
             return

@@ -33,7 +33,7 @@ from dpgen.engine.process import wait_for_any
 from dpgen.engine.starting.limits import EngineLimits
 from dpgen.engine.supervisor import EngineSupervisor
 from dpgen.errors import EngineError, EngineHung
-from dpgen.formatting import format_duration
+from dpgen.formatting import format_count, format_duration
 from dpgen.journal.engine_notes import BlameState
 from dpgen.records import Request
 
@@ -306,7 +306,6 @@ class EnginePool:
             engine.kill()
         if surplus:
             del self.supervisors[self.supervisors.index(surplus[0]) :]
-            self._name_heirs()
 
     def _add_engine(self, spec: EngineSpec) -> EngineSupervisor:
         index = len(self.supervisors)
@@ -314,8 +313,8 @@ class EnginePool:
             lambda spec: self._start(spec, index), spec, self._limits, can_restart=self._can_restart, clock=self._clock
         )
         engine.may_load = lambda: not any(other.is_loading for other in self.supervisors)
+        engine.find_heirs = lambda: self._find_heirs(engine)
         self.supervisors.append(engine)
-        self._name_heirs()
         self._teach(engine)
         return engine
 
@@ -332,12 +331,19 @@ class EnginePool:
         if engine.is_abandoned and not engine.has_loaded:
             self.growth.correct(self.growth.count.number - 1, f"engine {index} does not start")
         if not any(other.max_num_seqs for other in self.supervisors):
+            if num_waiting := sum(not other.is_abandoned for other in self.supervisors):
+                what = format_count(num_waiting, "engine")
+                logger.warning(f"no engine of this rank that has loaded the model is left, ending {what} that have not")
             self.abandon()  # those that have not loaded would wait for one that has
-        self._name_heirs()
         if engine.is_abandoned and not self.is_abandoned:
             self._pass_on(engine.blame.give_up())
         elif self.is_ready:
             self._pass_on(engine.blame.take_unblamed())
+
+    def _find_heirs(self, engine: EngineSupervisor) -> str:
+        """Return who gets an engine's rows once it is abandoned."""
+        has_heir = any(other.max_num_seqs for other in self.supervisors if other is not engine)
+        return "this rank's other engines" if has_heir else "other ranks"
 
     def _pass_on(self, given_up: list[tuple[Request, int]]) -> None:
         """Give rows of an engine to others, each with the kills from outside that it saw."""
@@ -366,8 +372,3 @@ class EnginePool:
             cause = f"the engine has not loaded the model within {waited}, for which others of its rank waited"
             engine.handle_death(EngineHung(cause, log_path=engine.log_path))
             self._after_death(joining[0])
-
-    def _name_heirs(self) -> None:
-        alive = [engine for engine in self.supervisors if not engine.is_abandoned]
-        for engine in alive:
-            engine.heirs = "other ranks" if len(alive) == 1 else "this rank's other engines"

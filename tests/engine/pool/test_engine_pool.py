@@ -247,7 +247,9 @@ def test_an_abandoned_engines_rows_go_to_the_ranks_other_engines(caplog: pytest.
     assert harness.pool.max_num_seqs == 0
 
 
-def test_a_rank_whose_only_loaded_engine_is_abandoned_leaves_its_rows_to_other_ranks() -> None:
+def test_a_rank_whose_only_loaded_engine_is_abandoned_leaves_its_rows_to_other_ranks(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     harness = Harness(EngineCount(3, "measured later", is_auto=True))
     assert len(harness.processes) == 3, "two wait until it is known how many pay"
     harness.submit(range(4))
@@ -255,6 +257,10 @@ def test_a_rank_whose_only_loaded_engine_is_abandoned_leaves_its_rows_to_other_r
         harness.newest(0).death = CRASHED
         harness.poll(2 * LIMITS.start_retry_s)
     assert harness.pool.is_abandoned, "those that have not loaded would wait for ever"
+    assert caplog.messages[-2].endswith("leaving 4 rows to other ranks")
+    assert caplog.messages[-1] == (
+        "no engine of this rank that has loaded the model is left, ending 2 engines that have not"
+    )
 
 
 def test_a_second_plan_takes_nothing_from_what_the_engines_know_of_their_rows() -> None:
