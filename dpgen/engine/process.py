@@ -149,7 +149,7 @@ class EngineProcess:
                 if not self._num_checks_pending:
                     events.append(event)
         except (EOFError, OSError):
-            if not events:  # messages sent before the death are delivered first
+            if not events and self._failure is None:  # messages sent before the death are delivered first
                 raise self._make_death_error() from None
         if not events and self._failure is not None:  # rows finished before the failure are delivered first
             raise self._make_failure_error(self._failure)

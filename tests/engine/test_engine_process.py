@@ -191,6 +191,19 @@ def test_a_failure_before_the_log_file_is_open_shows_the_last_lines() -> None:
     assert last_lines[-1] == "    RuntimeError: no such device", last_lines
 
 
+def test_an_engine_that_failed_before_the_rank_first_looked_is_reported_in_its_own_words(tmp_path: Path) -> None:
+    log = EngineLog("warning")
+    log.open(tmp_path / "rank-3.engine.log")
+    process = start(log, load_error="no such device")
+    process.load_model()
+    process._process.wait()
+    [checked] = process.poll(1.0)
+    assert isinstance(checked, OptionsChecked) and checked.problem is None
+    with pytest.raises(EngineError, match=r"^the engine failed: RuntimeError: no such device, see ") as raised:
+        process.poll(1.0)
+    assert not raised.value.last_lines, "the log file is named instead"
+
+
 def test_a_workers_error_in_the_output_counts_where_the_engine_reports_only_that_a_worker_failed(
     tmp_path: Path,
 ) -> None:

@@ -29,6 +29,16 @@ def test_a_sick_engine_is_abandoned_and_poisons_no_row(
     assert count_engine_starts(tmp_path / "run", rank=1) <= 9
 
 
+def test_an_engine_that_fails_while_the_rank_prepares_is_reported_in_its_own_words(
+    launcher: Launcher, write_config: WriteConfig
+) -> None:
+    job = launcher.dpgen("run", write_config(make_numbered_rows(5), engine={"load_error": "no such device"}))
+    assert job.wait() == 1
+    failures = [line for line in job.output.splitlines() if "the engine" in line]
+    assert len(failures) == 3 and all("the engine failed: RuntimeError: no such device" in line for line in failures)
+    assert "Traceback" not in job.output and "exited with status" not in job.output, job.output
+
+
 @pytest.mark.slow
 def test_one_rank_finds_its_only_poison_row(launcher: Launcher, write_config: WriteConfig, tmp_path: Path) -> None:
     job = launcher.dpgen("run", write_config(make_numbered_rows(24), engine={"raise_on": "number 7"}))
