@@ -30,6 +30,11 @@ def describe_type(value: Any) -> str:
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
+def format_extra(extra: str) -> str:
+    """Return how to install an extra of dpgen. The package index has another project under the name `dpgen`."""
+    return f"pip install '.[{extra}]' in dpgen's checkout"
+
+
 def format_duration(seconds: float) -> str:
     """Return ``42 s``, ``3 min 20 s``, ``5 h 07 min`` or ``2 d 03 h``."""
     whole = round(seconds)

@@ -1,6 +1,6 @@
 """Measure the tests: change dpgen's code at random places, one at a time, and see whether a test fails.
 
-    pip install 'dpgen[mutation]'
+    pip install '.[mutation]'
     python tests/mutation.py --mutants 120 --workers 16          # prints the survivors, and one JSON line
 
 A mutant is first tried on the tests of its wing, and if it survives on all tests that need no engine, SLURM or network

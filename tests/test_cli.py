@@ -218,7 +218,7 @@ def test_without_shtab_completion_tells_how_to_install_it(tmp_path: Path) -> Non
     (tmp_path / "shtab.py").write_text("raise ImportError('not here')")
     done = run_cli("--print-completion", "bash", PYTHONPATH=f"{tmp_path}:{REPO}")
     assert done.returncode == 2
-    assert done.stderr == "dpgen: --print-completion needs shtab: pip install 'dpgen[completion]'\n"
+    assert done.stderr == "dpgen: --print-completion needs shtab: pip install '.[completion]' in dpgen's checkout\n"
 
 
 # ---- dpgen run

@@ -39,6 +39,7 @@ from dpgen.engine.messages import (
     Shutdown,
 )
 from dpgen.errors import ConfigError, RowRefused
+from dpgen.formatting import format_extra
 from dpgen.imports import imports_without_gc
 from dpgen.lifecycle.parent_death import set_parent_death_signal
 from dpgen.records import Request, RowResult, UndecodedRow, make_rejected_result
@@ -327,9 +328,9 @@ def _import_backend(kind: str) -> Callable[[EngineSpec], Backend]:
 def _describe_failed_import(error: ImportError) -> str:
     """Return one line on why the engine can't be imported, and what to do."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    advice = "install it with pip install 'dpgen[gpu]' for NVIDIA GPUs, or 'dpgen[cpu]'"
+    advice = f"install it: {format_extra('gpu')} for NVIDIA GPUs, or [cpu] in place of [gpu]"
     if "libcuda.so" in reason:
-        advice = "the NVIDIA driver is missing, as on login nodes: run where the GPUs are, or install 'dpgen[cpu]'"
+        advice = f"the NVIDIA driver is missing, as on login nodes: run where the GPUs are, or {format_extra('cpu')}"
     return f"vLLM can't be imported on {socket.gethostname()}: {reason}; {advice}"
 
 

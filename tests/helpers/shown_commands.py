@@ -179,7 +179,7 @@ def _check_script(words: Sequence[str]) -> str | None:
 
 
 def _check_extra(requirement: str) -> str | None:
-    match = re.fullmatch(r"dpgen(?:\[(\w+)\])?", requirement.strip("'"))
+    match = re.fullmatch(r"\.(?:\[(\w+)\])?", requirement.strip("'"))  # the index has another `dpgen`
     if match is None:
         return "it installs another package"
     return None if match[1] in {None, *_read_extras()} else f"setup.cfg has no extra {match[1]}"

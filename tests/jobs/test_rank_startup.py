@@ -174,7 +174,7 @@ def test_one_rank_per_node_prepares_the_data_while_the_others_wait(
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
-        ("ModuleNotFoundError(\"No module named 'vllm'\", name='vllm')", "pip install 'dpgen[gpu]'"),
+        ("ModuleNotFoundError(\"No module named 'vllm'\", name='vllm')", "pip install '.[gpu]' in dpgen's checkout"),
         ("ImportError('libcuda.so.1: cannot open shared object file')", "the NVIDIA driver is missing"),
     ],
 )

@@ -14,6 +14,7 @@ from string import Template
 from typing import Any
 
 from dpgen.errors import EXIT_OK, EXIT_USAGE
+from dpgen.formatting import format_extra
 
 # readline breaks words at "=", so that a word may reach the function in three parts; COMP_LINE has it whole.
 _BASH = Template("""
@@ -104,7 +105,7 @@ def print_completion(parser: argparse.ArgumentParser, shell: str) -> int:
     try:
         import shtab
     except ImportError:
-        print("dpgen: --print-completion needs shtab: pip install 'dpgen[completion]'", file=sys.stderr)
+        print(f"dpgen: --print-completion needs shtab: {format_extra('completion')}", file=sys.stderr)
         return EXIT_USAGE
     if shell not in shtab.SUPPORTED_SHELLS:
         print(f"dpgen: --print-completion {shell} needs a newer shtab: pip install -U shtab", file=sys.stderr)

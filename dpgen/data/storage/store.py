@@ -21,6 +21,7 @@ from dpgen.config.checks import find_scheme
 from dpgen.config.secrets import REMOVED, redact_text
 from dpgen.data.storage.store_errors import explain_store_error
 from dpgen.errors import ConfigError, suggest_name
+from dpgen.formatting import format_extra
 from dpgen.log import PeriodicLog
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ _VERSIONS: tuple[str, ...] = (
     "Last-Modified",
 )
 _VERSIONS += ("LastModified", "last_modified", "mtime", "updated", "created")
-# By the package that a store needs: what installs it with dpgen.
-_EXTRAS = {"s3fs": "dpgen[s3]", "gcsfs": "dpgen[gcs]", "adlfs": "dpgen[azure]"}
+# By the package that a store needs: the extra that installs it.
+_EXTRAS = {"s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure"}
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def open_store(address: str, options: Mapping[str, Any], key: str = "data.path")
     except ImportError as error:
         text = f"{known_implementations.get(scheme or '', {}).get('err', '')} {error}"
         extra = next((extra for package, extra in _EXTRAS.items() if package in text), None)
-        advice = f"pip install '{extra}'" if extra else str(error).splitlines()[0]
+        advice = format_extra(extra) if extra else str(error).splitlines()[0]
         raise ConfigError(f"{label}: the package for {scheme}:// is not installed: {advice}") from None
     except TypeError as error:
         raise ConfigError(f"{options_key}: {str(error).splitlines()[0]}") from None

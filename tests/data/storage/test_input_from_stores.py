@@ -254,7 +254,7 @@ def test_a_missing_package_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(registered, scheme, raising=False)
-    with pytest.raises(ConfigError, match=rf"{scheme}:// is not installed: pip install 'dpgen\[{extra}\]'"):
+    with pytest.raises(ConfigError, match=rf"{scheme}:// is not installed: pip install '\.\[{extra}\]' in dpgen's"):
         load_from(f"{scheme}://bucket/rows.jsonl")
 
 

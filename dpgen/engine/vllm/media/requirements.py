@@ -9,10 +9,12 @@ from typing import Any
 from dpgen.engine.messages import EngineSpec
 from dpgen.engine.vllm.rejections import summarize_error
 from dpgen.errors import RowRefused
+from dpgen.formatting import format_extra
 from dpgen.records import Request
 
 _HINTS = {
-    "torchvision": "install torchvision's build for the installed torch (launch/install.sh --vision, or dpgen[vision])",
+    "torchvision": "install torchvision's build for the installed torch (launch/install.sh --vision, or "
+    f"{format_extra('vision')})",
 }
 
 
