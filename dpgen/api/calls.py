@@ -143,7 +143,10 @@ def prepare_call(dataset: Any, layers: Sequence[Layer], topology: Topology, resu
 def load_rows(run_dir: RunDir, file_format: str, *, in_memory: bool) -> datasets.Dataset:
     """Return the rows of a finished run; see `dpgen.data.saved_dataset.load_result_dataset`."""
     from dpgen.data.saved_dataset import keep_quiet, load_result_dataset
+    from dpgen.output.file_set import REWRITE_HINT, list_files
 
+    if (problem := list_files(run_dir.dataset, file_format)[1]) is not None:
+        raise DpgenError(f"run_dir={run_dir.path}: {problem}: {REWRITE_HINT}")
     with keep_quiet():
         return load_result_dataset(run_dir.dataset, file_format, run_dir.path / ".cache", in_memory=in_memory)
 

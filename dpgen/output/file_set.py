@@ -9,6 +9,9 @@ from typing import Any
 
 from dpgen.formatting import format_count
 
+# What helps where files of a dataset are missing, too many, or damaged.
+REWRITE_HINT = "remove dataset/, and the run's own command writes it again from the journal"
+
 
 class FileSet:
     """Open one file after the other, each for the same number of rows, and name them at the end.
@@ -65,9 +68,21 @@ def list_files(directory: Path, suffix: str) -> tuple[list[Path], str | None]:
     Args:
         suffix: of the files' names, without the dot.
     """
-    files = sorted(directory.glob(f"train-*.{suffix}")) if directory.is_dir() else []
-    name = re.fullmatch(r"train-\d+-of-(\d+)", files[0].stem) if files else None
-    expected = int(name[1]) if name else None
+    files, expected = _find_files(directory, suffix)
     if len(files) == expected:
         return files, None
     return files, f"dataset/ holds {format_count(len(files), 'file')} of {expected or 'an unknown number'}"
+
+
+def find_lost_files(directory: Path, suffix: str) -> str | None:
+    """Return which of a dataset's files were removed; None if none was, whatever else is there."""
+    files, expected = _find_files(directory, suffix)
+    if not files:
+        return "dataset/ is empty" if directory.is_dir() else "dataset/ is missing"
+    return None if expected is None or len(files) >= expected else list_files(directory, suffix)[1]
+
+
+def _find_files(directory: Path, suffix: str) -> tuple[list[Path], int | None]:
+    files = sorted(directory.glob(f"train-*.{suffix}")) if directory.is_dir() else []
+    name = re.fullmatch(r"train-\d+-of-(\d+)", files[0].stem) if files else None
+    return files, int(name[1]) if name else None

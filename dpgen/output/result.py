@@ -12,16 +12,18 @@ from dpgen.config.sections import OutputConfig, RunConfig
 from dpgen.data.input_rows import InputRows
 from dpgen.distributed.attempt import shares_run_dir
 from dpgen.distributed.group import RankGroup
-from dpgen.errors import NoRowSucceeded
+from dpgen.errors import DpgenError, NoRowSucceeded
 from dpgen.formatting import format_count
 from dpgen.journal.format import parse_name
-from dpgen.journal.reader import list_segments
+from dpgen.journal.reader import index_journal, list_segments
 from dpgen.journal.run_dir import RunDir
 from dpgen.journal.run_identity import diff_identities
 from dpgen.journal.writer import JournalWriter
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_writer import write_dataset
+from dpgen.output.file_set import find_lost_files
 from dpgen.output.gather import gather_segments
+from dpgen.output.openai_batch.response_files import FILE_SUFFIX, OPENAI_BATCH
 from dpgen.records import RankManifest
 
 logger = logging.getLogger(__name__)
@@ -32,15 +34,23 @@ def is_already_complete(
 ) -> bool:
     """Return True if rank 0's run directory holds this run's result, and nothing is to be retried. Collective.
 
+    A result whose files were removed does not count: it is written again from the journal.
+
     Args:
         resume: `run.resume`, as the job's restarts leave it.
 
     Raises:
-        DpgenError: the result is there, and no row has succeeded.
+        DpgenError: the result is there, and no row has succeeded; or it is gone, and the journal lacks rows of it.
     """
-    is_same = not diff_identities(run_dir.read_metadata().get("identity"), identity)
     wants_more = bool(config.retry_errors) or resume == "never"
-    is_complete: bool = group.all_gather_object(run_dir.is_finished and is_same and not wants_more)[0]
+
+    def look() -> bool:
+        if group.rank > 0 or wants_more or not run_dir.is_finished:
+            return False
+        is_same = not diff_identities(run_dir.read_metadata().get("identity"), identity)
+        return is_same and not _must_write_again(run_dir, identity)
+
+    is_complete: bool = group.all_gather_object(group.run_on_all_ranks(look))[0]
     if is_complete:
         logger.info(f"{run_dir.path} holds this run's finished result already, nothing to do")
 
@@ -50,6 +60,24 @@ def is_already_complete(
 
         group.run_on_all_ranks(check)
     return is_complete
+
+
+def _must_write_again(run_dir: RunDir, identity: Mapping[str, Any]) -> bool:
+    """Return True if files of a finished result were removed, and the journal holds all its rows."""
+    file_format = identity["output"]["format"]
+    problem = find_lost_files(run_dir.dataset, FILE_SUFFIX if file_format == OPENAI_BATCH else file_format)
+    if problem is None:
+        return False
+    num_rows = identity["input"]["num_rows"]
+    num_missing = num_rows - len(index_journal(run_dir.journal))
+    if num_missing > 0:
+        raise DpgenError(
+            f"{run_dir.path}: {problem}, and the journal lacks {num_missing:,} of {format_count(num_rows, 'row')}, so "
+            "the finished result can't be written again from it. Put the files back; or remove "
+            f"{run_dir.success}, and the same command generates the missing rows"
+        )
+    logger.warning(f"{run_dir.path}: {problem}, writing the finished result again from the journal")
+    return True
 
 
 def gather_results(

@@ -35,6 +35,7 @@ from dpgen.journal.run_dir import RunDir
 from dpgen.journal.run_identity import diff_input, find_other_settings, get_fingerprint_version
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_check import DatasetCheck, DatasetFindings, ResultLookup
+from dpgen.output.file_set import REWRITE_HINT
 from dpgen.output.json_lines import JSONL_ENCODING
 from dpgen.output.openai_batch.response_check import ResponseCheck
 from dpgen.output.openai_batch.response_files import OPENAI_BATCH
@@ -117,6 +118,8 @@ def verify(path: Path, *, check_input: bool = True) -> VerificationReport:
             report.num_dataset_rows = findings.num_rows
             report.problems += findings.problems
             report.notes += findings.notes
+            if findings.problems and not report.missing and report.input != "differs":
+                report.notes.append(f"no row is lost: {REWRITE_HINT}")
             _check_success(success, findings, report)
             if report.num_rows and report.num_failed == report.num_rows:
                 report.notes.append("no row succeeded: every result is an error")

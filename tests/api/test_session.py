@@ -105,6 +105,9 @@ def test_a_run_directory_is_resumed_by_the_same_rows_and_refused_to_others(tmp_p
     assert grown is not None and grown.to_list()[:24] == first.to_list() and len(grown) == 25
     assert count_results(run_dir).tolist() == [1] * 25, "no finished row is generated again"
     assert dpgen.load_result(run_dir).to_list() == grown.to_list()
+    next((run_dir / "dataset").glob("train-*")).unlink()
+    with pytest.raises(dpgen.DpgenError, match=r"0 files .* the run's own command writes it again from the journal"):
+        dpgen.load_result(run_dir)
 
 
 @pytest.mark.slow

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 from helpers.jobs import Launcher, WriteConfig, descendants, make_numbered_rows, wait_for
 from helpers.results import count_journal_bytes, load_all_rows, run_undisturbed
+
+from dpgen.output.verification import verify
 
 pytestmark = pytest.mark.multi
 
@@ -31,6 +34,27 @@ def test_an_unfinished_run_resumes_at_any_world_size(
     job = launcher.dpgen("run", conf, "engine.step_s=0")
     assert job.wait() == 0, job.output
     assert load_all_rows(tmp_path / "run", 150) == run_undisturbed(launcher, conf, tmp_path / "undisturbed" / "run")
+
+
+def test_a_result_whose_files_were_removed_is_written_again_from_the_journal(
+    launcher: Launcher, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    run, to = tmp_path / "run", tmp_path / "there"
+    conf = write_config(make_numbered_rows(7), output={"rows_per_file": 3, "to": str(to)})
+    assert launcher.dpgen("run", conf, ranks=2).wait() == 0
+    rows, num_bytes = load_all_rows(run, 7), count_journal_bytes(run)
+    for ranks, names in ((1, "*"), (2, "train-00001-*")):
+        for path in (run / "dataset").glob(names):
+            path.unlink()
+        again = launcher.dpgen("run", conf, ranks=ranks)
+        assert again.wait() == 0, again.output
+        assert "writing the finished result again" in again.output and " 0 remain " in again.output
+        assert load_all_rows(run, 7) == rows and count_journal_bytes(run) == num_bytes, "no row is generated"
+        assert verify(run).verdict == "sound" and len(list(to.glob("*.parquet"))) == 3
+    shutil.rmtree(run / "dataset")
+    (run / "journal").rename(tmp_path / "elsewhere")
+    lost = launcher.dpgen("run", conf)
+    assert lost.wait() == 1 and "the journal lacks 7 of 7 rows" in lost.output, "none is generated without a word"
 
 
 @pytest.mark.slow

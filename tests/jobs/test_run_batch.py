@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -65,6 +66,19 @@ def test_every_line_of_a_bad_file_gets_a_response_in_its_place(launcher: Launche
     assert types == ["bad_request", "bad_request", "prompt_too_long", "unsupported_request", "bad_request"]
     assert verify(Path(f"{out}.run")).verdict == "sound"
     assert not list(tmp_path.glob(".*")), "the temporary file is gone"
+
+
+def test_responses_that_were_removed_are_written_again_and_not_generated(launcher: Launcher, tmp_path: Path) -> None:
+    source = write_batch(tmp_path / "in.jsonl", make_numbered_requests(5))
+    out = tmp_path / "out.jsonl"
+    command = ("run-batch", "-i", str(source), "-o", str(out), *FAKE)
+    assert launcher.dpgen(*command).wait() == 0
+    before, num_bytes = read_responses(out), count_journal_bytes(Path(f"{out}.run"))
+    shutil.rmtree(f"{out}.run/dataset")
+    out.unlink()
+    again = launcher.dpgen(*command)
+    assert again.wait() == 0, again.output
+    assert read_responses(out) == before and count_journal_bytes(Path(f"{out}.run")) == num_bytes
 
 
 @pytest.mark.slow

@@ -343,6 +343,18 @@ def test_damage_that_costs_rows_is_a_problem_with_its_rows(
     assert problem in printed and printed.endswith("NOT SOUND\n"), printed
 
 
+@pytest.mark.parametrize("harm", [remove_file, remove_dataset, change_text, truncate_file])
+def test_a_damaged_dataset_is_written_again_from_a_whole_journal(
+    run: Path, harm: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    harm(run)
+    run_command(str(run))
+    assert "no row is lost: remove dataset/, and the run's own command writes it again" in capsys.readouterr().out
+    remove_segment(run)
+    run_command(str(run))
+    assert "remove dataset/" not in capsys.readouterr().out, "the dataset may be all that holds the lost rows"
+
+
 @pytest.mark.parametrize("row", [3, BAD_ROW])
 def test_a_result_stays_sound_if_a_rank_that_was_cut_off_journals_its_rows_again(run: Path, row: int) -> None:
     late = JournalWriter(run / "journal", 0, 0)  # read before all others

@@ -26,7 +26,7 @@ from dpgen.journal.run_identity import diff_input, find_fingerprint, get_num_row
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_check import compute_batch_rows
 from dpgen.output.dataset_tables import DatasetTables
-from dpgen.output.file_set import list_files
+from dpgen.output.file_set import REWRITE_HINT, list_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -93,7 +93,7 @@ def _open_dataset(
 ) -> ExportSource:
     files, problem = list_files(run_dir.dataset, dataset_format.file_format)
     if problem is not None:
-        raise DpgenError(f"{run_dir.path}: {problem}. 'dpgen verify' checks the whole run")
+        raise DpgenError(f"{run_dir.path}: {problem}: {REWRITE_HINT}")
     if dataset_format.file_format == "jsonl":
         schema = read_card(run_dir.dataset)
         return ExportSource(

@@ -12,7 +12,7 @@ from dpgen.config.checks import find_scheme
 from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal.files import FileSystem
 from dpgen.journal.run_dir import RunDir
-from dpgen.output.file_set import list_files
+from dpgen.output.file_set import REWRITE_HINT, list_files
 from dpgen.output.openai_batch.response_files import FILE_SUFFIX
 from dpgen.output.upload.result_upload import check_file_target, upload_file
 
@@ -74,7 +74,7 @@ def _write_file(run_dir: RunDir, output_file: str) -> None:
     temporary = target.with_name(f".{target.name}.dpgen-tmp")
     paths, problem = list_files(run_dir.dataset, FILE_SUFFIX)
     if problem is not None:
-        raise DpgenError(f"{run_dir.path}: {problem}; run the same command again with another run directory")
+        raise DpgenError(f"{run_dir.path}: {problem}: {REWRITE_HINT}")
     try:
         with temporary.open("wb") as file:
             for path in paths:

@@ -85,10 +85,10 @@ class ResultUpload:
         Raises:
             TransferStopped: the store refuses or fails. The result is complete in the run directory.
         """
-        files = {path.name: path for path in sorted(self._run_dir.dataset.iterdir()) if path.is_file()}
-        files[_SUCCESS] = self._run_dir.success
         started_s, shown = time.monotonic(), show_address(self._address)
         try:
+            files = {path.name: path for path in sorted(self._run_dir.dataset.iterdir()) if path.is_file()}
+            files[_SUCCESS] = self._run_dir.success
             store = self._open()
             run, there = call_store(store, lambda: (_read_mark(store), _list(store)), "to list it", self._on_wait)
             self._refuse_foreign(store, run, there)  # what came there since the run began
