@@ -30,6 +30,12 @@ def describe_type(value: Any) -> str:
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
+def suggest_conversion(content: bytes = b"") -> str:
+    """Return the command for text that is no UTF-8: UTF-16 by its mark, or Windows-1252, of which Latin-1 is a part."""
+    encoding = "UTF-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "WINDOWS-1252"
+    return f"iconv -f {encoding} -t UTF-8"
+
+
 def format_extra(extra: str) -> str:
     """Return how to install an extra of dpgen. The package index has another project under the name `dpgen`."""
     return f"pip install '.[{extra}]' in dpgen's checkout"

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dpgen.formatting import suggest_conversion
+
 # Of `data`. A line break at the end of these files is the editor's, and no part of the prompt.
 _PROMPT_KEYS = ("template", "system_prompt")
 FILE_KEYS = (*_PROMPT_KEYS, "chat_template", "tools")
@@ -56,7 +58,8 @@ def explain_unreadable(path: str, error: Exception) -> str:
         is_relative = not path.startswith(("/", "~"))
         return "there is no such file" + (f" in the working directory {os.getcwd()}" if is_relative else "")
     if isinstance(error, UnicodeDecodeError):
-        return f"it is no UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start})"
+        place = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+        return f"it is no UTF-8 ({place}); convert it, e.g. {suggest_conversion(error.object)}"
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 

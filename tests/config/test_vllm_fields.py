@@ -35,6 +35,7 @@ SAMPLING = {"stop", "top_p", "top_k", "temperature", "max_tokens", "structured_o
         ("sampling", "max_model_len", "write engine.max_model_len"),
         ("engine", "temperature", "write sampling.temperature"),
         ("engine", "rope_scaling", "write engine.hf_overrides={rope_parameters: {...}}"),
+        ("engine", "task", "write task=embed, classify, score or reward"),
         ("engine", "swap_space", "vLLM has removed it without a successor"),
         ("engine", "max_num_seq", "did you mean 'engine.max_num_seqs'?"),
         ("sampling", "top_q", "did you mean 'sampling.top_"),

@@ -76,7 +76,7 @@ _ENGINE = {
         ("num_redundant_experts", "eplb_window_size", "eplb_step_interval", "eplb_log_balancedness"), _EPLB
     ),
     "enable_reasoning": "write engine.reasoning_parser",
-    "task": "dpgen generates text; leave it out (vLLM's successors are runner and convert)",
+    "task": "write task=embed, classify, score or reward, a key beside engine; for text leave it out",
     **dict.fromkeys(("disable_log_requests", "enable_log_requests"), "dpgen logs no requests; leave it out"),
     "device": "vLLM finds the devices itself; leave it out",
     **dict.fromkeys(

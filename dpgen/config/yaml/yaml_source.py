@@ -19,6 +19,7 @@ from dpgen.config.options import find_type
 from dpgen.config.secrets import REMOVED, has_secret, redact_secrets
 from dpgen.config.yaml import yaml12, yaml_slips
 from dpgen.errors import ConfigError
+from dpgen.formatting import suggest_conversion
 
 KeyPath = tuple[str, ...]
 
@@ -371,7 +372,8 @@ def _read_text(path: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}:{line}: this is no UTF-8 (byte 0x{content[error.start]:02x}); convert it") from None
+        what = f"this is no UTF-8 (byte 0x{content[error.start]:02x})"
+        raise ConfigError(f"{path}:{line}: {what}; convert it, e.g. {suggest_conversion(content)}") from None
 
 
 def _is_key(name: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpgen.config.prompt import PromptConfig
 from dpgen.errors import RowRefused
-from dpgen.formatting import describe_type
+from dpgen.formatting import describe_type, suggest_conversion
 from dpgen.programs.handle import ModelCall
 
 
@@ -67,7 +67,10 @@ def reject_surrogates(text: str) -> None:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         if 0xDC80 <= code <= 0xDCFF:  # as `surrogateescape` reads bytes
-            what = f"the byte 0x{code - 0xDC00:02X}, which is not valid UTF-8 there"
+            what = (
+                f"the byte 0x{code - 0xDC00:02X}, which is not valid UTF-8 there: convert a file in another encoding, "
+            )
+            what += f"e.g. {suggest_conversion()}"
         else:
             what = "half of a surrogate pair, which no encoding of text can hold"
         raise RowRefused("invalid_text", f"character {error.start} is {what}") from None

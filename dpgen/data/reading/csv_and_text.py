@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from dpgen.data.reading.files import list_names
 from dpgen.data.reading.invalid_text import InvalidValues, has_surrogate, set_aside_invalid
 from dpgen.data.reading.source import BATCH_BYTES, UnreadableInput, check_encoding, iter_line_batches
-from dpgen.formatting import format_count
+from dpgen.formatting import format_count, suggest_conversion
 
 _MAX_ROWS = 10_000
 _WHOLE_NUMBER = r"^(0|-?[1-9][0-9]{0,18})$"
@@ -145,7 +145,7 @@ class TextTableReader:
         """
         if any(map(has_surrogate, header)):
             raise UnreadableInput(
-                f"{file}, line {line}: the header is not UTF-8. Convert the file, e.g. iconv -f LATIN1 -t UTF-8"
+                f"{file}, line {line}: the header is not UTF-8. Convert the file, e.g. {suggest_conversion()}"
             )
         names = _name_columns(header)
         if self._names and not set(self._names) & set(names):

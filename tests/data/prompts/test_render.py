@@ -736,7 +736,11 @@ def test_importing_the_renderer_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (b"caf\xe9".decode("utf-8", "surrogateescape"), "character 3 is the byte 0xE9, which is not valid UTF-8 there"),
+        (
+            b"caf\xe9".decode("utf-8", "surrogateescape"),
+            "character 3 is the byte 0xE9, which is not valid UTF-8 there: convert a file in another encoding, e.g. "
+            "iconv -f WINDOWS-1252 -t UTF-8",
+        ),
         ("ab\ud83d", "character 2 is half of a surrogate pair, which no encoding of text can hold"),
     ],
 )

@@ -30,7 +30,7 @@ def read(rows: InputRows) -> list[dict[str, Any]]:
         ('question\na\n"b\nc\n', "line 3: a quote is opened there and never closed"),
         ('question,n\n"a \\"x\\" b",1\n', "line 2: text follows a closing quote: a quote inside of a quoted cell"),
         ('question,n\n"a\nb",1\nc,2,3\n', "line 4: it has 3 cells, and the header 2 names"),
-        (b"question,caf\xe9\na,1\n", "line 1: the header is not UTF-8"),
+        (b"question,caf\xe9\na,1\n", "line 1: the header is not UTF-8. Convert .* iconv -f WINDOWS-1252 -t UTF-8"),
     ],
 )
 def test_a_csv_file_that_contradicts_itself_is_named_with_its_line(
