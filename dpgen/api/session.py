@@ -204,6 +204,8 @@ class _Runner:
             raise ConfigError(
                 f"num_gpus={self._num_gpus}: the launcher has started the ranks already; each calls without num_gpus"
             )
+        if self._num_gpus is not None and (type(self._num_gpus) is not int or self._num_gpus < 1):
+            raise ConfigError(f"num_gpus={self._num_gpus!r}: must be a whole number of at least 1")
         self._ranks: RankProcesses | None = None
         self._engine_keys: dict[str, Any] | None = None  # of the first call
         self._in_use = threading.Lock()
@@ -221,7 +223,7 @@ class _Runner:
             call = prepare_call(dataset, [*layers, layer], self._topology, result_on)
             try:
                 self._check(call.config)
-            except DpgenError:
+            except BaseException:
                 call.discard_input()
                 raise
         except DpgenError as error:
@@ -314,9 +316,9 @@ class _Runner:
 
     def _check(self, config: Config) -> None:
         """Check what the number of GPUs, or an engine that is loaded already, rules out."""
-        if self._num_gpus is not None and (self._num_gpus < 1 or self._num_gpus % config.gpus_per_rank):
+        if self._num_gpus is not None and self._num_gpus % config.gpus_per_rank:
             bound = f"a multiple of the {config.gpus_per_rank} GPUs of a rank (parallel)"
-            raise ConfigError(f"num_gpus={self._num_gpus}: must be {bound if self._num_gpus > 0 else 'at least 1'}")
+            raise ConfigError(f"num_gpus={self._num_gpus}: must be {bound}")
         if not self._keeps_engine:
             return
         if config.parallel.launcher == "external":

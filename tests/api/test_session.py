@@ -434,8 +434,9 @@ def test_a_list_with_a_file_that_is_not_there_names_it(path: str) -> None:
 def test_num_gpus_is_rejected_where_it_has_no_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(dpgen.ConfigError, match="num_gpus=3: must be a multiple of the 2 GPUs"):
         dpgen.generate(ROWS, **FAKE, num_gpus=3, parallel={"tensor_parallel_size": 2})
-    with pytest.raises(dpgen.ConfigError, match="num_gpus=0: must be at least 1"):
-        dpgen.generate(ROWS, **FAKE, num_gpus=0)
+    for wrong in (0, 4 / 2, "2", True):
+        with pytest.raises(dpgen.ConfigError, match=f"num_gpus={wrong!r}: must be a whole number of at least 1"):
+            dpgen.generate(ROWS, **FAKE, num_gpus=wrong)  # type: ignore[typeddict-item]
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(dpgen.ConfigError, match="the launcher has started the ranks already"):
