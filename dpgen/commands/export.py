@@ -25,7 +25,7 @@ dpgen export RUN_DIR TARGET [--format FORMAT] [--columns NAME,...] [--rename OLD
 _DESCRIPTION = """\
 Export the rows of a run, finished or not, in input order. Of an unfinished run, the rows that have a result so far.
 
-  dpgen export runs/a answers.jsonl                   JSON lines; also .csv, .parquet, and .gz, .bz2, .zst after them
+  dpgen export runs/a answers.jsonl                   JSON lines; also .csv, both also with .gz, .bz2, .zst, or .parquet
   dpgen export runs/a answers                         a folder of Parquet files
   dpgen export runs/a saved --format save_to_disk     a folder for datasets.load_from_disk
   dpgen export runs/a sft.jsonl --format messages     conversations with the model's turn, for fine-tuning

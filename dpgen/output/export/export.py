@@ -75,7 +75,8 @@ def find_format(target: str, format: str | None) -> str:
     if named not in (None, "jsonl" if format == "messages" else format):
         raise ConfigError(f"TARGET={target}: {suffix} is the suffix of {named}, and --format is {format}")
     if (ending := Path(name).suffix) in OTHER_SUFFIXES and format in FOLDER_FILES:
-        endings = f"{', '.join(SUFFIXES)}, also with {', '.join(COMPRESSIONS)}"
+        texts = [suffix for suffix, kind in SUFFIXES.items() if kind not in FOLDER_FILES]
+        endings = f"{', '.join(SUFFIXES)} ({', '.join(texts)} also with {', '.join(COMPRESSIONS)})"
         raise ConfigError(f"TARGET={target}: no file {ending} is written, but {endings}; a folder's name has no suffix")
     if is_compressed and format in FOLDER_FILES:
         raise ConfigError(f"TARGET={target}: {format} is not compressed as a whole; leave {Path(name).suffix} out")

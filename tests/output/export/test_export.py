@@ -558,7 +558,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(
         ("v1.2", None, "parquet"),
         ("A.CSV.GZ", None, "csv"),
         ("a.json", "jsonl", "jsonl"),
-        ("a.json", None, "no file .json is written, but .parquet, .jsonl"),
+        ("a.json", None, r"but .parquet, .jsonl, .ndjson, .csv \(.jsonl, .ndjson, .csv also with .gz, "),
         ("a.jsonl.xz", None, "no file .xz is written"),
         ("a.jsonl", "messages", "messages"),
         ("a.csv", "jsonl", "suffix of csv, and --format is jsonl"),
