@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from glob import iglob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,8 @@ def _find_paths(dataset: Any) -> str | list[str] | None:
         return str(dataset)
     if isinstance(dataset, (list, tuple)) and dataset and all(isinstance(entry, (str, Path)) for entry in dataset):
         paths = [str(entry) for entry in dataset]
-        if any(" " in path for path in paths) and not any(map(_looks_like_file, paths)):
+        # One name with a slash may be of a Hub dataset.
+        if any(" " in path or "/" not in path for path in paths) and not any(map(_looks_like_file, paths)):
             raise ConfigError(
                 f"dataset[0] is the text {paths[0][:_MAX_SHOWN]!r}, and names no file: a row is a dict of columns: "
                 '[{"prompt": text} for text in texts] with prompt_column="prompt"'
@@ -175,7 +177,7 @@ def _looks_like_file(path: str) -> bool:
     from dpgen.data.reading.files import is_data_file
 
     is_path = path.startswith(_PATH_BEGINNINGS) or find_scheme(path) is not None
-    return is_path or is_data_file(path) or os.path.exists(path)
+    return is_path or is_data_file(path) or os.path.exists(path) or (" " not in path and any(iglob(path)))
 
 
 def _to_input_rows(dataset: Any) -> InputRows:

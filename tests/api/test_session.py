@@ -425,6 +425,19 @@ def test_a_list_of_texts_is_no_list_of_files(text: str) -> None:
         dpgen.generate([text, "1 + 1?"], **FAKE)
 
 
+@pytest.mark.parametrize("texts", [["hi"], ["cats", "dogs"], ["Why?"]])
+def test_a_list_of_words_is_no_list_of_files(texts: list[str]) -> None:
+    with pytest.raises(dpgen.ConfigError, match=re.escape(f"dataset[0] is the text {texts[0]!r}")):
+        dpgen.generate(texts, **FAKE)
+
+
+def test_a_list_with_a_pattern_of_files_is_one_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    result = dpgen.generate(["rows*"], **FAKE)
+    assert result is not None and result["prompt"][:] == ["a"]
+
+
 @pytest.mark.parametrize("path", ["my answers.jsonl", "../my answers", "~/my answers"])
 def test_a_list_with_a_file_that_is_not_there_names_it(path: str) -> None:
     with pytest.raises(dpgen.ConfigError, match=f"data.path: no such file or directory: {re.escape(path)}"):
@@ -436,7 +449,7 @@ def test_num_gpus_is_rejected_where_it_has_no_meaning(monkeypatch: pytest.Monkey
         dpgen.generate(ROWS, **FAKE, num_gpus=3, parallel={"tensor_parallel_size": 2})
     for wrong in (0, 4 / 2, "2", True):
         with pytest.raises(dpgen.ConfigError, match=f"num_gpus={wrong!r}: must be a whole number of at least 1"):
-            dpgen.generate(ROWS, **FAKE, num_gpus=wrong)  # type: ignore[typeddict-item]
+            dpgen.generate(ROWS, **FAKE, num_gpus=wrong)  # type: ignore[arg-type]
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(dpgen.ConfigError, match="the launcher has started the ranks already"):
