@@ -41,10 +41,13 @@ class RankProcesses:
     Args:
         num_ranks: how many to start on this machine; None for one, in the launcher's world if there is one.
         is_quiet: keep what they print off stderr.
+        is_shown: returns True for a line that goes to stderr all the same.
     """
 
-    def __init__(self, num_ranks: int | None, *, is_quiet: bool) -> None:
-        self._num_ranks, self._is_quiet = num_ranks, is_quiet
+    def __init__(
+        self, num_ranks: int | None, *, is_quiet: bool, is_shown: Callable[[str], bool] = lambda line: False
+    ) -> None:
+        self._num_ranks, self._is_quiet, self._is_shown = num_ranks, is_quiet, is_shown
         self._folder = Path(tempfile.mkdtemp(prefix="dpgen-ranks-"))
         self._num_jobs = 0
         self._lines: deque[str] = deque(maxlen=_MAX_LAST_LINES)
@@ -158,7 +161,7 @@ class RankProcesses:
             for raw in lines:
                 line = raw.decode("utf-8", "replace")
                 self._lines.append(line.rstrip())
-                if not self._is_quiet:
+                if not self._is_quiet or self._is_shown(line):
                     with contextlib.suppress(AttributeError, OSError, ValueError):  # the program has closed it, or none
                         sys.stderr.write(line)
                         sys.stderr.flush()

@@ -46,7 +46,14 @@ from dpgen.tuning.trial import Budget, TrialPlan, TrialResult, get_trial_path, r
 logger = logging.getLogger(__name__)
 
 # A trial leaves the rest of the run alone: no page, no upload, no rows on the screen.
-_TRIAL_ARGUMENTS = ("run.report=false", "run.show_rows=0", "run.progress_interval_s=3600", "output.to=null")
+_TRIAL_ARGUMENTS = (
+    "run.report=false",
+    "run.show_rows=0",
+    "run.progress_interval_s=3600",
+    "run.log_format=text",
+    "output.to=null",
+)
+_WARNING = re.compile(r"\S+ \S+ (?:WARNING|ERROR) \[rank \d+\] (.+)")
 _MAX_REASON_CHARS = 160
 
 
@@ -96,6 +103,7 @@ class TuneJob:
         self._stored = read_results(self._run_dir.tuning, self._base, self._machine)
         self._ranks: RankProcesses | None = None
         self._interruption: Interrupted | None = None
+        self._warnings = set[str]()
         self._is_resumable = False  # a trial that measured nothing was ended by something that may pass
         self._num_started = 0  # rank processes of `_ranks`
 
@@ -246,8 +254,17 @@ class TuneJob:
             self._ranks = None
         if self._ranks is None:
             is_alone = number == 1 and not self._options.is_launched
-            self._ranks, self._num_started = RankProcesses(None if is_alone else number, is_quiet=True), number
+            self._ranks = RankProcesses(None if is_alone else number, is_quiet=True, is_shown=self._is_new_warning)
+            self._num_started = number
         return self._ranks
+
+    def _is_new_warning(self, line: str) -> bool:
+        """Return True for a line of the ranks' log that is a warning, the first time: most trials repeat it."""
+        match = _WARNING.match(line)
+        if match is None or match[1] in self._warnings:
+            return False
+        self._warnings.add(match[1])
+        return True
 
     # ---- what to try
 

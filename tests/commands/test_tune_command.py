@@ -208,6 +208,20 @@ def test_failures_of_the_jobs_own_settings_are_not_kept(write_config: WriteConfi
         assert read_trials(tmp_path / "run") == []
 
 
+@pytest.mark.multi
+def test_warnings_of_the_trials_are_shown_once(write_config: WriteConfig, launcher: Launcher, tmp_path: Path) -> None:
+    engine = {**SLOW, "raise_on": "row number 7", "max_faults": 2, "fault_dir": str(tmp_path / "faults")}
+    (tmp_path / "faults").mkdir()
+    job = launcher.dpgen(
+        "tune", write_config(make_numbered_rows(40), engine=engine), "--output", str(tmp_path / "best")
+    )
+    assert job.wait() == 0, job.output
+    warnings = [line for line in job.output.splitlines() if " WARNING " in line]
+    texts = [line.partition("] ")[2] for line in warnings]
+    assert len(texts) == len(set(texts)) and any("restarting it" in text for text in texts), job.output
+    assert "rows over 1 rank" not in job.output, "nothing else of the ranks"
+
+
 def test_an_overlay_may_be_tuned_further_only_as_the_last_file(
     write_config: WriteConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
