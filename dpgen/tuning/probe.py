@@ -64,7 +64,7 @@ class LimitedEngine:
     @property
     def max_num_seqs(self) -> int:
         # While `engines_per_rank: auto` measures how many pay, the first engine has to be full.
-        is_counting = self.limit is None and getattr(getattr(self._engine, "count", None), "is_auto", False)
+        is_counting = self.limit is None and getattr(self._engine, "is_counting", False)
         if is_counting or not self._engine.max_num_seqs:
             return self._engine.max_num_seqs
         limit = self._choose_limit(self.largest) if self.limit is None else self.limit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from dpgen.distributed.group import InMemoryStore
@@ -111,7 +110,7 @@ def test_no_more_sequences_run_before_the_first_totals_than_are_measured_first(t
     engine: Any = FakeEngine()
     for probe in make_probes(tmp_path, Clock(), engine):
         assert probe._engine.max_num_seqs == 16
-    engine.count = SimpleNamespace(is_auto=True)
+    engine.is_counting = True
     for probe in make_probes(tmp_path, Clock(), engine):
         assert probe._engine.max_num_seqs == 64, "full, while it is measured how many engines pay"
 

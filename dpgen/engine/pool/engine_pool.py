@@ -157,6 +157,11 @@ class EnginePool:
         return sum(engine.is_ready for engine in self.supervisors)
 
     @property
+    def is_counting(self) -> bool:
+        """True while the first engine is measured, or is to be, which tells how many pay."""
+        return self.growth.count.is_auto
+
+    @property
     def start_phases(self) -> tuple[tuple[str, float], ...]:
         """What the first engine did until it was ready."""
         return self.supervisors[0].start_phases

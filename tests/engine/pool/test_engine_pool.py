@@ -30,6 +30,7 @@ from dpgen.engine.starting.limits import EngineLimits
 from dpgen.errors import EngineError
 from dpgen.journal.engine_notes import BlameState
 from dpgen.records import Completion, Request, RequestId, RowResult
+from dpgen.tuning.probe import LimitedEngine
 
 LIMITS = EngineLimits(timeout_s=60.0, start_timeout_s=600.0, max_deaths=3, start_retry_s=5.0)
 NUM_SEQS = 8
@@ -390,6 +391,17 @@ def test_auto_stays_with_one_engine_where_the_device_or_nothing_of_ours_is_the_l
     harness.join_all()
     assert [count.number for count in harness.decided] == [1] and harness.pool.num_ready == 1
     assert [process.is_ended for process in harness.processes] == [False, True, True, True]
+
+
+def test_a_trial_of_settings_lets_the_first_engine_be_full_until_engines_are_counted() -> None:
+    harness = Harness(AUTO)
+    limited = LimitedEngine(harness.pool, lambda largest: 2)
+    assert (limited.max_num_seqs, limited.has_all_engines) == (NUM_SEQS, False)
+    calibrate(harness, device_busy=0.38)
+    harness.join_all()
+    assert (limited.num_engines, limited.max_num_seqs, limited.has_all_engines) == (3, 3 * 2, True)
+    limited.limit = 4
+    assert (limited.largest, limited.max_num_seqs) == (NUM_SEQS, 3 * 4)
 
 
 def test_auto_starts_nothing_for_a_job_that_is_almost_over() -> None:
