@@ -22,13 +22,14 @@ from dpgen.tuning.trial import TrialResult
 logger = logging.getLogger(__name__)
 
 _FILE = "trials.json"
+_FORM = 2  # of results; those of another form are left out
 
 
 def compute_base(config: Config, num_ranks: int) -> str:
     """Return what stands for a job as it is configured: results of another one do not count."""
     sections = to_sections(config)
     del sections["run"], sections["output"]
-    text = json.dumps([sections, config.run.engine, num_ranks], sort_keys=True, default=str)
+    text = json.dumps([_FORM, sections, config.run.engine, num_ranks], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
