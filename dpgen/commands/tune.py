@@ -194,15 +194,14 @@ def _check_output(path: Path, arguments: Sequence[str]) -> None:
         raise ConfigError(f"--output={path}: can't be written: no permission for {folder}")
 
 
-def _read_overlay(path: Path, arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _read_overlay(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """Return what an overlay holds that the job is configured with, and that the new one replaces."""
     from dpgen.config.loader import split_arguments
-    from dpgen.config.yaml.layers import nest
     from dpgen.config.yaml.yaml_source import read_file
     from dpgen.tuning.table import is_same_file
 
     files, _ = split_arguments(arguments)
-    return nest(read_file(files[-1]).value or {}) if files and is_same_file(files[-1], str(path)) else {}
+    return dict(read_file(files[-1]).value or {}) if files and is_same_file(files[-1], str(path)) else {}
 
 
 def _report(job: TuneJob, options: argparse.Namespace, output: Path) -> None:

@@ -124,19 +124,20 @@ def format_settings(overrides: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={_format_value(value)}" for key, value in overrides.items()) or AS_CONFIGURED
 
 
-def to_overlay(search: Search, comments: Sequence[str], before: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+def to_overlay(search: Search, comments: Sequence[str], before: Mapping[str, Any] | None = None) -> str:
     """Return the best settings as YAML, to be given after the job's own configuration.
 
     Args:
-        before: sections of the overlay that was a part of that configuration, and that this one replaces.
+        before: sections and keys of the overlay that was a part of that configuration, and that this one replaces.
     """
     from dpgen.config.yaml import yaml12
 
     assert search.best is not None
-    sections = {name: dict(values) for name, values in (before or {}).items()}
+    sections = dict(before or {})
     for key, value in search.best.overrides.items():
         section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
+        sections.pop(key, None)  # written with a dot
+        sections[section] = {**(sections.get(section) or {}), name: value}
     return "".join(f"{line}\n" for line in (MARK, *(f"# {comment}" for comment in comments))) + yaml12.dump(sections)
 
 

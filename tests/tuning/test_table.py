@@ -62,6 +62,8 @@ def test_an_overlay_that_was_tuned_further_keeps_what_the_job_was_measured_with(
     before = {"engine": {"max_num_seqs": 64, "enable_prefix_caching": False}, "parallel": {"engines_per_rank": 2}}
     expected = {**before, "engine": {"max_num_seqs": 512, "enable_prefix_caching": False}}
     assert yaml.safe_load(to_overlay(search, [], before)) == expected
+    edited = {"model": "m", "engine": None, MAX_NUM_SEQS: 64}
+    assert yaml.safe_load(to_overlay(search, [], edited)) == {"model": "m", "engine": {"max_num_seqs": 512}}
     overlay, found = str(tmp_path / "tuned.yaml"), {MAX_NUM_SEQS: 512}
     command = make_command(["a.yaml", f"{tmp_path}/./tuned.yaml", "data.limit=5"], overlay, found, 1)
     assert command == f"dpgen run a.yaml {overlay} data.limit=5", "once"
