@@ -17,6 +17,7 @@ import numpy as np
 
 from dpgen.config.schema import Config
 from dpgen.config.sections import WorkConfig
+from dpgen.config.vllm.sampling_numbers import MAX_SAMPLES
 from dpgen.data.input_rows import InputRows
 from dpgen.errors import ConfigError, suggest_name
 from dpgen.formatting import format_count
@@ -163,12 +164,13 @@ def _load_workload(options: argparse.Namespace, config: Config) -> Workload:
 
 
 def _count_samples(config: Config, rows: InputRows) -> np.ndarray:
-    """Return the samples of each row, int64[num_rows]; 1 where a row says none that can be read."""
+    """Return the samples of each row, int64[num_rows]; 1 where a row has a number that vLLM rejects."""
     number = config.sampling.get("n", 1)
     counts = np.full(len(rows), number if isinstance(number, int) else 1, dtype=np.int64)
     if (column := config.sampling_columns.get("n")) is not None:
         values = rows.read_numbers(column, np.arange(len(rows)))
-        counts = np.where(values >= 1, np.nan_to_num(values, nan=1), counts).astype(np.int64)
+        is_count = (values >= 1) & (values <= MAX_SAMPLES)
+        counts = np.where(np.isnan(values), counts, np.where(is_count, values, 1)).astype(np.int64)
     return counts
 
 
