@@ -203,7 +203,8 @@ class Climb:
             return None
         if not has_rates:
             return f"the engines generated for {elapsed_s:.0f} s, and told no rate"
-        return f"the engines ran more than {self.limit:,} sequences for {elapsed_s:.0f} s" if is_late else None
+        has_surplus = is_late and self._count_surplus_rows(self.limit) > 0
+        return f"the engines ran more than {self.limit:,} sequences for {elapsed_s:.0f} s" if has_surplus else None
 
     def _count_rows(self, limit: int) -> float:
         """Return how many rows the engines run with as many sequences each."""

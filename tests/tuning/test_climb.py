@@ -112,6 +112,15 @@ def test_no_more_sequences_are_tried_once_the_kv_cache_is_full() -> None:
     assert get_limits(climb) == [64, 128]
 
 
+@pytest.mark.parametrize("start_s", [3, 4, 5, 6, 7, 8])
+def test_a_first_number_whose_rows_do_not_end_is_measured_though_the_budget_ends_as_it_settles(start_s: int) -> None:
+    climb, now_s = Climb(TrialPlan(1), 64, 1, 1000, -float(start_s), max_tokens=3000.0), 0
+    while climb.reason is None:
+        now_s += 1
+        climb.update(Sample(float(now_s), 1100.0, 0, 1100 * now_s, 0, 64, 64))
+    assert climb.error is None and get_limits(climb) == [64]
+
+
 def test_limits_are_powers_around_the_first_and_the_largest() -> None:
     assert list_limits(64, 300) == [8, 16, 32, 64, 128, 256, 300]
     assert list_limits(4, 4) == [1, 2, 4]
