@@ -180,7 +180,10 @@ def _to_override(name: str, values: list[str]) -> str:
 
 def _to_yaml(name: str, text: str) -> str:
     if text[:1] in ("{", "[") and name not in flags.TEXTS:
-        return text
+        try:
+            return json.dumps(make_literal(json.loads(text)))
+        except ValueError:
+            return text  # YAML
     return json.dumps(make_literal(_to_value(name, text)))
 
 

@@ -39,6 +39,7 @@ def overrides(*arguments: str) -> list[str]:
         (("--enforce-eager",), ["engine.enforce_eager=true"]),
         (("--no-enable-prefix-caching",), ["engine.enable_prefix_caching=false"]),
         (("--hf-overrides", '{"a": 1}'), ['engine.hf_overrides={"a": 1}']),
+        (("--hf-overrides", '{"a": "${x}"}'), ['engine.hf_overrides={"a": "\\\\${x}"}']),
         (
             ("--compilation-config.mode", "3", "-cc.pass.x=true"),
             ['engine.compilation_config={"mode": 3, "pass": {"x": true}}'],
