@@ -31,6 +31,14 @@ def test_the_last_seed_that_they_hold_is_taken(seed: int, n: int) -> None:
     assert apply(seed=seed, n=n).seed == seed
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_generators_of_the_v1_runner_take_unsigned_seeds(n: int) -> None:
+    for seed in (2**63, 2**64 - n):
+        assert apply(is_v2=False, seed=seed, n=n).seed == seed
+    with pytest.raises(ValueError, match=rf"^seed={2**64 - n + 1}: must be from -2\*\*63 to 2\*\*64 - {n}"):
+        apply(is_v2=False, seed=2**64 - n + 1, n=n)
+
+
 def test_a_length_beyond_the_context_is_the_contexts() -> None:
     params = apply(max_tokens=10**30, min_tokens=10**20)
     assert (params.max_tokens, params.min_tokens) == (100, 100), "32 bits hold no more than 2**31 - 1 of both together"

@@ -76,13 +76,13 @@ BAD_ROWS: dict[str, list[tuple[str, dict[str, Any], str, str]]] = {
             "a seed of more than 64 bits",
             {"prompt": "hello", "seed": 2**64, "temperature": 1.0},
             "bad_sampling",
-            "seed=18446744073709551616: must be from -2**63 to 2**63 - 1",
+            "seed=18446744073709551616: must be from -2**63 to 2**64 - 1",
         ),
         (
             "a seed whose last sample's has more than 64 bits",
-            {"prompt": "hello", "seed": 2**63 - 1, "n": 2, "temperature": 1.0},
+            {"prompt": "hello", "seed": 2**64 - 1, "n": 2, "temperature": 1.0},
             "bad_sampling",
-            "2**63 to 2**63 - 2, as the last of n=2 samples",
+            "2**63 to 2**64 - 2, as the last of n=2 samples",
         ),
     ],
     "data.token_ids_column": [

@@ -11,14 +11,18 @@ from typing import Any
 from dpgen.config.vllm.engine_numbers import read_number
 
 MAX_SAMPLES = 16384  # of a request, by vLLM's default
-_MIN_SEED, _MAX_SEED = -(2**63), 2**63 - 1
 
 
-def find_wrong_seed(seed: int, num_samples: int) -> str | None:
-    """Return what is wrong with a seed that vLLM's engine can't hold; None if it can. Sample i gets seed + i."""
-    if _MIN_SEED <= seed <= _MAX_SEED - (num_samples - 1):
+def find_wrong_seed(seed: int, num_samples: int, num_bits: int = 63) -> str | None:
+    """Return what is wrong with a seed that vLLM's engine can't hold; None if it can. Sample i gets seed + i.
+
+    Args:
+        num_bits: of a seed above 0: 63 in the V2 model runner, and in requests to vLLM's server; 64 in the V1 model
+            runner, whose generators are torch's.
+    """
+    if -(2**63) <= seed <= 2**num_bits - num_samples:
         return None
-    mistake = f"seed={seed}: must be from -2**63 to 2**63 - {num_samples}"
+    mistake = f"seed={seed}: must be from -2**63 to 2**{num_bits} - {num_samples}"
     return mistake if num_samples == 1 else f"{mistake}, as the last of n={num_samples} samples gets seed + n - 1"
 
 

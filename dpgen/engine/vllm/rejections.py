@@ -29,7 +29,9 @@ class SamplingLimits:
 
     def __init__(self, config: Any, adapters: VllmAdapters) -> None:
         self._model, self._adapters = None if config is None else config.model_config, adapters
-        self._max_items = _MAX_ITEMS if getattr(config, "use_v2_model_runner", False) else {}
+        is_v2 = getattr(config, "use_v2_model_runner", False)
+        self._max_items = _MAX_ITEMS if is_v2 else {}
+        self._seed_bits = 63 if is_v2 or config is None else 64
 
     def apply(self, params: Any) -> None:
         """Lower lengths beyond the context, where every row ends, to the context's.
@@ -40,7 +42,7 @@ class SamplingLimits:
         Raises:
             ValueError: another value can't be kept.
         """
-        if params.seed is not None and (mistake := find_wrong_seed(params.seed, params.n)) is not None:
+        if params.seed is not None and (mistake := find_wrong_seed(params.seed, params.n, self._seed_bits)):
             raise ValueError(mistake)
         for name, most in self._max_items.items():
             is_kept = name != "stop_token_ids" or params.min_tokens > 0  # else they only end the row
