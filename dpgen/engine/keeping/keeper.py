@@ -42,12 +42,13 @@ class EngineKeeper:
         early: the next job's first engine, which imports vLLM before that job begins.
         count: how many engines the last job found to pay; None before one has.
         max_engines: for how many that job has divided the rank's memory.
+        start_s: seconds that an engine takes to start; 0 before one has.
     """
 
     def __init__(self, *, has_one_job: bool = False) -> None:
         self.has_one_job, self.early = has_one_job, EarlyStart()
         self.count: EngineCount | None = None
-        self.max_engines = 1
+        self.max_engines, self.start_s = 1, 0.0
         self._kept: dict[int, EngineProcess] = {}  # between two jobs, by the engines' numbers
         self._processes: dict[int, EngineProcess] = {}  # the last of each engine that was started
 
@@ -83,7 +84,7 @@ class EngineKeeper:
         count = pool.growth.count
         is_measured = bool(count.facts) and not count.why.endswith(TOO_FEW_ROWS)
         self.count = count if is_measured else None  # a job with few rows says nothing about the next one
-        self.max_engines = pool.growth.max_engines
+        self.max_engines, self.start_s = pool.growth.max_engines, pool.growth.start_s
         for index, engine in enumerate(pool.supervisors):
             process = self._processes.get(index)
             if process is not None and process.is_loaded and process.is_alive and not engine.is_abandoned:

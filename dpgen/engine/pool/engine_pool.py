@@ -55,6 +55,7 @@ class EnginePool:
         growth: how many engines there are to be, and why.
         supervisors: the engines, by their numbers.
         has_joined_all: True once all engines that there are to be have loaded the model.
+        start_s: seconds that an engine took to start in an earlier job; 0 if none has.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class EnginePool:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._start, self._limits, self._can_restart, self._clock = start, limits, can_restart, clock
+        self.start_s = 0.0
         self.supervisors: list[EngineSupervisor] = []
         self._router = RequestRouter(count_samples(spec))
         self.growth = EngineGrowth(count, spec, self._router, clock)
@@ -108,8 +110,8 @@ class EnginePool:
         self.check_options(on_wait)
         self._prepare()
         info = self.supervisors[0].load_model(agree_kv, on_wait, text_config)
-        own_s = sum(seconds for _, seconds in self.start_phases)  # of an engine that is kept, in an earlier job
-        start_s = max(own_s, self._clock() - (self._load_begin_s or 0.0))
+        own_s = sum(seconds for _, seconds in self.start_phases)  # of an engine that loaded before this job
+        start_s = max(self.start_s, own_s, self._clock() - (self._load_begin_s or 0.0))
         self.growth.begin_measuring(info.max_num_seqs, start_s)
         return info
 

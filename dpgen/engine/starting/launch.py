@@ -141,7 +141,13 @@ def prepare_engine(
         engine_bytes=engine_bytes,
     )
     limits = EngineLimits.from_config(config.run)
-    return lambda: EnginePool(start, spec, limits, count, can_restart=world is None)
+
+    def start_engines() -> EnginePool:
+        pool = EnginePool(start, spec, limits, count, can_restart=world is None)
+        pool.start_s = keeper.start_s
+        return pool
+
+    return start_engines
 
 
 def check_engine_options(engine: EnginePool, config: ParallelConfig, group: RankGroup) -> None:

@@ -44,7 +44,9 @@ class Rank:
         """Return the engine of a job, with its options checked and its model loaded."""
         log = EngineLog("warning")
         log.open(self._log)
-        engine = EnginePool(self.keeper.wrap_start(self.start, log), spec, EngineLimits(60, 60, 8, 0.1), ONE)
+        start, limits = self.keeper.wrap_start(self.start, log), EngineLimits(60, 60, 8, 0.1)
+        engine = EnginePool(start, spec, limits, ONE)
+        engine.start_s = self.keeper.start_s
         engine.load_model(lambda measured: min(measured, num_bytes), lambda: None)
         return engine
 
@@ -91,6 +93,15 @@ def test_a_kept_engine_tells_the_next_job_what_memory_its_engines_divide(rank: R
         assert engine.supervisors[0].memory.spec.memory_fraction == 0.4
         submit(engine, 1)
         finish(engine, lambda results, _: len(results) == 1)
+        rank.keeper.take_back(engine)
+    assert len(rank.pids) == 1
+
+
+def test_a_kept_engine_is_known_to_take_as_long_to_start_as_it_took(rank: Rank) -> None:
+    spec = dataclasses.replace(SPEC, options={**SPEC.options, "load_s": 6.0})
+    for _ in range(2):
+        engine = rank.begin(spec)
+        assert engine.growth.start_s > 6
         rank.keeper.take_back(engine)
     assert len(rank.pids) == 1
 
