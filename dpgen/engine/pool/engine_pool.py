@@ -335,7 +335,7 @@ class EnginePool:
     def _after_death(self, index: int) -> None:
         """Pass on the rows of an engine that died: all where it is abandoned, else those that can't have killed it."""
         engine = self.supervisors[index]
-        if engine.is_abandoned and not engine.has_loaded:
+        if engine.is_abandoned and not engine.has_loaded and len(self._members) < self.growth.count.number:
             self.growth.correct(self.growth.count.number - 1, f"engine {index} does not start")
         if not any(other.max_num_seqs for other in self.supervisors):
             if num_waiting := sum(not other.is_abandoned for other in self.supervisors):

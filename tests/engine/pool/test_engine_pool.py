@@ -315,6 +315,23 @@ def test_one_that_does_not_start_while_the_first_is_measured_is_one_less(device_
     assert len([process for process in harness.processes if not process.is_ended]) == number
 
 
+def test_a_surplus_engine_that_does_not_start_is_no_engine_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(AUTO)
+    harness.submit(range(100))
+    for _ in range(LIMITS.max_deaths - 1):
+        harness.newest(1).death = CRASHED
+        harness.poll()
+        harness.poll(LIMITS.start_retry_s)
+    growth = harness.pool.growth
+    monkeypatch.setattr(growth, "measure", lambda stats: setattr(growth, "count", EngineCount(1, "measured")))
+    harness.processes[0].events.append(EngineStats(1, 1))
+    harness.newest(1).death = CRASHED  # in the poll that finds one engine to be enough
+    harness.poll()
+    harness.poll()
+    assert harness.pool.supervisors[1:] == [] or harness.pool.supervisors[1].is_abandoned
+    assert (growth.count.number, harness.pool.num_ready, harness.pool.is_abandoned) == (1, 1, False)
+
+
 def test_an_engine_that_did_not_start_is_not_counted_where_too_few_rows_are_left_for_the_others() -> None:
     harness = Harness(AUTO)
     calibrate(harness, device_busy=0.2)
