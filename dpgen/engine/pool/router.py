@@ -58,7 +58,7 @@ class RequestRouter:
             if len(self._engine_of_prefix) > _MAX_PREFIXES:
                 self._engine_of_prefix.popitem(last=False)
         num_seqs = request.sampling.get("n", self._num_samples)
-        self._placed[request.id] = engine, num_seqs if isinstance(num_seqs, int) else 1
+        self._placed[request.id] = engine, max(1, num_seqs) if isinstance(num_seqs, int) else 1
         self._num_seqs[engine] = self.count(engine) + self._placed[request.id][1]
         self._num_requests[request.row] += 1
         return engine

@@ -332,6 +332,13 @@ def test_a_surplus_engine_that_does_not_start_is_no_engine_less(monkeypatch: pyt
     assert (growth.count.number, harness.pool.num_ready, harness.pool.is_abandoned) == (1, 1, False)
 
 
+def test_rows_of_no_samples_are_left_to_the_engine_to_reject() -> None:
+    harness = Harness(AUTO)
+    harness.pool.submit([Request(RequestId(row), [row], sampling={"n": 0}) for row in range(5)])
+    harness.poll()
+    assert harness.newest(0).rows == list(range(5))
+
+
 def test_an_engine_that_did_not_start_is_not_counted_where_too_few_rows_are_left_for_the_others() -> None:
     harness = Harness(AUTO)
     calibrate(harness, device_busy=0.2)
