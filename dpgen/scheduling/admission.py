@@ -43,7 +43,7 @@ class AdmissionController:
         self._in_flight: dict[RequestId, tuple[float, int]] = {}  # (time of admission, sequences)
         self._num_seqs = 0
         self._seq_limit: int | None = None
-        self._limit_of = 0  # the sequences that the engine ran when the limit was set
+        self._num_caches = 1
         self._num_preemptions = 0
         self._stable_since_s = 0.0
         self.latencies = LatencyHistogram()
@@ -87,7 +87,6 @@ class AdmissionController:
             num_begun: as for `offer`.
         """
         source.max_num_seqs = max_num_seqs
-        self._scale_limit(max_num_seqs)
         requests: list[Request] = []
         rejected: list[RowResult] = []
         take_next = take_next or (lambda: source.next_request() if self.offer(source) else None)
@@ -137,6 +136,17 @@ class AdmissionController:
         self._in_flight.clear()
         self._num_seqs = 0
 
+    def scale_limit(self, num_caches: int) -> None:
+        """Follow an engine that joins the others, or is lost, with its KV cache.
+
+        Args:
+            num_caches: engines that have one, or have rows that wait for theirs; 0 leaves the limit as it is.
+        """
+        if num_caches not in (0, self._num_caches):
+            if self._seq_limit is not None:
+                self._seq_limit = max(1, self._seq_limit * num_caches // self._num_caches)
+            self._num_caches = num_caches
+
     def update_limit(self, num_running: int, num_preemptions: int, max_num_seqs: int, now_s: float) -> bool:
         """Adapt the limit to the engine's preemptions, about once a second; return True if the limit came down.
 
@@ -148,7 +158,6 @@ class AdmissionController:
             num_running: sequences that the engine runs.
             num_preemptions: preemptions since the engine's start.
         """
-        self._scale_limit(max_num_seqs)
         num_new = max(0, num_preemptions - self._num_preemptions)  # a smaller count comes from another engine
         self._num_preemptions = num_preemptions
         if num_new > max(1, _PREEMPTION_THRESHOLD * num_running):
@@ -168,15 +177,9 @@ class AdmissionController:
         reserve = max(self._reserve_rows, max_num_seqs) if self._reads_only else self._reserve_rows
         return max_num_seqs > 0 and self._num_seqs < max_num_seqs + min(reserve, source.max_waiting)
 
-    def _scale_limit(self, max_num_seqs: int) -> None:
-        """Follow an engine that joins the others, or is lost, with its KV cache."""
-        if self._seq_limit is not None and max_num_seqs not in (0, self._limit_of):
-            self._seq_limit = max(1, self._seq_limit * max_num_seqs // self._limit_of)
-            self._limit_of = max_num_seqs
-
     def _lower_limit(self, num_running: int, max_num_seqs: int, now_s: float) -> bool:
         self._stable_since_s = now_s
         limit = max(1, min(num_running, self._seq_limit or max_num_seqs))
         came_down = self._seq_limit is None or limit < self._seq_limit
-        self._seq_limit, self._limit_of = limit, max_num_seqs
+        self._seq_limit = limit
         return came_down

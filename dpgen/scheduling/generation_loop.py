@@ -193,6 +193,7 @@ class GenerationLoop:
         if self._results.num_processing > max(_MIN_PENDING, _PENDING_PER_SEQ * self._engine.max_num_seqs):
             return
         now = time.monotonic()
+        self._admission.scale_limit(getattr(self._engine, "num_caches", 1))
         requests, rejected = self._admission.admit(
             self._source, self._engine.max_num_seqs, now, self._take_next, lambda: self._results.num_begun
         )

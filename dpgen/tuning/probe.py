@@ -52,6 +52,12 @@ class LimitedEngine:
         return max(1, number)
 
     @property
+    def num_caches(self) -> int:
+        """Return the engine processes with a KV cache, as `EnginePool.num_caches`."""
+        number: int = getattr(self._engine, "num_caches", 1)
+        return number
+
+    @property
     def has_all_engines(self) -> bool:
         """Return True unless further engine processes are about to join."""
         return bool(getattr(self._engine, "has_joined_all", True))

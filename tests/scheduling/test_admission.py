@@ -98,10 +98,12 @@ def test_a_limit_follows_the_number_of_engines_that_have_a_kv_cache_each() -> No
     admission = AdmissionController(reserve_rows=4)
     admit(admission, 256)
     assert admission.update_limit(num_running=100, num_preemptions=50, max_num_seqs=256, now_s=1)
-    assert admit(admission, 256) == 0
-    assert admit(admission, 0) == 0, "the engine starts again"
-    assert admit(admission, 512) == 0 and admission.seq_limit == 200, "a second one joins it"
-    admission.update_limit(num_running=200, num_preemptions=50, max_num_seqs=256, now_s=2)
+    admission.scale_limit(0)
+    assert admission.seq_limit == 100, "the engine starts again"
+    admission.scale_limit(2)
+    assert admission.seq_limit == 200, "a second one joins it"
+    assert admit(admission, 128) == 0 and admission.seq_limit == 200, "fewer places have as large a KV cache"
+    admission.scale_limit(1)
     assert admission.seq_limit == 100, "it is lost, and the one that is left would preempt"
 
 

@@ -159,6 +159,11 @@ class EnginePool:
         return sum(engine.is_ready for engine in self.supervisors)
 
     @property
+    def num_caches(self) -> int:
+        """Engines with a KV cache; one that starts again has its part for the rows that stay with it."""
+        return sum(engine.is_ready or self._router.count(index) > 0 for index, engine in enumerate(self.supervisors))
+
+    @property
     def is_counting(self) -> bool:
         """True while the first engine is measured, or is to be, which tells how many pay."""
         return self.growth.count.is_auto

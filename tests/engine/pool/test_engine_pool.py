@@ -339,6 +339,23 @@ def test_rows_of_no_samples_are_left_to_the_engine_to_reject() -> None:
     assert harness.newest(0).rows == list(range(5))
 
 
+def test_each_ready_engine_has_a_kv_cache_and_one_that_starts_again_for_the_rows_that_wait_for_it() -> None:
+    harness = Harness(given(2))
+    harness.join_all()
+    limited = LimitedEngine(harness.pool, lambda largest: 2)
+    harness.submit(range(8))
+    assert (harness.pool.num_caches, limited.num_caches) == (2, 2)
+    harness.newest(0).death = CRASHED
+    harness.poll()
+    assert harness.pool.num_caches == 2, "its rows may have crashed it, and stay"
+    harness = Harness(given(2))
+    harness.join_all()
+    harness.submit(range(8))
+    harness.newest(0).death = SIGKILLED
+    harness.poll()
+    assert harness.pool.num_caches == 1, "its rows have gone to the other one"
+
+
 def test_an_engine_that_did_not_start_is_not_counted_where_too_few_rows_are_left_for_the_others() -> None:
     harness = Harness(AUTO)
     calibrate(harness, device_busy=0.2)
