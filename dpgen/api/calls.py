@@ -145,11 +145,15 @@ def load_rows(run_dir: RunDir, file_format: str, *, in_memory: bool) -> datasets
     """Return the rows of a finished run; see `dpgen.data.saved_dataset.load_result_dataset`."""
     from dpgen.data.saved_dataset import keep_quiet, load_result_dataset
     from dpgen.output.file_set import REWRITE_HINT, list_files
+    from dpgen.output.json_lines import JSONL_ENCODING
 
     if (problem := list_files(run_dir.dataset, file_format)[1]) is not None:
         raise DpgenError(f"run_dir={run_dir.path}: {problem}: {REWRITE_HINT}")
     with keep_quiet():
-        return load_result_dataset(run_dir.dataset, file_format, run_dir.path / ".cache", in_memory=in_memory)
+        # A rank that was sent its copy of the result has no _SUCCESS.
+        encoding = int(run_dir.read_success().get("jsonl_encoding", 1)) if run_dir.is_finished else JSONL_ENCODING
+        cache = run_dir.path / ".cache"
+        return load_result_dataset(run_dir.dataset, file_format, cache, in_memory=in_memory, encoding=encoding)
 
 
 def _find_paths(dataset: Any) -> str | list[str] | None:

@@ -61,7 +61,7 @@ def read_card(directory: Path) -> pa.Schema:
     return features.arrow_schema
 
 
-def iter_typed_tables(files: Iterable[Path], schema: pa.Schema) -> Iterator[pa.Table]:
+def iter_typed_tables(files: Iterable[Path], schema: pa.Schema, encoding: int) -> Iterator[pa.Table]:
     """Yield the rows of JSON lines that dpgen wrote as tables of a schema, as `read_card` returns it; 1,000 at a time.
 
     `datasets.load_dataset` would take texts that look like dates for dates, and cut decimals off.
@@ -77,18 +77,18 @@ def iter_typed_tables(files: Iterable[Path], schema: pa.Schema) -> Iterator[pa.T
                 for start in range(0, len(lines), _TABLE_ROWS):
                     part = lines[start : start + _TABLE_ROWS]
                     try:
-                        yield _parse_lines(part, schema)
+                        yield _parse_lines(part, schema, encoding)
                     except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
                         places = f"{file}, lines {first_line + start:,} to {first_line + start + len(part) - 1:,}"
                         raise _make_read_error(places, error) from None
                 first_line += len(lines)
 
 
-def _parse_lines(lines: Sequence[bytes], schema: pa.Schema) -> pa.Table:
+def _parse_lines(lines: Sequence[bytes], schema: pa.Schema, encoding: int) -> pa.Table:
     rows, names = list(map(json.loads, lines)), set(schema.names)
     if any(not isinstance(row, dict) or row.keys() != names for row in rows):
         raise ValueError("not all are objects with the columns that the dataset card names")
-    arrays = [build_typed_array([row[field.name] for row in rows], field.type) for field in schema]
+    arrays = [build_typed_array([row[field.name] for row in rows], field.type, encoding) for field in schema]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -264,7 +264,9 @@ def save_whole(rows: InputRows, directory: Path) -> bool:
     return True
 
 
-def load_result_dataset(directory: Path, file_format: str, cache_dir: Path, *, in_memory: bool) -> datasets.Dataset:
+def load_result_dataset(
+    directory: Path, file_format: str, cache_dir: Path, *, in_memory: bool, encoding: int
+) -> datasets.Dataset:
     """Return the rows of RUN_DIR/dataset as a Dataset.
 
     Args:
@@ -282,7 +284,7 @@ def load_result_dataset(directory: Path, file_format: str, cache_dir: Path, *, i
         if len(files) == 1 and (empty := _load_if_empty(files[0])) is not None:
             return empty
         if file_format == "jsonl":
-            return _load_json_lines(directory, files, None if in_memory else cache_dir)
+            return _load_json_lines(directory, files, None if in_memory else cache_dir, encoding)
         names = [glob.escape(str(file)) for file in files]  # `datasets` takes file names for patterns
         return datasets.Dataset.from_parquet(names, cache_dir=str(cache_dir), keep_in_memory=in_memory)
     except DpgenError:
@@ -291,20 +293,20 @@ def load_result_dataset(directory: Path, file_format: str, cache_dir: Path, *, i
         raise _make_read_error(directory, error) from None
 
 
-def _load_json_lines(directory: Path, files: Sequence[Path], cache_dir: Path | None) -> datasets.Dataset:
+def _load_json_lines(directory: Path, files: Sequence[Path], cache_dir: Path | None, encoding: int) -> datasets.Dataset:
     """Return the rows of JSON lines with the card's types, in memory or mapped from a file in a folder."""
     import datasets
 
     schema = read_card(directory)
     if cache_dir is None:
-        return datasets.Dataset(pa.concat_tables([schema.empty_table(), *iter_typed_tables(files, schema)]))
-    path = cache_dir / f"{compute_files_key(map(str, [*files, directory / 'README.md']))}.arrow"
+        return datasets.Dataset(pa.concat_tables([schema.empty_table(), *iter_typed_tables(files, schema, encoding)]))
+    path = cache_dir / f"{compute_files_key(map(str, [*files, directory / 'README.md']))}-{encoding}.arrow"
     if not path.exists():
         cache_dir.mkdir(exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=cache_dir))
         try:
             with pa.ipc.new_stream(str(temporary / path.name), schema) as writer:
-                for table in iter_typed_tables(files, schema):
+                for table in iter_typed_tables(files, schema, encoding):
                     writer.write_table(table)
             (temporary / path.name).rename(path)
         finally:

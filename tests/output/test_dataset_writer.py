@@ -34,7 +34,7 @@ from dpgen.journal.run_dir import RunDir
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_writer import write_dataset
 from dpgen.output.format_check import check_output_format
-from dpgen.output.json_lines import iter_json_lines, to_json_columns
+from dpgen.output.json_lines import JSONL_ENCODING, iter_json_lines, to_json_columns
 
 # ---- all types
 
@@ -173,7 +173,7 @@ def test_a_jsonl_result_is_loaded_with_the_types_of_the_input(tmp_path: Path, in
     in_1890 = {"in_1890": (berlin, datetime.datetime(1890, 1, 1, tzinfo=datetime.UTC), "1890-01-01 00:53:28+00:53:28")}
     table = make_table(JSON_TYPES | in_1890)
     file = write_files(tmp_path / "out", make_rows(table), "jsonl")
-    loaded = load_result_dataset(file.parent, "jsonl", tmp_path / "cache", in_memory=in_memory)
+    loaded = load_result_dataset(file.parent, "jsonl", tmp_path / "cache", in_memory=in_memory, encoding=JSONL_ENCODING)
     expected = table.to_pylist()
     for name in ("time32", "time64", "time64_ns"):  # the card can't name them: `datasets` reads them as texts
         expected[0][name] = JSON_TYPES[name][2]
@@ -447,7 +447,7 @@ def test_any_table_is_read_back_from_jsonl_as_it_went_in(
     check_output_format(rows, None, "jsonl")
     file = write_files(tmp_path_factory.mktemp("out"), rows, "jsonl")
     assert repr(read_json_lines(file)) == repr(to_json(table.to_pylist()))
-    loaded = load_result_dataset(file.parent, "jsonl", file.parent, in_memory=True)
+    loaded = load_result_dataset(file.parent, "jsonl", file.parent, in_memory=True, encoding=JSONL_ENCODING)
     assert "".join(iter_json_lines(loaded.data.table)) == file.read_text(encoding="utf-8"), "it is what the lines say"
 
 

@@ -136,16 +136,20 @@ def build_array(values: Sequence[Any], target: pa.DataType) -> pa.Array:
     Raises:
         pyarrow.ArrowInvalid, OverflowError: a value doesn't fit.
     """
-    return _build_array(values, target, replace_leaf_types(target, _get_storage_type))
+    return _build_array(values, target, replace_leaf_types(target, get_storage_type))
 
 
-def build_typed_array(values: Sequence[Any], target: pa.DataType) -> pa.Array:
+def build_typed_array(values: Sequence[Any], target: pa.DataType, encoding: int) -> pa.Array:
     """Return values of JSON lines, as `json.loads` returns them, as an array of a dataset card's type.
+
+    Args:
+        encoding: 1 where values of mixed types are JSON text, as older runs wrote them.
 
     Raises:
         pyarrow.ArrowException, ValueError, TypeError, OverflowError: a value is none of the type.
     """
-    return _build_array(values, target, replace_leaf_types(target, _get_json_type))
+    encode = _keep_text if encoding == 1 else _encode
+    return _build_array(values, target, replace_leaf_types(target, _get_json_type), encode)
 
 
 def to_python(array: pa.Array | pa.ChunkedArray) -> list[Any]:
@@ -212,42 +216,50 @@ def _make_walk(target: pa.DataType, convert: Convert) -> Convert | None:
     return None
 
 
-def _build_array(values: Sequence[Any], target: pa.DataType, plain: pa.DataType) -> pa.Array:
+def _keep_text(value: Any) -> str:
+    return value if isinstance(value, str) else _encode(value)
+
+
+def _build_array(
+    values: Sequence[Any], target: pa.DataType, plain: pa.DataType, encode_json: Convert = _encode
+) -> pa.Array:
     """Return values as an array of a type, by way of a type that Arrow makes of Python's values."""
-    encode = _make_walk(target, _encode)
+    encode = _make_walk(target, encode_json)
     array = pa.array(values if encode is None else list(map(encode, values)), plain)
     if plain.equals(target):
         return array
     chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
-    return pa.chunked_array([_give_type(chunk, target) for chunk in chunks], target)
+    return pa.chunked_array([give_type(chunk, target) for chunk in chunks], target)
 
 
-def _get_storage_type(leaf: pa.DataType) -> pa.DataType:
+def get_storage_type(leaf: pa.DataType) -> pa.DataType:
+    """Return the type in which Arrow holds values of an extension type; any other type as it is."""
     return leaf.storage_type if isinstance(leaf, pa.BaseExtensionType) else leaf
 
 
 def _get_json_type(leaf: pa.DataType) -> pa.DataType:
     if pa.types.is_temporal(leaf) or pa.types.is_decimal(leaf):
         return pa.string()
-    return _get_storage_type(leaf)
+    return get_storage_type(leaf)
 
 
-def _give_type(array: pa.Array, target: pa.DataType) -> pa.Array:
+def give_type(array: pa.Array, target: pa.DataType) -> pa.Array:
+    """Return an array of the storage types of a type, or of texts for times and decimals, as one of that type."""
     if array.type.equals(target):
         return array
     if isinstance(target, pa.BaseExtensionType):
         return pa.ExtensionArray.from_storage(target, array)
     if pa.types.is_struct(target):
-        children = [_give_type(child, field.type) for child, field in zip(array.flatten(), target, strict=True)]
+        children = [give_type(child, field.type) for child, field in zip(array.flatten(), target, strict=True)]
         return pa.StructArray.from_arrays(children, fields=list(target), mask=array.is_null())
     if (item_type := get_item_type(target)) is None:
         return _parse_texts(array, target)
     if pa.types.is_fixed_size_list(target):
         items = np.arange(len(array.values))
         is_hidden = np.repeat(array.is_null().to_numpy(zero_copy_only=False), target.list_size)  # by a null
-        values = _give_type(array.values.take(pa.array(items, mask=is_hidden)), item_type)
+        values = give_type(array.values.take(pa.array(items, mask=is_hidden)), item_type)
         return pa.FixedSizeListArray.from_arrays(values, type=target, mask=array.is_null())
-    values = _give_type(array.values, item_type)
+    values = give_type(array.values, item_type)
     kind = pa.LargeListArray if pa.types.is_large_list(target) else pa.ListArray
     return kind.from_arrays(array.offsets, values, type=target, mask=array.is_null())
 

@@ -96,8 +96,9 @@ def _open_dataset(
         raise DpgenError(f"{run_dir.path}: {problem}: {REWRITE_HINT}")
     if dataset_format.file_format == "jsonl":
         schema = read_card(run_dir.dataset)
+        encoding = int(run_dir.read_success().get("jsonl_encoding", 1))
         return ExportSource(
-            metadata, dataset_format, schema, num_rows, num_rows, lambda: iter_typed_tables(files, schema)
+            metadata, dataset_format, schema, num_rows, num_rows, lambda: iter_typed_tables(files, schema, encoding)
         )
     import pyarrow.parquet as pq
 

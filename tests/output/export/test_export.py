@@ -341,6 +341,21 @@ def test_a_result_in_json_lines_is_exported_and_loaded_as_its_lines_say(tmp_path
         assert repr(list(dpgen.load_result(run.path))) == repr(expected)
 
 
+def test_values_that_an_older_run_wrote_as_json_text_are_read_as_values(tmp_path: Path) -> None:
+    run = make_odd_run(tmp_path / "run", ODD_ROWS)
+    values = [row["x"] for row in ODD_ROWS]
+    for path in run.dataset.glob("train-*"):
+        rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+        path.write_text("".join(json.dumps({**row, "x": json.dumps(row["x"])}) + "\n" for row in rows))
+    success = json.loads(run.success.read_text())
+    assert success.pop("jsonl_encoding") == 2
+    assert dpgen.load_result(run.path)["x"] == [json.dumps(value) for value in values], "as its lines say by now"
+    run.success.write_text(json.dumps(success))
+    assert dpgen.load_result(run.path)["x"] == values
+    export(run, tmp_path / "out.jsonl")
+    assert [json.loads(line)["x"] for line in (tmp_path / "out.jsonl").read_text().split("\n") if line] == values
+
+
 def test_a_number_of_any_size_is_exported_from_json_lines(tmp_path: Path) -> None:
     run = make_odd_run(tmp_path / "run", [{"q": "a", "x": 10**30}, {"q": "b", "x": "s"}])
     export(run, tmp_path / "out.jsonl")
