@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 
 from dpgen.data.reading.invalid_text import InvalidValues, repair_column
-from dpgen.data.reading.json_types import JSON, holds_other_text
+from dpgen.data.reading.json_types import JSON, get_storage_type, give_type, holds_other_text
+from dpgen.data.reading.python_values import replace_leaf_types
 from dpgen.data.reading.source import BATCH_BYTES, UnreadableColumns, UnreadableInput, find_disguise
 
 _MAX_ROWS = 1_000
@@ -163,6 +164,10 @@ def to_known_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
             )
         if not pa.types.is_boolean(target):  # of `bool8`, whose storage is a number
             return to_known_type(column)
+    plain = replace_leaf_types(target, get_storage_type)
+    if not plain.equals(target):  # Arrow has no cast from JSON to JSON of another storage, inside of a type
+        chunks = [give_type(chunk, target) for chunk in to_known_type(column.cast(plain)).chunks]
+        return pa.chunked_array(chunks, target)
     try:
         converted = column.cast(target)
         converted.validate()  # Arrow 26 gives list views with a null too few offsets

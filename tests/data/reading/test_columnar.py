@@ -199,6 +199,20 @@ def test_json_in_large_strings_is_json(tmp_path: Path) -> None:
     assert read(load(write(tmp_path / "rows.arrow", table))) == [{"question": "a", "x": {"k": 1}}]
 
 
+def test_json_in_large_strings_within_objects_and_lists_is_json(tmp_path: Path) -> None:
+    large = make_json(['{"k": 1}', "2"], pa.json_(pa.large_string()))
+    columns = {
+        "question": pa.array(["a", "b"]),
+        "object": pa.StructArray.from_arrays([large], ["j"]),
+        "list": pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), large),
+    }
+    for name in ("rows.arrow", "rows.parquet"):
+        assert read(load(write(tmp_path / name, pa.table(columns)))) == [
+            {"question": "a", "object": {"j": {"k": 1}}, "list": [{"k": 1}]},
+            {"question": "b", "object": {"j": 2}, "list": [2]},
+        ]
+
+
 @pytest.mark.parametrize("num_cut_batches", [0, 1, 2])
 def test_an_arrow_stream_without_its_end_is_refused(tmp_path: Path, num_cut_batches: int) -> None:
     """Cut between two batches, it looks whole to Arrow."""
