@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 _PREFIX = ".new-"
 _LOCK_FILE = ".dpgen-lock"
@@ -36,7 +35,7 @@ def fill_new_folder(folder: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         with open(temporary / _LOCK_FILE, "wb") as lock:
             with suppress(OSError):  # the file system has no locks
-                _lock(lock)
+                fcntl.flock(lock, fcntl.LOCK_EX)  # who looks for what others left holds it for an instant
             _remove_abandoned(folder.parent, temporary.stat().st_mtime)
             yield temporary
             (temporary / _LOCK_FILE).unlink()
@@ -47,10 +46,6 @@ def fill_new_folder(folder: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _lock(file: IO[bytes]) -> None:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _remove_abandoned(parent: Path, now_s: float) -> None:
@@ -70,7 +65,7 @@ def _is_abandoned(leftover: Path, idle_s: float) -> bool:
     is_of_this_host = leftover.name.rpartition("-")[0] == f"{_PREFIX}{socket.gethostname()}"
     try:
         with open(leftover / _LOCK_FILE, "rb+") as lock:
-            _lock(lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # it has none, or the file system none at all

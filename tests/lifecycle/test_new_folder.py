@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
+from dpgen.lifecycle import new_folder
 from dpgen.lifecycle.new_folder import fill_new_folder
 
 DAY_S = 24 * 3600
@@ -50,6 +54,22 @@ def test_a_folder_is_there_once_it_is_full_and_not_after_an_error(tmp_path: Path
     assert is_there == [False]
     assert [path.name for path in folder.parent.iterdir()] == ["folder"]
     assert [path.name for path in folder.iterdir()] == ["rows"]
+
+
+def test_a_process_has_the_lock_though_another_one_looks_at_it_for_an_instant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_beside_another(path: Path, mode: str) -> IO[Any]:
+        monkeypatch.undo()
+        file, other = open(path, mode), open(path, "rb+")  # noqa: SIM115 - the caller, and the timer, close them
+        fcntl.flock(other, fcntl.LOCK_EX)
+        threading.Timer(0.1, other.close).start()
+        return file
+
+    monkeypatch.setattr(new_folder, "open", open_beside_another, raising=False)
+    with fill_new_folder(tmp_path / "folder") as folder, open(folder / new_folder._LOCK_FILE, "rb+") as lock:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_of_two_processes_the_first_one_wins(tmp_path: Path) -> None:
