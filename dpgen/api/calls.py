@@ -192,9 +192,10 @@ def _to_input_rows(dataset: Any) -> InputRows:
 
 
 def _save_rows(call: Call, rows: InputRows, topology: Topology) -> Call:
-    from dpgen.data.saved_dataset import compute_digest, keep_quiet, save_whole
+    from dpgen.data.saved_dataset import compute_digest, keep_quiet, read_as_saved, save_whole
 
     with keep_quiet():
+        rows = read_as_saved(rows, call.run_dir.input)
         digest = compute_digest(rows)
         path = call.run_dir.input / digest
         # Where a node's ranks share the folder, its first one saves the rows, and opens them before the others do.

@@ -9,7 +9,8 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,11 +200,25 @@ def _from_columns(columns: Mapping[str, list[Any]]) -> InputRows:
     made, kinds = [], set()
     for name, values in columns.items():
         has_json = _translate_conversion(partial(_are_json, values), name)
-        convert = partial(_convert_json if has_json else _infer_column, escape(name), values, description)
-        made.append(_translate_conversion(convert, name))
+        convert = partial(_convert_json, description=description) if has_json else _infer_column
+        made.append(_translate_conversion(partial(convert, escape(name), values), name))
         kinds.add("json" if has_json else "dataset")
-    kind = "json" if kinds == {"json"} else "dataset"
-    return InputRows(datasets.concatenate_datasets(made, axis=1), InputSource(kind, description=description))
+    source = InputSource("json" if kinds == {"json"} else "dataset", description=description)
+    if not description.invalid:
+        source = replace(source, load_before=partial(_infer_columns, columns))
+    return InputRows(datasets.concatenate_datasets(made, axis=1), source)
+
+
+def _infer_columns(columns: Mapping[str, list[Any]]) -> datasets.Dataset:
+    """Return a program's rows as older versions read them.
+
+    Raises:
+        ConfigError: Arrow has no common type for values of a column.
+    """
+    import datasets
+
+    made = [_translate_conversion(partial(_infer_column, name, values), name) for name, values in columns.items()]
+    return datasets.concatenate_datasets(made, axis=1)
 
 
 def _are_json(values: list[Any]) -> bool:
@@ -222,7 +237,7 @@ def _convert_json(name: str, values: list[Any], description: InputDescription) -
     return datasets.Dataset(table)
 
 
-def _infer_column(name: str, values: list[Any], description: InputDescription) -> datasets.Dataset:
+def _infer_column(name: str, values: list[Any]) -> datasets.Dataset:
     """Return a column with the type that Arrow finds for Python's values."""
     import datasets
 
@@ -236,6 +251,20 @@ def _translate_conversion(convert: Callable[[], Any], column: str | None = None)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = "dataset" if column is None else f"dataset: the values of column {column!r}"
         raise ConfigError(f"{where} can't be held by Arrow: {reason}") from None
+
+
+def read_as_saved(rows: InputRows, directory: Path) -> InputRows:
+    """Return a program's rows with the types that a run directory's rows have, if an older version saved them there.
+
+    Args:
+        directory: RUN_DIR/input.
+    """
+    saved = [path for path in directory.glob("[!.]*") if path.is_dir()]
+    is_older = bool(saved) and not any((path / DESCRIPTION_FILE).exists() for path in saved)
+    if is_older and (load := rows.source.load_before) is not None:
+        with suppress(ConfigError):  # the older version would not have saved these rows
+            return InputRows(load())
+    return rows
 
 
 def compute_digest(rows: InputRows) -> str:

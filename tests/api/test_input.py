@@ -17,7 +17,7 @@ import pytest
 from dpgen.config.sections import DataConfig
 from dpgen.data.input_loading import load_input
 from dpgen.data.input_rows import InputRows
-from dpgen.data.saved_dataset import compute_digest, keep_quiet, save_whole, to_input_rows
+from dpgen.data.saved_dataset import compute_digest, keep_quiet, read_as_saved, save_whole, to_input_rows
 from dpgen.errors import ConfigError
 
 ROWS: list[dict[str, Any]] = [{"q": "a", "n": 1}, {"q": "b", "n": 2}]
@@ -137,6 +137,44 @@ def test_a_digest_stands_for_the_contents() -> None:
     assert compute_digest(to_input_rows(ROWS)) != compute_digest(to_input_rows(ROWS[:1]))
     escaped = [compute_digest(to_input_rows([{"q": text}])) for text in ("\ud800", "\\ud800")]
     assert escaped[0] != escaped[1], "Arrow holds both as the same text"
+
+
+def save_as_before(rows: list[dict[str, Any]], directory: Path) -> str:
+    """Save rows as versions without a description did, and return their folder's name."""
+    older = InputRows(datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in rows[0]}))
+    digest = compute_digest(older)
+    assert save_whole(older, directory / digest)
+    return digest
+
+
+@pytest.mark.parametrize("name", ["keys", "no key", "lists of nulls", "numbers"])
+def test_rows_that_an_older_version_has_saved_are_the_same_input_still(tmp_path: Path, name: str) -> None:
+    values = {**JSON_COLUMNS, "lists of nulls": [[{"a": None}], [{"a": None}]]}[name]
+    rows = [{"q": "a", name: value} for value in values]
+    with keep_quiet():
+        digest = save_as_before(rows, tmp_path)
+        assert compute_digest(to_input_rows(rows)) != digest
+        read_now = read_as_saved(to_input_rows(rows), tmp_path)
+        assert compute_digest(read_now) == digest and read_now.has_added_nulls
+        assert not save_whole(read_now, tmp_path / digest)
+        grown = read_as_saved(to_input_rows([*rows, rows[0]]), tmp_path)
+    assert grown.fingerprint(len(rows)) == read_now.fingerprint()
+
+
+@pytest.mark.parametrize("value", [[1, "x"], "\ud83d"], ids=["types", "half"])
+def test_rows_that_an_older_version_could_not_save_are_read_as_new_ones(tmp_path: Path, value: Any) -> None:
+    with keep_quiet():
+        save_as_before(ROWS, tmp_path)
+        rows = to_input_rows([{"q": "a", "x": value}])
+        assert read_as_saved(rows, tmp_path) is rows
+
+
+def test_rows_that_this_version_has_saved_keep_their_reading(tmp_path: Path) -> None:
+    rows = to_input_rows([{"q": {"a": 1}}, {"q": {"b": 2}}])
+    with keep_quiet():
+        assert read_as_saved(rows, tmp_path / "none yet") is rows
+        save_whole(rows, tmp_path / compute_digest(rows))
+        assert read_as_saved(rows, tmp_path) is rows
 
 
 def test_a_programs_own_settings_of_datasets_come_back() -> None:

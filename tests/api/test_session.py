@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from helpers.jobs import REPO, Launcher, descendants, load_result, make_numbered_rows, wait_for, write_into
@@ -108,6 +109,18 @@ def test_a_run_directory_is_resumed_by_the_same_rows_and_refused_to_others(tmp_p
     next((run_dir / "dataset").glob("train-*")).unlink()
     with pytest.raises(dpgen.DpgenError, match=r"0 files .* the run's own command writes it again from the journal"):
         dpgen.load_result(run_dir)
+
+
+@pytest.mark.slow
+def test_a_run_directory_of_an_older_version_is_resumed(tmp_path: Path) -> None:
+    rows = [{"prompt": f"row {index}", "about": {"ab"[index % 2]: index}} for index in range(4)]
+    older = datasets.Dataset.from_list(rows)  # saved without the description that a program's rows have now
+    dpgen.generate(older, **FAKE, run_dir=tmp_path / "run")
+    inputs = sorted((tmp_path / "run" / "input").iterdir())
+    again = dpgen.generate(rows, **FAKE, run_dir=tmp_path / "run")
+    assert again is not None and len(again) == 4
+    assert sorted((tmp_path / "run" / "input").iterdir()) == inputs
+    assert count_results(tmp_path / "run").tolist() == [1] * 4, "no finished row is generated again"
 
 
 @pytest.mark.slow
