@@ -151,6 +151,27 @@ def diff_input(rows: Fingerprinted, fingerprint: Mapping[str, Any], metadata: Ma
     return differences
 
 
+def describe_left_out(
+    unreadable: Mapping[str, str], fingerprint: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> str | None:
+    """Return why an input that differs from a run's can't be compared: columns of the run are not read now.
+
+    An older version may have read them, with values changed to fit one type. None where the input differs elsewhere.
+
+    Args:
+        unreadable: columns of the input that can't be read, each with the reason.
+        fingerprint: of all rows.
+        metadata: the content of run.json, which names an input.
+    """
+    stored, columns = metadata["identity"]["input"], fingerprint["columns"]
+    left_out = [name for name in stored["columns"] if name not in columns and name in unreadable]
+    kept = [name for name in stored["columns"] if name not in left_out]
+    if not left_out or kept != columns or fingerprint["num_rows"] < stored["num_rows"]:
+        return None
+    reasons = [f"column {name}, which the run read, is left out: {unreadable[name]}" for name in left_out]
+    return "; ".join(reasons)
+
+
 def describe_hashed_files(rows: Fingerprinted, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `find_fingerprint` needs at the next start, for run.json."""
     return {"hashed_files": {"key": rows.key, "fingerprint": dict(fingerprint)}}

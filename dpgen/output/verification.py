@@ -32,7 +32,7 @@ from dpgen.journal.reader import (
     read_segment,
 )
 from dpgen.journal.run_dir import RunDir
-from dpgen.journal.run_identity import diff_input, find_other_settings, get_fingerprint_version
+from dpgen.journal.run_identity import describe_left_out, diff_input, find_other_settings, get_fingerprint_version
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_check import DatasetCheck, DatasetFindings, ResultLookup
 from dpgen.output.file_set import REWRITE_HINT
@@ -217,6 +217,9 @@ def _check_input(run_dir: RunDir, identity: Mapping[str, Any], report: Verificat
         differences = diff_input(rows, fingerprint, metadata)
     except (ConfigError, TransferStopped) as error:
         report.notes.append(f"the input was not checked: {error}")
+        return None
+    if differences and (reason := describe_left_out(rows.unreadable, fingerprint, metadata)) is not None:
+        report.notes.append(f"the input was not checked: {reason}")
         return None
     report.input = "differs" if differences else "same"
     if differences:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from helpers.dataset_files import make_run
 
 from dpgen.config.loader import load
 from dpgen.config.schema import Config, to_yaml
-from dpgen.errors import DpgenError
+from dpgen.config.sections import DataConfig
+from dpgen.errors import ConfigError, DpgenError
 from dpgen.journal import reader as journal_reader
 from dpgen.journal.reader import JournalReader, index_journal, list_segments
 from dpgen.journal.writer import JournalWriter
 from dpgen.output import dataset_check
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_check import ResultLookup
+from dpgen.output.export.source import open_source
 from dpgen.output.result_stats import ResultStats
 from dpgen.output.verification import VerificationReport, verify
 from dpgen.records import Completion, RowError, RowResult
@@ -534,6 +537,31 @@ def test_an_input_that_changed_or_is_gone_is_named(tmp_path: Path) -> None:
     report = check(run, check_input=True)
     assert (report.input, report.verdict) == ("not checked", "sound")
     assert report.notes[0].startswith("the input was not checked: data.path: no such file")
+
+
+@pytest.mark.parametrize(("rows_then", "verdict"), [(2, "sound"), (3, "not sound")])
+def test_an_input_with_a_column_that_only_older_versions_read_is_not_called_changed(
+    tmp_path: Path, rows_then: int, verdict: str
+) -> None:
+    for number, value in enumerate((Decimal("1.50"), 2.5)):
+        pq.write_table(pa.table({"q": [str(number)], "c": [value]}), tmp_path / f"{number}.parquet")
+    data = DataConfig(path=str(tmp_path / "*.parquet"), prompt_column="q")
+    run_dir = make_run(tmp_path, data, [make_result(row) for row in range(2)])
+    identity = run_dir.read_metadata()["identity"]
+    read_then = {**identity["input"], "num_rows": rows_then, "columns": ["q", "c"], "content": "of both columns"}
+    run_dir.update_metadata(identity={**identity, "input": read_then})
+    report = check(run_dir.path, check_input=True)
+    if verdict == "not sound":
+        assert any(problem.startswith("the input has changed") for problem in report.problems)
+        return
+    assert (report.verdict, report.problems, report.input) == ("sound", [], "not checked")
+    assert report.notes[0] == (
+        "the input was not checked: column c, which the run read, is left out: it is decimal128(3, 2) in one file and "
+        "double in another"
+    )
+    (run_dir.path / "_SUCCESS").unlink()
+    with pytest.raises(ConfigError, match=r"can't be compared with the run's: column c, .* Export it with the version"):
+        open_source(run_dir, with_messages=False)
 
 
 def test_an_input_that_has_grown_at_its_end_is_the_same_and_its_columns_are_still_compared(run: Path) -> None:

@@ -22,7 +22,7 @@ from dpgen.errors import ConfigError, DpgenError
 from dpgen.formatting import format_count
 from dpgen.journal.reader import JournalIndex, JournalReader, index_journal
 from dpgen.journal.run_dir import RunDir
-from dpgen.journal.run_identity import diff_input, find_fingerprint, get_num_rows
+from dpgen.journal.run_identity import describe_left_out, diff_input, find_fingerprint, get_num_rows
 from dpgen.output.columns import DatasetFormat
 from dpgen.output.dataset_check import compute_batch_rows
 from dpgen.output.dataset_tables import DatasetTables
@@ -140,7 +140,13 @@ def _add_messages(dataset_format: DatasetFormat, config: Config) -> DatasetForma
 def _open_input(config: Config, metadata: Mapping[str, Any]) -> InputRows:
     """Return the input, which must be the run's, but may have grown at its end."""
     rows = load_input(config.data)
-    if differences := diff_input(rows, find_fingerprint(rows, metadata), metadata):
+    fingerprint = find_fingerprint(rows, metadata)
+    if differences := diff_input(rows, fingerprint, metadata):
+        if (reason := describe_left_out(rows.unreadable, fingerprint, metadata)) is not None:
+            raise ConfigError(
+                f"the input can't be compared with the run's: {reason}. Export it with the version of dpgen that began "
+                "the run"
+            )
         raise ConfigError(
             f"the input has changed since the run, so its rows are no longer those of the results: "
             f"{'; '.join(differences)}. Put data.path={config.data.path} back as it was"
