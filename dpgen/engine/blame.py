@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from dpgen.errors import EngineError
 from dpgen.formatting import format_count
-from dpgen.journal.engine_notes import BlameState, EngineDeath, EngineNote
+from dpgen.journal.engine_notes import BlameState, EngineDeath, EngineNote, find_cause
 from dpgen.records import Request, RequestId, RowError, RowResult
 
 logger = logging.getLogger(__name__)
@@ -373,11 +373,11 @@ def judge_notes(notes: Sequence[EngineNote]) -> BlameState:
     tracker.recall(state)
     first = min(notes, key=lambda note: note.turn)
     peers = [note for note in notes if note.first_rank == first.first_rank]
-    if first.death is not None and len(peers) == first.num_ranks:
+    if first.death is not None and len(peers) == first.num_ranks and (death := find_cause(peers)) is not None:
         is_external = any(note.death is not None and note.death.is_external_kill for note in peers)
         tracker.record_past_death(
             [row for note in peers for row in note.blame.in_flight],
-            first.death._replace(is_external_kill=is_external),
+            death._replace(is_external_kill=is_external),
             state if first.first_rank == 0 else BlameState(),
             is_witnessed=any(note.blame.num_finished for note in peers),
         )

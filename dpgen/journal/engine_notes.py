@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from dpgen.journal.files import atomic_write_text
 logger = logging.getLogger(__name__)
 
 _PREFIX = ".note-engine"
+# What gloo says in a process of an engine when another one has ended.
+_PEER_GONE = ("connection closed by peer", "connection reset by peer", "broken pipe")
 
 
 class EngineDeath(NamedTuple):
@@ -35,6 +38,11 @@ class EngineDeath(NamedTuple):
     def from_error(cls, error: EngineError) -> EngineDeath:
         """Return what the error says."""
         return cls(error.first_line, error.is_external_kill, error.is_out_of_memory)
+
+    @property
+    def is_of_peer(self) -> bool:
+        """Return True if another process of the engine died, and only its end was seen here."""
+        return any(words in self.first_line.lower() for words in _PEER_GONE)
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,12 @@ class EngineNote:
         """Return the note that `to_json` returned."""
         death, blame = value["death"], BlameState.from_json(value["blame"])
         return cls(**{**value, "death": None if death is None else EngineDeath(*death), "blame": blame})
+
+
+def find_cause(notes: Sequence[EngineNote]) -> EngineDeath | None:
+    """Return the death that ended the processes of an engine: the first that is not the sight of another's end."""
+    deaths = [note.death for note in sorted(notes, key=lambda note: note.turn) if note.death is not None]
+    return next((death for death in deaths if not death.is_of_peer), deaths[0] if deaths else None)
 
 
 def write_engine_note(journal_dir: Path, note: EngineNote) -> None:

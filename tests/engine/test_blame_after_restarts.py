@@ -178,6 +178,19 @@ def test_a_lone_row_is_not_held_for_the_death_of_an_engine_that_had_finished_not
     assert state.groups == [[5]] and state.held == []
 
 
+@pytest.mark.parametrize("turns", [(1, 2), (2, 1)])
+def test_a_lone_row_is_held_for_its_own_engines_death_though_the_other_one_was_noted_first(
+    turns: tuple[int, int],
+) -> None:
+    tracker, other = BlameTracker(), make_tracker(1)
+    tracker.recall(BlameState(groups=[[5]]))
+    tracker.add([Request(RequestId(5), [1])])
+    tracker.take_batch()
+    other.finish(succeed(1))
+    notes = [make_note(0, RAISED, tracker, turns[0]), make_note(1, PEER_GONE, other, turns[1])]
+    assert judge_notes(notes).held == [(5, "the engine failed: RuntimeError: boom")]
+
+
 def test_three_deaths_on_a_row_that_had_succeeded_forget_all_suspects(caplog: pytest.LogCaptureFixture) -> None:
     state, num_deaths = BlameState(held=[(5, "boom")]), 0
     while state.held:
