@@ -33,16 +33,23 @@ if TYPE_CHECKING:
     import datasets
 
 _TABLE_ROWS = 1_000
+_NEXT_LINE = "\x85"
 _ACCEPTED = "a datasets.Dataset, a list of dicts, a dict of columns, a pandas or Polars frame, or a path"
 
 
 def write_card(directory: Path, schema: pa.Schema) -> None:
     """Write the dataset card, which names the columns' types; JSON lines don't hold them."""
     import datasets
+    import yaml
+    from huggingface_hub import DatasetCardData
 
     info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema))
     card = datasets.info.DatasetInfosDict({"default": info})
     card.write_to_directory(str(directory))
+    if _NEXT_LINE in str(schema):  # `datasets` writes it as it is, and YAML reads it as a line's end
+        data = DatasetCardData()
+        card.to_dataset_card_data(data)
+        (directory / "README.md").write_text(f"---\n{yaml.safe_dump(data.to_dict(), sort_keys=False)}---\n")
 
 
 def read_card(directory: Path) -> pa.Schema:

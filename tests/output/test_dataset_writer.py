@@ -440,6 +440,7 @@ def test_any_table_is_read_back_from_parquet_as_it_went_in(
 @QUICK
 @given(table=draw_tables())
 @example(table=OF_NULLS)
+@example(table=pa.table({"x\x85é": pa.array([{"\x85": 1}])}))
 def test_any_table_is_read_back_from_jsonl_as_it_went_in(
     tmp_path_factory: pytest.TempPathFactory, table: pa.Table
 ) -> None:
