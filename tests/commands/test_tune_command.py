@@ -208,6 +208,7 @@ def test_failures_of_the_jobs_own_settings_are_not_kept(write_config: WriteConfi
         assert read_trials(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_warnings_of_the_trials_are_shown_once(write_config: WriteConfig, launcher: Launcher, tmp_path: Path) -> None:
     engine = {**SLOW, "raise_on": "row number 7", "max_faults": 2, "fault_dir": str(tmp_path / "faults")}

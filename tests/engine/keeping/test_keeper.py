@@ -97,6 +97,7 @@ def test_a_kept_engine_tells_the_next_job_what_memory_its_engines_divide(rank: R
     assert len(rank.pids) == 1
 
 
+@pytest.mark.slow
 def test_a_kept_engine_is_known_to_take_as_long_to_start_as_it_took(rank: Rank) -> None:
     spec = dataclasses.replace(SPEC, options={**SPEC.options, "load_s": 6.0})
     for _ in range(2):
