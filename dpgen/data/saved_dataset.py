@@ -49,7 +49,8 @@ def write_card(directory: Path, schema: pa.Schema) -> None:
     if _NEXT_LINE in str(schema):  # `datasets` writes it as it is, and YAML reads it as a line's end
         data = DatasetCardData()
         card.to_dataset_card_data(data)
-        (directory / "README.md").write_text(f"---\n{yaml.safe_dump(data.to_dict(), sort_keys=False)}---\n")
+        content = yaml.safe_dump(data.to_dict(), sort_keys=False)  # type: ignore[no-untyped-call]
+        (directory / "README.md").write_text(f"---\n{content}---\n")
 
 
 def read_card(directory: Path) -> pa.Schema:
