@@ -36,6 +36,7 @@ def test_an_unfinished_run_resumes_at_any_world_size(
     assert load_all_rows(tmp_path / "run", 150) == run_undisturbed(launcher, conf, tmp_path / "undisturbed" / "run")
 
 
+@pytest.mark.slow
 def test_a_result_whose_files_were_removed_is_written_again_from_the_journal(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def find_engine(job: Job, log: Path) -> int:
     return pid
 
 
+@pytest.mark.slow
 def test_a_run_says_how_many_engines_it_has_where_one_does_not_start(
     launcher: Launcher, write_config: WriteConfig, tmp_path: Path
 ) -> None:
