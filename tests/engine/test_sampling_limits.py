@@ -60,4 +60,4 @@ def test_more_items_than_an_engine_has_room_for_cost_their_row(name: str, most: 
 
 
 def test_stop_tokens_that_are_not_kept_off_may_be_many() -> None:
-    apply(stop_token_ids=list(range(500)))
+    assert len(apply(stop_token_ids=list(range(500))).stop_token_ids) == 500
